@@ -1,0 +1,2 @@
+#![no_std]
+//! What both sides of the kernel boundary share.

@@ -1,0 +1,3 @@
+//! The kernel half of balancer.
+#[cfg(not(target_arch = "bpf"))]
+fn main() {}

@@ -1,0 +1,2 @@
+//! The balancer daemon and its command line.
+fn main() {}

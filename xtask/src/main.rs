@@ -1,0 +1,2 @@
+//! `cargo xtask`: the verbs of development.
+fn main() {}
