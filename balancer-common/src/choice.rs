@@ -1,0 +1,295 @@
+//! Choice, first phase: which of a service's backends should be looked at, from packed numbers alone. No socket is
+//! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
+
+use crate::abi::{Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, Policy, SlotPolicy};
+use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
+use crate::hash::rendezvous_score;
+
+/// Most backends whose sockets are looked at for one SYN.
+pub const MAX_LOOKS: usize = 6;
+
+const SLOT_BITS: u32 = 10;
+const DOUBTFUL: u64 = 1 << 62;
+const NOT_IN_COOKIES: u64 = 1 << 63;
+const NONE: u64 = u64::MAX;
+
+/// What is asked: one SYN (or what looks like one) for a service.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// The namespace it arrived in (cookie).
+    pub netns: u64,
+    /// The address it was sent to.
+    pub to: Address,
+    /// The interface it arrived on.
+    pub device: u32,
+    /// Whether it is IPv4.
+    pub v4: bool,
+    /// Whether the service's port is virtual.
+    pub virtual_port: bool,
+    /// How to choose.
+    pub policy: Policy,
+    /// Quota of backends that the daemon has not seen yet.
+    pub quota: u32,
+    /// Hash of the source address.
+    pub source: u64,
+    /// Hash of the four-tuple.
+    pub tuple: u64,
+    /// Ticket of round-robin.
+    pub ticket: u64,
+    /// The time, in ticks.
+    pub now: u32,
+}
+
+/// One backend as the maps show it.
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    /// Its slot.
+    pub slot: u32,
+    /// Who it is.
+    pub backend: Backend,
+    /// What the daemon wants of it.
+    pub policy: SlotPolicy,
+    /// Its numbers.
+    pub counts: Counts,
+}
+
+impl Member {
+    /// Its quota: the daemon's, if it was meant for this tenant of the slot.
+    #[inline(always)]
+    pub const fn quota(&self, default: u32) -> u32 {
+        if self.policy.is_for(self.backend.life()) { self.policy.quota() } else { default }
+    }
+
+    /// Its weight, at least 1.
+    #[inline(always)]
+    pub const fn weight(&self) -> u32 {
+        let weight = if self.policy.is_for(self.backend.life()) { self.policy.weight() } else { self.backend.weight };
+        if weight == 0 { DEFAULT_WEIGHT } else { weight }
+    }
+
+    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks for that.
+    #[inline(always)]
+    pub const fn is_ready(&self) -> bool {
+        self.backend.life().is(BackendState::Active)
+            && (self.backend.flags & Backend::CANDIDATE == 0 || self.policy.is_for(self.backend.life()))
+    }
+
+    /// The state as it is shown.
+    pub const fn state(&self) -> BackendState {
+        match self.backend.life().state() {
+            BackendState::Active if !self.is_ready() => BackendState::Candidate,
+            state => state,
+        }
+    }
+
+    #[inline(always)]
+    const fn is_steerable(&self) -> bool {
+        self.backend.flags & Backend::UNSTEERABLE == 0
+    }
+
+    /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
+    /// net/ipv4/inet_hashtables.c): an exact address before the wildcard, a bound device before none. `None`: not at all.
+    #[inline(always)]
+    fn fit(&self, request: &Request) -> Option<u32> {
+        if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
+            return None;
+        }
+        if request.virtual_port {
+            return Some(0);
+        }
+        let exact = !self.backend.address.is_any();
+        let bound = self.backend.device != 0;
+        if (exact && self.backend.address != request.to) || (bound && self.backend.device != request.device) {
+            return None;
+        }
+        Some(u32::from(exact) * 2 + u32::from(bound))
+    }
+}
+
+/// What the members that can't be chosen were like, to name the reason of a refusal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Members that fit at all.
+    pub members: u32,
+    /// Of them: at their quota by established connections alone.
+    pub over: u32,
+    /// Of them: closed by hand.
+    pub closed: u32,
+    /// At their quota while SYN cookies are in use.
+    pub over_with_cookies: u32,
+    /// Members for which SYN cookies are, or are about to be, in use.
+    pub cookies: u32,
+}
+
+/// The first phase for one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Scan {
+    /// What is asked.
+    pub request: Request,
+    /// Whether quotas count.
+    pub enforce: bool,
+    /// SYN cookies are in use: choose by four-tuple, so that the ACK finds the same listener.
+    pub cookies: bool,
+    /// What was seen in this pass.
+    pub tally: Tally,
+    /// Sum of the weights of those that can be chosen, of the pass before.
+    total: u64,
+    /// The same, growing in this pass.
+    sum: u64,
+    best: u64,
+    fit: u32,
+    uid: u32,
+    tried: [u16; MAX_LOOKS],
+}
+
+const NOT_TRIED: u16 = u16::MAX;
+
+impl Scan {
+    /// A scan that has seen nobody.
+    #[inline(always)]
+    pub const fn new(request: Request, enforce: bool) -> Self {
+        Self {
+            request,
+            enforce,
+            cookies: false,
+            tally: Tally { members: 0, over: 0, closed: 0, over_with_cookies: 0, cookies: 0 },
+            total: 0,
+            sum: 0,
+            best: NONE,
+            fit: 0,
+            uid: 0,
+            tried: [NOT_TRIED; MAX_LOOKS],
+        }
+    }
+
+    /// Starts another pass over the members.
+    #[inline(always)]
+    pub fn again(&mut self) {
+        self.total = self.sum;
+        self.start_over(0, 0);
+    }
+
+    /// Forgets which members were tried.
+    #[inline(always)]
+    pub fn forget_tried(&mut self) {
+        self.tried = [NOT_TRIED; MAX_LOOKS];
+    }
+
+    /// Never choose that one again for this request.
+    #[inline(always)]
+    pub fn mark_tried(&mut self, look: usize, slot: u32) {
+        if look < MAX_LOOKS {
+            self.tried[look] = slot as u16;
+        }
+    }
+
+    #[inline(always)]
+    fn start_over(&mut self, fit: u32, uid: u32) {
+        self.tally = Tally { members: 0, over: 0, closed: 0, over_with_cookies: 0, cookies: 0 };
+        self.sum = 0;
+        self.best = NONE;
+        self.fit = fit;
+        self.uid = uid;
+    }
+
+    /// The member to look at next.
+    #[inline(always)]
+    pub const fn best(&self) -> Option<u32> {
+        if self.best == NONE { None } else { Some(self.best as u32 & (MAX_SLOTS as u32 - 1)) }
+    }
+
+    /// Whether a second pass is needed before [`Scan::best`] means something: round-robin needs the sum of the weights.
+    #[inline(always)]
+    pub const fn needs_total(&self) -> bool {
+        matches!(self.request.policy, Policy::RoundRobin) && !self.cookies
+    }
+
+    /// Takes one member into account.
+    #[inline(always)]
+    pub fn consider(&mut self, member: &Member) {
+        if !member.is_ready() {
+            return;
+        }
+        let Some(fit) = member.fit(&self.request) else { return };
+        if self.tally.members == 0 || fit > self.fit {
+            self.start_over(fit, member.backend.uid);
+        } else if fit < self.fit || (!self.request.virtual_port && member.backend.uid != self.uid) {
+            return;
+        }
+        self.tally.members += 1;
+        let cookies = cookies_state(member.counts.cookies, self.request.now);
+        let quota = member.quota(self.request.quota);
+        if self.enforce && !admits(member.counts.established(), member.counts.exempt(), 0, quota) {
+            self.tally.closed += u32::from(quota == 0);
+            self.tally.over += u32::from(quota != 0);
+            self.tally.over_with_cookies += u32::from(quota != 0 && matches!(cookies, Cookies::InUse));
+            return;
+        }
+        if self.request.virtual_port && !member.is_steerable() {
+            return;
+        }
+        self.tally.cookies += u32::from(!matches!(cookies, Cookies::Off));
+        self.rank(member, quota, cookies);
+    }
+
+    #[inline(always)]
+    fn rank(&mut self, member: &Member, quota: u32, cookies: Cookies) {
+        let weight = member.weight();
+        let before = self.sum;
+        self.sum += u64::from(weight);
+        let slot = member.slot;
+        let mut tried = false;
+        let mut look = 0;
+        while look < MAX_LOOKS {
+            tried |= u32::from(self.tried[look]) == slot;
+            look += 1;
+        }
+        if tried {
+            return;
+        }
+        let expected = expected(member.counts.expected, self.request.now);
+        let doubtful = is_full(member.counts.full, self.request.now)
+            || (self.enforce && !admits(member.counts.established(), member.counts.exempt(), expected, quota));
+        let mut key = self.metric(member, weight, expected, before) << SLOT_BITS | u64::from(slot);
+        if doubtful {
+            key |= DOUBTFUL;
+        }
+        if self.cookies && matches!(cookies, Cookies::Off) {
+            key |= NOT_IN_COOKIES;
+        }
+        if key < self.best {
+            self.best = key;
+        }
+    }
+
+    /// The smaller, the better; below 2⁵².
+    #[inline(always)]
+    fn metric(&self, member: &Member, weight: u32, expected: u32, before: u64) -> u64 {
+        if self.cookies {
+            return rendezvous_score(self.request.tuple, member.slot, weight);
+        }
+        match self.request.policy {
+            Policy::LeastConnections => {
+                ((u64::from(member.counts.established()) + u64::from(expected)) << 16) / u64::from(weight)
+            }
+            Policy::SourceHash => rendezvous_score(self.request.source, member.slot, weight),
+            Policy::RoundRobin => self.turns_away(before, u64::from(weight)),
+        }
+    }
+
+    /// How many tickets after the one at hand it is this member's turn, its turns being `before..before + weight`.
+    #[inline(always)]
+    fn turns_away(&self, before: u64, weight: u64) -> u64 {
+        if self.total == 0 {
+            return before;
+        }
+        let turn = self.request.ticket % self.total;
+        if turn < before {
+            before - turn
+        } else if turn < before + weight {
+            0
+        } else {
+            self.total + before - turn
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Why a look-up ended as it did.
+
+/// What the kernel is told to do with a look-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The kernel goes on as it would without the balancer (`SK_PASS`, no socket chosen, except for an exempt source
+    /// on a virtual port, which still needs a socket).
+    Pass,
+    /// The look-up ends at the socket that was chosen (`SK_PASS` after `bpf_sk_assign`).
+    Steer,
+    /// The look-up finds nobody (`SK_DROP`): a SYN is answered with RST.
+    Refuse,
+}
+
+impl Verdict {
+    /// The word for it in JSON and in tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Steer => "steer",
+            Self::Refuse => "refuse",
+        }
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal, $verdict:ident, $meaning:literal;)*) => {
+        /// Every way a look-up for a service's port can end. Counters, JSON names, log words and docs derive from it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+        #[repr(u8)]
+        pub enum Reason {
+            $($(#[$doc])* #[doc = $meaning] $variant,)*
+        }
+
+        impl Reason {
+            /// All of them, in the order of their counters.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),*];
+
+            /// The name in JSON, in the CLI and in the logs.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),* }
+            }
+
+            /// What it means for the client, in one sentence.
+            pub const fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => $meaning),* }
+            }
+
+            /// What the kernel is told.
+            pub const fn verdict(self) -> Verdict {
+                match self { $(Self::$variant => Verdict::$verdict),* }
+            }
+        }
+    };
+}
+
+reasons! {
+    Exempt = "exempt", Pass, "the source is exempt: let through without admission";
+    Admitted = "admitted", Steer, "own port: the listener had room";
+    Steered = "steered", Steer, "virtual port: steered to a backend with room";
+    OverQuota = "over-quota", Refuse, "every backend that could take it is at its quota";
+    OverQuotaCookie = "over-quota-cookie", Refuse, "every backend is at its quota while SYN cookies are in use: the RST may come after the client's connect";
+    AcceptQueueFull = "accept-queue-full", Refuse, "the backends with room do not accept: their accept queues have been full for more than a second";
+    AcceptQueueGrace = "accept-queue-grace", Steer, "only a backend with a momentarily full accept queue was left: the kernel drops the SYN and the client tries again";
+    ClosedByHand = "closed-by-hand", Refuse, "every backend was closed by hand (quota set to 0)";
+    NoBackend = "no-backend", Pass, "no live backend is known: the kernel decides alone, as without the balancer";
+    FailOpenStale = "fail-open-stale", Steer, "it would have been refused, but the daemon has not lived for fail_open_after: let in";
+    FailOpenError = "fail-open-error", Pass, "no backend could be assigned because of errors: the kernel decides alone";
+    ForeignSkLookup = "foreign-sk-lookup", Pass, "another sk_lookup program has chosen the socket";
+}
+
+impl Reason {
+    /// The reason of a counter's index.
+    pub fn from_index(index: usize) -> Option<Self> {
+        Self::ALL.get(index).copied()
+    }
+
+    /// The index of its counter, below [`crate::abi::REASON_SLOTS`].
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+}
+
+const _: () = assert!(Reason::ALL.len() <= crate::abi::REASON_SLOTS);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_indexes_are_unique_and_round_trip() {
+        for (index, reason) in Reason::ALL.iter().enumerate() {
+            assert_eq!(reason.index(), index);
+            assert_eq!(Reason::from_index(index), Some(*reason));
+            assert_eq!(Reason::ALL.iter().filter(|other| other.name() == reason.name()).count(), 1);
+            assert!(reason.name().bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-'));
+        }
+        assert_eq!(Reason::from_index(Reason::ALL.len()), None);
+    }
+}
