@@ -1,0 +1,75 @@
+//! The kernel's clocks, as its BPF programs see them.
+
+use std::{io, time::Duration};
+
+use nix::time::{ClockId, clock_getres, clock_gettime};
+
+/// `CLOCK_MONOTONIC`: nanoseconds since boot, sleep not counted. This is what `bpf_ktime_get_ns` reads.
+///
+/// # Panics
+/// Never on Linux: `clock_gettime` of this clock cannot fail, and its value fits 64 bits for 584 years.
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("CLOCK_MONOTONIC is always there");
+    u64::try_from(Duration::from(now).as_nanos()).expect("fewer than 584 years since boot")
+}
+
+/// How many jiffies a second has (`CONFIG_HZ`): the unit of `bpf_jiffies64` and of the socket fields that hold jiffies.
+///
+/// Read from the resolution of `CLOCK_MONOTONIC_COARSE`, which is one tick (`TICK_NSEC`, kernel/time/vsyscall.c), so that no
+/// kernel configuration file is needed.
+///
+/// # Errors
+/// Where the clock is missing or its resolution isn't that of a tick, as under emulated kernels.
+pub fn jiffies_per_second() -> io::Result<u32> {
+    let tick = Duration::from(clock_getres(ClockId::CLOCK_MONOTONIC_COARSE)?).as_nanos();
+    (1_000_000_000 + tick / 2)
+        .checked_div(tick)
+        .and_then(|hz| u32::try_from(hz).ok())
+        .filter(|hz| (10..=10_000).contains(hz))
+        .ok_or_else(|| {
+            io::Error::other(format!(
+                "CLOCK_MONOTONIC_COARSE has a resolution of {tick} ns, which is no kernel tick"
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn monotonic_goes_forward_like_instant() {
+        let (before, start) = (monotonic_ns(), std::time::Instant::now());
+        std::thread::sleep(Duration::from_millis(20));
+        let (passed, expected) = (monotonic_ns() - before, start.elapsed().as_nanos());
+        assert!(
+            u128::from(passed).abs_diff(expected) < 5_000_000,
+            "{passed} ns against {expected} ns"
+        );
+    }
+
+    /// `USER_HZ` is no witness (always 100), so the kernel's own count is: `/proc/timer_list` prints jiffies.
+    #[test]
+    fn jiffies_per_second_is_the_rate_of_jiffies() {
+        let jiffies = || -> u64 {
+            let list =
+                std::fs::read_to_string("/proc/timer_list").expect("root can read the timer list");
+            let line = list
+                .lines()
+                .find_map(|line| line.strip_prefix("jiffies: "))
+                .expect("it prints jiffies");
+            line.trim().parse().expect("a number")
+        };
+        let (start, first) = (std::time::Instant::now(), jiffies());
+        std::thread::sleep(Duration::from_millis(500));
+        let (passed, seconds) = (jiffies() - first, start.elapsed().as_secs_f64());
+        let hz = jiffies_per_second().expect("this kernel has ticks");
+        let expected = f64::from(hz) * seconds;
+        #[expect(clippy::cast_precision_loss, reason = "a few hundred jiffies")]
+        let off = (passed as f64 - expected).abs();
+        assert!(
+            off < expected * 0.1,
+            "{passed} jiffies in {seconds} s do not fit HZ = {hz}"
+        );
+    }
+}

@@ -1,0 +1,5 @@
+//! System calls that no safe crate offers, each behind a safe function.
+//!
+//! This is the only module of the host side that contains `unsafe`.
+
+pub mod clock;
