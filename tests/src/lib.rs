@@ -1,1 +1,4 @@
-//! Fixtures of the integration tests.
+//! Fixtures of the integration tests: guards over kernel objects, the daemon under test, and TCP tools.
+#![forbid(unsafe_code)]
+
+pub mod fixtures;

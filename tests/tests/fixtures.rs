@@ -1,0 +1,108 @@
+//! The tools themselves: a test that trusts a blind tool shows nothing.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use balancer_tests::fixtures::diag::{self, State};
+use balancer_tests::fixtures::tcp::{self, Listen};
+use balancer_tests::fixtures::wire::Wire;
+use balancer_tests::fixtures::{Machine, Netns, eventually};
+
+fn service() -> SocketAddr {
+    "127.0.0.1:11800".parse().expect("an address")
+}
+
+#[test]
+fn the_socket_table_shows_accept_sides_and_listeners() {
+    Machine::with(|_| {
+        let mut listener = Listen::on(&service()).backlog(7).open();
+        let clients = tcp::connect_many(service(), 5);
+        let row = diag::table(State::Listen)[0];
+        assert_eq!(
+            (row.local, row.receive_queue, row.send_queue),
+            (service(), 5, 7)
+        );
+        assert_eq!(listener.established(), 5);
+        assert_eq!(diag::established_by_address(11800)[&service().ip()], 5);
+        clients.into_iter().for_each(tcp::reset);
+        eventually(Duration::from_secs(1), || {
+            anyhow::ensure!(listener.established() == 0);
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn sockets_of_a_machine_belong_to_its_cgroup() {
+    Machine::with(|machine| {
+        let _listener = Listen::on(&service()).open();
+        let output = std::process::Command::new("ss")
+            .args(["-Htln", "--cgroup"])
+            .output()
+            .expect("ss runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let name = machine
+            .cgroup
+            .path()
+            .file_name()
+            .and_then(|name| name.to_str())
+            .expect("a name");
+        assert!(text.contains(name), "{text}");
+    });
+}
+
+#[test]
+fn handmade_connections_stay_half_open_until_they_are_completed() {
+    Machine::with(|machine| {
+        let mut listener = Listen::on(&service()).open();
+        let wire = Wire::open(&machine.netns);
+        let (opened, refused) = wire.half_open(0..1000, service());
+        assert_eq!((opened.len(), refused), (1000, 0));
+        assert_eq!(diag::table(State::SynReceived).len(), 1000);
+        assert_eq!(listener.accept_all(), 0);
+        opened
+            .values()
+            .take(300)
+            .for_each(|answer| wire.ack(answer));
+        opened
+            .values()
+            .skip(300)
+            .for_each(|answer| wire.rst(answer));
+        eventually(Duration::from_secs(1), || {
+            anyhow::ensure!(diag::table(State::SynReceived).is_empty());
+            anyhow::ensure!(listener.established() == 300, "{}", listener.established());
+            Ok(())
+        });
+        let nobody = "127.0.0.1:9".parse().expect("an address");
+        assert_eq!(wire.half_open(0..3, nobody).1, 3);
+    });
+}
+
+#[test]
+fn a_full_accept_queue_makes_clients_wait() {
+    Machine::with(|_| {
+        let _listener = Listen::on(&service()).backlog(1).open();
+        let _clients = tcp::connect_many(service(), 2);
+        assert!(tcp::connect(service()).is_timed_out());
+        let nobody = "127.0.0.1:9".parse().expect("an address");
+        assert!(tcp::connect(nobody).is_refused());
+    });
+}
+
+#[test]
+fn a_cable_joins_two_namespaces() {
+    Machine::with(|machine| {
+        let other = Netns::new();
+        machine
+            .netns
+            .connect_to(&other, "10.1.0.1/24", "10.1.0.2/24");
+        let mut listener = Listen::on("10.1.0.1:11800").open();
+        let address = listener.addr();
+        let client = other.run(|| tcp::connect(address).connected());
+        assert_eq!(listener.accept_all(), 1);
+        assert_eq!(
+            listener.peers(),
+            [client.local_addr().expect("it has one")].into()
+        );
+    });
+}
