@@ -1,2 +1,103 @@
-//! `cargo xtask`: the verbs of development.
-fn main() {}
+#![forbid(unsafe_code)]
+//! `cargo xtask`: the verbs of development. Each one first makes sure that what it needs is installed.
+
+mod build;
+mod command;
+mod kernel_half;
+mod linker;
+mod machine;
+mod places;
+mod setup;
+mod verbs;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::setup::Need;
+
+/// Set up, build, test and demonstrate the balancer.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Find what is missing to build, test and demonstrate, and install it (apt-get and cargo; needs root).
+    ///
+    /// Changes nothing when nothing is missing. Without apt-get, or without root, it prints the commands and fails.
+    Setup,
+    /// Build the kernel half, then everything else.
+    Build {
+        /// An optimised build, without log lines from the kernel programs.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Check the formatting, and run clippy on everything with warnings as errors.
+    Lint,
+    /// Build, then run all tests: those on the running kernel too, so it needs root.
+    Test {
+        /// Passed on to `cargo test` (a filter, `-p balancer`, `-- --nocapture` …).
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Build, then run `balancer` with these arguments: `cargo xtask run -- status`.
+    Run {
+        /// Passed on to `balancer`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Watch it balance: stand-in servers, several hundred gRPC clients and the daemon, in a network namespace of their own.
+    Demo,
+    /// Run the balancer in front of the real thing.
+    #[command(subcommand)]
+    E2e(EndToEnd),
+}
+
+#[derive(Subcommand)]
+enum EndToEnd {
+    /// Three clustered Apache `SkyWalking` OAPs with Java and Python agents and an Envoy. Fetches them first.
+    Oap,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().verb) {
+        Ok(code) => code,
+        Err(error) => {
+            // Not `{error:?}`: that adds a backtrace where RUST_BACKTRACE is set.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<ExitCode> {
+    match verb {
+        Verb::Setup => {
+            setup::ensure(&Need::ALL)?;
+            println!("Nothing is missing.");
+            for line in kernel_half::tools() {
+                println!("{line}");
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Build { release } => {
+            setup::ensure(&[Need::Build])?;
+            build::everything(if release {
+                build::Profile::Release
+            } else {
+                build::Profile::Debug
+            })?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Verb::Lint => verbs::lint(),
+        Verb::Test { arguments } => verbs::test(&arguments),
+        Verb::Run { arguments } => verbs::run(&arguments),
+        Verb::Demo => verbs::demo(),
+        Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
+    }
+}

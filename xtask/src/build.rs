@@ -1,0 +1,106 @@
+//! The build: the kernel half first, then the host's programs, which embed it.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::kernel_half::{Compiler, TARGET};
+use crate::{command, linker, places};
+
+/// How the host's programs are built, and which kernel half they embed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// With the log lines of the kernel programs.
+    Debug,
+    /// Optimised, and without these lines.
+    Release,
+}
+
+impl Profile {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Debug => "debug",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// Builds the kernel half and every host program.
+///
+/// # Errors
+/// When a compiler fails or there is none for the kernel half.
+pub fn everything(profile: Profile) -> Result<()> {
+    kernel_half(profile)?;
+    let mut build = cargo("build");
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    command::run(&mut build)
+}
+
+/// Builds the kernel half and puts it where balancer's build script looks: `<target>/bpf/<profile>/balancer.o`, and beside it
+/// `balancer.d`, cargo's list of the sources that went into it.
+///
+/// # Errors
+/// When there is no compiler for it, or the compiler fails.
+pub fn kernel_half(profile: Profile) -> Result<()> {
+    let bpf = places::target()?.join("bpf");
+    // A target directory of its own: another compiler and other flags would undo the host's build each time.
+    let scratch = bpf.join("cargo");
+    let mut cargo = cargo_build(&scratch)?;
+    if profile == Profile::Debug {
+        cargo.args(["--features", "log"]);
+    }
+    command::run(&mut cargo).context("the kernel half was not built")?;
+    let outcome = scratch.join(TARGET).join("bpf");
+    let object = bpf.join(profile.name()).join("balancer.o");
+    replace_if_older(&outcome.join("balancer-bpf"), &object)?;
+    replace_if_older(&outcome.join("balancer-bpf.d"), &object.with_extension("d"))
+}
+
+/// cargo in the workspace, with a verb.
+pub fn cargo(verb: &str) -> Command {
+    let mut cargo = Command::new(places::cargo());
+    cargo.arg(verb).current_dir(places::workspace());
+    cargo
+}
+
+fn cargo_build(target_directory: &Path) -> Result<Command> {
+    let Some(compiler) = Compiler::find() else {
+        bail!("no compiler here can build for BPF: run `cargo xtask setup`")
+    };
+    let Some(linker) = linker::find() else {
+        bail!("bpf-linker is missing: run `cargo xtask setup`")
+    };
+    let mut build = compiler.cargo_build(&linker);
+    build.args([
+        "--package",
+        "balancer-ebpf",
+        "--bin",
+        "balancer-bpf",
+        "--profile",
+        "bpf",
+    ]);
+    build
+        .arg("--target-dir")
+        .arg(target_directory)
+        .current_dir(places::workspace());
+    Ok(build)
+}
+
+/// Copies only what is new, so that the host's programs are built again only then.
+fn replace_if_older(from: &Path, to: &Path) -> Result<()> {
+    let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified());
+    let built = modified(from).with_context(|| format!("cargo built no {}", from.display()))?;
+    if modified(to).is_ok_and(|copied| copied >= built) {
+        return Ok(());
+    }
+    if let Some(directory) = to.parent() {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+    }
+    std::fs::copy(from, to)
+        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(())
+}

@@ -1,0 +1,309 @@
+//! What has to be installed: one table, what is missing of it, and how it gets there.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::kernel_half::Compiler;
+use crate::{command, linker};
+
+/// What somebody is about to do. Each requirement names what it is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// Build both halves.
+    Build,
+    /// Formatting and clippy.
+    Lint,
+    /// The tests and the demo on the running kernel.
+    Kernel,
+    /// Real OAPs, agents and Envoy.
+    RealOap,
+}
+
+impl Need {
+    /// Everything.
+    pub const ALL: [Self; 4] = [Self::Build, Self::Lint, Self::Kernel, Self::RealOap];
+}
+
+/// One thing that has to be there.
+struct Requirement {
+    name: &'static str,
+    reason: &'static str,
+    need: Need,
+    is_there: fn() -> bool,
+    remedy: fn() -> Remedy,
+}
+
+/// How a requirement gets there.
+enum Remedy {
+    /// Debian packages.
+    Packages(&'static [&'static str]),
+    /// A command that needs no root, and how somebody would type it.
+    Command(Result<Box<Command>>, String),
+}
+
+/// Ordered: what comes first may be needed to install what follows.
+const REQUIREMENTS: &[Requirement] = &[
+    Requirement {
+        name: "a compiler for BPF",
+        reason: "compiles the kernel half; instead: rustup toolchain install nightly --component rust-src",
+        need: Need::Build,
+        is_there: || Compiler::find().is_some(),
+        remedy: || Remedy::Packages(&["rustc-web", "libstd-rust-web-dev-bpf"]),
+    },
+    Requirement {
+        name: "LLVM 22",
+        reason: "bpf-linker is built on it",
+        need: Need::Build,
+        is_there: || linker::find().is_some() || llvm_is_there(),
+        remedy: || Remedy::Packages(&["llvm-22-dev", "libpolly-22-dev"]),
+    },
+    Requirement {
+        name: "bpf-linker 0.13.0 on LLVM 22",
+        reason: "links the kernel half",
+        need: Need::Build,
+        is_there: || linker::find().is_some(),
+        remedy: || Remedy::Command(linker::install().map(Box::new), linker::install_by_hand()),
+    },
+    Requirement {
+        name: "rustfmt",
+        reason: "checks the formatting",
+        need: Need::Lint,
+        is_there: || command::find("cargo-fmt").is_some(),
+        remedy: || component("rustfmt", &["rustfmt-web"]),
+    },
+    Requirement {
+        name: "clippy",
+        reason: "checks the code",
+        need: Need::Lint,
+        is_there: || command::find("cargo-clippy").is_some(),
+        remedy: || component("clippy", &["rust-web-clippy"]),
+    },
+    Requirement {
+        name: "ip and ss",
+        reason: "make network namespaces; show the socket table that results are compared with",
+        need: Need::Kernel,
+        is_there: || {
+            ["ip", "ss"]
+                .iter()
+                .all(|program| command::find(program).is_some())
+        },
+        remedy: || Remedy::Packages(&["iproute2"]),
+    },
+    Requirement {
+        name: "nft",
+        reason: "delays or drops packets in the tests' own namespaces",
+        need: Need::Kernel,
+        is_there: || command::find("nft").is_some(),
+        remedy: || Remedy::Packages(&["nftables"]),
+    },
+    Requirement {
+        name: "a JDK, 17 or newer",
+        reason: "runs the OAPs and the Java agents",
+        need: Need::RealOap,
+        is_there: || {
+            command::find("javac").is_some_and(|compiler| {
+                java_version(&compiler).is_some_and(|version| version >= 17)
+            })
+        },
+        remedy: || Remedy::Packages(&["default-jdk-headless"]),
+    },
+    Requirement {
+        name: "Maven",
+        reason: "fetches the OAP and the Java agent from Maven Central",
+        need: Need::RealOap,
+        is_there: || command::find("mvn").is_some(),
+        remedy: || Remedy::Packages(&["maven"]),
+    },
+    Requirement {
+        name: "python3 with venv and pip",
+        reason: "runs the Python agents; its packages bring Envoy",
+        need: Need::RealOap,
+        is_there: python_is_there,
+        remedy: || Remedy::Packages(&["python3", "python3-venv", "python3-pip"]),
+    },
+];
+
+/// Installs what these needs lack.
+///
+/// # Errors
+/// When something is missing and can't be installed here: the error holds the commands to type.
+pub fn ensure(needs: &[Need]) -> Result<()> {
+    let missing = missing(needs);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for requirement in &missing {
+        eprintln!("missing: {} ({})", requirement.name, requirement.reason);
+    }
+    install_packages(&missing)?;
+    run_commands(&missing)?;
+    let missing = self::missing(needs);
+    if !missing.is_empty() {
+        let names: Vec<_> = missing.iter().map(|requirement| requirement.name).collect();
+        bail!(
+            "still missing after installing it: {}\nBy hand:\n{}",
+            names.join(", "),
+            by_hand(&missing)
+        );
+    }
+    Ok(())
+}
+
+fn missing(needs: &[Need]) -> Vec<&'static Requirement> {
+    REQUIREMENTS
+        .iter()
+        .filter(|requirement| needs.contains(&requirement.need) && !(requirement.is_there)())
+        .collect()
+}
+
+fn install_packages(missing: &[&Requirement]) -> Result<()> {
+    let packages = packages(missing);
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let Some(apt) = command::find("apt-get") else {
+        bail!(
+            "this machine has no apt-get to install them with. On Debian 12 one would type:\n{}",
+            by_hand(missing)
+        );
+    };
+    if !is_root() {
+        bail!("installing them needs root. Type:\n{}", by_hand(missing));
+    }
+    let apt = |arguments: &[&str]| {
+        let mut command = Command::new(&apt);
+        command
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(std::process::Stdio::null())
+            .args(arguments);
+        command::run(&mut command)
+    };
+    apt(&["update"])?;
+    // Without --no-remove apt would take out somebody's rustc, which rustc-web replaces.
+    let install = ["install", "--yes", "--no-remove", "--no-install-recommends"];
+    apt(&[&install[..], &packages[..]].concat())
+        .with_context(|| format!("cannot install. By hand:\n{}", by_hand(missing)))
+}
+
+fn run_commands(missing: &[&Requirement]) -> Result<()> {
+    for requirement in missing {
+        if let Remedy::Command(command, by_hand) = (requirement.remedy)() {
+            command::run(&mut *command?).with_context(|| {
+                format!(
+                    "cannot install {}. By hand:\n    {by_hand}",
+                    requirement.name
+                )
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn packages(missing: &[&Requirement]) -> Vec<&'static str> {
+    let remedies = missing.iter().map(|requirement| (requirement.remedy)());
+    remedies
+        .filter_map(|remedy| {
+            if let Remedy::Packages(names) = remedy {
+                Some(names)
+            } else {
+                None
+            }
+        })
+        .flatten()
+        .copied()
+        .collect()
+}
+
+fn by_hand(missing: &[&Requirement]) -> String {
+    let packages = packages(missing);
+    let apt = (!packages.is_empty()).then(|| {
+        format!(
+            "apt-get update && apt-get install --no-install-recommends {}",
+            packages.join(" ")
+        )
+    });
+    let commands = missing
+        .iter()
+        .filter_map(|requirement| match (requirement.remedy)() {
+            Remedy::Command(_, by_hand) => Some(by_hand),
+            Remedy::Packages(_) => None,
+        });
+    let lines: Vec<_> = apt
+        .into_iter()
+        .chain(commands)
+        .map(|command| format!("    {command}"))
+        .collect();
+    lines.join("\n")
+}
+
+/// A part of the Rust toolchain: from rustup where cargo comes from it, else from Debian.
+fn component(name: &str, packages: &'static [&'static str]) -> Remedy {
+    let Some(rustup) = command::find("rustup") else {
+        return Remedy::Packages(packages);
+    };
+    let mut add = Command::new(rustup);
+    add.args(["component", "add", name]);
+    Remedy::Command(Ok(Box::new(add)), format!("rustup component add {name}"))
+}
+
+fn llvm_is_there() -> bool {
+    let prefix = linker::llvm_prefix();
+    command::is_executable(&prefix.join("bin/llvm-config"))
+        && prefix.join("lib/libPolly.a").is_file()
+}
+
+/// From the file `release` of every JDK: starting a Java machine to ask takes half a second.
+fn java_version(compiler: &Path) -> Option<u32> {
+    let compiler = compiler.canonicalize().ok()?;
+    let release = std::fs::read_to_string(compiler.parent()?.parent()?.join("release")).ok()?;
+    parse_java_version(&release)
+}
+
+fn parse_java_version(release: &str) -> Option<u32> {
+    let version = release
+        .lines()
+        .find_map(|line| line.strip_prefix("JAVA_VERSION=\""))?;
+    version.split(['.', '"', '-']).next()?.parse().ok()
+}
+
+fn python_is_there() -> bool {
+    let python = command::find("python3").unwrap_or_else(|| PathBuf::from("python3"));
+    command::output(Command::new(python).args(["-c", "import ensurepip, venv"])).is_some()
+}
+
+fn is_root() -> bool {
+    crate::machine::effective_user() == Some(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Need, REQUIREMENTS, by_hand, parse_java_version};
+
+    #[test]
+    fn the_java_version_is_its_first_number() {
+        assert_eq!(
+            parse_java_version("IMPLEMENTOR=\"Debian\"\nJAVA_VERSION=\"17.0.15\"\n"),
+            Some(17)
+        );
+        assert_eq!(parse_java_version("JAVA_VERSION=\"1.8.0_402\"\n"), Some(1));
+        assert_eq!(parse_java_version("JAVA_VERSION=\"24-ea\"\n"), Some(24));
+        assert_eq!(parse_java_version(""), None);
+    }
+
+    #[test]
+    fn the_names_follow_the_versions_that_are_looked_for() {
+        let build: Vec<_> = REQUIREMENTS
+            .iter()
+            .filter(|requirement| requirement.need == Need::Build)
+            .collect();
+        let commands = by_hand(&build);
+        for word in [
+            format!("llvm-{}-dev", crate::linker::LLVM),
+            crate::linker::install_by_hand(),
+        ] {
+            assert!(commands.contains(&word), "{word} is not in:\n{commands}");
+        }
+    }
+}
