@@ -1,7 +1,9 @@
 //! Choice, first phase: which of a service's backends should be looked at, from packed numbers alone. No socket is
 //! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
 
-use crate::abi::{Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, Policy, SlotPolicy};
+use crate::abi::{
+    Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS, Policy, SlotPolicy,
+};
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
 use crate::hash::rendezvous_score;
 
@@ -16,6 +18,8 @@ const NONE: u64 = u64::MAX;
 /// What is asked: one SYN (or what looks like one) for a service.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
+    /// The service.
+    pub service: u16,
     /// The namespace it arrived in (cookie).
     pub netns: u64,
     /// The address it was sent to.
@@ -106,6 +110,46 @@ impl Member {
     }
 }
 
+/// Where a walk over a service's bitmap of slots stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor {
+    word: u64,
+    next: u32,
+}
+
+/// One step of a walk over a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// This slot is a member.
+    Member(u32),
+    /// A word was loaded.
+    Loaded,
+    /// There is no more.
+    End,
+}
+
+impl Cursor {
+    /// Most steps of a walk.
+    pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
+    const START: Self = Self { word: 0, next: 0 };
+
+    /// The next step; `load` reads a word of the bitmap.
+    #[inline(always)]
+    pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
+        if self.word != 0 {
+            let bit = self.word.trailing_zeros();
+            self.word &= self.word - 1;
+            return Step::Member(((self.next - 1) * 64 + bit) & (MAX_SLOTS as u32 - 1));
+        }
+        if self.next >= MEMBER_WORDS as u32 {
+            return Step::End;
+        }
+        self.word = load(self.next);
+        self.next += 1;
+        Step::Loaded
+    }
+}
+
 /// What the members that can't be chosen were like, to name the reason of a refusal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -137,6 +181,10 @@ pub struct Scan {
     /// The same, growing in this pass.
     sum: u64,
     best: u64,
+    /// `Counts::expected` of the best, as the choice saw it.
+    best_expected: u64,
+    /// Where the walk over the members stands.
+    pub cursor: Cursor,
     fit: u32,
     uid: u32,
     tried: [u16; MAX_LOOKS],
@@ -147,15 +195,17 @@ const NOT_TRIED: u16 = u16::MAX;
 impl Scan {
     /// A scan that has seen nobody.
     #[inline(always)]
-    pub const fn new(request: Request, enforce: bool) -> Self {
+    pub const fn new(request: Request) -> Self {
         Self {
             request,
-            enforce,
+            enforce: true,
             cookies: false,
             tally: Tally { members: 0, over: 0, closed: 0, over_with_cookies: 0, cookies: 0 },
             total: 0,
             sum: 0,
             best: NONE,
+            best_expected: 0,
+            cursor: Cursor::START,
             fit: 0,
             uid: 0,
             tried: [NOT_TRIED; MAX_LOOKS],
@@ -166,6 +216,7 @@ impl Scan {
     #[inline(always)]
     pub fn again(&mut self) {
         self.total = self.sum;
+        self.cursor = Cursor::START;
         self.start_over(0, 0);
     }
 
@@ -196,6 +247,12 @@ impl Scan {
     #[inline(always)]
     pub const fn best(&self) -> Option<u32> {
         if self.best == NONE { None } else { Some(self.best as u32 & (MAX_SLOTS as u32 - 1)) }
+    }
+
+    /// `Counts::expected` of [`Scan::best`] when it was chosen.
+    #[inline(always)]
+    pub const fn best_expected(&self) -> u64 {
+        self.best_expected
     }
 
     /// Whether a second pass is needed before [`Scan::best`] means something: round-robin needs the sum of the weights.
@@ -259,6 +316,7 @@ impl Scan {
         }
         if key < self.best {
             self.best = key;
+            self.best_expected = member.counts.expected;
         }
     }
 

@@ -31,8 +31,8 @@ pub struct Terms {
     pub enforce: bool,
     /// A full accept queue counts.
     pub mind_queue: bool,
-    /// Give way to another CPU that has just sent a SYN there.
-    pub yield_to_others: bool,
+    /// Give way to another CPU that has sent a SYN there since the choice: the word `Counts::expected` of the choice.
+    pub unless_changed: Option<u64>,
     /// The choice is already stable for SYN cookies.
     pub cookies: bool,
 }
@@ -89,14 +89,14 @@ struct Looks {
 const NO_LOOKS: Looks =
     Looks { used: 0, over: false, over_with_cookies: false, full: false, failed: false, momentary: None };
 
-/// Decides one look-up for a service.
+/// Decides one look-up for a service, with a new [`Scan`] that holds the request.
 #[inline(always)]
-pub fn decide<W: World>(world: &mut W, request: Request, circumstances: Circumstances) -> Decision {
-    if circumstances.exempt && !request.virtual_port {
+pub fn decide<W: World>(world: &mut W, scan: &mut Scan, circumstances: Circumstances) -> Decision {
+    if circumstances.exempt && !scan.request.virtual_port {
         return Decision::without_backend(Reason::Exempt);
     }
-    let mut scan = Scan::new(request, !circumstances.exempt);
-    first_pass(world, &mut scan);
+    scan.enforce = !circumstances.exempt;
+    first_pass(world, scan);
     if scan.tally.members == 0 {
         return Decision::without_backend(if circumstances.exempt { Reason::Exempt } else { Reason::NoBackend });
     }
@@ -108,7 +108,7 @@ pub fn decide<W: World>(world: &mut W, request: Request, circumstances: Circumst
         let terms = Terms {
             enforce: scan.enforce,
             mind_queue: !last_resort,
-            yield_to_others: yielding && round < YIELDING_ROUNDS,
+            unless_changed: (yielding && round < YIELDING_ROUNDS).then_some(scan.best_expected()),
             cookies: scan.cookies,
         };
         round += 1;
@@ -119,7 +119,7 @@ pub fn decide<W: World>(world: &mut W, request: Request, circumstances: Circumst
                 scan.enforce = false;
                 scan.forget_tried();
                 looks = NO_LOOKS;
-                first_pass(world, &mut scan);
+                first_pass(world, scan);
             } else if !last_resort && looks.momentary.is_some() {
                 last_resort = true;
             } else {
@@ -127,16 +127,16 @@ pub fn decide<W: World>(world: &mut W, request: Request, circumstances: Circumst
             }
             continue;
         };
-        match world.attempt(slot, &request, terms) {
+        match world.attempt(slot, &scan.request, terms) {
             Attempt::Assigned => {
-                let reason = reason_of_success(&request, circumstances, scan.enforce, last_resort);
+                let reason = reason_of_success(&scan.request, circumstances, scan.enforce, last_resort);
                 return Decision { reason, slot: Some(slot) };
             }
             Attempt::Foreign => return Decision::without_backend(Reason::ForeignSkLookup),
             Attempt::Raced => {}
             Attempt::Cookies => scan.cookies = true,
             attempt => {
-                looks.note(attempt, slot, &scan);
+                looks.note(attempt, slot, scan);
                 scan.mark_tried(looks.used, slot);
                 looks.used += 1;
                 yielding = false;
@@ -148,7 +148,7 @@ pub fn decide<W: World>(world: &mut W, request: Request, circumstances: Circumst
                 }
             }
         }
-        next_pass(world, &mut scan);
+        next_pass(world, scan);
     }
     Decision::without_backend(reason_of_failure(&scan.tally, &looks, circumstances))
 }

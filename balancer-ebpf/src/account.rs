@@ -1,0 +1,379 @@
+//! sock_ops: registers the listeners of services and counts their established connections.
+
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_ops};
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_loop, bpf_sk_storage_get, bpf_sock_map_update,
+};
+use aya_ebpf::programs::SockOpsContext;
+use balancer_common::abi::{
+    ANY_NETNS, Address, Backend, BackendState, Connection, Counts, EventKind, Life, ListenRule, MAX_MEMBERS,
+    MAX_SLOTS, MEMBER_WORDS, PortKey,
+};
+use core::ffi::c_void;
+
+use crate::kernel::{TcpSocket, current_tgid};
+use crate::maps::{BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS};
+use crate::steer::is_exempt;
+use crate::{atomic, events};
+
+// Operations and states: include/uapi/linux/bpf.h, include/net/tcp_states.h.
+const PASSIVE_ESTABLISHED: u32 = 5;
+const STATE_CHANGED: u32 = 10;
+const LISTENED: u32 = 11;
+const STATE_CB: u32 = 1 << 2;
+const ESTABLISHED: u32 = 1;
+const LISTEN: u32 = 10;
+const AF_INET: u32 = 2;
+/// `BPF_SK_STORAGE_GET_F_CREATE`.
+const CREATE: u64 = 1;
+/// Compare-and-swaps that may be lost to other CPUs before a listener is given up.
+const CLAIMS: u32 = 8;
+
+#[inline(always)]
+pub fn run(ctx: &SockOpsContext) {
+    match ctx.op() {
+        STATE_CHANGED => state_changed(ctx),
+        PASSIVE_ESTABLISHED => accepted(ctx),
+        LISTENED => listened(ctx),
+        _ => {}
+    }
+}
+
+/// A child of a listener of ours: ask for its state changes, next to what other programs ask for.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    if storage(ctx).is_some() {
+        watch_states(ctx);
+    }
+}
+
+#[inline(always)]
+fn watch_states(ctx: &SockOpsContext) {
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | STATE_CB) as i32);
+}
+
+#[inline(always)]
+fn state_changed(ctx: &SockOpsContext) {
+    let (old, new) = (ctx.arg(0), ctx.arg(1));
+    let Some(connection) = storage(ctx) else { return };
+    if old == LISTEN {
+        closed(connection);
+    } else if new == ESTABLISHED {
+        entered(ctx, connection);
+    } else if old == ESTABLISHED {
+        left(connection);
+    }
+}
+
+/// What a counted connection adds to the word of its slot.
+#[inline(always)]
+fn share(class: u16) -> u64 {
+    if class == Connection::EXEMPT { Counts::ONE_EXEMPT } else { 1 }
+}
+
+#[inline(always)]
+fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
+    let slot = u32::from(connection.slot);
+    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else { return };
+    if backend.life().generation() != connection.generation {
+        return;
+    }
+    let class = if is_exempt(backend.service, &remote(ctx)) { Connection::EXEMPT } else { Connection::COUNTED };
+    connection.class = class;
+    unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
+    // It is no longer expected. Counted first, so that it is never missing from both.
+    if unsafe { (*counts).expected } as u32 as i32 > 0 {
+        unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
+    }
+}
+
+#[inline(always)]
+fn left(connection: &mut Connection) {
+    let slot = u32::from(connection.slot);
+    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else { return };
+    if connection.class == Connection::UNCOUNTED || backend.life().generation() != connection.generation {
+        return;
+    }
+    unsafe { atomic::add(&raw mut (*counts).established, share(connection.class).wrapping_neg()) };
+    connection.class = Connection::UNCOUNTED;
+}
+
+#[inline(always)]
+fn closed(connection: &Connection) {
+    let slot = u32::from(connection.slot);
+    let Some(backend) = BACKENDS.get_ptr_mut(slot) else { return };
+    let life = unsafe { (*backend).life() };
+    if life.generation() != connection.generation
+        || !life.is(BackendState::Active)
+        || !unsafe { atomic::replace(&raw mut (*backend).life, life.0, life.with(BackendState::Closed).0) }
+    {
+        return;
+    }
+    let backend = unsafe { &*backend };
+    change_membership(backend.service, slot, false);
+    events::listener(EventKind::ListenerDown, slot, backend);
+}
+
+#[inline(always)]
+fn change_membership(service: u16, slot: u32, member: bool) {
+    let Some(members) = MEMBERS.get_ptr_mut(u32::from(service)) else { return };
+    let bit = 1u64 << (slot & 63);
+    let word = unsafe { &raw mut (*members).words[(slot / 64) as usize & (MEMBER_WORDS - 1)] };
+    if member {
+        unsafe { atomic::or(word, bit) };
+    } else {
+        unsafe { atomic::and(word, !bit) };
+    }
+}
+
+#[inline(always)]
+fn listened(ctx: &SockOpsContext) {
+    let netns = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    let address = local(ctx);
+    let port = ctx.local_port() as u16;
+    let Some(rule) = rule_of(netns, address, port) else { return };
+    if let Some(connection) = storage(ctx)
+        && listens_again(ctx, connection)
+    {
+        return;
+    }
+    let backend = backend_of(ctx, netns, address, port, &rule);
+    match claim(&backend) {
+        Some((slot, life)) => register(ctx, slot, life, backend),
+        None => events::listener(EventKind::NoSlot, u32::MAX, &backend),
+    }
+}
+
+/// The rule for a listener: the more specific one wins.
+#[inline(always)]
+fn rule_of(netns: u64, address: Address, port: u16) -> Option<ListenRule> {
+    let wildcard = address.is_any();
+    if !wildcard {
+        if let Some(rule) = rule_at(netns, address, port, wildcard) {
+            return Some(rule);
+        }
+        if let Some(rule) = rule_at(ANY_NETNS, address, port, wildcard) {
+            return Some(rule);
+        }
+    }
+    if let Some(rule) = rule_at(netns, Address::ANY, port, wildcard) {
+        return Some(rule);
+    }
+    rule_at(ANY_NETNS, Address::ANY, port, wildcard)
+}
+
+#[inline(always)]
+fn rule_at(netns: u64, address: Address, port: u16, wildcard: bool) -> Option<ListenRule> {
+    let rule = unsafe { LISTEN_RULES.get(PortKey::new(netns, address, port)) }?;
+    (wildcard || rule.flags & ListenRule::WILDCARD_ONLY == 0).then_some(*rule)
+}
+
+/// The same socket was shut down and listens again: its slot is still its own, with the connections that it has.
+#[inline(always)]
+fn listens_again(ctx: &SockOpsContext, connection: &Connection) -> bool {
+    let slot = u32::from(connection.slot);
+    let Some(backend) = BACKENDS.get_ptr_mut(slot) else { return false };
+    let life = unsafe { (*backend).life() };
+    if life.generation() != connection.generation || !life.is(BackendState::Closed) {
+        return false;
+    }
+    if !unsafe { atomic::replace(&raw mut (*backend).life, life.0, life.with(BackendState::Claimed).0) } {
+        return false;
+    }
+    publish(ctx, slot, life, backend);
+    true
+}
+
+#[inline(always)]
+fn backend_of(ctx: &SockOpsContext, netns: u64, address: Address, port: u16, rule: &ListenRule) -> Backend {
+    let mut backend = Backend {
+        netns,
+        address,
+        port,
+        service: rule.service,
+        weight: rule.weight,
+        pid: current_tgid(),
+        ..Backend::EMPTY
+    };
+    if rule.flags & ListenRule::CANDIDATE != 0 {
+        backend.flags |= Backend::CANDIDATE;
+    }
+    if ctx.family() != AF_INET {
+        backend.flags |= Backend::V6;
+    }
+    let socket: *mut bpf_sock = unsafe { socket(ctx) };
+    if !socket.is_null() {
+        backend.device = unsafe { (*socket).bound_dev_if };
+        if let Some(tcp) = TcpSocket::of(socket) {
+            backend.uid = tcp.uid();
+            if backend.flags & Backend::V6 != 0 && tcp.is_v6_only() {
+                backend.flags |= Backend::V6_ONLY;
+            }
+        }
+    }
+    backend
+}
+
+/// The free slot that suits a listener best.
+struct Search {
+    netns: u64,
+    address: Address,
+    port: u32,
+    service: u32,
+    slot: u32,
+    rank: u32,
+}
+
+/// Claims a free slot: best one that the same address had before (so that source-hash finds it again), else one that
+/// nobody ever had, else any.
+#[inline(always)]
+fn claim(backend: &Backend) -> Option<(u32, Life)> {
+    if is_crowded(backend.service) {
+        return None;
+    }
+    for _ in 0..CLAIMS {
+        let mut search = Search {
+            netns: backend.netns,
+            address: backend.address,
+            port: u32::from(backend.port),
+            service: u32::from(backend.service),
+            slot: 0,
+            rank: 0,
+        };
+        let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+        unsafe { bpf_loop(MAX_SLOTS as u32, visit as *mut c_void, (&raw mut search).cast(), 0) };
+        let (slot, rank) = unsafe { (core::ptr::read_volatile(&raw const search.slot), core::ptr::read_volatile(&raw const search.rank)) };
+        if rank == 0 {
+            return None;
+        }
+        let place = BACKENDS.get_ptr_mut(slot)?;
+        let life = unsafe { (*place).life() };
+        if life.is(BackendState::Free)
+            && unsafe { atomic::replace(&raw mut (*place).life, life.0, life.with(BackendState::Claimed).0) }
+        {
+            return Some((slot, life));
+        }
+    }
+    None
+}
+
+/// Whether a service has all the backends that it may have.
+#[inline(always)]
+fn is_crowded(service: u16) -> bool {
+    let Some(members) = MEMBERS.get(u32::from(service)) else { return true };
+    let mut count = 0;
+    for word in members.words {
+        count += word.count_ones();
+    }
+    count >= MAX_MEMBERS as u32
+}
+
+/// The callback of `bpf_loop` over all slots; 1 ends the loop.
+unsafe extern "C" fn search_free(slot: u32, search: *mut c_void) -> i64 {
+    let search = unsafe { &mut *search.cast::<Search>() };
+    let Some(backend) = BACKENDS.get(slot) else { return 1 };
+    if !backend.life().is(BackendState::Free) {
+        return 0;
+    }
+    let same = backend.port != 0
+        && backend.netns == search.netns
+        && backend.address == search.address
+        && u32::from(backend.port) == search.port
+        && u32::from(backend.service) == search.service;
+    let rank = if same { 3 } else if backend.port == 0 { 2 } else { 1 };
+    if rank > search.rank {
+        search.rank = rank;
+        search.slot = slot;
+    }
+    i64::from(same)
+}
+
+#[inline(always)]
+fn register(ctx: &SockOpsContext, slot: u32, life: Life, mut backend: Backend) {
+    let Some(place) = BACKENDS.get_ptr_mut(slot) else { return };
+    let mut value = Connection { slot: slot as u16, class: Connection::UNCOUNTED, generation: life.generation() };
+    let socket = unsafe { socket(ctx) };
+    let stored = if socket.is_null() {
+        core::ptr::null_mut()
+    } else {
+        unsafe { bpf_sk_storage_get((&raw const CONNECTION).cast_mut().cast(), socket.cast(), (&raw mut value).cast(), CREATE) }
+            .cast::<Connection>()
+    };
+    if stored.is_null() {
+        unsafe { atomic::store(&raw mut (*place).life, life.with(BackendState::Free).0) };
+        events::listener(EventKind::NoStorage, u32::MAX, &backend);
+        return;
+    }
+    // A socket whose old slot was given away has a storage already, with the old value.
+    unsafe { *stored = value };
+    backend.life = life.with(BackendState::Claimed).0;
+    unsafe { *place = backend };
+    if let Some(counts) = COUNTS.get_ptr_mut(slot) {
+        unsafe {
+            atomic::store(&raw mut (*counts).expected, 0);
+            atomic::store(&raw mut (*counts).full, 0);
+            atomic::store(&raw mut (*counts).cookies, 0);
+        }
+    }
+    publish(ctx, slot, life, place);
+}
+
+/// Makes a claimed slot one that SYNs may go to.
+#[inline(always)]
+fn publish(ctx: &SockOpsContext, slot: u32, life: Life, place: *mut Backend) {
+    let mut key = slot;
+    let error = unsafe {
+        bpf_sock_map_update(ctx.ops, (&raw const LISTENERS).cast_mut().cast(), (&raw mut key).cast(), 0)
+    };
+    unsafe {
+        if error == 0 {
+            (*place).flags &= !Backend::UNSTEERABLE;
+        } else {
+            (*place).flags |= Backend::UNSTEERABLE;
+        }
+        (*place).map_error = error.wrapping_neg() as u32;
+        atomic::store(&raw mut (*place).life, life.with(BackendState::Active).0);
+    }
+    watch_states(ctx);
+    let backend = unsafe { &*place };
+    change_membership(backend.service, slot, true);
+    events::listener(EventKind::ListenerUp, slot, backend);
+}
+
+#[inline(always)]
+unsafe fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    unsafe { (*ctx.ops).__bindgen_anon_2.sk }
+}
+
+/// The storage of the socket, inherited from its listener.
+#[inline(always)]
+fn storage<'a>(ctx: &SockOpsContext) -> Option<&'a mut Connection> {
+    let socket = unsafe { socket(ctx) };
+    if socket.is_null() {
+        return None;
+    }
+    let map = (&raw const CONNECTION).cast_mut().cast();
+    let value = unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0) };
+    unsafe { value.cast::<Connection>().as_mut() }
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> Address {
+    let ops: &bpf_sock_ops = unsafe { &*ctx.ops };
+    let address = if ops.family == AF_INET {
+        Address::from_v4_be(ops.local_ip4)
+    } else {
+        Address([ops.local_ip6[0], ops.local_ip6[1], ops.local_ip6[2], ops.local_ip6[3]])
+    };
+    if address.is_any() { Address::ANY } else { address }
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> Address {
+    let ops: &bpf_sock_ops = unsafe { &*ctx.ops };
+    if ops.family == AF_INET {
+        Address::from_v4_be(ops.remote_ip4)
+    } else {
+        Address([ops.remote_ip6[0], ops.remote_ip6[1], ops.remote_ip6[2], ops.remote_ip6[3]])
+    }
+}
