@@ -2,7 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod discover;
-#[allow(
+#[expect(
     unsafe_code,
     reason = "the one place for system calls that no safe crate offers"
 )]

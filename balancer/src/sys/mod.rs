@@ -2,4 +2,8 @@
 //!
 //! This is the only module of the host side that contains `unsafe`.
 
+pub mod bpf;
 pub mod clock;
+pub mod netns;
+pub mod pidfd;
+pub mod shared;

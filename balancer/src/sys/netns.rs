@@ -1,0 +1,195 @@
+//! Network namespaces: which one a file names, and running code inside one.
+
+use std::{
+    fs::File,
+    io,
+    mem::size_of,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::Path,
+    thread,
+};
+
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::{
+        socket::{AddressFamily, SockFlag, SockType, socket},
+        stat::fstat,
+    },
+};
+
+/// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), since Linux 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
+/// What tells one network namespace from another while both exist; the kernel may give it again once one is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Identity {
+    /// The device number of the file system that namespaces live in.
+    pub device: u64,
+    /// The inode of the namespace there.
+    pub inode: u64,
+}
+
+/// Opens the network namespace of the calling thread.
+///
+/// # Errors
+/// Where `/proc` isn't mounted, or no more files may be opened.
+pub fn current() -> io::Result<OwnedFd> {
+    open(Path::new("/proc/thread-self/ns/net"))
+}
+
+/// Opens a namespace by path: `/proc/PID/ns/net`, `/run/netns/NAME`.
+///
+/// # Errors
+/// Those of `open(2)`. That the file is a network namespace is seen only when it is used.
+pub fn open(path: &Path) -> io::Result<OwnedFd> {
+    File::open(path).map(OwnedFd::from)
+}
+
+/// Which namespace this file names.
+///
+/// # Errors
+/// Those of `fstat(2)`.
+pub fn identity(netns: impl AsFd) -> io::Result<Identity> {
+    let stat = fstat(netns)?;
+    Ok(Identity {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    })
+}
+
+/// The cookie of the calling thread's network namespace: a number that the kernel never gives twice until it reboots, and that
+/// BPF programs get from `bpf_get_netns_cookie`.
+///
+/// # Errors
+/// Where a socket can't be made, or the kernel is older than 5.14 (`ENOPROTOOPT`).
+pub fn cookie() -> io::Result<u64> {
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    socket_netns_cookie(socket.as_fd())
+}
+
+/// The cookie of another network namespace.
+///
+/// # Errors
+/// Those of [`inside`] and [`cookie`].
+pub fn cookie_of(netns: impl AsFd) -> io::Result<u64> {
+    inside(netns, cookie)?
+}
+
+/// Runs `work` in a network namespace, on a thread of its own that ends with it, so that no other code is ever seen there.
+///
+/// A panic in `work` goes on in the caller.
+///
+/// # Errors
+/// Where the file names no network namespace (`EINVAL`), `CAP_SYS_ADMIN` is missing (`EPERM`), or no thread can be started.
+pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io::Result<R> {
+    let netns = netns.as_fd();
+    thread::scope(|scope| {
+        let worker = thread::Builder::new()
+            .name("netns".to_owned())
+            .spawn_scoped(scope, move || {
+                setns(netns, CloneFlags::CLONE_NEWNET)?;
+                Ok(work())
+            })?;
+        worker
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+fn socket_netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).expect("8 fits");
+    // SAFETY: the kernel writes at most `length` bytes, the size of `cookie`, to the first pointer and a socklen_t to the second;
+    // both live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use nix::sched::unshare;
+
+    /// A network namespace that lives as long as this file is open.
+    pub(crate) fn fresh() -> OwnedFd {
+        thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("root may make a network namespace");
+            current().expect("it can be opened")
+        })
+        .join()
+        .expect("no panic")
+    }
+
+    #[test]
+    fn inside_runs_there_and_leaves_the_caller_here() {
+        let (netns, here) = (fresh(), current().expect("open"));
+        let seen = inside(&netns, || identity(current().expect("open")))
+            .expect("inside")
+            .expect("identity");
+        assert_eq!(seen, identity(&netns).expect("identity"));
+        assert_ne!(seen, identity(&here).expect("identity"));
+        assert_eq!(
+            identity(current().expect("open")).expect("identity"),
+            identity(&here).expect("identity")
+        );
+    }
+
+    #[test]
+    fn cookies_tell_namespaces_apart() {
+        let (first, second) = (fresh(), fresh());
+        let cookies =
+            [cookie(), cookie_of(&first), cookie_of(&second)].map(|cookie| cookie.expect("cookie"));
+        assert!(
+            cookies[0] != cookies[1] && cookies[1] != cookies[2] && cookies[0] != cookies[2],
+            "{cookies:?}"
+        );
+        assert_eq!(cookie_of(&first).expect("again"), cookies[1]);
+        assert!(cookies.iter().all(|cookie| *cookie != 0));
+    }
+
+    #[test]
+    fn a_file_that_is_no_namespace_is_an_error() {
+        let other = open(Path::new("/proc/self/ns/mnt")).expect("open");
+        assert_eq!(
+            inside(&other, || ())
+                .expect_err("not a netns")
+                .raw_os_error(),
+            Some(libc::EINVAL)
+        );
+        let file = open(Path::new("/dev/null")).expect("open");
+        assert!(inside(&file, || ()).is_err());
+        assert_eq!(
+            open(Path::new("/run/no-such-namespace"))
+                .expect_err("absent")
+                .kind(),
+            io::ErrorKind::NotFound
+        );
+    }
+
+    #[test]
+    fn a_panic_inside_reaches_the_caller() {
+        let netns = fresh();
+        let caught = std::panic::catch_unwind(|| inside(&netns, || panic!("from inside")));
+        assert_eq!(
+            caught.expect_err("it panicked").downcast_ref::<&str>(),
+            Some(&"from inside")
+        );
+    }
+}
