@@ -1,7 +1,9 @@
 //! The user half of the balancer: the daemon, the command line, and what both are made of.
 #![deny(unsafe_code)]
 
+pub mod config;
 pub mod discover;
+pub mod quota;
 #[expect(
     unsafe_code,
     reason = "the one place for system calls that no safe crate offers"

@@ -1,0 +1,176 @@
+//! The configuration file: read, parse, validate, and say what is wrong and where.
+//!
+//! A [`Config`] that exists is valid: whoever holds one need not check it again.
+
+mod error;
+mod read;
+mod yaml;
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    fs::File,
+    io::{ErrorKind, Read},
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use balancer_common::{Policy, abi};
+use ipnet::IpNet;
+
+pub use self::error::ConfigError;
+
+/// The most bytes a configuration file may have.
+pub const MAX_FILE_BYTES: u64 = 1 << 20;
+/// The most services in one file.
+pub const MAX_SERVICES: usize = abi::MAX_SERVICES;
+/// The most backends that one service may list.
+pub const MAX_SERVICE_BACKENDS: usize = abi::MAX_MEMBERS;
+/// The most backends that one file may list.
+pub const MAX_BACKENDS: usize = abi::MAX_SLOTS;
+/// The most exempt networks of one service.
+pub const MAX_EXEMPT: usize = 1024;
+/// The longest name of a service, in bytes.
+pub const MAX_NAME_BYTES: usize = abi::MAX_NAME;
+/// The largest weight of a backend.
+pub const MAX_WEIGHT: u32 = 1000;
+/// The largest quota, number of clients and `min_quota`: more connections than any machine holds.
+pub const MAX_CONNECTIONS: u32 = 100_000_000;
+/// The most connections that one client may be said to open.
+pub const MAX_CONNECTIONS_PER_CLIENT: u32 = 10_000;
+/// The largest headroom, in percent.
+pub const MAX_HEADROOM_PERCENT: u32 = 1000;
+/// `min_quota` where the file gives none.
+pub const DEFAULT_MIN_QUOTA: u32 = 16;
+/// `fail_open_after` where the file gives none.
+pub const DEFAULT_FAIL_OPEN_AFTER: Duration = Duration::from_secs(30);
+
+/// What the balancer is asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The services, in the order of the file; between 1 and [`MAX_SERVICES`].
+    pub services: Vec<Service>,
+    /// How long after the daemon last lived the kernel stops refusing; between a second and an hour.
+    pub fail_open_after: Duration,
+    /// Which network namespaces are guarded.
+    pub namespaces: Namespaces,
+}
+
+/// Which network namespaces are guarded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Namespaces {
+    /// The one that the daemon was started in.
+    Own,
+    /// Every one on the machine, also those that come later.
+    All,
+    /// Those that these files name (`/run/netns/NAME`, `/proc/PID/ns/net`); absolute, no path twice.
+    Paths(Vec<PathBuf>),
+}
+
+/// A TCP port that clients connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Unique; 1 to [`MAX_NAME_BYTES`] of `a-z`, `0-9` and `-`.
+    pub name: String,
+    /// What clients connect to; not 0.
+    pub port: u16,
+    /// Only connections to this address; `None`: to any. An exact address wins over any. Never an IPv4-mapped IPv6 address.
+    pub address: Option<IpAddr>,
+    /// How a backend is chosen.
+    pub policy: Policy,
+    /// The listeners behind a virtual port; `None`: every listener on the port itself. Never empty.
+    pub backends: Option<Vec<Backend>>,
+    /// How many connections a backend may hold.
+    pub quota: QuotaRule,
+    /// Sources that are never refused and never counted against the quota. Networks, without host bits, none twice.
+    pub exempt: Vec<IpNet>,
+}
+
+/// A listener behind a virtual port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Where it listens. Of one service only; never an IPv4-mapped IPv6 address.
+    pub address: SocketAddr,
+    /// Its share relative to the others, 1 to [`MAX_WEIGHT`]; 1 where the file gives none.
+    pub weight: u32,
+}
+
+/// How the quotas of a service's backends come about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum QuotaRule {
+    /// None: steering only.
+    Unlimited,
+    /// This many connections each, weight or not; not 0.
+    Fixed(u32),
+    /// Computed from the number of clients and of ready backends, see [`crate::quota::compute`].
+    Computed {
+        /// How many clients there are; `None`: not known. Not 0.
+        clients: Option<u32>,
+        /// How many connections each of them keeps; 1 where the file gives none.
+        connections_per_client: u32,
+        /// What to add for clients that reconnect or come on top, in percent; 0 where the file gives none.
+        headroom_percent: u32,
+        /// No backend's quota goes below this; [`DEFAULT_MIN_QUOTA`] where the file gives none.
+        min_quota: u32,
+    },
+}
+
+impl Config {
+    /// Reads and validates the file at `path`.
+    ///
+    /// # Errors
+    /// When the file can't be read, is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever [`Config::parse`] fails. The message names the
+    /// file and, where there is one, the line.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let parse = || Self::parse(&text_of(path)?);
+        parse().map_err(|error| error.in_file(path))
+    }
+
+    /// Parses and validates the text of a configuration file.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it, with its line.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        read::config(text)
+    }
+}
+
+fn text_of(path: &Path) -> Result<String, ConfigError> {
+    let mut bytes = Vec::new();
+    File::open(path)
+        // One byte more than allowed, so that a file without an end (a device, a pipe) is told apart without reading on.
+        .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
+        .map_err(|error| match error.kind() {
+            ErrorKind::NotFound => ConfigError::new(
+                "no such file",
+                "give the path of a configuration file with --config",
+            ),
+            ErrorKind::IsADirectory => ConfigError::new(
+                "this is a directory, not a file",
+                "give the path of a file in it with --config",
+            ),
+            ErrorKind::PermissionDenied => ConfigError::new(
+                "not allowed to read it",
+                "run as root, or make the file readable",
+            ),
+            _ => ConfigError::new(
+                format!("can't be read: {error}"),
+                "check the path given with --config",
+            ),
+        })?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(ConfigError::new(
+            format!(
+                "larger than {MAX_FILE_BYTES} bytes (1 MiB), the most a configuration may have"
+            ),
+            "check that this is the right file",
+        ));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = valid.split(|byte| *byte == b'\n').count();
+        error::at_line(line, "this is not UTF-8 text", "save the file as UTF-8")
+    })
+}
