@@ -60,7 +60,7 @@ enum Verb {
 
 #[derive(Subcommand)]
 enum EndToEnd {
-    /// Three clustered Apache `SkyWalking` OAPs with Java and Python agents and an Envoy. Fetches them first.
+    /// Three clustered Apache SkyWalking OAPs with Java and Python agents and an Envoy. Fetches them first.
     Oap,
 }
 
