@@ -1,4 +1,4 @@
-//! bpf(2) commands that aya has no public function for.
+//! `bpf(2)` commands that aya has no public function for.
 
 use std::{
     ffi::{CStr, CString, c_char},
@@ -262,6 +262,41 @@ pub fn btf_load(bytes: &[u8]) -> io::Result<OwnedFd> {
     attr.__bindgen_anon_7.btf = address(bytes.as_ptr());
     attr.__bindgen_anon_7.btf_size = u32::try_from(bytes.len()).map_err(io::Error::other)?;
     bpf(bpf_cmd::BPF_BTF_LOAD, &mut attr).and_then(owned)
+}
+
+/// Type id of a 32-bit integer in [`plain_types`].
+pub const PLAIN_U32: u32 = 1;
+/// Type id of a 64-bit integer in [`plain_types`].
+pub const PLAIN_U64: u32 = 2;
+/// Type id of a static function in [`plain_types`].
+pub const PLAIN_FUNCTION: u32 = 4;
+
+/// Loads the type information that a small map or program needs which no compiler made.
+///
+/// # Errors
+/// As [`btf_load`].
+pub fn plain_types() -> io::Result<OwnedFd> {
+    // include/uapi/linux/btf.h: kinds, and the names' places in the string section.
+    const INT: u32 = 1 << 24;
+    const FUNC: u32 = 12 << 24;
+    const FUNC_PROTO: u32 = 13 << 24;
+    const STRINGS: &[u8] = b"\0u32\0u64\0function\0";
+    let types: [u32; 14] = [
+        1, INT, 4, 32, // 1: u32
+        5, INT, 8, 64, // 2: u64
+        0, FUNC_PROTO, PLAIN_U32, // 3: a function that returns a u32
+        9, FUNC, 3, // 4: static, of that type
+    ];
+    let types: Vec<u8> = types.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let mut bytes = Vec::new();
+    bytes.extend(0xeb9f_u16.to_ne_bytes());
+    bytes.extend([1, 0]);
+    for word in [24, 0, length(&types), length(&types), length(STRINGS)] {
+        bytes.extend(word.to_ne_bytes());
+    }
+    bytes.extend(types);
+    bytes.extend(STRINGS);
+    btf_load(&bytes)
 }
 
 /// One instruction of the BPF machine (`struct bpf_insn`).

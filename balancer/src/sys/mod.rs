@@ -7,3 +7,4 @@ pub mod clock;
 pub mod netns;
 pub mod pidfd;
 pub mod shared;
+pub mod sock_diag;
