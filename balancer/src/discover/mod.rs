@@ -1,7 +1,13 @@
-//! What is there: the kernel's structure layouts, network namespaces, mounts, listening sockets.
-//!
-//! Everything here only reads.
+//! What is there: the kernel's structure layouts, mounts, network namespaces, listening sockets and who has them.
 
 mod kernel;
+mod listeners;
+mod mounts;
+mod namespaces;
+mod processes;
 
 pub use kernel::{KernelOffsets, kernel_offsets};
+pub use listeners::{Listener, listeners};
+pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs};
+pub use namespaces::{Namespace, namespaces};
+pub use processes::{Owner, owners};

@@ -535,7 +535,7 @@ mod tests {
     fn a_link_is_made_listed_updated_and_ends_with_its_descriptor() {
         let netns = netns::tests::fresh();
         let attached = || prog_query(&netns, BPF_SK_LOOKUP).expect("query").programs;
-        assert_eq!(attached(), []);
+        assert!(attached().is_empty());
         let (first, second) = (pass("first"), pass("second"));
         let ids = [&first, &second].map(|program| prog_info(program).expect("info").id);
         let link = link_create(&first, &netns, BPF_SK_LOOKUP).expect("attach");
@@ -543,7 +543,7 @@ mod tests {
         link_update(&link, &second).expect("update");
         assert_eq!(attached(), [ids[1]]);
         drop(link);
-        assert_eq!(attached(), []);
+        assert!(attached().is_empty());
     }
 
     #[test]

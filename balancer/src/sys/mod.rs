@@ -8,3 +8,4 @@ pub mod netns;
 pub mod pidfd;
 pub mod shared;
 pub mod sock_diag;
+pub mod socket;

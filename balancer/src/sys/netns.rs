@@ -3,8 +3,7 @@
 use std::{
     fs::File,
     io,
-    mem::size_of,
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::Path,
     thread,
 };
@@ -12,10 +11,12 @@ use std::{
 use nix::{
     sched::{CloneFlags, setns},
     sys::{
-        socket::{AddressFamily, SockFlag, SockType, socket},
+        socket::{AddressFamily, SockFlag, SockType},
         stat::fstat,
     },
 };
+
+use super::socket;
 
 /// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), since Linux 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -63,13 +64,13 @@ pub fn identity(netns: impl AsFd) -> io::Result<Identity> {
 /// # Errors
 /// Where a socket can't be made, or the kernel is older than 5.14 (`ENOPROTOOPT`).
 pub fn cookie() -> io::Result<u64> {
-    let socket = socket(
+    let socket = nix::sys::socket::socket(
         AddressFamily::Unix,
         SockType::Datagram,
         SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    socket_netns_cookie(socket.as_fd())
+    socket::option(&socket, SO_NETNS_COOKIE)
 }
 
 /// The cookie of another network namespace.
@@ -99,27 +100,6 @@ pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io:
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
-}
-
-fn socket_netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut cookie = 0_u64;
-    let mut length = libc::socklen_t::try_from(size_of::<u64>()).expect("8 fits");
-    // SAFETY: the kernel writes at most `length` bytes, the size of `cookie`, to the first pointer and a socklen_t to the second;
-    // both live until the call returns.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 {
-        Ok(cookie)
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }
 
 #[cfg(test)]

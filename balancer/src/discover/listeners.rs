@@ -1,0 +1,157 @@
+//! Listening TCP sockets of a network namespace.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use super::processes::{Owner, owners};
+use crate::sys::{
+    netns,
+    sock_diag::{Family, Query, Socket, State, States, tcp_sockets},
+    socket,
+};
+
+/// A listening socket and who has it.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// What the kernel says of it.
+    pub socket: Socket,
+    /// Every descriptor of it that we may see.
+    pub owners: Vec<Owner>,
+}
+
+impl Listener {
+    /// Takes a descriptor of this very socket from one of its owners.
+    ///
+    /// # Errors
+    /// `NotFound` where no owner is known or none has it any more; else what the last attempt said, as a rule `EPERM` without
+    /// `CAP_SYS_PTRACE`.
+    pub fn file(&self) -> io::Result<OwnedFd> {
+        let mut last = io::Error::from(io::ErrorKind::NotFound);
+        for owner in &self.owners {
+            match owner.file() {
+                Ok(file)
+                    if socket::cookie(&file).is_ok_and(|cookie| cookie == self.socket.cookie) =>
+                {
+                    return Ok(file);
+                }
+                Ok(_) => {}
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+}
+
+/// Lists the listening TCP sockets of a network namespace, IPv4 and IPv6, with their owners wherever these live.
+///
+/// # Errors
+/// Where the namespace can't be entered, or the socket table or `/proc` can't be read.
+pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
+    let sockets = netns::inside(netns, listening)??;
+    let mut owners = owners(sockets.iter().map(|socket| socket.inode))?;
+    let with_owners = |socket: Socket| Listener {
+        owners: owners.remove(&socket.inode).unwrap_or_default(),
+        socket,
+    };
+    Ok(sockets.into_iter().map(with_owners).collect())
+}
+
+fn listening() -> io::Result<Vec<Socket>> {
+    let query = |family| Query {
+        protocol: true,
+        ..Query::new(family, States::of(&[State::Listen]))
+    };
+    let mut sockets = tcp_sockets(&query(Family::V4))?;
+    sockets.extend(tcp_sockets(&query(Family::V6))?);
+    Ok(sockets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::sock_diag::tests::mptcp_listener;
+    use std::{
+        net::{Ipv4Addr, Ipv6Addr, TcpListener},
+        os::fd::AsRawFd as _,
+    };
+
+    #[test]
+    fn listeners_of_a_namespace_are_found_from_outside_with_their_owners() {
+        let netns = netns::tests::fresh();
+        let (v4, v6) = netns::inside(&netns, || {
+            let bind =
+                |address: std::net::IpAddr| TcpListener::bind((address, 11800)).expect("bind");
+            (
+                bind(Ipv4Addr::UNSPECIFIED.into()),
+                TcpListener::bind((Ipv6Addr::UNSPECIFIED, 11802)).expect("bind"),
+            )
+        })
+        .expect("inside");
+        let found = listeners(&netns).expect("listeners");
+        assert_eq!(found.len(), 2, "{found:?}");
+        for (listener, found) in [&v4, &v6].into_iter().zip(&found) {
+            assert_eq!(found.socket.local, listener.local_addr().expect("address"));
+            assert_eq!(
+                found.socket.cookie,
+                socket::cookie(listener).expect("cookie")
+            );
+            assert_eq!(
+                found.owners,
+                [Owner {
+                    pid: std::process::id(),
+                    fd: listener.as_raw_fd()
+                }]
+            );
+            assert_eq!(
+                socket::cookie(found.file().expect("taken")).expect("cookie"),
+                found.socket.cookie
+            );
+        }
+    }
+
+    #[test]
+    fn an_mptcp_listener_has_its_owner_too() {
+        let netns = netns::tests::fresh();
+        let listener = netns::inside(&netns, mptcp_listener).expect("inside");
+        let found = listeners(&netns).expect("listeners");
+        let [found] = &found[..] else {
+            panic!("one listener, not {found:?}")
+        };
+        assert!(found.socket.mptcp);
+        assert_eq!(
+            found.owners,
+            [Owner {
+                pid: std::process::id(),
+                fd: listener.as_raw_fd()
+            }]
+        );
+    }
+
+    #[test]
+    fn another_socket_under_the_same_number_is_not_taken() {
+        let netns = netns::tests::fresh();
+        let (_first, second) = netns::inside(&netns, || {
+            [1, 2]
+                .map(|port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("bind"))
+                .into()
+        })
+        .expect("inside");
+        let mut found = listeners(&netns).expect("listeners");
+        found.retain(|listener| listener.socket.local.port() == 1);
+        found[0].owners = vec![Owner {
+            pid: std::process::id(),
+            fd: second.as_raw_fd(),
+        }];
+        assert_eq!(
+            found[0].file().expect_err("another socket").kind(),
+            io::ErrorKind::NotFound
+        );
+        found[0].owners.clear();
+        assert_eq!(
+            found[0].file().expect_err("nobody").kind(),
+            io::ErrorKind::NotFound
+        );
+    }
+}

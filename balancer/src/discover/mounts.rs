@@ -1,0 +1,218 @@
+//! Where cgroup2 and bpffs are mounted.
+
+use std::{
+    ffi::OsString,
+    fs,
+    os::unix::ffi::OsStringExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, anyhow};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+const MOUNTINFO: &str = "/proc/self/mountinfo";
+/// Where every distribution mounts bpffs.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// One line of `/proc/self/mountinfo`, as far as it matters here.
+#[derive(Debug, PartialEq, Eq)]
+struct Mount {
+    /// Which directory of the file system is mounted.
+    root: PathBuf,
+    /// Where.
+    point: PathBuf,
+    kind: String,
+}
+
+/// The root of the cgroup2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid machine.
+///
+/// # Errors
+/// Where none is mounted in this mount namespace.
+pub fn cgroup2_mount() -> Result<PathBuf> {
+    let text = fs::read(MOUNTINFO)
+        .with_context(|| format!("cannot read {MOUNTINFO}: is /proc mounted?"))?;
+    cgroup2(mounts(&text)).ok_or_else(|| {
+        anyhow!(
+            "no cgroup2 file system is mounted here: mount one (mount -t cgroup2 none /sys/fs/cgroup), or, in a container, make \
+             the host's visible"
+        )
+    })
+}
+
+/// Whether a path, or what exists of it, lies on a BPF file system.
+///
+/// # Errors
+/// Where the path can't be looked at.
+pub fn is_bpffs(path: &Path) -> Result<bool> {
+    let existing = path
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .with_context(|| format!("nothing exists of {}", path.display()))?;
+    let found = statfs(existing)
+        .with_context(|| format!("cannot tell the file system of {}", existing.display()))?;
+    Ok(found.filesystem_type() == BPF_FS_MAGIC)
+}
+
+/// Makes sure that a state directory can be made on a BPF file system: mounts one at `/sys/fs/bpf` where the directory is to be below
+/// it and there is none. Returns whether it did.
+///
+/// # Errors
+/// Where the directory is elsewhere and not on bpffs, or mounting fails.
+pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
+    if is_bpffs(state_dir)? {
+        return Ok(false);
+    }
+    if !state_dir.starts_with(BPFFS) {
+        return Err(anyhow!(
+            "{} is not on a BPF file system: choose a directory below {BPFFS}, or mount one there (mount -t bpf bpf DIRECTORY)",
+            state_dir.display()
+        ));
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
+        .with_context(|| format!("cannot mount the BPF file system at {BPFFS}: are CAP_SYS_ADMIN and a writable /sys there?"))?;
+    Ok(true)
+}
+
+/// The whole hierarchy rather than a part of it, and the latest mount, which covers earlier ones.
+fn cgroup2(mut mounts: Vec<Mount>) -> Option<PathBuf> {
+    mounts.retain(|mount| mount.kind == "cgroup2");
+    let whole = mounts
+        .iter()
+        .rposition(|mount| mount.root == Path::new("/"));
+    let chosen = whole.or_else(|| mounts.len().checked_sub(1))?;
+    Some(mounts.swap_remove(chosen).point)
+}
+
+fn mounts(mountinfo: &[u8]) -> Vec<Mount> {
+    mountinfo
+        .split(|byte| *byte == b'\n')
+        .filter_map(mount_of)
+        .collect()
+}
+
+/// `36 35 98:0 /root /point rw,noatime shared:1 - ext4 /dev/root rw` (proc(5)): the optional fields end with a dash.
+fn mount_of(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let root = unescape(fields.nth(3)?);
+    let point = unescape(fields.next()?);
+    let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
+    Some(Mount {
+        root,
+        point,
+        kind: String::from_utf8_lossy(kind).into_owned(),
+    })
+}
+
+/// Blanks and backslashes of a path are written as three octal digits.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, after)) = rest.split_first() {
+        match after.first_chunk().copied().and_then(octal) {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = &after[3..];
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    OsString::from_vec(bytes).into()
+}
+
+fn octal(digits: [u8; 3]) -> Option<u8> {
+    u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 8).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{
+        mount::{MntFlags, umount2},
+        sched::{CloneFlags, unshare},
+    };
+    use proptest::prelude::*;
+
+    const HYBRID: &str = "\
+        31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n\
+        40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime shared:9 master:2 - cgroup cgroup rw,name=systemd\n\
+        41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+
+    fn chosen(text: &str) -> Option<PathBuf> {
+        cgroup2(mounts(text.as_bytes()))
+    }
+
+    #[test]
+    fn hybrid_and_unified_machines_are_understood() {
+        assert_eq!(chosen(HYBRID), Some("/sys/fs/cgroup/unified".into()));
+        let unified =
+            "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(chosen(unified), Some("/sys/fs/cgroup".into()));
+        let part = "50 1 0:26 /kubepods /host rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            chosen(&format!("{unified}{part}")),
+            Some("/sys/fs/cgroup".into())
+        );
+        assert_eq!(chosen(part), Some("/host".into()));
+        assert_eq!(
+            chosen("22 27 0:21 / /proc rw,relatime - proc proc rw\n"),
+            None
+        );
+    }
+
+    #[test]
+    fn blanks_in_a_path_are_read() {
+        let text = "1 2 0:1 / /mnt/a\\040b\\134c\\9 rw - cgroup2 none rw";
+        assert_eq!(chosen(text), Some("/mnt/a b\\c\\9".into()));
+    }
+
+    #[test]
+    fn this_machine_has_a_hierarchy() {
+        let found = cgroup2_mount().expect("cgroup2 is mounted");
+        assert!(
+            found.join("cgroup.controllers").exists(),
+            "{}",
+            found.display()
+        );
+    }
+
+    #[test]
+    fn a_path_outside_bpffs_is_told_and_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let below = directory.path().join("not/there/yet");
+        assert!(!is_bpffs(&below).expect("it can be looked at"));
+        let error = ensure_bpffs(&below).expect_err("not on bpffs").to_string();
+        assert!(error.contains("below /sys/fs/bpf"), "{error}");
+    }
+
+    /// In a mount namespace of its own, so that nothing stays mounted.
+    #[test]
+    fn bpffs_is_mounted_where_it_is_missing() {
+        let work = || {
+            unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).expect("private mounts");
+            let state = Path::new("/sys/fs/bpf/no-such-balancer/state");
+            while is_bpffs(state).expect("it can be looked at") {
+                umount2(BPFFS, MntFlags::MNT_DETACH).expect("unmounted");
+            }
+            assert!(ensure_bpffs(state).expect("mounted"));
+            assert!(is_bpffs(state).expect("it can be looked at"));
+            assert!(!ensure_bpffs(state).expect("nothing to do"));
+        };
+        std::thread::spawn(work).join().expect("no panic");
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let _ = mounts(&bytes);
+        }
+    }
+}

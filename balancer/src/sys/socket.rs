@@ -1,0 +1,61 @@
+//! Socket options that no safe crate knows.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd as _},
+};
+
+/// `SO_COOKIE` (include/uapi/asm-generic/socket.h).
+const SO_COOKIE: libc::c_int = 57;
+
+/// The number that the kernel gives to no other socket until it reboots: `bpf_get_socket_cookie`, and the cookie in `sock_diag`.
+///
+/// # Errors
+/// `ENOTSOCK` where the file is no socket.
+pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
+    option(socket, SO_COOKIE)
+}
+
+/// A socket option of `SOL_SOCKET` whose value is 64 bits wide.
+pub(super) fn option(socket: impl AsFd, option: libc::c_int) -> io::Result<u64> {
+    let mut value = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `value`, to the first pointer and a socklen_t to the second;
+    // both live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(value)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::UdpSocket;
+
+    #[test]
+    fn a_socket_keeps_its_cookie_and_no_other_has_it() {
+        let [first, second] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").expect("bind"));
+        let seen = cookie(&first).expect("cookie");
+        assert_eq!(
+            cookie(first.try_clone().expect("clone")).expect("cookie"),
+            seen
+        );
+        assert_ne!(cookie(&second).expect("cookie"), seen);
+        let file = std::fs::File::open("/dev/null").expect("open");
+        assert_eq!(
+            cookie(file).expect_err("no socket").raw_os_error(),
+            Some(libc::ENOTSOCK)
+        );
+    }
+}
