@@ -2,7 +2,7 @@
 
 use crate::abi::Cookies;
 use crate::admission::{Judgement, QUEUE_GRACE};
-use crate::choice::{MAX_LOOKS, Request, Scan, Tally};
+use crate::choice::{MAX_LOOKS, Request, Scan};
 use crate::Reason;
 
 /// How one attempt at a backend ended.
@@ -24,25 +24,12 @@ pub enum Attempt {
     Foreign,
 }
 
-/// How much an attempt is to insist on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terms {
-    /// The quota counts.
-    pub enforce: bool,
-    /// A full accept queue counts.
-    pub mind_queue: bool,
-    /// Give way to another CPU that has sent a SYN there since the choice: the word `Counts::expected` of the choice.
-    pub unless_changed: Option<u64>,
-    /// The choice is already stable for SYN cookies.
-    pub cookies: bool,
-}
-
 /// The maps and the sockets, or a picture of them.
 pub trait World {
     /// Feeds every member of the service to the scan, in ascending order of slots.
     fn scan(&mut self, scan: &mut Scan);
     /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it.
-    fn attempt(&mut self, slot: u32, request: &Request, terms: Terms) -> Attempt;
+    fn attempt(&mut self, slot: u32, deliberation: &Deliberation) -> Attempt;
 }
 
 /// What is known before anything is scanned.
@@ -63,174 +50,232 @@ pub struct Decision {
     pub slot: Option<u32>,
 }
 
-impl Decision {
-    const fn without_backend(reason: Reason) -> Self {
-        Self { reason, slot: None }
-    }
-}
-
-/// Attempts in all: looks, and choices made anew because of other CPUs or cookies.
-const MAX_ROUNDS: usize = MAX_LOOKS + 4;
+/// Rounds in all: looks, one more pass for round-robin and one for cookies, before and after a stale daemon is found to
+/// matter, and choices made anew because of other CPUs.
+pub const MAX_ROUNDS: u32 = MAX_LOOKS as u32 + 10;
 /// After so many rounds another CPU's SYN is no reason to choose anew.
-const YIELDING_ROUNDS: usize = 4;
+const YIELDING_ROUNDS: u32 = 6;
 
-/// What the looks at sockets found.
-#[derive(Clone, Copy)]
-struct Looks {
-    used: usize,
+/// The state of one decision. The kernel keeps it in a map: on the stack the verifier would follow every value in it.
+#[derive(Clone, Copy, Debug)]
+pub struct Deliberation {
+    /// The choice.
+    pub scan: Scan,
+    circumstances: Circumstances,
+    /// Give way to another CPU that has sent a SYN to the chosen backend since the choice.
+    pub yielding: bool,
+    /// The backend at hand is taken although its accept queue is full.
+    pub last_resort: bool,
+    /// What the first passes are for is known: whether cookies are in use, and the sum of the weights.
+    cookies_known: bool,
+    total_known: bool,
+    looks: u32,
+    rounds: u32,
     over: bool,
     over_with_cookies: bool,
     full: bool,
     failed: bool,
-    /// A backend with room whose queue has been full only for a moment, or none.
-    momentary: Option<u32>,
+    /// A backend with room whose queue has been full only for a moment, or [`NOBODY`].
+    momentary: u32,
 }
 
-const NO_LOOKS: Looks =
-    Looks { used: 0, over: false, over_with_cookies: false, full: false, failed: false, momentary: None };
+const NOBODY: u32 = u32::MAX;
 
-/// Decides one look-up for a service, with a new [`Scan`] that holds the request.
-#[inline(always)]
-pub fn decide<W: World>(world: &mut W, scan: &mut Scan, circumstances: Circumstances) -> Decision {
-    if circumstances.exempt && !scan.request.virtual_port {
-        return Decision::without_backend(Reason::Exempt);
+impl Deliberation {
+    /// Nothing is decided.
+    #[inline(always)]
+    pub const fn new(request: Request, circumstances: Circumstances) -> Self {
+        let mut scan = Scan::new(request);
+        scan.enforce = !circumstances.exempt;
+        Self {
+            scan,
+            circumstances,
+            yielding: true,
+            last_resort: false,
+            cookies_known: false,
+            total_known: false,
+            looks: 0,
+            rounds: 0,
+            over: false,
+            over_with_cookies: false,
+            full: false,
+            failed: false,
+            momentary: NOBODY,
+        }
     }
-    scan.enforce = !circumstances.exempt;
-    first_pass(world, scan);
-    if scan.tally.members == 0 {
-        return Decision::without_backend(if circumstances.exempt { Reason::Exempt } else { Reason::NoBackend });
+
+    /// The decision that needs no look: an exempt source on an own port.
+    #[inline(always)]
+    pub fn without_looking(&self) -> Option<Decision> {
+        if self.circumstances.exempt && !self.scan.request.virtual_port {
+            return Some(Decision { reason: Reason::Exempt, slot: None });
+        }
+        None
     }
-    let mut looks = NO_LOOKS;
-    let mut yielding = true;
-    let mut last_resort = false;
-    let mut round = 0;
-    while round < MAX_ROUNDS {
-        let terms = Terms {
-            enforce: scan.enforce,
-            mind_queue: !last_resort,
-            unless_changed: (yielding && round < YIELDING_ROUNDS).then_some(scan.best_expected()),
-            cookies: scan.cookies,
-        };
-        round += 1;
-        let best = if last_resort { looks.momentary } else { scan.best() };
-        let Some(slot) = best else {
-            // Nobody has room. Before a refusal: a stale daemon must not refuse, and a queue full for a moment is no end.
-            if scan.enforce && circumstances.stale {
-                scan.enforce = false;
-                scan.forget_tried();
-                looks = NO_LOOKS;
-                first_pass(world, scan);
-            } else if !last_resort && looks.momentary.is_some() {
-                last_resort = true;
-            } else {
-                break;
-            }
-            continue;
-        };
-        match world.attempt(slot, &scan.request, terms) {
-            Attempt::Assigned => {
-                let reason = reason_of_success(&scan.request, circumstances, scan.enforce, last_resort);
-                return Decision { reason, slot: Some(slot) };
-            }
-            Attempt::Foreign => return Decision::without_backend(Reason::ForeignSkLookup),
-            Attempt::Raced => {}
-            Attempt::Cookies => scan.cookies = true,
-            attempt => {
-                looks.note(attempt, slot, scan);
-                scan.mark_tried(looks.used, slot);
-                looks.used += 1;
-                yielding = false;
-                if last_resort || looks.used >= MAX_LOOKS {
-                    if last_resort || looks.momentary.is_none() {
-                        break;
-                    }
-                    last_resort = true;
-                }
+
+    /// The decision when nothing is left to try.
+    #[inline(always)]
+    pub fn failure(&self) -> Decision {
+        Decision { reason: self.reason_of_failure(), slot: None }
+    }
+
+    /// Whether another pass is needed before the best of the scan means something.
+    #[inline(always)]
+    fn needs_another_pass(&mut self) -> bool {
+        if !self.cookies_known {
+            self.cookies_known = true;
+            if self.scan.tally.cookies > 0 {
+                self.scan.cookies = true;
+                return true;
             }
         }
-        next_pass(world, scan);
+        if self.scan.needs_total() && !self.total_known {
+            self.total_known = true;
+            return true;
+        }
+        false
     }
-    Decision::without_backend(reason_of_failure(&scan.tally, &looks, circumstances))
-}
 
-#[inline(always)]
-fn first_pass<W: World>(world: &mut W, scan: &mut Scan) {
-    next_pass(world, scan);
-    if scan.tally.cookies > 0 {
-        scan.cookies = true;
-    } else if !scan.needs_total() {
-        return;
-    }
-    next_pass(world, scan);
-}
-
-#[inline(always)]
-fn next_pass<W: World>(world: &mut W, scan: &mut Scan) {
-    scan.again();
-    world.scan(scan);
-}
-
-impl Looks {
     #[inline(always)]
-    fn note(&mut self, attempt: Attempt, slot: u32, scan: &Scan) {
+    fn next(&self) -> Option<u32> {
+        if !self.last_resort {
+            if self.looks < MAX_LOOKS as u32 { self.scan.best() } else { None }
+        } else if self.momentary == NOBODY {
+            None
+        } else {
+            Some(self.momentary)
+        }
+    }
+
+    /// Nobody has room. Before a refusal: a stale daemon must not refuse, and a queue full for a moment is no end.
+    /// False: there is nothing left to try.
+    #[inline(always)]
+    fn relent(&mut self) -> bool {
+        if self.scan.enforce && self.circumstances.stale {
+            self.scan.enforce = false;
+            self.scan.forget_tried();
+            self.cookies_known = false;
+            self.total_known = false;
+            self.looks = 0;
+            self.momentary = NOBODY;
+            return true;
+        }
+        if !self.last_resort && self.momentary != NOBODY {
+            self.last_resort = true;
+            return true;
+        }
+        false
+    }
+
+    /// Notes an attempt that led to nothing.
+    #[inline(always)]
+    fn note(&mut self, attempt: Attempt, slot: u32) {
         match attempt {
             Attempt::Judged(Judgement::OverQuota) => {
                 self.over = true;
-                self.over_with_cookies |= scan.cookies;
+                self.over_with_cookies |= self.scan.cookies;
             }
             Attempt::Judged(Judgement::QueueFull { since }) => {
                 self.full = true;
-                if self.momentary.is_none() && scan.request.now.wrapping_sub(since) <= QUEUE_GRACE {
-                    self.momentary = Some(slot);
+                if self.momentary == NOBODY && self.scan.request.now.wrapping_sub(since) <= QUEUE_GRACE {
+                    self.momentary = slot;
                 }
             }
             Attempt::Failed => self.failed = true,
             _ => {}
         }
+        self.scan.mark_tried(self.looks as usize, slot);
+        self.looks += 1;
     }
-}
 
-#[inline(always)]
-fn reason_of_success(request: &Request, circumstances: Circumstances, enforced: bool, last_resort: bool) -> Reason {
-    if circumstances.exempt {
-        Reason::Exempt
-    } else if !enforced {
-        Reason::FailOpenStale
-    } else if last_resort {
-        Reason::AcceptQueueGrace
-    } else if request.virtual_port {
-        Reason::Steered
-    } else {
-        Reason::Admitted
-    }
-}
-
-/// Names the refusal, or the error that keeps it from being one.
-#[inline(always)]
-fn reason_of_failure(tally: &Tally, looks: &Looks, circumstances: Circumstances) -> Reason {
-    if circumstances.exempt {
-        Reason::Exempt
-    } else if circumstances.stale {
-        Reason::FailOpenError
-    } else if looks.full {
-        Reason::AcceptQueueFull
-    } else if looks.over || tally.over > 0 {
-        if tally.over_with_cookies > 0 || looks.over_with_cookies {
-            Reason::OverQuotaCookie
+    #[inline(always)]
+    fn reason_of_success(&self) -> Reason {
+        if self.circumstances.exempt {
+            Reason::Exempt
+        } else if !self.scan.enforce {
+            Reason::FailOpenStale
+        } else if self.last_resort {
+            Reason::AcceptQueueGrace
+        } else if self.scan.request.virtual_port {
+            Reason::Steered
         } else {
-            Reason::OverQuota
+            Reason::Admitted
         }
-    } else if tally.closed > 0 {
-        Reason::ClosedByHand
-    } else if looks.failed {
-        Reason::FailOpenError
-    } else {
-        Reason::NoBackend
     }
+
+    /// Names the refusal, or the error that keeps it from being one.
+    #[inline(always)]
+    fn reason_of_failure(&self) -> Reason {
+        let tally = &self.scan.tally;
+        if self.circumstances.exempt {
+            Reason::Exempt
+        } else if tally.members == 0 {
+            Reason::NoBackend
+        } else if self.circumstances.stale {
+            Reason::FailOpenError
+        } else if self.full {
+            Reason::AcceptQueueFull
+        } else if self.over || tally.over > 0 {
+            if self.over_with_cookies || tally.over_with_cookies > 0 {
+                Reason::OverQuotaCookie
+            } else {
+                Reason::OverQuota
+            }
+        } else if tally.closed > 0 {
+            Reason::ClosedByHand
+        } else if self.failed {
+            Reason::FailOpenError
+        } else {
+            Reason::NoBackend
+        }
+    }
+}
+
+/// One round of a decision; `None`: there must be another, at most [`MAX_ROUNDS`] in all.
+#[inline(always)]
+pub fn advance<W: World>(world: &mut W, state: &mut Deliberation) -> Option<Decision> {
+    state.rounds += 1;
+    state.scan.again();
+    world.scan(&mut state.scan);
+    if state.needs_another_pass() {
+        return None;
+    }
+    let Some(slot) = state.next() else {
+        return if state.relent() { None } else { Some(state.failure()) };
+    };
+    state.yielding &= state.rounds < YIELDING_ROUNDS && !state.last_resort;
+    match world.attempt(slot, state) {
+        Attempt::Assigned => return Some(Decision { reason: state.reason_of_success(), slot: Some(slot) }),
+        Attempt::Foreign => return Some(Decision { reason: Reason::ForeignSkLookup, slot: None }),
+        Attempt::Raced => {}
+        Attempt::Cookies => state.scan.cookies = true,
+        attempt => {
+            let last = state.last_resort;
+            state.note(attempt, slot);
+            if last {
+                return Some(state.failure());
+            }
+        }
+    }
+    None
+}
+
+/// Decides one look-up for a service. The kernel program does the same with `bpf_loop` for the loop, which the verifier
+/// follows once instead of for every round.
+pub fn decide<W: World>(world: &mut W, state: &mut Deliberation) -> Decision {
+    if let Some(decision) = state.without_looking() {
+        return decision;
+    }
+    for _ in 0..MAX_ROUNDS {
+        if let Some(decision) = advance(world, state) {
+            return decision;
+        }
+    }
+    state.failure()
 }
 
 /// Whether a look must make the choice anew because cookies turn out to be in use.
 #[inline(always)]
-pub const fn must_choose_by_tuple(cookies: Cookies, terms: Terms) -> bool {
-    matches!(cookies, Cookies::InUse) && !terms.cookies
+pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> bool {
+    matches!(cookies, Cookies::InUse) && !state.scan.cookies
 }

@@ -11,7 +11,7 @@ use balancer_common::abi::{
 };
 use core::ffi::c_void;
 
-use crate::kernel::{TcpSocket, current_tgid};
+use crate::kernel::{TcpSocket, context, current_tgid};
 use crate::maps::{BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS};
 use crate::steer::is_exempt;
 use crate::{atomic, events};
@@ -359,21 +359,18 @@ fn storage<'a>(ctx: &SockOpsContext) -> Option<&'a mut Connection> {
 
 #[inline(always)]
 fn local(ctx: &SockOpsContext) -> Address {
-    let ops: &bpf_sock_ops = unsafe { &*ctx.ops };
-    let address = if ops.family == AF_INET {
-        Address::from_v4_be(ops.local_ip4)
-    } else {
-        Address([ops.local_ip6[0], ops.local_ip6[1], ops.local_ip6[2], ops.local_ip6[3]])
-    };
+    let ops: *const bpf_sock_ops = ctx.ops;
+    let address = either(ctx, context!(ops, local_ip4), context!(ops, local_ip6));
     if address.is_any() { Address::ANY } else { address }
 }
 
 #[inline(always)]
 fn remote(ctx: &SockOpsContext) -> Address {
-    let ops: &bpf_sock_ops = unsafe { &*ctx.ops };
-    if ops.family == AF_INET {
-        Address::from_v4_be(ops.remote_ip4)
-    } else {
-        Address([ops.remote_ip6[0], ops.remote_ip6[1], ops.remote_ip6[2], ops.remote_ip6[3]])
-    }
+    let ops: *const bpf_sock_ops = ctx.ops;
+    either(ctx, context!(ops, remote_ip4), context!(ops, remote_ip6))
+}
+
+#[inline(always)]
+fn either(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Address {
+    if ctx.family() == AF_INET { Address::from_v4_be(v4) } else { Address(v6) }
 }

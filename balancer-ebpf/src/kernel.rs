@@ -54,6 +54,35 @@ macro_rules! constant {
 }
 pub(crate) use constant;
 
+/// Reads a field of a program's context; volatile, because the verifier forbids what the compiler likes to do: to choose
+/// among fields by arithmetic on the pointer. Arrays are read word by word, as the verifier demands.
+macro_rules! context {
+    ($context:expr, local_ip6) => {
+        $crate::kernel::words!($context, local_ip6)
+    };
+    ($context:expr, remote_ip6) => {
+        $crate::kernel::words!($context, remote_ip6)
+    };
+    ($context:expr, $field:ident) => {
+        unsafe { core::ptr::read_volatile(&raw const (*$context).$field) }
+    };
+}
+pub(crate) use context;
+
+macro_rules! words {
+    ($context:expr, $field:ident) => {
+        unsafe {
+            [
+                core::ptr::read_volatile(&raw const (*$context).$field[0]),
+                core::ptr::read_volatile(&raw const (*$context).$field[1]),
+                core::ptr::read_volatile(&raw const (*$context).$field[2]),
+                core::ptr::read_volatile(&raw const (*$context).$field[3]),
+            ]
+        }
+    };
+}
+pub(crate) use words;
+
 macro_rules! field {
     ($base:expr, $offset:ident as $type:ty) => {
         unsafe { read_volatile($base.add(constant!($offset) as usize).cast::<$type>()) }
@@ -105,14 +134,17 @@ impl TcpSocket {
     /// Jiffies (32 bits) of the last overflow of its SYN queue.
     #[inline(always)]
     fn overflow(&self) -> u32 {
+        // Both are read before the choice: the compiler would merge two conditional reads into one of an unknown type.
+        // A read through a null pointer gives 0 (BPF_PROBE_MEM).
         let group: *const u8 = field!(self.0, AT_REUSEPORT as *const u8);
-        if group.is_null() { field!(self.0, AT_OVERFLOW as u32) } else { field!(group, AT_GROUP_OVERFLOW as u32) }
+        let (own, shared) = (field!(self.0, AT_OVERFLOW as u32), field!(group, AT_GROUP_OVERFLOW as u32));
+        if group.is_null() { own } else { shared }
     }
 
     #[inline(always)]
     fn syncookies(&self) -> u8 {
         let net: *const u8 = field!(self.0, AT_NET as *const u8);
-        if net.is_null() { 1 } else { field!(net, AT_SYNCOOKIES as u8) }
+        field!(net, AT_SYNCOOKIES as u8)
     }
 }
 

@@ -1,11 +1,14 @@
 //! The maps, all pinned by name. Their values are laid out in `balancer_common::abi`.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
     Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, Members, PortKey,
     REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
 };
+use balancer_common::decide::Deliberation;
 
 const SLOTS: u32 = MAX_SLOTS as u32;
 const SERVICE_IDS: u32 = MAX_SERVICES as u32;
@@ -41,6 +44,15 @@ pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::pinned(SERVICE_IDS * REASON
 pub static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 #[map]
 pub static HEARTBEAT: Array<Heartbeat> = Array::pinned(1, MMAPABLE);
+
+/// Look-ups that can be under way on one CPU at a time.
+const DESK_LEVELS: u32 = 3;
+
+// Not pinned: scratch of one program instance. Levels are taken per CPU.
+#[map]
+pub static DESKS: PerCpuArray<MaybeUninit<Deliberation>> = PerCpuArray::with_max_entries(DESK_LEVELS, 0);
+#[map]
+pub static DESKS_TAKEN: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// A BTF definition of a socket storage, as libbpf's `__type` and `__uint` macros make it: numbers are array lengths.
 #[repr(C)]

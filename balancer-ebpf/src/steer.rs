@@ -1,6 +1,5 @@
 //! sk_lookup: decides each look-up for a listener of a service's port.
 
-use aya_ebpf::EbpfContext as _;
 use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release};
@@ -14,12 +13,12 @@ use balancer_common::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge,
 };
 use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
-use balancer_common::decide::{Attempt, Circumstances, Terms, World, decide, must_choose_by_tuple};
+use balancer_common::decide::{Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple};
 use balancer_common::{Reason, Verdict, hash};
 use core::ffi::c_void;
 
-use crate::kernel::{TcpSocket, constant, listens};
-use crate::maps::{BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE, SERVICES, VERDICTS};
+use crate::kernel::{TcpSocket, constant, context, listens};
+use crate::maps::{BACKENDS, COUNTS, DESKS, DESKS_TAKEN, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE, SERVICES, VERDICTS};
 use crate::{atomic, events};
 
 const SK_DROP: u32 = 0;
@@ -38,19 +37,24 @@ struct Client {
 
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> u32 {
-    let lookup = unsafe { &*ctx.lookup };
-    if lookup.protocol != TCP {
+    let lookup: *const bpf_sk_lookup = ctx.lookup;
+    if context!(lookup, protocol) != TCP {
         return SK_PASS;
     }
     let (to, client) = addresses(lookup);
-    let Some(port) = service_of(to, lookup.local_port as u16) else { return SK_PASS };
+    let Some(port) = service_of(to, context!(lookup, local_port) as u16) else { return SK_PASS };
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let circumstances = Circumstances {
         exempt: is_exempt(port.service, &client.address),
         stale: HEARTBEAT.get(0).is_none_or(|beat| beat.is_stale(now_ns)),
     };
-    let mut scan = Scan::new(request_of(lookup, &port, to, &client, now_ns));
-    let reason = decide(&mut Sockets { ctx }, &mut scan, circumstances).reason;
+    let reason = match Desk::take() {
+        Some(desk) => {
+            *desk.state = Deliberation::new(request_of(lookup, &port, to, &client, now_ns), circumstances);
+            decide(ctx, desk.state)
+        }
+        None => Reason::FailOpenError,
+    };
     count(port.service, reason);
     match reason.verdict() {
         Verdict::Pass | Verdict::Steer => SK_PASS,
@@ -62,17 +66,16 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
 }
 
 #[inline(always)]
-fn addresses(lookup: &bpf_sk_lookup) -> (Address, Client) {
-    // The remote port stands in network byte order in the lower half of its word.
-    let port = u16::from_be(lookup.remote_port);
-    if lookup.family == AF_INET {
-        let client = Client { address: Address::from_v4_be(lookup.remote_ip4), port };
-        return (Address::from_v4_be(lookup.local_ip4), client);
+fn addresses(lookup: *const bpf_sk_lookup) -> (Address, Client) {
+    // The remote port stands in network byte order.
+    let port = u16::from_be(context!(lookup, remote_port));
+    let (local, remote) = (context!(lookup, local_ip6), context!(lookup, remote_ip6));
+    let (local_v4, remote_v4) = (context!(lookup, local_ip4), context!(lookup, remote_ip4));
+    if context!(lookup, family) == AF_INET {
+        (Address::from_v4_be(local_v4), Client { address: Address::from_v4_be(remote_v4), port })
+    } else {
+        (Address(local), Client { address: Address(remote), port })
     }
-    let l = &lookup.local_ip6;
-    let r = &lookup.remote_ip6;
-    let client = Client { address: Address([r[0], r[1], r[2], r[3]]), port };
-    (Address([l[0], l[1], l[2], l[3]]), client)
 }
 
 /// The service of a port: an exact address wins over any.
@@ -88,7 +91,7 @@ fn service_of(to: Address, port: u16) -> Option<ServicePort> {
 }
 
 #[inline(always)]
-fn request_of(lookup: &bpf_sk_lookup, port: &ServicePort, to: Address, client: &Client, now_ns: u64) -> Request {
+fn request_of(lookup: *const bpf_sk_lookup, port: &ServicePort, to: Address, client: &Client, now_ns: u64) -> Request {
     let policy = Policy::from_number(port.policy);
     let (high, low) = client.address.halves();
     let source = hash::of_source(high, low);
@@ -97,13 +100,13 @@ fn request_of(lookup: &bpf_sk_lookup, port: &ServicePort, to: Address, client: &
         service: port.service,
         netns: constant!(NETNS),
         to,
-        device: lookup.ingress_ifindex,
-        v4: lookup.family == AF_INET,
+        device: context!(lookup, ingress_ifindex),
+        v4: context!(lookup, family) == AF_INET,
         virtual_port: port.flags & ServicePort::VIRTUAL != 0,
         policy,
         quota: port.quota,
         source,
-        tuple: hash::of_tuple(source, client.port, to_high ^ to_low, lookup.local_port as u16),
+        tuple: hash::of_tuple(source, client.port, to_high ^ to_low, context!(lookup, local_port) as u16),
         ticket: if matches!(policy, Policy::RoundRobin) { next_ticket(port.service) } else { 0 },
         now: ticks(now_ns),
     }
@@ -126,7 +129,7 @@ pub fn is_exempt(service: u16, source: &Address) -> bool {
 
 /// Tells the daemon, from a stack frame of its own.
 #[inline(never)]
-fn refused(lookup: &bpf_sk_lookup, service: u16, reason: Reason) {
+fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason) {
     let (_, client) = addresses(lookup);
     events::refused(service, constant!(NETNS), client.address, client.port, reason);
 }
@@ -140,30 +143,94 @@ fn count(service: u16, reason: Reason) {
     }
 }
 
-/// The real world: the pinned maps and the listening sockets in them.
-struct Sockets<'a> {
-    ctx: &'a SkLookupContext,
+/// A place for the state of one decision, of the CPU's few. A look-up by a process (of a socket-destroying tool, of
+/// another program) can be interrupted by a SYN on the same CPU: each takes the next place and gives it back.
+struct Desk<'a> {
+    state: &'a mut Deliberation,
+    taken: *mut u64,
 }
 
-impl World for Sockets<'_> {
+impl Desk<'_> {
+    #[inline(always)]
+    fn take() -> Option<Self> {
+        let taken = DESKS_TAKEN.get_ptr_mut(0)?;
+        let level = unsafe { core::ptr::read_volatile(taken) };
+        let state = DESKS.get_ptr_mut(level as u32)?;
+        unsafe { core::ptr::write_volatile(taken, level + 1) };
+        Some(Self { state: unsafe { (*state).assume_init_mut() }, taken })
+    }
+}
+
+impl Drop for Desk<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let level = unsafe { core::ptr::read_volatile(self.taken) };
+        unsafe { core::ptr::write_volatile(self.taken, level.saturating_sub(1)) };
+    }
+}
+
+/// What the rounds of a decision need, on the stack of the program.
+struct Rounds {
+    ctx: *mut bpf_sk_lookup,
+    state: *mut Deliberation,
+    reason: u64,
+}
+
+/// No reason yet.
+const UNDECIDED: u64 = u64::MAX;
+
+/// `balancer_common::decide::decide`, with `bpf_loop` for its loop.
+#[inline(always)]
+fn decide(ctx: &SkLookupContext, state: &mut Deliberation) -> Reason {
+    if let Some(decision) = state.without_looking() {
+        return decision.reason;
+    }
+    let mut rounds = Rounds { ctx: ctx.lookup, state, reason: UNDECIDED };
+    let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+    unsafe { bpf_loop(MAX_ROUNDS, round as *mut c_void, (&raw mut rounds).cast(), 0) };
+    let reason = unsafe { core::ptr::read_volatile(&raw const rounds.reason) };
+    Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError)
+}
+
+/// One round; the callback of `bpf_loop`. 1 ends the loop.
+unsafe extern "C" fn round(_index: u32, rounds: *mut c_void) -> i64 {
+    let rounds = unsafe { &mut *rounds.cast::<Rounds>() };
+    let mut sockets = Sockets { ctx: rounds.ctx };
+    match advance(&mut sockets, unsafe { &mut *rounds.state }) {
+        Some(decision) => {
+            rounds.reason = decision.reason as u64;
+            1
+        }
+        None => 0,
+    }
+}
+
+/// The real world: the pinned maps and the listening sockets in them.
+struct Sockets {
+    ctx: *mut bpf_sk_lookup,
+}
+
+impl World for Sockets {
     #[inline(always)]
     fn scan(&mut self, scan: &mut Scan) {
         let walk = visit as unsafe extern "C" fn(u32, *mut c_void) -> i64;
-        unsafe { bpf_loop(Cursor::STEPS, walk as *mut c_void, core::ptr::from_mut(scan).cast(), 0) };
+        // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
+        let mut scan = core::ptr::from_mut(scan);
+        unsafe { bpf_loop(Cursor::STEPS, walk as *mut c_void, (&raw mut scan).cast(), 0) };
     }
 
     #[inline(always)]
-    fn attempt(&mut self, slot: u32, request: &Request, terms: Terms) -> Attempt {
+    fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
         let Some(member) = member(slot) else { return Attempt::Gone };
         if member.backend.flags & Backend::UNSTEERABLE != 0 {
-            return attempt_blind(&member, request, terms);
+            return attempt_blind(&member, state);
         }
         let socket: *mut bpf_sock =
             unsafe { bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const slot).cast()) }.cast();
         if socket.is_null() {
             return Attempt::Gone;
         }
-        let attempt = attempt_socket(self.ctx, socket, &member, request, terms);
+        let attempt = attempt_socket(self.ctx, socket, &member, state);
         unsafe { bpf_sk_release(socket.cast()) };
         attempt
     }
@@ -171,7 +238,7 @@ impl World for Sockets<'_> {
 
 /// One step over the members; the callback of `bpf_loop`. 1 ends the loop.
 unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
-    let scan = unsafe { &mut *scan.cast::<Scan>() };
+    let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
     let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else { return 1 };
     match scan.cursor.step(|word| unsafe { core::ptr::read_volatile(&raw const (*members).words[word as usize & 15]) }) {
         Step::End => return 1,
@@ -194,73 +261,58 @@ fn member(slot: u32) -> Option<Member> {
 
 /// An MPTCP listener can be neither looked at nor assigned; on its own port the kernel finds it without our help.
 #[inline(always)]
-fn attempt_blind(member: &Member, request: &Request, terms: Terms) -> Attempt {
-    match judge(&Observation::BLIND, &member.counts, member.quota(request.quota), terms.enforce, request.now) {
+fn attempt_blind(member: &Member, state: &Deliberation) -> Attempt {
+    let quota = member.quota(state.scan.request.quota);
+    match judge(&Observation::BLIND, &member.counts, quota, state.scan.enforce, state.scan.request.now) {
         Judgement::Take => Attempt::Assigned,
         judgement => Attempt::Judged(judgement),
     }
 }
 
 #[inline(always)]
-fn attempt_socket(
-    ctx: &SkLookupContext,
-    socket: *mut bpf_sock,
-    member: &Member,
-    request: &Request,
-    terms: Terms,
-) -> Attempt {
+fn attempt_socket(ctx: *mut bpf_sk_lookup, socket: *mut bpf_sock, member: &Member, state: &Deliberation) -> Attempt {
     if !listens(socket) || !member.backend.life().is(BackendState::Active) {
         return Attempt::Gone;
     }
     let Some(tcp) = TcpSocket::of(socket) else { return Attempt::Gone };
     let Some(counts) = COUNTS.get_ptr_mut(member.slot) else { return Attempt::Gone };
+    let now = state.scan.request.now;
     let seen = tcp.observe();
-    note_cookies(counts, &seen, request.now);
-    if must_choose_by_tuple(seen.cookies(), terms) {
+    note_cookies(counts, &seen, now);
+    if must_choose_by_tuple(seen.cookies(), state) {
         return Attempt::Cookies;
     }
-    let quota = member.quota(request.quota);
-    match judge(&seen, &member.counts, quota, terms.enforce, request.now) {
-        Judgement::QueueFull { since } if terms.mind_queue => {
-            unsafe { atomic::store(&raw mut (*counts).full, full_word(since, request.now)) };
-            Attempt::Judged(Judgement::QueueFull { since })
+    let quota = member.quota(state.scan.request.quota);
+    match judge(&seen, &member.counts, quota, state.scan.enforce, now) {
+        Judgement::QueueFull { since } if !state.last_resort => {
+            unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
+            return Attempt::Judged(Judgement::QueueFull { since });
         }
         Judgement::OverQuota => {
-            note_expected(counts, seen.pending(quota), request.now);
-            Attempt::Judged(Judgement::OverQuota)
+            note_expected(counts, seen.pending(quota), now);
+            return Attempt::Judged(Judgement::OverQuota);
         }
-        _ => {
-            if terms.mind_queue && member.counts.full != 0 {
-                unsafe { atomic::store(&raw mut (*counts).full, 0) };
-            }
-            assign(ctx, socket, counts, seen.pending(quota), request.now, terms)
-        }
+        Judgement::Take if member.counts.full != 0 => unsafe { atomic::store(&raw mut (*counts).full, 0) },
+        _ => {}
     }
-}
-
-#[inline(always)]
-fn assign(
-    ctx: &SkLookupContext,
-    socket: *mut bpf_sock,
-    counts: *mut Counts,
-    pending: u32,
-    now: u32,
-    terms: Terms,
-) -> Attempt {
-    let word = expected_word(pending, now);
-    match terms.unless_changed {
-        Some(old) => {
-            if !unsafe { atomic::replace(&raw mut (*counts).expected, old, word) } {
-                return Attempt::Raced;
-            }
-        }
-        None => unsafe { atomic::store(&raw mut (*counts).expected, word) },
+    if !announce(counts, expected_word(seen.pending(quota), now), state) {
+        return Attempt::Raced;
     }
-    match unsafe { bpf_sk_assign(ctx.as_ptr().cast(), socket.cast(), NO_REUSEPORT) } {
+    match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
         0 => Attempt::Assigned,
         EEXIST => Attempt::Foreign,
         _ => Attempt::Failed,
     }
+}
+
+/// Tells the other CPUs of the SYN that goes there; false if one of them was faster and the choice stands no more.
+#[inline(always)]
+fn announce(counts: *mut Counts, word: u64, state: &Deliberation) -> bool {
+    if state.yielding {
+        return unsafe { atomic::replace(&raw mut (*counts).expected, state.scan.best_expected(), word) };
+    }
+    unsafe { atomic::store(&raw mut (*counts).expected, word) };
+    true
 }
 
 /// Corrects the hint that a look has found wrong.

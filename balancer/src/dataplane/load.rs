@@ -1,0 +1,134 @@
+//! Loading the kernel half: its constants, its pins, the shape of what is already pinned.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::programs::{ProgramError, SkLookup, SockOps};
+use aya::{Btf, Ebpf, EbpfLoader};
+use tracing::info;
+
+use super::tables::{LAYOUT, MapShape};
+use crate::discover::{KernelOffsets, kernel_offsets};
+use crate::sys::{bpf, clock};
+
+/// The object that `cargo xtask build` made; empty when it was not built.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/balancer.o"));
+
+/// What the kernel half must be told of the running kernel.
+#[derive(Debug)]
+pub struct Kernel {
+    offsets: KernelOffsets,
+    hz: u32,
+}
+
+impl Kernel {
+    /// Reads it from the running kernel.
+    pub fn read() -> Result<Self> {
+        ensure!(
+            !OBJECT.is_empty(),
+            "this program was built without its kernel half: build it with `cargo xtask build`"
+        );
+        let hz = clock::jiffies_per_second().context("cannot find out the kernel's tick rate")?;
+        Ok(Self { offsets: kernel_offsets()?, hz })
+    }
+
+    /// Creates or opens every map in the directory and makes the programs ready to be loaded for a namespace.
+    pub fn open_object(&self, directory: &Path, netns: u64) -> Result<Ebpf> {
+        let at = &self.offsets;
+        let mask = at.ipv6only_mask;
+        let constants: [(&str, &u32); 15] = [
+            ("HZ", &self.hz),
+            ("AT_HALF_OPEN", &at.accept_qlen),
+            ("AT_YOUNG", &at.accept_young),
+            ("AT_FAST_OPEN", &at.fastopen_qlen),
+            ("AT_QUEUE", &at.ack_backlog),
+            ("AT_BACKLOG", &at.max_ack_backlog),
+            ("AT_OVERFLOW", &at.ts_recent_stamp),
+            ("AT_REUSEPORT", &at.reuseport_cb),
+            ("AT_GROUP_OVERFLOW", &at.synq_overflow_ts),
+            ("AT_NET", &at.netns),
+            ("AT_SYNCOOKIES", &at.sysctl_tcp_syncookies),
+            ("AT_UID", &at.uid),
+            ("AT_V6_ONLY", &at.ipv6only),
+            ("V6_ONLY_BIT", &mask),
+            ("AT_TGID", &at.task_tgid),
+        ];
+        let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF (/sys/kernel/btf/vmlinux)")?;
+        let mut loader = EbpfLoader::new();
+        loader.btf(Some(&btf)).default_map_pin_directory(directory);
+        loader.override_global("NETNS", &netns, true);
+        for (name, value) in constants {
+            loader.override_global(name, value, true);
+        }
+        loader.load(OBJECT).with_context(|| {
+            format!("cannot create the maps under {} (is it on a BPF file system? are we root?)", directory.display())
+        })
+    }
+}
+
+/// Loads `account`; the time is what the verifier and the JIT took.
+pub fn account(object: &mut Ebpf) -> Result<&mut SockOps> {
+    let program: &mut SockOps =
+        object.program_mut("account").context("the kernel half has no program `account`")?.try_into()?;
+    let started = Instant::now();
+    program.load().map_err(|error| rejected("account", &error))?;
+    say_loaded("account", started.elapsed(), program.info().ok().and_then(|info| info.verified_instruction_count()));
+    Ok(program)
+}
+
+/// Loads `steer`.
+pub fn steer(object: &mut Ebpf) -> Result<&mut SkLookup> {
+    let program: &mut SkLookup =
+        object.program_mut("steer").context("the kernel half has no program `steer`")?.try_into()?;
+    let started = Instant::now();
+    program.load().map_err(|error| rejected("steer", &error))?;
+    say_loaded("steer", started.elapsed(), program.info().ok().and_then(|info| info.verified_instruction_count()));
+    Ok(program)
+}
+
+fn say_loaded(program: &str, took: Duration, instructions: Option<u32>) {
+    info!("loaded {program} in {:.1} ms ({} instructions verified)", took.as_secs_f64() * 1e3, instructions.unwrap_or(0));
+}
+
+/// The verifier's log in full: without it nobody can tell what it minded.
+fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
+    match error {
+        ProgramError::LoadError { io_error, verifier_log } => anyhow::anyhow!(
+            "the kernel refused the program `{program}`: {io_error}. If the log below names a missing helper, the \
+             kernel is too old (6.1 is the oldest supported); `balancer doctor` tells. The verifier's log:\n{verifier_log}"
+        ),
+        other => anyhow::anyhow!("cannot load the program `{program}`: {other}"),
+    }
+}
+
+/// Compares every pinned map with the shape that this build expects.
+///
+/// # Errors
+/// Names the map that is missing or different: pins of another build are never reused.
+pub fn check_pins(directory: &Path) -> Result<()> {
+    for (name, expected) in LAYOUT {
+        let path = directory.join(name);
+        let map = bpf::obj_get(&path)
+            .with_context(|| format!("the pinned map {} is missing: `balancer unload` clears the rest", path.display()))?;
+        let found = shape(&bpf::map_info(&map).with_context(|| format!("cannot query {}", path.display()))?);
+        if found != *expected {
+            bail!(
+                "the pinned map {} was made by another build (it is {found:?}, this build needs {expected:?}): \
+                 `balancer unload` removes it, with its counters",
+                path.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+fn shape(info: &bpf::MapInfo) -> MapShape {
+    MapShape {
+        kind: info.kind,
+        key: info.key_size,
+        value: info.value_size,
+        entries: info.max_entries,
+        flags: info.flags,
+    }
+}

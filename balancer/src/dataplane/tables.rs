@@ -1,0 +1,241 @@
+//! The pinned maps, opened and typed.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anyhow::{Context as _, Result, anyhow};
+use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
+use balancer_common::Reason;
+use balancer_common::abi::{
+    Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule, MAX_SERVICES, MAX_SLOTS,
+    MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
+};
+use balancer_common::choice::Member;
+
+use super::wire::Wire;
+use crate::sys::shared::SharedArray;
+
+/// Every map by the name of its pin, with what the kernel must say of it: (type, key size, value size, entries, flags).
+pub const LAYOUT: &[(&str, MapShape)] = &[
+    ("SERVICES", MapShape::hash::<PortKey, ServicePort>(4096)),
+    ("LISTEN_RULES", MapShape::hash::<PortKey, ListenRule>(8192)),
+    ("BACKENDS", MapShape::shared::<Backend>(MAX_SLOTS)),
+    ("POLICY", MapShape::shared::<SlotPolicy>(MAX_SLOTS)),
+    ("COUNTS", MapShape::shared::<Counts>(MAX_SLOTS)),
+    ("LISTENERS", MapShape { kind: 15, key: 4, value: 4, entries: MAX_SLOTS as u32, flags: 0 }),
+    ("MEMBERS", MapShape::shared::<Members>(MAX_SERVICES)),
+    ("SERVICE_STATE", MapShape::shared::<ServiceState>(MAX_SERVICES)),
+    ("SERVICE_INFO", MapShape::array::<ServiceInfo>(MAX_SERVICES)),
+    ("EXEMPT", MapShape { kind: 11, key: 4 + size_of::<ExemptKey>() as u32, value: 4, entries: 16384, flags: 1 }),
+    ("VERDICTS", MapShape { kind: 6, key: 4, value: 8, entries: (MAX_SERVICES * REASON_SLOTS) as u32, flags: 0 }),
+    ("EVENTS", MapShape { kind: 27, key: 0, value: 0, entries: 256 * 1024, flags: 0 }),
+    ("HEARTBEAT", MapShape::shared::<Heartbeat>(1)),
+    ("CONNECTION", MapShape { kind: 24, key: 4, value: size_of::<Connection>() as u32, entries: 0, flags: 513 }),
+];
+
+/// What a map must look like to be ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapShape {
+    /// `enum bpf_map_type`.
+    pub kind: u32,
+    /// Bytes of a key.
+    pub key: u32,
+    /// Bytes of a value.
+    pub value: u32,
+    /// Most entries.
+    pub entries: u32,
+    /// `BPF_F_…`.
+    pub flags: u32,
+}
+
+impl MapShape {
+    const MMAPABLE: u32 = 1 << 10;
+
+    const fn hash<K, V>(entries: u32) -> Self {
+        Self { kind: 1, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries, flags: 0 }
+    }
+
+    const fn array<V>(entries: usize) -> Self {
+        Self { kind: 2, key: 4, value: size_of::<V>() as u32, entries: entries as u32, flags: 0 }
+    }
+
+    const fn shared<V>(entries: usize) -> Self {
+        Self { flags: Self::MMAPABLE, ..Self::array::<V>(entries) }
+    }
+}
+
+/// All maps of one data plane.
+pub struct Tables {
+    pub services: HashMap<MapData, Wire<PortKey>, Wire<ServicePort>>,
+    pub rules: HashMap<MapData, Wire<PortKey>, Wire<ListenRule>>,
+    pub info: Array<MapData, Wire<ServiceInfo>>,
+    pub exempt: LpmTrie<MapData, Wire<ExemptKey>, u32>,
+    pub listeners: SockMap<MapData>,
+    pub connections: MapData,
+    backends: Array<MapData, Wire<Backend>>,
+    verdicts: PerCpuArray<MapData, u64>,
+    lives: SharedArray,
+    policies: SharedArray,
+    counts: SharedArray,
+    members: SharedArray,
+    states: SharedArray,
+    heartbeat: SharedArray,
+}
+
+/// One slot that is not free.
+#[derive(Clone, Copy, Debug)]
+pub struct SlotView {
+    /// As the rules of choice see it.
+    pub member: Member,
+}
+
+impl SlotView {
+    /// The number of the slot.
+    pub const fn slot(&self) -> u32 {
+        self.member.slot
+    }
+
+    /// Generation and stored state.
+    pub const fn life(&self) -> Life {
+        self.member.backend.life()
+    }
+
+    /// The state as it is shown.
+    pub const fn state(&self) -> BackendState {
+        self.member.state()
+    }
+}
+
+fn pinned(directory: &Path, name: &str) -> Result<MapData> {
+    let path = directory.join(name);
+    MapData::from_pin(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+}
+
+fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
+    let map = pinned(directory, name)?;
+    SharedArray::open(map.fd(), size_of::<T>(), u32::try_from(len)?)
+        .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))
+}
+
+impl Tables {
+    /// Opens the pins of a directory.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let typed = |name: &str| pinned(directory, name);
+        let wrong = |name: &'static str| move |error: MapError| anyhow!(error).context(format!("the pinned map {name} is another kind of map"));
+        Ok(Self {
+            services: HashMap::try_from(Map::HashMap(typed("SERVICES")?)).map_err(wrong("SERVICES"))?,
+            rules: HashMap::try_from(Map::HashMap(typed("LISTEN_RULES")?)).map_err(wrong("LISTEN_RULES"))?,
+            info: Array::try_from(Map::Array(typed("SERVICE_INFO")?)).map_err(wrong("SERVICE_INFO"))?,
+            exempt: LpmTrie::try_from(Map::LpmTrie(typed("EXEMPT")?)).map_err(wrong("EXEMPT"))?,
+            listeners: SockMap::try_from(Map::SockMap(typed("LISTENERS")?)).map_err(wrong("LISTENERS"))?,
+            connections: typed("CONNECTION")?,
+            backends: Array::try_from(Map::Array(typed("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
+            verdicts: PerCpuArray::try_from(Map::PerCpuArray(typed("VERDICTS")?)).map_err(wrong("VERDICTS"))?,
+            lives: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
+            policies: shared::<SlotPolicy>(directory, "POLICY", MAX_SLOTS)?,
+            counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
+            members: shared::<Members>(directory, "MEMBERS", MAX_SERVICES)?,
+            states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
+            heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
+        })
+    }
+
+    /// The events of the kernel half.
+    pub fn events(directory: &Path) -> Result<RingBuf<MapData>> {
+        Ok(RingBuf::try_from(Map::RingBuf(pinned(directory, "EVENTS")?))?)
+    }
+
+    /// Generation and state of a slot, to compare and swap.
+    pub fn life(&self, slot: u32) -> &AtomicU64 {
+        self.lives.word(slot, 0)
+    }
+
+    /// The quota word of a slot.
+    pub fn quota_word(&self, slot: u32) -> &AtomicU64 {
+        self.policies.word(slot, 0)
+    }
+
+    /// The weight word of a slot.
+    pub fn weight_word(&self, slot: u32) -> &AtomicU64 {
+        self.policies.word(slot, 1)
+    }
+
+    /// The policy of a slot.
+    pub fn policy(&self, slot: u32) -> SlotPolicy {
+        SlotPolicy { quota: self.quota_word(slot).load(Ordering::Acquire), weight: self.weight_word(slot).load(Ordering::Acquire) }
+    }
+
+    /// The live numbers of a slot.
+    pub fn counts(&self, slot: u32) -> Counts {
+        let word = |index| self.counts.word(slot, index).load(Ordering::Acquire);
+        Counts { established: word(0), expected: word(1), full: word(2), cookies: word(3) }
+    }
+
+    /// The bitmap of a service's slots.
+    pub fn members(&self, service: u16) -> [u64; MEMBER_WORDS] {
+        std::array::from_fn(|word| self.members.word(u32::from(service), word).load(Ordering::Acquire))
+    }
+
+    /// Takes a slot out of a service's bitmap.
+    pub fn leave(&self, service: u16, slot: u32) {
+        let word = (slot / 64) as usize;
+        self.members.word(u32::from(service), word).fetch_and(!(1 << (slot % 64)), Ordering::SeqCst);
+    }
+
+    /// The next ticket of round-robin.
+    pub fn turn(&self, service: u16) -> u64 {
+        self.states.word(u32::from(service), 0).load(Ordering::Acquire)
+    }
+
+    /// When the daemon last lived, and for how long the kernel believes it.
+    pub fn heartbeat(&self) -> Heartbeat {
+        Heartbeat {
+            last_ns: self.heartbeat.word(0, 0).load(Ordering::Acquire),
+            limit_ns: self.heartbeat.word(0, 1).load(Ordering::Acquire),
+        }
+    }
+
+    /// The daemon lives.
+    pub fn beat(&self, beat: Heartbeat) {
+        self.heartbeat.word(0, 1).store(beat.limit_ns, Ordering::Release);
+        self.heartbeat.word(0, 0).store(beat.last_ns, Ordering::Release);
+    }
+
+    /// A slot, if it is taken.
+    pub fn slot(&self, slot: u32) -> Result<Option<SlotView>> {
+        let life = Life(self.life(slot).load(Ordering::Acquire));
+        if life.is(BackendState::Free) || life.is(BackendState::Claimed) {
+            return Ok(None);
+        }
+        let backend = self.backends.get(&slot, 0).with_context(|| format!("cannot read slot {slot}"))?.0;
+        let member = Member { slot, backend, policy: self.policy(slot), counts: self.counts(slot) };
+        Ok(Some(SlotView { member }))
+    }
+
+    /// All taken slots, in order.
+    pub fn slots(&self) -> Result<Vec<SlotView>> {
+        (0..MAX_SLOTS as u32).filter_map(|slot| self.slot(slot).transpose()).collect()
+    }
+
+    /// How often each reason was given for a service, all CPUs together.
+    pub fn verdicts(&self, service: u16) -> Result<Vec<(Reason, u64)>> {
+        let first = u32::from(service) * REASON_SLOTS as u32;
+        let count = |reason: &Reason| -> Result<(Reason, u64)> {
+            let index = first + u32::try_from(reason.index())?;
+            let values = self.verdicts.get(&index, 0).context("cannot read the verdict counters")?;
+            Ok((*reason, values.iter().sum()))
+        };
+        Reason::ALL.iter().map(count).collect()
+    }
+
+    /// Sets a service's verdict counters and tickets to zero, for a new service with a used id.
+    pub fn forget_service(&mut self, service: u16) -> Result<()> {
+        let cpus = aya::util::nr_cpus().map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
+        for reason in 0..REASON_SLOTS as u32 {
+            let zeros = aya::maps::PerCpuValues::try_from(vec![0u64; cpus])?;
+            self.verdicts.set(u32::from(service) * REASON_SLOTS as u32 + reason, zeros, 0)?;
+        }
+        self.states.word(u32::from(service), 0).store(0, Ordering::Release);
+        Ok(())
+    }
+}
