@@ -106,3 +106,43 @@ fn a_cable_joins_two_namespaces() {
         );
     });
 }
+
+#[test]
+fn handmade_answers_to_cookies_are_accepted_and_tell_the_listener() {
+    Machine::with(|machine| {
+        machine.netns.sysctl("net.ipv4.tcp_syncookies", "2");
+        let mut listener = Listen::on(&service()).ttl(77).open();
+        let wire = Wire::open(&machine.netns);
+        let (opened, _) = wire.half_open(0..100, service());
+        assert!(opened.values().all(|answer| answer.ttl == 77));
+        assert!(
+            diag::table(State::SynReceived).is_empty(),
+            "a cookie leaves no trace"
+        );
+        wire.ack_all(opened.values());
+        eventually(Duration::from_secs(1), || {
+            anyhow::ensure!(listener.established() == 100, "{}", listener.established());
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn a_handmade_fast_open_can_be_accepted_before_its_ack() {
+    Machine::with(|machine| {
+        machine.netns.sysctl(
+            "net.ipv4.tcp_fastopen",
+            &(0x1 | 0x2 | 0x200 | 0x400).to_string(),
+        );
+        let mut listener = Listen::on(&service()).open();
+        let wire = Wire::open(&machine.netns);
+        wire.syn_with_data(Wire::client(0), service(), b"hello");
+        let answers = wire.answers(Duration::from_millis(20));
+        assert_eq!(
+            (answers.len(), listener.accept_all(), listener.established()),
+            (1, 1, 0)
+        );
+        wire.ack_all(&answers);
+        assert_eq!(listener.established(), 1);
+    });
+}
