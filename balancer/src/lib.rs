@@ -1,6 +1,7 @@
 //! The user half of the balancer: the daemon, the command line, and what both are made of.
 #![deny(unsafe_code)]
 
+pub mod admin;
 pub mod config;
 pub mod dataplane;
 pub mod discover;
