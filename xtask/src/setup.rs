@@ -93,7 +93,7 @@ const REQUIREMENTS: &[Requirement] = &[
     },
     Requirement {
         name: "nft",
-        reason: "delays or drops packets in the tests' own namespaces",
+        reason: "makes the Kubernetes Service that the demo compares with",
         need: Need::Kernel,
         is_there: || command::find("nft").is_some(),
         remedy: || Remedy::Packages(&["nftables"]),

@@ -10,6 +10,7 @@
 //! ```
 
 mod crowd;
+mod kubernetes;
 mod node;
 mod report;
 mod story;

@@ -30,6 +30,11 @@ impl<'a> Node<'a> {
         }
     }
 
+    /// The machine that it is.
+    pub fn machine(&self) -> &'a Machine {
+        self.machine
+    }
+
     /// Starts one more OAP.
     pub fn start_oap(&mut self, number: u16) {
         self.oaps.push(Oap::start(self.machine, number));

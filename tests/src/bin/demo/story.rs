@@ -1,6 +1,5 @@
 //! The five pictures, one after the other.
 
-use std::hash::{BuildHasher, RandomState};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
@@ -10,6 +9,7 @@ use balancer_tests::fixtures::{Machine, Signal, eventually};
 use balancer_tests::standin::Client;
 
 use crate::crowd::{self, Arrival};
+use crate::kubernetes::KubernetesService;
 use crate::node::{Loads, Node, address};
 use crate::report::{Quantiles, Report, heading, progress, spread, total};
 
@@ -65,32 +65,25 @@ struct Story<'a> {
 }
 
 impl Story<'_> {
-    /// What a Kubernetes Service does: a backend at random for each connection, once and for all.
+    /// A Kubernetes Service chooses once, at random, when a connection opens.
     async fn random(&mut self) {
         heading(
             1,
             &format!(
-                "No balancer: each of {CLIENTS} clients takes an OAP at random, as in a Kubernetes Service."
+                "No balancer: a Kubernetes Service (kube-proxy's nftables rule) spreads {CLIENTS} clients."
             ),
         );
-        let random = RandomState::new();
-        let choose = |client: usize| {
-            address(match random.hash_one(client) % 3 {
-                0 => 1,
-                1 => 2,
-                _ => 3,
-            })
-        };
-        let arrivals = self
-            .arrive(CLIENTS, A_WHILE, |client| vec![choose(client)])
-            .await;
-        let loads = self.picture("1 at random");
+        let service = KubernetesService::start(self.a.machine(), NODE_A, 1..=3);
+        let arrivals = self.arrive(CLIENTS, A_WHILE, |_| vec![NODE_A]).await;
+        let loads = self.picture("1 Kubernetes Service");
         self.everybody_is_in(&arrivals, &loads);
         drop(arrivals);
         eventually(SECOND_SYN * 5, || {
             ensure!(total(&self.a.loads()) == 0, "connections remain");
             Ok(())
         });
+        // Not before: connections that are translated can't even be closed without it.
+        drop(service);
     }
 
     /// The same crowd, through the balancer.
