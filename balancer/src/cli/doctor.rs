@@ -1,0 +1,126 @@
+//! `balancer doctor`
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::Args;
+use serde::Serialize;
+
+use super::{
+    Place,
+    output::{Output, wrapped},
+};
+use crate::{
+    config::Config,
+    doctor::{self, Check, Report, Status},
+};
+
+/// Say what this machine lacks, and what would go wrong (changes nothing)
+///
+/// Tries what the balancer needs instead of comparing version numbers, and looks for what would get in its way. With --config it also looks at the
+/// listeners of the file's services. Exit code 1 if the balancer can't work here.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Example:
+  balancer doctor --config /etc/balancer.yaml")]
+pub(super) struct Doctor {
+    /// A configuration file whose services to look at
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The cgroup that `run` is to count in [default: the root of the cgroup2 mount]
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Doctor {
+    pub(super) fn perform(&self, place: &Place) -> Result<ExitCode> {
+        let report = doctor::run(&doctor::Options {
+            state_dir: place.state_dir.clone(),
+            cgroup: self.cgroup.clone(),
+            config: self.config.as_deref().map(Config::load).transpose()?,
+        });
+        self.output.show(&Json::new(&report), || text(&report))?;
+        Ok(if count(&report, Status::Fail) > 0 {
+            ExitCode::FAILURE
+        } else {
+            ExitCode::SUCCESS
+        })
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct Json<'a> {
+    schema: u32,
+    checks: Vec<JsonCheck<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonCheck<'a> {
+    name: &'a str,
+    status: &'static str,
+    found: &'a str,
+    means: &'a str,
+    advice: Option<&'a str>,
+}
+
+impl<'a> Json<'a> {
+    pub(super) fn new(report: &'a Report) -> Self {
+        let check = |check: &'a Check| JsonCheck {
+            name: &check.name,
+            status: word(check.status),
+            found: &check.found,
+            means: &check.means,
+            advice: check.advice.as_deref(),
+        };
+        Self {
+            schema: 1,
+            checks: report.checks.iter().map(check).collect(),
+        }
+    }
+}
+
+fn word(status: Status) -> &'static str {
+    match status {
+        Status::Ok => "ok",
+        Status::Warn => "warn",
+        Status::Fail => "fail",
+    }
+}
+
+fn count(report: &Report, status: Status) -> usize {
+    report
+        .checks
+        .iter()
+        .filter(|check| check.status == status)
+        .count()
+}
+
+pub(super) fn text(report: &Report) -> String {
+    let mut text = String::new();
+    for check in &report.checks {
+        let mark = match check.status {
+            Status::Ok => "ok  ",
+            Status::Warn => "WARN",
+            Status::Fail => "FAIL",
+        };
+        text += &wrapped(&format!("{mark}  {}: ", check.name), &check.found);
+        text += &wrapped("      ", &check.means);
+        if let Some(advice) = &check.advice {
+            text += &wrapped("      -> ", advice);
+        }
+    }
+    text + "\n" + &summary(report)
+}
+
+fn summary(report: &Report) -> String {
+    let all = report.checks.len();
+    match (count(report, Status::Fail), count(report, Status::Warn)) {
+        (0, 0) => format!("All {all} checks are ok.\n"),
+        (0, warnings) => format!("The balancer works here; {warnings} of {all} checks warn.\n"),
+        (failures, warnings) => format!(
+            "The balancer can't work here as it should: {failures} of {all} checks fail, {warnings} warn.\n"
+        ),
+    }
+}

@@ -1,0 +1,165 @@
+//! The command line: each verb parses, calls and prints. What they do is done elsewhere.
+
+mod completions;
+mod doctor;
+mod explain;
+mod output;
+mod quota;
+mod run;
+mod status;
+mod unload;
+
+#[cfg(test)]
+mod tests;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, Parser, Subcommand};
+use nix::unistd::geteuid;
+
+use crate::{
+    admin::{self, Request, Response},
+    dataplane::{self, Paths, Reader},
+};
+
+/// Balances long-lived gRPC connections over their servers, in the kernel and without a hop.
+///
+/// `balancer run` counts the established connections of every backend, steers each new one to the backend that should have it, and refuses it when
+/// all are at their quota. Established traffic never passes through it. What it sets up in the kernel goes on working when the daemon dies; after
+/// a while without it nobody is refused any more.
+///
+/// status, quota show, explain and doctor read, and change nothing. run, quota set, quota clear and unload change what the kernel does.
+#[derive(Debug, Parser)]
+#[command(
+    name = "balancer",
+    version,
+    subcommand_required = true,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage.",
+    after_long_help = "\
+Examples:
+  balancer run --config /etc/balancer.yaml     balance what the file says
+  balancer status                              who has how many connections, and who is refused
+  balancer explain --from 10.0.0.7 --to 11800  where a connection from there would go now
+  balancer doctor                              what this machine lacks
+
+Exit codes: 0 done, 1 failed, 2 wrong usage."
+)]
+struct Cli {
+    #[command(flatten)]
+    place: Place,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Which of the balancers on this machine is meant.
+#[derive(Debug, Args)]
+struct Place {
+    /// Where the balancer keeps its state in the kernel, on a BPF file system
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        env = "BALANCER_STATE_DIR",
+        default_value = "/sys/fs/bpf/balancer",
+        help_heading = "Which balancer (when several stand side by side)"
+    )]
+    state_dir: PathBuf,
+    /// Where its daemon takes requests
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "BALANCER_ADMIN_SOCKET",
+        default_value = "/run/balancer/admin.sock",
+        help_heading = "Which balancer (when several stand side by side)"
+    )]
+    admin_socket: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Run(run::Run),
+    Status(status::Status),
+    #[command(subcommand)]
+    Quota(quota::Quota),
+    Explain(explain::Explain),
+    Doctor(doctor::Doctor),
+    Unload(unload::Unload),
+    Completions(completions::Completions),
+}
+
+/// Runs the command line of this process: parses it, does what it says, prints. Returns the exit code: 0 done, 1 failed, 2 wrong usage.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) => {
+            // Help and version come this way too. Nobody is there to hear that printing failed.
+            let _ = usage.print();
+            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+        }
+    };
+    cli.verb.perform(&cli.place).unwrap_or_else(|error| {
+        output::complain(&error);
+        ExitCode::FAILURE
+    })
+}
+
+impl Verb {
+    fn perform(&self, place: &Place) -> Result<ExitCode> {
+        match self {
+            Self::Run(run) => run.perform(place),
+            Self::Status(status) => status.perform(place),
+            Self::Quota(quota) => quota.perform(place),
+            Self::Explain(explain) => explain.perform(place),
+            Self::Doctor(doctor) => return doctor.perform(place),
+            Self::Unload(unload) => unload.perform(place),
+            Self::Completions(completions) => completions.perform(),
+        }?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Place {
+    fn paths(&self) -> Paths {
+        Paths::new(&self.state_dir)
+    }
+
+    /// The balancer that is loaded there.
+    fn reader(&self) -> Result<Reader> {
+        let reader = dataplane::open(&self.paths()).with_context(|| {
+            format!(
+                "can't read the balancer's state in {}{}",
+                self.state_dir.display(),
+                hint_of_user()
+            )
+        })?;
+        reader.ok_or_else(|| {
+            anyhow!(
+                "no balancer is loaded at {}: it has not run since the machine started, was unloaded, or uses another directory; start it with \
+                 `balancer run --config FILE`, or give its directory with --state-dir{}",
+                self.state_dir.display(),
+                hint_of_user()
+            )
+        })
+    }
+
+    /// Has the daemon do this. Its answer for the operator; `None` when there is no daemon.
+    fn ask(&self, request: &Request) -> Result<Option<String>> {
+        match admin::ask(&self.admin_socket, &self.state_dir, request)? {
+            Some(Response::Done { message }) => Ok(Some(message)),
+            Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
+            None => Ok(None),
+        }
+    }
+}
+
+/// What to try where another user would see more; empty for root.
+fn hint_of_user() -> &'static str {
+    if geteuid().is_root() {
+        ""
+    } else {
+        " (you are not root: try again with sudo)"
+    }
+}

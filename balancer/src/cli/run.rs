@@ -1,0 +1,88 @@
+//! `balancer run`
+
+use std::{
+    io::{IsTerminal, stderr},
+    path::PathBuf,
+};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use tracing_subscriber::EnvFilter;
+
+use super::Place;
+use crate::agent;
+
+/// Balance what a configuration file says, until told to stop (changes the kernel)
+///
+/// Loads the balancer into the kernel, or takes over what an earlier run left there without a gap, and keeps it up to date: new listeners join,
+/// quotas follow the number of ready backends. Needs root.
+///
+/// Signals: HUP reads the file again (a bad one is reported and the old one stays in force); INT (Ctrl-C) takes everything out of the kernel; TERM
+/// leaves it in place for the next run.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Example, a file for three servers behind one port:
+  services:
+    - name: agents
+      port: 11800                  # what clients connect to
+      backends: [\"127.0.0.1:21801\", \"127.0.0.1:21802\", \"127.0.0.1:21803\"]
+      quota: {clients: 300, headroom: 15%}
+and the command:
+  balancer run --config /etc/balancer.yaml")]
+pub(super) struct Run {
+    /// The configuration file (YAML)
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// The cgroup whose listeners and connections are counted [default: the root of the cgroup2 mount]
+    #[arg(long, value_name = "DIR")]
+    cgroup: Option<PathBuf>,
+    /// What becomes of the state in the kernel at the end, whichever signal ends it [default: INT unloads, TERM keeps]
+    #[arg(long, value_name = "WHAT", value_enum)]
+    on_exit: Option<OnExit>,
+    /// What to log to standard error: error, warn, info, debug, trace, or by module as in `info,balancer::agent=debug`
+    #[arg(long, value_name = "FILTER", env = "BALANCER_LOG", default_value = "info", value_parser = log_filter)]
+    log: String,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OnExit {
+    /// Leave it for the next run: counting and steering go on, refusing for as long as `fail_open_after`
+    Keep,
+    /// Take everything out
+    Unload,
+}
+
+impl Run {
+    pub(super) fn perform(&self, place: &Place) -> Result<()> {
+        tracing_subscriber::fmt()
+            .with_env_filter(EnvFilter::new(&self.log))
+            .with_ansi(stderr().is_terminal())
+            .with_writer(stderr)
+            .init();
+        let options = agent::Options {
+            config: self.config.clone(),
+            cgroup: self.cgroup.clone(),
+            state_dir: place.state_dir.clone(),
+            admin_socket: place.admin_socket.clone(),
+            on_exit: self.on_exit.map(|on_exit| match on_exit {
+                OnExit::Keep => agent::OnExit::Keep,
+                OnExit::Unload => agent::OnExit::Unload,
+            }),
+        };
+        tokio::runtime::Builder::new_multi_thread()
+            .enable_all()
+            .build()
+            .context("can't start the daemon's threads")?
+            .block_on(agent::run(options))
+    }
+}
+
+/// Checked while parsing, so that a bad filter is wrong usage.
+fn log_filter(filter: &str) -> Result<String, String> {
+    match EnvFilter::try_new(filter) {
+        Ok(_) => Ok(filter.to_owned()),
+        Err(error) => Err(format!(
+            "{error}; write for example debug, or info,balancer::agent=debug"
+        )),
+    }
+}

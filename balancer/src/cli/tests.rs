@@ -1,0 +1,757 @@
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use balancer_common::{BackendState, Policy, Reason, Verdict};
+use clap::CommandFactory;
+
+use super::*;
+use crate::{
+    dataplane::{AgentSnapshot, BackendSnapshot, Explanation, ServiceSnapshot, Snapshot},
+    doctor::{Check, Report, Status},
+};
+
+fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> BackendSnapshot {
+    BackendSnapshot {
+        slot,
+        address: address.parse().unwrap(),
+        netns: 4_026_531_840,
+        state: BackendState::Active,
+        weight: 1,
+        quota,
+        overridden: false,
+        established,
+        exempt: 0,
+        pending: Some(0),
+        steerable: true,
+        note: None,
+    }
+}
+
+fn agents() -> ServiceSnapshot {
+    let verdicts = Reason::ALL.iter().map(|reason| match reason {
+        Reason::Steered => (*reason, 1203),
+        Reason::OverQuota => (*reason, 12),
+        _ => (*reason, 0),
+    });
+    ServiceSnapshot {
+        id: 0,
+        name: "agents".to_owned(),
+        port: 11800,
+        address: None,
+        policy: Policy::LeastConnections,
+        virtual_port: true,
+        rule: "300 clients × 2, 15% headroom, at least 16".to_owned(),
+        sentence: "ceil(300 clients × 2 × 1.15 / 3 ready) = 230".to_owned(),
+        quota_override: None,
+        backends: vec![
+            backend(0, "127.0.0.1:21801", 120, Some(230)),
+            BackendSnapshot {
+                pending: Some(2),
+                exempt: 1,
+                weight: 2,
+                ..backend(1, "[::1]:21802", 9, Some(230))
+            },
+            BackendSnapshot {
+                overridden: true,
+                ..backend(7, "127.0.0.1:21803", 120, Some(0))
+            },
+        ],
+        verdicts: verdicts.collect(),
+    }
+}
+
+/// The other extremes: an own port, nothing limited, backends that something is the matter with.
+fn als() -> ServiceSnapshot {
+    ServiceSnapshot {
+        id: 1,
+        name: "als".to_owned(),
+        port: 11802,
+        address: Some("10.0.0.9".parse().unwrap()),
+        policy: Policy::SourceHash,
+        virtual_port: false,
+        rule: "none".to_owned(),
+        sentence: "no quota is set: steering only".to_owned(),
+        quota_override: Some(50),
+        backends: vec![
+            BackendSnapshot { netns: 7, state: BackendState::Candidate, ..backend(3, "0.0.0.0:11802", 4, None) },
+            BackendSnapshot { state: BackendState::Closed, pending: None, ..backend(4, "[::]:11802", 5, None) },
+            BackendSnapshot {
+                steerable: false,
+                pending: None,
+                note: Some("an MPTCP listener: counted and limited, but not steered to; GODEBUG=multipathtcp=0 makes it ordinary".to_owned()),
+                ..backend(5, "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802", 1_000_000, None)
+            },
+        ],
+        verdicts: Reason::ALL.iter().map(|reason| (*reason, 0)).collect(),
+    }
+}
+
+fn alive() -> AgentSnapshot {
+    AgentSnapshot {
+        alive: true,
+        heartbeat_age: Some(Duration::from_millis(412)),
+        fail_open_after: Duration::from_secs(30),
+    }
+}
+
+/// Shows the first difference of two texts line by line, which a failing `assert_eq!` of long strings hides.
+#[track_caller]
+fn assert_text(actual: &str, expected: &str) {
+    for (number, (actual, expected)) in actual.lines().zip(expected.lines()).enumerate() {
+        assert_eq!(actual, expected, "line {}", number + 1);
+    }
+    assert_eq!(actual, expected);
+}
+
+#[test]
+fn status_of_a_service_under_pressure() {
+    let snapshot = Snapshot {
+        services: vec![agents()],
+        agent: alive(),
+    };
+    assert_text(
+        &status::text(&snapshot),
+        "\
+Daemon: alive, last heartbeat 0.4 s ago
+
+agents: virtual port 11800, least-connections
+  Quota: ceil(300 clients × 2 × 1.15 / 3 ready) = 230
+  SLOT  BACKEND          STATE   ESTABLISHED  QUOTA  USED  PENDING  EXEMPT  WEIGHT
+     0  127.0.0.1:21801  active          120    230   52%        0       0       1
+     1  [::1]:21802      active            9    230    3%        2       1       2
+     7  127.0.0.1:21803  active          120     0*              0       0       1
+        total                            249    460              2       1
+  * set by hand; `balancer quota clear agents [--slot N]` goes back to the rule
+  - slot 7: its quota is 0: it gets no new connections
+
+  LOOK-UPS  VERDICT  REASON              MEANING
+      1203  steer    steered             virtual port: steered to a backend with room
+        12  refuse   over-quota          every backend that could take it is at its quota
+",
+    );
+}
+
+#[test]
+fn status_of_backends_with_something_the_matter() {
+    let snapshot = Snapshot {
+        services: vec![als()],
+        agent: alive(),
+    };
+    assert_text(
+        &status::text(&snapshot),
+        "\
+Daemon: alive, last heartbeat 0.4 s ago
+
+als: port 10.0.0.9:11802, source-hash
+  Quota: 50 for each backend, set by hand until `balancer quota clear als` (otherwise no quota is
+         set: steering only)
+  SLOT  BACKEND                                         STATE      ESTABLISHED      QUOTA  USED  PENDING  EXEMPT  WEIGHT       NETNS
+     3  0.0.0.0:11802                                   candidate            4  unlimited              0       0       1           7
+     4  [::]:11802                                      closed               5  unlimited              ?       0       1  4026531840
+     5  [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802  active         1000000  unlimited              ?       0       1  4026531840
+        total                                                          1000009  unlimited              ?       0
+  - slot 3: not confirmed by the daemon yet: counted, but no connection is steered to it
+  - slot 4: its listener is gone; these connections remain until their clients leave
+  - slot 5: an MPTCP listener: counted and limited, but not steered to; GODEBUG=multipathtcp=0 makes
+    it ordinary
+  No connection has been looked up yet.
+",
+    );
+}
+
+#[test]
+fn status_says_when_everybody_is_refused() {
+    let mut service = agents();
+    service.backends.truncate(2);
+    service.backends[0].established = 230;
+    service.backends[1].established = 228;
+    let snapshot = Snapshot {
+        services: vec![service],
+        agent: alive(),
+    };
+    let text = status::text(&snapshot);
+    assert!(text.contains("  ! Every backend is at its quota: new clients are refused. Raise it with\n    `balancer quota set agents N`, or start another backend.\n"), "{text}");
+    let mut snapshot = snapshot;
+    snapshot.services[0].backends[1].pending = Some(1);
+    assert!(!status::text(&snapshot).contains('!'));
+}
+
+#[test]
+fn status_says_when_nobody_listens() {
+    let mut closed = agents();
+    for backend in &mut closed.backends {
+        backend.state = BackendState::Closed;
+    }
+    let mut none = als();
+    none.backends.clear();
+    let text = status::text(&Snapshot {
+        services: vec![closed, none],
+        agent: alive(),
+    });
+    assert!(
+        text.contains("  ! No backend: none of its backends listens"),
+        "{text}"
+    );
+    assert!(
+        text.contains("  ! No backend: nobody listens on it"),
+        "{text}"
+    );
+    assert!(
+        text.contains("  - slots 0, 1, 7: its listener is gone"),
+        "{text}"
+    );
+}
+
+#[test]
+fn status_says_what_a_dead_daemon_means() {
+    let with = |seconds: Option<u64>| {
+        let agent = AgentSnapshot {
+            alive: false,
+            heartbeat_age: seconds.map(Duration::from_secs),
+            ..alive()
+        };
+        status::text(&Snapshot {
+            services: Vec::new(),
+            agent,
+        })
+    };
+    assert_text(
+        &with(Some(125)),
+        "\
+Daemon: DEAD OR STUCK, last heartbeat 2 min 5 s ago; until it lives again nobody is refused (fail
+        open) and no new backend joins. Start it again with `balancer run --config FILE`.
+
+No service is loaded: the daemon has not finished starting, or has been told to take them all out.
+",
+    );
+    assert!(
+        with(Some(12)).contains("from 30 s on nobody is refused"),
+        "{}",
+        with(Some(12))
+    );
+    assert!(with(None).contains("has not lived since"), "{}", with(None));
+}
+
+#[test]
+fn text_fits_into_a_hundred_columns_with_ordinary_addresses() {
+    let mut service = agents();
+    service.sentence = "word ".repeat(100);
+    service.verdicts = Reason::ALL
+        .iter()
+        .map(|reason| (*reason, 12_345_678))
+        .collect();
+    for backend in &mut service.backends {
+        backend.address = "255.255.255.255:65535".parse().unwrap();
+        backend.established = 1_000_000;
+        backend.state = BackendState::Candidate;
+        backend.quota = None;
+    }
+    let services = [&service];
+    let text = quota::text(&services)
+        + &status::text(&Snapshot {
+            services: vec![agents(), service],
+            agent: alive(),
+        });
+    for line in text.lines() {
+        assert!(line.chars().count() <= 100, "{line}");
+        assert_eq!(line, line.trim_end());
+    }
+}
+
+#[test]
+fn status_as_json_is_as_contracted() {
+    let mut snapshot = Snapshot {
+        services: vec![agents()],
+        agent: alive(),
+    };
+    snapshot.services[0].backends.truncate(1);
+    let backend = &mut snapshot.services[0].backends[0];
+    (backend.quota, backend.pending, backend.note) = (None, None, Some("a \"note\"".to_owned()));
+    let verdicts: serde_json::Map<_, _> = snapshot.services[0]
+        .verdicts
+        .iter()
+        .map(|(reason, count)| (reason.name().to_owned(), (*count).into()))
+        .collect();
+    assert_eq!(verdicts["steered"], 1203);
+    assert_eq!(
+        serde_json::to_value(status::Json::new(&snapshot)).unwrap(),
+        serde_json::json!({
+            "schema": 1,
+            "services": [{
+                "name": "agents",
+                "port": 11800,
+                "address": null,
+                "policy": "least-connections",
+                "backends": [{
+                    "slot": 0,
+                    "address": "127.0.0.1:21801",
+                    "netns": 4_026_531_840_u64,
+                    "state": "active",
+                    "weight": 1,
+                    "quota": null,
+                    "established": 120,
+                    "exempt": 0,
+                    "pending": null,
+                    "steerable": true,
+                    "note": "a \"note\"",
+                }],
+                "verdicts": verdicts,
+            }],
+            "agent": {"alive": true, "heartbeat_age_ms": 412},
+        })
+    );
+}
+
+#[test]
+fn quota_as_text() {
+    let (agents, als) = (agents(), als());
+    assert_text(
+        &quota::text(&[&agents, &als]),
+        "\
+agents
+  Rule: 300 clients × 2, 15% headroom, at least 16
+  Now:  ceil(300 clients × 2 × 1.15 / 3 ready) = 230
+  SLOT  BACKEND          QUOTA  ESTABLISHED  SET
+     0  127.0.0.1:21801    230          120  by the rule
+     1  [::1]:21802        230            9  by the rule
+     7  127.0.0.1:21803      0          120  by hand
+
+als
+  Rule: none
+  Now:  no quota is set: steering only
+  By hand: 50 for each backend, until `balancer quota clear als`
+  SLOT  BACKEND                                             QUOTA  ESTABLISHED  SET
+     3  0.0.0.0:11802                                   unlimited            4  by the rule
+     4  [::]:11802                                      unlimited            5  by the rule
+     5  [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802  unlimited      1000000  by the rule
+",
+    );
+}
+
+#[test]
+fn quota_as_json_is_as_contracted() {
+    let mut service = agents();
+    service.quota_override = Some(7);
+    service.backends.drain(..2);
+    assert_eq!(
+        serde_json::to_value(quota::Json::new(&[&service])).unwrap(),
+        serde_json::json!({
+            "schema": 1,
+            "services": [{
+                "name": "agents",
+                "rule": "300 clients × 2, 15% headroom, at least 16",
+                "sentence": "ceil(300 clients × 2 × 1.15 / 3 ready) = 230",
+                "override": 7,
+                "backends": [{"slot": 7, "address": "127.0.0.1:21803", "quota": 0, "override": true}],
+            }],
+        })
+    );
+}
+
+fn explained() -> Explanation {
+    Explanation {
+        service: Some("agents".to_owned()),
+        reason: Reason::Steered,
+        verdict: Verdict::Steer,
+        backend: Some((1, "[::1]:21802".parse::<SocketAddr>().unwrap())),
+        sentence: "it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room"
+            .to_owned(),
+    }
+}
+
+#[test]
+fn explain_as_text() {
+    let (from, to) = ("10.0.0.7".parse().unwrap(), "11800".parse().unwrap());
+    assert_text(
+        &explain::text(from, to, &explained()),
+        "\
+10.0.0.7 -> 11800: it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room
+  service  agents
+  verdict  steer
+  reason   steered: virtual port: steered to a backend with room
+  backend  [::1]:21802 (slot 1)
+",
+    );
+    let stranger = Explanation {
+        service: None,
+        backend: None,
+        reason: Reason::NoBackend,
+        verdict: Verdict::Pass,
+        ..explained()
+    };
+    let text = explain::text(from, to, &stranger);
+    assert!(
+        text.contains("service  none: the balancer leaves this port alone\n  verdict  pass\n"),
+        "{text}"
+    );
+}
+
+#[test]
+fn explain_as_json_is_as_contracted() {
+    let (from, to) = (
+        "10.0.0.7:5".parse().unwrap(),
+        "10.0.0.9:11800".parse().unwrap(),
+    );
+    assert_eq!(
+        serde_json::to_value(explain::Json::new(from, to, &explained())).unwrap(),
+        serde_json::json!({
+            "schema": 1,
+            "from": "10.0.0.7:5",
+            "to": "10.0.0.9:11800",
+            "service": "agents",
+            "reason": "steered",
+            "verdict": "steer",
+            "backend": {"slot": 1, "address": "[::1]:21802"},
+            "sentence": "it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room",
+        })
+    );
+}
+
+#[test]
+fn the_ends_of_a_connection() {
+    use super::explain::{From, To};
+
+    for (text, address, port) in [
+        ("10.0.0.7", "10.0.0.7", None),
+        ("10.0.0.7:5", "10.0.0.7", Some(5)),
+        ("::1", "::1", None),
+        ("[::1]:5", "::1", Some(5)),
+        ("::ffff:10.0.0.7", "10.0.0.7", None),
+    ] {
+        assert_eq!(
+            text.parse(),
+            Ok(From {
+                address: address.parse().unwrap(),
+                port
+            }),
+            "{text}"
+        );
+    }
+    for (text, address, port) in [
+        ("11800", None, 11800),
+        ("10.0.0.9:1", Some("10.0.0.9"), 1),
+        ("[::1]:1", Some("::1"), 1),
+    ] {
+        let address = address.map(|address| address.parse().unwrap());
+        assert_eq!(text.parse(), Ok(To { address, port }), "{text}");
+    }
+    for text in ["", "oap", "10.0.0", "10.0.0.7:", "10.0.0.7:70000", "[::1]"] {
+        assert!(text.parse::<From>().is_err(), "{text}");
+    }
+    for text in ["", "0", "70000", "10.0.0.9", "10.0.0.9:0", "::1", "http"] {
+        assert!(text.parse::<To>().is_err(), "{text}");
+    }
+}
+
+fn report() -> Report {
+    let check = |name: &str, status, advice: Option<&str>| {
+        Check {
+        name: name.to_owned(),
+        status,
+        found: "tcp_syncookies is 2".to_owned(),
+        means: "every connection is judged again at its ACK, so a refusal may come after the client's connect has succeeded".to_owned(),
+        advice: advice.map(str::to_owned),
+    }
+    };
+    Report {
+        checks: vec![
+            check("kernel", Status::Ok, None),
+            check(
+                "syncookies",
+                Status::Warn,
+                Some("sysctl net.ipv4.tcp_syncookies=1"),
+            ),
+            check(
+                "btf",
+                Status::Fail,
+                Some("boot a kernel with CONFIG_DEBUG_INFO_BTF"),
+            ),
+        ],
+    }
+}
+
+#[test]
+fn doctor_as_text() {
+    assert_text(
+        &doctor::text(&report()),
+        "\
+ok    kernel: tcp_syncookies is 2
+      every connection is judged again at its ACK, so a refusal may come after the client's connect
+      has succeeded
+WARN  syncookies: tcp_syncookies is 2
+      every connection is judged again at its ACK, so a refusal may come after the client's connect
+      has succeeded
+      -> sysctl net.ipv4.tcp_syncookies=1
+FAIL  btf: tcp_syncookies is 2
+      every connection is judged again at its ACK, so a refusal may come after the client's connect
+      has succeeded
+      -> boot a kernel with CONFIG_DEBUG_INFO_BTF
+
+The balancer can't work here as it should: 1 of 3 checks fail, 1 warn.
+",
+    );
+    let mut fine = report();
+    fine.checks.truncate(2);
+    assert!(doctor::text(&fine).ends_with("The balancer works here; 1 of 2 checks warn.\n"));
+    fine.checks.truncate(1);
+    assert!(doctor::text(&fine).ends_with("All 1 checks are ok.\n"));
+}
+
+#[test]
+fn doctor_as_json_is_as_contracted() {
+    let mut report = report();
+    report.checks.drain(..2);
+    assert_eq!(
+        serde_json::to_value(doctor::Json::new(&report)).unwrap(),
+        serde_json::json!({
+            "schema": 1,
+            "checks": [{
+                "name": "btf",
+                "status": "fail",
+                "found": "tcp_syncookies is 2",
+                "means": "every connection is judged again at its ACK, so a refusal may come after the client's connect has succeeded",
+                "advice": "boot a kernel with CONFIG_DEBUG_INFO_BTF",
+            }],
+        })
+    );
+}
+
+#[test]
+fn spans_read_as_people_say_them() {
+    for (milliseconds, words) in [
+        (0, "0.0 s"),
+        (412, "0.4 s"),
+        (9_999, "9.9 s"),
+        (10_000, "10 s"),
+        (125_000, "2 min 5 s"),
+        (7_500_000, "2 h 5 min"),
+        (90_000_000, "1 d 1 h"),
+    ] {
+        assert_eq!(output::span(Duration::from_millis(milliseconds)), words);
+    }
+}
+
+mod parsing {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from([&["balancer"], arguments].concat())
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_is_understood_and_says_whether_it_changes_something() {
+        for arguments in [
+            &["run", "--config", "a.yaml"][..],
+            &[
+                "run",
+                "--config",
+                "a.yaml",
+                "--cgroup",
+                "/c",
+                "--on-exit",
+                "keep",
+                "--log",
+                "debug,balancer=trace",
+            ],
+            &["status"],
+            &["status", "-o", "json"],
+            &["status", "--output=text"],
+            &["quota", "show"],
+            &["quota", "show", "agents", "-o", "json"],
+            &["quota", "set", "agents", "0"],
+            &["quota", "set", "agents", "5", "--slot", "7"],
+            &["quota", "clear", "agents"],
+            &["quota", "clear", "agents", "--slot=7"],
+            &["explain", "--from", "10.0.0.7", "--to", "11800"],
+            &[
+                "explain",
+                "--from",
+                "[::1]:4",
+                "--to",
+                "[::1]:11800",
+                "-o",
+                "json",
+            ],
+            &["doctor"],
+            &[
+                "doctor", "--config", "a.yaml", "--cgroup", "/c", "-o", "json",
+            ],
+            &["unload"],
+            &["completions", "bash"],
+        ] {
+            assert!(
+                parse(arguments).is_ok(),
+                "{arguments:?}: {}",
+                parse(arguments).unwrap_err()
+            );
+        }
+        let command = Cli::command();
+        let quota = command.find_subcommand("quota").unwrap();
+        let verbs = command
+            .get_subcommands()
+            .filter(|verb| verb.get_name() != "quota")
+            .chain(quota.get_subcommands());
+        for verb in verbs {
+            let about = verb.get_about().unwrap().to_string();
+            assert!(
+                about.ends_with("(changes nothing)") || about.ends_with("(changes the kernel)"),
+                "{about}"
+            );
+            let examples = verb.get_after_long_help().unwrap().to_string();
+            assert!(examples.starts_with("Example"), "{examples}");
+        }
+    }
+
+    #[test]
+    fn wrong_usage_is_exit_code_2() {
+        for arguments in [
+            &[][..],
+            &["frobnicate"],
+            &["run"],
+            &["run", "--config"],
+            &["run", "--config", "a", "--on-exit", "explode"],
+            &["run", "--config", "a", "--log", "balancer=loud"],
+            &["status", "-o", "xml"],
+            &["status", "agents"],
+            &["quota"],
+            &["quota", "set", "agents"],
+            &["quota", "set", "agents", "-5"],
+            &["quota", "set", "agents", "lots"],
+            &["quota", "set", "agents", "100000001"],
+            &["quota", "set", "agents", "5", "--slot", "-1"],
+            &["quota", "clear"],
+            &["explain", "--from", "10.0.0.7"],
+            &["explain", "--from", "oap", "--to", "11800"],
+            &["explain", "--from", "10.0.0.7", "--to", "0"],
+            &["completions", "cmd"],
+            &["unload", "now"],
+        ] {
+            let error = parse(arguments)
+                .err()
+                .unwrap_or_else(|| panic!("{arguments:?} is understood"));
+            assert_eq!(error.exit_code(), 2, "{arguments:?}");
+        }
+        assert_eq!(parse(&["--help"]).unwrap_err().exit_code(), 0);
+        assert_eq!(parse(&["--version"]).unwrap_err().exit_code(), 0);
+    }
+
+    #[test]
+    fn which_balancer_is_meant_may_stand_before_and_after_the_verb() {
+        for arguments in [
+            &[
+                "--state-dir",
+                "/s",
+                "--admin-socket",
+                "/a",
+                "quota",
+                "clear",
+                "x",
+            ],
+            &[
+                "quota",
+                "--state-dir",
+                "/s",
+                "clear",
+                "x",
+                "--admin-socket",
+                "/a",
+            ],
+            &[
+                "quota",
+                "clear",
+                "x",
+                "--state-dir",
+                "/s",
+                "--admin-socket",
+                "/a",
+            ],
+        ] {
+            let place = parse(arguments).unwrap().place;
+            assert_eq!(place.state_dir, Path::new("/s"));
+            assert_eq!(place.admin_socket, Path::new("/a"));
+        }
+    }
+}
+
+mod without_a_daemon {
+    use super::*;
+
+    fn nowhere() -> (tempfile::TempDir, Place) {
+        let directory = tempfile::tempdir().unwrap();
+        let place = Place {
+            state_dir: directory.path().join("state"),
+            admin_socket: directory.path().join("a.sock"),
+        };
+        (directory, place)
+    }
+
+    fn perform(place: &Place, arguments: &[&str]) -> String {
+        let cli = Cli::try_parse_from([&["balancer"], arguments].concat()).unwrap();
+        let error = cli.verb.perform(place).expect_err("there is nothing there");
+        format!("{error:#}")
+    }
+
+    #[test]
+    fn the_reading_verbs_say_that_nothing_is_loaded() {
+        let (_directory, place) = nowhere();
+        for arguments in [
+            &["status"][..],
+            &["quota", "show"],
+            &["explain", "--from", "::1", "--to", "1"],
+        ] {
+            let message = perform(&place, arguments);
+            assert!(
+                message.starts_with(&format!(
+                    "no balancer is loaded at {}: ",
+                    place.state_dir.display()
+                )),
+                "{message}"
+            );
+            assert!(
+                message.contains("`balancer run --config FILE`") && message.contains("--state-dir"),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_quota_verbs_say_that_no_daemon_answers() {
+        let (_directory, place) = nowhere();
+        for arguments in [
+            &["quota", "set", "agents", "5"][..],
+            &["quota", "clear", "agents"],
+        ] {
+            let message = perform(&place, arguments);
+            assert!(
+                message.starts_with(&format!(
+                    "no daemon answers at {}",
+                    place.admin_socket.display()
+                )),
+                "{message}"
+            );
+        }
+    }
+
+    #[test]
+    fn unload_finds_nothing_to_do() {
+        let (_directory, place) = nowhere();
+        let cli = Cli::try_parse_from(["balancer", "unload"]).unwrap();
+        assert_eq!(cli.verb.perform(&place).unwrap(), ExitCode::SUCCESS);
+    }
+
+    #[test]
+    fn a_bad_file_is_one_error_with_its_line() {
+        let (directory, place) = nowhere();
+        let file = directory.path().join("bad.yaml");
+        std::fs::write(&file, "services:\n- name: a\n  prot: 1\n").unwrap();
+        let message = perform(&place, &["doctor", "--config", file.to_str().unwrap()]);
+        assert!(
+            message.starts_with(&format!("{}:3: unknown key `prot`", file.display())),
+            "{message}"
+        );
+    }
+}

@@ -1,0 +1,34 @@
+//! `balancer unload`
+
+use anyhow::{Context, Result};
+use clap::Args;
+
+use super::{Place, hint_of_user, output::print};
+use crate::{admin::Request, dataplane};
+
+/// Take everything out of the kernel (changes the kernel)
+///
+/// Established connections stay. From then on the kernel alone decides about new ones; the ports of services with `backends` answer nobody.
+/// A running daemon is asked to do it and ends.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Example:
+  balancer unload")]
+pub(super) struct Unload {}
+
+impl Unload {
+    #[expect(clippy::unused_self, reason = "as every verb has it")]
+    pub(super) fn perform(&self, place: &Place) -> Result<()> {
+        if let Some(message) = place.ask(&Request::Unload)? {
+            return print(&format!("{message}\n"));
+        }
+        let state_dir = place.state_dir.display();
+        let loaded = dataplane::unload(&place.paths())
+            .with_context(|| format!("can't unload what is at {state_dir}{}", hint_of_user()))?;
+        print(&if loaded {
+            format!("unloaded what was at {state_dir} (no daemon was running)\n")
+        } else {
+            format!("nothing was loaded at {state_dir}\n")
+        })
+    }
+}
