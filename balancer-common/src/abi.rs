@@ -56,7 +56,10 @@ impl Address {
     /// Whether it is the wildcard of either family.
     #[inline(always)]
     pub const fn is_any(&self) -> bool {
-        self.0[0] == 0 && self.0[1] == 0 && (self.0[2] == 0 || self.0[2] == 0x0000_ffff_u32.to_be()) && self.0[3] == 0
+        self.0[0] == 0
+            && self.0[1] == 0
+            && (self.0[2] == 0 || self.0[2] == 0x0000_ffff_u32.to_be())
+            && self.0[3] == 0
     }
 
     /// Whether it is an IPv4 address.
@@ -83,7 +86,9 @@ impl From<IpAddr> for Address {
             IpAddr::V6(v6) => v6,
         };
         let octets = v6.octets();
-        let word = |at: usize| u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]]);
+        let word = |at: usize| {
+            u32::from_ne_bytes([octets[at], octets[at + 1], octets[at + 2], octets[at + 3]])
+        };
         Self([word(0), word(4), word(8), word(12)])
     }
 }
@@ -95,7 +100,8 @@ impl From<Address> for IpAddr {
             chunk.copy_from_slice(&word.to_ne_bytes());
         }
         let v6 = Ipv6Addr::from(octets);
-        v6.to_ipv4_mapped().map_or(Self::V6(v6), |v4: Ipv4Addr| Self::V4(v4))
+        v6.to_ipv4_mapped()
+            .map_or(Self::V6(v6), |v4: Ipv4Addr| Self::V4(v4))
     }
 }
 
@@ -153,7 +159,12 @@ impl PortKey {
     /// The key of an address and port in a namespace.
     #[inline(always)]
     pub const fn new(netns: u64, address: Address, port: u16) -> Self {
-        Self { netns, address, port: port as u32, zero: 0 }
+        Self {
+            netns,
+            address,
+            port: port as u32,
+            zero: 0,
+        }
     }
 }
 
@@ -341,12 +352,17 @@ pub struct SlotPolicy {
 }
 
 impl SlotPolicy {
-    /// The quota was set by hand (a flag of the weight word).
+    /// The quota was set by hand for this backend (a flag of the weight word).
     pub const BY_HAND: u32 = 1;
+    /// The quota was set by hand for every backend of the service.
+    pub const SERVICE_BY_HAND: u32 = 2;
 
     /// Packs quota and weight for the tenant with that generation.
     pub const fn new(generation: u32, quota: u32, weight: u32, flags: u32) -> Self {
-        Self { quota: (generation.wrapping_add(1) as u64) << 32 | quota as u64, weight: (flags as u64) << 32 | weight as u64 }
+        Self {
+            quota: (generation.wrapping_add(1) as u64) << 32 | quota as u64,
+            weight: (flags as u64) << 32 | weight as u64,
+        }
     }
 
     /// Whether the daemon wrote it for this tenant.
@@ -367,9 +383,9 @@ impl SlotPolicy {
         self.weight as u32
     }
 
-    /// Whether the quota was set by hand.
-    pub const fn by_hand(&self) -> bool {
-        (self.weight >> 32) as u32 & Self::BY_HAND != 0
+    /// Its flags.
+    pub const fn flags(&self) -> u32 {
+        (self.weight >> 32) as u32
     }
 }
 
@@ -389,7 +405,12 @@ pub struct Counts {
 
 impl Counts {
     /// Nothing counted.
-    pub const ZERO: Self = Self { established: 0, expected: 0, full: 0, cookies: 0 };
+    pub const ZERO: Self = Self {
+        established: 0,
+        expected: 0,
+        full: 0,
+        cookies: 0,
+    };
     /// What one exempt connection adds to the word `established`; any other adds 1.
     pub const ONE_EXEMPT: u64 = 1 << 32 | 1;
 
@@ -478,7 +499,10 @@ impl ExemptKey {
     /// The key of a source for a service.
     #[inline(always)]
     pub const fn new(service: u16, address: Address) -> Self {
-        Self { service: (service as u32).to_be(), address }
+        Self {
+            service: (service as u32).to_be(),
+            address,
+        }
     }
 }
 
@@ -552,6 +576,28 @@ pub struct Event {
     pub pid: u32,
 }
 
+impl Event {
+    /// The event in a record of the ring; `None`: it is shorter than one.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let word = |at: usize| -> Option<u32> {
+            Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+        };
+        let half = |at: usize| -> Option<u16> {
+            Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+        };
+        Some(Self {
+            kind: half(0)?,
+            service: half(2)?,
+            slot: word(4)?,
+            netns: u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?),
+            address: Address([word(16)?, word(20)?, word(24)?, word(28)?]),
+            port: half(32)?,
+            reason: half(34)?,
+            pid: word(36)?,
+        })
+    }
+}
+
 /// Value of SERVICE_INFO: what only user space reads, so that `status` works without a daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -605,7 +651,10 @@ mod tests {
             assert_eq!(IpAddr::from(Address::from(address)), address);
         }
         assert!(Address::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED)).is_any());
-        assert_eq!(Address::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), Address::ANY);
+        assert_eq!(
+            Address::from(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+            Address::ANY
+        );
         let mapped = Address::from_v4_be(u32::from_ne_bytes([10, 1, 2, 3]));
         assert_eq!(mapped, Address::from("10.1.2.3".parse::<IpAddr>().unwrap()));
         assert!(mapped.is_v4());
@@ -613,7 +662,10 @@ mod tests {
 
     #[test]
     fn heartbeat_goes_stale_after_its_limit() {
-        let beat = Heartbeat { last_ns: 100, limit_ns: 10 };
+        let beat = Heartbeat {
+            last_ns: 100,
+            limit_ns: 10,
+        };
         assert!(!beat.is_stale(90));
         assert!(!beat.is_stale(110));
         assert!(beat.is_stale(111));

@@ -69,7 +69,9 @@ impl Observation {
     #[inline(always)]
     pub const fn pending(&self, quota: u32) -> u32 {
         let allowance = if quota / 8 > 16 { quota / 8 } else { 16 };
-        if matches!(self.cookies(), Cookies::InUse) || self.half_open.saturating_sub(self.young) > allowance {
+        if matches!(self.cookies(), Cookies::InUse)
+            || self.half_open.saturating_sub(self.young) > allowance
+        {
             return 0;
         }
         self.young.saturating_add(self.fast_open)
@@ -98,12 +100,27 @@ pub enum Judgement {
 
 /// Judges one look. `enforce` is false where the quota does not matter (exempt source, stale daemon).
 #[inline(always)]
-pub fn judge(seen: &Observation, counts: &Counts, quota: u32, enforce: bool, now: u32) -> Judgement {
-    if enforce && !admits(counts.established(), counts.exempt(), seen.pending(quota), quota) {
+pub fn judge(
+    seen: &Observation,
+    counts: &Counts,
+    quota: u32,
+    enforce: bool,
+    now: u32,
+) -> Judgement {
+    if enforce
+        && !admits(
+            counts.established(),
+            counts.exempt(),
+            seen.pending(quota),
+            quota,
+        )
+    {
         return Judgement::OverQuota;
     }
     if seen.queue_is_full() {
-        return Judgement::QueueFull { since: full_since(counts.full, now) };
+        return Judgement::QueueFull {
+            since: full_since(counts.full, now),
+        };
     }
     Judgement::Take
 }
@@ -112,7 +129,11 @@ pub fn judge(seen: &Observation, counts: &Counts, quota: u32, enforce: bool, now
 #[inline(always)]
 pub const fn full_since(word: u64, now: u32) -> u32 {
     let (since, seen) = (word as u32, (word >> 32) as u32);
-    if word == 0 || now.wrapping_sub(seen) > QUEUE_GRACE { now } else { since }
+    if word == 0 || now.wrapping_sub(seen) > QUEUE_GRACE {
+        now
+    } else {
+        since
+    }
 }
 
 /// The word after a look that found the queue full (never 0, which says "not full").
@@ -133,7 +154,11 @@ pub const fn is_full(word: u64, now: u32) -> bool {
 pub const fn expected(word: u64, now: u32) -> u32 {
     let count = word as u32;
     // Completions that no SYN announced (exempt ones on an own port) make it negative.
-    if count as i32 <= 0 || now.wrapping_sub((word >> 32) as u32) > EXPECTED_FOR { 0 } else { count }
+    if count as i32 <= 0 || now.wrapping_sub((word >> 32) as u32) > EXPECTED_FOR {
+        0
+    } else {
+        count
+    }
 }
 
 /// The word after a SYN was sent to a backend that has `pending` half-open ones.
@@ -149,7 +174,11 @@ pub const fn cookies_state(word: u64, now: u32) -> Cookies {
     if word == 0 || (until.wrapping_sub(now) as i32) < 0 {
         return Cookies::Off;
     }
-    if (word >> 32) as u32 == Cookies::InUse as u32 { Cookies::InUse } else { Cookies::Soon }
+    if (word >> 32) as u32 == Cookies::InUse as u32 {
+        Cookies::InUse
+    } else {
+        Cookies::Soon
+    }
 }
 
 /// The word after a look: until when the choice must be stable for cookies. `None`: leave it as it is.
@@ -164,7 +193,11 @@ pub const fn cookies_word(seen: &Observation, word: u64, now: u32) -> Option<u64
             Some((Cookies::Soon as u64) << 32 | now.wrapping_add(COOKIES_SOON_FOR) as u64)
         }
         Cookies::InUse => {
-            let age = if seen.overflow_age < COOKIES_FOR_SECONDS { seen.overflow_age } else { 0 };
+            let age = if seen.overflow_age < COOKIES_FOR_SECONDS {
+                seen.overflow_age
+            } else {
+                0
+            };
             let left = ticks_of_ms((COOKIES_FOR_SECONDS - age) as u64 * 1_000);
             Some((Cookies::InUse as u64) << 32 | now.wrapping_add(left) as u64)
         }
@@ -174,7 +207,11 @@ pub const fn cookies_word(seen: &Observation, word: u64, now: u32) -> Option<u64
 /// Whether a listener can take a packet of that family (`inet_csk` sockets: `bpf_sk_assign` says EAFNOSUPPORT otherwise).
 #[inline(always)]
 pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
-    if packet_is_v4 { flags & Backend::V6_ONLY == 0 } else { flags & Backend::V6 != 0 }
+    if packet_is_v4 {
+        flags & Backend::V6_ONLY == 0
+    } else {
+        flags & Backend::V6 != 0
+    }
 }
 
 #[cfg(test)]
@@ -182,8 +219,15 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const QUIET: Observation =
-        Observation { half_open: 0, young: 0, fast_open: 0, queue: 0, backlog: 128, syncookies: 1, overflow_age: 500 };
+    const QUIET: Observation = Observation {
+        half_open: 0,
+        young: 0,
+        fast_open: 0,
+        queue: 0,
+        backlog: 128,
+        syncookies: 1,
+        overflow_age: 500,
+    };
 
     #[test]
     fn admission_is_exact() {
@@ -197,28 +241,109 @@ mod tests {
 
     #[test]
     fn flood_does_not_count_as_pending() {
-        let flood = Observation { half_open: 117, young: 100, ..QUIET };
+        let flood = Observation {
+            half_open: 117,
+            young: 100,
+            ..QUIET
+        };
         assert_eq!(flood.pending(100), 0);
-        assert_eq!(Observation { half_open: 116, ..flood }.pending(100), 100);
-        assert_eq!(Observation { half_open: 225, young: 100, ..QUIET }.pending(1000), 100);
-        assert_eq!(Observation { young: 3, half_open: 3, overflow_age: 119, ..QUIET }.pending(100), 0);
-        assert_eq!(Observation { young: 3, half_open: 3, overflow_age: 120, ..QUIET }.pending(100), 3);
-        assert_eq!(Observation { young: 3, half_open: 3, syncookies: 2, ..QUIET }.pending(100), 0);
-        assert_eq!(Observation { young: 3, half_open: 3, fast_open: 2, ..QUIET }.pending(100), 5);
+        assert_eq!(
+            Observation {
+                half_open: 116,
+                ..flood
+            }
+            .pending(100),
+            100
+        );
+        assert_eq!(
+            Observation {
+                half_open: 225,
+                young: 100,
+                ..QUIET
+            }
+            .pending(1000),
+            100
+        );
+        assert_eq!(
+            Observation {
+                young: 3,
+                half_open: 3,
+                overflow_age: 119,
+                ..QUIET
+            }
+            .pending(100),
+            0
+        );
+        assert_eq!(
+            Observation {
+                young: 3,
+                half_open: 3,
+                overflow_age: 120,
+                ..QUIET
+            }
+            .pending(100),
+            3
+        );
+        assert_eq!(
+            Observation {
+                young: 3,
+                half_open: 3,
+                syncookies: 2,
+                ..QUIET
+            }
+            .pending(100),
+            0
+        );
+        assert_eq!(
+            Observation {
+                young: 3,
+                half_open: 3,
+                fast_open: 2,
+                ..QUIET
+            }
+            .pending(100),
+            5
+        );
     }
 
     #[test]
     fn queue_is_full_as_the_kernel_says() {
-        assert!(!Observation { queue: 0, backlog: 0, ..QUIET }.queue_is_full());
-        assert!(Observation { queue: 1, backlog: 0, ..QUIET }.queue_is_full());
+        assert!(
+            !Observation {
+                queue: 0,
+                backlog: 0,
+                ..QUIET
+            }
+            .queue_is_full()
+        );
+        assert!(
+            Observation {
+                queue: 1,
+                backlog: 0,
+                ..QUIET
+            }
+            .queue_is_full()
+        );
     }
 
     #[test]
     fn cookies_are_foreseen_only_where_they_are_sent() {
-        let nearly = Observation { half_open: 126, young: 126, ..QUIET };
+        let nearly = Observation {
+            half_open: 126,
+            young: 126,
+            ..QUIET
+        };
         assert_eq!(nearly.cookies(), Cookies::Soon);
         assert_eq!(nearly.pending(1000), 126);
-        assert_eq!(Observation { syncookies: 0, overflow_age: 0, ..nearly }.cookies(), Cookies::Off);
+        assert_eq!(
+            Observation {
+                syncookies: 0,
+                overflow_age: 0,
+                ..nearly
+            }
+            .cookies(),
+            Cookies::Off
+        );
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
 
 use crate::abi::{
-    Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS, Policy, SlotPolicy,
+    Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS,
+    Policy, SlotPolicy,
 };
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
 use crate::hash::rendezvous_score;
@@ -61,13 +62,21 @@ impl Member {
     /// Its quota: the daemon's, if it was meant for this tenant of the slot.
     #[inline(always)]
     pub const fn quota(&self, default: u32) -> u32 {
-        if self.policy.is_for(self.backend.life()) { self.policy.quota() } else { default }
+        if self.policy.is_for(self.backend.life()) {
+            self.policy.quota()
+        } else {
+            default
+        }
     }
 
     /// Its weight, at least 1.
     #[inline(always)]
     pub const fn weight(&self) -> u32 {
-        let weight = if self.policy.is_for(self.backend.life()) { self.policy.weight() } else { self.backend.weight };
+        let weight = if self.policy.is_for(self.backend.life()) {
+            self.policy.weight()
+        } else {
+            self.backend.weight
+        };
         if weight == 0 { DEFAULT_WEIGHT } else { weight }
     }
 
@@ -75,7 +84,8 @@ impl Member {
     #[inline(always)]
     pub const fn is_ready(&self) -> bool {
         self.backend.life().is(BackendState::Active)
-            && (self.backend.flags & Backend::CANDIDATE == 0 || self.policy.is_for(self.backend.life()))
+            && (self.backend.flags & Backend::CANDIDATE == 0
+                || self.policy.is_for(self.backend.life()))
     }
 
     /// The state as it is shown.
@@ -103,7 +113,9 @@ impl Member {
         }
         let exact = !self.backend.address.is_any();
         let bound = self.backend.device != 0;
-        if (exact && self.backend.address != request.to) || (bound && self.backend.device != request.device) {
+        if (exact && self.backend.address != request.to)
+            || (bound && self.backend.device != request.device)
+        {
             return None;
         }
         Some(u32::from(exact) * 2 + u32::from(bound))
@@ -194,13 +206,18 @@ const NOT_TRIED: u16 = u16::MAX;
 
 impl Scan {
     /// A scan that has seen nobody.
-    #[inline(always)]
     pub const fn new(request: Request) -> Self {
         Self {
             request,
             enforce: true,
             cookies: false,
-            tally: Tally { members: 0, over: 0, closed: 0, over_with_cookies: 0, cookies: 0 },
+            tally: Tally {
+                members: 0,
+                over: 0,
+                closed: 0,
+                over_with_cookies: 0,
+                cookies: 0,
+            },
             total: 0,
             sum: 0,
             best: NONE,
@@ -210,6 +227,18 @@ impl Scan {
             uid: 0,
             tried: [NOT_TRIED; MAX_LOOKS],
         }
+    }
+
+    /// Makes a used scan new, in place.
+    #[inline(always)]
+    pub fn start(&mut self, request: Request, enforce: bool) {
+        self.request = request;
+        self.enforce = enforce;
+        self.cookies = false;
+        self.total = 0;
+        self.cursor = Cursor::START;
+        self.start_over(0, 0);
+        self.forget_tried();
     }
 
     /// Starts another pass over the members.
@@ -236,7 +265,13 @@ impl Scan {
 
     #[inline(always)]
     fn start_over(&mut self, fit: u32, uid: u32) {
-        self.tally = Tally { members: 0, over: 0, closed: 0, over_with_cookies: 0, cookies: 0 };
+        self.tally = Tally {
+            members: 0,
+            over: 0,
+            closed: 0,
+            over_with_cookies: 0,
+            cookies: 0,
+        };
         self.sum = 0;
         self.best = NONE;
         self.fit = fit;
@@ -246,7 +281,11 @@ impl Scan {
     /// The member to look at next.
     #[inline(always)]
     pub const fn best(&self) -> Option<u32> {
-        if self.best == NONE { None } else { Some(self.best as u32 & (MAX_SLOTS as u32 - 1)) }
+        if self.best == NONE {
+            None
+        } else {
+            Some(self.best as u32 & (MAX_SLOTS as u32 - 1))
+        }
     }
 
     /// `Counts::expected` of [`Scan::best`] when it was chosen.
@@ -267,7 +306,9 @@ impl Scan {
         if !member.is_ready() {
             return;
         }
-        let Some(fit) = member.fit(&self.request) else { return };
+        let Some(fit) = member.fit(&self.request) else {
+            return;
+        };
         if self.tally.members == 0 || fit > self.fit {
             self.start_over(fit, member.backend.uid);
         } else if fit < self.fit || (!self.request.virtual_port && member.backend.uid != self.uid) {
@@ -276,10 +317,18 @@ impl Scan {
         self.tally.members += 1;
         let cookies = cookies_state(member.counts.cookies, self.request.now);
         let quota = member.quota(self.request.quota);
-        if self.enforce && !admits(member.counts.established(), member.counts.exempt(), 0, quota) {
+        if self.enforce
+            && !admits(
+                member.counts.established(),
+                member.counts.exempt(),
+                0,
+                quota,
+            )
+        {
             self.tally.closed += u32::from(quota == 0);
             self.tally.over += u32::from(quota != 0);
-            self.tally.over_with_cookies += u32::from(quota != 0 && matches!(cookies, Cookies::InUse));
+            self.tally.over_with_cookies +=
+                u32::from(quota != 0 && matches!(cookies, Cookies::InUse));
             return;
         }
         if self.request.virtual_port && !member.is_steerable() {
@@ -306,7 +355,13 @@ impl Scan {
         }
         let expected = expected(member.counts.expected, self.request.now);
         let doubtful = is_full(member.counts.full, self.request.now)
-            || (self.enforce && !admits(member.counts.established(), member.counts.exempt(), expected, quota));
+            || (self.enforce
+                && !admits(
+                    member.counts.established(),
+                    member.counts.exempt(),
+                    expected,
+                    quota,
+                ));
         let mut key = self.metric(member, weight, expected, before) << SLOT_BITS | u64::from(slot);
         if doubtful {
             key |= DOUBTFUL;
@@ -328,7 +383,8 @@ impl Scan {
         }
         match self.request.policy {
             Policy::LeastConnections => {
-                ((u64::from(member.counts.established()) + u64::from(expected)) << 16) / u64::from(weight)
+                ((u64::from(member.counts.established()) + u64::from(expected)) << 16)
+                    / u64::from(weight)
             }
             Policy::SourceHash => rendezvous_score(self.request.source, member.slot, weight),
             Policy::RoundRobin => self.turns_away(before, u64::from(weight)),

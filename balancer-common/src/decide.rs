@@ -1,9 +1,9 @@
 //! The decision for one look-up, in two phases: scan the packed numbers, then look at a few sockets in order.
 
+use crate::Reason;
 use crate::abi::Cookies;
 use crate::admission::{Judgement, QUEUE_GRACE};
 use crate::choice::{MAX_LOOKS, Request, Scan};
-use crate::Reason;
 
 /// How one attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,42 @@ pub enum Attempt {
     Failed,
     /// Another sk_lookup program has chosen a socket.
     Foreign,
+}
+
+impl Attempt {
+    /// Packed into one word, for a call between kernel functions, which return no structures.
+    #[inline(always)]
+    pub const fn encode(self) -> u64 {
+        match self {
+            Self::Assigned => 0,
+            Self::Raced => 1,
+            Self::Cookies => 2,
+            Self::Gone => 3,
+            Self::Failed => 4,
+            Self::Foreign => 5,
+            Self::Judged(Judgement::OverQuota) => 6,
+            Self::Judged(Judgement::QueueFull { since }) => 7 | (since as u64) << 32,
+            Self::Judged(Judgement::Take) => 8,
+        }
+    }
+
+    /// The attempt of a word; an unknown one failed.
+    #[inline(always)]
+    pub const fn decode(word: u64) -> Self {
+        match word as u32 {
+            0 => Self::Assigned,
+            1 => Self::Raced,
+            2 => Self::Cookies,
+            3 => Self::Gone,
+            5 => Self::Foreign,
+            6 => Self::Judged(Judgement::OverQuota),
+            7 => Self::Judged(Judgement::QueueFull {
+                since: (word >> 32) as u32,
+            }),
+            8 => Self::Judged(Judgement::Take),
+            _ => Self::Failed,
+        }
+    }
 }
 
 /// The maps and the sockets, or a picture of them.
@@ -83,12 +119,9 @@ const NOBODY: u32 = u32::MAX;
 
 impl Deliberation {
     /// Nothing is decided.
-    #[inline(always)]
-    pub const fn new(request: Request, circumstances: Circumstances) -> Self {
-        let mut scan = Scan::new(request);
-        scan.enforce = !circumstances.exempt;
-        Self {
-            scan,
+    pub fn new(request: Request, circumstances: Circumstances) -> Self {
+        let mut state = Self {
+            scan: Scan::new(request),
             circumstances,
             yielding: true,
             last_resort: false,
@@ -101,14 +134,37 @@ impl Deliberation {
             full: false,
             failed: false,
             momentary: NOBODY,
-        }
+        };
+        state.start(request, circumstances);
+        state
+    }
+
+    /// Makes a used one new, in place: a copy of the whole would be a loop over its bytes in the kernel.
+    #[inline(always)]
+    pub fn start(&mut self, request: Request, circumstances: Circumstances) {
+        self.scan.start(request, !circumstances.exempt);
+        self.circumstances = circumstances;
+        self.yielding = true;
+        self.last_resort = false;
+        self.cookies_known = false;
+        self.total_known = false;
+        self.looks = 0;
+        self.rounds = 0;
+        self.over = false;
+        self.over_with_cookies = false;
+        self.full = false;
+        self.failed = false;
+        self.momentary = NOBODY;
     }
 
     /// The decision that needs no look: an exempt source on an own port.
     #[inline(always)]
     pub fn without_looking(&self) -> Option<Decision> {
         if self.circumstances.exempt && !self.scan.request.virtual_port {
-            return Some(Decision { reason: Reason::Exempt, slot: None });
+            return Some(Decision {
+                reason: Reason::Exempt,
+                slot: None,
+            });
         }
         None
     }
@@ -116,7 +172,10 @@ impl Deliberation {
     /// The decision when nothing is left to try.
     #[inline(always)]
     pub fn failure(&self) -> Decision {
-        Decision { reason: self.reason_of_failure(), slot: None }
+        Decision {
+            reason: self.reason_of_failure(),
+            slot: None,
+        }
     }
 
     /// Whether another pass is needed before the best of the scan means something.
@@ -139,7 +198,11 @@ impl Deliberation {
     #[inline(always)]
     fn next(&self) -> Option<u32> {
         if !self.last_resort {
-            if self.looks < MAX_LOOKS as u32 { self.scan.best() } else { None }
+            if self.looks < MAX_LOOKS as u32 {
+                self.scan.best()
+            } else {
+                None
+            }
         } else if self.momentary == NOBODY {
             None
         } else {
@@ -177,7 +240,9 @@ impl Deliberation {
             }
             Attempt::Judged(Judgement::QueueFull { since }) => {
                 self.full = true;
-                if self.momentary == NOBODY && self.scan.request.now.wrapping_sub(since) <= QUEUE_GRACE {
+                if self.momentary == NOBODY
+                    && self.scan.request.now.wrapping_sub(since) <= QUEUE_GRACE
+                {
                     self.momentary = slot;
                 }
             }
@@ -241,12 +306,26 @@ pub fn advance<W: World>(world: &mut W, state: &mut Deliberation) -> Option<Deci
         return None;
     }
     let Some(slot) = state.next() else {
-        return if state.relent() { None } else { Some(state.failure()) };
+        return if state.relent() {
+            None
+        } else {
+            Some(state.failure())
+        };
     };
     state.yielding &= state.rounds < YIELDING_ROUNDS && !state.last_resort;
     match world.attempt(slot, state) {
-        Attempt::Assigned => return Some(Decision { reason: state.reason_of_success(), slot: Some(slot) }),
-        Attempt::Foreign => return Some(Decision { reason: Reason::ForeignSkLookup, slot: None }),
+        Attempt::Assigned => {
+            return Some(Decision {
+                reason: state.reason_of_success(),
+                slot: Some(slot),
+            });
+        }
+        Attempt::Foreign => {
+            return Some(Decision {
+                reason: Reason::ForeignSkLookup,
+                slot: None,
+            });
+        }
         Attempt::Raced => {}
         Attempt::Cookies => state.scan.cookies = true,
         attempt => {

@@ -92,8 +92,19 @@ mod tests {
         for (index, reason) in Reason::ALL.iter().enumerate() {
             assert_eq!(reason.index(), index);
             assert_eq!(Reason::from_index(index), Some(*reason));
-            assert_eq!(Reason::ALL.iter().filter(|other| other.name() == reason.name()).count(), 1);
-            assert!(reason.name().bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-'));
+            assert_eq!(
+                Reason::ALL
+                    .iter()
+                    .filter(|other| other.name() == reason.name())
+                    .count(),
+                1
+            );
+            assert!(
+                reason
+                    .name()
+                    .bytes()
+                    .all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+            );
         }
         assert_eq!(Reason::from_index(Reason::ALL.len()), None);
     }

@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, BackendState, Connection, Counts, EventKind, Life, ListenRule, MAX_MEMBERS,
-    MAX_SLOTS, MEMBER_WORDS, PortKey,
+    ANY_NETNS, Address, Backend, BackendState, Connection, Counts, EventKind, Life, ListenRule,
+    MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS, PortKey,
 };
 use core::ffi::c_void;
 
@@ -55,7 +55,9 @@ fn watch_states(ctx: &SockOpsContext) {
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
     let (old, new) = (ctx.arg(0), ctx.arg(1));
-    let Some(connection) = storage(ctx) else { return };
+    let Some(connection) = storage(ctx) else {
+        return;
+    };
     if old == LISTEN {
         closed(connection);
     } else if new == ESTABLISHED {
@@ -68,17 +70,27 @@ fn state_changed(ctx: &SockOpsContext) {
 /// What a counted connection adds to the word of its slot.
 #[inline(always)]
 fn share(class: u16) -> u64 {
-    if class == Connection::EXEMPT { Counts::ONE_EXEMPT } else { 1 }
+    if class == Connection::EXEMPT {
+        Counts::ONE_EXEMPT
+    } else {
+        1
+    }
 }
 
 #[inline(always)]
 fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     let slot = u32::from(connection.slot);
-    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else { return };
+    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
+        return;
+    };
     if backend.life().generation() != connection.generation {
         return;
     }
-    let class = if is_exempt(backend.service, &remote(ctx)) { Connection::EXEMPT } else { Connection::COUNTED };
+    let class = if is_exempt(backend.service, &remote(ctx)) {
+        Connection::EXEMPT
+    } else {
+        Connection::COUNTED
+    };
     connection.class = class;
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
     // It is no longer expected. Counted first, so that it is never missing from both.
@@ -90,22 +102,39 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
 #[inline(always)]
 fn left(connection: &mut Connection) {
     let slot = u32::from(connection.slot);
-    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else { return };
-    if connection.class == Connection::UNCOUNTED || backend.life().generation() != connection.generation {
+    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
+        return;
+    };
+    if connection.class == Connection::UNCOUNTED
+        || backend.life().generation() != connection.generation
+    {
         return;
     }
-    unsafe { atomic::add(&raw mut (*counts).established, share(connection.class).wrapping_neg()) };
+    unsafe {
+        atomic::add(
+            &raw mut (*counts).established,
+            share(connection.class).wrapping_neg(),
+        )
+    };
     connection.class = Connection::UNCOUNTED;
 }
 
 #[inline(always)]
 fn closed(connection: &Connection) {
     let slot = u32::from(connection.slot);
-    let Some(backend) = BACKENDS.get_ptr_mut(slot) else { return };
+    let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
+        return;
+    };
     let life = unsafe { (*backend).life() };
     if life.generation() != connection.generation
         || !life.is(BackendState::Active)
-        || !unsafe { atomic::replace(&raw mut (*backend).life, life.0, life.with(BackendState::Closed).0) }
+        || !unsafe {
+            atomic::replace(
+                &raw mut (*backend).life,
+                life.0,
+                life.with(BackendState::Closed).0,
+            )
+        }
     {
         return;
     }
@@ -116,7 +145,9 @@ fn closed(connection: &Connection) {
 
 #[inline(always)]
 fn change_membership(service: u16, slot: u32, member: bool) {
-    let Some(members) = MEMBERS.get_ptr_mut(u32::from(service)) else { return };
+    let Some(members) = MEMBERS.get_ptr_mut(u32::from(service)) else {
+        return;
+    };
     let bit = 1u64 << (slot & 63);
     let word = unsafe { &raw mut (*members).words[(slot / 64) as usize & (MEMBER_WORDS - 1)] };
     if member {
@@ -131,7 +162,9 @@ fn listened(ctx: &SockOpsContext) {
     let netns = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let address = local(ctx);
     let port = ctx.local_port() as u16;
-    let Some(rule) = rule_of(netns, address, port) else { return };
+    let Some(rule) = rule_of(netns, address, port) else {
+        return;
+    };
     if let Some(connection) = storage(ctx)
         && listens_again(ctx, connection)
     {
@@ -172,12 +205,20 @@ fn rule_at(netns: u64, address: Address, port: u16, wildcard: bool) -> Option<Li
 #[inline(always)]
 fn listens_again(ctx: &SockOpsContext, connection: &Connection) -> bool {
     let slot = u32::from(connection.slot);
-    let Some(backend) = BACKENDS.get_ptr_mut(slot) else { return false };
+    let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
+        return false;
+    };
     let life = unsafe { (*backend).life() };
     if life.generation() != connection.generation || !life.is(BackendState::Closed) {
         return false;
     }
-    if !unsafe { atomic::replace(&raw mut (*backend).life, life.0, life.with(BackendState::Claimed).0) } {
+    if !unsafe {
+        atomic::replace(
+            &raw mut (*backend).life,
+            life.0,
+            life.with(BackendState::Claimed).0,
+        )
+    } {
         return false;
     }
     publish(ctx, slot, life, backend);
@@ -185,7 +226,13 @@ fn listens_again(ctx: &SockOpsContext, connection: &Connection) -> bool {
 }
 
 #[inline(always)]
-fn backend_of(ctx: &SockOpsContext, netns: u64, address: Address, port: u16, rule: &ListenRule) -> Backend {
+fn backend_of(
+    ctx: &SockOpsContext,
+    netns: u64,
+    address: Address,
+    port: u16,
+    rule: &ListenRule,
+) -> Backend {
     let mut backend = Backend {
         netns,
         address,
@@ -241,15 +288,33 @@ fn claim(backend: &Backend) -> Option<(u32, Life)> {
             rank: 0,
         };
         let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
-        unsafe { bpf_loop(MAX_SLOTS as u32, visit as *mut c_void, (&raw mut search).cast(), 0) };
-        let (slot, rank) = unsafe { (core::ptr::read_volatile(&raw const search.slot), core::ptr::read_volatile(&raw const search.rank)) };
+        unsafe {
+            bpf_loop(
+                MAX_SLOTS as u32,
+                visit as *mut c_void,
+                (&raw mut search).cast(),
+                0,
+            )
+        };
+        let (slot, rank) = unsafe {
+            (
+                core::ptr::read_volatile(&raw const search.slot),
+                core::ptr::read_volatile(&raw const search.rank),
+            )
+        };
         if rank == 0 {
             return None;
         }
         let place = BACKENDS.get_ptr_mut(slot)?;
         let life = unsafe { (*place).life() };
         if life.is(BackendState::Free)
-            && unsafe { atomic::replace(&raw mut (*place).life, life.0, life.with(BackendState::Claimed).0) }
+            && unsafe {
+                atomic::replace(
+                    &raw mut (*place).life,
+                    life.0,
+                    life.with(BackendState::Claimed).0,
+                )
+            }
         {
             return Some((slot, life));
         }
@@ -260,7 +325,9 @@ fn claim(backend: &Backend) -> Option<(u32, Life)> {
 /// Whether a service has all the backends that it may have.
 #[inline(always)]
 fn is_crowded(service: u16) -> bool {
-    let Some(members) = MEMBERS.get(u32::from(service)) else { return true };
+    let Some(members) = MEMBERS.get(u32::from(service)) else {
+        return true;
+    };
     let mut count = 0;
     for word in members.words {
         count += word.count_ones();
@@ -271,7 +338,9 @@ fn is_crowded(service: u16) -> bool {
 /// The callback of `bpf_loop` over all slots; 1 ends the loop.
 unsafe extern "C" fn search_free(slot: u32, search: *mut c_void) -> i64 {
     let search = unsafe { &mut *search.cast::<Search>() };
-    let Some(backend) = BACKENDS.get(slot) else { return 1 };
+    let Some(backend) = BACKENDS.get(slot) else {
+        return 1;
+    };
     if !backend.life().is(BackendState::Free) {
         return 0;
     }
@@ -280,7 +349,13 @@ unsafe extern "C" fn search_free(slot: u32, search: *mut c_void) -> i64 {
         && backend.address == search.address
         && u32::from(backend.port) == search.port
         && u32::from(backend.service) == search.service;
-    let rank = if same { 3 } else if backend.port == 0 { 2 } else { 1 };
+    let rank = if same {
+        3
+    } else if backend.port == 0 {
+        2
+    } else {
+        1
+    };
     if rank > search.rank {
         search.rank = rank;
         search.slot = slot;
@@ -290,14 +365,27 @@ unsafe extern "C" fn search_free(slot: u32, search: *mut c_void) -> i64 {
 
 #[inline(always)]
 fn register(ctx: &SockOpsContext, slot: u32, life: Life, mut backend: Backend) {
-    let Some(place) = BACKENDS.get_ptr_mut(slot) else { return };
-    let mut value = Connection { slot: slot as u16, class: Connection::UNCOUNTED, generation: life.generation() };
+    let Some(place) = BACKENDS.get_ptr_mut(slot) else {
+        return;
+    };
+    let mut value = Connection {
+        slot: slot as u16,
+        class: Connection::UNCOUNTED,
+        generation: life.generation(),
+    };
     let socket = unsafe { socket(ctx) };
     let stored = if socket.is_null() {
         core::ptr::null_mut()
     } else {
-        unsafe { bpf_sk_storage_get((&raw const CONNECTION).cast_mut().cast(), socket.cast(), (&raw mut value).cast(), CREATE) }
-            .cast::<Connection>()
+        unsafe {
+            bpf_sk_storage_get(
+                (&raw const CONNECTION).cast_mut().cast(),
+                socket.cast(),
+                (&raw mut value).cast(),
+                CREATE,
+            )
+        }
+        .cast::<Connection>()
     };
     if stored.is_null() {
         unsafe { atomic::store(&raw mut (*place).life, life.with(BackendState::Free).0) };
@@ -323,7 +411,12 @@ fn register(ctx: &SockOpsContext, slot: u32, life: Life, mut backend: Backend) {
 fn publish(ctx: &SockOpsContext, slot: u32, life: Life, place: *mut Backend) {
     let mut key = slot;
     let error = unsafe {
-        bpf_sock_map_update(ctx.ops, (&raw const LISTENERS).cast_mut().cast(), (&raw mut key).cast(), 0)
+        bpf_sock_map_update(
+            ctx.ops,
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw mut key).cast(),
+            0,
+        )
     };
     unsafe {
         if error == 0 {
@@ -361,7 +454,11 @@ fn storage<'a>(ctx: &SockOpsContext) -> Option<&'a mut Connection> {
 fn local(ctx: &SockOpsContext) -> Address {
     let ops: *const bpf_sock_ops = ctx.ops;
     let address = either(ctx, context!(ops, local_ip4), context!(ops, local_ip6));
-    if address.is_any() { Address::ANY } else { address }
+    if address.is_any() {
+        Address::ANY
+    } else {
+        address
+    }
 }
 
 #[inline(always)]
@@ -372,5 +469,9 @@ fn remote(ctx: &SockOpsContext) -> Address {
 
 #[inline(always)]
 fn either(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Address {
-    if ctx.family() == AF_INET { Address::from_v4_be(v4) } else { Address(v6) }
+    if ctx.family() == AF_INET {
+        Address::from_v4_be(v4)
+    } else {
+        Address(v6)
+    }
 }

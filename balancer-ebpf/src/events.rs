@@ -29,7 +29,9 @@ pub fn listener(kind: EventKind, slot: u32, backend: &Backend) {
 /// A look-up was refused.
 #[inline(always)]
 pub fn refused(service: u16, netns: u64, source: Address, source_port: u16, reason: Reason) {
-    let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else { return };
+    let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
+        return;
+    };
     let last = unsafe { (*state).last_event };
     let now = ticks(unsafe { bpf_ktime_get_ns() });
     if now.wrapping_sub(last as u32) < REFUSAL_INTERVAL

@@ -99,7 +99,11 @@ impl TcpSocket {
     #[inline(always)]
     pub fn of(socket: *mut bpf_sock) -> Option<Self> {
         let tcp: *const tcp_sock = unsafe { bpf_skc_to_tcp_sock(socket.cast()) };
-        if tcp.is_null() { None } else { Some(Self(tcp.cast())) }
+        if tcp.is_null() {
+            None
+        } else {
+            Some(Self(tcp.cast()))
+        }
     }
 
     /// Owner.
@@ -137,7 +141,10 @@ impl TcpSocket {
         // Both are read before the choice: the compiler would merge two conditional reads into one of an unknown type.
         // A read through a null pointer gives 0 (BPF_PROBE_MEM).
         let group: *const u8 = field!(self.0, AT_REUSEPORT as *const u8);
-        let (own, shared) = (field!(self.0, AT_OVERFLOW as u32), field!(group, AT_GROUP_OVERFLOW as u32));
+        let (own, shared) = (
+            field!(self.0, AT_OVERFLOW as u32),
+            field!(group, AT_GROUP_OVERFLOW as u32),
+        );
         if group.is_null() { own } else { shared }
     }
 
@@ -158,5 +165,9 @@ pub fn listens(socket: *mut bpf_sock) -> bool {
 #[inline(always)]
 pub fn current_tgid() -> u32 {
     let task: *const u8 = unsafe { bpf_get_current_task_btf() }.cast();
-    if task.is_null() { 0 } else { field!(task, AT_TGID as u32) }
+    if task.is_null() {
+        0
+    } else {
+        field!(task, AT_TGID as u32)
+    }
 }

@@ -2,7 +2,10 @@
 //!
 //! On the host this is an empty program, so that editors and `cargo check` work; `cargo xtask build` makes the object.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics))]
-#![cfg_attr(target_arch = "bpf", allow(internal_features, reason = "BPF has no AtomicU64::fetch_add in core"))]
+#![cfg_attr(
+    target_arch = "bpf",
+    allow(internal_features, reason = "BPF has no AtomicU64::fetch_add in core")
+)]
 
 #[cfg(target_arch = "bpf")]
 mod account;
@@ -48,6 +51,8 @@ mod programs {
 
 #[cfg(not(target_arch = "bpf"))]
 fn main() {
-    eprintln!("This is the kernel half of balancer, built for the host by mistake. Build it with: cargo xtask build");
+    eprintln!(
+        "This is the kernel half of balancer, built for the host by mistake. Build it with: cargo xtask build"
+    );
     std::process::exit(1);
 }

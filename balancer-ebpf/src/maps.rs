@@ -5,8 +5,8 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, Members, PortKey,
-    REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
+    Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS,
+    Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
 };
 use balancer_common::decide::Deliberation;
 
@@ -50,7 +50,8 @@ const DESK_LEVELS: u32 = 3;
 
 // Not pinned: scratch of one program instance. Levels are taken per CPU.
 #[map]
-pub static DESKS: PerCpuArray<MaybeUninit<Deliberation>> = PerCpuArray::with_max_entries(DESK_LEVELS, 0);
+pub static DESKS: PerCpuArray<MaybeUninit<Deliberation>> =
+    PerCpuArray::with_max_entries(DESK_LEVELS, 0);
 #[map]
 pub static DESKS_TAKEN: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 

@@ -6,19 +6,24 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, NO_SERVICE, Policy, PortKey, REASON_SLOTS,
-    ServicePort, ticks,
+    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, NO_SERVICE, Policy, PortKey,
+    REASON_SLOTS, ServicePort, ticks,
 };
 use balancer_common::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge,
 };
 use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
-use balancer_common::decide::{Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple};
+use balancer_common::decide::{
+    Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
+};
 use balancer_common::{Reason, Verdict, hash};
 use core::ffi::c_void;
 
 use crate::kernel::{TcpSocket, constant, context, listens};
-use crate::maps::{BACKENDS, COUNTS, DESKS, DESKS_TAKEN, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE, SERVICES, VERDICTS};
+use crate::maps::{
+    BACKENDS, COUNTS, DESKS, DESKS_TAKEN, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY,
+    SERVICE_STATE, SERVICES, VERDICTS,
+};
 use crate::{atomic, events};
 
 const SK_DROP: u32 = 0;
@@ -42,7 +47,9 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         return SK_PASS;
     }
     let (to, client) = addresses(lookup);
-    let Some(port) = service_of(to, context!(lookup, local_port) as u16) else { return SK_PASS };
+    let Some(port) = service_of(to, context!(lookup, local_port) as u16) else {
+        return SK_PASS;
+    };
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let circumstances = Circumstances {
         exempt: is_exempt(port.service, &client.address),
@@ -50,7 +57,10 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     };
     let reason = match Desk::take() {
         Some(desk) => {
-            *desk.state = Deliberation::new(request_of(lookup, &port, to, &client, now_ns), circumstances);
+            desk.state.start(
+                request_of(lookup, &port, to, &client, now_ns),
+                circumstances,
+            );
             decide(ctx, desk.state)
         }
         None => Reason::FailOpenError,
@@ -72,9 +82,21 @@ fn addresses(lookup: *const bpf_sk_lookup) -> (Address, Client) {
     let (local, remote) = (context!(lookup, local_ip6), context!(lookup, remote_ip6));
     let (local_v4, remote_v4) = (context!(lookup, local_ip4), context!(lookup, remote_ip4));
     if context!(lookup, family) == AF_INET {
-        (Address::from_v4_be(local_v4), Client { address: Address::from_v4_be(remote_v4), port })
+        (
+            Address::from_v4_be(local_v4),
+            Client {
+                address: Address::from_v4_be(remote_v4),
+                port,
+            },
+        )
     } else {
-        (Address(local), Client { address: Address(remote), port })
+        (
+            Address(local),
+            Client {
+                address: Address(remote),
+                port,
+            },
+        )
     }
 }
 
@@ -91,7 +113,13 @@ fn service_of(to: Address, port: u16) -> Option<ServicePort> {
 }
 
 #[inline(always)]
-fn request_of(lookup: *const bpf_sk_lookup, port: &ServicePort, to: Address, client: &Client, now_ns: u64) -> Request {
+fn request_of(
+    lookup: *const bpf_sk_lookup,
+    port: &ServicePort,
+    to: Address,
+    client: &Client,
+    now_ns: u64,
+) -> Request {
     let policy = Policy::from_number(port.policy);
     let (high, low) = client.address.halves();
     let source = hash::of_source(high, low);
@@ -106,8 +134,17 @@ fn request_of(lookup: *const bpf_sk_lookup, port: &ServicePort, to: Address, cli
         policy,
         quota: port.quota,
         source,
-        tuple: hash::of_tuple(source, client.port, to_high ^ to_low, context!(lookup, local_port) as u16),
-        ticket: if matches!(policy, Policy::RoundRobin) { next_ticket(port.service) } else { 0 },
+        tuple: hash::of_tuple(
+            source,
+            client.port,
+            to_high ^ to_low,
+            context!(lookup, local_port) as u16,
+        ),
+        ticket: if matches!(policy, Policy::RoundRobin) {
+            next_ticket(port.service)
+        } else {
+            0
+        },
         now: ticks(now_ns),
     }
 }
@@ -124,14 +161,22 @@ fn next_ticket(service: u16) -> u64 {
 /// Whether a source is exempt for a service. A function of its own: the key would crowd the caller's stack.
 #[inline(never)]
 pub fn is_exempt(service: u16, source: &Address) -> bool {
-    EXEMPT.get(Key::new(ExemptKey::BITS, ExemptKey::new(service, *source))).is_some()
+    EXEMPT
+        .get(Key::new(ExemptKey::BITS, ExemptKey::new(service, *source)))
+        .is_some()
 }
 
 /// Tells the daemon, from a stack frame of its own.
 #[inline(never)]
 fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason) {
     let (_, client) = addresses(lookup);
-    events::refused(service, constant!(NETNS), client.address, client.port, reason);
+    events::refused(
+        service,
+        constant!(NETNS),
+        client.address,
+        client.port,
+        reason,
+    );
 }
 
 #[inline(always)]
@@ -157,7 +202,10 @@ impl Desk<'_> {
         let level = unsafe { core::ptr::read_volatile(taken) };
         let state = DESKS.get_ptr_mut(level as u32)?;
         unsafe { core::ptr::write_volatile(taken, level + 1) };
-        Some(Self { state: unsafe { (*state).assume_init_mut() }, taken })
+        Some(Self {
+            state: unsafe { (*state).assume_init_mut() },
+            taken,
+        })
     }
 }
 
@@ -185,9 +233,20 @@ fn decide(ctx: &SkLookupContext, state: &mut Deliberation) -> Reason {
     if let Some(decision) = state.without_looking() {
         return decision.reason;
     }
-    let mut rounds = Rounds { ctx: ctx.lookup, state, reason: UNDECIDED };
+    let mut rounds = Rounds {
+        ctx: ctx.lookup,
+        state,
+        reason: UNDECIDED,
+    };
     let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
-    unsafe { bpf_loop(MAX_ROUNDS, round as *mut c_void, (&raw mut rounds).cast(), 0) };
+    unsafe {
+        bpf_loop(
+            MAX_ROUNDS,
+            round as *mut c_void,
+            (&raw mut rounds).cast(),
+            0,
+        )
+    };
     let reason = unsafe { core::ptr::read_volatile(&raw const rounds.reason) };
     Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError)
 }
@@ -216,38 +275,87 @@ impl World for Sockets {
         let walk = visit as unsafe extern "C" fn(u32, *mut c_void) -> i64;
         // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
         let mut scan = core::ptr::from_mut(scan);
-        unsafe { bpf_loop(Cursor::STEPS, walk as *mut c_void, (&raw mut scan).cast(), 0) };
+        unsafe {
+            bpf_loop(
+                Cursor::STEPS,
+                walk as *mut c_void,
+                (&raw mut scan).cast(),
+                0,
+            )
+        };
     }
 
     #[inline(always)]
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
-        let Some(member) = member(slot) else { return Attempt::Gone };
-        if member.backend.flags & Backend::UNSTEERABLE != 0 {
-            return attempt_blind(&member, state);
-        }
-        let socket: *mut bpf_sock =
-            unsafe { bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const slot).cast()) }.cast();
-        if socket.is_null() {
-            return Attempt::Gone;
-        }
-        let attempt = attempt_socket(self.ctx, socket, &member, state);
-        unsafe { bpf_sk_release(socket.cast()) };
-        attempt
+        Attempt::decode(steer_attempt(self.ctx, state, slot))
     }
+}
+
+/// Global, so that the verifier looks at it once, by itself, and not on every path that leads to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_attempt(
+    ctx: *mut bpf_sk_lookup,
+    state: *const Deliberation,
+    slot: u32,
+) -> u64 {
+    let Some(state) = (unsafe { state.as_ref() }) else {
+        return Attempt::Gone.encode();
+    };
+    attempt_slot(ctx, slot, state).encode()
+}
+
+#[inline(always)]
+fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &Deliberation) -> Attempt {
+    let Some(member) = member(slot) else {
+        return Attempt::Gone;
+    };
+    if member.backend.flags & Backend::UNSTEERABLE != 0 {
+        return attempt_blind(&member, state);
+    }
+    let socket: *mut bpf_sock = unsafe {
+        bpf_map_lookup_elem(
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw const slot).cast(),
+        )
+    }
+    .cast();
+    if socket.is_null() {
+        return Attempt::Gone;
+    }
+    let attempt = attempt_socket(ctx, socket, &member, state);
+    unsafe { bpf_sk_release(socket.cast()) };
+    attempt
 }
 
 /// One step over the members; the callback of `bpf_loop`. 1 ends the loop.
 unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
-    let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else { return 1 };
-    match scan.cursor.step(|word| unsafe { core::ptr::read_volatile(&raw const (*members).words[word as usize & 15]) }) {
+    let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
+        return 1;
+    };
+    match scan.cursor.step(|word| unsafe {
+        core::ptr::read_volatile(&raw const (*members).words[word as usize & 15])
+    }) {
         Step::End => return 1,
         Step::Loaded => {}
         Step::Member(slot) => {
-            if let Some(member) = member(slot) {
-                scan.consider(&member);
-            }
+            steer_consider(scan, slot);
         }
+    }
+    0
+}
+
+/// Global, so that the verifier looks at it once, by itself, and not on every path that leads to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_consider(scan: *mut Scan, slot: u32) -> u32 {
+    let Some(scan) = (unsafe { scan.as_mut() }) else {
+        return 0;
+    };
+    match member(slot) {
+        Some(member) => scan.consider(&member),
+        None => {}
     }
     0
 }
@@ -256,26 +364,46 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
 #[inline(always)]
 fn member(slot: u32) -> Option<Member> {
     let (backend, policy, counts) = (BACKENDS.get(slot)?, POLICY.get(slot)?, COUNTS.get(slot)?);
-    Some(Member { slot, backend: *backend, policy: *policy, counts: *counts })
+    Some(Member {
+        slot,
+        backend: *backend,
+        policy: *policy,
+        counts: *counts,
+    })
 }
 
 /// An MPTCP listener can be neither looked at nor assigned; on its own port the kernel finds it without our help.
 #[inline(always)]
 fn attempt_blind(member: &Member, state: &Deliberation) -> Attempt {
     let quota = member.quota(state.scan.request.quota);
-    match judge(&Observation::BLIND, &member.counts, quota, state.scan.enforce, state.scan.request.now) {
+    match judge(
+        &Observation::BLIND,
+        &member.counts,
+        quota,
+        state.scan.enforce,
+        state.scan.request.now,
+    ) {
         Judgement::Take => Attempt::Assigned,
         judgement => Attempt::Judged(judgement),
     }
 }
 
 #[inline(always)]
-fn attempt_socket(ctx: *mut bpf_sk_lookup, socket: *mut bpf_sock, member: &Member, state: &Deliberation) -> Attempt {
+fn attempt_socket(
+    ctx: *mut bpf_sk_lookup,
+    socket: *mut bpf_sock,
+    member: &Member,
+    state: &Deliberation,
+) -> Attempt {
     if !listens(socket) || !member.backend.life().is(BackendState::Active) {
         return Attempt::Gone;
     }
-    let Some(tcp) = TcpSocket::of(socket) else { return Attempt::Gone };
-    let Some(counts) = COUNTS.get_ptr_mut(member.slot) else { return Attempt::Gone };
+    let Some(tcp) = TcpSocket::of(socket) else {
+        return Attempt::Gone;
+    };
+    let Some(counts) = COUNTS.get_ptr_mut(member.slot) else {
+        return Attempt::Gone;
+    };
     let now = state.scan.request.now;
     let seen = tcp.observe();
     note_cookies(counts, &seen, now);
@@ -292,7 +420,9 @@ fn attempt_socket(ctx: *mut bpf_sk_lookup, socket: *mut bpf_sock, member: &Membe
             note_expected(counts, seen.pending(quota), now);
             return Attempt::Judged(Judgement::OverQuota);
         }
-        Judgement::Take if member.counts.full != 0 => unsafe { atomic::store(&raw mut (*counts).full, 0) },
+        Judgement::Take if member.counts.full != 0 => unsafe {
+            atomic::store(&raw mut (*counts).full, 0)
+        },
         _ => {}
     }
     if !announce(counts, expected_word(seen.pending(quota), now), state) {
@@ -309,7 +439,13 @@ fn attempt_socket(ctx: *mut bpf_sk_lookup, socket: *mut bpf_sock, member: &Membe
 #[inline(always)]
 fn announce(counts: *mut Counts, word: u64, state: &Deliberation) -> bool {
     if state.yielding {
-        return unsafe { atomic::replace(&raw mut (*counts).expected, state.scan.best_expected(), word) };
+        return unsafe {
+            atomic::replace(
+                &raw mut (*counts).expected,
+                state.scan.best_expected(),
+                word,
+            )
+        };
     }
     unsafe { atomic::store(&raw mut (*counts).expected, word) };
     true

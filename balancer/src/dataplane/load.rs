@@ -30,7 +30,10 @@ impl Kernel {
             "this program was built without its kernel half: build it with `cargo xtask build`"
         );
         let hz = clock::jiffies_per_second().context("cannot find out the kernel's tick rate")?;
-        Ok(Self { offsets: kernel_offsets()?, hz })
+        Ok(Self {
+            offsets: kernel_offsets()?,
+            hz,
+        })
     }
 
     /// Creates or opens every map in the directory and makes the programs ready to be loaded for a namespace.
@@ -54,7 +57,8 @@ impl Kernel {
             ("V6_ONLY_BIT", &mask),
             ("AT_TGID", &at.task_tgid),
         ];
-        let btf = Btf::from_sys_fs().context("cannot read the kernel's BTF (/sys/kernel/btf/vmlinux)")?;
+        let btf =
+            Btf::from_sys_fs().context("cannot read the kernel's BTF (/sys/kernel/btf/vmlinux)")?;
         let mut loader = EbpfLoader::new();
         loader.btf(Some(&btf)).default_map_pin_directory(directory);
         loader.override_global("NETNS", &netns, true);
@@ -62,39 +66,69 @@ impl Kernel {
             loader.override_global(name, value, true);
         }
         loader.load(OBJECT).with_context(|| {
-            format!("cannot create the maps under {} (is it on a BPF file system? are we root?)", directory.display())
+            format!(
+                "cannot create the maps under {} (is it on a BPF file system? are we root?)",
+                directory.display()
+            )
         })
     }
 }
 
 /// Loads `account`; the time is what the verifier and the JIT took.
 pub fn account(object: &mut Ebpf) -> Result<&mut SockOps> {
-    let program: &mut SockOps =
-        object.program_mut("account").context("the kernel half has no program `account`")?.try_into()?;
+    let program: &mut SockOps = object
+        .program_mut("account")
+        .context("the kernel half has no program `account`")?
+        .try_into()?;
     let started = Instant::now();
-    program.load().map_err(|error| rejected("account", &error))?;
-    say_loaded("account", started.elapsed(), program.info().ok().and_then(|info| info.verified_instruction_count()));
+    program
+        .load()
+        .map_err(|error| rejected("account", &error))?;
+    say_loaded(
+        "account",
+        started.elapsed(),
+        program
+            .info()
+            .ok()
+            .and_then(|info| info.verified_instruction_count()),
+    );
     Ok(program)
 }
 
 /// Loads `steer`.
 pub fn steer(object: &mut Ebpf) -> Result<&mut SkLookup> {
-    let program: &mut SkLookup =
-        object.program_mut("steer").context("the kernel half has no program `steer`")?.try_into()?;
+    let program: &mut SkLookup = object
+        .program_mut("steer")
+        .context("the kernel half has no program `steer`")?
+        .try_into()?;
     let started = Instant::now();
     program.load().map_err(|error| rejected("steer", &error))?;
-    say_loaded("steer", started.elapsed(), program.info().ok().and_then(|info| info.verified_instruction_count()));
+    say_loaded(
+        "steer",
+        started.elapsed(),
+        program
+            .info()
+            .ok()
+            .and_then(|info| info.verified_instruction_count()),
+    );
     Ok(program)
 }
 
 fn say_loaded(program: &str, took: Duration, instructions: Option<u32>) {
-    info!("loaded {program} in {:.1} ms ({} instructions verified)", took.as_secs_f64() * 1e3, instructions.unwrap_or(0));
+    info!(
+        "loaded {program} in {:.1} ms ({} instructions verified)",
+        took.as_secs_f64() * 1e3,
+        instructions.unwrap_or(0)
+    );
 }
 
 /// The verifier's log in full: without it nobody can tell what it minded.
 fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
     match error {
-        ProgramError::LoadError { io_error, verifier_log } => anyhow::anyhow!(
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => anyhow::anyhow!(
             "the kernel refused the program `{program}`: {io_error}. If the log below names a missing helper, the \
              kernel is too old (6.1 is the oldest supported); `balancer doctor` tells. The verifier's log:\n{verifier_log}"
         ),
@@ -109,9 +143,15 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
 pub fn check_pins(directory: &Path) -> Result<()> {
     for (name, expected) in LAYOUT {
         let path = directory.join(name);
-        let map = bpf::obj_get(&path)
-            .with_context(|| format!("the pinned map {} is missing: `balancer unload` clears the rest", path.display()))?;
-        let found = shape(&bpf::map_info(&map).with_context(|| format!("cannot query {}", path.display()))?);
+        let map = bpf::obj_get(&path).with_context(|| {
+            format!(
+                "the pinned map {} is missing: `balancer unload` clears the rest",
+                path.display()
+            )
+        })?;
+        let found = shape(
+            &bpf::map_info(&map).with_context(|| format!("cannot query {}", path.display()))?,
+        );
         if found != *expected {
             bail!(
                 "the pinned map {} was made by another build (it is {found:?}, this build needs {expected:?}): \

@@ -33,18 +33,28 @@ impl Lock {
     /// # Errors
     /// When the directory can't be opened or locked, or the file that names the holder can't be written.
     pub fn take(paths: &Paths) -> Result<Held> {
-        let directory = File::open(paths.state_dir())
-            .with_context(|| format!("cannot open the state directory {}", paths.state_dir().display()))?;
+        let directory = File::open(paths.state_dir()).with_context(|| {
+            format!(
+                "cannot open the state directory {}",
+                paths.state_dir().display()
+            )
+        })?;
         let holder = holder_file(paths.state_dir());
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Ok(locked) => {
                 name_holder(&holder)?;
-                Ok(Held::Mine(Self { _directory: locked, holder }))
+                Ok(Held::Mine(Self {
+                    _directory: locked,
+                    holder,
+                }))
             }
             Err((_, Errno::EWOULDBLOCK)) => Ok(Held::ByOther(holder_of(&holder))),
-            Err((_, errno)) => {
-                Err(errno).with_context(|| format!("cannot lock the state directory {}", paths.state_dir().display()))
-            }
+            Err((_, errno)) => Err(errno).with_context(|| {
+                format!(
+                    "cannot lock the state directory {}",
+                    paths.state_dir().display()
+                )
+            }),
         }
     }
 }
@@ -57,7 +67,10 @@ impl Drop for Lock {
 }
 
 fn holder_file(state_dir: &Path) -> PathBuf {
-    let name: String = state_dir.to_string_lossy().trim_matches('/').replace('/', "-");
+    let name: String = state_dir
+        .to_string_lossy()
+        .trim_matches('/')
+        .replace('/', "-");
     Path::new(HOLDERS).join(format!("{name}.pid"))
 }
 
@@ -66,7 +79,12 @@ fn name_holder(file: &Path) -> Result<()> {
         fs::create_dir_all(HOLDERS)?;
         fs::write(file, format!("{}\n", std::process::id()))
     };
-    write().with_context(|| format!("cannot write {}, which names the process that holds the lock", file.display()))
+    write().with_context(|| {
+        format!(
+            "cannot write {}, which names the process that holds the lock",
+            file.display()
+        )
+    })
 }
 
 fn holder_of(file: &Path) -> Option<u32> {

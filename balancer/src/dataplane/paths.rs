@@ -17,7 +17,9 @@ pub struct Paths {
 impl Paths {
     /// The data plane under that state directory.
     pub fn new(state_dir: &Path) -> Self {
-        Self { state_dir: state_dir.to_owned() }
+        Self {
+            state_dir: state_dir.to_owned(),
+        }
     }
 
     /// The state directory itself.
@@ -52,7 +54,11 @@ impl Paths {
 
     /// The cgroup of a link's pin, if it is one of `account`.
     pub fn cgroup_of(pin: &Path) -> Option<u64> {
-        pin.file_name()?.to_str()?.strip_prefix(ACCOUNT)?.parse().ok()
+        pin.file_name()?
+            .to_str()?
+            .strip_prefix(ACCOUNT)?
+            .parse()
+            .ok()
     }
 
     /// The namespace of a link's pin, if it is one of `steer`.
@@ -72,7 +78,10 @@ mod tests {
             assert!(!path.to_str().unwrap().contains('.'));
         }
         assert_eq!(Paths::netns_of(&Paths::steer(&paths.current(), 7)), Some(7));
-        assert_eq!(Paths::cgroup_of(&Paths::account(&paths.current(), 9)), Some(9));
+        assert_eq!(
+            Paths::cgroup_of(&Paths::account(&paths.current(), 9)),
+            Some(9)
+        );
         assert_eq!(Paths::cgroup_of(&paths.map("COUNTS")), None);
     }
 }

@@ -63,15 +63,29 @@ impl Plan {
         let mut ports = BTreeMap::new();
         for ((service, id), by_hand) in self.services.iter().zip(ids).zip(by_hand) {
             let any = PortKey::new(ANY_NETNS, Address::ANY, service.port);
-            let entry = ports.entry(any).or_insert(ServicePort { service: NO_SERVICE, policy: 0, flags: 0, quota: UNLIMITED });
+            let entry = ports.entry(any).or_insert(ServicePort {
+                service: NO_SERVICE,
+                policy: 0,
+                flags: 0,
+                quota: UNLIMITED,
+            });
             let value = ServicePort {
                 service: *id,
                 policy: service.policy as u8,
-                flags: if service.virtual_port { ServicePort::VIRTUAL } else { 0 },
+                flags: if service.virtual_port {
+                    ServicePort::VIRTUAL
+                } else {
+                    0
+                },
                 quota: by_hand.or(service.quota).unwrap_or(UNLIMITED),
             };
             match service.address {
-                None => *entry = ServicePort { flags: value.flags | (entry.flags & ServicePort::EXACT_ADDRESSES), ..value },
+                None => {
+                    *entry = ServicePort {
+                        flags: value.flags | (entry.flags & ServicePort::EXACT_ADDRESSES),
+                        ..value
+                    }
+                }
                 Some(address) => {
                     entry.flags |= ServicePort::EXACT_ADDRESSES;
                     ports.insert(PortKey::new(ANY_NETNS, address.into(), service.port), value);
@@ -83,7 +97,8 @@ impl Plan {
 
     /// The content of LISTEN_RULES.
     pub fn rules(&self, ids: &[u16]) -> BTreeMap<PortKey, ListenRule> {
-        let mut scopes: Vec<(u64, u16)> = self.namespaces.iter().map(|cookie| (*cookie, 0)).collect();
+        let mut scopes: Vec<(u64, u16)> =
+            self.namespaces.iter().map(|cookie| (*cookie, 0)).collect();
         if self.any_namespace {
             scopes.push((ANY_NETNS, ListenRule::CANDIDATE));
         }
@@ -92,7 +107,11 @@ impl Plan {
             for (service, id) in self.services.iter().zip(ids) {
                 for at in &service.listen {
                     let address = at.address.map_or(Address::ANY, Address::from);
-                    let rule = ListenRule { service: *id, flags: scope, weight: at.weight };
+                    let rule = ListenRule {
+                        service: *id,
+                        flags: scope,
+                        weight: at.weight,
+                    };
                     rules.insert(PortKey::new(netns, address, at.port), rule);
                 }
             }
@@ -103,18 +122,30 @@ impl Plan {
 
     /// A listener that is bound to no address receives what is sent to a backend's address too: it is that backend,
     /// unless two services could claim it.
-    fn add_wildcards(&self, netns: u64, scope: u16, ids: &[u16], rules: &mut BTreeMap<PortKey, ListenRule>) {
+    fn add_wildcards(
+        &self,
+        netns: u64,
+        scope: u16,
+        ids: &[u16],
+        rules: &mut BTreeMap<PortKey, ListenRule>,
+    ) {
         let mut claims: BTreeMap<u16, Vec<ListenRule>> = BTreeMap::new();
         for (service, id) in self.services.iter().zip(ids) {
             for at in service.listen.iter().filter(|at| at.address.is_some()) {
-                let rule = ListenRule { service: *id, flags: scope | ListenRule::WILDCARD_ONLY, weight: at.weight };
+                let rule = ListenRule {
+                    service: *id,
+                    flags: scope | ListenRule::WILDCARD_ONLY,
+                    weight: at.weight,
+                };
                 claims.entry(at.port).or_default().push(rule);
             }
         }
         for (port, claims) in claims {
             let first = claims[0];
             if claims.iter().all(|claim| claim.service == first.service) {
-                rules.entry(PortKey::new(netns, Address::ANY, port)).or_insert(first);
+                rules
+                    .entry(PortKey::new(netns, Address::ANY, port))
+                    .or_insert(first);
             }
         }
     }
@@ -124,7 +155,11 @@ impl Plan {
         let mut entries = BTreeMap::new();
         for (service, id) in self.services.iter().zip(ids) {
             for network in &service.exempt {
-                let family_bits = if network.addr().is_ipv4() { ExemptKey::V4_BITS } else { 0 };
+                let family_bits = if network.addr().is_ipv4() {
+                    ExemptKey::V4_BITS
+                } else {
+                    0
+                };
                 let bits = ExemptKey::SERVICE_BITS + family_bits + u32::from(network.prefix_len());
                 // Not Address::from: 0.0.0.0/0 must stay an IPv4 network, not become "any".
                 let address = match network.network() {
@@ -139,9 +174,19 @@ impl Plan {
 }
 
 /// The rule that the kernel finds for a listener: the more specific one wins.
-pub fn rule_of(rules: &BTreeMap<PortKey, ListenRule>, netns: u64, address: Address, port: u16) -> Option<ListenRule> {
+pub fn rule_of(
+    rules: &BTreeMap<PortKey, ListenRule>,
+    netns: u64,
+    address: Address,
+    port: u16,
+) -> Option<ListenRule> {
     let wildcard = address.is_any();
-    let keys = [(netns, address), (ANY_NETNS, address), (netns, Address::ANY), (ANY_NETNS, Address::ANY)];
+    let keys = [
+        (netns, address),
+        (ANY_NETNS, address),
+        (netns, Address::ANY),
+        (ANY_NETNS, Address::ANY),
+    ];
     keys.into_iter()
         .filter_map(|(netns, address)| rules.get(&PortKey::new(netns, address, port)))
         .find(|rule| wildcard || rule.flags & ListenRule::WILDCARD_ONLY == 0)
@@ -152,7 +197,12 @@ pub fn rule_of(rules: &BTreeMap<PortKey, ListenRule>, netns: u64, address: Addre
 mod tests {
     use super::*;
 
-    fn service(name: &str, port: u16, address: Option<&str>, listen: &[(Option<&str>, u16)]) -> ServicePlan {
+    fn service(
+        name: &str,
+        port: u16,
+        address: Option<&str>,
+        listen: &[(Option<&str>, u16)],
+    ) -> ServicePlan {
         ServicePlan {
             name: name.into(),
             port,
@@ -161,10 +211,18 @@ mod tests {
             virtual_port: false,
             quota: Some(5),
             rule: String::new(),
-            exempt: vec!["10.0.0.0/24".parse().unwrap(), "0.0.0.0/0".parse().unwrap(), "fd00::/8".parse().unwrap()],
+            exempt: vec![
+                "10.0.0.0/24".parse().unwrap(),
+                "0.0.0.0/0".parse().unwrap(),
+                "fd00::/8".parse().unwrap(),
+            ],
             listen: listen
                 .iter()
-                .map(|(address, port)| ListenAt { address: address.map(|text| text.parse().unwrap()), port: *port, weight: 1 })
+                .map(|(address, port)| ListenAt {
+                    address: address.map(|text| text.parse().unwrap()),
+                    port: *port,
+                    weight: 1,
+                })
                 .collect(),
         }
     }
@@ -176,43 +234,72 @@ mod tests {
     #[test]
     fn an_exact_address_is_announced_by_the_port() {
         let plan = Plan {
-            services: vec![service("a", 11800, None, &[]), service("b", 11800, Some("10.0.0.9"), &[])],
+            services: vec![
+                service("a", 11800, None, &[]),
+                service("b", 11800, Some("10.0.0.9"), &[]),
+            ],
             ..Plan::default()
         };
         let ports = plan.ports(&[3, 4], &[None, Some(9)]);
         let any = ports[&PortKey::new(ANY_NETNS, Address::ANY, 11800)];
-        assert_eq!((any.service, any.flags, any.quota), (3, ServicePort::EXACT_ADDRESSES, 5));
+        assert_eq!(
+            (any.service, any.flags, any.quota),
+            (3, ServicePort::EXACT_ADDRESSES, 5)
+        );
         let exact = ports[&PortKey::new(ANY_NETNS, ip("10.0.0.9"), 11800)];
         assert_eq!((exact.service, exact.quota), (4, 9));
-        let reversed = Plan { services: plan.services.into_iter().rev().collect(), ..Plan::default() };
+        let reversed = Plan {
+            services: plan.services.into_iter().rev().collect(),
+            ..Plan::default()
+        };
         assert_eq!(reversed.ports(&[4, 3], &[Some(9), None]), ports);
     }
 
     #[test]
     fn wildcard_listeners_belong_to_the_only_service_that_claims_their_port() {
         let backend = [(Some("127.0.0.1"), 21801)];
-        let plan = Plan { services: vec![service("a", 11800, None, &backend)], namespaces: vec![7], any_namespace: false };
+        let plan = Plan {
+            services: vec![service("a", 11800, None, &backend)],
+            namespaces: vec![7],
+            any_namespace: false,
+        };
         let rules = plan.rules(&[0]);
         assert!(rule_of(&rules, 7, Address::ANY, 21801).is_some());
         assert!(rule_of(&rules, 7, ip("127.0.0.1"), 21801).is_some());
         assert!(rule_of(&rules, 7, ip("127.0.0.2"), 21801).is_none());
         assert!(rule_of(&rules, 8, ip("127.0.0.1"), 21801).is_none());
         let other = [(Some("127.0.0.2"), 21801)];
-        let plan = Plan { services: vec![service("a", 1, None, &backend), service("b", 2, None, &other)], ..plan };
+        let plan = Plan {
+            services: vec![
+                service("a", 1, None, &backend),
+                service("b", 2, None, &other),
+            ],
+            ..plan
+        };
         assert!(rule_of(&plan.rules(&[0, 1]), 7, Address::ANY, 21801).is_none());
     }
 
     #[test]
     fn candidates_are_of_namespaces_that_nobody_named() {
-        let plan = Plan { services: vec![service("a", 1, None, &[(None, 1)])], namespaces: vec![7], any_namespace: true };
+        let plan = Plan {
+            services: vec![service("a", 1, None, &[(None, 1)])],
+            namespaces: vec![7],
+            any_namespace: true,
+        };
         let rules = plan.rules(&[0]);
         assert_eq!(rule_of(&rules, 7, Address::ANY, 1).unwrap().flags, 0);
-        assert_eq!(rule_of(&rules, 8, ip("1.2.3.4"), 1).unwrap().flags, ListenRule::CANDIDATE);
+        assert_eq!(
+            rule_of(&rules, 8, ip("1.2.3.4"), 1).unwrap().flags,
+            ListenRule::CANDIDATE
+        );
     }
 
     #[test]
     fn exempt_networks_keep_their_family() {
-        let plan = Plan { services: vec![service("a", 1, None, &[])], ..Plan::default() };
+        let plan = Plan {
+            services: vec![service("a", 1, None, &[])],
+            ..Plan::default()
+        };
         let bits: Vec<u32> = plan.exempt(&[0]).keys().map(|(bits, _)| *bits).collect();
         assert_eq!(bits, [32 + 8, 32 + 96, 32 + 96 + 24]);
     }

@@ -1,5 +1,6 @@
 //! The pinned maps, opened and typed.
 
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,8 +8,9 @@ use anyhow::{Context as _, Result, anyhow};
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use balancer_common::Reason;
 use balancer_common::abi::{
-    Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule, MAX_SERVICES, MAX_SLOTS,
-    MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
+    Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
+    MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
+    ServicePort, ServiceState, SlotPolicy,
 };
 use balancer_common::choice::Member;
 
@@ -22,15 +24,63 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
     ("BACKENDS", MapShape::shared::<Backend>(MAX_SLOTS)),
     ("POLICY", MapShape::shared::<SlotPolicy>(MAX_SLOTS)),
     ("COUNTS", MapShape::shared::<Counts>(MAX_SLOTS)),
-    ("LISTENERS", MapShape { kind: 15, key: 4, value: 4, entries: MAX_SLOTS as u32, flags: 0 }),
+    (
+        "LISTENERS",
+        MapShape {
+            kind: 15,
+            key: 4,
+            value: 4,
+            entries: MAX_SLOTS as u32,
+            flags: 0,
+        },
+    ),
     ("MEMBERS", MapShape::shared::<Members>(MAX_SERVICES)),
-    ("SERVICE_STATE", MapShape::shared::<ServiceState>(MAX_SERVICES)),
+    (
+        "SERVICE_STATE",
+        MapShape::shared::<ServiceState>(MAX_SERVICES),
+    ),
     ("SERVICE_INFO", MapShape::array::<ServiceInfo>(MAX_SERVICES)),
-    ("EXEMPT", MapShape { kind: 11, key: 4 + size_of::<ExemptKey>() as u32, value: 4, entries: 16384, flags: 1 }),
-    ("VERDICTS", MapShape { kind: 6, key: 4, value: 8, entries: (MAX_SERVICES * REASON_SLOTS) as u32, flags: 0 }),
-    ("EVENTS", MapShape { kind: 27, key: 0, value: 0, entries: 256 * 1024, flags: 0 }),
+    (
+        "EXEMPT",
+        MapShape {
+            kind: 11,
+            key: 4 + size_of::<ExemptKey>() as u32,
+            value: 4,
+            entries: 16384,
+            flags: 1,
+        },
+    ),
+    (
+        "VERDICTS",
+        MapShape {
+            kind: 6,
+            key: 4,
+            value: 8,
+            entries: (MAX_SERVICES * REASON_SLOTS) as u32,
+            flags: 0,
+        },
+    ),
+    (
+        "EVENTS",
+        MapShape {
+            kind: 27,
+            key: 0,
+            value: 0,
+            entries: 256 * 1024,
+            flags: 0,
+        },
+    ),
     ("HEARTBEAT", MapShape::shared::<Heartbeat>(1)),
-    ("CONNECTION", MapShape { kind: 24, key: 4, value: size_of::<Connection>() as u32, entries: 0, flags: 513 }),
+    (
+        "CONNECTION",
+        MapShape {
+            kind: 24,
+            key: 4,
+            value: size_of::<Connection>() as u32,
+            entries: 0,
+            flags: 513,
+        },
+    ),
 ];
 
 /// What a map must look like to be ours.
@@ -52,15 +102,30 @@ impl MapShape {
     const MMAPABLE: u32 = 1 << 10;
 
     const fn hash<K, V>(entries: u32) -> Self {
-        Self { kind: 1, key: size_of::<K>() as u32, value: size_of::<V>() as u32, entries, flags: 0 }
+        Self {
+            kind: 1,
+            key: size_of::<K>() as u32,
+            value: size_of::<V>() as u32,
+            entries,
+            flags: 0,
+        }
     }
 
     const fn array<V>(entries: usize) -> Self {
-        Self { kind: 2, key: 4, value: size_of::<V>() as u32, entries: entries as u32, flags: 0 }
+        Self {
+            kind: 2,
+            key: 4,
+            value: size_of::<V>() as u32,
+            entries: entries as u32,
+            flags: 0,
+        }
     }
 
     const fn shared<V>(entries: usize) -> Self {
-        Self { flags: Self::MMAPABLE, ..Self::array::<V>(entries) }
+        Self {
+            flags: Self::MMAPABLE,
+            ..Self::array::<V>(entries)
+        }
     }
 }
 
@@ -71,7 +136,7 @@ pub struct Tables {
     pub info: Array<MapData, Wire<ServiceInfo>>,
     pub exempt: LpmTrie<MapData, Wire<ExemptKey>, u32>,
     pub listeners: SockMap<MapData>,
-    pub connections: MapData,
+    connections: MapData,
     backends: Array<MapData, Wire<Backend>>,
     verdicts: PerCpuArray<MapData, u64>,
     lives: SharedArray,
@@ -108,7 +173,8 @@ impl SlotView {
 
 fn pinned(directory: &Path, name: &str) -> Result<MapData> {
     let path = directory.join(name);
-    MapData::from_pin(&path).with_context(|| format!("cannot open the pinned map {}", path.display()))
+    MapData::from_pin(&path)
+        .with_context(|| format!("cannot open the pinned map {}", path.display()))
 }
 
 fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
@@ -121,16 +187,25 @@ impl Tables {
     /// Opens the pins of a directory.
     pub fn open(directory: &Path) -> Result<Self> {
         let typed = |name: &str| pinned(directory, name);
-        let wrong = |name: &'static str| move |error: MapError| anyhow!(error).context(format!("the pinned map {name} is another kind of map"));
+        let wrong = |name: &'static str| {
+            move |error: MapError| {
+                anyhow!(error).context(format!("the pinned map {name} is another kind of map"))
+            }
+        };
         Ok(Self {
-            services: HashMap::try_from(Map::HashMap(typed("SERVICES")?)).map_err(wrong("SERVICES"))?,
-            rules: HashMap::try_from(Map::HashMap(typed("LISTEN_RULES")?)).map_err(wrong("LISTEN_RULES"))?,
-            info: Array::try_from(Map::Array(typed("SERVICE_INFO")?)).map_err(wrong("SERVICE_INFO"))?,
+            services: HashMap::try_from(Map::HashMap(typed("SERVICES")?))
+                .map_err(wrong("SERVICES"))?,
+            rules: HashMap::try_from(Map::HashMap(typed("LISTEN_RULES")?))
+                .map_err(wrong("LISTEN_RULES"))?,
+            info: Array::try_from(Map::Array(typed("SERVICE_INFO")?))
+                .map_err(wrong("SERVICE_INFO"))?,
             exempt: LpmTrie::try_from(Map::LpmTrie(typed("EXEMPT")?)).map_err(wrong("EXEMPT"))?,
-            listeners: SockMap::try_from(Map::SockMap(typed("LISTENERS")?)).map_err(wrong("LISTENERS"))?,
+            listeners: SockMap::try_from(Map::SockMap(typed("LISTENERS")?))
+                .map_err(wrong("LISTENERS"))?,
             connections: typed("CONNECTION")?,
             backends: Array::try_from(Map::Array(typed("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
-            verdicts: PerCpuArray::try_from(Map::PerCpuArray(typed("VERDICTS")?)).map_err(wrong("VERDICTS"))?,
+            verdicts: PerCpuArray::try_from(Map::PerCpuArray(typed("VERDICTS")?))
+                .map_err(wrong("VERDICTS"))?,
             lives: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
             policies: shared::<SlotPolicy>(directory, "POLICY", MAX_SLOTS)?,
             counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
@@ -140,9 +215,16 @@ impl Tables {
         })
     }
 
+    /// The map of CONNECTION, to ask sock_diag for its values.
+    pub fn connection_map(&self) -> BorrowedFd<'_> {
+        self.connections.fd().as_fd()
+    }
+
     /// The events of the kernel half.
     pub fn events(directory: &Path) -> Result<RingBuf<MapData>> {
-        Ok(RingBuf::try_from(Map::RingBuf(pinned(directory, "EVENTS")?))?)
+        Ok(RingBuf::try_from(Map::RingBuf(pinned(
+            directory, "EVENTS",
+        )?))?)
     }
 
     /// Generation and state of a slot, to compare and swap.
@@ -162,29 +244,45 @@ impl Tables {
 
     /// The policy of a slot.
     pub fn policy(&self, slot: u32) -> SlotPolicy {
-        SlotPolicy { quota: self.quota_word(slot).load(Ordering::Acquire), weight: self.weight_word(slot).load(Ordering::Acquire) }
+        SlotPolicy {
+            quota: self.quota_word(slot).load(Ordering::Acquire),
+            weight: self.weight_word(slot).load(Ordering::Acquire),
+        }
     }
 
     /// The live numbers of a slot.
     pub fn counts(&self, slot: u32) -> Counts {
         let word = |index| self.counts.word(slot, index).load(Ordering::Acquire);
-        Counts { established: word(0), expected: word(1), full: word(2), cookies: word(3) }
+        Counts {
+            established: word(0),
+            expected: word(1),
+            full: word(2),
+            cookies: word(3),
+        }
     }
 
     /// The bitmap of a service's slots.
     pub fn members(&self, service: u16) -> [u64; MEMBER_WORDS] {
-        std::array::from_fn(|word| self.members.word(u32::from(service), word).load(Ordering::Acquire))
+        std::array::from_fn(|word| {
+            self.members
+                .word(u32::from(service), word)
+                .load(Ordering::Acquire)
+        })
     }
 
     /// Takes a slot out of a service's bitmap.
     pub fn leave(&self, service: u16, slot: u32) {
         let word = (slot / 64) as usize;
-        self.members.word(u32::from(service), word).fetch_and(!(1 << (slot % 64)), Ordering::SeqCst);
+        self.members
+            .word(u32::from(service), word)
+            .fetch_and(!(1 << (slot % 64)), Ordering::SeqCst);
     }
 
     /// The next ticket of round-robin.
     pub fn turn(&self, service: u16) -> u64 {
-        self.states.word(u32::from(service), 0).load(Ordering::Acquire)
+        self.states
+            .word(u32::from(service), 0)
+            .load(Ordering::Acquire)
     }
 
     /// When the daemon last lived, and for how long the kernel believes it.
@@ -197,8 +295,12 @@ impl Tables {
 
     /// The daemon lives.
     pub fn beat(&self, beat: Heartbeat) {
-        self.heartbeat.word(0, 1).store(beat.limit_ns, Ordering::Release);
-        self.heartbeat.word(0, 0).store(beat.last_ns, Ordering::Release);
+        self.heartbeat
+            .word(0, 1)
+            .store(beat.limit_ns, Ordering::Release);
+        self.heartbeat
+            .word(0, 0)
+            .store(beat.last_ns, Ordering::Release);
     }
 
     /// A slot, if it is taken.
@@ -207,14 +309,25 @@ impl Tables {
         if life.is(BackendState::Free) || life.is(BackendState::Claimed) {
             return Ok(None);
         }
-        let backend = self.backends.get(&slot, 0).with_context(|| format!("cannot read slot {slot}"))?.0;
-        let member = Member { slot, backend, policy: self.policy(slot), counts: self.counts(slot) };
+        let backend = self
+            .backends
+            .get(&slot, 0)
+            .with_context(|| format!("cannot read slot {slot}"))?
+            .0;
+        let member = Member {
+            slot,
+            backend,
+            policy: self.policy(slot),
+            counts: self.counts(slot),
+        };
         Ok(Some(SlotView { member }))
     }
 
     /// All taken slots, in order.
     pub fn slots(&self) -> Result<Vec<SlotView>> {
-        (0..MAX_SLOTS as u32).filter_map(|slot| self.slot(slot).transpose()).collect()
+        (0..MAX_SLOTS as u32)
+            .filter_map(|slot| self.slot(slot).transpose())
+            .collect()
     }
 
     /// How often each reason was given for a service, all CPUs together.
@@ -222,7 +335,10 @@ impl Tables {
         let first = u32::from(service) * REASON_SLOTS as u32;
         let count = |reason: &Reason| -> Result<(Reason, u64)> {
             let index = first + u32::try_from(reason.index())?;
-            let values = self.verdicts.get(&index, 0).context("cannot read the verdict counters")?;
+            let values = self
+                .verdicts
+                .get(&index, 0)
+                .context("cannot read the verdict counters")?;
             Ok((*reason, values.iter().sum()))
         };
         Reason::ALL.iter().map(count).collect()
@@ -230,12 +346,16 @@ impl Tables {
 
     /// Sets a service's verdict counters and tickets to zero, for a new service with a used id.
     pub fn forget_service(&mut self, service: u16) -> Result<()> {
-        let cpus = aya::util::nr_cpus().map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
+        let cpus = aya::util::nr_cpus()
+            .map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
         for reason in 0..REASON_SLOTS as u32 {
             let zeros = aya::maps::PerCpuValues::try_from(vec![0u64; cpus])?;
-            self.verdicts.set(u32::from(service) * REASON_SLOTS as u32 + reason, zeros, 0)?;
+            self.verdicts
+                .set(u32::from(service) * REASON_SLOTS as u32 + reason, zeros, 0)?;
         }
-        self.states.word(u32::from(service), 0).store(0, Ordering::Release);
+        self.states
+            .word(u32::from(service), 0)
+            .store(0, Ordering::Release);
         Ok(())
     }
 }

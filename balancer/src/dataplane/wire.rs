@@ -20,4 +20,12 @@ macro_rules! plain {
     };
 }
 
-plain!(Backend, Connection, ExemptKey, ListenRule, PortKey, ServiceInfo, ServicePort);
+plain!(
+    Backend,
+    Connection,
+    ExemptKey,
+    ListenRule,
+    PortKey,
+    ServiceInfo,
+    ServicePort
+);

@@ -1,0 +1,123 @@
+//! Which network namespaces are guarded, and keeping `steer` attached to them.
+
+use std::collections::{BTreeMap, HashSet};
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use anyhow::{Context as _, Result};
+use tracing::{info, warn};
+
+use crate::config::Namespaces;
+use crate::dataplane::{SlotView, Writer};
+use crate::discover::namespaces;
+use crate::sys::netns;
+
+/// The guarded namespaces.
+#[derive(Debug)]
+pub struct Guarded {
+    /// Those that the configuration names, by cookie.
+    named: BTreeMap<u64, OwnedFd>,
+    /// Every other one is guarded as soon as a backend listens there.
+    any: bool,
+}
+
+impl Guarded {
+    /// Opens the namespaces of the configuration.
+    ///
+    /// # Errors
+    /// When one can't be opened or entered.
+    pub fn resolve(wanted: &Namespaces) -> Result<Self> {
+        let own = || netns::current().context("cannot open this process's network namespace");
+        let files = match wanted {
+            Namespaces::Own | Namespaces::All => vec![own()?],
+            Namespaces::Paths(paths) => paths
+                .iter()
+                .map(|path| {
+                    netns::open(path).with_context(|| {
+                        format!("cannot open the network namespace {} (is it there? `ip netns` lists named ones)", path.display())
+                    })
+                })
+                .collect::<Result<_>>()?,
+        };
+        let mut named = BTreeMap::new();
+        for file in files {
+            let cookie =
+                netns::cookie_of(&file).context("cannot read the cookie of a network namespace")?;
+            named.insert(cookie, file);
+        }
+        Ok(Self {
+            named,
+            any: *wanted == Namespaces::All,
+        })
+    }
+
+    /// Cookies of the namespaces that are guarded whether a backend listens there or not.
+    pub fn named_cookies(&self) -> Vec<u64> {
+        self.named.keys().copied().collect()
+    }
+
+    /// Whether listeners of any namespace are wanted.
+    pub const fn any(&self) -> bool {
+        self.any
+    }
+
+    /// Whether SYNs in that namespace are steered.
+    pub fn covers(&self, cookie: u64, writer: &Writer) -> bool {
+        self.named.contains_key(&cookie) || (self.any && writer.guards(cookie))
+    }
+
+    /// Attaches `steer` to the named namespaces, replacing what is there, and takes it off those that are not wanted.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn attach(&self, writer: &mut Writer) -> Result<()> {
+        for (cookie, file) in &self.named {
+            writer.guard(file.as_fd(), *cookie)?;
+        }
+        self.release(writer)
+    }
+
+    /// With `all`: attaches `steer` where backends listen, and takes it off where none is left.
+    ///
+    /// # Errors
+    /// When the slots or the namespaces can't be read.
+    pub fn follow(&self, writer: &mut Writer) -> Result<()> {
+        if !self.any {
+            return Ok(());
+        }
+        let unguarded: HashSet<u64> = self
+            .inhabited(&writer.slots()?)
+            .into_iter()
+            .filter(|cookie| !writer.guards(*cookie))
+            .collect();
+        if !unguarded.is_empty() {
+            for namespace in namespaces()?
+                .iter()
+                .filter(|namespace| unguarded.contains(&namespace.cookie))
+            {
+                match writer.guard(namespace.as_fd(), namespace.cookie) {
+                    Ok(()) => info!(
+                        "guarding the network namespace of process {}",
+                        namespace.pid
+                    ),
+                    Err(error) => warn!(
+                        "cannot guard the network namespace of process {}: {error:#}",
+                        namespace.pid
+                    ),
+                }
+            }
+        }
+        self.release(writer)
+    }
+
+    fn release(&self, writer: &Writer) -> Result<()> {
+        let mut wanted: HashSet<u64> = self.named.keys().copied().collect();
+        if self.any {
+            wanted.extend(self.inhabited(&writer.slots()?));
+        }
+        writer.unguard_others(&wanted)
+    }
+
+    fn inhabited(&self, slots: &[SlotView]) -> HashSet<u64> {
+        slots.iter().map(|view| view.member.backend.netns).collect()
+    }
+}

@@ -1,0 +1,342 @@
+//! The daemon: watch, compute, apply; once a tick and at every event.
+
+mod guard;
+mod plan;
+mod quotas;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use balancer_common::Reason;
+use balancer_common::abi::{Event, EventKind};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{MissedTickBehavior, interval};
+use tracing::{debug, error, info, warn};
+
+use self::guard::Guarded;
+use self::quotas::Quotas;
+use crate::admin::{Reply, Request, Response, Server};
+use crate::config::Config;
+use crate::dataplane::{Events, Paths, Plan, Writer};
+use crate::discover::cgroup2_mount;
+
+/// The longest time between two ticks; shorter where `fail_open_after` is short.
+const TICK: Duration = Duration::from_secs(1);
+/// Heartbeats that may be missed before the kernel fails open.
+const BEATS: u32 = 4;
+
+/// What `balancer run` was told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration file.
+    pub config: PathBuf,
+    /// Where `account` is attached; `None`: the root of the cgroup2 hierarchy.
+    pub cgroup: Option<PathBuf>,
+    /// The state directory on bpffs.
+    pub state_dir: PathBuf,
+    /// Where the verbs that change something reach the daemon.
+    pub admin_socket: PathBuf,
+    /// What to leave behind; `None`: SIGINT unloads, SIGTERM keeps.
+    pub on_exit: Option<OnExit>,
+}
+
+/// What becomes of the data plane when the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnExit {
+    /// It stays for the next daemon, and fails open when none comes.
+    Keep,
+    /// It is taken out of the kernel.
+    Unload,
+}
+
+/// Why the loop ended.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Interrupted,
+    Terminated,
+    Unloaded,
+}
+
+/// Runs the daemon until a signal or a request ends it.
+///
+/// # Errors
+/// When it can't start; then nothing is left in the kernel that was not there before.
+pub async fn run(options: Options) -> Result<()> {
+    let config = Config::load(&options.config)?;
+    let guarded = Guarded::resolve(&config.namespaces)?;
+    let cgroup = match &options.cgroup {
+        Some(path) => path.clone(),
+        None => cgroup2_mount()?,
+    };
+    let paths = Paths::new(&options.state_dir);
+    let lock = Writer::lock(&paths)?;
+    let admin = Server::bind(&options.admin_socket, &options.state_dir)?;
+    let signals = Signals::new()?;
+    let writer = Writer::start(paths, lock, &cgroup, config.fail_open_after)?;
+    let fresh = !writer.adopted();
+    let mut agent = Agent {
+        options,
+        config,
+        guarded,
+        quotas: Quotas::default(),
+        plan: Plan::default(),
+        writer,
+    };
+    let started = agent.start().and_then(|()| agent.writer.events());
+    let events = match started {
+        Ok(events) => events,
+        Err(error) => {
+            if fresh {
+                agent.writer.remove()?;
+            }
+            return Err(error);
+        }
+    };
+    info!("ready");
+    let end = agent.serve(events, admin, signals).await?;
+    agent.finish(end)
+}
+
+/// The signals that mean something to the daemon.
+struct Signals {
+    hangup: Signal,
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let listen = |kind| signal(kind).context("cannot listen for signals");
+        Ok(Self {
+            hangup: listen(SignalKind::hangup())?,
+            interrupt: listen(SignalKind::interrupt())?,
+            terminate: listen(SignalKind::terminate())?,
+        })
+    }
+}
+
+struct Agent {
+    options: Options,
+    config: Config,
+    guarded: Guarded,
+    quotas: Quotas,
+    plan: Plan,
+    writer: Writer,
+}
+
+impl Agent {
+    fn start(&mut self) -> Result<()> {
+        // Rules first: a listener that comes up while the programs are being attached is registered all the same.
+        self.plan = plan::of(&self.config, &self.guarded);
+        self.writer.apply(&self.plan)?;
+        self.guarded.attach(&mut self.writer)?;
+        self.writer.follow_logs();
+        self.update()
+    }
+
+    async fn serve(
+        &mut self,
+        mut events: Events,
+        mut admin: Server,
+        mut signals: Signals,
+    ) -> Result<End> {
+        let mut tick = interval(TICK.min(self.config.fail_open_after / BEATS));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => self.tick(),
+                batch = events.next() => self.heed(&batch?),
+                (request, reply) = admin.next() => {
+                    if self.answer(&request, reply) {
+                        return Ok(End::Unloaded);
+                    }
+                }
+                _ = signals.hangup.recv() => {
+                    self.reload();
+                    tick = interval(TICK.min(self.config.fail_open_after / BEATS));
+                }
+                _ = signals.interrupt.recv() => return Ok(End::Interrupted),
+                _ = signals.terminate.recv() => return Ok(End::Terminated),
+            }
+        }
+    }
+
+    /// What failed is tried again at the next tick; counting and steering go on meanwhile.
+    fn tick(&mut self) {
+        self.writer.beat(self.config.fail_open_after);
+        if let Err(error) = self.update() {
+            error!("the data plane could not be brought up to date: {error:#}");
+        }
+    }
+
+    fn update(&mut self) -> Result<()> {
+        for freed in self.writer.free_empty()? {
+            debug!(
+                "slot {} is free: its last connection has left",
+                freed.slot()
+            );
+        }
+        self.guarded.follow(&mut self.writer)?;
+        self.writer.follow_logs();
+        self.quotas
+            .apply(&self.config, &self.guarded, &mut self.writer)
+    }
+
+    fn heed(&mut self, events: &[Event]) {
+        let mut changed = false;
+        for event in events {
+            changed |= self.report(event);
+        }
+        if changed && let Err(error) = self.update() {
+            error!("the data plane could not be brought up to date: {error:#}");
+        }
+    }
+
+    /// Logs an event; true: it is about a listener.
+    fn report(&self, event: &Event) -> bool {
+        let service = self.service_name(event.service);
+        let address = std::net::SocketAddr::new(event.address.into(), event.port);
+        match EventKind::from_number(event.kind) {
+            Some(EventKind::ListenerUp) => {
+                info!(
+                    "{service}: {address} listens (process {}): slot {}",
+                    event.pid, event.slot
+                );
+            }
+            Some(EventKind::ListenerDown) => {
+                info!("{service}: {address} listens no more (slot {})", event.slot)
+            }
+            Some(EventKind::NoSlot) => warn!(
+                "{service}: no slot is free for {address} (process {}): it serves without the balancer (at most 256 \
+                 backends a service, 1024 in all)",
+                event.pid
+            ),
+            Some(EventKind::NoStorage) => warn!(
+                "{service}: the kernel had no memory to register {address} (process {}): it serves without the balancer",
+                event.pid
+            ),
+            Some(EventKind::Refused) => {
+                let reason = Reason::from_index(usize::from(event.reason));
+                let (name, meaning) = reason.map_or(("unknown", "an unknown reason"), |reason| {
+                    (reason.name(), reason.meaning())
+                });
+                warn!(
+                    "{service}: refused {address}: {name} ({meaning}); at most ten of these a second are logged"
+                );
+            }
+            None => warn!(
+                "the kernel half sent an event of unknown kind {}",
+                event.kind
+            ),
+        }
+        !matches!(
+            EventKind::from_number(event.kind),
+            Some(EventKind::Refused) | None
+        )
+    }
+
+    fn service_name(&self, id: u16) -> String {
+        let ids = self.writer.service_ids().unwrap_or_default();
+        ids.into_iter()
+            .find(|(_, other)| *other == id)
+            .map_or_else(|| format!("service {id}"), |(name, _)| name)
+    }
+
+    /// Puts the file in force again; a bad one changes nothing.
+    fn reload(&mut self) {
+        let loaded = Config::load(&self.options.config)
+            .map_err(anyhow::Error::from)
+            .and_then(|config| Ok((Guarded::resolve(&config.namespaces)?, config)));
+        let (guarded, config) = match loaded {
+            Ok(loaded) => loaded,
+            Err(error) => {
+                error!("the configuration was not reloaded, the old one stays in force: {error:#}");
+                return;
+            }
+        };
+        let plan = plan::of(&config, &guarded);
+        if let Err(error) = self.put_in_force(&plan, guarded) {
+            error!("the new configuration is in force only in part: {error:#}");
+        }
+        self.config = config;
+        self.plan = plan;
+        self.tick();
+        info!("reloaded {}", self.options.config.display());
+    }
+
+    fn put_in_force(&mut self, plan: &Plan, guarded: Guarded) -> Result<()> {
+        self.guarded = guarded;
+        self.writer.apply(plan)?;
+        self.guarded.attach(&mut self.writer)
+    }
+
+    /// Answers a request; true: everything is unloaded and the daemon is to end.
+    fn answer(&mut self, request: &Request, reply: Reply) -> bool {
+        let answered = match request {
+            Request::SetQuota {
+                service,
+                slot,
+                quota,
+            } => self
+                .quotas
+                .set(&mut self.writer, service, *slot, Some(*quota)),
+            Request::ClearQuota { service, slot } => {
+                self.quotas.set(&mut self.writer, service, *slot, None)
+            }
+            Request::Unload => {
+                // The answer must come after the deed, and the deed ends the daemon.
+                let response = match self.writer.remove() {
+                    Ok(()) => Response::Done {
+                        message: "the data plane is out of the kernel; the daemon ends".into(),
+                    },
+                    Err(error) => Response::Failed {
+                        message: format!("{error:#}"),
+                    },
+                };
+                let done = matches!(response, Response::Done { .. });
+                reply.send(&response);
+                return done;
+            }
+        };
+        let answered = answered.and_then(|message| {
+            self.writer.refresh_ports(&self.plan)?;
+            self.quotas
+                .apply(&self.config, &self.guarded, &mut self.writer)?;
+            Ok(message)
+        });
+        let response = match answered {
+            Ok(message) => {
+                info!("by hand: {message}");
+                Response::Done { message }
+            }
+            Err(error) => Response::Failed {
+                message: format!("{error:#}"),
+            },
+        };
+        reply.send(&response);
+        false
+    }
+
+    fn finish(self, end: End) -> Result<()> {
+        let unload = match (end, self.options.on_exit) {
+            (End::Unloaded, _) => {
+                info!("unloaded on request");
+                return Ok(());
+            }
+            (_, Some(choice)) => choice == OnExit::Unload,
+            (End::Interrupted, None) => true,
+            (End::Terminated, None) => false,
+        };
+        if unload {
+            self.writer.remove()?;
+            info!("the data plane is out of the kernel");
+        } else {
+            info!(
+                "the data plane stays: it counts and steers, and refuses nobody once {:?} have passed without a daemon",
+                self.config.fail_open_after
+            );
+        }
+        Ok(())
+    }
+}

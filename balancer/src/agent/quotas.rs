@@ -1,0 +1,211 @@
+//! Quotas: what is established in, what each backend may hold out.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use balancer_common::abi::{BackendState, SlotPolicy, UNLIMITED};
+use tracing::info;
+
+use super::guard::Guarded;
+use crate::config::{Config, Service};
+use crate::dataplane::{QuotaSource, SlotQuota, SlotView, Writer};
+use crate::quota::{Outcome, Quota, Ready, compute};
+
+/// The quotas computed last, by service.
+#[derive(Debug, Default)]
+pub struct Quotas {
+    waiting: BTreeMap<String, Waiting>,
+}
+
+/// Since when a service's quotas have been waiting to go down.
+#[derive(Debug)]
+struct Waiting {
+    quotas: Vec<Quota>,
+    since: Instant,
+}
+
+impl Quotas {
+    /// Computes every service's quotas and puts them in force at the next SYN.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply(&mut self, config: &Config, guarded: &Guarded, writer: &mut Writer) -> Result<()> {
+        let ids = writer.service_ids()?;
+        let slots = writer.slots()?;
+        for service in &config.services {
+            let Some(id) = ids.get(&service.name) else {
+                continue;
+            };
+            let ready: Vec<&SlotView> = slots
+                .iter()
+                .filter(|view| {
+                    view.member.backend.service == *id && view.life().is(BackendState::Active)
+                })
+                .filter(|view| guarded.covers(view.member.backend.netns, writer))
+                .collect();
+            self.apply_service(service, *id, &ready, writer)?;
+        }
+        Ok(())
+    }
+
+    fn apply_service(
+        &mut self,
+        service: &Service,
+        id: u16,
+        ready: &[&SlotView],
+        writer: &mut Writer,
+    ) -> Result<()> {
+        let outcome = self.computed(service, ready, writer);
+        let by_hand = writer.quota_by_hand(id)?;
+        for (view, quota) in ready.iter().zip(&outcome.quotas) {
+            let (quota, source) = if is_by_hand(view) {
+                (present(view), QuotaSource::Backend)
+            } else if let Some(quota) = by_hand {
+                (
+                    Some(quota).filter(|quota| *quota != UNLIMITED),
+                    QuotaSource::Service,
+                )
+            } else {
+                (quota.limit(), QuotaSource::Rule)
+            };
+            announce(service, view, quota, &outcome.sentence);
+            writer.set_quota(slot_quota(view, quota, source, writer.weight_of(view)));
+        }
+        let sentence = by_hand.map_or(outcome.sentence, |quota| {
+            format!("set by hand: {quota} for each backend")
+        });
+        writer.write_sentence(id, &sentence)
+    }
+
+    fn computed(&mut self, service: &Service, ready: &[&SlotView], writer: &Writer) -> Outcome {
+        let inputs: Vec<Ready> = ready
+            .iter()
+            .map(|view| input(view, writer.weight_of(view)))
+            .collect();
+        let now = Instant::now();
+        let since = self
+            .waiting
+            .get(&service.name)
+            .map_or(Duration::ZERO, |waiting| now.duration_since(waiting.since));
+        let outcome = compute(&service.quota, &inputs, since);
+        let restart = self
+            .waiting
+            .get(&service.name)
+            .is_none_or(|waiting| !outcome.lowering || waiting.quotas != outcome.quotas);
+        if restart {
+            self.waiting.insert(
+                service.name.clone(),
+                Waiting {
+                    quotas: outcome.quotas.clone(),
+                    since: now,
+                },
+            );
+        }
+        outcome
+    }
+
+    /// Sets (or, with `None`, clears) a quota by hand, of a service or of one of its backends; says what changed.
+    ///
+    /// # Errors
+    /// When there is no such service or backend.
+    pub fn set(
+        &mut self,
+        writer: &mut Writer,
+        service: &str,
+        slot: Option<u32>,
+        quota: Option<u32>,
+    ) -> Result<String> {
+        let ids = writer.service_ids()?;
+        let Some(id) = ids.get(service).copied() else {
+            let known: Vec<_> = ids.into_keys().collect();
+            bail!(
+                "there is no service {service:?}; there are: {}",
+                known.join(", ")
+            );
+        };
+        let Some(slot) = slot else {
+            writer.set_quota_by_hand(id, quota)?;
+            return Ok(quota.map_or_else(
+                || format!("the quota of {service} follows its rule again"),
+                |quota| format!("the quota of every backend of {service} is {quota}"),
+            ));
+        };
+        let slots = writer.slots()?;
+        let view = slots
+            .iter()
+            .find(|view| view.slot() == slot && view.member.backend.service == id)
+            .with_context(|| {
+                format!(
+                    "{service} has no backend in slot {slot}; `balancer status` shows the slots"
+                )
+            })?;
+        let weight = writer.weight_of(view);
+        match quota {
+            Some(quota) => {
+                writer.set_quota(slot_quota(view, Some(quota), QuotaSource::Backend, weight));
+                Ok(format!("the quota of slot {slot} of {service} is {quota}"))
+            }
+            None => {
+                writer.set_quota(slot_quota(view, present(view), QuotaSource::Rule, weight));
+                Ok(format!(
+                    "the quota of slot {slot} of {service} is the service's again"
+                ))
+            }
+        }
+    }
+}
+
+fn slot_quota(view: &SlotView, quota: Option<u32>, source: QuotaSource, weight: u32) -> SlotQuota {
+    SlotQuota {
+        slot: view.slot(),
+        generation: view.life().generation(),
+        quota,
+        weight,
+        source,
+    }
+}
+
+/// Whether the quota was set by hand for this backend alone.
+fn is_by_hand(view: &SlotView) -> bool {
+    let policy = &view.member.policy;
+    policy.is_for(view.life()) && policy.flags() & SlotPolicy::BY_HAND != 0
+}
+
+/// The quota in force, `None`: unlimited or not yet written.
+fn present(view: &SlotView) -> Option<u32> {
+    let policy = &view.member.policy;
+    (policy.is_for(view.life()) && policy.quota() != UNLIMITED).then_some(policy.quota())
+}
+
+fn input(view: &SlotView, weight: u32) -> Ready {
+    let counts = &view.member.counts;
+    let policy = &view.member.policy;
+    let computed_before = policy.is_for(view.life()) && policy.flags() == 0;
+    Ready {
+        weight,
+        established: counts.established().saturating_sub(counts.exempt()),
+        previous: computed_before.then(|| present(view).map_or(Quota::Unlimited, Quota::Limited)),
+    }
+}
+
+fn announce(service: &Service, view: &SlotView, quota: Option<u32>, sentence: &str) {
+    let known = view.member.policy.is_for(view.life());
+    if known && present(view) == quota {
+        return;
+    }
+    let show = |quota: Option<u32>| {
+        quota.map_or_else(|| "unlimited".to_owned(), |quota| quota.to_string())
+    };
+    let before = if known {
+        show(present(view))
+    } else {
+        "new".to_owned()
+    };
+    info!(
+        "{}: quota of slot {}: {before} -> {} ({sentence})",
+        service.name,
+        view.slot(),
+        show(quota)
+    );
+}

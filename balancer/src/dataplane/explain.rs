@@ -1,0 +1,292 @@
+//! `explain`: the kernel program's own functions, run on a picture of the maps.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result};
+use aya::maps::MapError;
+use aya::maps::lpm_trie::Key;
+use balancer_common::abi::{
+    ANY_NETNS, Address, Backend, Connection, Cookies, ExemptKey, NO_SERVICE, Policy, PortKey,
+    ServicePort, ticks,
+};
+use balancer_common::admission::{Judgement, Observation, cookies_state, expected, judge};
+use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
+use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
+use balancer_common::{Reason, Verdict, hash};
+
+use super::snapshot::{services, text};
+use super::tables::Tables;
+use super::wire::Wire;
+use crate::sys::sock_diag::{Family, Query, Socket, State, States, tcp_sockets};
+use crate::sys::{clock, netns};
+
+/// Where a SYN would go, and why.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// The service of the port, if it is any's.
+    pub service: Option<String>,
+    /// Why.
+    pub reason: Reason,
+    /// What the kernel would do.
+    pub verdict: Verdict,
+    /// The backend that would have it.
+    pub backend: Option<(u32, SocketAddr)>,
+    /// All of it in one sentence.
+    pub sentence: String,
+}
+
+pub fn explain(
+    tables: &Tables,
+    from: SocketAddr,
+    to_address: Option<IpAddr>,
+    to_port: u16,
+) -> Result<Explanation> {
+    let to = to_address.unwrap_or_else(|| default_destination(from));
+    let Some(port) = service_of(tables, to.into(), to_port)? else {
+        return Ok(not_ours(from, to_port));
+    };
+    let name = services(tables)?
+        .into_iter()
+        .find(|(id, _)| *id == port.service)
+        .map_or_else(
+            || format!("service {}", port.service),
+            |(_, info)| text(&info.name),
+        );
+    let beat = tables.heartbeat();
+    let now_ns = clock::monotonic_ns();
+    let circumstances = Circumstances {
+        exempt: is_exempt(tables, port.service, from.ip())?,
+        stale: beat.is_stale(now_ns),
+    };
+    let request = request(tables, &port, from, to, to_port, now_ns)?;
+    let mut picture = Picture::take(tables, &port)?;
+    let decision = decide(&mut picture, &mut Deliberation::new(request, circumstances));
+    Ok(picture.describe(from, &name, decision))
+}
+
+/// A SYN needs a destination of the source's family; which one matters only where backends are bound to addresses.
+fn default_destination(from: SocketAddr) -> IpAddr {
+    if from.is_ipv4() {
+        IpAddr::V4(std::net::Ipv4Addr::LOCALHOST)
+    } else {
+        IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)
+    }
+}
+
+fn not_ours(from: SocketAddr, port: u16) -> Explanation {
+    Explanation {
+        service: None,
+        reason: Reason::NoBackend,
+        verdict: Verdict::Pass,
+        backend: None,
+        sentence: format!(
+            "port {port} belongs to no service: a SYN from {} is none of the balancer's business",
+            from.ip()
+        ),
+    }
+}
+
+fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
+    match found {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error).context("cannot read a map"),
+    }
+}
+
+fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServicePort>> {
+    let at = |address| {
+        lookup(
+            tables
+                .services
+                .get(&Wire(PortKey::new(ANY_NETNS, address, port)), 0),
+        )
+    };
+    let Some(Wire(any)) = at(Address::ANY)? else {
+        return Ok(None);
+    };
+    if any.flags & ServicePort::EXACT_ADDRESSES != 0
+        && let Some(Wire(exact)) = at(to)?
+    {
+        return Ok(Some(exact));
+    }
+    Ok((any.service != NO_SERVICE).then_some(any))
+}
+
+fn is_exempt(tables: &Tables, service: u16, source: IpAddr) -> Result<bool> {
+    let key = Key::new(
+        ExemptKey::BITS,
+        Wire(ExemptKey::new(service, packet_address(source))),
+    );
+    Ok(lookup(tables.exempt.get(&key, 0))?.is_some())
+}
+
+/// The address as it stands in a packet: unlike `Address::from`, 0.0.0.0 is an address here.
+fn packet_address(address: IpAddr) -> Address {
+    match address {
+        IpAddr::V4(v4) => Address::from_v4_be(u32::from(v4).to_be()),
+        IpAddr::V6(_) => address.into(),
+    }
+}
+
+fn request(
+    tables: &Tables,
+    port: &ServicePort,
+    from: SocketAddr,
+    to: IpAddr,
+    to_port: u16,
+    now_ns: u64,
+) -> Result<Request> {
+    let (high, low) = packet_address(from.ip()).halves();
+    let source = hash::of_source(high, low);
+    let to = packet_address(to);
+    let (to_high, to_low) = to.halves();
+    Ok(Request {
+        service: port.service,
+        netns: netns::cookie().context("cannot read the cookie of this network namespace")?,
+        to,
+        device: 0,
+        v4: from.is_ipv4(),
+        virtual_port: port.flags & ServicePort::VIRTUAL != 0,
+        policy: Policy::from_number(port.policy),
+        quota: port.quota,
+        source,
+        tuple: hash::of_tuple(source, from.port(), to_high ^ to_low, to_port),
+        ticket: tables.turn(port.service),
+        now: ticks(now_ns),
+    })
+}
+
+/// The maps and listening sockets of one service as they were a moment ago.
+struct Picture {
+    words: [u64; balancer_common::abi::MEMBER_WORDS],
+    members: HashMap<u32, Member>,
+    /// Connections that wait in the accept queue, and the backlog, by slot.
+    queues: HashMap<u32, (u32, u32)>,
+}
+
+impl Picture {
+    fn take(tables: &Tables, port: &ServicePort) -> Result<Self> {
+        let words = tables.members(port.service);
+        let mut members = HashMap::new();
+        for view in tables.slots()? {
+            if view.member.backend.service == port.service {
+                members.insert(view.slot(), view.member);
+            }
+        }
+        Ok(Self {
+            words,
+            members,
+            queues: queues(tables)?,
+        })
+    }
+
+    fn observe(&self, member: &Member, now: u32) -> Observation {
+        if member.backend.flags & Backend::UNSTEERABLE != 0 {
+            return Observation::BLIND;
+        }
+        let (queue, backlog) = self
+            .queues
+            .get(&member.slot)
+            .copied()
+            .unwrap_or((0, u32::MAX));
+        let pending = expected(member.counts.expected, now);
+        let in_use = cookies_state(member.counts.cookies, now) == Cookies::InUse;
+        Observation {
+            half_open: pending,
+            young: pending,
+            fast_open: 0,
+            queue,
+            backlog,
+            syncookies: 1,
+            overflow_age: if in_use { 0 } else { u32::MAX },
+        }
+    }
+
+    fn describe(&self, from: SocketAddr, service: &str, decision: Decision) -> Explanation {
+        let backend = decision.slot.and_then(|slot| {
+            let backend = &self.members.get(&slot)?.backend;
+            Some((slot, SocketAddr::new(backend.address.into(), backend.port)))
+        });
+        let verdict = if backend.is_some() {
+            Verdict::Steer
+        } else {
+            decision.reason.verdict()
+        };
+        let fate = match (verdict, backend) {
+            (Verdict::Steer, Some((slot, address))) => {
+                format!("would go to {address} (slot {slot})")
+            }
+            (Verdict::Refuse, _) => "would be refused (RST)".to_owned(),
+            _ => "would be left to the kernel".to_owned(),
+        };
+        Explanation {
+            service: Some(service.to_owned()),
+            reason: decision.reason,
+            verdict,
+            backend,
+            sentence: format!(
+                "a SYN from {} to {service} {fate}: {} ({})",
+                from.ip(),
+                decision.reason.name(),
+                decision.reason.meaning()
+            ),
+        }
+    }
+}
+
+impl World for Picture {
+    fn scan(&mut self, scan: &mut Scan) {
+        for _ in 0..Cursor::STEPS {
+            match scan.cursor.step(|word| self.words[word as usize]) {
+                Step::End => return,
+                Step::Loaded => {}
+                Step::Member(slot) => {
+                    if let Some(member) = self.members.get(&slot) {
+                        scan.consider(member);
+                    }
+                }
+            }
+        }
+    }
+
+    fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
+        let Some(member) = self.members.get(&slot) else {
+            return Attempt::Gone;
+        };
+        let now = state.scan.request.now;
+        let quota = member.quota(state.scan.request.quota);
+        match judge(
+            &self.observe(member, now),
+            &member.counts,
+            quota,
+            state.scan.enforce,
+            now,
+        ) {
+            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
+            Judgement::Take => Attempt::Assigned,
+            judgement => Attempt::Judged(judgement),
+        }
+    }
+}
+
+/// The accept queues of the listeners of this namespace, by the slot that their storage names.
+fn queues(tables: &Tables) -> Result<HashMap<u32, (u32, u32)>> {
+    let mut queues = HashMap::new();
+    for family in [Family::V4, Family::V6] {
+        let mut query = Query::new(family, States::of(&[State::Listen]));
+        query.storage = Some(tables.connection_map());
+        let sockets =
+            tcp_sockets(&query).context("cannot list the listening sockets (sock_diag)")?;
+        queues.extend(sockets.iter().filter_map(|socket| {
+            Some((slot_of(socket)?, (socket.receive_queue, socket.send_queue)))
+        }));
+    }
+    Ok(queues)
+}
+
+fn slot_of(socket: &Socket) -> Option<u32> {
+    let bytes = socket.storage.as_ref()?.get(..size_of::<Connection>())?;
+    Some(u32::from(u16::from_ne_bytes([bytes[0], bytes[1]])))
+}
