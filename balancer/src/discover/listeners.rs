@@ -49,7 +49,7 @@ impl Listener {
 /// # Errors
 /// Where the namespace can't be entered, or the socket table or `/proc` can't be read.
 pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
-    let sockets = netns::inside(netns, listening)??;
+    let sockets = listening(netns)?;
     let mut owners = owners(sockets.iter().map(|socket| socket.inode))?;
     let with_owners = |socket: Socket| Listener {
         owners: owners.remove(&socket.inode).unwrap_or_default(),
@@ -58,14 +58,21 @@ pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
     Ok(sockets.into_iter().map(with_owners).collect())
 }
 
-fn listening() -> io::Result<Vec<Socket>> {
-    let query = |family| Query {
-        protocol: true,
-        ..Query::new(family, States::of(&[State::Listen]))
-    };
-    let mut sockets = tcp_sockets(&query(Family::V4))?;
-    sockets.extend(tcp_sockets(&query(Family::V6))?);
-    Ok(sockets)
+/// Lists the listening TCP sockets of a network namespace, IPv4 and IPv6. Their owners, which take a look at every process, can be
+/// found for many namespaces at once with [`owners`].
+///
+/// # Errors
+/// Where the namespace can't be entered or the socket table can't be read.
+pub fn listening(netns: impl AsFd) -> io::Result<Vec<Socket>> {
+    netns::inside(netns, || {
+        let query = |family| Query {
+            protocol: true,
+            ..Query::new(family, States::of(&[State::Listen]))
+        };
+        let mut sockets = tcp_sockets(&query(Family::V4))?;
+        sockets.extend(tcp_sockets(&query(Family::V6))?);
+        Ok(sockets)
+    })?
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ mod namespaces;
 mod processes;
 
 pub use kernel::{KernelOffsets, kernel_offsets};
-pub use listeners::{Listener, listeners};
-pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs};
+pub use listeners::{Listener, listeners, listening};
+pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
 pub use namespaces::{Namespace, namespaces};
 pub use processes::{Owner, owners};

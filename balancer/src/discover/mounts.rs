@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    fs,
+    fs, io,
     os::unix::ffi::OsStringExt as _,
     path::{Path, PathBuf},
 };
@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use nix::{
     mount::{MsFlags, mount},
-    sys::statfs::{BPF_FS_MAGIC, statfs},
+    sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
 };
 
 const MOUNTINFO: &str = "/proc/self/mountinfo";
@@ -34,12 +34,20 @@ struct Mount {
 pub fn cgroup2_mount() -> Result<PathBuf> {
     let text = fs::read(MOUNTINFO)
         .with_context(|| format!("cannot read {MOUNTINFO}: is /proc mounted?"))?;
-    cgroup2(mounts(&text)).ok_or_else(|| {
+    cgroup2(mounts(&text)).find(|path| is_cgroup2(path).unwrap_or(false)).ok_or_else(|| {
         anyhow!(
             "no cgroup2 file system is mounted here: mount one (mount -t cgroup2 none /sys/fs/cgroup), or, in a container, make \
              the host's visible"
         )
     })
+}
+
+/// Whether a path is a cgroup of the cgroup2 hierarchy.
+///
+/// # Errors
+/// Where the path can't be looked at.
+pub fn is_cgroup2(path: &Path) -> io::Result<bool> {
+    Ok(path.is_dir() && statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
 /// Whether a path, or what exists of it, lies on a BPF file system.
@@ -77,14 +85,12 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// The whole hierarchy rather than a part of it, and the latest mount, which covers earlier ones.
-fn cgroup2(mut mounts: Vec<Mount>) -> Option<PathBuf> {
-    mounts.retain(|mount| mount.kind == "cgroup2");
-    let whole = mounts
-        .iter()
-        .rposition(|mount| mount.root == Path::new("/"));
-    let chosen = whole.or_else(|| mounts.len().checked_sub(1))?;
-    Some(mounts.swap_remove(chosen).point)
+/// Where cgroup2 is mounted, in the order of preference: the whole hierarchy before a part of it, and among equals the oldest mount,
+/// since later ones are as a rule copies for a chroot or a container. Another file system may have been mounted over any of them.
+fn cgroup2(mounts: Vec<Mount>) -> impl Iterator<Item = PathBuf> {
+    let of_kind = mounts.into_iter().filter(|mount| mount.kind == "cgroup2");
+    let (whole, parts): (Vec<_>, Vec<_>) = of_kind.partition(|mount| mount.root == Path::new("/"));
+    whole.into_iter().chain(parts).map(|mount| mount.point)
 }
 
 fn mounts(mountinfo: &[u8]) -> Vec<Mount> {
@@ -145,7 +151,7 @@ mod tests {
         41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
 
     fn chosen(text: &str) -> Option<PathBuf> {
-        cgroup2(mounts(text.as_bytes()))
+        cgroup2(mounts(text.as_bytes())).next()
     }
 
     #[test]
@@ -159,7 +165,16 @@ mod tests {
             chosen(&format!("{unified}{part}")),
             Some("/sys/fs/cgroup".into())
         );
+        assert_eq!(
+            chosen(&format!("{part}{unified}")),
+            Some("/sys/fs/cgroup".into())
+        );
         assert_eq!(chosen(part), Some("/host".into()));
+        let copy = "90 1 0:26 / /chroot/sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        assert_eq!(
+            chosen(&format!("{unified}{copy}")),
+            Some("/sys/fs/cgroup".into())
+        );
         assert_eq!(
             chosen("22 27 0:21 / /proc rw,relatime - proc proc rw\n"),
             None

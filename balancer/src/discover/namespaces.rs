@@ -31,6 +31,12 @@ impl AsFd for Namespace {
     }
 }
 
+impl From<Namespace> for OwnedFd {
+    fn from(namespace: Namespace) -> Self {
+        namespace.file
+    }
+}
+
 /// All network namespaces that a process lives in, each once, in the order of their processes' numbers.
 ///
 /// Namespaces that only a thread, a file or a mount keeps alive are not among them.

@@ -12,7 +12,8 @@ use std::{
 };
 
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_map_info, bpf_map_type, bpf_prog_info, bpf_prog_type,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info,
+    bpf_prog_type,
 };
 
 /// The longest name that the kernel keeps, without its closing zero (`BPF_OBJ_NAME_LEN`).
@@ -56,6 +57,18 @@ pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     attr.__bindgen_anon_4.pathname = address(path.as_ptr());
     bpf(bpf_cmd::BPF_OBJ_GET, &mut attr).and_then(owned)
+}
+
+/// Pins a program, map or link, so that it outlives its descriptors (`BPF_OBJ_PIN`).
+///
+/// # Errors
+/// `EEXIST` where the name is taken; `EPERM` where it holds a dot or the directory isn't on bpffs.
+pub fn obj_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = zeroed();
+    attr.__bindgen_anon_4.pathname = address(path.as_ptr());
+    attr.__bindgen_anon_4.bpf_fd = number(object.as_fd());
+    bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
 }
 
 /// What is attached somewhere.
@@ -123,9 +136,9 @@ pub struct ProgramInfo {
 /// Reads what the kernel says of a program (`BPF_OBJ_GET_INFO_BY_FD`).
 ///
 /// # Errors
-/// `EINVAL` where the file is no program.
+/// `InvalidInput` where the file is no program.
 pub fn prog_info(program: impl AsFd) -> io::Result<ProgramInfo> {
-    require(&program, "bpf-prog")?;
+    require(&program, Object::Program)?;
     // SAFETY: the structure consists of integers, arrays of them, and padding.
     let mut info = unsafe { std::mem::zeroed::<bpf_prog_info>() };
     object_info(program.as_fd(), &mut info)?;
@@ -147,6 +160,46 @@ pub fn prog_by_id(id: u32) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     attr.__bindgen_anon_6.__bindgen_anon_1.prog_id = id;
     bpf(bpf_cmd::BPF_PROG_GET_FD_BY_ID, &mut attr).and_then(owned)
+}
+
+/// What a descriptor of a BPF object is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Object {
+    /// A program.
+    Program,
+    /// A map.
+    Map,
+    /// An attachment.
+    Link,
+}
+
+impl Object {
+    /// Tells what a descriptor is, if it is a BPF object at all.
+    ///
+    /// # Errors
+    /// Where `/proc` isn't mounted.
+    pub fn of(object: impl AsFd) -> io::Result<Option<Self>> {
+        // kernel/bpf/syscall.c names the files so; a link's is written either way.
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", object.as_fd().as_raw_fd()))?;
+        Ok(match link.to_str() {
+            Some("anon_inode:bpf-prog") => Some(Self::Program),
+            Some("anon_inode:bpf-map") => Some(Self::Map),
+            Some("anon_inode:bpf_link" | "anon_inode:bpf-link") => Some(Self::Link),
+            _ => None,
+        })
+    }
+}
+
+/// The id of the program that a link holds in place; 0 for the kinds of link that hold none.
+///
+/// # Errors
+/// `InvalidInput` where the file is no link.
+pub fn link_program(link: impl AsFd) -> io::Result<u32> {
+    require(&link, Object::Link)?;
+    // SAFETY: the structure consists of integers, arrays and unions of them, and padding.
+    let mut info = unsafe { std::mem::zeroed::<bpf_link_info>() };
+    object_info(link.as_fd(), &mut info)?;
+    Ok(info.prog_id)
 }
 
 /// What the kernel says of a map.
@@ -171,9 +224,9 @@ pub struct MapInfo {
 /// Reads what the kernel says of a map (`BPF_OBJ_GET_INFO_BY_FD`).
 ///
 /// # Errors
-/// `EINVAL` where the file is no map.
+/// `InvalidInput` where the file is no map.
 pub fn map_info(map: impl AsFd) -> io::Result<MapInfo> {
-    require(&map, "bpf-map")?;
+    require(&map, Object::Map)?;
     // SAFETY: the structure consists of integers, arrays of them, and padding.
     let mut info = unsafe { std::mem::zeroed::<bpf_map_info>() };
     object_info(map.as_fd(), &mut info)?;
@@ -423,14 +476,13 @@ fn object_info<T>(object: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
 }
 
 /// The kernel fills in a different structure for each kind of object, so the kind has to be known before.
-fn require(object: &impl AsFd, kind: &str) -> io::Result<()> {
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", object.as_fd().as_raw_fd()))?;
-    if link.to_str() == Some(&format!("anon_inode:{kind}")) {
+fn require(object: &impl AsFd, kind: Object) -> io::Result<()> {
+    if Object::of(object)? == Some(kind) {
         return Ok(());
     }
     Err(io::Error::new(
         io::ErrorKind::InvalidInput,
-        format!("{} is no {kind}", link.display()),
+        format!("this is no BPF {kind:?}").to_lowercase(),
     ))
 }
 
@@ -494,6 +546,22 @@ fn text(bytes: &[c_char]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
+/// Attaches a program to a cgroup the old way, which can forbid others; it stays until the cgroup is removed.
+#[cfg(test)]
+pub(crate) fn cgroup_attach(
+    program: impl AsFd,
+    cgroup: impl AsFd,
+    attach_type: bpf_attach_type,
+    flags: u32,
+) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.__bindgen_anon_5.__bindgen_anon_1.target_fd = number(cgroup.as_fd());
+    attr.__bindgen_anon_5.attach_bpf_fd = number(program.as_fd());
+    attr.__bindgen_anon_5.attach_type = attach_type as u32;
+    attr.__bindgen_anon_5.attach_flags = flags;
+    bpf(bpf_cmd::BPF_PROG_ATTACH, &mut attr).map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -542,6 +610,11 @@ mod tests {
         assert_eq!(attached(), [ids[0]]);
         link_update(&link, &second).expect("update");
         assert_eq!(attached(), [ids[1]]);
+        assert_eq!(link_program(&link).expect("info"), ids[1]);
+        let kinds =
+            [first.as_fd(), link.as_fd(), netns.as_fd()].map(|fd| Object::of(fd).expect("kind"));
+        assert_eq!(kinds, [Some(Object::Program), Some(Object::Link), None]);
+        assert!(link_program(&first).is_err() && prog_info(&link).is_err());
         drop(link);
         assert!(attached().is_empty());
     }

@@ -31,6 +31,7 @@ const INET_DIAG_INFO: u16 = 2;
 const INET_DIAG_SKV6ONLY: u16 = 11;
 const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
+const INET_DIAG_CGROUP_ID: u16 = 21;
 const INET_ULP_INFO_NAME: u16 = 1;
 const INET_DIAG_REQ_SK_BPF_STORAGES: u16 = 2;
 const SK_DIAG_BPF_STORAGE_REQ_MAP_FD: u16 = 1;
@@ -149,6 +150,7 @@ fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
         uid: word(64)?,
         inode: word(68)?,
         v6only: None,
+        cgroup: None,
         mptcp: false,
         storage: None,
     };
@@ -159,6 +161,9 @@ fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
             INET_DIAG_ULP_INFO => {
                 socket.mptcp = find(value, INET_ULP_INFO_NAME)?
                     .is_some_and(|name| name.starts_with(b"mptcp\0"));
+            }
+            INET_DIAG_CGROUP_ID => {
+                socket.cgroup = value.first_chunk().map(|id| u64::from_ne_bytes(*id));
             }
             INET_DIAG_SK_BPF_STORAGES => socket.storage = storage(value)?,
             _ => {}
@@ -377,6 +382,7 @@ mod tests {
         }
         assert_eq!(body.len(), SOCKET_MESSAGE);
         body.extend(attribute(INET_DIAG_SKV6ONLY, &[1]));
+        body.extend(attribute(INET_DIAG_CGROUP_ID, &77_u64.to_ne_bytes()));
         body.extend(attribute(
             INET_DIAG_ULP_INFO | NLA_F_NESTED,
             &attribute(INET_ULP_INFO_NAME, b"mptcp\0"),
@@ -418,6 +424,7 @@ mod tests {
             receive_queue: 5,
             send_queue: 128,
             v6only: Some(true),
+            cgroup: Some(77),
             mptcp: true,
             storage: Some(vec![9; 24]),
         };

@@ -136,6 +136,8 @@ pub struct Socket {
     pub send_queue: u32,
     /// `IPV6_V6ONLY`, reported for `V6` listeners.
     pub v6only: Option<bool>,
+    /// Id of the cgroup2 directory (its inode) that the socket was made in, where the kernel reports it.
+    pub cgroup: Option<u64>,
     /// Belongs to an MPTCP socket. Known only with [`Query::protocol`].
     pub mptcp: bool,
     /// What the storage map of the query holds for it.
