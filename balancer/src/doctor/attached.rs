@@ -1,0 +1,471 @@
+//! The cgroup, and what other programs sit where ours are to be attached.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use super::{Check, Options, guarded::Guarded, listing};
+use crate::{
+    discover::{cgroup2_mount, is_cgroup2},
+    sys::bpf::{self, Attached, Object},
+};
+use aya_obj::generated::{
+    BPF_F_ALLOW_MULTI, BPF_F_ALLOW_OVERRIDE,
+    bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP},
+};
+
+/// The names that our own programs have in the kernel.
+const OUR_NAMES: [&str; 2] = ["account", "steer"];
+/// As many links as the kernel allows at one network namespace (`NETNS_BPF_MAX_PROGS`, `kernel/bpf/net_namespace.c`).
+const MOST_SK_LOOKUPS: usize = 64;
+/// Pins lie at most this deep below the state directory.
+const PIN_DEPTH: usize = 3;
+
+pub(super) fn checks(options: &Options, namespaces: &[Guarded]) -> Vec<Check> {
+    let ours = pinned_programs(&options.state_dir, PIN_DEPTH);
+    let mut checks = Vec::new();
+    match cgroup(options.cgroup.as_deref()) {
+        Ok(path) => checks.extend([
+            found_cgroup(&path, options.cgroup.is_none()),
+            sock_ops(&path, &ours),
+        ]),
+        Err(check) => checks.push(check),
+    }
+    if !namespaces.is_empty() {
+        checks.push(sk_lookup(namespaces, &ours));
+    }
+    checks
+}
+
+/// The cgroup that `account` is attached to, or why there is none.
+pub(super) fn cgroup(chosen: Option<&Path>) -> Result<PathBuf, Check> {
+    let fail = |found: String, advice: &str| {
+        Check::fail(
+            "cgroup2",
+            found,
+            "connections can't be counted, so the balancer won't start",
+            advice,
+        )
+    };
+    let Some(path) = chosen else {
+        return cgroup2_mount()
+            .map_err(|error| fail(format!("{error:#}"), "mount -t cgroup2 none /sys/fs/cgroup"));
+    };
+    match is_cgroup2(path) {
+        Ok(true) => Ok(path.to_owned()),
+        Ok(false) => Err(fail(
+            format!("{} is no cgroup2 directory", path.display()),
+            "give one below the cgroup2 mount with --cgroup",
+        )),
+        Err(error) => Err(fail(
+            format!("{}: {error}", path.display()),
+            "make the cgroup first, or give another with --cgroup",
+        )),
+    }
+}
+
+fn found_cgroup(path: &Path, root: bool) -> Check {
+    let means = if root {
+        "every process of this machine is counted"
+    } else {
+        "only sockets made by processes in it are counted"
+    };
+    Check::ok("cgroup2", path.display().to_string(), means)
+}
+
+fn sock_ops(cgroup: &Path, ours: &HashSet<u32>) -> Check {
+    const NAME: &str = "other sock_ops";
+    match above(cgroup) {
+        Ok(levels) => match blocking(&levels) {
+            Some((path, attached)) => Check::fail(
+                NAME,
+                format!(
+                    "{} at {} doesn't allow others beside it",
+                    listing(&describe(&attached.programs, ours)),
+                    path.display()
+                ),
+                "`account` can't be attached (EPERM), so nothing is counted",
+                "have its owner attach it with BPF_F_ALLOW_MULTI or a link, or give the balancer a cgroup that isn't below it with --cgroup",
+            ),
+            None => beside(&levels, ours),
+        },
+        Err(error) => Check::warn(
+            NAME,
+            format!("can't be listed: {error}"),
+            "whether others run isn't known",
+            "run as root",
+        ),
+    }
+}
+
+fn beside(levels: &[(PathBuf, Attached)], ours: &HashSet<u32>) -> Check {
+    const NAME: &str = "other sock_ops";
+    let foreign: Vec<_> = levels
+        .iter()
+        .flat_map(|(path, attached)| {
+            describe(&foreign(&attached.programs, ours), ours)
+                .into_iter()
+                .map(move |name| format!("{name} at {}", path.display()))
+        })
+        .collect();
+    if foreign.is_empty() {
+        return Check::ok(
+            NAME,
+            "none",
+            "nobody else changes what is reported of connections",
+        );
+    }
+    Check::warn(
+        NAME,
+        listing(&foreign),
+        "it sees the same connections; if it sets their callback flags without keeping the ones that are set, they are no longer counted",
+        "see that it adds to bpf_sock_ops_cb_flags instead of replacing them; `balancer status` shows counts to compare with `ss -t`",
+    )
+}
+
+/// What is attached to a cgroup and to those above it, from the inside out.
+fn above(cgroup: &Path) -> io::Result<Vec<(PathBuf, Attached)>> {
+    let mut levels = Vec::new();
+    for path in cgroup.ancestors() {
+        if !is_cgroup2(path)? {
+            break;
+        }
+        levels.push((
+            path.to_owned(),
+            bpf::prog_query(File::open(path)?, BPF_CGROUP_SOCK_OPS)?,
+        ));
+    }
+    Ok(levels)
+}
+
+/// The level that keeps a link from being attached to the innermost one, by the rules of `hierarchy_allows_attach` and
+/// `__cgroup_bpf_attach` (kernel/bpf/cgroup.c): a program that allows no others, here; one that allows nothing at all, above.
+fn blocking(levels: &[(PathBuf, Attached)]) -> Option<&(PathBuf, Attached)> {
+    let (innermost, outer) = levels.split_first()?;
+    if !innermost.1.programs.is_empty() && innermost.1.flags & BPF_F_ALLOW_MULTI == 0 {
+        return Some(innermost);
+    }
+    let decides = |level: &&(PathBuf, Attached)| {
+        !level.1.programs.is_empty() || level.1.flags & BPF_F_ALLOW_MULTI != 0
+    };
+    outer
+        .iter()
+        .find(decides)
+        .filter(|level| level.1.flags & (BPF_F_ALLOW_MULTI | BPF_F_ALLOW_OVERRIDE) == 0)
+}
+
+fn sk_lookup(namespaces: &[Guarded], ours: &HashSet<u32>) -> Check {
+    const NAME: &str = "other sk_lookup";
+    let mut others = Vec::new();
+    let mut full = Vec::new();
+    let mut unknown = Vec::new();
+    for namespace in namespaces {
+        match bpf::prog_query(namespace, BPF_SK_LOOKUP) {
+            Ok(attached) => {
+                let foreign = foreign(&attached.programs, ours);
+                others.extend(
+                    describe(&foreign, ours)
+                        .into_iter()
+                        .map(|name| format!("{name} in {}", namespace.label)),
+                );
+                if foreign.len() >= MOST_SK_LOOKUPS {
+                    full.push(namespace.label.clone());
+                }
+            }
+            Err(error) => unknown.push(format!("{}: {error}", namespace.label)),
+        }
+    }
+    if !full.is_empty() {
+        return Check::fail(
+            NAME,
+            format!("{MOST_SK_LOOKUPS} in {}", listing(&full)),
+            "the kernel allows no more at one network namespace: `steer` can't be attached",
+            "remove one of them (bpftool net, bpftool link)",
+        );
+    }
+    if !others.is_empty() {
+        return Check::warn(
+            NAME,
+            listing(&others),
+            "where it chooses a socket its choice wins: such connections are neither steered nor refused (reason foreign-sk-lookup)",
+            "see that it leaves the services' ports alone (bpftool prog, bpftool link)",
+        );
+    }
+    if !unknown.is_empty() {
+        return Check::warn(
+            NAME,
+            format!("can't be listed: {}", listing(&unknown)),
+            "whether others choose sockets isn't known",
+            "run as root",
+        );
+    }
+    Check::ok(NAME, "none", "nobody else chooses sockets for connections")
+}
+
+fn foreign(programs: &[u32], ours: &HashSet<u32>) -> Vec<u32> {
+    programs
+        .iter()
+        .copied()
+        .filter(|id| !ours.contains(id))
+        .collect()
+}
+
+fn describe(programs: &[u32], ours: &HashSet<u32>) -> Vec<String> {
+    programs
+        .iter()
+        .map(|id| described(*id, ours.contains(id)))
+        .collect()
+}
+
+fn described(id: u32, own: bool) -> String {
+    let name = bpf::prog_by_id(id)
+        .and_then(bpf::prog_info)
+        .map(|info| info.name)
+        .unwrap_or_default();
+    let another = if !own && OUR_NAMES.contains(&name.as_str()) {
+        "another balancer's "
+    } else {
+        ""
+    };
+    match name.as_str() {
+        "" => format!("a program without a name (id {id})"),
+        name => format!("{another}{name} (id {id})"),
+    }
+}
+
+/// Ids of the programs that are pinned below a directory, themselves or through their links.
+fn pinned_programs(directory: &Path, depth: usize) -> HashSet<u32> {
+    let mut found = HashSet::new();
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    for entry in entries {
+        let path = entry.path();
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            if depth > 0 {
+                found.extend(pinned_programs(&path, depth - 1));
+            }
+        } else if let Ok(Some(id)) = pinned_program(&path) {
+            found.insert(id);
+        }
+    }
+    found
+}
+
+fn pinned_program(pin: &Path) -> io::Result<Option<u32>> {
+    let object = bpf::obj_get(pin)?;
+    Ok(match Object::of(&object)? {
+        Some(Object::Program) => Some(bpf::prog_info(&object)?.id),
+        Some(Object::Link) => Some(bpf::link_program(&object)?),
+        Some(Object::Map) | None => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        doctor::{Status, trial::Hook},
+        sys::netns,
+    };
+    use std::{
+        os::fd::OwnedFd,
+        sync::atomic::{AtomicU32, Ordering},
+    };
+
+    /// A directory that nobody else has, removed at the end.
+    struct Own(PathBuf);
+
+    impl Own {
+        fn below(parent: &Path) -> Self {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = parent.join(format!("balancer-doctor-{}-{number}", std::process::id()));
+            fs::create_dir(&path).expect("a directory of our own");
+            Self(path)
+        }
+
+        fn cgroup() -> Self {
+            Self::below(&cgroup2_mount().expect("cgroup2"))
+        }
+    }
+
+    impl Drop for Own {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir(&self.0);
+        }
+    }
+
+    fn program(hook: Hook, name: &str) -> (OwnedFd, u32) {
+        let program = hook.idle(name).expect("a program");
+        let id = bpf::prog_info(&program).expect("info").id;
+        (program, id)
+    }
+
+    fn guarded(label: &str) -> Guarded {
+        Guarded {
+            label: label.to_owned(),
+            file: netns::tests::fresh(),
+        }
+    }
+
+    fn none() -> HashSet<u32> {
+        HashSet::new()
+    }
+
+    #[test]
+    fn another_sk_lookup_program_is_named_with_its_namespace() {
+        let namespaces = [guarded("left"), guarded("right")];
+        assert_eq!(sk_lookup(&namespaces, &none()).status, Status::Ok);
+        let (program, id) = program(Hook::SkLookup, "tubular");
+        let _link = bpf::link_create(&program, &namespaces[1], BPF_SK_LOOKUP).expect("attach");
+        let check = sk_lookup(&namespaces, &none());
+        assert_eq!(
+            (check.status, check.found),
+            (Status::Warn, format!("tubular (id {id}) in right"))
+        );
+        assert_eq!(
+            sk_lookup(&namespaces, &HashSet::from([id])).status,
+            Status::Ok,
+            "unless it is ours"
+        );
+    }
+
+    #[test]
+    fn another_balancers_program_is_told_as_such() {
+        let namespace = guarded("here");
+        let (program, id) = program(Hook::SkLookup, "steer");
+        let _link = bpf::link_create(&program, &namespace, BPF_SK_LOOKUP).expect("attach");
+        assert_eq!(
+            sk_lookup(&[namespace], &none()).found,
+            format!("another balancer's steer (id {id}) in here")
+        );
+    }
+
+    #[test]
+    fn a_namespace_without_room_fails() {
+        let namespace = guarded("here");
+        let (program, _) = program(Hook::SkLookup, "many");
+        let _links: Vec<_> =
+            std::iter::from_fn(|| bpf::link_create(&program, &namespace, BPF_SK_LOOKUP).ok())
+                .collect();
+        let check = sk_lookup(&[namespace], &none());
+        assert_eq!(
+            (check.status, check.found.as_str()),
+            (Status::Fail, "64 in here")
+        );
+    }
+
+    #[test]
+    fn another_sock_ops_program_is_named_here_and_above() {
+        let outer = Own::cgroup();
+        let inner = Own::below(&outer.0);
+        assert_eq!(sock_ops(&inner.0, &none()).status, Status::Ok);
+        let (program, id) = program(Hook::SockOps, "tcptuner");
+        let _link = bpf::link_create(
+            &program,
+            File::open(&outer.0).expect("open"),
+            BPF_CGROUP_SOCK_OPS,
+        )
+        .expect("attach");
+        for cgroup in [&outer.0, &inner.0] {
+            let check = sock_ops(cgroup, &none());
+            let expected = format!("tcptuner (id {id}) at {}", outer.0.display());
+            assert_eq!((check.status, check.found), (Status::Warn, expected));
+            assert_eq!(
+                sock_ops(cgroup, &HashSet::from([id])).status,
+                Status::Ok,
+                "unless it is ours"
+            );
+        }
+    }
+
+    /// What doctor says must be what the kernel does.
+    #[test]
+    fn a_cgroup_that_allows_no_second_program_fails_as_the_kernel_does() {
+        let (exclusive, _) = program(Hook::SockOps, "exclusive");
+        let (second, _) = program(Hook::SockOps, "second");
+        for (flags, here, below) in [
+            (0, Status::Fail, Status::Fail),
+            (BPF_F_ALLOW_OVERRIDE, Status::Fail, Status::Ok),
+            (BPF_F_ALLOW_MULTI, Status::Ok, Status::Ok),
+        ] {
+            let outer = Own::cgroup();
+            let inner = Own::below(&outer.0);
+            bpf::cgroup_attach(
+                &exclusive,
+                File::open(&outer.0).expect("open"),
+                BPF_CGROUP_SOCK_OPS,
+                flags,
+            )
+            .expect("attach");
+            for (cgroup, expected) in [(&outer.0, here), (&inner.0, below)] {
+                let check = sock_ops(cgroup, &none());
+                assert_eq!(
+                    check.status == Status::Fail,
+                    expected == Status::Fail,
+                    "flags {flags}: {check:?}"
+                );
+                let link = bpf::link_create(
+                    &second,
+                    File::open(cgroup).expect("open"),
+                    BPF_CGROUP_SOCK_OPS,
+                );
+                assert_eq!(
+                    link.is_err(),
+                    expected == Status::Fail,
+                    "flags {flags} at {}: {link:?}",
+                    cgroup.display()
+                );
+                if expected == Status::Fail {
+                    assert!(check.found.contains("exclusive"), "{check:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pinned_programs_and_links_are_ours() {
+        let state = Own::below(Path::new("/sys/fs/bpf"));
+        let inner = Own::below(&state.0);
+        let ((first, first_id), (second, second_id)) = (
+            program(Hook::SkLookup, "first"),
+            program(Hook::SkLookup, "second"),
+        );
+        let namespace = guarded("here");
+        let link = bpf::link_create(&second, &namespace, BPF_SK_LOOKUP).expect("attach");
+        let pins = [state.0.join("program"), inner.0.join("link")];
+        bpf::obj_pin(&first, &pins[0]).expect("pin");
+        bpf::obj_pin(&link, &pins[1]).expect("pin");
+        let found = pinned_programs(&state.0, PIN_DEPTH);
+        for pin in &pins {
+            fs::remove_file(pin).expect("unpin");
+        }
+        assert_eq!(found, HashSet::from([first_id, second_id]));
+        assert!(pinned_programs(Path::new("/sys/fs/bpf/no-such-balancer"), PIN_DEPTH).is_empty());
+    }
+
+    #[test]
+    fn a_cgroup_that_is_none_fails() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for path in [
+            directory.path(),
+            Path::new("/no/such/cgroup"),
+            Path::new("/proc/self/status"),
+        ] {
+            let check = cgroup(Some(path)).expect_err("no cgroup");
+            assert_eq!(check.status, Status::Fail);
+            assert!(
+                check.found.contains(path.to_str().expect("text")),
+                "{check:?}"
+            );
+        }
+        let own = Own::cgroup();
+        assert_eq!(cgroup(Some(&own.0)).expect("a cgroup"), own.0);
+        assert_eq!(
+            cgroup(None).expect("the root"),
+            cgroup2_mount().expect("cgroup2")
+        );
+    }
+}

@@ -1,0 +1,279 @@
+//! What the kernel can do, seen by trying.
+
+use aya_obj::generated::bpf_func_id::{
+    self, BPF_FUNC_get_current_task_btf, BPF_FUNC_get_netns_cookie, BPF_FUNC_jiffies64,
+    BPF_FUNC_ktime_get_ns, BPF_FUNC_loop, BPF_FUNC_ringbuf_reserve, BPF_FUNC_sk_assign,
+    BPF_FUNC_sk_release, BPF_FUNC_sk_storage_get, BPF_FUNC_skc_to_tcp_sock,
+    BPF_FUNC_sock_map_update, BPF_FUNC_sock_ops_cb_flags_set,
+};
+
+use super::{
+    Check, listing,
+    trial::{self, Hook, Refused},
+};
+use crate::{discover::kernel_offsets, sys::clock};
+
+/// The oldest kernel on which the balancer is tried.
+const OLDEST: (u32, u32) = (6, 1);
+
+/// A feature: a name, what it is for, how it comes into a kernel, and the trial.
+type Feature = (
+    &'static str,
+    &'static str,
+    &'static str,
+    fn() -> Result<(), Refused>,
+);
+
+const FEATURES: [Feature; 10] = [
+    (
+        "sk_lookup",
+        "chooses the backend of each new connection",
+        "Linux 5.9, CONFIG_BPF_SYSCALL and CONFIG_INET",
+        || trial::program(Hook::SkLookup),
+    ),
+    (
+        "sock_ops",
+        "registers listeners and counts connections",
+        "CONFIG_CGROUP_BPF",
+        || trial::program(Hook::SockOps),
+    ),
+    (
+        "bpf_loop",
+        "looks through up to 256 backends",
+        "Linux 5.17",
+        trial::bounded_loop,
+    ),
+    (
+        "atomics",
+        "counts without losing one (add and return the old value)",
+        "Linux 5.12 with the BPF JIT",
+        trial::atomic_fetch,
+    ),
+    (
+        "socket storage",
+        "ties each connection to its backend (inherited: BPF_F_CLONE)",
+        "Linux 5.4 and CONFIG_INET",
+        trial::socket_storage,
+    ),
+    (
+        "socket map",
+        "holds the listening sockets",
+        "CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG",
+        trial::socket_map,
+    ),
+    (
+        "ring buffer",
+        "tells the daemon what happened",
+        "Linux 5.8",
+        trial::ring_buffer,
+    ),
+    (
+        "prefix tree",
+        "finds exempt sources by their network",
+        "CONFIG_BPF_SYSCALL",
+        trial::prefix_tree,
+    ),
+    (
+        "shared array",
+        "lets the daemon read counts and set quotas without system calls",
+        "Linux 5.5",
+        trial::shared_array,
+    ),
+    (
+        "helpers",
+        "does for both programs what only the kernel can",
+        "Linux 5.17",
+        helpers,
+    ),
+];
+
+const HELPERS: [(Hook, &[bpf_func_id]); 2] = [
+    (
+        Hook::SkLookup,
+        &[
+            BPF_FUNC_ktime_get_ns,
+            BPF_FUNC_jiffies64,
+            BPF_FUNC_loop,
+            BPF_FUNC_sk_assign,
+            BPF_FUNC_sk_release,
+            BPF_FUNC_skc_to_tcp_sock,
+            BPF_FUNC_ringbuf_reserve,
+        ],
+    ),
+    (
+        Hook::SockOps,
+        &[
+            BPF_FUNC_get_netns_cookie,
+            BPF_FUNC_get_current_task_btf,
+            BPF_FUNC_loop,
+            BPF_FUNC_sk_storage_get,
+            BPF_FUNC_sock_map_update,
+            BPF_FUNC_sock_ops_cb_flags_set,
+            BPF_FUNC_ringbuf_reserve,
+        ],
+    ),
+];
+
+pub(super) fn checks() -> Vec<Check> {
+    let mut checks = vec![version(&release())];
+    checks.extend(
+        FEATURES.map(|(name, purpose, needs, attempt)| feature(name, purpose, needs, attempt())),
+    );
+    checks.extend([layout(), tick()]);
+    checks
+}
+
+fn release() -> String {
+    nix::sys::utsname::uname()
+        .map(|names| names.release().to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+fn version(release: &str) -> Check {
+    const NAME: &str = "kernel";
+    let found = format!("Linux {release}");
+    if parse(release).is_some_and(|version| version >= OLDEST) {
+        return Check::ok(
+            NAME,
+            found,
+            "new enough; what counts is what it can do, below",
+        );
+    }
+    let (major, minor) = OLDEST;
+    Check::warn(
+        NAME,
+        found,
+        format!(
+            "the balancer is tried on Linux {major}.{minor} and newer; this one may still do if everything below is well"
+        ),
+        format!("use a kernel of Linux {major}.{minor} or newer"),
+    )
+}
+
+/// `6.1.0-18-amd64`: the first two numbers.
+fn parse(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|character: char| !character.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn feature(name: &'static str, purpose: &str, needs: &str, outcome: Result<(), Refused>) -> Check {
+    match outcome {
+        Ok(()) => Check::ok(name, "the kernel takes it", purpose),
+        Err(Refused::Privilege) => Check::fail(
+            name,
+            "can't be tried: not permitted",
+            format!("without it nothing {purpose}"),
+            "run as root, or with the capabilities that the check \"capabilities\" names; in a container, allow bpf(2) in its seccomp profile",
+        ),
+        Err(Refused::Kernel(why)) => Check::fail(
+            name,
+            format!("the kernel refuses it: {why}"),
+            format!("without it nothing {purpose}"),
+            format!("needs {needs}; kernel lockdown must not be \"confidentiality\""),
+        ),
+    }
+}
+
+fn helpers() -> Result<(), Refused> {
+    let mut missing = Vec::new();
+    for (hook, helpers) in HELPERS {
+        for helper in helpers {
+            match trial::helper(hook, *helper) {
+                Ok(()) => {}
+                Err(Refused::Kernel(_)) => {
+                    missing.push(format!("{helper:?} in {hook:?}").replace("BPF_FUNC_", "bpf_"));
+                }
+                Err(privilege) => return Err(privilege),
+            }
+        }
+    }
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(Refused::Kernel(format!("no {}", listing(&missing))))
+    }
+}
+
+fn layout() -> Check {
+    const NAME: &str = "kernel types";
+    const MEANS: &str = "queue lengths and SYN cookie state are read where the kernel's own type information says they are";
+    match kernel_offsets() {
+        Ok(_) => Check::ok(NAME, "BTF is there and names every field", MEANS),
+        Err(error) => Check::fail(
+            NAME,
+            format!("{error:#}"),
+            "the programs can't be made to fit this kernel",
+            "use a kernel with CONFIG_DEBUG_INFO_BTF=y, Linux 6.1 or newer; in a container, make /sys/kernel/btf visible",
+        ),
+    }
+}
+
+fn tick() -> Check {
+    const NAME: &str = "tick rate";
+    match clock::jiffies_per_second() {
+        Ok(hz) => Check::ok(
+            NAME,
+            format!("{hz} jiffies a second"),
+            "tells how long ago a SYN queue overflowed",
+        ),
+        Err(error) => Check::fail(
+            NAME,
+            error.to_string(),
+            "whether SYN cookies are in use can't be told, and under a flood connections would be steered apart",
+            "run on a real Linux kernel",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{doctor::Status, sys::bpf::LoadError};
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let status = |release| version(release).status;
+        assert_eq!(status("6.18.44-fc-v669"), Status::Ok);
+        assert_eq!(status("6.1.0-18-amd64"), Status::Ok);
+        assert_eq!(status("10.0-rc1"), Status::Ok);
+        assert_eq!(status("5.15.0"), Status::Warn);
+        assert_eq!(status("5.100"), Status::Warn);
+        assert_eq!(status("nonsense"), Status::Warn);
+    }
+
+    #[test]
+    fn a_missing_feature_says_what_it_needs() {
+        let check = feature(
+            "x",
+            "does y",
+            "Linux 9.9",
+            Err(Refused::Kernel("EINVAL".to_owned())),
+        );
+        assert_eq!(check.status, Status::Fail);
+        assert!(check.found.contains("EINVAL") && check.means == "without it nothing does y");
+        assert!(check.advice.expect("advice").contains("Linux 9.9"));
+        let check = feature("x", "does y", "Linux 9.9", Err(Refused::Privilege));
+        assert!(check.advice.expect("advice").contains("capabilities"));
+    }
+
+    #[test]
+    fn a_missing_privilege_is_told_apart() {
+        let refused = |errno, log: &str| {
+            let source = std::io::Error::from_raw_os_error(errno);
+            Refused::from(LoadError {
+                source,
+                log: log.to_owned(),
+            })
+        };
+        assert!(matches!(refused(libc::EPERM, ""), Refused::Privilege));
+        assert!(matches!(
+            refused(libc::EPERM, "pointer arithmetic prohibited"),
+            Refused::Kernel(_)
+        ));
+        assert!(matches!(refused(libc::EINVAL, ""), Refused::Kernel(_)));
+        assert!(matches!(
+            Refused::from(std::io::Error::from_raw_os_error(libc::EPERM)),
+            Refused::Privilege
+        ));
+    }
+}

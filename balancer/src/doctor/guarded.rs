@@ -1,0 +1,160 @@
+//! The network namespaces that are looked at: those that the configuration says are guarded.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use super::Check;
+use crate::{
+    config::{Config, Namespaces},
+    discover,
+    sys::netns,
+};
+
+/// A network namespace with what to call it.
+#[derive(Debug)]
+pub(super) struct Guarded {
+    pub(super) label: String,
+    pub(super) file: OwnedFd,
+}
+
+impl AsFd for Guarded {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+const NAME: &str = "network namespaces";
+
+/// The namespaces, and a finding where one can't be reached.
+pub(super) fn namespaces(config: Option<&Config>) -> (Vec<Guarded>, Option<Check>) {
+    match config.map_or(&Namespaces::Own, |config| &config.namespaces) {
+        Namespaces::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| {
+            "this network namespace".to_owned()
+        }),
+        Namespaces::Paths(paths) => {
+            let paths: Vec<&Path> = paths.iter().map(AsRef::as_ref).collect();
+            named(&paths, |path| path.display().to_string())
+        }
+        Namespaces::All => all(),
+    }
+}
+
+fn named(paths: &[&Path], label: impl Fn(&Path) -> String) -> (Vec<Guarded>, Option<Check>) {
+    let mut found = Vec::new();
+    let mut failed = Vec::new();
+    let mut permitted = true;
+    for path in paths {
+        match reachable(path) {
+            Ok(file) => found.push(Guarded {
+                label: label(path),
+                file,
+            }),
+            Err(error) => {
+                permitted &= error.kind() != io::ErrorKind::PermissionDenied;
+                failed.push(format!("{}: {error}", path.display()));
+            }
+        }
+    }
+    let check = (!failed.is_empty()).then(|| unreachable(&failed, permitted));
+    (found, check)
+}
+
+fn unreachable(failed: &[String], permitted: bool) -> Check {
+    let advice = if permitted {
+        "correct `namespaces:` in the configuration (/run/netns/NAME or /proc/PID/ns/net), or make the namespace first"
+    } else {
+        "run as root: entering a network namespace needs CAP_SYS_ADMIN"
+    };
+    Check::fail(
+        NAME,
+        super::listing(failed),
+        "what connects there is neither counted nor steered, and `balancer run` doesn't start",
+        advice,
+    )
+}
+
+/// That a file is a network namespace is seen by entering it.
+fn reachable(path: &Path) -> io::Result<OwnedFd> {
+    let file = netns::open(path)?;
+    netns::cookie_of(&file)?;
+    Ok(file)
+}
+
+fn all() -> (Vec<Guarded>, Option<Check>) {
+    match discover::namespaces() {
+        Ok(found) => (
+            found
+                .into_iter()
+                .map(|namespace| Guarded {
+                    label: format!("the namespace of process {}", namespace.pid),
+                    file: namespace.into(),
+                })
+                .collect(),
+            None,
+        ),
+        Err(error) => {
+            let check = Check::fail(
+                NAME,
+                format!("{error:#}"),
+                "the namespaces can't be listed",
+                "run as root, with the host's /proc (hostPID in Kubernetes)",
+            );
+            (Vec::new(), Some(check))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Status;
+
+    fn config(namespaces: &str) -> Config {
+        Config::parse(&format!("services:\n  - {{name: agents, port: 11800, policy: least-connections}}\nnamespaces: {namespaces}\n")).expect("a configuration")
+    }
+
+    #[test]
+    fn our_own_is_the_default() {
+        let here = netns::identity(netns::current().expect("open")).expect("identity");
+        for config in [None, Some(config("own"))] {
+            let (found, check) = namespaces(config.as_ref());
+            assert_eq!((found.len(), check), (1, None));
+            assert_eq!(netns::identity(&found[0]).expect("identity"), here);
+        }
+    }
+
+    #[test]
+    fn all_has_our_own_among_them() {
+        let here = netns::identity(netns::current().expect("open")).expect("identity");
+        let (found, check) = namespaces(Some(&config("all")));
+        assert_eq!(check, None);
+        assert!(
+            found
+                .iter()
+                .any(|namespace| netns::identity(namespace).expect("identity") == here)
+        );
+    }
+
+    #[test]
+    fn a_path_that_is_no_namespace_is_named() {
+        let (found, check) = namespaces(Some(&config(
+            "[/proc/self/ns/net, /dev/null, /run/netns/no-such]",
+        )));
+        assert_eq!(
+            found
+                .iter()
+                .map(|namespace| namespace.label.as_str())
+                .collect::<Vec<_>>(),
+            ["/proc/self/ns/net"]
+        );
+        let check = check.expect("two can't be reached");
+        assert_eq!(check.status, Status::Fail);
+        assert!(
+            check.found.contains("/dev/null") && check.found.contains("/run/netns/no-such"),
+            "{check:?}"
+        );
+    }
+}

@@ -1,0 +1,207 @@
+//! What this machine lacks for the balancer, and what would go wrong: found, what it means, what to do.
+//!
+//! Nothing is changed: programs and maps that are loaded to see whether the kernel takes them are attached to nothing, pinned nowhere,
+//! and closed at once.
+
+mod attached;
+mod features;
+mod guarded;
+mod machine;
+mod services;
+mod trial;
+
+use std::path::PathBuf;
+
+use crate::config::Config;
+
+/// What to look at.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the data plane is, or would be, pinned.
+    pub state_dir: PathBuf,
+    /// The cgroup whose sockets are counted; `None`: the root of the hierarchy.
+    pub cgroup: Option<PathBuf>,
+    /// The services to check; `None`: their listeners aren't looked at.
+    pub config: Option<Config>,
+}
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Status {
+    /// As it should be.
+    Ok,
+    /// The balancer runs, but something won't go as one would think.
+    Warn,
+    /// The balancer can't do its work.
+    Fail,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Check {
+    /// What, in one or two words, the same on every machine.
+    pub name: &'static str,
+    /// How bad it is.
+    pub status: Status,
+    /// What was found.
+    pub found: String,
+    /// What that means for the balancer.
+    pub means: String,
+    /// What to do about it, if anything.
+    pub advice: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, found: impl Into<String>, means: impl Into<String>) -> Self {
+        Self {
+            name,
+            status: Status::Ok,
+            found: found.into(),
+            means: means.into(),
+            advice: None,
+        }
+    }
+
+    fn warn(
+        name: &'static str,
+        found: impl Into<String>,
+        means: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
+        Self {
+            advice: Some(advice.into()),
+            status: Status::Warn,
+            ..Self::ok(name, found, means)
+        }
+    }
+
+    fn fail(
+        name: &'static str,
+        found: impl Into<String>,
+        means: impl Into<String>,
+        advice: impl Into<String>,
+    ) -> Self {
+        Self {
+            status: Status::Fail,
+            ..Self::warn(name, found, means, advice)
+        }
+    }
+}
+
+/// All findings, in the order in which they are best read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// The findings.
+    pub checks: Vec<Check>,
+}
+
+impl Report {
+    /// The worst finding.
+    pub fn worst(&self) -> Status {
+        self.checks
+            .iter()
+            .map(|check| check.status)
+            .max()
+            .unwrap_or(Status::Ok)
+    }
+}
+
+/// Looks at everything. What can't be looked at is a finding, too.
+pub fn run(options: &Options) -> Report {
+    let mut checks = features::checks();
+    checks.extend(machine::checks(&options.state_dir));
+    let (namespaces, unreachable) = guarded::namespaces(options.config.as_ref());
+    checks.extend(unreachable);
+    checks.extend(machine::namespace_checks(&namespaces));
+    checks.extend(attached::checks(options, &namespaces));
+    let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
+    checks.extend(services::checks(
+        options.config.as_ref(),
+        &namespaces,
+        cgroup.as_deref(),
+    ));
+    Report { checks }
+}
+
+/// The first few of many things in one line.
+fn listing(items: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let shown = items
+        .iter()
+        .take(SHOWN)
+        .map(String::as_str)
+        .collect::<Vec<_>>()
+        .join(", ");
+    match items.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_can_run_the_balancer() {
+        let options = Options {
+            state_dir: "/sys/fs/bpf/no-such-balancer".into(),
+            cgroup: None,
+            config: None,
+        };
+        let report = run(&options);
+        let failed: Vec<_> = report
+            .checks
+            .iter()
+            .filter(|check| check.status == Status::Fail)
+            .collect();
+        assert!(failed.is_empty(), "{failed:#?}");
+        let mut names: Vec<_> = report.checks.iter().map(|check| check.name).collect();
+        names.sort_unstable();
+        let distinct = names.len();
+        names.dedup();
+        assert_eq!(names.len(), distinct, "every name stands for one finding");
+        for check in &report.checks {
+            assert!(
+                !check.found.is_empty() && !check.means.is_empty(),
+                "{check:?}"
+            );
+            assert_eq!(
+                check.advice.is_none(),
+                check.status == Status::Ok,
+                "{check:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_stays_in_the_kernel() {
+        let mine = || {
+            let all = aya::programs::loaded_programs().flatten();
+            all.filter(|program| program.name().starts_with(b"doctor"))
+                .count()
+        };
+        features::checks();
+        assert_eq!(mine(), 0);
+    }
+
+    #[test]
+    fn the_worst_counts() {
+        let report = |checks: &[Check]| Report {
+            checks: checks.to_vec(),
+        };
+        let (good, bad) = (Check::ok("a", "b", "c"), Check::fail("a", "b", "c", "d"));
+        assert_eq!(report(&[]).worst(), Status::Ok);
+        assert_eq!(
+            report(&[good.clone(), bad.clone(), good.clone()]).worst(),
+            Status::Fail
+        );
+    }
+
+    #[test]
+    fn a_long_list_is_cut() {
+        let items: Vec<String> = (0..10).map(|number| number.to_string()).collect();
+        assert_eq!(listing(&items), "0, 1, 2, 3, 4, 5, 6, 7 and 2 more");
+        assert_eq!(listing(&items[..2]), "0, 1");
+    }
+}

@@ -1,0 +1,571 @@
+//! The services' listeners: those that can't be steered to, that nobody reaches, that are missing.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs, io,
+    net::IpAddr,
+    path::Path,
+};
+
+use nix::sys::stat::stat;
+
+use super::{Check, guarded::Guarded, listing};
+use crate::{
+    config::{Config, QuotaRule, Service},
+    discover::{self, Owner},
+    sys::sock_diag::Socket,
+};
+
+/// A listening socket of a guarded namespace.
+struct Listener<'a> {
+    socket: Socket,
+    namespace: &'a str,
+    owners: Vec<Owner>,
+}
+
+/// The services' listeners; `cgroup` is where sockets are counted.
+pub(super) fn checks(
+    config: Option<&Config>,
+    namespaces: &[Guarded],
+    cgroup: Option<&Path>,
+) -> Vec<Check> {
+    let Some(config) = config else {
+        return vec![Check::warn(
+            "services",
+            "no configuration given",
+            "the services' listeners were not looked at",
+            "give the file with --config",
+        )];
+    };
+    let listeners = match listeners(config, namespaces) {
+        Ok(listeners) => listeners,
+        Err(error) => {
+            return vec![Check::fail(
+                "services",
+                format!("listening sockets can't be listed: {error}"),
+                "the services' listeners aren't known",
+                "run as root",
+            )];
+        }
+    };
+    let mut checks = vec![
+        mptcp(config, &listeners),
+        hidden(config, &listeners),
+        missing(config, &listeners),
+    ];
+    checks.extend(cgroup.map(|cgroup| outside(config, &listeners, cgroup)));
+    checks.extend([file_limits(config, &listeners), exempt(config)]);
+    checks
+}
+
+/// All listeners on a port that a service has to do with.
+fn listeners<'a>(config: &Config, namespaces: &'a [Guarded]) -> io::Result<Vec<Listener<'a>>> {
+    let ports: HashSet<u16> = config
+        .services
+        .iter()
+        .flat_map(|service| {
+            let backends = service
+                .backends
+                .iter()
+                .flatten()
+                .map(|backend| backend.address.port());
+            backends.chain([service.port])
+        })
+        .collect();
+    let mut found = Vec::new();
+    for namespace in namespaces {
+        let sockets = discover::listening(namespace)?;
+        let relevant = sockets
+            .into_iter()
+            .filter(|socket| ports.contains(&socket.local.port()));
+        found.extend(relevant.map(|socket| Listener {
+            socket,
+            namespace: &namespace.label,
+            owners: Vec::new(),
+        }));
+    }
+    let mut owners = discover::owners(found.iter().map(|listener| listener.socket.inode))?;
+    for listener in &mut found {
+        listener.owners = owners.remove(&listener.socket.inode).unwrap_or_default();
+    }
+    Ok(found)
+}
+
+impl Listener<'_> {
+    fn describe(&self) -> String {
+        let owner = self
+            .owners
+            .first()
+            .map_or_else(|| "owner unknown".to_owned(), |owner| owner.name());
+        format!("{} of {owner} in {}", self.socket.local, self.namespace)
+    }
+
+    /// Whether connections to an address reach it, were there no balancer.
+    fn covers(&self, address: IpAddr) -> bool {
+        let own = self.socket.local.ip().to_canonical();
+        match own {
+            IpAddr::V4(own) if own.is_unspecified() => address.is_ipv4(),
+            IpAddr::V6(own) if own.is_unspecified() => {
+                address.is_ipv6() || self.socket.v6only != Some(true)
+            }
+            own => own == address.to_canonical(),
+        }
+    }
+
+    /// Whether it is a backend of a service.
+    fn serves(&self, service: &Service) -> bool {
+        let port = self.socket.local.port();
+        match &service.backends {
+            None => {
+                port == service.port && service.address.is_none_or(|address| self.covers(address))
+            }
+            Some(backends) => backends
+                .iter()
+                .any(|backend| port == backend.address.port() && self.covers(backend.address.ip())),
+        }
+    }
+
+    /// Whether it waits on a port whose connections all go elsewhere.
+    fn hidden_by(&self, service: &Service) -> bool {
+        service.backends.is_some()
+            && self.socket.local.port() == service.port
+            && !self.serves(service)
+            && service.address.is_none_or(|address| self.covers(address))
+    }
+}
+
+/// `service: listener` for every pair that fits.
+fn pairs(
+    config: &Config,
+    listeners: &[Listener<'_>],
+    fits: impl Fn(&Service, &Listener<'_>) -> bool,
+) -> Vec<String> {
+    let of = |service: &Service| {
+        let fitting = listeners.iter().filter(|listener| fits(service, listener));
+        fitting
+            .map(|listener| format!("{}: {}", service.name, listener.describe()))
+            .collect::<Vec<_>>()
+    };
+    config.services.iter().flat_map(of).collect()
+}
+
+fn mptcp(config: &Config, listeners: &[Listener<'_>]) -> Check {
+    const NAME: &str = "MPTCP listeners";
+    let found = pairs(config, listeners, |service, listener| {
+        listener.socket.mptcp && listener.serves(service)
+    });
+    if found.is_empty() {
+        return Check::ok(NAME, "none", "every listener can be steered to");
+    }
+    Check::warn(
+        NAME,
+        listing(&found),
+        "the kernel can't steer to an MPTCP listener: it is counted, and on the service's own port admitted and refused, but gets only the \
+         connections that come to it by themselves; behind a virtual port it gets none",
+        "make an ordinary TCP listener of it: GODEBUG=multipathtcp=0 for a Go server, no IPPROTO_MPTCP, no mptcpize",
+    )
+}
+
+fn hidden(config: &Config, listeners: &[Listener<'_>]) -> Check {
+    const NAME: &str = "hidden listeners";
+    let found = pairs(config, listeners, |service, listener| {
+        listener.hidden_by(service)
+    });
+    if found.is_empty() {
+        return Check::ok(
+            NAME,
+            "none",
+            "no listener waits on a port whose connections go elsewhere",
+        );
+    }
+    Check::warn(
+        NAME,
+        listing(&found),
+        "the service's port is virtual (it has `backends:`): its connections all go to the backends, and this listener gets none",
+        "stop it, add it to `backends:`, or drop `backends:` to balance the listeners on the port itself",
+    )
+}
+
+fn missing(config: &Config, listeners: &[Listener<'_>]) -> Check {
+    const NAME: &str = "backends";
+    let found: Vec<_> = config
+        .services
+        .iter()
+        .flat_map(|service| absent(service, listeners))
+        .collect();
+    if found.is_empty() {
+        return Check::ok(
+            NAME,
+            format!("{} services have their listeners", config.services.len()),
+            "every backend can take connections",
+        );
+    }
+    Check::warn(
+        NAME,
+        listing(&found),
+        "connections go to the other backends; where there is none, the kernel refuses them",
+        "start it: it joins by itself when it listens; or correct the address, or `namespaces:` where it listens in another one",
+    )
+}
+
+fn absent(service: &Service, listeners: &[Listener<'_>]) -> Vec<String> {
+    let Some(backends) = &service.backends else {
+        let any = listeners.iter().any(|listener| listener.serves(service));
+        return if any {
+            Vec::new()
+        } else {
+            vec![format!(
+                "{}: nobody listens on port {}",
+                service.name, service.port
+            )]
+        };
+    };
+    let listens = |address: std::net::SocketAddr| {
+        listeners.iter().any(|listener| {
+            listener.socket.local.port() == address.port() && listener.covers(address.ip())
+        })
+    };
+    let absent = backends
+        .iter()
+        .map(|backend| backend.address)
+        .filter(|address| !listens(*address));
+    absent
+        .map(|address| format!("{}: nobody listens on {address}", service.name))
+        .collect()
+}
+
+fn outside(config: &Config, listeners: &[Listener<'_>], cgroup: &Path) -> Check {
+    const NAME: &str = "listeners' cgroups";
+    let mut inside = HashSet::new();
+    add_cgroups(cgroup, &mut inside);
+    let found = pairs(config, listeners, |service, listener| {
+        listener.serves(service)
+            && listener
+                .socket
+                .cgroup
+                .is_some_and(|id| !inside.contains(&id))
+    });
+    if found.is_empty() {
+        return Check::ok(
+            NAME,
+            format!("all below {}", cgroup.display()),
+            "every listener's connections are counted",
+        );
+    }
+    Check::warn(
+        NAME,
+        listing(&found),
+        format!(
+            "made outside {} (a socket keeps the cgroup in which it was made): its connections aren't counted and it isn't steered to",
+            cgroup.display()
+        ),
+        "start it again inside the cgroup, or leave out --cgroup",
+    )
+}
+
+/// The ids of a cgroup and all below it: their directories' inodes.
+fn add_cgroups(cgroup: &Path, ids: &mut HashSet<u64>) {
+    // A cgroup may be removed at any time.
+    let Ok(stat) = stat(cgroup) else { return };
+    ids.insert(stat.st_ino);
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            add_cgroups(&entry.path(), ids);
+        }
+    }
+}
+
+/// A process that may open fewer files than the quota lets connections in can't accept them.
+fn file_limits(config: &Config, listeners: &[Listener<'_>]) -> Check {
+    const NAME: &str = "backends' open files";
+    let mut limits = HashMap::new();
+    let mut limit = |pid: u32| *limits.entry(pid).or_insert_with(|| open_files(pid));
+    let mut found = Vec::new();
+    for service in &config.services {
+        let QuotaRule::Fixed(quota) = service.quota else {
+            continue;
+        };
+        for listener in listeners.iter().filter(|listener| listener.serves(service)) {
+            let Some(files) = listener
+                .owners
+                .iter()
+                .filter_map(|owner| limit(owner.pid))
+                .min()
+            else {
+                continue;
+            };
+            if files <= u64::from(quota) {
+                found.push(format!(
+                    "{}: {} may open {files} files, the quota is {quota}",
+                    service.name,
+                    listener.describe()
+                ));
+            }
+        }
+    }
+    if found.is_empty() {
+        return Check::ok(
+            NAME,
+            "no fixed quota is above what a backend may open",
+            "a backend can accept all that its quota lets in",
+        );
+    }
+    Check::warn(
+        NAME,
+        listing(&found),
+        "it can't accept as many connections as its quota lets in: the rest wait in its accept queue",
+        "raise its limit (ulimit -n, LimitNOFILE= in systemd), or lower the quota",
+    )
+}
+
+fn open_files(pid: u32) -> Option<u64> {
+    soft_limit(&fs::read_to_string(format!("/proc/{pid}/limits")).ok()?)
+}
+
+/// `Max open files            20000                20000                files`: the soft limit is the first number; `unlimited` is none.
+fn soft_limit(limits: &str) -> Option<u64> {
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_whitespace().next()?.parse().ok()
+}
+
+fn exempt(config: &Config) -> Check {
+    const NAME: &str = "exempt sources";
+    let beyond = |service: &&Service| {
+        service
+            .exempt
+            .iter()
+            .any(|network| !network.addr().is_loopback())
+    };
+    let found: Vec<_> = config
+        .services
+        .iter()
+        .filter(beyond)
+        .map(|service| service.name.clone())
+        .collect();
+    if found.is_empty() {
+        return Check::ok(NAME, "none but loopback", "quotas are for everybody");
+    }
+    Check::ok(
+        NAME,
+        format!("services {}", listing(&found)),
+        "a source is known by the address that arrives here: after SNAT (masquerading, a Service with externalTrafficPolicy: Cluster) that is \
+         a node's, and rules by pod address don't match it",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        doctor::Status,
+        sys::{netns, sock_diag::tests::mptcp_listener},
+    };
+    use std::net::TcpListener;
+
+    fn guarded() -> Guarded {
+        Guarded {
+            label: "the test's namespace".to_owned(),
+            file: netns::tests::fresh(),
+        }
+    }
+
+    fn listen(namespace: &Guarded, addresses: &[&str]) -> Vec<TcpListener> {
+        let bind = |address: &&str| TcpListener::bind(address).expect("bind");
+        netns::inside(namespace, || addresses.iter().map(bind).collect()).expect("inside")
+    }
+
+    fn config(services: &str) -> Config {
+        Config::parse(&format!("services:\n{services}")).expect("a configuration")
+    }
+
+    fn check(config: &Config, namespace: &Guarded, name: &str) -> Check {
+        let all = checks(Some(config), std::slice::from_ref(namespace), None);
+        all.into_iter()
+            .find(|check| check.name == name)
+            .expect(name)
+    }
+
+    const VIRTUAL: &str = "  - {name: agents, port: 11800, policy: least-connections, backends: [\"127.0.0.1:21801\", \"127.0.0.1:21802\"]}\n";
+    const OWN: &str = "  - {name: als, port: 11802, policy: least-connections}\n";
+
+    #[test]
+    fn without_a_configuration_nothing_is_claimed() {
+        let checks = checks(None, &[guarded()], None);
+        assert_eq!(
+            checks
+                .iter()
+                .map(|check| (check.name, check.status))
+                .collect::<Vec<_>>(),
+            [("services", Status::Warn)]
+        );
+    }
+
+    #[test]
+    fn an_mptcp_listener_of_a_service_is_named_with_its_owner() {
+        let namespace = guarded();
+        let listener = netns::inside(&namespace, mptcp_listener).expect("inside");
+        let address = listener.local_addr().expect("address");
+        let own = config(&format!(
+            "  - {{name: als, port: {}, policy: least-connections}}\n",
+            address.port()
+        ));
+        let found = check(&own, &namespace, "MPTCP listeners");
+        assert_eq!(found.status, Status::Warn);
+        assert!(
+            found.found.starts_with(&format!("als: {address} of ")),
+            "{found:?}"
+        );
+        assert!(
+            found
+                .found
+                .contains(&format!("(process {})", std::process::id())),
+            "{found:?}"
+        );
+        assert_eq!(
+            check(&config(OWN), &namespace, "MPTCP listeners").status,
+            Status::Ok,
+            "it is of no service"
+        );
+    }
+
+    #[test]
+    fn an_ordinary_listener_is_no_mptcp_one() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["0.0.0.0:11802"]);
+        assert_eq!(
+            check(&config(OWN), &namespace, "MPTCP listeners").status,
+            Status::Ok
+        );
+    }
+
+    #[test]
+    fn a_listener_on_a_virtual_port_is_hidden() {
+        for (address, hidden) in [
+            ("0.0.0.0:11800", true),
+            ("127.0.0.5:11800", true),
+            ("[::]:11800", true),
+            ("0.0.0.0:21801", false),
+        ] {
+            let namespace = guarded();
+            let _listeners = listen(&namespace, &[address]);
+            let found = check(&config(VIRTUAL), &namespace, "hidden listeners");
+            assert_eq!(found.status == Status::Warn, hidden, "{address}: {found:?}");
+            assert_eq!(found.found.contains(address), hidden, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_backend_on_the_services_port_is_not_hidden() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["127.0.0.7:11800"]);
+        let config = config(
+            "  - {name: agents, port: 11800, address: 127.0.0.9, policy: least-connections, backends: [\"127.0.0.7:11800\"]}\n",
+        );
+        assert_eq!(
+            check(&config, &namespace, "hidden listeners").status,
+            Status::Ok
+        );
+        assert_eq!(check(&config, &namespace, "backends").status, Status::Ok);
+    }
+
+    #[test]
+    fn a_service_with_an_address_hides_only_what_covers_it() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["127.0.0.8:11800"]);
+        let at = |address: &str| {
+            config(&format!(
+                "  - {{name: agents, port: 11800, address: {address}, policy: least-connections, backends: [\"127.0.0.1:21801\"]}}\n"
+            ))
+        };
+        assert_eq!(
+            check(&at("127.0.0.9"), &namespace, "hidden listeners").status,
+            Status::Ok
+        );
+        assert_eq!(
+            check(&at("127.0.0.8"), &namespace, "hidden listeners").status,
+            Status::Warn
+        );
+    }
+
+    #[test]
+    fn missing_listeners_are_named() {
+        let namespace = guarded();
+        let both = config(&format!("{VIRTUAL}{OWN}"));
+        let _listeners = listen(&namespace, &["0.0.0.0:21801"]);
+        let found = check(&both, &namespace, "backends");
+        assert_eq!(found.status, Status::Warn);
+        assert_eq!(
+            found.found,
+            "agents: nobody listens on 127.0.0.1:21802, als: nobody listens on port 11802"
+        );
+        let _more = listen(&namespace, &["[::]:21802", "[::]:11802"]);
+        assert_eq!(
+            check(&both, &namespace, "backends").status,
+            Status::Ok,
+            "dual-stack listeners take IPv4"
+        );
+    }
+
+    #[test]
+    fn a_listener_outside_the_cgroup_is_named() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["0.0.0.0:11802"]);
+        let root = discover::cgroup2_mount().expect("cgroup2");
+        let elsewhere = root.join(format!("balancer-doctor-services-{}", std::process::id()));
+        fs::create_dir(&elsewhere).expect("a cgroup");
+        let at = |cgroup: &Path| {
+            let checks = checks(
+                Some(&config(OWN)),
+                std::slice::from_ref(&namespace),
+                Some(cgroup),
+            );
+            checks
+                .into_iter()
+                .find(|check| check.name == "listeners' cgroups")
+                .expect("checked")
+                .status
+        };
+        let found = [at(&root), at(&elsewhere)];
+        fs::remove_dir(&elsewhere).expect("removed");
+        assert_eq!(found, [Status::Ok, Status::Warn]);
+    }
+
+    #[test]
+    fn a_quota_beyond_the_backends_files_is_named() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["0.0.0.0:11802"]);
+        let files = open_files(std::process::id()).expect("our own limit");
+        for (quota, status) in [(files - 1, Status::Ok), (files, Status::Warn)] {
+            let config = config(&format!(
+                "  - {{name: als, port: 11802, policy: least-connections, quota: {{per_backend: {quota}}}}}\n"
+            ));
+            assert_eq!(
+                check(&config, &namespace, "backends' open files").status,
+                status
+            );
+        }
+        assert_eq!(
+            soft_limit("Limit  Soft\nMax open files            1024       4096        files\n"),
+            Some(1024)
+        );
+        assert_eq!(
+            soft_limit("Max open files            unlimited       unlimited        files\n"),
+            None
+        );
+    }
+
+    #[test]
+    fn exempt_rules_come_with_the_remark_about_nat() {
+        let namespace = guarded();
+        let with = |networks: &str| {
+            let config = config(&format!(
+                "  - {{name: als, port: 11802, policy: least-connections, exempt: [{networks}]}}\n"
+            ));
+            check(&config, &namespace, "exempt sources").means
+        };
+        assert!(with("10.0.0.0/24").contains("SNAT"));
+        assert!(!with("127.0.0.0/8").contains("SNAT"));
+    }
+}
