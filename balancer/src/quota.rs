@@ -48,7 +48,7 @@ pub struct Ready {
 pub struct Outcome {
     /// One for each backend, in their order.
     pub quotas: Vec<Quota>,
-    /// How they come about, for an operator.
+    /// How they come about, for an operator: one line, at most 256 bytes.
     pub sentence: String,
     /// Whether a quota is still above what it should be, because it goes down slowly.
     pub lowering: bool,
@@ -278,7 +278,7 @@ impl Explained<'_> {
                 .iter()
                 .map(|backend| u64::from(backend.weight))
                 .sum();
-            write!(f, " × weight / {sum}, the weights of {ready} ready)")
+            write!(f, " × weight / {sum}, {ready} ready)")
         }
     }
 }
@@ -298,16 +298,13 @@ impl fmt::Display for Explained<'_> {
             .sum();
         let established = established(self.backends);
         if unheld < established {
-            write!(
-                f,
-                "; held at {} because {established} connections are established",
-                Spread(self.targets)
-            )?;
+            let held = Spread(self.targets);
+            write!(f, "; held at {held} because {established} are established")?;
         }
         if self.quotas != self.targets {
             write!(
                 f,
-                "; going down to that by at most 10 % a minute: {} now",
+                "; lowered by at most 10 % a minute: {} now",
                 Spread(self.quotas)
             )?;
         }

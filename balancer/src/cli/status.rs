@@ -18,8 +18,9 @@ use crate::dataplane::{AgentSnapshot, BackendSnapshot, ServiceSnapshot, Snapshot
 
 /// Show services, backends, their connections and quotas, and how look-ups ended (changes nothing)
 ///
-/// Reads the kernel's own counters, so it works without the daemon. ESTABLISHED is what the socket table says; PENDING are handshakes under way. A
-/// backend takes a connection while the two together are below its QUOTA. EXEMPT sources are counted apart and never refused.
+/// Reads the kernel's own counters, so it works without the daemon. ESTABLISHED is what the socket table says, EXEMPT are those of them that are
+/// never refused and don't count against the quota, PENDING are handshakes under way. A backend takes a connection while ESTABLISHED - EXEMPT + PENDING
+/// is below its QUOTA.
 ///
 /// Verdicts are look-ups, nearly always one for each new connection, but stray packets and other programs look up sockets too.
 #[derive(Debug, Args)]
@@ -250,9 +251,7 @@ fn alerts(service: &ServiceSnapshot) -> Vec<String> {
 }
 
 fn is_full(backend: &BackendSnapshot) -> bool {
-    let taken = backend
-        .established
-        .saturating_add(backend.pending.unwrap_or(0));
+    let taken = counted(backend).saturating_add(backend.pending.unwrap_or(0));
     backend.quota.is_some_and(|quota| taken >= quota)
 }
 
@@ -301,12 +300,16 @@ fn row(backend: &BackendSnapshot) -> Vec<String> {
     ]
 }
 
+/// The connections that count against the quota.
+fn counted(backend: &BackendSnapshot) -> u32 {
+    backend.established.saturating_sub(backend.exempt)
+}
+
 fn used(backend: &BackendSnapshot) -> String {
     match backend.quota {
-        Some(quota) if quota > 0 => format!(
-            "{}%",
-            u64::from(backend.established) * 100 / u64::from(quota)
-        ),
+        Some(quota) if quota > 0 => {
+            format!("{}%", u64::from(counted(backend)) * 100 / u64::from(quota))
+        }
         _ => String::new(),
     }
 }

@@ -163,7 +163,7 @@ fn status_says_when_everybody_is_refused() {
     let mut service = agents();
     service.backends.truncate(2);
     service.backends[0].established = 230;
-    service.backends[1].established = 228;
+    service.backends[1].established = 229;
     let snapshot = Snapshot {
         services: vec![service],
         agent: alive(),

@@ -10,6 +10,7 @@ mod yaml;
 mod tests;
 
 use std::{
+    fmt,
     fs::File,
     io::{ErrorKind, Read},
     net::{IpAddr, SocketAddr},
@@ -30,8 +31,8 @@ pub const MAX_SERVICES: usize = abi::MAX_SERVICES;
 pub const MAX_SERVICE_BACKENDS: usize = abi::MAX_MEMBERS;
 /// The most backends that one file may list.
 pub const MAX_BACKENDS: usize = abi::MAX_SLOTS;
-/// The most exempt networks of one service.
-pub const MAX_EXEMPT: usize = 1024;
+/// The most exempt networks of one service: those of all services together fit into the kernel's table.
+pub const MAX_EXEMPT: usize = 256;
 /// The longest name of a service, in bytes.
 pub const MAX_NAME_BYTES: usize = abi::MAX_NAME;
 /// The largest weight of a backend.
@@ -115,6 +116,31 @@ pub enum QuotaRule {
         /// No backend's quota goes below this; [`DEFAULT_MIN_QUOTA`] where the file gives none.
         min_quota: u32,
     },
+}
+
+impl fmt::Display for QuotaRule {
+    /// The rule in words, on one line and in less than 128 bytes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unlimited => f.write_str("none: steering only"),
+            Self::Fixed(limit) => write!(f, "{limit} for each backend"),
+            Self::Computed {
+                clients,
+                connections_per_client,
+                headroom_percent,
+                min_quota,
+            } => {
+                match clients {
+                    Some(clients) => write!(f, "{clients} clients")?,
+                    None => f.write_str("clients (not known)")?,
+                }
+                write!(
+                    f,
+                    " × {connections_per_client} + {headroom_percent}% shared by weight, at least {min_quota} each"
+                )
+            }
+        }
+    }
 }
 
 impl Config {

@@ -100,7 +100,7 @@ fn shares_are_in_proportion_to_weight() {
     assert_eq!(limits(&outcome), [173, 345, 173]);
     assert_eq!(
         outcome.sentence,
-        "ceil(300 clients × 2 × 1.15 × weight / 4, the weights of 3 ready) = 173 to 345"
+        "ceil(300 clients × 2 × 1.15 × weight / 4, 3 ready) = 173 to 345"
     );
 }
 
@@ -121,7 +121,7 @@ fn the_sum_is_never_below_what_is_established() {
     assert_eq!(limits(&outcome), [301; 3]);
     assert_eq!(
         outcome.sentence,
-        "ceil(300 clients × 1 / 3 ready) = 100; held at 301 because 901 connections are established"
+        "ceil(300 clients × 1 / 3 ready) = 100; held at 301 because 901 are established"
     );
 }
 
@@ -155,7 +155,7 @@ fn a_lower_quota_comes_by_a_tenth_a_minute() {
     assert!(at(60).lowering);
     assert_eq!(
         at(60).sentence,
-        "ceil(300 clients × 2 × 1.15 / 3 ready) = 230; going down to that by at most 10 % a minute: 230 to 311 now"
+        "ceil(300 clients × 2 × 1.15 / 3 ready) = 230; lowered by at most 10 % a minute: 230 to 311 now"
     );
 }
 
@@ -288,6 +288,7 @@ proptest! {
         prop_assert_eq!(outcome.quotas.len(), backends.len());
         prop_assert!(!outcome.sentence.is_empty());
         prop_assert!(!outcome.sentence.contains('\n'));
+        prop_assert!(outcome.sentence.len() <= 256, "{}", outcome.sentence);
     }
 
     #[test]
@@ -370,6 +371,6 @@ proptest! {
             let number = extreme.expect("at least two").to_string();
             prop_assert!(outcome.sentence.split(|c: char| !c.is_ascii_digit()).any(|word| word == number), "{}", outcome.sentence);
         }
-        prop_assert_eq!(outcome.sentence.contains("going down"), outcome.lowering);
+        prop_assert_eq!(outcome.sentence.contains("lowered by"), outcome.lowering);
     }
 }
