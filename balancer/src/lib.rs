@@ -6,6 +6,7 @@ pub mod agent;
 pub mod config;
 pub mod dataplane;
 pub mod discover;
+pub mod doctor;
 pub mod quota;
 #[expect(
     unsafe_code,
