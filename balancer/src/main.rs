@@ -1,2 +1,5 @@
-//! The balancer daemon and its command line.
-fn main() {}
+//! The `balancer` program: see [`balancer::cli`].
+
+fn main() -> std::process::ExitCode {
+    balancer::cli::main()
+}

@@ -68,7 +68,7 @@ struct JsonCheck<'a> {
 impl<'a> Json<'a> {
     pub(super) fn new(report: &'a Report) -> Self {
         let check = |check: &'a Check| JsonCheck {
-            name: &check.name,
+            name: check.name,
             status: word(check.status),
             found: &check.found,
             means: &check.means,

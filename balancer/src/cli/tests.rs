@@ -443,9 +443,9 @@ fn the_ends_of_a_connection() {
 }
 
 fn report() -> Report {
-    let check = |name: &str, status, advice: Option<&str>| {
+    let check = |name: &'static str, status, advice: Option<&str>| {
         Check {
-        name: name.to_owned(),
+        name,
         status,
         found: "tcp_syncookies is 2".to_owned(),
         means: "every connection is judged again at its ACK, so a refusal may come after the client's connect has succeeded".to_owned(),
