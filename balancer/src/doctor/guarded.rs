@@ -27,18 +27,24 @@ impl AsFd for Guarded {
 }
 
 const NAME: &str = "network namespaces";
+/// What our own namespace is called.
+pub(super) const OWN: &str = "this network namespace";
 
 /// The namespaces, and a finding where one can't be reached.
 pub(super) fn namespaces(config: Option<&Config>) -> (Vec<Guarded>, Option<Check>) {
     match config.map_or(&Namespaces::Own, |config| &config.namespaces) {
-        Namespaces::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| {
-            "this network namespace".to_owned()
-        }),
+        Namespaces::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| OWN.to_owned()),
         Namespaces::Paths(paths) => {
             let paths: Vec<&Path> = paths.iter().map(AsRef::as_ref).collect();
             named(&paths, |path| path.display().to_string())
         }
-        Namespaces::All => all(),
+        Namespaces::All => {
+            let (found, check) = all();
+            (
+                found.into_iter().map(|(_, namespace)| namespace).collect(),
+                check,
+            )
+        }
     }
 }
 
@@ -83,15 +89,13 @@ fn reachable(path: &Path) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-fn all() -> (Vec<Guarded>, Option<Check>) {
+/// Every namespace that a process lives in, with its cookie.
+pub(super) fn all() -> (Vec<(u64, Guarded)>, Option<Check>) {
     match discover::namespaces() {
         Ok(found) => (
             found
                 .into_iter()
-                .map(|namespace| Guarded {
-                    label: format!("the namespace of process {}", namespace.pid),
-                    file: namespace.into(),
-                })
+                .map(|namespace| (namespace.cookie, Guarded::from(namespace)))
                 .collect(),
             None,
         ),
@@ -103,6 +107,15 @@ fn all() -> (Vec<Guarded>, Option<Check>) {
                 "run as root, with the host's /proc (hostPID in Kubernetes)",
             );
             (Vec::new(), Some(check))
+        }
+    }
+}
+
+impl From<discover::Namespace> for Guarded {
+    fn from(namespace: discover::Namespace) -> Self {
+        Self {
+            label: format!("the namespace of process {}", namespace.pid),
+            file: namespace.into(),
         }
     }
 }

@@ -6,6 +6,7 @@
 mod attached;
 mod features;
 mod guarded;
+mod loaded;
 mod machine;
 mod services;
 mod trial;
@@ -21,7 +22,7 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// The cgroup whose sockets are counted; `None`: the root of the hierarchy.
     pub cgroup: Option<PathBuf>,
-    /// The services to check; `None`: their listeners aren't looked at.
+    /// The services to check; `None`: those of the data plane that is loaded.
     pub config: Option<Config>,
 }
 
@@ -40,7 +41,7 @@ pub enum Status {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
     /// What, in one or two words, the same on every machine.
-    pub name: &'static str,
+    pub name: String,
     /// How bad it is.
     pub status: Status,
     /// What was found.
@@ -52,9 +53,9 @@ pub struct Check {
 }
 
 impl Check {
-    fn ok(name: &'static str, found: impl Into<String>, means: impl Into<String>) -> Self {
+    fn ok(name: &str, found: impl Into<String>, means: impl Into<String>) -> Self {
         Self {
-            name,
+            name: name.to_owned(),
             status: Status::Ok,
             found: found.into(),
             means: means.into(),
@@ -63,7 +64,7 @@ impl Check {
     }
 
     fn warn(
-        name: &'static str,
+        name: &str,
         found: impl Into<String>,
         means: impl Into<String>,
         advice: impl Into<String>,
@@ -76,7 +77,7 @@ impl Check {
     }
 
     fn fail(
-        name: &'static str,
+        name: &str,
         found: impl Into<String>,
         means: impl Into<String>,
         advice: impl Into<String>,
@@ -110,16 +111,30 @@ impl Report {
 pub fn run(options: &Options) -> Report {
     let mut checks = features::checks();
     checks.extend(machine::checks(&options.state_dir));
-    let (namespaces, unreachable) = guarded::namespaces(options.config.as_ref());
+    let (snapshot, loaded) = loaded::look(&options.state_dir);
+    checks.push(loaded);
+    let (namespaces, unreachable) = match (&options.config, &snapshot) {
+        (None, Some(_)) => loaded::namespaces(&options.state_dir),
+        (config, _) => guarded::namespaces(config.as_ref()),
+    };
     checks.extend(unreachable);
     checks.extend(machine::namespace_checks(&namespaces));
     checks.extend(attached::checks(options, &namespaces));
+    let watched = match (&options.config, &snapshot) {
+        (Some(config), _) => config
+            .services
+            .iter()
+            .map(services::Watched::from)
+            .collect(),
+        (None, Some(snapshot)) => snapshot
+            .services
+            .iter()
+            .map(services::Watched::from)
+            .collect(),
+        (None, None) => Vec::new(),
+    };
     let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
-    checks.extend(services::checks(
-        options.config.as_ref(),
-        &namespaces,
-        cgroup.as_deref(),
-    ));
+    checks.extend(services::checks(&watched, &namespaces, cgroup.as_deref()));
     Report { checks }
 }
 
@@ -156,7 +171,7 @@ mod tests {
             .filter(|check| check.status == Status::Fail)
             .collect();
         assert!(failed.is_empty(), "{failed:#?}");
-        let mut names: Vec<_> = report.checks.iter().map(|check| check.name).collect();
+        let mut names: Vec<_> = report.checks.iter().map(|check| &check.name).collect();
         names.sort_unstable();
         let distinct = names.len();
         names.dedup();

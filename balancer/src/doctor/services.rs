@@ -3,18 +3,75 @@
 use std::{
     collections::{HashMap, HashSet},
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::Path,
 };
 
+use balancer_common::abi::BackendState;
+use ipnet::IpNet;
 use nix::sys::stat::stat;
 
 use super::{Check, guarded::Guarded, listing};
 use crate::{
-    config::{Config, QuotaRule, Service},
+    config::{Backend, QuotaRule, Service},
+    dataplane::ServiceSnapshot,
     discover::{self, Owner},
     sys::sock_diag::Socket,
 };
+
+/// A service, as far as its listeners go.
+#[derive(Clone, Debug)]
+pub(super) struct Watched {
+    name: String,
+    port: u16,
+    address: Option<IpAddr>,
+    /// Where the listeners behind a virtual port are; `None`: on the port itself.
+    backends: Option<Vec<SocketAddr>>,
+    /// The same for every backend.
+    quota: Option<u32>,
+    /// Sources that are exempt; empty where they aren't known.
+    exempt: Vec<IpNet>,
+}
+
+impl From<&Service> for Watched {
+    fn from(service: &Service) -> Self {
+        let addresses =
+            |backends: &Vec<Backend>| backends.iter().map(|backend| backend.address).collect();
+        Self {
+            name: service.name.clone(),
+            port: service.port,
+            address: service.address,
+            backends: service.backends.as_ref().map(addresses),
+            quota: match service.quota {
+                QuotaRule::Fixed(quota) => Some(quota),
+                QuotaRule::Unlimited | QuotaRule::Computed { .. } => None,
+            },
+            exempt: service.exempt.clone(),
+        }
+    }
+}
+
+impl From<&ServiceSnapshot> for Watched {
+    fn from(service: &ServiceSnapshot) -> Self {
+        let ours = service
+            .backends
+            .iter()
+            .filter(|backend| backend.state != BackendState::Candidate);
+        let seen = || ours.map(|backend| backend.address).collect();
+        Self {
+            name: service.name.clone(),
+            port: service.port,
+            address: service.address,
+            backends: service.virtual_port.then(seen),
+            quota: service
+                .backends
+                .iter()
+                .filter_map(|backend| backend.quota)
+                .max(),
+            exempt: Vec::new(),
+        }
+    }
+}
 
 /// A listening socket of a guarded namespace.
 struct Listener<'a> {
@@ -25,50 +82,46 @@ struct Listener<'a> {
 
 /// The services' listeners; `cgroup` is where sockets are counted.
 pub(super) fn checks(
-    config: Option<&Config>,
+    services: &[Watched],
     namespaces: &[Guarded],
     cgroup: Option<&Path>,
 ) -> Vec<Check> {
-    let Some(config) = config else {
+    if services.is_empty() {
         return vec![Check::warn(
             "services",
-            "no configuration given",
-            "the services' listeners were not looked at",
+            "none: no configuration is given and nothing is loaded",
+            "no service's listeners were looked at",
             "give the file with --config",
         )];
-    };
-    let listeners = match listeners(config, namespaces) {
+    }
+    let listeners = match listeners(services, namespaces) {
         Ok(listeners) => listeners,
         Err(error) => {
+            let found = format!("listening sockets can't be listed: {error}");
             return vec![Check::fail(
                 "services",
-                format!("listening sockets can't be listed: {error}"),
+                found,
                 "the services' listeners aren't known",
                 "run as root",
             )];
         }
     };
     let mut checks = vec![
-        mptcp(config, &listeners),
-        hidden(config, &listeners),
-        missing(config, &listeners),
+        mptcp(services, &listeners),
+        hidden(services, &listeners),
+        missing(services, &listeners),
     ];
-    checks.extend(cgroup.map(|cgroup| outside(config, &listeners, cgroup)));
-    checks.extend([file_limits(config, &listeners), exempt(config)]);
+    checks.extend(cgroup.map(|cgroup| outside(services, &listeners, cgroup)));
+    checks.extend([file_limits(services, &listeners), exempt(services)]);
     checks
 }
 
 /// All listeners on a port that a service has to do with.
-fn listeners<'a>(config: &Config, namespaces: &'a [Guarded]) -> io::Result<Vec<Listener<'a>>> {
-    let ports: HashSet<u16> = config
-        .services
+fn listeners<'a>(services: &[Watched], namespaces: &'a [Guarded]) -> io::Result<Vec<Listener<'a>>> {
+    let ports: HashSet<u16> = services
         .iter()
         .flat_map(|service| {
-            let backends = service
-                .backends
-                .iter()
-                .flatten()
-                .map(|backend| backend.address.port());
+            let backends = service.backends.iter().flatten().map(SocketAddr::port);
             backends.chain([service.port])
         })
         .collect();
@@ -113,7 +166,7 @@ impl Listener<'_> {
     }
 
     /// Whether it is a backend of a service.
-    fn serves(&self, service: &Service) -> bool {
+    fn serves(&self, service: &Watched) -> bool {
         let port = self.socket.local.port();
         match &service.backends {
             None => {
@@ -121,12 +174,12 @@ impl Listener<'_> {
             }
             Some(backends) => backends
                 .iter()
-                .any(|backend| port == backend.address.port() && self.covers(backend.address.ip())),
+                .any(|backend| port == backend.port() && self.covers(backend.ip())),
         }
     }
 
     /// Whether it waits on a port whose connections all go elsewhere.
-    fn hidden_by(&self, service: &Service) -> bool {
+    fn hidden_by(&self, service: &Watched) -> bool {
         service.backends.is_some()
             && self.socket.local.port() == service.port
             && !self.serves(service)
@@ -136,22 +189,22 @@ impl Listener<'_> {
 
 /// `service: listener` for every pair that fits.
 fn pairs(
-    config: &Config,
+    services: &[Watched],
     listeners: &[Listener<'_>],
-    fits: impl Fn(&Service, &Listener<'_>) -> bool,
+    fits: impl Fn(&Watched, &Listener<'_>) -> bool,
 ) -> Vec<String> {
-    let of = |service: &Service| {
+    let of = |service: &Watched| {
         let fitting = listeners.iter().filter(|listener| fits(service, listener));
         fitting
             .map(|listener| format!("{}: {}", service.name, listener.describe()))
             .collect::<Vec<_>>()
     };
-    config.services.iter().flat_map(of).collect()
+    services.iter().flat_map(of).collect()
 }
 
-fn mptcp(config: &Config, listeners: &[Listener<'_>]) -> Check {
+fn mptcp(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
     const NAME: &str = "MPTCP listeners";
-    let found = pairs(config, listeners, |service, listener| {
+    let found = pairs(services, listeners, |service, listener| {
         listener.socket.mptcp && listener.serves(service)
     });
     if found.is_empty() {
@@ -166,9 +219,9 @@ fn mptcp(config: &Config, listeners: &[Listener<'_>]) -> Check {
     )
 }
 
-fn hidden(config: &Config, listeners: &[Listener<'_>]) -> Check {
+fn hidden(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
     const NAME: &str = "hidden listeners";
-    let found = pairs(config, listeners, |service, listener| {
+    let found = pairs(services, listeners, |service, listener| {
         listener.hidden_by(service)
     });
     if found.is_empty() {
@@ -186,17 +239,16 @@ fn hidden(config: &Config, listeners: &[Listener<'_>]) -> Check {
     )
 }
 
-fn missing(config: &Config, listeners: &[Listener<'_>]) -> Check {
+fn missing(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
     const NAME: &str = "backends";
-    let found: Vec<_> = config
-        .services
+    let found: Vec<_> = services
         .iter()
         .flat_map(|service| absent(service, listeners))
         .collect();
     if found.is_empty() {
         return Check::ok(
             NAME,
-            format!("{} services have their listeners", config.services.len()),
+            format!("{} services have their listeners", services.len()),
             "every backend can take connections",
         );
     }
@@ -208,7 +260,7 @@ fn missing(config: &Config, listeners: &[Listener<'_>]) -> Check {
     )
 }
 
-fn absent(service: &Service, listeners: &[Listener<'_>]) -> Vec<String> {
+fn absent(service: &Watched, listeners: &[Listener<'_>]) -> Vec<String> {
     let Some(backends) = &service.backends else {
         let any = listeners.iter().any(|listener| listener.serves(service));
         return if any {
@@ -220,25 +272,22 @@ fn absent(service: &Service, listeners: &[Listener<'_>]) -> Vec<String> {
             )]
         };
     };
-    let listens = |address: std::net::SocketAddr| {
+    let listens = |address: &SocketAddr| {
         listeners.iter().any(|listener| {
             listener.socket.local.port() == address.port() && listener.covers(address.ip())
         })
     };
-    let absent = backends
-        .iter()
-        .map(|backend| backend.address)
-        .filter(|address| !listens(*address));
+    let absent = backends.iter().filter(|address| !listens(address));
     absent
         .map(|address| format!("{}: nobody listens on {address}", service.name))
         .collect()
 }
 
-fn outside(config: &Config, listeners: &[Listener<'_>], cgroup: &Path) -> Check {
+fn outside(services: &[Watched], listeners: &[Listener<'_>], cgroup: &Path) -> Check {
     const NAME: &str = "listeners' cgroups";
     let mut inside = HashSet::new();
     add_cgroups(cgroup, &mut inside);
-    let found = pairs(config, listeners, |service, listener| {
+    let found = pairs(services, listeners, |service, listener| {
         listener.serves(service)
             && listener
                 .socket
@@ -276,13 +325,13 @@ fn add_cgroups(cgroup: &Path, ids: &mut HashSet<u64>) {
 }
 
 /// A process that may open fewer files than the quota lets connections in can't accept them.
-fn file_limits(config: &Config, listeners: &[Listener<'_>]) -> Check {
+fn file_limits(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
     const NAME: &str = "backends' open files";
     let mut limits = HashMap::new();
     let mut limit = |pid: u32| *limits.entry(pid).or_insert_with(|| open_files(pid));
     let mut found = Vec::new();
-    for service in &config.services {
-        let QuotaRule::Fixed(quota) = service.quota else {
+    for service in services {
+        let Some(quota) = service.quota else {
             continue;
         };
         for listener in listeners.iter().filter(|listener| listener.serves(service)) {
@@ -306,7 +355,7 @@ fn file_limits(config: &Config, listeners: &[Listener<'_>]) -> Check {
     if found.is_empty() {
         return Check::ok(
             NAME,
-            "no fixed quota is above what a backend may open",
+            "no quota is above what a backend may open",
             "a backend can accept all that its quota lets in",
         );
     }
@@ -330,16 +379,15 @@ fn soft_limit(limits: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-fn exempt(config: &Config) -> Check {
+fn exempt(services: &[Watched]) -> Check {
     const NAME: &str = "exempt sources";
-    let beyond = |service: &&Service| {
+    let beyond = |service: &&Watched| {
         service
             .exempt
             .iter()
             .any(|network| !network.addr().is_loopback())
     };
-    let found: Vec<_> = config
-        .services
+    let found: Vec<_> = services
         .iter()
         .filter(beyond)
         .map(|service| service.name.clone())
@@ -358,10 +406,13 @@ fn exempt(config: &Config) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataplane::BackendSnapshot;
     use crate::{
+        config::Config,
         doctor::Status,
         sys::{netns, sock_diag::tests::mptcp_listener},
     };
+    use balancer_common::Policy;
     use std::net::TcpListener;
 
     fn guarded() -> Guarded {
@@ -376,12 +427,13 @@ mod tests {
         netns::inside(namespace, || addresses.iter().map(bind).collect()).expect("inside")
     }
 
-    fn config(services: &str) -> Config {
-        Config::parse(&format!("services:\n{services}")).expect("a configuration")
+    fn config(services: &str) -> Vec<Watched> {
+        let config = Config::parse(&format!("services:\n{services}")).expect("a configuration");
+        config.services.iter().map(Watched::from).collect()
     }
 
-    fn check(config: &Config, namespace: &Guarded, name: &str) -> Check {
-        let all = checks(Some(config), std::slice::from_ref(namespace), None);
+    fn check(services: &[Watched], namespace: &Guarded, name: &str) -> Check {
+        let all = checks(services, std::slice::from_ref(namespace), None);
         all.into_iter()
             .find(|check| check.name == name)
             .expect(name)
@@ -392,13 +444,70 @@ mod tests {
 
     #[test]
     fn without_a_configuration_nothing_is_claimed() {
-        let checks = checks(None, &[guarded()], None);
+        let checks = checks(&[], &[guarded()], None);
         assert_eq!(
             checks
                 .iter()
-                .map(|check| (check.name, check.status))
+                .map(|check| (check.name.as_str(), check.status))
                 .collect::<Vec<_>>(),
             [("services", Status::Warn)]
+        );
+    }
+
+    /// A service of the loaded data plane as `status` sees it.
+    fn loaded(virtual_port: bool, backends: &[(&str, BackendState)]) -> Watched {
+        let backend = |(address, state): &(&str, BackendState)| BackendSnapshot {
+            slot: 0,
+            address: address.parse().expect("an address"),
+            netns: 1,
+            state: *state,
+            weight: 1,
+            quota: Some(100),
+            overridden: false,
+            established: 0,
+            exempt: 0,
+            pending: None,
+            steerable: true,
+            note: None,
+        };
+        Watched::from(&ServiceSnapshot {
+            id: 0,
+            name: "agents".to_owned(),
+            port: 11800,
+            address: None,
+            policy: Policy::RoundRobin,
+            virtual_port,
+            rule: String::new(),
+            sentence: String::new(),
+            quota_override: None,
+            backends: backends.iter().map(backend).collect(),
+            verdicts: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn the_loaded_data_plane_stands_for_the_configuration() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["0.0.0.0:11800", "[::]:21801"]);
+        let seen = [
+            ("[::]:21801", BackendState::Active),
+            ("127.0.0.1:21802", BackendState::Closed),
+            ("127.0.0.1:21803", BackendState::Candidate),
+        ];
+        let hidden = check(&[loaded(true, &seen)], &namespace, "hidden listeners");
+        assert!(
+            hidden.found.starts_with("agents: 0.0.0.0:11800"),
+            "{hidden:?}"
+        );
+        let missing = check(&[loaded(true, &seen)], &namespace, "backends");
+        assert_eq!(missing.found, "agents: nobody listens on 127.0.0.1:21802");
+        assert_eq!(
+            check(&[loaded(false, &seen)], &namespace, "hidden listeners").status,
+            Status::Ok
+        );
+        assert_eq!(
+            check(&[loaded(false, &[])], &namespace, "backends").status,
+            Status::Ok
         );
     }
 
@@ -516,11 +625,7 @@ mod tests {
         let elsewhere = root.join(format!("balancer-doctor-services-{}", std::process::id()));
         fs::create_dir(&elsewhere).expect("a cgroup");
         let at = |cgroup: &Path| {
-            let checks = checks(
-                Some(&config(OWN)),
-                std::slice::from_ref(&namespace),
-                Some(cgroup),
-            );
+            let checks = checks(&config(OWN), std::slice::from_ref(&namespace), Some(cgroup));
             checks
                 .into_iter()
                 .find(|check| check.name == "listeners' cgroups")

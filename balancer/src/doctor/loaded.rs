@@ -1,0 +1,140 @@
+//! The data plane that is loaded already, if one is.
+
+use std::{collections::HashSet, fs, path::Path};
+
+use super::{
+    Check,
+    guarded::{self, Guarded},
+};
+use crate::{
+    dataplane::{self, AgentSnapshot, Paths, Snapshot},
+    sys::netns,
+};
+
+/// What is loaded under a state directory, and what to say of it.
+pub(super) fn look(state_dir: &Path) -> (Option<Snapshot>, Check) {
+    const NAME: &str = "data plane";
+    let snapshot = || {
+        dataplane::open(&Paths::new(state_dir))?
+            .map(|reader| reader.snapshot())
+            .transpose()
+    };
+    match snapshot() {
+        Ok(None) => (
+            None,
+            Check::ok(
+                NAME,
+                format!("nothing is loaded at {}", state_dir.display()),
+                "`balancer run` loads it",
+            ),
+        ),
+        Ok(Some(snapshot)) => {
+            let check = loaded(snapshot.services.len(), &snapshot.agent);
+            (Some(snapshot), check)
+        }
+        Err(error) => (
+            None,
+            Check::warn(
+                NAME,
+                format!("{error:#}"),
+                "what is loaded can't be read, so its services were not looked at",
+                "run as root; if another version of the balancer loaded it, use that one, or `balancer unload` first",
+            ),
+        ),
+    }
+}
+
+fn loaded(services: usize, agent: &AgentSnapshot) -> Check {
+    const NAME: &str = "data plane";
+    let found = format!("loaded, with {services} services");
+    if agent.alive {
+        return Check::ok(
+            NAME,
+            format!("{found}; its daemon lives"),
+            "connections are counted, steered and, over quota, refused",
+        );
+    }
+    let silence = agent.heartbeat_age.map_or_else(
+        || "ever".to_owned(),
+        |age| format!("for {} s", age.as_secs()),
+    );
+    Check::warn(
+        NAME,
+        format!("{found}; no daemon has lived {silence}"),
+        "connections are counted and steered as before, but nobody is refused any more (fail open), and quotas stay as they are",
+        "start `balancer run`, or take the data plane out with `balancer unload`",
+    )
+}
+
+/// The network namespaces that the loaded data plane is attached to.
+pub(super) fn namespaces(state_dir: &Path) -> (Vec<Guarded>, Option<Check>) {
+    let cookies = attached(&Paths::new(state_dir).current());
+    let own = netns::cookie().ok();
+    let (mut found, check) = guarded::all();
+    found.retain(|(cookie, _)| cookies.contains(cookie));
+    let named = found.into_iter().map(|(cookie, namespace)| {
+        if Some(cookie) == own {
+            Guarded {
+                label: guarded::OWN.to_owned(),
+                ..namespace
+            }
+        } else {
+            namespace
+        }
+    });
+    (named.collect(), check)
+}
+
+/// The cookies in the names of the links' pins.
+fn attached(directory: &Path) -> HashSet<u64> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Paths::netns_of(&entry.path()))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::doctor::Status;
+    use std::time::Duration;
+
+    fn agent(alive: bool, age: Option<u64>) -> AgentSnapshot {
+        AgentSnapshot {
+            alive,
+            heartbeat_age: age.map(Duration::from_secs),
+            fail_open_after: Duration::from_secs(30),
+        }
+    }
+
+    #[test]
+    fn nothing_loaded_is_no_fault() {
+        let (snapshot, check) = look(Path::new("/sys/fs/bpf/no-such-balancer"));
+        assert!(snapshot.is_none());
+        assert_eq!(check.status, Status::Ok);
+    }
+
+    #[test]
+    fn a_data_plane_without_its_daemon_is_told() {
+        assert_eq!(loaded(2, &agent(true, Some(0))).status, Status::Ok);
+        let check = loaded(2, &agent(false, Some(90)));
+        assert_eq!(check.status, Status::Warn);
+        assert_eq!(
+            check.found,
+            "loaded, with 2 services; no daemon has lived for 90 s"
+        );
+        assert_eq!(
+            loaded(1, &agent(false, None)).found,
+            "loaded, with 1 services; no daemon has lived ever"
+        );
+    }
+
+    #[test]
+    fn the_pins_tell_the_namespaces() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for name in ["link_steer_7", "link_steer_9", "link_account_1", "COUNTS"] {
+            fs::write(directory.path().join(name), "").expect("written");
+        }
+        assert_eq!(attached(directory.path()), HashSet::from([7, 9]));
+    }
+}
