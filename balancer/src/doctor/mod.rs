@@ -41,7 +41,7 @@ pub enum Status {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Check {
     /// What, in one or two words, the same on every machine.
-    pub name: String,
+    pub name: &'static str,
     /// How bad it is.
     pub status: Status,
     /// What was found.
@@ -53,9 +53,9 @@ pub struct Check {
 }
 
 impl Check {
-    fn ok(name: &str, found: impl Into<String>, means: impl Into<String>) -> Self {
+    fn ok(name: &'static str, found: impl Into<String>, means: impl Into<String>) -> Self {
         Self {
-            name: name.to_owned(),
+            name,
             status: Status::Ok,
             found: found.into(),
             means: means.into(),
@@ -64,7 +64,7 @@ impl Check {
     }
 
     fn warn(
-        name: &str,
+        name: &'static str,
         found: impl Into<String>,
         means: impl Into<String>,
         advice: impl Into<String>,
@@ -77,7 +77,7 @@ impl Check {
     }
 
     fn fail(
-        name: &str,
+        name: &'static str,
         found: impl Into<String>,
         means: impl Into<String>,
         advice: impl Into<String>,
@@ -171,7 +171,7 @@ mod tests {
             .filter(|check| check.status == Status::Fail)
             .collect();
         assert!(failed.is_empty(), "{failed:#?}");
-        let mut names: Vec<_> = report.checks.iter().map(|check| &check.name).collect();
+        let mut names: Vec<_> = report.checks.iter().map(|check| check.name).collect();
         names.sort_unstable();
         let distinct = names.len();
         names.dedup();

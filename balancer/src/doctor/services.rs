@@ -448,7 +448,7 @@ mod tests {
         assert_eq!(
             checks
                 .iter()
-                .map(|check| (check.name.as_str(), check.status))
+                .map(|check| (check.name, check.status))
                 .collect::<Vec<_>>(),
             [("services", Status::Warn)]
         );
