@@ -200,6 +200,25 @@ impl<'a> World<'a> {
         }
     }
 
+    fn connections_by_owner(&self) -> String {
+        let owner = |process: u32| {
+            let node = self.cluster.index_of(process);
+            let agent = self.agents.iter().find(|agent| agent.process() == process);
+            node.map(|index| format!("OAP {}", index + 1))
+                .or_else(|| agent.map(|agent| agent.name().to_owned()))
+        };
+        let line = |end: Connection| {
+            let owner = end.process.and_then(owner)?;
+            Some(format!("{owner}: {} - {}\n", end.local, end.peer))
+        };
+        let mut lines: Vec<_> = match sockets::established() {
+            Ok(table) => table.into_iter().filter_map(line).collect(),
+            Err(error) => return format!("{error:#}"),
+        };
+        lines.sort();
+        lines.concat()
+    }
+
     /// What helps to understand a failure.
     pub fn explain(&self) {
         let status = self.balancer.verb(&["status"]);
@@ -207,6 +226,7 @@ impl<'a> World<'a> {
             "--- balancer status ---\n{}{}",
             status.stdout, status.stderr
         );
+        eprintln!("--- connections ---\n{}", self.connections_by_owner());
         eprintln!("--- log of the daemon ---\n{}", self.balancer.logs());
         eprintln!(
             "--- the other logs are in {} ---",
