@@ -12,11 +12,16 @@ pub struct Arrival {
     pub client: Option<Client>,
     /// Its connects, in order.
     pub attempts: Vec<Attempt>,
-    /// From its first SYN until its first call was answered, or until the last server had refused.
+    /// From its first SYN until its first calls were answered, or until the last server had refused.
     pub took: Duration,
 }
 
 impl Arrival {
+    /// From its first SYN until a connection stood, or until the last server had refused.
+    pub fn connecting(&self) -> Duration {
+        self.attempts.iter().map(|attempt| attempt.took).sum()
+    }
+
     /// How long the first refusal took, if there was one.
     pub fn refusal(&self) -> Option<Duration> {
         self.attempts

@@ -104,8 +104,8 @@ impl fmt::Display for Check {
 }
 
 /// The title of a picture.
-pub fn heading(number: usize, text: &str) {
-    println!("\n{number}. {text}");
+pub fn heading(title: &str, text: &str) {
+    println!("\n{title} {text}");
 }
 
 /// A line of what each OAP holds, while it happens.
