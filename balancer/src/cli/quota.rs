@@ -206,14 +206,12 @@ fn service_text(service: &ServiceSnapshot) -> String {
     let mut text = format!("{}\n", service.name);
     text += &wrapped("  Rule: ", &service.rule);
     text += &wrapped("  Now:  ", &service.sentence);
-    if let Some(quota) = service.quota_override {
-        text += &wrapped(
-            "  By hand: ",
-            &format!(
-                "{quota} for each backend, until `balancer quota clear {}`",
-                service.name
-            ),
+    if service.quota_override.is_some() {
+        let back = format!(
+            "`balancer quota clear {}` goes back to the rule",
+            service.name
         );
+        text += &wrapped("        ", &back);
     }
     if service.backends.is_empty() {
         return text + "  No backend listens.\n";

@@ -68,8 +68,8 @@ fn als() -> ServiceSnapshot {
         address: Some("10.0.0.9".parse().unwrap()),
         policy: Policy::SourceHash,
         virtual_port: false,
-        rule: "none".to_owned(),
-        sentence: "no quota is set: steering only".to_owned(),
+        rule: "none: steering only".to_owned(),
+        sentence: "set by hand: 50 for each backend".to_owned(),
         quota_override: Some(50),
         backends: vec![
             BackendSnapshot { netns: 7, state: BackendState::Candidate, ..backend(3, "0.0.0.0:11802", 4, None) },
@@ -120,7 +120,7 @@ agents: virtual port 11800, least-connections
      1  [::1]:21802      active            9    230    3%        2       1       2
      7  127.0.0.1:21803  active          120     0*              0       0       1
         total                            249    460              2       1
-  * set by hand; `balancer quota clear agents [--slot N]` goes back to the rule
+  * set by hand; `balancer quota clear agents --slot SLOT` goes back to the rule
   - slot 7: its quota is 0: it gets no new connections
 
   LOOK-UPS  VERDICT  REASON              MEANING
@@ -142,15 +142,15 @@ fn status_of_backends_with_something_the_matter() {
 Daemon: alive, last heartbeat 0.4 s ago
 
 als: port 10.0.0.9:11802, source-hash
-  Quota: 50 for each backend, set by hand until `balancer quota clear als` (otherwise no quota is
-         set: steering only)
+  Quota: 50 for each backend, set by hand; `balancer quota clear als` goes back to the rule (none:
+         steering only)
   SLOT  BACKEND                                         STATE      ESTABLISHED      QUOTA  USED  PENDING  EXEMPT  WEIGHT       NETNS
      3  0.0.0.0:11802                                   candidate            4  unlimited              0       0       1           7
-     4  [::]:11802                                      closed               5  unlimited              ?       0       1  4026531840
+     4  [::]:11802                                      closed               5                         ?       0       1  4026531840
      5  [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802  active         1000000  unlimited              ?       0       1  4026531840
         total                                                          1000009  unlimited              ?       0
   - slot 3: not confirmed by the daemon yet: counted, but no connection is steered to it
-  - slot 4: its listener is gone; these connections remain until their clients leave
+  - slot 4: its listener is gone; its connections remain until their clients leave
   - slot 5: an MPTCP listener: counted and limited, but not steered to; GODEBUG=multipathtcp=0 makes
     it ordinary
   No connection has been looked up yet.
@@ -203,11 +203,11 @@ fn status_says_when_nobody_listens() {
 
 #[test]
 fn status_says_what_a_dead_daemon_means() {
-    let with = |seconds: Option<u64>| {
+    let with = |alive: bool, seconds: Option<u64>| {
         let agent = AgentSnapshot {
-            alive: false,
+            alive,
             heartbeat_age: seconds.map(Duration::from_secs),
-            ..alive()
+            fail_open_after: Duration::from_secs(30),
         };
         status::text(&Snapshot {
             services: Vec::new(),
@@ -215,20 +215,45 @@ fn status_says_what_a_dead_daemon_means() {
         })
     };
     assert_text(
-        &with(Some(125)),
+        &with(false, Some(125)),
         "\
-Daemon: DEAD OR STUCK, last heartbeat 2 min 5 s ago; until it lives again nobody is refused (fail
-        open) and no new backend joins. Start it again with `balancer run --config FILE`.
+Daemon: DEAD OR STUCK, last heartbeat 2 min 5 s ago: nobody is refused (fail open after 30 s),
+        quotas stay as they are. Start it again with `balancer run --config FILE`.
 
 No service is loaded: the daemon has not finished starting, or has been told to take them all out.
 ",
     );
+    let silent = with(true, Some(12));
+    assert!(silent.starts_with("Daemon: SILENT for 12 s: "), "{silent}");
     assert!(
-        with(Some(12)).contains("from 30 s on nobody is refused"),
-        "{}",
-        with(Some(12))
+        silent.contains("from 30 s on nobody is refused"),
+        "{silent}"
     );
-    assert!(with(None).contains("has not lived since"), "{}", with(None));
+    let never = with(false, None);
+    assert!(never.contains("has not lived since"), "{never}");
+}
+
+#[test]
+fn status_tells_what_was_done_by_hand_from_what_is_full() {
+    let mut service = agents();
+    service.quota_override = Some(0);
+    for backend in &mut service.backends {
+        (backend.quota, backend.overridden) = (Some(0), true);
+    }
+    let text = status::text(&Snapshot {
+        services: vec![service],
+        agent: alive(),
+    });
+    assert!(
+        text.contains("  ! Every backend is closed by hand (quota 0)"),
+        "{text}"
+    );
+    assert!(
+        text.contains("`balancer quota clear agents` goes back to the rule"),
+        "{text}"
+    );
+    assert!(text.contains("  - slots 0, 1, 7: its quota is 0"), "{text}");
+    assert!(!text.contains("--slot") && !text.contains("0*"), "{text}");
 }
 
 #[test]
@@ -316,9 +341,9 @@ agents
      7  127.0.0.1:21803      0          120  by hand
 
 als
-  Rule: none
-  Now:  no quota is set: steering only
-  By hand: 50 for each backend, until `balancer quota clear als`
+  Rule: none: steering only
+  Now:  set by hand: 50 for each backend
+        `balancer quota clear als` goes back to the rule
   SLOT  BACKEND                                             QUOTA  ESTABLISHED  SET
      3  0.0.0.0:11802                                   unlimited            4  by the rule
      4  [::]:11802                                      unlimited            5  by the rule

@@ -1,0 +1,99 @@
+//! `status -o json`, as it is contracted.
+
+use std::net::{IpAddr, SocketAddr};
+
+use balancer_common::Reason;
+use serde::{Serialize, Serializer};
+
+use crate::dataplane::{BackendSnapshot, ServiceSnapshot, Snapshot};
+
+#[derive(Serialize)]
+pub(in crate::cli) struct Json<'a> {
+    schema: u32,
+    services: Vec<JsonService<'a>>,
+    agent: JsonAgent,
+}
+
+#[derive(Serialize)]
+struct JsonAgent {
+    alive: bool,
+    heartbeat_age_ms: Option<u128>,
+}
+
+#[derive(Serialize)]
+struct JsonService<'a> {
+    name: &'a str,
+    port: u16,
+    address: Option<IpAddr>,
+    policy: &'static str,
+    backends: Vec<JsonBackend<'a>>,
+    #[serde(serialize_with = "by_name")]
+    verdicts: &'a [(Reason, u64)],
+}
+
+#[derive(Serialize)]
+struct JsonBackend<'a> {
+    slot: u32,
+    address: SocketAddr,
+    netns: u64,
+    state: &'static str,
+    weight: u32,
+    quota: Option<u32>,
+    established: u32,
+    exempt: u32,
+    pending: Option<u32>,
+    steerable: bool,
+    note: Option<&'a str>,
+}
+
+fn by_name<S: Serializer>(verdicts: &&[(Reason, u64)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(
+        verdicts
+            .iter()
+            .map(|(reason, count)| (reason.name(), count)),
+    )
+}
+
+impl<'a> Json<'a> {
+    pub(in crate::cli) fn new(snapshot: &'a Snapshot) -> Self {
+        Self {
+            schema: 1,
+            services: snapshot.services.iter().map(JsonService::new).collect(),
+            agent: JsonAgent {
+                alive: snapshot.agent.alive,
+                heartbeat_age_ms: snapshot.agent.heartbeat_age.map(|age| age.as_millis()),
+            },
+        }
+    }
+}
+
+impl<'a> JsonService<'a> {
+    fn new(service: &'a ServiceSnapshot) -> Self {
+        Self {
+            name: &service.name,
+            port: service.port,
+            address: service.address,
+            policy: service.policy.name(),
+            backends: service.backends.iter().map(JsonBackend::new).collect(),
+            verdicts: &service.verdicts,
+        }
+    }
+}
+
+impl<'a> JsonBackend<'a> {
+    fn new(backend: &'a BackendSnapshot) -> Self {
+        Self {
+            slot: backend.slot,
+            address: backend.address,
+            netns: backend.netns,
+            state: backend.state.name(),
+            weight: backend.weight,
+            quota: backend.quota,
+            established: backend.established,
+            exempt: backend.exempt,
+            pending: backend.pending,
+            steerable: backend.steerable,
+            note: backend.note.as_deref(),
+        }
+    }
+}

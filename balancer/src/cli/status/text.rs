@@ -1,0 +1,317 @@
+//! `status` for people.
+
+use std::{net::SocketAddr, time::Duration};
+
+use balancer_common::BackendState;
+
+use crate::{
+    cli::output::{or, span, table, wrapped},
+    dataplane::{AgentSnapshot, BackendSnapshot, ServiceSnapshot, Snapshot},
+};
+
+/// A daemon beats every second; one that has not for so long has something the matter, even if the kernel still waits for it.
+const SILENT: Duration = Duration::from_secs(5);
+
+pub(in crate::cli) fn text(snapshot: &Snapshot) -> String {
+    let mut text = daemon(&snapshot.agent);
+    for service in &snapshot.services {
+        text += "\n";
+        text += &service_text(service);
+    }
+    if snapshot.services.is_empty() {
+        text += "\nNo service is loaded: the daemon has not finished starting, or has been told to take them all out.\n";
+    }
+    text
+}
+
+fn daemon(agent: &AgentSnapshot) -> String {
+    let limit = span(agent.fail_open_after);
+    let words = match agent.heartbeat_age {
+        Some(age) if agent.alive && age < SILENT => {
+            format!("alive, last heartbeat {} ago", span(age))
+        }
+        Some(age) if agent.alive => format!(
+            "SILENT for {}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). Look at its log, or start it \
+             again with `balancer run --config FILE`.",
+            span(age)
+        ),
+        Some(age) => format!(
+            "DEAD OR STUCK, last heartbeat {} ago: nobody is refused (fail open after {limit}), quotas stay as they are. Start it again with \
+             `balancer run --config FILE`.",
+            span(age)
+        ),
+        None => "has not lived since the balancer was loaded: nobody is refused. Start it with `balancer run --config FILE`.".to_owned(),
+    };
+    wrapped("Daemon: ", &words)
+}
+
+fn service_text(service: &ServiceSnapshot) -> String {
+    let mut text = format!(
+        "{}: {}, {}\n",
+        service.name,
+        place(service),
+        service.policy.name()
+    );
+    text += &wrapped("  Quota: ", &quota_words(service));
+    for alert in alerts(service) {
+        text += &wrapped("  ! ", &alert);
+    }
+    if service.backends.is_empty() {
+        return text + &verdicts(service);
+    }
+    text + &backends(service) + &notes(service) + &verdicts(service)
+}
+
+/// Where clients find it.
+fn place(service: &ServiceSnapshot) -> String {
+    let kind = if service.virtual_port {
+        "virtual port"
+    } else {
+        "port"
+    };
+    match service.address {
+        Some(address) => format!("{kind} {}", SocketAddr::new(address, service.port)),
+        None => format!("{kind} {}", service.port),
+    }
+}
+
+fn quota_words(service: &ServiceSnapshot) -> String {
+    match service.quota_override {
+        Some(quota) => format!(
+            "{quota} for each backend, set by hand; `balancer quota clear {}` goes back to the rule ({})",
+            service.name, service.rule
+        ),
+        None => service.sentence.clone(),
+    }
+}
+
+/// What an operator who looks because something is wrong should see first.
+fn alerts(service: &ServiceSnapshot) -> Vec<String> {
+    let active = || {
+        service
+            .backends
+            .iter()
+            .filter(|backend| backend.state == BackendState::Active)
+    };
+    let mut alerts = Vec::new();
+    if service
+        .backends
+        .iter()
+        .all(|backend| backend.state == BackendState::Closed)
+    {
+        let why = if service.virtual_port {
+            "none of its backends listens"
+        } else {
+            "nobody listens on it"
+        };
+        alerts.push(format!(
+            "No backend: {why} in a guarded network namespace, so new connections are refused by the kernel itself. Start a server, or see `balancer doctor`."
+        ));
+    } else if active().count() > 0 && active().all(is_full) {
+        alerts.push(if active().all(is_closed_by_hand) {
+            "Every backend is closed by hand (quota 0): new clients are refused.".to_owned()
+        } else {
+            format!(
+                "Every backend is at its quota: new clients are refused. Raise it with `balancer quota set {} N`, or start another backend.",
+                service.name
+            )
+        });
+    }
+    alerts
+}
+
+fn is_closed_by_hand(backend: &BackendSnapshot) -> bool {
+    backend.overridden && backend.quota == Some(0)
+}
+
+fn is_full(backend: &BackendSnapshot) -> bool {
+    let taken = counted(backend).saturating_add(backend.pending.unwrap_or(0));
+    backend.quota.is_some_and(|quota| taken >= quota)
+}
+
+fn backends(service: &ServiceSnapshot) -> String {
+    let mut headings = vec![
+        ">SLOT",
+        "BACKEND",
+        "STATE",
+        ">ESTABLISHED",
+        ">QUOTA",
+        ">USED",
+        ">PENDING",
+        ">EXEMPT",
+        ">WEIGHT",
+    ];
+    let mut rows: Vec<Vec<String>> = service
+        .backends
+        .iter()
+        .map(|backend| row(service, backend))
+        .collect();
+    if rows.len() > 1 {
+        rows.push(total(&service.backends));
+    }
+    // Pods all listen on the same wildcard address: only the namespace tells them apart.
+    let netns = |backend: &BackendSnapshot| backend.netns;
+    if service
+        .backends
+        .windows(2)
+        .any(|two| netns(&two[0]) != netns(&two[1]))
+    {
+        headings.push(">NETNS");
+        for (row, backend) in rows.iter_mut().zip(&service.backends) {
+            row.push(backend.netns.to_string());
+        }
+    }
+    table(&headings, rows)
+}
+
+fn row(service: &ServiceSnapshot, backend: &BackendSnapshot) -> Vec<String> {
+    vec![
+        backend.slot.to_string(),
+        backend.address.to_string(),
+        backend.state.name().to_owned(),
+        backend.established.to_string(),
+        quota_cell(service, backend),
+        used(backend),
+        or(backend.pending, "?"),
+        backend.exempt.to_string(),
+        backend.weight.to_string(),
+    ]
+}
+
+fn quota_cell(service: &ServiceSnapshot, backend: &BackendSnapshot) -> String {
+    if backend.state == BackendState::Closed {
+        return String::new();
+    }
+    or(backend.quota, "unlimited")
+        + if is_own_override(service, backend) {
+            "*"
+        } else {
+            ""
+        }
+}
+
+/// The connections that count against the quota.
+fn counted(backend: &BackendSnapshot) -> u32 {
+    backend.established.saturating_sub(backend.exempt)
+}
+
+fn used(backend: &BackendSnapshot) -> String {
+    match backend.quota {
+        Some(quota) if quota > 0 && backend.state != BackendState::Closed => {
+            format!("{}%", u64::from(counted(backend)) * 100 / u64::from(quota))
+        }
+        _ => String::new(),
+    }
+}
+
+fn total(backends: &[BackendSnapshot]) -> Vec<String> {
+    let sum = |of: fn(&BackendSnapshot) -> Option<u32>| {
+        backends
+            .iter()
+            .map(of)
+            .try_fold(0, |sum, part| Some(sum + u64::from(part?)))
+    };
+    vec![
+        String::new(),
+        "total".to_owned(),
+        String::new(),
+        or(sum(|backend| Some(backend.established)), ""),
+        // A backend that takes nobody any more adds nothing to what there is room for.
+        or(
+            sum(|backend| match backend.state {
+                BackendState::Closed => Some(0),
+                _ => backend.quota,
+            }),
+            "unlimited",
+        ),
+        String::new(),
+        or(sum(|backend| backend.pending), "?"),
+        or(sum(|backend| Some(backend.exempt)), ""),
+    ]
+}
+
+/// What the table has no room for. Backends about which there is the same to say share a line.
+fn notes(service: &ServiceSnapshot) -> String {
+    let mut notes: Vec<(&str, Vec<String>)> = Vec::new();
+    for backend in &service.backends {
+        let Some(note) = note(backend) else { continue };
+        let slot = backend.slot.to_string();
+        match notes.iter_mut().find(|(known, _)| *known == note) {
+            Some((_, slots)) => slots.push(slot),
+            None => notes.push((note, vec![slot])),
+        }
+    }
+    let mut text = String::new();
+    if service
+        .backends
+        .iter()
+        .any(|backend| is_own_override(service, backend))
+    {
+        let back = format!(
+            "set by hand; `balancer quota clear {} --slot SLOT` goes back to the rule",
+            service.name
+        );
+        text += &wrapped("  * ", &back);
+    }
+    for (note, slots) in notes {
+        let slots = if slots.len() == 1 {
+            format!("slot {}", slots[0])
+        } else {
+            format!("slots {}", slots.join(", "))
+        };
+        text += &wrapped("  - ", &format!("{slots}: {note}"));
+    }
+    text
+}
+
+/// Whether the quota was set by hand for this backend, as far as one can tell, and not for the whole service.
+fn is_own_override(service: &ServiceSnapshot, backend: &BackendSnapshot) -> bool {
+    backend.overridden && service.quota_override != backend.quota
+}
+
+fn note(backend: &BackendSnapshot) -> Option<&str> {
+    match (&backend.note, backend.state) {
+        (Some(note), _) => Some(note),
+        (None, BackendState::Candidate) => {
+            Some("not confirmed by the daemon yet: counted, but no connection is steered to it")
+        }
+        (None, BackendState::Closed) if backend.established == 0 => {
+            Some("its listener is gone; the slot becomes free at the daemon's next look")
+        }
+        (None, BackendState::Closed) => {
+            Some("its listener is gone; its connections remain until their clients leave")
+        }
+        _ if !backend.steerable => Some("no connection can be steered to it"),
+        _ if backend.quota == Some(0) => Some("its quota is 0: it gets no new connections"),
+        _ => None,
+    }
+}
+
+fn verdicts(service: &ServiceSnapshot) -> String {
+    let given: Vec<_> = service
+        .verdicts
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .collect();
+    if given.is_empty() {
+        return "  No connection has been looked up yet.\n".to_owned();
+    }
+    let mut text = "\n".to_owned();
+    text += &verdict_line("LOOK-UPS", "VERDICT", "REASON", "MEANING");
+    for (reason, count) in given {
+        text += &verdict_line(
+            &count.to_string(),
+            reason.verdict().name(),
+            reason.name(),
+            reason.meaning(),
+        );
+    }
+    text
+}
+
+fn verdict_line(count: &str, verdict: &str, reason: &str, meaning: &str) -> String {
+    wrapped(
+        &format!("  {count:>8}  {verdict:<7}  {reason:<18}  "),
+        meaning,
+    )
+}
