@@ -46,7 +46,10 @@ pub(super) fn look(state_dir: &Path) -> (Option<Snapshot>, Check) {
 
 fn loaded(services: usize, agent: &AgentSnapshot) -> Check {
     const NAME: &str = "data plane";
-    let found = format!("loaded, with {services} services");
+    let found = match services {
+        1 => "loaded, with one service".to_owned(),
+        services => format!("loaded, with {services} services"),
+    };
     if agent.alive {
         return Check::ok(
             NAME,
@@ -125,7 +128,7 @@ mod tests {
         );
         assert_eq!(
             loaded(1, &agent(false, None)).found,
-            "loaded, with 1 services; no daemon has lived ever"
+            "loaded, with one service; no daemon has lived ever"
         );
     }
 

@@ -29,8 +29,10 @@ pub(super) struct Watched {
     backends: Option<Vec<SocketAddr>>,
     /// The same for every backend.
     quota: Option<u32>,
-    /// Sources that are exempt; empty where they aren't known.
-    exempt: Vec<IpNet>,
+    /// Sources that are exempt; `None`: not known.
+    exempt: Option<Vec<IpNet>>,
+    /// What its listeners in the loaded data plane are bound to; `None`: not known.
+    loaded: Option<Vec<SocketAddr>>,
 }
 
 impl From<&Service> for Watched {
@@ -46,7 +48,8 @@ impl From<&Service> for Watched {
                 QuotaRule::Fixed(quota) => Some(quota),
                 QuotaRule::Unlimited | QuotaRule::Computed { .. } => None,
             },
-            exempt: service.exempt.clone(),
+            exempt: Some(service.exempt.clone()),
+            loaded: None,
         }
     }
 }
@@ -57,18 +60,19 @@ impl From<&ServiceSnapshot> for Watched {
             .backends
             .iter()
             .filter(|backend| backend.state != BackendState::Candidate);
-        let seen = || ours.map(|backend| backend.address).collect();
+        let seen: Vec<_> = ours.map(|backend| backend.address).collect();
         Self {
             name: service.name.clone(),
             port: service.port,
             address: service.address,
-            backends: service.virtual_port.then(seen),
+            backends: service.virtual_port.then(|| seen.clone()),
             quota: service
                 .backends
                 .iter()
                 .filter_map(|backend| backend.quota)
                 .max(),
-            exempt: Vec::new(),
+            exempt: None,
+            loaded: Some(seen),
         }
     }
 }
@@ -111,8 +115,10 @@ pub(super) fn checks(
         hidden(services, &listeners),
         missing(services, &listeners),
     ];
+    checks.extend(unclaimed(services, &listeners));
     checks.extend(cgroup.map(|cgroup| outside(services, &listeners, cgroup)));
-    checks.extend([file_limits(services, &listeners), exempt(services)]);
+    checks.push(file_limits(services, &listeners));
+    checks.extend(exempt(services));
     checks
 }
 
@@ -272,6 +278,12 @@ fn absent(service: &Watched, listeners: &[Listener<'_>]) -> Vec<String> {
             )]
         };
     };
+    if backends.is_empty() {
+        return vec![format!(
+            "{}: no backend has listened since it was loaded",
+            service.name
+        )];
+    }
     let listens = |address: &SocketAddr| {
         listeners.iter().any(|listener| {
             listener.socket.local.port() == address.port() && listener.covers(address.ip())
@@ -281,6 +293,42 @@ fn absent(service: &Watched, listeners: &[Listener<'_>]) -> Vec<String> {
     absent
         .map(|address| format!("{}: nobody listens on {address}", service.name))
         .collect()
+}
+
+/// Listeners that the loaded data plane doesn't have; nothing where none is loaded.
+fn unclaimed(services: &[Watched], listeners: &[Listener<'_>]) -> Option<Check> {
+    const NAME: &str = "unclaimed listeners";
+    if services.iter().all(|service| service.loaded.is_none()) {
+        return None;
+    }
+    let found = pairs(services, listeners, |service, listener| {
+        let has = |backends: &Vec<SocketAddr>| {
+            backends
+                .iter()
+                .any(|backend| same(*backend, listener.socket.local))
+        };
+        listener.serves(service) && !service.loaded.as_ref().is_none_or(has)
+    });
+    if found.is_empty() {
+        return Some(Check::ok(
+            NAME,
+            "none",
+            "the data plane has every listener of its services",
+        ));
+    }
+    Some(Check::warn(
+        NAME,
+        listing(&found),
+        "the data plane doesn't know it: its connections aren't counted, and nothing is steered to it",
+        "start it again while the daemon runs; where that doesn't help, see the daemon's log for what kept it from joining",
+    ))
+}
+
+/// Whether two listeners are bound to the same; "any address" is one, however it is written.
+fn same(left: SocketAddr, right: SocketAddr) -> bool {
+    let bare =
+        |address: SocketAddr| Some(address.ip().to_canonical()).filter(|ip| !ip.is_unspecified());
+    left.port() == right.port() && bare(left) == bare(right)
 }
 
 fn outside(services: &[Watched], listeners: &[Listener<'_>], cgroup: &Path) -> Check {
@@ -379,28 +427,33 @@ fn soft_limit(limits: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-fn exempt(services: &[Watched]) -> Check {
+/// The remark on exempt sources; nothing where it isn't known which they are.
+fn exempt(services: &[Watched]) -> Option<Check> {
     const NAME: &str = "exempt sources";
-    let beyond = |service: &&Watched| {
-        service
+    let mut found = Vec::new();
+    for service in services {
+        if service
             .exempt
+            .as_ref()?
             .iter()
             .any(|network| !network.addr().is_loopback())
-    };
-    let found: Vec<_> = services
-        .iter()
-        .filter(beyond)
-        .map(|service| service.name.clone())
-        .collect();
-    if found.is_empty() {
-        return Check::ok(NAME, "none but loopback", "quotas are for everybody");
+        {
+            found.push(service.name.clone());
+        }
     }
-    Check::ok(
+    if found.is_empty() {
+        return Some(Check::ok(
+            NAME,
+            "none but loopback",
+            "quotas are for everybody",
+        ));
+    }
+    Some(Check::ok(
         NAME,
         format!("services {}", listing(&found)),
-        "a source is known by the address that arrives here: after SNAT (masquerading, a Service with externalTrafficPolicy: Cluster) that is \
-         a node's, and rules by pod address don't match it",
-    )
+        "a source is known by the address that arrives here: after SNAT (masquerading, a Service with externalTrafficPolicy: Cluster) \
+         that is a node's, and rules by pod address don't match it",
+    ))
 }
 
 #[cfg(test)]
@@ -508,6 +561,54 @@ mod tests {
         assert_eq!(
             check(&[loaded(false, &[])], &namespace, "backends").status,
             Status::Ok
+        );
+    }
+
+    #[test]
+    fn a_virtual_service_without_any_backend_is_told() {
+        let none = check(&[loaded(true, &[])], &guarded(), "backends");
+        assert_eq!(
+            none.found,
+            "agents: no backend has listened since it was loaded"
+        );
+    }
+
+    #[test]
+    fn a_listener_that_the_data_plane_does_not_have_is_named() {
+        let namespace = guarded();
+        let _listeners = listen(&namespace, &["0.0.0.0:11800"]);
+        let state = BackendState::Active;
+        let known = check(
+            &[loaded(false, &[("[::]:11800", state)])],
+            &namespace,
+            "unclaimed listeners",
+        );
+        assert_eq!(known.status, Status::Ok);
+        for seen in [
+            &[][..],
+            &[("127.0.0.1:11800", state)],
+            &[("0.0.0.0:11801", state)],
+        ] {
+            let check = check(&[loaded(false, seen)], &namespace, "unclaimed listeners");
+            assert_eq!(check.status, Status::Warn);
+            assert!(
+                check.found.starts_with("agents: 0.0.0.0:11800 of"),
+                "{check:?}"
+            );
+        }
+        let names = |services: &[Watched]| {
+            checks(services, std::slice::from_ref(&namespace), None)
+                .iter()
+                .map(|check| check.name)
+                .collect::<Vec<_>>()
+        };
+        assert!(
+            !names(&config(OWN)).contains(&"unclaimed listeners"),
+            "nothing is known to be loaded"
+        );
+        assert!(
+            !names(&[loaded(false, &[])]).contains(&"exempt sources"),
+            "which are exempt isn't known"
         );
     }
 
