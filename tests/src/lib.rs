@@ -3,3 +3,6 @@
 
 pub mod fixtures;
 pub mod standin;
+
+#[cfg(test)]
+mod readme;

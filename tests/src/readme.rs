@@ -1,0 +1,38 @@
+//! What the README says is so: its table of reasons, its configurations.
+
+use balancer::config::Config;
+use balancer_common::Reason;
+
+const README: &str = include_str!("../../README.md");
+
+#[test]
+fn the_table_of_reasons_is_that_of_the_code() {
+    let rows: Vec<_> = README
+        .lines()
+        .filter(|line| line.starts_with("| `"))
+        .collect();
+    let reasons: Vec<_> = Reason::ALL
+        .iter()
+        .map(|reason| {
+            format!(
+                "| `{}` | {} | {} |",
+                reason.name(),
+                reason.verdict().name(),
+                reason.meaning()
+            )
+        })
+        .collect();
+    assert_eq!(rows, reasons);
+}
+
+#[test]
+fn the_configurations_are_valid() {
+    let blocks: Vec<_> = README.split("```yaml\n").skip(1).collect();
+    assert_eq!(blocks.len(), 2);
+    for block in blocks {
+        let yaml = block.split("```").next().unwrap_or_default();
+        if let Err(error) = Config::parse(yaml) {
+            panic!("{error}\n{yaml}");
+        }
+    }
+}
