@@ -84,8 +84,7 @@ impl Guarded {
         if !self.any {
             return Ok(());
         }
-        let unguarded: HashSet<u64> = self
-            .inhabited(&writer.slots()?)
+        let unguarded: HashSet<u64> = Self::inhabited(&writer.slots()?)
             .into_iter()
             .filter(|cookie| !writer.guards(*cookie))
             .collect();
@@ -112,12 +111,12 @@ impl Guarded {
     fn release(&self, writer: &Writer) -> Result<()> {
         let mut wanted: HashSet<u64> = self.named.keys().copied().collect();
         if self.any {
-            wanted.extend(self.inhabited(&writer.slots()?));
+            wanted.extend(Self::inhabited(&writer.slots()?));
         }
         writer.unguard_others(&wanted)
     }
 
-    fn inhabited(&self, slots: &[SlotView]) -> HashSet<u64> {
+    fn inhabited(slots: &[SlotView]) -> HashSet<u64> {
         slots.iter().map(|view| view.member.backend.netns).collect()
     }
 }

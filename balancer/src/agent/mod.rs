@@ -205,7 +205,7 @@ impl Agent {
                 );
             }
             Some(EventKind::ListenerDown) => {
-                info!("{service}: {address} listens no more (slot {})", event.slot)
+                info!("{service}: {address} listens no more (slot {})", event.slot);
             }
             Some(EventKind::NoSlot) => warn!(
                 "{service}: no slot is free for {address} (process {}): it serves without the balancer (at most 256 \

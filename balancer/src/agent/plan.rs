@@ -25,7 +25,7 @@ fn service(service: &Service) -> ServicePlan {
             QuotaRule::Fixed(quota) => Some(quota),
             QuotaRule::Unlimited | QuotaRule::Computed { .. } => None,
         },
-        rule: rule(&service.quota),
+        rule: service.quota.to_string(),
         exempt: service.exempt.clone(),
         listen: listen(service),
     }
@@ -50,21 +50,4 @@ fn listen(service: &Service) -> Vec<ListenAt> {
             .map(|backend| at(backend.address, backend.weight))
             .collect()
     })
-}
-
-/// The quota rule in words.
-fn rule(rule: &QuotaRule) -> String {
-    match rule {
-        QuotaRule::Unlimited => "none: unlimited".into(),
-        QuotaRule::Fixed(quota) => format!("fixed: {quota} for each backend"),
-        QuotaRule::Computed {
-            clients,
-            connections_per_client,
-            headroom_percent,
-            min_quota,
-        } => format!(
-            "computed: {} clients × {connections_per_client} + {headroom_percent}% over the ready backends, at least {min_quota}",
-            clients.map_or_else(|| "unknown".to_owned(), |clients| clients.to_string()),
-        ),
-    }
 }

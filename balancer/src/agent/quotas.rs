@@ -1,6 +1,6 @@
 //! Quotas: what is established in, what each backend may hold out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -16,6 +16,8 @@ use crate::quota::{Outcome, Quota, Ready, compute};
 #[derive(Debug, Default)]
 pub struct Quotas {
     waiting: BTreeMap<String, Waiting>,
+    /// Slots whose override was just cleared: what they had by hand is no computed quota to go down from slowly.
+    cleared: HashSet<u32>,
 }
 
 /// Since when a service's quotas have been waiting to go down.
@@ -81,7 +83,10 @@ impl Quotas {
     fn computed(&mut self, service: &Service, ready: &[&SlotView], writer: &Writer) -> Outcome {
         let inputs: Vec<Ready> = ready
             .iter()
-            .map(|view| input(view, writer.weight_of(view)))
+            .map(|view| {
+                let fresh = self.cleared.remove(&view.slot());
+                input(view, writer.weight_of(view), fresh)
+            })
             .collect();
         let now = Instant::now();
         let since = self
@@ -141,18 +146,15 @@ impl Quotas {
                 )
             })?;
         let weight = writer.weight_of(view);
-        match quota {
-            Some(quota) => {
-                writer.set_quota(slot_quota(view, Some(quota), QuotaSource::Backend, weight));
-                Ok(format!("the quota of slot {slot} of {service} is {quota}"))
-            }
-            None => {
-                writer.set_quota(slot_quota(view, present(view), QuotaSource::Rule, weight));
-                Ok(format!(
-                    "the quota of slot {slot} of {service} is the service's again"
-                ))
-            }
+        if let Some(quota) = quota {
+            writer.set_quota(slot_quota(view, Some(quota), QuotaSource::Backend, weight));
+            return Ok(format!("the quota of slot {slot} of {service} is {quota}"));
         }
+        writer.set_quota(slot_quota(view, present(view), QuotaSource::Rule, weight));
+        self.cleared.insert(slot);
+        Ok(format!(
+            "the quota of slot {slot} of {service} follows the service's again"
+        ))
     }
 }
 
@@ -178,10 +180,10 @@ fn present(view: &SlotView) -> Option<u32> {
     (policy.is_for(view.life()) && policy.quota() != UNLIMITED).then_some(policy.quota())
 }
 
-fn input(view: &SlotView, weight: u32) -> Ready {
+fn input(view: &SlotView, weight: u32, fresh: bool) -> Ready {
     let counts = &view.member.counts;
     let policy = &view.member.policy;
-    let computed_before = policy.is_for(view.life()) && policy.flags() == 0;
+    let computed_before = !fresh && policy.is_for(view.life()) && policy.flags() == 0;
     Ready {
         weight,
         established: counts.established().saturating_sub(counts.exempt()),

@@ -19,6 +19,10 @@ pub struct Events(AsyncFd<RingBuf<MapData>>);
 impl Events {
     pub(super) fn open(directory: &Path) -> Result<Self> {
         let ring = Tables::events(directory)?;
+        #[expect(
+            deprecated,
+            reason = "its successor is unsafe; the ring keeps its descriptor open for as long as it lives"
+        )]
         let ring = AsyncFd::with_interest(ring, Interest::READABLE)
             .context("cannot watch the ring of events")?;
         Ok(Self(ring))
@@ -50,6 +54,10 @@ pub(super) fn follow_log(mut object: Ebpf) {
         return;
     }
     let logger = EbpfLogger::init(&mut object).map_err(anyhow::Error::from);
+    #[expect(
+        deprecated,
+        reason = "its successor is unsafe; the logger keeps its descriptor open for as long as it lives"
+    )]
     let watched = logger.and_then(|logger| Ok(AsyncFd::with_interest(logger, Interest::READABLE)?));
     match watched {
         Ok(mut logger) => {

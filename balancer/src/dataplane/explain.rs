@@ -59,8 +59,8 @@ pub fn explain(
         exempt: is_exempt(tables, port.service, from.ip())?,
         stale: beat.is_stale(now_ns),
     };
-    let request = request(tables, &port, from, to, to_port, now_ns)?;
-    let mut picture = Picture::take(tables, &port)?;
+    let request = request(tables, port, from, to, to_port, now_ns)?;
+    let mut picture = Picture::take(tables, port)?;
     let decision = decide(&mut picture, &mut Deliberation::new(request, circumstances));
     Ok(picture.describe(from, &name, decision))
 }
@@ -132,7 +132,7 @@ fn packet_address(address: IpAddr) -> Address {
 
 fn request(
     tables: &Tables,
-    port: &ServicePort,
+    port: ServicePort,
     from: SocketAddr,
     to: IpAddr,
     to_port: u16,
@@ -167,7 +167,7 @@ struct Picture {
 }
 
 impl Picture {
-    fn take(tables: &Tables, port: &ServicePort) -> Result<Self> {
+    fn take(tables: &Tables, port: ServicePort) -> Result<Self> {
         let words = tables.members(port.service);
         let mut members = HashMap::new();
         for view in tables.slots()? {

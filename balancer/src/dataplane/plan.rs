@@ -95,7 +95,7 @@ impl Plan {
         ports
     }
 
-    /// The content of LISTEN_RULES.
+    /// The content of `LISTEN_RULES`.
     pub fn rules(&self, ids: &[u16]) -> BTreeMap<PortKey, ListenRule> {
         let mut scopes: Vec<(u64, u16)> =
             self.namespaces.iter().map(|cookie| (*cookie, 0)).collect();

@@ -126,7 +126,7 @@ impl Reader {
         let mut backends = backends(&self.tables)?;
         let services = services(&self.tables)?
             .into_iter()
-            .map(|(id, info)| self.service(id, &info, backends.remove(&id).unwrap_or_default()))
+            .map(|(id, info)| self.service(id, &info, &backends.remove(&id).unwrap_or_default()))
             .collect::<Result<_>>()?;
         Ok(Snapshot {
             services,
@@ -134,12 +134,7 @@ impl Reader {
         })
     }
 
-    fn service(
-        &self,
-        id: u16,
-        info: &ServiceInfo,
-        views: Vec<SlotView>,
-    ) -> Result<ServiceSnapshot> {
+    fn service(&self, id: u16, info: &ServiceInfo, views: &[SlotView]) -> Result<ServiceSnapshot> {
         let now = ticks(clock::monotonic_ns());
         let quota = if info.by_hand == 1 {
             info.quota_by_hand

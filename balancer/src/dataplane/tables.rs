@@ -30,7 +30,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
             kind: 15,
             key: 4,
             value: 4,
-            entries: MAX_SLOTS as u32,
+            entries: u32_of(MAX_SLOTS),
             flags: 0,
         },
     ),
@@ -44,7 +44,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         "EXEMPT",
         MapShape {
             kind: 11,
-            key: 4 + size_of::<ExemptKey>() as u32,
+            key: 4 + u32_of(size_of::<ExemptKey>()),
             value: 4,
             entries: 16384,
             flags: 1,
@@ -56,7 +56,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
             kind: 6,
             key: 4,
             value: 8,
-            entries: (MAX_SERVICES * REASON_SLOTS) as u32,
+            entries: u32_of(MAX_SERVICES * REASON_SLOTS),
             flags: 0,
         },
     ),
@@ -76,12 +76,21 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         MapShape {
             kind: 24,
             key: 4,
-            value: size_of::<Connection>() as u32,
+            value: u32_of(size_of::<Connection>()),
             entries: 0,
             flags: 513,
         },
     ),
 ];
+
+/// A number of bytes or entries as bpf(2) takes it.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the sizes of the maps are constants far below 4 Gi"
+)]
+const fn u32_of(size: usize) -> u32 {
+    size as u32
+}
 
 /// What a map must look like to be ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,8 +113,8 @@ impl MapShape {
     const fn hash<K, V>(entries: u32) -> Self {
         Self {
             kind: 1,
-            key: size_of::<K>() as u32,
-            value: size_of::<V>() as u32,
+            key: u32_of(size_of::<K>()),
+            value: u32_of(size_of::<V>()),
             entries,
             flags: 0,
         }
@@ -115,8 +124,8 @@ impl MapShape {
         Self {
             kind: 2,
             key: 4,
-            value: size_of::<V>() as u32,
-            entries: entries as u32,
+            value: u32_of(size_of::<V>()),
+            entries: u32_of(entries),
             flags: 0,
         }
     }
@@ -215,7 +224,7 @@ impl Tables {
         })
     }
 
-    /// The map of CONNECTION, to ask sock_diag for its values.
+    /// The map of CONNECTION, to ask `sock_diag` for its values.
     pub fn connection_map(&self) -> BorrowedFd<'_> {
         self.connections.fd().as_fd()
     }
@@ -325,14 +334,14 @@ impl Tables {
 
     /// All taken slots, in order.
     pub fn slots(&self) -> Result<Vec<SlotView>> {
-        (0..MAX_SLOTS as u32)
+        (0..u32_of(MAX_SLOTS))
             .filter_map(|slot| self.slot(slot).transpose())
             .collect()
     }
 
     /// How often each reason was given for a service, all CPUs together.
     pub fn verdicts(&self, service: u16) -> Result<Vec<(Reason, u64)>> {
-        let first = u32::from(service) * REASON_SLOTS as u32;
+        let first = u32::from(service) * u32_of(REASON_SLOTS);
         let count = |reason: &Reason| -> Result<(Reason, u64)> {
             let index = first + u32::try_from(reason.index())?;
             let values = self
@@ -348,10 +357,10 @@ impl Tables {
     pub fn forget_service(&mut self, service: u16) -> Result<()> {
         let cpus = aya::util::nr_cpus()
             .map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
-        for reason in 0..REASON_SLOTS as u32 {
+        for reason in 0..u32_of(REASON_SLOTS) {
             let zeros = aya::maps::PerCpuValues::try_from(vec![0u64; cpus])?;
             self.verdicts
-                .set(u32::from(service) * REASON_SLOTS as u32 + reason, zeros, 0)?;
+                .set(u32::from(service) * u32_of(REASON_SLOTS) + reason, zeros, 0)?;
         }
         self.states
             .word(u32::from(service), 0)

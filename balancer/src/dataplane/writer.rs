@@ -36,6 +36,13 @@ use crate::sys::{bpf, clock};
 /// A closed slot is given away only after so long without a connection: a last one may be on its way out.
 const QUARANTINE: Duration = Duration::from_secs(1);
 
+/// How many ids there are for services.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a constant far below 65,536"
+)]
+const SERVICE_IDS: u16 = MAX_SERVICES as u16;
+
 /// The quota and weight of one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotQuota {
@@ -215,7 +222,7 @@ impl Writer {
             let link = program.attach(netns).with_context(|| {
                 format!("cannot attach `steer` to the network namespace with cookie {cookie} (at most 64 programs a namespace)")
             })?;
-            let link: FdLink = program.take_link(link)?.try_into()?;
+            let link: FdLink = program.take_link(link)?.into();
             link.pin(&pin)
                 .with_context(|| format!("cannot pin {}", pin.display()))?;
         }
@@ -315,7 +322,7 @@ impl Writer {
     fn assign_ids(&mut self, plan: &Plan) -> Result<Vec<u16>> {
         let mut names: BTreeMap<String, u16> = BTreeMap::new();
         let mut used = HashSet::new();
-        for id in 0..MAX_SERVICES as u16 {
+        for id in 0..SERVICE_IDS {
             let info = self.info(id)?;
             if info.name[0] != 0 {
                 names.insert(text(&info.name), id);
@@ -334,7 +341,7 @@ impl Writer {
     }
 
     fn new_id(&mut self, used: &mut HashSet<u16>) -> Result<u16> {
-        let Some(id) = (0..MAX_SERVICES as u16).find(|id| !used.contains(id)) else {
+        let Some(id) = (0..SERVICE_IDS).find(|id| !used.contains(id)) else {
             bail!(
                 "all {MAX_SERVICES} service ids are in use (services that were removed keep theirs until their last \
                  connection is gone)"
@@ -354,10 +361,10 @@ impl Writer {
             .0)
     }
 
-    fn set_info(&mut self, id: u16, info: ServiceInfo) -> Result<()> {
+    fn set_info(&mut self, id: u16, info: &ServiceInfo) -> Result<()> {
         self.tables
             .info
-            .set(u32::from(id), Wire(info), 0)
+            .set(u32::from(id), Wire(*info), 0)
             .context("cannot write the services")
     }
 
@@ -382,7 +389,7 @@ impl Writer {
         if info == old {
             Ok(())
         } else {
-            self.set_info(id, info)
+            self.set_info(id, &info)
         }
     }
 
@@ -399,7 +406,7 @@ impl Writer {
         if info == old {
             Ok(())
         } else {
-            self.set_info(id, info)
+            self.set_info(id, &info)
         }
     }
 
@@ -420,7 +427,7 @@ impl Writer {
         let info = self.info(id)?;
         self.set_info(
             id,
-            ServiceInfo {
+            &ServiceInfo {
                 by_hand: u32::from(quota.is_some()),
                 quota_by_hand: quota.unwrap_or(0),
                 ..info
@@ -509,7 +516,7 @@ impl Writer {
             .iter()
             .map(|view| view.member.backend.service)
             .collect();
-        for id in 0..MAX_SERVICES as u16 {
+        for id in 0..SERVICE_IDS {
             let info = self.info(id)?;
             if info.name[0] == 0 || ids.contains(&id) {
                 continue;
@@ -521,7 +528,7 @@ impl Writer {
             };
             if retired != info {
                 info!("service {} is no longer configured", text(&info.name));
-                self.set_info(id, retired)?;
+                self.set_info(id, &retired)?;
             }
         }
         Ok(())
