@@ -370,6 +370,65 @@ fn a_computed_quota_follows_the_number_of_backends() {
     });
 }
 
+/// What `quota show -o json` says of a backend.
+fn shown(balancer: &Balancer) -> serde_json::Value {
+    let json = balancer.must(&["quota", "show", "agents", "-o", "json"]);
+    serde_json::from_str(&json).unwrap_or_else(|error| panic!("{error} in {json}"))
+}
+
+#[test]
+fn quota_show_tells_the_rule_and_what_was_set_by_hand() {
+    Machine::with(|machine| {
+        let yaml = virtual_port("least-connections", 2, &["quota: {per_backend: 7}"]);
+        let balancer = Balancer::start(machine, &yaml);
+        let _listeners = farm(2);
+        balancer.wait_until(|service| quotas(service) == [Some(7); 2]);
+        let before = shown(&balancer);
+        assert_eq!(before["schema"], 1);
+        let service = &before["services"][0];
+        assert_eq!(service["name"], "agents");
+        assert!(
+            service["rule"]
+                .as_str()
+                .is_some_and(|rule| rule.contains('7')),
+            "{service}"
+        );
+        assert!(
+            service["sentence"]
+                .as_str()
+                .is_some_and(|sentence| sentence.contains('7')),
+            "{service}"
+        );
+        assert_eq!(service["override"], serde_json::Value::Null);
+        let slot = |n: usize| balancer.service().backend(crate::support::backend(n)).slot;
+        balancer.quota_set("agents", None, 9);
+        balancer.quota_set("agents", Some(slot(1)), 4);
+        let after = shown(&balancer);
+        assert_eq!(after["services"][0]["override"], 9);
+        let backends = after["services"][0]["backends"]
+            .as_array()
+            .expect("a list")
+            .clone();
+        let of = |slot: u32| {
+            backends
+                .iter()
+                .find(|found| found["slot"] == slot)
+                .expect("it is shown")
+                .clone()
+        };
+        assert_eq!(
+            (of(slot(0))["quota"].clone(), of(slot(1))["quota"].clone()),
+            (9.into(), 4.into())
+        );
+        balancer.quota_clear("agents", None);
+        assert_eq!(
+            quotas(&balancer.service()),
+            [Some(7), Some(4)],
+            "that of one backend stays"
+        );
+    });
+}
+
 fn quotas(service: &Service) -> Vec<Option<u32>> {
     service
         .backends

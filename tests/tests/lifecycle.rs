@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use anyhow::ensure;
 use balancer_tests::fixtures::tcp::{self, Listen, Outcome};
-use balancer_tests::fixtures::{Balancer, Machine, Netns, Service, Signal};
+use balancer_tests::fixtures::{Balancer, Machine, Netns, Service, Signal, eventually};
 
 use crate::support::{
     agents, agree, backend, connections, farm, group, own_port, storm, virtual_port,
@@ -294,6 +295,33 @@ fn namespaces_that_are_named_are_guarded() {
             active.map(|backend| backend.established).eq([4, 4])
         });
         drop(own);
+    });
+}
+
+/// With `tcp_migrate_req` the kernel hands connections that nobody accepted to another listener of the group: they are counted
+/// on the closed one until the daemon compares with the socket table.
+#[test]
+fn connections_that_the_kernel_migrates_move_to_their_new_listener() {
+    Machine::with(|machine| {
+        machine.netns.sysctl("net.ipv4.tcp_migrate_req", "1");
+        let balancer = Balancer::start(machine, &own_port("round-robin", &[]));
+        let mut listeners = group(2);
+        let clients = tcp::connect_many(agents(), 20);
+        balancer.wait_until(|service| service.established() == 20);
+        drop(listeners.remove(0));
+        assert_eq!(listeners[0].accept_all(), 20, "all were handed over");
+        eventually(Duration::from_secs(15), || {
+            let service = balancer.service();
+            let loads: Vec<_> = service
+                .backends
+                .iter()
+                .map(|found| found.established)
+                .collect();
+            ensure!(loads == [20], "{service:#?}");
+            Ok(())
+        });
+        drop(clients);
+        agree(&balancer, &mut listeners);
     });
 }
 
