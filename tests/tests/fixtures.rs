@@ -1,12 +1,13 @@
 //! The tools themselves: a test that trusts a blind tool shows nothing.
 
 use std::net::SocketAddr;
+use std::process::Command;
 use std::time::Duration;
 
 use balancer_tests::fixtures::diag::{self, State};
 use balancer_tests::fixtures::tcp::{self, Listen};
 use balancer_tests::fixtures::wire::Wire;
-use balancer_tests::fixtures::{Machine, Netns, eventually};
+use balancer_tests::fixtures::{Machine, Netns, eventually, process};
 
 fn service() -> SocketAddr {
     "127.0.0.1:11800".parse().expect("an address")
@@ -36,10 +37,8 @@ fn the_socket_table_shows_accept_sides_and_listeners() {
 fn sockets_of_a_machine_belong_to_its_cgroup() {
     Machine::with(|machine| {
         let _listener = Listen::on(&service()).open();
-        let output = std::process::Command::new("ss")
-            .args(["-Htln", "--cgroup"])
-            .output()
-            .expect("ss runs");
+        let output =
+            process::output(Command::new("ss").args(["-Htln", "--cgroup"])).expect("ss runs");
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let name = machine
             .cgroup

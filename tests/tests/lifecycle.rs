@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use balancer_tests::fixtures::tcp::{self, Listen, Outcome};
-use balancer_tests::fixtures::{Balancer, Machine, Netns, Service, Signal, eventually};
+use balancer_tests::fixtures::{Balancer, Machine, Netns, Service, Signal, eventually, process};
 
 use crate::support::{
     agents, agree, backend, connections, farm, group, own_port, storm, virtual_port,
@@ -334,11 +334,12 @@ fn with_all_namespaces_a_new_one_is_found_and_guarded() {
         let other = Netns::new();
         let mut tenant = other
             .run(|| {
-                Command::new("sleep")
-                    .arg("60")
-                    .stdin(Stdio::null())
-                    .process_group(0)
-                    .spawn()
+                process::spawn(
+                    Command::new("sleep")
+                        .arg("60")
+                        .stdin(Stdio::null())
+                        .process_group(0),
+                )
             })
             .expect("sleep");
         let listener = other.run(|| {

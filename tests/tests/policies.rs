@@ -131,7 +131,8 @@ fn source_hash_is_stable_and_a_change_moves_only_what_it_must() {
         for (before, moved) in before.iter().zip(&moved) {
             assert!(before == moved || *before == 3, "from {before} to {moved}");
         }
-        // It comes back: all is as it was.
+        // It comes back to its old place: all is as it was.
+        balancer.wait_until(|service| service.backends.len() == 3);
         listeners.push(Listen::on(&backend(3)).open());
         balancer.wait_active(4);
         let (_back, back) = connect_from_each(400, &mut listeners);

@@ -167,14 +167,14 @@ fn candidates_are_those_of_the_destination_address() {
     });
 }
 
+/// The kernel lets only one user listen on an address: this one gives a listener away afterwards.
 #[test]
 fn candidates_are_those_of_one_user() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &own_port("round-robin", &[]));
-        let mut listeners = vec![
-            Listen::on(&agents()).reuse_port().open(),
-            Listen::on(&agents()).reuse_port().owner(12_345).open(),
-        ];
+        let mut listeners = vec![Listen::on(&agents()).reuse_port().open()];
+        listeners[0].give_to(12_345);
+        listeners.push(Listen::on(&agents()).reuse_port().owner(12_345).open());
         let clients = tcp::connect_many(agents(), 20);
         assert_eq!(clients.len(), 20);
         let mut loads = agree(&balancer, &mut listeners);
