@@ -1,4 +1,4 @@
-"""Traced application: makes a one-span segment every 100 ms, named SERVICE-N.
+"""Traced application: makes a one-span segment every 100 ms, named SERVICE-N, each an endpoint of its own.
 
 Usage: python_agent.py SERVICE OAP_ADDRESS
 """
@@ -21,6 +21,6 @@ config.init(
 agent.start()
 for number in itertools.count():
     time.sleep(0.1)
-    with get_context().new_local_span(op=f"{SERVICE}-{number}"):
+    with get_context().new_entry_span(op=f"{SERVICE}-{number}"):
         pass
     print("made", number, flush=True)

