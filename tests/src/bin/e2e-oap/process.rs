@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -12,10 +13,12 @@ use crate::interrupt;
 
 const TAIL_LINES: usize = 25;
 
-/// A command that is killed also when this program is: the signal comes when the thread that starts it ends.
+/// A command that is killed also when this program is: the signal comes when the thread that starts it ends. A terminal's Ctrl-C
+/// does not reach it, so that things end in the right order.
 pub fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command.process_group(0);
     command
 }
 
