@@ -35,6 +35,8 @@ impl Quotas {
     pub fn apply(&mut self, config: &Config, guarded: &Guarded, writer: &mut Writer) -> Result<()> {
         let ids = writer.service_ids()?;
         let slots = writer.slots()?;
+        self.waiting
+            .retain(|name, _| config.services.iter().any(|service| service.name == *name));
         for service in &config.services {
             let Some(id) = ids.get(&service.name) else {
                 continue;
@@ -71,7 +73,11 @@ impl Quotas {
             } else {
                 (quota.limit(), QuotaSource::Rule)
             };
-            announce(service, view, quota, &outcome.sentence);
+            let why = match source {
+                QuotaSource::Rule => &outcome.sentence,
+                QuotaSource::Service | QuotaSource::Backend => "set by hand",
+            };
+            announce(service, view, quota, why);
             writer.set_quota(slot_quota(view, quota, source, writer.weight_of(view)));
         }
         let sentence = by_hand.map_or(outcome.sentence, |quota| {
@@ -191,7 +197,7 @@ fn input(view: &SlotView, weight: u32, fresh: bool) -> Ready {
     }
 }
 
-fn announce(service: &Service, view: &SlotView, quota: Option<u32>, sentence: &str) {
+fn announce(service: &Service, view: &SlotView, quota: Option<u32>, why: &str) {
     let known = view.member.policy.is_for(view.life());
     if known && present(view) == quota {
         return;
@@ -205,7 +211,7 @@ fn announce(service: &Service, view: &SlotView, quota: Option<u32>, sentence: &s
         "new".to_owned()
     };
     info!(
-        "{}: quota of slot {}: {before} -> {} ({sentence})",
+        "{}: quota of slot {}: {before} -> {} ({why})",
         service.name,
         view.slot(),
         show(quota)

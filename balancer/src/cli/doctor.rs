@@ -42,7 +42,7 @@ impl Doctor {
             config: self.config.as_deref().map(Config::load).transpose()?,
         });
         self.output.show(&Json::new(&report), || text(&report))?;
-        Ok(if count(&report, Status::Fail) > 0 {
+        Ok(if report.worst() == Status::Fail {
             ExitCode::FAILURE
         } else {
             ExitCode::SUCCESS

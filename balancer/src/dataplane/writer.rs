@@ -22,6 +22,7 @@ use balancer_common::abi::{
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tracing::{debug, info, warn};
 
+use super::Paths;
 use super::events::{self, Events};
 use super::load::{self, Kernel, check_pins};
 use super::lock::{Held, Lock};
@@ -29,7 +30,6 @@ use super::plan::{Plan, ServicePlan, rule_of};
 use super::snapshot::{services, text};
 use super::tables::{SlotView, Tables};
 use super::wire::Wire;
-use super::{Paths, Reader, Snapshot, open};
 use crate::discover::ensure_bpffs;
 use crate::sys::{bpf, clock};
 
@@ -452,15 +452,6 @@ impl Writer {
     /// When a map can't be read.
     pub fn slots(&self) -> Result<Vec<SlotView>> {
         self.tables.slots()
-    }
-
-    /// What a reader sees.
-    ///
-    /// # Errors
-    /// When a map can't be read.
-    pub fn snapshot(&self) -> Result<Snapshot> {
-        let reader: Option<Reader> = open(&self.paths)?;
-        reader.context("the data plane is gone")?.snapshot()
     }
 
     /// Gives a backend its quota and weight, in force at the next SYN.
