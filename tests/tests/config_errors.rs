@@ -271,19 +271,18 @@ fn a_reload_can_change_everything_about_a_service() {
         let mut own = Listen::on(&agents()).open();
         let _clients = tcp::connect_many(agents(), 5);
         assert_eq!(own.accept_all(), 2);
-        let mut listeners = farm(2);
         balancer.configure(&virtual_port("round-robin", 2, &["exempt: [127.0.9.0/24]"]));
         balancer.reload();
-        balancer.wait_active(2);
+        balancer.wait_for_log("reloaded", 0);
+        let mut listeners = farm(2);
         let more = tcp::connect_many(agents(), 10);
         assert_eq!((more.len(), own.accept_all()), (10, 0));
         assert_eq!(crate::support::loads(&mut listeners), [5, 5]);
-        let service = balancer.service();
-        assert_eq!(service.policy, "round-robin");
         // And to another port: the old one is the kernel's again.
         balancer.configure("services: [{name: agents, port: 11900, policy: source-hash}]\n");
         balancer.reload();
-        balancer.wait_until(|service| service.port == 11900);
+        balancer.wait_for_log("reloaded", 1);
+        assert_eq!(balancer.service().port, 11900);
         let _direct = tcp::connect(agents()).connected();
         assert_eq!(own.accept_all(), 1);
     });

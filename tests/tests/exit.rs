@@ -76,7 +76,7 @@ fn unload_asks_a_daemon_that_lives() {
 fn unload_cleans_up_after_a_daemon_that_was_killed() {
     Machine::with(|machine| {
         let mut balancer = Balancer::start(machine, &yaml());
-        let _listener = Listen::on(&agents()).open();
+        let listener = Listen::on(&agents()).open();
         let _clients = tcp::connect_many(agents(), QUOTA);
         balancer.stop(Signal::SIGKILL);
         assert!(tcp::connect(agents()).is_refused());
@@ -84,7 +84,9 @@ fn unload_cleans_up_after_a_daemon_that_was_killed() {
         tcp::connect(agents()).connected();
         assert!(!balancer.state().exists(), "the state directory is gone");
         // And again from nothing.
+        drop(listener);
         balancer.launch();
+        let _listener = Listen::on(&agents()).open();
         balancer.wait_active(1);
     });
 }

@@ -29,8 +29,13 @@ fn random_sources(number: usize) -> Vec<SocketAddr> {
 }
 
 /// Explains, connects, and compares, for each source.
-fn explained(yaml: &str, mut listeners: Vec<Listener>, machine: &Machine) -> Vec<Explanation> {
+fn explained(
+    yaml: &str,
+    open: impl FnOnce() -> Vec<Listener>,
+    machine: &Machine,
+) -> Vec<Explanation> {
     let balancer = Balancer::start(machine, yaml);
+    let mut listeners = open();
     balancer.wait_active(listeners.len());
     let mut held = Vec::new();
     let mut explanations = Vec::new();
@@ -75,7 +80,11 @@ fn check(
 #[test]
 fn with_least_connections() {
     Machine::with(|machine| {
-        explained(&virtual_port("least-connections", 4, &[]), farm(4), machine);
+        explained(
+            &virtual_port("least-connections", 4, &[]),
+            || farm(4),
+            machine,
+        );
     });
 }
 
@@ -85,7 +94,7 @@ fn with_round_robin_and_weights() {
         let backends = r#"{address: "127.0.0.1:21000", weight: 3}, "127.0.0.1:21001", {address: "127.0.0.1:21002", weight: 2}"#;
         explained(
             &crate::support::virtual_port_of("round-robin", backends, &[]),
-            farm(3),
+            || farm(3),
             machine,
         );
     });
@@ -94,7 +103,7 @@ fn with_round_robin_and_weights() {
 #[test]
 fn with_source_hash() {
     Machine::with(|machine| {
-        explained(&virtual_port("source-hash", 5, &[]), farm(5), machine);
+        explained(&virtual_port("source-hash", 5, &[]), || farm(5), machine);
     });
 }
 
@@ -102,7 +111,7 @@ fn with_source_hash() {
 fn with_quotas_and_exempt_sources() {
     Machine::with(|machine| {
         let rest = ["quota: {per_backend: 20}", "exempt: [127.128.0.0/10]"];
-        let explanations = explained(&virtual_port("source-hash", 3, &rest), farm(3), machine);
+        let explanations = explained(&virtual_port("source-hash", 3, &rest), || farm(3), machine);
         for reason in ["steered", "over-quota", "exempt"] {
             let number = explanations
                 .iter()
@@ -118,7 +127,7 @@ fn on_an_own_port() {
     Machine::with(|machine| {
         let explanations = explained(
             &own_port("least-connections", &["quota: {per_backend: 50}"]),
-            group(2),
+            || group(2),
             machine,
         );
         assert!(

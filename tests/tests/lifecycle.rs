@@ -6,13 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::ensure;
 use balancer_tests::fixtures::tcp::{self, Listen, Outcome};
-use balancer_tests::fixtures::{Balancer, Machine, Netns, Service, Signal, eventually, process};
+use balancer_tests::fixtures::{Balancer, Machine, Netns, Service, Signal, process};
 
-use crate::support::{
-    agents, agree, backend, connections, farm, group, own_port, storm, virtual_port,
-};
+use crate::support::{agents, agree, backend, connections, farm, own_port, storm, virtual_port};
 
 /// Nothing listens on a virtual port: only a backend that is known already can take the first SYN.
 #[test]
@@ -168,30 +165,6 @@ fn more_listeners_than_slots_do_no_harm() {
 }
 
 #[test]
-fn what_runs_already_is_adopted() {
-    Machine::with(|machine| {
-        let mut listeners = group(2);
-        let before = tcp::connect_many(agents(), 20);
-        let unaccepted_too = listeners[0].accept_all();
-        assert!(unaccepted_too > 0);
-        let balancer = Balancer::start(
-            machine,
-            &own_port("least-connections", &["quota: {per_backend: 15}"]),
-        );
-        balancer.wait_active(2);
-        agree(&balancer, &mut listeners);
-        let after = tcp::connect_many(agents(), 20);
-        assert_eq!(after.len(), 10, "30 places, 20 taken");
-        assert_eq!(agree(&balancer, &mut listeners), [15; 2]);
-        drop(before);
-        let loads = agree(&balancer, &mut listeners);
-        assert_eq!(loads.iter().sum::<usize>(), 10);
-        drop(after);
-        assert_eq!(agree(&balancer, &mut listeners), [0; 2]);
-    });
-}
-
-#[test]
 fn a_new_daemon_goes_on_where_the_old_one_left() {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         Machine::with(|machine| {
@@ -295,33 +268,6 @@ fn namespaces_that_are_named_are_guarded() {
             active.map(|backend| backend.established).eq([4, 4])
         });
         drop(own);
-    });
-}
-
-/// With `tcp_migrate_req` the kernel hands connections that nobody accepted to another listener of the group: they are counted
-/// on the closed one until the daemon compares with the socket table.
-#[test]
-fn connections_that_the_kernel_migrates_move_to_their_new_listener() {
-    Machine::with(|machine| {
-        machine.netns.sysctl("net.ipv4.tcp_migrate_req", "1");
-        let balancer = Balancer::start(machine, &own_port("round-robin", &[]));
-        let mut listeners = group(2);
-        let clients = tcp::connect_many(agents(), 20);
-        balancer.wait_until(|service| service.established() == 20);
-        drop(listeners.remove(0));
-        assert_eq!(listeners[0].accept_all(), 20, "all were handed over");
-        eventually(Duration::from_secs(15), || {
-            let service = balancer.service();
-            let loads: Vec<_> = service
-                .backends
-                .iter()
-                .map(|found| found.established)
-                .collect();
-            ensure!(loads == [20], "{service:#?}");
-            Ok(())
-        });
-        drop(clients);
-        agree(&balancer, &mut listeners);
     });
 }
 

@@ -12,7 +12,6 @@ const LIMIT: Duration = Duration::from_millis(20);
 #[test]
 fn programs_load_fast_with_256_members() {
     Machine::with(|machine| {
-        let _listeners = farm(256);
         let balancer = Balancer::prepare(
             machine,
             &virtual_port("least-connections", 256, &["quota: {per_backend: 10}"]),
@@ -25,7 +24,9 @@ fn programs_load_fast_with_256_members() {
                 .map(|program| loaded_in(&balancer.logs(), program))
                 .into_iter()
                 .max();
+            let listeners = farm(256);
             balancer.wait_active(256);
+            drop(listeners);
             balancer.stop(balancer_tests::fixtures::Signal::SIGINT);
             taken
         });
@@ -34,18 +35,14 @@ fn programs_load_fast_with_256_members() {
     });
 }
 
-/// The time in the log line `loaded PROGRAM in 3.2ms`.
+/// The time in the log line `loaded PROGRAM in 3.2 ms (…)`.
 fn loaded_in(logs: &str, program: &str) -> Duration {
-    let (_, rest) = logs
-        .split_once(&format!("loaded {program} in "))
-        .unwrap_or_else(|| panic!("no `loaded {program} in …` in the log:\n{logs}"));
-    let text = rest.split_whitespace().next().unwrap_or_default();
-    let (number, scale) = match text.strip_suffix("ms") {
-        Some(number) => (number, 1e-3),
-        None => (text.trim_end_matches("µs"), 1e-6),
+    let milliseconds = || {
+        let (_, rest) = logs.split_once(&format!("loaded {program} in "))?;
+        let (number, _) = rest.split_once(" ms")?;
+        number.parse::<f64>().ok()
     };
-    let number: f64 = number
-        .parse()
-        .unwrap_or_else(|_| panic!("{text:?} is no time in ms or µs"));
-    Duration::from_secs_f64(number * scale)
+    let milliseconds = milliseconds()
+        .unwrap_or_else(|| panic!("no `loaded {program} in … ms` in the log:\n{logs}"));
+    Duration::from_secs_f64(milliseconds / 1e3)
 }
