@@ -95,9 +95,20 @@ fn run(verb: Verb) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Lint => verbs::lint(),
-        Verb::Test { arguments } => verbs::test(&arguments),
+        Verb::Test { arguments } => verbs::test(&with_leading_dashes(arguments)),
         Verb::Run { arguments } => verbs::run(&arguments),
         Verb::Demo => verbs::demo(),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
     }
+}
+
+/// clap takes a `--` away that comes first, but to `cargo test` it is the beginning of what goes to the tests themselves.
+fn with_leading_dashes(mut arguments: Vec<String>) -> Vec<String> {
+    if std::env::args()
+        .nth(2)
+        .is_some_and(|argument| argument == "--")
+    {
+        arguments.insert(0, "--".to_owned());
+    }
+    arguments
 }

@@ -28,7 +28,17 @@ pub fn test(arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     build::everything(Profile::Debug)?;
-    command::run_for_code(build::cargo("test").arg("--workspace").args(arguments))
+    let mut test = build::cargo("test");
+    let mut to_cargo = arguments.iter().take_while(|argument| *argument != "--");
+    if !to_cargo.any(|argument| names_a_package(argument)) {
+        test.arg("--workspace");
+    }
+    command::run_for_code(test.args(arguments))
+}
+
+/// With `--workspace` cargo would pass over the package that somebody names.
+fn names_a_package(argument: &str) -> bool {
+    argument.starts_with("-p") || argument.starts_with("--package")
 }
 
 /// `balancer` itself.
