@@ -58,6 +58,8 @@ impl Run {
             .with_env_filter(EnvFilter::new(&self.log))
             .with_ansi(stderr().is_terminal())
             .with_writer(stderr)
+            // It would report a log that nobody reads any more to that same log, and panic.
+            .log_internal_errors(false)
             .init();
         let options = agent::Options {
             config: self.config.clone(),
