@@ -277,8 +277,7 @@ impl Life {
     }
 }
 
-/// Value of BACKENDS: who a slot is. Written by the kernel when it is claimed; what stays of the last tenant after it
-/// is freed gives a listener that comes back its old slot, and so its place in source-hash.
+/// Value of BACKENDS: who a slot is. Written by the kernel when it is claimed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Backend {

@@ -6,14 +6,15 @@ use crate::abi::{
     Policy, SlotPolicy,
 };
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
-use crate::hash::rendezvous_score;
+use crate::hash::{self, rendezvous_score};
 
 /// Most backends whose sockets are looked at for one SYN.
 pub const MAX_LOOKS: usize = 6;
 
 const SLOT_BITS: u32 = 10;
+/// The low bits of a rendezvous score, given to the choice among listeners of one address.
+const SIBLINGS: u64 = 0xfff;
 const DOUBTFUL: u64 = 1 << 62;
-const NOT_IN_COOKIES: u64 = 1 << 63;
 const NONE: u64 = u64::MAX;
 
 /// What is asked: one SYN (or what looks like one) for a service.
@@ -184,7 +185,7 @@ pub struct Scan {
     pub request: Request,
     /// Whether quotas count.
     pub enforce: bool,
-    /// SYN cookies are in use: choose by four-tuple, so that the ACK finds the same listener.
+    /// SYN cookies are in use, or about to be: choose by four-tuple, so that the ACK finds the same listener.
     pub cookies: bool,
     /// What was seen in this pass.
     pub tally: Tally,
@@ -301,18 +302,26 @@ impl Scan {
     }
 
     /// Takes one member into account.
-    #[inline(always)]
     pub fn consider(&mut self, member: &Member) {
+        if self.qualifies(member) {
+            self.rank(member);
+        }
+    }
+
+    /// Whether a member can be chosen at all; if not, the tally says why. The kernel calls the two halves of
+    /// [`Scan::consider`] as two functions, so that the verifier does not multiply the paths through them.
+    #[inline(always)]
+    pub fn qualifies(&mut self, member: &Member) -> bool {
         if !member.is_ready() {
-            return;
+            return false;
         }
         let Some(fit) = member.fit(&self.request) else {
-            return;
+            return false;
         };
         if self.tally.members == 0 || fit > self.fit {
             self.start_over(fit, member.backend.uid);
         } else if fit < self.fit || (!self.request.virtual_port && member.backend.uid != self.uid) {
-            return;
+            return false;
         }
         self.tally.members += 1;
         let cookies = cookies_state(member.counts.cookies, self.request.now);
@@ -329,28 +338,23 @@ impl Scan {
             self.tally.over += u32::from(quota != 0);
             self.tally.over_with_cookies +=
                 u32::from(quota != 0 && matches!(cookies, Cookies::InUse));
-            return;
+            return false;
         }
         if self.request.virtual_port && !member.is_steerable() {
-            return;
+            return false;
         }
         self.tally.cookies += u32::from(!matches!(cookies, Cookies::Off));
-        self.rank(member, quota, cookies);
+        true
     }
 
+    /// Compares a member that qualifies with the best so far.
     #[inline(always)]
-    fn rank(&mut self, member: &Member, quota: u32, cookies: Cookies) {
+    pub fn rank(&mut self, member: &Member) {
         let weight = member.weight();
+        let quota = member.quota(self.request.quota);
         let before = self.sum;
         self.sum += u64::from(weight);
-        let slot = member.slot;
-        let mut tried = false;
-        let mut look = 0;
-        while look < MAX_LOOKS {
-            tried |= u32::from(self.tried[look]) == slot;
-            look += 1;
-        }
-        if tried {
+        if self.was_tried(member.slot) {
             return;
         }
         let expected = expected(member.counts.expected, self.request.now);
@@ -362,33 +366,52 @@ impl Scan {
                     expected,
                     quota,
                 ));
-        let mut key = self.metric(member, weight, expected, before) << SLOT_BITS | u64::from(slot);
-        if doubtful {
-            key |= DOUBTFUL;
-        }
-        if self.cookies && matches!(cookies, Cookies::Off) {
-            key |= NOT_IN_COOKIES;
-        }
+        let key =
+            self.metric(member, weight, expected, before) << SLOT_BITS | u64::from(member.slot);
+        let key = if doubtful { key | DOUBTFUL } else { key };
         if key < self.best {
             self.best = key;
             self.best_expected = member.counts.expected;
         }
     }
 
+    /// Without branches: each would double what the verifier has to follow.
+    #[inline(always)]
+    fn was_tried(&self, slot: u32) -> bool {
+        let mut hits = 0;
+        let mut look = 0;
+        while look < MAX_LOOKS {
+            // The top bit of x - 1 is set for x = 0 alone.
+            hits |= (u64::from(self.tried[look]) ^ u64::from(slot)).wrapping_sub(1);
+            look += 1;
+        }
+        hits >> 63 != 0
+    }
+
     /// The smaller, the better; below 2⁵².
     #[inline(always)]
     fn metric(&self, member: &Member, weight: u32, expected: u32, before: u64) -> u64 {
         if self.cookies {
-            return rendezvous_score(self.request.tuple, member.slot, weight);
+            return Self::rendezvous(self.request.tuple, member, weight);
         }
         match self.request.policy {
             Policy::LeastConnections => {
                 ((u64::from(member.counts.established()) + u64::from(expected)) << 16)
                     / u64::from(weight)
             }
-            Policy::SourceHash => rendezvous_score(self.request.source, member.slot, weight),
+            Policy::SourceHash => Self::rendezvous(self.request.source, member, weight),
             Policy::RoundRobin => self.turns_away(before, u64::from(weight)),
         }
+    }
+
+    /// By the backend's address, so that one that comes back under another slot gets its own clients again; the slot
+    /// decides only among the listeners of one address (a `SO_REUSEPORT` group).
+    #[inline(always)]
+    fn rendezvous(key: u64, member: &Member, weight: u32) -> u64 {
+        let (high, low) = member.backend.address.halves();
+        let address = hash::of_source(high ^ u64::from(member.backend.port), low);
+        let among_siblings = hash::mix(key ^ hash::mix(u64::from(member.slot) + 1)) & SIBLINGS;
+        rendezvous_score(key, address, weight) & !SIBLINGS | among_siblings
     }
 
     /// How many tickets after the one at hand it is this member's turn, its turns being `before..before + weight`.

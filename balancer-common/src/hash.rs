@@ -65,8 +65,8 @@ pub fn of_tuple(source: u64, source_port: u16, local: u64, local_port: u16) -> u
 pub fn negative_log2(hash: u32) -> u64 {
     let x = hash as u64 + 1;
     let exponent = 63 - x.leading_zeros() as u64;
-    // The 32 bits below the leading one: at least 0 bits of them are significant, at most 32.
-    let fraction = ((x << (32 - (exponent & 63).min(32))) & 0xffff_ffff) as u32;
+    // The 32 bits below the leading one, which is bit 32 at most.
+    let fraction = ((x << (32u64.wrapping_sub(exponent) & 63)) & 0xffff_ffff) as u32;
     let step = (fraction >> (32 - STEP_BITS)) as usize & (STEPS - 1);
     let rest = (fraction & ((1 << (32 - STEP_BITS)) - 1)) as u64;
     let low = LOG2[step];
@@ -79,8 +79,8 @@ pub fn negative_log2(hash: u32) -> u64 {
 /// itself alone, so that a member that comes or goes moves only what it must; with -ln(u)/weight each wins in
 /// proportion to its weight.
 #[inline(always)]
-pub fn rendezvous_score(key: u64, member: u32, weight: u32) -> u64 {
-    let hash = mix(key ^ mix(member as u64 + 1)) >> 32;
+pub fn rendezvous_score(key: u64, member: u64, weight: u32) -> u64 {
+    let hash = mix(key ^ mix(member)) >> 32;
     (negative_log2(hash as u32) << 14) / (weight as u64 | (weight == 0) as u64)
 }
 
@@ -99,7 +99,7 @@ mod tests {
         }
 
         #[test]
-        fn score_never_panics_and_fits(key: u64, member: u32, weight: u32) {
+        fn score_never_panics_and_fits(key: u64, member: u64, weight: u32) {
             prop_assert!(rendezvous_score(key, member, weight) < 1 << 52);
         }
     }

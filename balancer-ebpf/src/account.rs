@@ -27,7 +27,7 @@ const AF_INET: u32 = 2;
 /// `BPF_SK_STORAGE_GET_F_CREATE`.
 const CREATE: u64 = 1;
 /// Compare-and-swaps that may be lost to other CPUs before a listener is given up.
-const CLAIMS: u32 = 8;
+const CLAIMS: u32 = 4;
 
 #[inline(always)]
 pub fn run(ctx: &SockOpsContext) {
@@ -171,7 +171,7 @@ fn listened(ctx: &SockOpsContext) {
         return;
     }
     let backend = backend_of(ctx, netns, address, port, &rule);
-    match claim(&backend) {
+    match claim(rule.service) {
         Some((slot, life)) => register(ctx, slot, life, backend),
         None => events::listener(EventKind::NoSlot, u32::MAX, &backend),
     }
@@ -261,51 +261,31 @@ fn backend_of(
     backend
 }
 
-/// The free slot that suits a listener best.
-struct Search {
-    netns: u64,
-    address: Address,
-    port: u32,
-    service: u32,
-    slot: u32,
-    rank: u32,
-}
+/// No slot is free.
+const NO_SLOT: u64 = u64::MAX;
 
-/// Claims a free slot: best one that the same address had before (so that source-hash finds it again), else one that
-/// nobody ever had, else any.
+/// Claims the first free slot.
 #[inline(always)]
-fn claim(backend: &Backend) -> Option<(u32, Life)> {
-    if is_crowded(backend.service) {
+fn claim(service: u16) -> Option<(u32, Life)> {
+    if is_crowded(service) {
         return None;
     }
     for _ in 0..CLAIMS {
-        let mut search = Search {
-            netns: backend.netns,
-            address: backend.address,
-            port: u32::from(backend.port),
-            service: u32::from(backend.service),
-            slot: 0,
-            rank: 0,
-        };
+        let mut found = NO_SLOT;
         let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
         unsafe {
             bpf_loop(
                 MAX_SLOTS as u32,
                 visit as *mut c_void,
-                (&raw mut search).cast(),
+                (&raw mut found).cast(),
                 0,
             )
         };
-        let (slot, rank) = unsafe {
-            (
-                core::ptr::read_volatile(&raw const search.slot),
-                core::ptr::read_volatile(&raw const search.rank),
-            )
-        };
-        if rank == 0 {
+        let slot = unsafe { core::ptr::read_volatile(&raw const found) };
+        if slot == NO_SLOT {
             return None;
         }
-        let place = BACKENDS.get_ptr_mut(slot)?;
+        let place = BACKENDS.get_ptr_mut(slot as u32)?;
         let life = unsafe { (*place).life() };
         if life.is(BackendState::Free)
             && unsafe {
@@ -316,7 +296,7 @@ fn claim(backend: &Backend) -> Option<(u32, Life)> {
                 )
             }
         {
-            return Some((slot, life));
+            return Some((slot as u32, life));
         }
     }
     None
@@ -336,31 +316,15 @@ fn is_crowded(service: u16) -> bool {
 }
 
 /// The callback of `bpf_loop` over all slots; 1 ends the loop.
-unsafe extern "C" fn search_free(slot: u32, search: *mut c_void) -> i64 {
-    let search = unsafe { &mut *search.cast::<Search>() };
+unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
     let Some(backend) = BACKENDS.get(slot) else {
         return 1;
     };
     if !backend.life().is(BackendState::Free) {
         return 0;
     }
-    let same = backend.port != 0
-        && backend.netns == search.netns
-        && backend.address == search.address
-        && u32::from(backend.port) == search.port
-        && u32::from(backend.service) == search.service;
-    let rank = if same {
-        3
-    } else if backend.port == 0 {
-        2
-    } else {
-        1
-    };
-    if rank > search.rank {
-        search.rank = rank;
-        search.slot = slot;
-    }
-    i64::from(same)
+    unsafe { *found.cast::<u64>() = u64::from(slot) };
+    1
 }
 
 #[inline(always)]

@@ -254,13 +254,21 @@ fn decide(ctx: &SkLookupContext, state: &mut Deliberation) -> Reason {
 /// One round; the callback of `bpf_loop`. 1 ends the loop.
 unsafe extern "C" fn round(_index: u32, rounds: *mut c_void) -> i64 {
     let rounds = unsafe { &mut *rounds.cast::<Rounds>() };
-    let mut sockets = Sockets { ctx: rounds.ctx };
-    match advance(&mut sockets, unsafe { &mut *rounds.state }) {
-        Some(decision) => {
-            rounds.reason = decision.reason as u64;
-            1
-        }
-        None => 0,
+    rounds.reason = steer_round(rounds.ctx, rounds.state);
+    i64::from(rounds.reason != UNDECIDED)
+}
+
+/// One round; the reason, or [`UNDECIDED`]. Global functions are looked at by the verifier once, by themselves, and not
+/// on every path that leads to them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_round(ctx: *mut bpf_sk_lookup, state: *mut Deliberation) -> u64 {
+    let Some(state) = (unsafe { state.as_mut() }) else {
+        return Reason::FailOpenError as u64;
+    };
+    match advance(&mut Sockets { ctx }, state) {
+        Some(decision) => decision.reason as u64,
+        None => UNDECIDED,
     }
 }
 
@@ -291,7 +299,7 @@ impl World for Sockets {
     }
 }
 
-/// Global, so that the verifier looks at it once, by itself, and not on every path that leads to it.
+/// Global like [`steer_round`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn steer_attempt(
@@ -346,16 +354,27 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     0
 }
 
-/// Global, so that the verifier looks at it once, by itself, and not on every path that leads to it.
+/// Global like [`steer_round`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn steer_consider(scan: *mut Scan, slot: u32) -> u32 {
-    let Some(scan) = (unsafe { scan.as_mut() }) else {
-        return 0;
-    };
-    match member(slot) {
-        Some(member) => scan.consider(&member),
-        None => {}
+    if let Some(state) = unsafe { scan.as_mut() }
+        && let Some(member) = member(slot)
+        && state.qualifies(&member)
+    {
+        return steer_rank(scan, slot);
+    }
+    0
+}
+
+/// Global like [`steer_round`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_rank(scan: *mut Scan, slot: u32) -> u32 {
+    if let Some(scan) = unsafe { scan.as_mut() }
+        && let Some(member) = member(slot)
+    {
+        scan.rank(&member);
     }
     0
 }

@@ -132,7 +132,10 @@ impl Agent {
         self.writer.apply(&self.plan)?;
         self.guarded.attach(&mut self.writer)?;
         self.writer.follow_logs();
-        self.update()
+        self.update()?;
+        // Loading may have taken longer than the kernel believes in a silent daemon.
+        self.writer.beat(self.config.fail_open_after);
+        Ok(())
     }
 
     async fn serve(
