@@ -61,7 +61,7 @@ const TENTH_AFTER: Duration = Duration::from_secs(60);
 const SMALLEST_WITH_A_TENTH: u32 = 10;
 
 /// A step of this many connections loses little to rounding, so there is no need to wait for a larger one.
-const STEP: u32 = 8;
+const STEP: u32 = 4;
 
 /// The quotas of the backends of one service that are ready.
 ///

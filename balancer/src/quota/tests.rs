@@ -144,8 +144,8 @@ fn a_lower_quota_comes_by_a_tenth_a_minute() {
     let at = |seconds| compute(&rule, &backends, Duration::from_secs(seconds));
 
     assert_eq!(limits(&at(0)), [345, 345, 230]);
-    assert_eq!(limits(&at(13)), [345, 345, 230], "not worth a step yet");
-    assert_eq!(limits(&at(14)), [337, 337, 230]);
+    assert_eq!(limits(&at(6)), [345, 345, 230], "not worth a step yet");
+    assert_eq!(limits(&at(7)), [341, 341, 230]);
     assert_eq!(limits(&at(60)), [311, 311, 230]);
     assert_eq!(
         limits(&at(86_400)),
