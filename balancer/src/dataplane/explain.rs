@@ -8,7 +8,7 @@ use aya::maps::MapError;
 use aya::maps::lpm_trie::Key;
 use balancer_common::abi::{
     ANY_NETNS, Address, Backend, Connection, Cookies, ExemptKey, NO_SERVICE, Policy, PortKey,
-    ServicePort, ticks,
+    ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::admission::{Judgement, Observation, cookies_state, expected, judge};
 use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
@@ -61,8 +61,9 @@ pub fn explain(
     };
     let request = request(tables, port, from, to, to_port, now_ns)?;
     let mut picture = Picture::take(tables, port)?;
-    let decision = decide(&mut picture, &mut Deliberation::new(request, circumstances));
-    Ok(picture.describe(from, &name, decision))
+    let mut deliberation = Deliberation::new(request, circumstances);
+    let decision = decide(&mut picture, &mut deliberation);
+    Ok(picture.describe(from, &name, decision, &deliberation))
 }
 
 /// A SYN needs a destination of the source's family; which one matters only where backends are bound to addresses.
@@ -204,10 +205,20 @@ impl Picture {
         }
     }
 
-    fn describe(&self, from: SocketAddr, service: &str, decision: Decision) -> Explanation {
-        let backend = decision.slot.and_then(|slot| {
-            let backend = &self.members.get(&slot)?.backend;
-            Some((slot, SocketAddr::new(backend.address.into(), backend.port)))
+    fn describe(
+        &self,
+        from: SocketAddr,
+        service: &str,
+        decision: Decision,
+        deliberation: &Deliberation,
+    ) -> Explanation {
+        let chosen = decision.slot.and_then(|slot| self.members.get(&slot));
+        let backend = chosen.map(|member| {
+            let backend = &member.backend;
+            (
+                member.slot,
+                SocketAddr::new(backend.address.into(), backend.port),
+            )
         });
         let verdict = if backend.is_some() {
             Verdict::Steer
@@ -221,18 +232,77 @@ impl Picture {
             (Verdict::Refuse, _) => "would be refused (RST)".to_owned(),
             _ => "would be left to the kernel".to_owned(),
         };
+        let why = match (chosen, decision.reason) {
+            (Some(member), Reason::Exempt) => {
+                format!("its source is exempt, and {}", choice(member, deliberation))
+            }
+            (Some(member), Reason::Admitted | Reason::Steered) => choice(member, deliberation),
+            (None, Reason::OverQuota | Reason::OverQuotaCookie) => {
+                format!(
+                    "nobody has room: {}",
+                    self.loads(&deliberation.scan.request)
+                )
+            }
+            (_, reason) => reason.meaning().to_owned(),
+        };
         Explanation {
             service: Some(service.to_owned()),
             reason: decision.reason,
             verdict,
             backend,
-            sentence: format!(
-                "a SYN from {} to {service} {fate}: {} ({})",
-                from.ip(),
-                decision.reason.name(),
-                decision.reason.meaning()
-            ),
+            sentence: format!("a SYN from {} to {service} {fate}: {why}", from.ip()),
         }
+    }
+
+    /// How full the backends are, the first few of them.
+    fn loads(&self, request: &Request) -> String {
+        const SHOWN: usize = 4;
+        let mut ready: Vec<&Member> = self
+            .members
+            .values()
+            .filter(|member| member.is_ready())
+            .collect();
+        ready.sort_by_key(|member| member.slot);
+        let mut words: Vec<String> = ready
+            .iter()
+            .take(SHOWN)
+            .map(|member| format!("slot {}: {}", member.slot, load(member, request)))
+            .collect();
+        if ready.len() > SHOWN {
+            words.push(format!("and {} more", ready.len() - SHOWN));
+        }
+        words.join(", ")
+    }
+}
+
+/// What made the choice fall on that backend.
+fn choice(member: &Member, deliberation: &Deliberation) -> String {
+    let scan = &deliberation.scan;
+    if scan.cookies {
+        return "while SYN cookies are in use, addresses and ports choose".to_owned();
+    }
+    match scan.request.policy {
+        Policy::LeastConnections => format!(
+            "of those that may take it, it has the fewest connections for its weight ({}, weight {})",
+            load(member, &scan.request),
+            member.weight()
+        ),
+        Policy::RoundRobin => "it is its turn (round-robin)".to_owned(),
+        Policy::SourceHash => "the source's address belongs to it (source-hash)".to_owned(),
+    }
+}
+
+/// What a backend holds of its quota: exempt connections don't count.
+fn load(member: &Member, request: &Request) -> String {
+    let counts = &member.counts;
+    let held = counts.established().saturating_sub(counts.exempt());
+    let pending = match expected(counts.expected, request.now) {
+        0 => String::new(),
+        pending => format!(" + {pending} pending"),
+    };
+    match member.quota(request.quota) {
+        UNLIMITED => format!("{held}{pending}, no quota"),
+        quota => format!("{held}{pending} of {quota}"),
     }
 }
 
