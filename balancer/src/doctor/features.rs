@@ -11,7 +11,13 @@ use super::{
     Check, listing,
     trial::{self, Hook, Refused},
 };
-use crate::{discover::kernel_offsets, sys::clock};
+use crate::{
+    discover::kernel_offsets,
+    sys::{
+        clock,
+        sock_diag::{Family, Query, State, States, tcp_sockets},
+    },
+};
 
 /// The oldest kernel on which the balancer is tried.
 const OLDEST: (u32, u32) = (6, 1);
@@ -24,7 +30,7 @@ type Feature = (
     fn() -> Result<(), Refused>,
 );
 
-const FEATURES: [Feature; 10] = [
+const FEATURES: [Feature; 11] = [
     (
         "sk_lookup",
         "chooses the backend of each new connection",
@@ -78,6 +84,12 @@ const FEATURES: [Feature; 10] = [
         "lets the daemon read counts and set quotas without system calls",
         "Linux 5.5",
         trial::shared_array,
+    ),
+    (
+        "socket table",
+        "finds listeners and checks the counts",
+        "CONFIG_INET_TCP_DIAG (modprobe tcp_diag)",
+        socket_table,
     ),
     (
         "helpers",
@@ -172,6 +184,11 @@ fn feature(name: &'static str, purpose: &str, needs: &str, outcome: Result<(), R
             format!("needs {needs}; kernel lockdown must not be \"confidentiality\""),
         ),
     }
+}
+
+/// Lists our own namespace's listeners: the kernel module that does it may be missing.
+fn socket_table() -> Result<(), Refused> {
+    Ok(tcp_sockets(&Query::new(Family::V4, States::of(&[State::Listen]))).map(drop)?)
 }
 
 fn helpers() -> Result<(), Refused> {

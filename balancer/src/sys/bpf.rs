@@ -532,7 +532,7 @@ fn length<T>(items: &[T]) -> u32 {
 fn name(name: &str) -> [c_char; LONGEST_NAME + 1] {
     let mut bytes = [0; LONGEST_NAME + 1];
     for (to, from) in bytes.iter_mut().take(LONGEST_NAME).zip(name.bytes()) {
-        *to = from.cast_signed() as c_char;
+        *to = c_char::from_ne_bytes([from]);
     }
     bytes
 }
@@ -541,7 +541,7 @@ fn text(bytes: &[c_char]) -> String {
     let bytes: Vec<u8> = bytes
         .iter()
         .take_while(|byte| **byte != 0)
-        .map(|byte| byte.cast_unsigned())
+        .flat_map(|byte| byte.to_ne_bytes())
         .collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }

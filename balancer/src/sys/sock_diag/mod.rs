@@ -147,13 +147,18 @@ pub struct Socket {
 /// Lists TCP sockets. Sockets that come and go meanwhile may or may not be in it; no other is missed.
 ///
 /// # Errors
-/// Those of netlink; `EPERM` for storage without `CAP_BPF`; `Interrupted` where the kernel could not complete a dump in several
+/// Those of netlink; `NotFound` where the kernel has no `tcp_diag`; `EPERM` for storage without `CAP_BPF`; `Interrupted` where the kernel could not complete a dump in several
 /// attempts; `InvalidData` where its answer makes no sense.
 pub fn tcp_sockets(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     let mut last = io::Error::from(io::ErrorKind::Interrupted);
     for _ in 0..ATTEMPTS {
         match dump(query) {
             Err(error) if worth_repeating(&error) => last = error,
+            // The kernel asks for the module by itself, and says so if nothing comes of it.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let advice = "the kernel can't list TCP sockets: it lacks tcp_diag (modprobe tcp_diag, CONFIG_INET_TCP_DIAG)";
+                return Err(io::Error::new(error.kind(), advice));
+            }
             result => return result,
         }
     }
