@@ -35,7 +35,7 @@ pub const fn ticks(monotonic_ns: u64) -> u32 {
 
 /// Ticks of that many milliseconds, rounded down.
 pub const fn ticks_of_ms(ms: u64) -> u32 {
-    (ms * 1_000_000 >> 20) as u32
+    ((ms * 1_000_000) >> 20) as u32
 }
 
 /// An IP address as the maps hold it: 16 bytes, IPv4 as `::ffff:a.b.c.d`, all zero for "any".
@@ -141,7 +141,7 @@ impl Policy {
     }
 }
 
-/// Key of SERVICES and LISTEN_RULES.
+/// Key of SERVICES and `LISTEN_RULES`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct PortKey {
@@ -189,7 +189,7 @@ impl ServicePort {
     pub const VIRTUAL: u8 = 2;
 }
 
-/// Value of LISTEN_RULES: which service a new listener belongs to.
+/// Value of `LISTEN_RULES`: which service a new listener belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ListenRule {
@@ -272,6 +272,7 @@ impl Life {
 
     /// The same tenant in another state.
     #[inline(always)]
+    #[must_use]
     pub const fn with(self, state: BackendState) -> Self {
         Self::new(self.generation(), state)
     }
@@ -446,7 +447,7 @@ pub struct Members {
     pub words: [u64; MEMBER_WORDS],
 }
 
-/// Value of SERVICE_STATE.
+/// Value of `SERVICE_STATE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceState {
@@ -597,7 +598,7 @@ impl Event {
     }
 }
 
-/// Value of SERVICE_INFO: what only user space reads, so that `status` works without a daemon.
+/// Value of `SERVICE_INFO`: what only user space reads, so that `status` works without a daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceInfo {

@@ -22,9 +22,9 @@ pub struct Observation {
     pub young: u32,
     /// TCP Fast Open connections whose handshake is not complete (`fastopenq.qlen`).
     pub fast_open: u32,
-    /// Connections that wait for accept() (`sk_ack_backlog`).
+    /// Connections that wait for `accept()` (`sk_ack_backlog`).
     pub queue: u32,
-    /// The backlog of listen() (`sk_max_ack_backlog`).
+    /// The backlog of `listen()` (`sk_max_ack_backlog`).
     pub backlog: u32,
     /// `net.ipv4.tcp_syncookies` of the namespace.
     pub syncookies: u8,

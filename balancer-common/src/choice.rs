@@ -8,7 +8,7 @@ use crate::abi::{
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
 use crate::hash::{self, rendezvous_score};
 
-/// Most backends whose sockets are looked at for one SYN.
+/// Most backends that are tried for one SYN though their counters say that it is in vain, or that turn out to be gone.
 pub const MAX_LOOKS: usize = 6;
 
 const SLOT_BITS: u32 = 10;
@@ -103,7 +103,7 @@ impl Member {
     }
 
     /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
-    /// net/ipv4/inet_hashtables.c): an exact address before the wildcard, a bound device before none. `None`: not at all.
+    /// `net/ipv4/inet_hashtables.c)`: an exact address before the wildcard, a bound device before none. `None`: not at all.
     #[inline(always)]
     fn fit(&self, request: &Request) -> Option<u32> {
         if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
@@ -287,6 +287,12 @@ impl Scan {
         } else {
             Some(self.best as u32 & (MAX_SLOTS as u32 - 1))
         }
+    }
+
+    /// Whether the counters of [`Scan::best`] say that a look at it will be in vain.
+    #[inline(always)]
+    pub const fn best_is_doubtful(&self) -> bool {
+        self.best & DOUBTFUL != 0
     }
 
     /// `Counts::expected` of [`Scan::best`] when it was chosen.

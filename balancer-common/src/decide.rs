@@ -2,7 +2,7 @@
 
 use crate::Reason;
 use crate::abi::Cookies;
-use crate::admission::{Judgement, QUEUE_GRACE};
+use crate::admission::{Judgement, QUEUE_GRACE, full_word};
 use crate::choice::{MAX_LOOKS, Request, Scan};
 
 /// How one attempt at a backend ended.
@@ -20,7 +20,7 @@ pub enum Attempt {
     Gone,
     /// The kernel refused the assignment.
     Failed,
-    /// Another sk_lookup program has chosen a socket.
+    /// Another `sk_lookup` program has chosen a socket.
     Foreign,
 }
 
@@ -64,7 +64,8 @@ impl Attempt {
 pub trait World {
     /// Feeds every member of the service to the scan, in ascending order of slots.
     fn scan(&mut self, scan: &mut Scan);
-    /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it.
+    /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
+    /// out must show in the counters of the next scan (see [`note_full`], [`note_over`]).
     fn attempt(&mut self, slot: u32, deliberation: &Deliberation) -> Attempt;
 }
 
@@ -86,14 +87,17 @@ pub struct Decision {
     pub slot: Option<u32>,
 }
 
-/// Rounds in all: looks, one more pass for round-robin and one for cookies, before and after a stale daemon is found to
-/// matter, and choices made anew because of other CPUs.
-pub const MAX_ROUNDS: u32 = MAX_LOOKS as u32 + 10;
+/// Rounds in all: looks, passes for the sum of the weights and for cookies, choices made anew because of other CPUs.
+pub const MAX_ROUNDS: u32 = 48;
 /// After so many rounds another CPU's SYN is no reason to choose anew.
 const YIELDING_ROUNDS: u32 = 6;
 
 /// The state of one decision. The kernel keeps it in a map: on the stack the verifier would follow every value in it.
 #[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each noted where it is found out"
+)]
 pub struct Deliberation {
     /// The choice.
     pub scan: Scan,
@@ -249,8 +253,12 @@ impl Deliberation {
             Attempt::Failed => self.failed = true,
             _ => {}
         }
-        self.scan.mark_tried(self.looks as usize, slot);
-        self.looks += 1;
+        // A look that fails changes the counters, which put the backend behind those that may have room. Only one that was
+        // there already, or has no counters to change, must be remembered.
+        if self.scan.best_is_doubtful() || matches!(attempt, Attempt::Gone | Attempt::Failed) {
+            self.scan.mark_tried(self.looks as usize, slot);
+            self.looks += 1;
+        }
     }
 
     #[inline(always)]
@@ -353,8 +361,571 @@ pub fn decide<W: World>(world: &mut W, state: &mut Deliberation) -> Decision {
     state.failure()
 }
 
+/// `Counts::full` after a look that found the queue full since that tick.
+#[inline(always)]
+pub const fn note_full(since: u32, now: u32) -> u64 {
+    full_word(since, now)
+}
+
+/// `Counts::expected` after a look that found so many pending that the quota is reached.
+#[inline(always)]
+pub const fn note_over(pending: u32, now: u32) -> u64 {
+    (now as u64) << 32 | pending as u64
+}
+
 /// Whether a look must make the choice anew because cookies turn out to be in use.
 #[inline(always)]
 pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> bool {
     matches!(cookies, Cookies::InUse) && !state.scan.cookies
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::{Address, Backend, BackendState, Counts, Life, Policy, SlotPolicy, UNLIMITED};
+    use crate::admission::{Observation, judge};
+    use crate::choice::Member;
+    use crate::{Verdict, hash};
+    use proptest::prelude::*;
+    use std::vec::Vec;
+
+    const GENERATION: u32 = 3;
+    const NOW: u32 = 50_000;
+
+    /// Backends whose sockets say exactly what their counters say.
+    struct Model {
+        members: Vec<Member>,
+        sockets: Vec<Observation>,
+    }
+
+    fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
+        Member {
+            slot,
+            backend: Backend {
+                life: Life::new(GENERATION, BackendState::Active).0,
+                netns: 1,
+                address: Address([0, 0, 0xffff_u32.to_be(), 0x0100_007f]),
+                port: 21_800 + u16::try_from(slot).unwrap(),
+                weight,
+                ..Backend::EMPTY
+            },
+            policy: SlotPolicy::new(GENERATION, quota, weight, 0),
+            counts: Counts {
+                established: u64::from(established),
+                ..Counts::ZERO
+            },
+        }
+    }
+
+    const IDLE: Observation = Observation {
+        half_open: 0,
+        young: 0,
+        fast_open: 0,
+        queue: 0,
+        backlog: 128,
+        syncookies: 1,
+        overflow_age: 1_000,
+    };
+
+    impl Model {
+        fn of(members: impl IntoIterator<Item = Member>) -> Self {
+            let members: Vec<Member> = members.into_iter().collect();
+            let sockets = members.iter().map(|_| IDLE).collect();
+            Self { members, sockets }
+        }
+
+        fn index(&self, slot: u32) -> usize {
+            self.members
+                .iter()
+                .position(|member| member.slot == slot)
+                .unwrap()
+        }
+
+        fn decide(&mut self, request: Request) -> Decision {
+            self.decide_in(request, NORMAL)
+        }
+
+        fn decide_in(&mut self, request: Request, circumstances: Circumstances) -> Decision {
+            decide(self, &mut Deliberation::new(request, circumstances))
+        }
+
+        /// A connection comes and is established at once.
+        fn connect(&mut self, request: Request) -> Decision {
+            let decision = self.decide(request);
+            if let Some(slot) = decision.slot {
+                let index = self.index(slot);
+                self.members[index].counts.established += 1;
+            }
+            decision
+        }
+
+        fn established(&self) -> Vec<u32> {
+            self.members
+                .iter()
+                .map(|member| member.counts.established())
+                .collect()
+        }
+    }
+
+    impl World for Model {
+        fn scan(&mut self, scan: &mut Scan) {
+            for member in &self.members {
+                scan.consider(member);
+            }
+        }
+
+        fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
+            let index = self.index(slot);
+            let (member, seen) = (&self.members[index], &self.sockets[index]);
+            if must_choose_by_tuple(seen.cookies(), state) {
+                return Attempt::Cookies;
+            }
+            let quota = member.quota(state.scan.request.quota);
+            let pending = seen.pending(quota);
+            let judgement = judge(seen, &member.counts, quota, state.scan.enforce, NOW);
+            let counts = &mut self.members[index].counts;
+            match judgement {
+                Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
+                Judgement::QueueFull { since } => {
+                    counts.full = note_full(since, NOW);
+                    Attempt::Judged(judgement)
+                }
+                Judgement::OverQuota => {
+                    counts.expected = note_over(pending, NOW);
+                    Attempt::Judged(judgement)
+                }
+                Judgement::Take => Attempt::Assigned,
+            }
+        }
+    }
+
+    const NORMAL: Circumstances = Circumstances {
+        exempt: false,
+        stale: false,
+    };
+
+    fn request(policy: Policy) -> Request {
+        Request {
+            service: 0,
+            netns: 1,
+            to: Address([0, 0, 0xffff_u32.to_be(), 0x0100_007f]),
+            device: 0,
+            v4: true,
+            virtual_port: true,
+            policy,
+            quota: UNLIMITED,
+            source: 7,
+            tuple: 9,
+            ticket: 0,
+            now: NOW,
+        }
+    }
+
+    fn from_source(policy: Policy, source: u64) -> Request {
+        Request {
+            source: hash::of_source(0, source),
+            tuple: hash::of_tuple(source, 1, 2, 3),
+            ticket: source,
+            ..request(policy)
+        }
+    }
+
+    fn any_policy() -> impl Strategy<Value = Policy> {
+        prop_oneof![
+            Just(Policy::LeastConnections),
+            Just(Policy::RoundRobin),
+            Just(Policy::SourceHash)
+        ]
+    }
+
+    fn any_members() -> impl Strategy<Value = Vec<Member>> {
+        prop::collection::vec((0..20_u32, 0..20_u32, 1..5_u32), 1..40).prop_map(|rows| {
+            rows.into_iter()
+                .zip(0..)
+                .map(|((established, quota, weight), slot)| {
+                    member(slot, established, quota, weight)
+                })
+                .collect()
+        })
+    }
+
+    fn any_observation() -> impl Strategy<Value = Observation> {
+        (
+            0..300_u32,
+            0..300_u32,
+            0..3_u32,
+            0..10_u32,
+            0..10_u32,
+            0..3_u8,
+            0..300_u32,
+        )
+            .prop_map(
+                |(half_open, young, fast_open, queue, backlog, syncookies, overflow_age)| {
+                    Observation {
+                        half_open,
+                        young,
+                        fast_open,
+                        queue,
+                        backlog,
+                        syncookies,
+                        overflow_age,
+                    }
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn never_over_quota_and_refused_only_when_all_are(
+            members in any_members(), policy in any_policy(), sources in prop::collection::vec(any::<u64>(), 1..200),
+        ) {
+            let mut model = Model::of(members);
+            for source in sources {
+                let before = model.established();
+                let decision = model.connect(from_source(policy, source));
+                let rooms = || before.iter().zip(&model.members).map(|(count, member)| *count < member.quota(UNLIMITED));
+                match decision.slot {
+                    Some(slot) => prop_assert!(rooms().nth(slot as usize).unwrap()),
+                    None => prop_assert!(!rooms().any(|room| room), "{decision:?} though there is room"),
+                }
+                prop_assert_eq!(decision.slot.is_none(), decision.reason.verdict() == Verdict::Refuse);
+            }
+        }
+
+        #[test]
+        fn least_loaded_wins(members in any_members()) {
+            let mut model = Model::of(members);
+            let load = |member: &Member| f64::from(member.counts.established()) / f64::from(member.weight());
+            let open = |member: &&Member| member.counts.established() < member.quota(UNLIMITED);
+            let least = model.members.iter().filter(open).map(load).fold(f64::INFINITY, f64::min);
+            if let Some(slot) = model.decide(request(Policy::LeastConnections)).slot {
+                let chosen = load(&model.members[slot as usize]);
+                prop_assert!((chosen - least).abs() < 1e-4, "{chosen} {least}");
+            }
+        }
+
+        #[test]
+        fn whatever_the_sockets_say_nothing_panics(
+            members in any_members(), seen in prop::collection::vec(any_observation(), 40), policy in any_policy(),
+            exempt: bool, stale: bool, virtual_port: bool, source: u64, words in prop::collection::vec(any::<u64>(), 40),
+        ) {
+            let mut model = Model::of(members);
+            for ((member, socket), word) in model.members.iter_mut().zip(&mut model.sockets).zip(seen.iter().zip(&words)) {
+                *socket = *word.0;
+                member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1 };
+            }
+            let request = Request { virtual_port, ..from_source(policy, source) };
+            let decision = model.decide_in(request, Circumstances { exempt, stale });
+            if exempt || stale {
+                prop_assert_ne!(decision.reason.verdict(), Verdict::Refuse);
+            }
+        }
+
+        #[test]
+        fn source_hash_moves_only_what_it_must(count in 2..30_u32, gone: prop::sample::Index, source: u64) {
+            let members: Vec<Member> = (0..count).map(|slot| member(slot, 0, UNLIMITED, 1)).collect();
+            let gone = gone.index(members.len());
+            let request = from_source(Policy::SourceHash, source);
+            let before = Model::of(members.clone()).decide(request).slot;
+            let fewer = members.into_iter().enumerate().filter(|(index, _)| *index != gone).map(|(_, member)| member);
+            let after = Model::of(fewer).decide(request).slot;
+            if before != u32::try_from(gone).ok() {
+                prop_assert_eq!(before, after);
+            }
+        }
+
+        #[test]
+        fn source_hash_follows_the_address_not_the_slot(source: u64) {
+            let members: Vec<Member> = (0..8).map(|slot| member(slot, 0, UNLIMITED, 1)).collect();
+            let moved: Vec<Member> = members.iter().map(|old| Member { slot: old.slot + 100, ..*old }).collect();
+            let request = from_source(Policy::SourceHash, source);
+            let (before, after) = (Model::of(members).decide(request).slot, Model::of(moved).decide(request).slot);
+            prop_assert_eq!(before.unwrap() + 100, after.unwrap());
+        }
+
+        #[test]
+        fn with_cookies_the_choice_depends_on_the_tuple_alone(
+            policy in any_policy(), source: u64, at_syn in prop::collection::vec(0..100_u32, 5), at_ack in prop::collection::vec(0..100_u32, 5),
+        ) {
+            let choose = |counts: &[u32], ticket| {
+                let mut model = Model::of((0..5).map(|slot| member(slot, counts[slot as usize], UNLIMITED, 1)));
+                model.sockets[2].overflow_age = 1;
+                model.members[2].counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+                model.decide(Request { ticket, ..from_source(policy, source) }).slot
+            };
+            prop_assert_eq!(choose(&at_syn, 1), choose(&at_ack, 2));
+        }
+    }
+
+    #[test]
+    fn weights_converge() {
+        for policy in [
+            Policy::LeastConnections,
+            Policy::RoundRobin,
+            Policy::SourceHash,
+        ] {
+            let mut model = Model::of(
+                [1, 2, 5]
+                    .into_iter()
+                    .zip(0..)
+                    .map(|(weight, slot)| member(slot, 0, UNLIMITED, weight)),
+            );
+            for source in 0..8_000 {
+                model.connect(from_source(policy, source));
+            }
+            let tolerance = if policy == Policy::SourceHash { 250 } else { 1 };
+            for (count, expected) in model
+                .established()
+                .into_iter()
+                .zip([1_000, 2_000, 5_000_u32])
+            {
+                assert!(
+                    count.abs_diff(expected) <= tolerance,
+                    "{}: {:?}",
+                    policy.name(),
+                    model.established()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn siblings_of_one_address_share_its_clients() {
+        let mut model = Model::of((0..4).map(|slot| {
+            let mut sibling = member(slot, 0, UNLIMITED, 1);
+            sibling.backend.port = 11_800;
+            sibling
+        }));
+        for source in 0..4_000 {
+            model.connect(from_source(Policy::SourceHash, source));
+        }
+        assert!(
+            model
+                .established()
+                .iter()
+                .all(|count| count.abs_diff(1_000) < 150),
+            "{:?}",
+            model.established()
+        );
+    }
+
+    #[test]
+    fn pending_counts_and_the_next_candidate_is_taken() {
+        let mut model = Model::of((0..2).map(|slot| member(slot, slot, 5, 1)));
+        model.sockets[0] = Observation {
+            half_open: 5,
+            young: 5,
+            ..IDLE
+        };
+        assert_eq!(
+            model.decide(request(Policy::LeastConnections)).slot,
+            Some(1)
+        );
+        model.sockets[1] = Observation {
+            half_open: 4,
+            young: 4,
+            ..IDLE
+        };
+        let refused = model.decide(request(Policy::LeastConnections));
+        assert_eq!(
+            refused,
+            Decision {
+                reason: Reason::OverQuota,
+                slot: None
+            }
+        );
+    }
+
+    #[test]
+    fn a_full_queue_is_steered_around_then_has_grace_then_is_refused() {
+        let full = Observation {
+            queue: 9,
+            backlog: 8,
+            ..IDLE
+        };
+        let mut model = Model::of((0..2).map(|slot| member(slot, slot, 5, 1)));
+        model.sockets[0] = full;
+        assert_eq!(
+            model.decide(request(Policy::LeastConnections)).slot,
+            Some(1)
+        );
+        model.sockets[1] = full;
+        let grace = model.decide(request(Policy::LeastConnections));
+        assert_eq!(grace.reason, Reason::AcceptQueueGrace);
+        for member in &mut model.members {
+            member.counts.full = full_word(NOW - QUEUE_GRACE - 1, NOW - 1);
+        }
+        let refused = model.decide(request(Policy::LeastConnections));
+        assert_eq!(
+            refused,
+            Decision {
+                reason: Reason::AcceptQueueFull,
+                slot: None
+            }
+        );
+    }
+
+    #[test]
+    fn the_only_backend_with_room_is_found_behind_many_that_seem_to_have_some() {
+        for busy in [
+            Observation {
+                queue: 9,
+                backlog: 8,
+                ..IDLE
+            },
+            Observation {
+                half_open: 5,
+                young: 5,
+                ..IDLE
+            },
+        ] {
+            for policy in Policy::ALL {
+                let mut model = Model::of((0..30).map(|slot| member(slot, 0, 5, 1)));
+                model.sockets.fill(busy);
+                model.sockets[29] = IDLE;
+                assert_eq!(
+                    model.decide(request(policy)).slot,
+                    Some(29),
+                    "{}",
+                    policy.name()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn each_refusal_has_its_reason() {
+        let decide = |quota, change: &dyn Fn(&mut Model)| {
+            let mut model = Model::of([member(0, 5, quota, 1)]);
+            change(&mut model);
+            model.decide(request(Policy::LeastConnections)).reason
+        };
+        assert_eq!(decide(5, &|_| ()), Reason::OverQuota);
+        assert_eq!(decide(0, &|_| ()), Reason::ClosedByHand);
+        assert_eq!(decide(6, &|_| ()), Reason::Steered);
+        assert_eq!(
+            decide(6, &|model| model.members[0].backend.netns = 2),
+            Reason::NoBackend
+        );
+        assert_eq!(
+            decide(6, &|model| model.members[0].backend.flags =
+                Backend::CANDIDATE),
+            Reason::Steered
+        );
+        assert_eq!(
+            decide(5, &|model| {
+                model.members[0].counts.cookies =
+                    (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+            }),
+            Reason::OverQuotaCookie
+        );
+    }
+
+    #[test]
+    fn a_candidate_waits_for_the_daemon() {
+        let mut candidate = member(0, 0, 5, 1);
+        candidate.backend.flags = Backend::CANDIDATE;
+        candidate.policy = SlotPolicy {
+            quota: 0,
+            weight: 0,
+        };
+        assert_eq!(candidate.state(), BackendState::Candidate);
+        let decision = Model::of([candidate]).decide(request(Policy::LeastConnections));
+        assert_eq!(decision.reason, Reason::NoBackend);
+    }
+
+    #[test]
+    fn a_stale_daemon_and_an_exempt_source_are_not_refused() {
+        let full = || Model::of((0..3).map(|slot| member(slot, 5 + slot, 5, 1)));
+        let stale = Circumstances {
+            stale: true,
+            ..NORMAL
+        };
+        let decision = full().decide_in(request(Policy::LeastConnections), stale);
+        assert_eq!(
+            decision,
+            Decision {
+                reason: Reason::FailOpenStale,
+                slot: Some(0)
+            }
+        );
+        let exempt = Circumstances {
+            exempt: true,
+            ..NORMAL
+        };
+        let decision = full().decide_in(request(Policy::LeastConnections), exempt);
+        assert_eq!(
+            decision,
+            Decision {
+                reason: Reason::Exempt,
+                slot: Some(0)
+            }
+        );
+        let own_port = Request {
+            virtual_port: false,
+            ..request(Policy::LeastConnections)
+        };
+        let decision = full().decide_in(own_port, exempt);
+        assert_eq!(
+            decision,
+            Decision {
+                reason: Reason::Exempt,
+                slot: None
+            }
+        );
+    }
+
+    #[test]
+    fn on_an_own_port_only_listeners_of_the_destination_take_part() {
+        let own = |address| Request {
+            virtual_port: false,
+            to: address,
+            ..request(Policy::LeastConnections)
+        };
+        let bound = member(0, 4, 10, 1);
+        let mut wildcard = member(1, 0, 10, 1);
+        wildcard.backend.address = Address::ANY;
+        let elsewhere = Address::from_v4_be(u32::from_ne_bytes([10, 0, 0, 9]));
+        let mut model = Model::of([bound, wildcard]);
+        assert_eq!(model.decide(own(bound.backend.address)).slot, Some(0));
+        assert_eq!(model.decide(own(elsewhere)).slot, Some(1));
+        let mut stranger = member(2, 0, 10, 1);
+        stranger.backend.uid = 1_000;
+        assert_eq!(
+            Model::of([bound, stranger])
+                .decide(own(bound.backend.address))
+                .slot,
+            Some(0)
+        );
+        let mut device = member(3, 9, 10, 1);
+        device.backend.device = 5;
+        assert_eq!(
+            Model::of([bound, device])
+                .decide(own(bound.backend.address))
+                .slot,
+            Some(0)
+        );
+        let arrived = Request {
+            device: 5,
+            ..own(bound.backend.address)
+        };
+        assert_eq!(Model::of([bound, device]).decide(arrived).slot, Some(3));
+    }
+
+    #[test]
+    fn attempts_survive_a_word() {
+        for attempt in [
+            Attempt::Assigned,
+            Attempt::Raced,
+            Attempt::Cookies,
+            Attempt::Gone,
+            Attempt::Failed,
+            Attempt::Foreign,
+            Attempt::Judged(Judgement::OverQuota),
+            Attempt::Judged(Judgement::QueueFull { since: 77 }),
+            Attempt::Judged(Judgement::Take),
+        ] {
+            assert_eq!(Attempt::decode(attempt.encode()), attempt);
+        }
+    }
 }

@@ -38,7 +38,7 @@ const fn log2_table() -> [u64; STEPS + 1] {
     table
 }
 
-/// Spreads every bit of `x` over the whole word (the finaliser of MurmurHash3).
+/// Spreads every bit of `x` over the whole word (the finaliser of `MurmurHash3`).
 #[inline(always)]
 pub const fn mix(mut x: u64) -> u64 {
     x ^= x >> 33;

@@ -9,12 +9,11 @@ use balancer_common::abi::{
     ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, NO_SERVICE, Policy, PortKey,
     REASON_SLOTS, ServicePort, ticks,
 };
-use balancer_common::admission::{
-    Judgement, Observation, cookies_word, expected_word, full_word, judge,
-};
+use balancer_common::admission::{Judgement, Observation, cookies_word, expected_word, judge};
 use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
+    note_full, note_over,
 };
 use balancer_common::{Reason, Verdict, hash};
 use core::ffi::c_void;
@@ -432,7 +431,7 @@ fn attempt_socket(
     let quota = member.quota(state.scan.request.quota);
     match judge(&seen, &member.counts, quota, state.scan.enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
-            unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
+            unsafe { atomic::store(&raw mut (*counts).full, note_full(since, now)) };
             return Attempt::Judged(Judgement::QueueFull { since });
         }
         Judgement::OverQuota => {
@@ -473,8 +472,7 @@ fn announce(counts: *mut Counts, word: u64, state: &Deliberation) -> bool {
 /// Corrects the hint that a look has found wrong.
 #[inline(always)]
 fn note_expected(counts: *mut Counts, pending: u32, now: u32) {
-    let word = u64::from(now) << 32 | u64::from(pending);
-    unsafe { atomic::store(&raw mut (*counts).expected, word) };
+    unsafe { atomic::store(&raw mut (*counts).expected, note_over(pending, now)) };
 }
 
 #[inline(always)]

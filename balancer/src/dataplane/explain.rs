@@ -7,12 +7,20 @@ use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use aya::maps::lpm_trie::Key;
 use balancer_common::abi::{
+    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
+        if let Some(member) = self.members.get_mut(&slot) {
+            change(&mut member.counts);
+        }
+    }
+
     ANY_NETNS, Address, Backend, Connection, Cookies, ExemptKey, NO_SERVICE, Policy, PortKey,
     ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::admission::{Judgement, Observation, cookies_state, expected, judge};
 use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
-use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
+use balancer_common::decide::{
+    Attempt, Circumstances, Decision, Deliberation, World, decide, note_full, note_over,
+};
 use balancer_common::{Reason, Verdict, hash};
 
 use super::snapshot::{services, text};
@@ -205,6 +213,7 @@ impl Picture {
         }
     }
 
+<<<<<<< HEAD
     fn describe(
         &self,
         from: SocketAddr,
@@ -219,6 +228,18 @@ impl Picture {
                 member.slot,
                 SocketAddr::new(backend.address.into(), backend.port),
             )
+=======
+    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
+        if let Some(member) = self.members.get_mut(&slot) {
+            change(&mut member.counts);
+        }
+    }
+
+    fn describe(&self, from: SocketAddr, service: &str, decision: Decision) -> Explanation {
+        let backend = decision.slot.and_then(|slot| {
+            let backend = &self.members.get(&slot)?.backend;
+            Some((slot, SocketAddr::new(backend.address.into(), backend.port)))
+>>>>>>> 71ae125 (Look past backends that turn out busy until one with room is found; prove the decision with proptest)
         });
         let verdict = if backend.is_some() {
             Verdict::Steer
@@ -322,21 +343,25 @@ impl World for Picture {
     }
 
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
-        let Some(member) = self.members.get(&slot) else {
+        let Some(member) = self.members.get(&slot).copied() else {
             return Attempt::Gone;
         };
         let now = state.scan.request.now;
         let quota = member.quota(state.scan.request.quota);
-        match judge(
-            &self.observe(member, now),
-            &member.counts,
-            quota,
-            state.scan.enforce,
-            now,
-        ) {
-            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
+        let seen = self.observe(&member, now);
+        let judgement = judge(&seen, &member.counts, quota, state.scan.enforce, now);
+        match judgement {
             Judgement::Take => Attempt::Assigned,
-            judgement => Attempt::Judged(judgement),
+            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
+            Judgement::QueueFull { since } => {
+                self.note(slot, |counts| counts.full = note_full(since, now));
+                Attempt::Judged(judgement)
+            }
+            Judgement::OverQuota => {
+                let pending = seen.pending(quota);
+                self.note(slot, |counts| counts.expected = note_over(pending, now));
+                Attempt::Judged(judgement)
+            }
         }
     }
 }
