@@ -166,7 +166,7 @@ fn listened(ctx: &SockOpsContext) {
         return;
     };
     if let Some(connection) = storage(ctx)
-        && listens_again(ctx, connection)
+        && listens_again(ctx, connection, rule.service)
     {
         return;
     }
@@ -177,9 +177,38 @@ fn listened(ctx: &SockOpsContext) {
     }
 }
 
+/// No rule, no slot.
+const NONE: u64 = u64::MAX;
+
 /// The rule for a listener: the more specific one wins.
 #[inline(always)]
 fn rule_of(netns: u64, address: Address, port: u16) -> Option<ListenRule> {
+    let packed = account_rule(netns, &address, u32::from(port));
+    (packed != NONE).then_some(ListenRule {
+        service: packed as u16,
+        flags: (packed >> 16) as u16,
+        weight: (packed >> 32) as u32,
+    })
+}
+
+/// A packed rule, or [`NONE`]. Global functions are looked at by the verifier once, by themselves, and not on every path
+/// that leads to them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -> u64 {
+    let Some(address) = (unsafe { address.as_ref() }) else {
+        return NONE;
+    };
+    match most_specific(netns, *address, port as u16) {
+        Some(rule) => {
+            u64::from(rule.weight) << 32 | u64::from(rule.flags) << 16 | u64::from(rule.service)
+        }
+        None => NONE,
+    }
+}
+
+#[inline(always)]
+fn most_specific(netns: u64, address: Address, port: u16) -> Option<ListenRule> {
     let wildcard = address.is_any();
     if !wildcard {
         if let Some(rule) = rule_at(netns, address, port, wildcard) {
@@ -203,13 +232,16 @@ fn rule_at(netns: u64, address: Address, port: u16, wildcard: bool) -> Option<Li
 
 /// The same socket was shut down and listens again: its slot is still its own, with the connections that it has.
 #[inline(always)]
-fn listens_again(ctx: &SockOpsContext, connection: &Connection) -> bool {
+fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) -> bool {
     let slot = u32::from(connection.slot);
     let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
         return false;
     };
     let life = unsafe { (*backend).life() };
-    if life.generation() != connection.generation || !life.is(BackendState::Closed) {
+    if life.generation() != connection.generation
+        || !life.is(BackendState::Closed)
+        || unsafe { (*backend).service } != service
+    {
         return false;
     }
     if !unsafe {
@@ -261,17 +293,27 @@ fn backend_of(
     backend
 }
 
-/// No slot is free.
-const NO_SLOT: u64 = u64::MAX;
-
 /// Claims the first free slot.
 #[inline(always)]
 fn claim(service: u16) -> Option<(u32, Life)> {
-    if is_crowded(service) {
-        return None;
+    let packed = account_claim(u32::from(service));
+    (packed != NONE).then(|| {
+        (
+            packed as u32,
+            Life::new((packed >> 32) as u32, BackendState::Free),
+        )
+    })
+}
+
+/// Slot and generation, or [`NONE`]. Global like [`account_rule`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_claim(service: u32) -> u64 {
+    if is_crowded(service as u16) {
+        return NONE;
     }
     for _ in 0..CLAIMS {
-        let mut found = NO_SLOT;
+        let mut found = NONE;
         let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
         unsafe {
             bpf_loop(
@@ -282,10 +324,9 @@ fn claim(service: u16) -> Option<(u32, Life)> {
             )
         };
         let slot = unsafe { core::ptr::read_volatile(&raw const found) };
-        if slot == NO_SLOT {
-            return None;
-        }
-        let place = BACKENDS.get_ptr_mut(slot as u32)?;
+        let Some(place) = BACKENDS.get_ptr_mut(slot as u32) else {
+            return NONE;
+        };
         let life = unsafe { (*place).life() };
         if life.is(BackendState::Free)
             && unsafe {
@@ -296,10 +337,10 @@ fn claim(service: u16) -> Option<(u32, Life)> {
                 )
             }
         {
-            return Some((slot as u32, life));
+            return u64::from(life.generation()) << 32 | slot;
         }
     }
-    None
+    NONE
 }
 
 /// Whether a service has all the backends that it may have.

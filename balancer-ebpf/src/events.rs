@@ -13,6 +13,25 @@ const REFUSAL_INTERVAL: u32 = ticks_of_ms(100);
 /// Something happened to a listener. A full ring loses the event; the daemon also looks by itself.
 #[inline(always)]
 pub fn listener(kind: EventKind, slot: u32, backend: &Backend) {
+    account_event(kind as u32, slot, backend);
+}
+
+/// Global, so that the verifier looks at it by itself.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -> u32 {
+    let Some(backend) = (unsafe { backend.as_ref() }) else {
+        return 0;
+    };
+    #[cfg(feature = "log")]
+    aya_log_ebpf::debug!(
+        &(),
+        "listener event {}: service {}, port {}, slot {}",
+        kind,
+        backend.service,
+        backend.port,
+        slot
+    );
     let event = Event {
         kind: kind as u16,
         service: backend.service,
@@ -23,7 +42,7 @@ pub fn listener(kind: EventKind, slot: u32, backend: &Backend) {
         reason: 0,
         pid: backend.pid,
     };
-    let _ = EVENTS.output::<Event>(&event, 0);
+    u32::from(EVENTS.output::<Event>(&event, 0).is_ok())
 }
 
 /// A look-up was refused.
@@ -39,6 +58,14 @@ pub fn refused(service: u16, netns: u64, source: Address, source_port: u16, reas
     {
         return;
     }
+    #[cfg(feature = "log")]
+    aya_log_ebpf::debug!(
+        &(),
+        "refused: service {}, reason {}, client port {}",
+        service,
+        reason as u16,
+        source_port
+    );
     let event = Event {
         kind: EventKind::Refused as u16,
         service,
