@@ -7,14 +7,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use aya::maps::lpm_trie::Key;
 use balancer_common::abi::{
-    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
-        if let Some(member) = self.members.get_mut(&slot) {
-            change(&mut member.counts);
-        }
-    }
-
-    ANY_NETNS, Address, Backend, Connection, Cookies, ExemptKey, NO_SERVICE, Policy, PortKey,
-    ServicePort, UNLIMITED, ticks,
+    ANY_NETNS, Address, Backend, Connection, Cookies, Counts, ExemptKey, NO_SERVICE, Policy,
+    PortKey, ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::admission::{Judgement, Observation, cookies_state, expected, judge};
 use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
@@ -213,7 +207,12 @@ impl Picture {
         }
     }
 
-<<<<<<< HEAD
+    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
+        if let Some(member) = self.members.get_mut(&slot) {
+            change(&mut member.counts);
+        }
+    }
+
     fn describe(
         &self,
         from: SocketAddr,
@@ -228,18 +227,6 @@ impl Picture {
                 member.slot,
                 SocketAddr::new(backend.address.into(), backend.port),
             )
-=======
-    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
-        if let Some(member) = self.members.get_mut(&slot) {
-            change(&mut member.counts);
-        }
-    }
-
-    fn describe(&self, from: SocketAddr, service: &str, decision: Decision) -> Explanation {
-        let backend = decision.slot.and_then(|slot| {
-            let backend = &self.members.get(&slot)?.backend;
-            Some((slot, SocketAddr::new(backend.address.into(), backend.port)))
->>>>>>> 71ae125 (Look past backends that turn out busy until one with room is found; prove the decision with proptest)
         });
         let verdict = if backend.is_some() {
             Verdict::Steer
