@@ -23,15 +23,6 @@ impl Quota {
     }
 }
 
-impl fmt::Display for Quota {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Unlimited => f.write_str("unlimited"),
-            Self::Limited(limit) => limit.fmt(f),
-        }
-    }
-}
-
 /// What a quota depends on, of one backend that is ready to take connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ready {
@@ -48,7 +39,7 @@ pub struct Ready {
 pub struct Outcome {
     /// One for each backend, in their order.
     pub quotas: Vec<Quota>,
-    /// How they come about, for an operator: one line, at most 256 bytes.
+    /// How they come about, for an operator: one line, at most 255 bytes.
     pub sentence: String,
     /// Whether a quota is still above what it should be, because it goes down slowly.
     pub lowering: bool,

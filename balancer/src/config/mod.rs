@@ -3,7 +3,9 @@
 //! A [`Config`] that exists is valid: whoever holds one need not check it again.
 
 mod error;
+mod fields;
 mod read;
+mod together;
 mod yaml;
 
 #[cfg(test)]

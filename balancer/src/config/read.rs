@@ -1,7 +1,7 @@
 //! From located YAML to a valid [`Config`].
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     time::Duration,
@@ -11,14 +11,14 @@ use balancer_common::Policy;
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
-    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, DEFAULT_MIN_QUOTA, MAX_BACKENDS,
-    MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT, MAX_NAME_BYTES,
+    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, DEFAULT_MIN_QUOTA, MAX_CONNECTIONS,
+    MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT, MAX_NAME_BYTES,
     MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, Namespaces, QuotaRule, Service,
     error::at_line,
-    yaml::{self, Entry, Node, Value, shown},
+    fields::{Fields, Result, decimal, list, number, scalar},
+    together::{Located, check_together},
+    yaml::{self, Node, Value, shown},
 };
-
-type Result<T> = std::result::Result<T, ConfigError>;
 
 const SMALLEST: &str = "start with\n  services:\n    - name: agents\n      port: 11800";
 
@@ -45,108 +45,6 @@ pub(super) fn config(text: &str) -> Result<Config> {
             .optional("namespaces", namespaces)?
             .unwrap_or(Namespaces::Own),
     })
-}
-
-/// The keys of one mapping, all of them known ones.
-struct Fields<'a> {
-    what: &'static str,
-    line: usize,
-    entries: &'a [Entry],
-}
-
-impl<'a> Fields<'a> {
-    fn of(node: &'a Node, what: &'static str, known: &[&str]) -> Result<Self> {
-        let Value::Map(entries) = &*node.value else {
-            return Err(at_line(
-                node.line,
-                format!(
-                    "{what} must be `key: value` settings, this is {}",
-                    node.value.kind()
-                ),
-                format!("the keys are {}", known.join(", ")),
-            ));
-        };
-        for entry in entries {
-            if !known.contains(&entry.key.as_str()) {
-                return Err(at_line(
-                    entry.line,
-                    format!("unknown key `{}` in {what}", shown(&entry.key)),
-                    unknown_key_advice(&entry.key, known),
-                ));
-            }
-        }
-        Ok(Self {
-            what,
-            line: node.line,
-            entries,
-        })
-    }
-
-    fn get(&self, key: &str) -> Option<&'a Node> {
-        self.entries
-            .iter()
-            .find(|entry| entry.key == key)
-            .map(|entry| &entry.node)
-    }
-
-    fn required(&self, key: &str) -> Result<&'a Node> {
-        self.get(key).ok_or_else(|| {
-            at_line(
-                self.line,
-                format!("`{key}` is missing in {}", self.what),
-                format!("add `{key}: …`"),
-            )
-        })
-    }
-
-    fn optional<T>(&self, key: &str, read: impl FnOnce(&Node) -> Result<T>) -> Result<Option<T>> {
-        self.get(key).map(read).transpose()
-    }
-}
-
-fn unknown_key_advice(key: &str, known: &[&str]) -> String {
-    if key == "<<" {
-        return "YAML merge keys are not supported: write the settings out".to_owned();
-    }
-    let near = known
-        .iter()
-        .filter(|candidate| alike(key, candidate))
-        .min_by_key(|near| distance(key, near));
-    let question = near
-        .map(|near| format!("did you mean `{near}`? "))
-        .unwrap_or_default();
-    format!("{question}the keys are {}", known.join(", "))
-}
-
-/// Whether `key` is likely a slip for `candidate`: another case or another separator, or few letters changed (two make a transposition).
-fn alike(key: &str, candidate: &str) -> bool {
-    let key = key.to_lowercase().replace('-', "_");
-    // A longer word can't be a slip for any key, and the distance costs the product of both lengths.
-    key.len() <= 2 * candidate.len() && distance(&key, candidate) <= candidate.len().div_ceil(3)
-}
-
-/// How many letters must be inserted, removed or replaced to make `a` into `b` (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-        }
-    }
-    row[b.len()]
-}
-
-/// A service with the lines that errors about several services together name.
-struct Located {
-    service: Service,
-    name_line: usize,
-    port_line: usize,
-    backend_lines: Vec<usize>,
 }
 
 fn located_services(node: &Node) -> Result<Vec<Located>> {
@@ -648,176 +546,4 @@ fn namespaces(node: &Node) -> Result<Namespaces> {
         paths.push(path);
     }
     Ok(Namespaces::Paths(paths))
-}
-
-/// The rules that concern several services at once.
-fn check_together(services: &[Located]) -> Result<()> {
-    check_names(services)?;
-    check_ports(services)?;
-    check_backends(services)
-}
-
-fn check_names(services: &[Located]) -> Result<()> {
-    let mut seen = HashMap::new();
-    for Located {
-        service, name_line, ..
-    } in services
-    {
-        if let Some(first) = seen.insert(&service.name, name_line) {
-            return Err(at_line(
-                *name_line,
-                format!(
-                    "a second service is named `{}`, the first on line {first}",
-                    service.name
-                ),
-                "give each service a name of its own",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn check_ports(services: &[Located]) -> Result<()> {
-    let mut seen = HashMap::new();
-    for Located {
-        service, port_line, ..
-    } in services
-    {
-        if let Some((first, line)) =
-            seen.insert((service.port, service.address), (&service.name, port_line))
-        {
-            return Err(at_line(
-                *port_line,
-                format!(
-                    "`{}` is on the same port and address as `{first}` on line {line}: {}",
-                    service.name,
-                    place(service)
-                ),
-                "change a port, or give each service an `address` of its own",
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn check_backends(services: &[Located]) -> Result<()> {
-    let mut seen: HashMap<SocketAddr, (&str, usize)> = HashMap::new();
-    for Located {
-        service,
-        backend_lines,
-        ..
-    } in services
-    {
-        for (backend, line) in service.backends.iter().flatten().zip(backend_lines) {
-            if let Some((owner, first)) = seen.insert(backend.address, (&service.name, *line)) {
-                let problem = if owner == service.name {
-                    format!(
-                        "the backend {} is listed twice, first on line {first}",
-                        backend.address
-                    )
-                } else {
-                    format!(
-                        "the backend {} is already one of `{owner}`, on line {first}",
-                        backend.address
-                    )
-                };
-                return Err(at_line(
-                    *line,
-                    problem,
-                    "a listener serves one service: keep one of the two",
-                ));
-            }
-            if seen.len() > MAX_BACKENDS {
-                return Err(at_line(
-                    *line,
-                    format!("more than {MAX_BACKENDS} backends in all"),
-                    "remove some, or run several daemons with a --state-dir each",
-                ));
-            }
-            if let Some(shadow) = services
-                .iter()
-                .map(|located| &located.service)
-                .find(|other| hides(other, backend))
-            {
-                return Err(at_line(
-                    *line,
-                    format!(
-                        "the backend {} is where clients of `{}` connect to ({}), so it could not be told from the service",
-                        backend.address,
-                        shadow.name,
-                        place(shadow)
-                    ),
-                    "let it listen on another port, or give the service an `address` that no backend has",
-                ));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Whether a connection to `backend` itself would be one to `service`.
-fn hides(service: &Service, backend: &Backend) -> bool {
-    service.port == backend.address.port()
-        && service
-            .address
-            .is_none_or(|address| address == backend.address.ip())
-}
-
-fn place(service: &Service) -> String {
-    match service.address {
-        Some(address) => SocketAddr::new(address, service.port).to_string(),
-        None => format!("port {} on any address", service.port),
-    }
-}
-
-fn list<'a>(node: &'a Node, what: &str, example: &str) -> Result<&'a [Node]> {
-    match &*node.value {
-        Value::List(nodes) => Ok(nodes),
-        Value::Null => Err(at_line(
-            node.line,
-            format!("{what} has no value"),
-            format!("write a list, for example {example}"),
-        )),
-        other => Err(at_line(
-            node.line,
-            format!("{what} must be a list, this is {}", other.kind()),
-            format!("write {example}"),
-        )),
-    }
-}
-
-fn scalar<'a>(node: &'a Node, what: &str, example: &str) -> Result<&'a str> {
-    match &*node.value {
-        Value::Scalar(text) => Ok(text),
-        Value::Null => Err(at_line(
-            node.line,
-            format!("{what} is missing here"),
-            format!("write a value, for example {example}"),
-        )),
-        other => Err(at_line(
-            node.line,
-            format!("{what} must be a single value, this is {}", other.kind()),
-            format!("write for example {example}"),
-        )),
-    }
-}
-
-fn number(node: &Node, key: &str, least: u32, most: u32, advice: &str) -> Result<u32> {
-    let text = scalar(node, key, &least.to_string())?;
-    decimal(text)
-        .and_then(|number| u32::try_from(number).ok())
-        .filter(|number| (least..=most).contains(number))
-        .ok_or_else(|| {
-            at_line(
-                node.line,
-                format!("{key} `{}` is not possible", shown(text)),
-                format!("write a whole number from {least} to {most}; {advice}"),
-            )
-        })
-}
-
-/// A whole number in plain decimal digits: no sign, no separators, no other base, since YAML dialects disagree on what those mean.
-fn decimal(text: &str) -> Option<u64> {
-    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if digits { text.parse().ok() } else { None }
 }

@@ -288,7 +288,7 @@ proptest! {
         prop_assert_eq!(outcome.quotas.len(), backends.len());
         prop_assert!(!outcome.sentence.is_empty());
         prop_assert!(!outcome.sentence.contains('\n'));
-        prop_assert!(outcome.sentence.len() <= 256, "{}", outcome.sentence);
+        prop_assert!(outcome.sentence.len() <= 255, "{}", outcome.sentence);
     }
 
     #[test]
