@@ -190,7 +190,7 @@ fn over_quota_at_the_ack_of_a_cookie() {
             "none is pending with cookies"
         );
         wire.ack_all(opened.values());
-        let late = wire.answers(Duration::from_millis(50));
+        let late = wire.answers(Duration::from_millis(250));
         let reset = late
             .iter()
             .filter(|late| late.flags & flag::RST != 0)
