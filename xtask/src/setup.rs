@@ -117,11 +117,11 @@ const REQUIREMENTS: &[Requirement] = &[
         remedy: || Remedy::Packages(&["maven"]),
     },
     Requirement {
-        name: "python3 with venv and pip",
+        name: "python3 with venv",
         reason: "runs the Python agents; its packages bring Envoy",
         need: Need::RealOap,
         is_there: python_is_there,
-        remedy: || Remedy::Packages(&["python3", "python3-venv", "python3-pip"]),
+        remedy: || Remedy::Packages(&["python3", "python3-venv"]),
     },
 ];
 

@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 
 use balancer_tests::standin::{Attempt, Client, Ending};
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+
+const WATCH_EVERY: Duration = Duration::from_millis(500);
 
 /// How it went for one client.
 pub struct Arrival {
@@ -32,7 +35,7 @@ impl Arrival {
 }
 
 /// `number` clients arrive, evenly over a time. Each connects to the first of its servers that takes it, and makes both calls.
-/// While they do, `watch` is called four times a second.
+/// While they do, `watch` is called twice a second.
 ///
 /// # Panics
 /// When a call fails on a connection that stands: a live connection is never to be touched.
@@ -48,7 +51,9 @@ pub async fn arrive(
         let wait = over / count * u32::try_from(index).expect("fewer clients than that");
         arrivals.spawn(one(format!("client-{index}"), servers(index), wait));
     }
-    let mut tick = tokio::time::interval(Duration::from_millis(250));
+    let mut tick = tokio::time::interval(WATCH_EVERY);
+    // Looking takes time itself: after a late look the next one is not early.
+    tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tick.tick().await;
     let mut arrived = Vec::with_capacity(number);
     loop {
