@@ -5,6 +5,7 @@ mod admission;
 mod config_errors;
 mod cookies;
 mod counting;
+mod doctor;
 mod exit;
 mod explain;
 mod fixtures;
