@@ -317,6 +317,8 @@ impl Backend {
     pub const UNSTEERABLE: u32 = 4;
     /// Claimed by a rule for any namespace.
     pub const CANDIDATE: u32 = 8;
+    /// Registered by the daemon: it listened before. The kernel half does not see it close.
+    pub const ADOPTED: u32 = 16;
 
     /// An empty slot.
     pub const EMPTY: Self = Self {
@@ -341,7 +343,8 @@ impl Backend {
     }
 }
 
-/// Value of POLICY: what the daemon wants of a slot. Two words, each written atomically; valid for one generation.
+/// Value of POLICY: what the daemon wants and knows of a slot. Each word is written atomically; quota and weight are valid
+/// for one generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct SlotPolicy {
@@ -349,6 +352,9 @@ pub struct SlotPolicy {
     pub quota: u64,
     /// weight | flags << 32.
     pub weight: u64,
+    /// Connections that were there before their listener was registered, as `Counts::established` packs them. The kernel
+    /// half can't follow those; the daemon counts them again each tick until they are gone.
+    pub adopted: u64,
 }
 
 impl SlotPolicy {
@@ -362,6 +368,7 @@ impl SlotPolicy {
         Self {
             quota: (generation.wrapping_add(1) as u64) << 32 | quota as u64,
             weight: (flags as u64) << 32 | weight as u64,
+            adopted: 0,
         }
     }
 
@@ -413,6 +420,16 @@ impl Counts {
     };
     /// What one exempt connection adds to the word `established`; any other adds 1.
     pub const ONE_EXEMPT: u64 = 1 << 32 | 1;
+
+    /// These numbers together with the connections that only the daemon can count.
+    #[inline(always)]
+    #[must_use]
+    pub const fn with_adopted(self, policy: &SlotPolicy) -> Self {
+        Self {
+            established: self.established.wrapping_add(policy.adopted),
+            ..self
+        }
+    }
 
     /// Connections in ESTABLISHED.
     #[inline(always)]
@@ -629,7 +646,7 @@ const _: () = {
     assert!(size_of::<ServicePort>() == 8);
     assert!(size_of::<ListenRule>() == 8);
     assert!(size_of::<Backend>() == 64);
-    assert!(size_of::<SlotPolicy>() == 16);
+    assert!(size_of::<SlotPolicy>() == 24);
     assert!(size_of::<Counts>() == 32);
     assert!(size_of::<Members>() == 128);
     assert!(size_of::<ServiceState>() == 16);

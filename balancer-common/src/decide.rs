@@ -828,6 +828,7 @@ mod tests {
         candidate.policy = SlotPolicy {
             quota: 0,
             weight: 0,
+            adopted: 0,
         };
         assert_eq!(candidate.state(), BackendState::Candidate);
         let decision = Model::of([candidate]).decide(request(Policy::LeastConnections));

@@ -230,7 +230,8 @@ fn rule_at(netns: u64, address: Address, port: u16, wildcard: bool) -> Option<Li
     (wildcard || rule.flags & ListenRule::WILDCARD_ONLY == 0).then_some(*rule)
 }
 
-/// The same socket was shut down and listens again: its slot is still its own, with the connections that it has.
+/// The same socket was shut down and listens again: its slot is still its own, with the connections that it has. An
+/// adopted one's end went unseen.
 #[inline(always)]
 fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) -> bool {
     let slot = u32::from(connection.slot);
@@ -239,7 +240,7 @@ fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) ->
     };
     let life = unsafe { (*backend).life() };
     if life.generation() != connection.generation
-        || !life.is(BackendState::Closed)
+        || !(life.is(BackendState::Closed) || life.is(BackendState::Active))
         || unsafe { (*backend).service } != service
     {
         return false;

@@ -386,7 +386,7 @@ fn member(slot: u32) -> Option<Member> {
         slot,
         backend: *backend,
         policy: *policy,
-        counts: *counts,
+        counts: counts.with_adopted(policy),
     })
 }
 

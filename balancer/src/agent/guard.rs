@@ -1,14 +1,14 @@
 //! Which network namespaces are guarded, and keeping `steer` attached to them.
 
 use std::collections::{BTreeMap, HashSet};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use anyhow::{Context as _, Result};
 use tracing::{info, warn};
 
 use crate::config::Namespaces;
 use crate::dataplane::{SlotView, Writer};
-use crate::discover::namespaces;
+use crate::discover::{Namespace, namespaces};
 use crate::sys::netns;
 
 /// The guarded namespaces.
@@ -106,6 +106,52 @@ impl Guarded {
             }
         }
         self.release(writer)
+    }
+
+    /// Registers what listens already in the guarded namespaces, or in all that there are.
+    ///
+    /// # Errors
+    /// When the namespaces or their sockets can't be read.
+    pub fn adopt(&self, writer: &mut Writer) -> Result<()> {
+        self.visit(writer, |_| true, Writer::adopt)
+    }
+
+    /// Counts again what was adopted and the kernel half can't follow.
+    ///
+    /// # Errors
+    /// When the namespaces or their sockets can't be read.
+    pub fn recount(&self, writer: &mut Writer) -> Result<()> {
+        let adopted = writer.adopted_namespaces()?;
+        if adopted.is_empty() {
+            return Ok(());
+        }
+        self.visit(writer, |cookie| adopted.contains(&cookie), Writer::recount)
+    }
+
+    fn visit(
+        &self,
+        writer: &mut Writer,
+        wanted: impl Fn(u64) -> bool,
+        work: fn(&mut Writer, u64) -> Result<()>,
+    ) -> Result<()> {
+        let inside = |file: BorrowedFd<'_>, cookie: u64, writer: &mut Writer| {
+            netns::inside(file, || work(writer, cookie))
+                .context("cannot enter a network namespace")?
+        };
+        for (cookie, file) in self.named.iter().filter(|(cookie, _)| wanted(**cookie)) {
+            inside(file.as_fd(), *cookie, writer)?;
+        }
+        if !self.any {
+            return Ok(());
+        }
+        let unnamed = |namespace: &Namespace| !self.named.contains_key(&namespace.cookie);
+        for namespace in namespaces()?
+            .iter()
+            .filter(|namespace| unnamed(namespace) && wanted(namespace.cookie))
+        {
+            inside(namespace.as_fd(), namespace.cookie, writer)?;
+        }
+        Ok(())
     }
 
     fn release(&self, writer: &Writer) -> Result<()> {

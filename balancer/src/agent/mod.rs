@@ -132,6 +132,7 @@ impl Agent {
         self.writer.apply(&self.plan)?;
         self.guarded.attach(&mut self.writer)?;
         self.writer.follow_logs();
+        self.guarded.adopt(&mut self.writer)?;
         self.update()?;
         // Loading may have taken longer than the kernel believes in a silent daemon.
         self.writer.beat(self.config.fail_open_after);
@@ -174,6 +175,7 @@ impl Agent {
     }
 
     fn update(&mut self) -> Result<()> {
+        self.guarded.recount(&mut self.writer)?;
         for freed in self.writer.free_empty()? {
             debug!(
                 "slot {} is free: its last connection has left",
@@ -271,7 +273,8 @@ impl Agent {
     fn put_in_force(&mut self, plan: &Plan, guarded: Guarded) -> Result<()> {
         self.guarded = guarded;
         self.writer.apply(plan)?;
-        self.guarded.attach(&mut self.writer)
+        self.guarded.attach(&mut self.writer)?;
+        self.guarded.adopt(&mut self.writer)
     }
 
     /// Answers a request; true: everything is unloaded and the daemon is to end.

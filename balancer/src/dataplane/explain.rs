@@ -117,7 +117,7 @@ fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServiceP
     Ok((any.service != NO_SERVICE).then_some(any))
 }
 
-fn is_exempt(tables: &Tables, service: u16, source: IpAddr) -> Result<bool> {
+pub(super) fn is_exempt(tables: &Tables, service: u16, source: IpAddr) -> Result<bool> {
     let key = Key::new(
         ExemptKey::BITS,
         Wire(ExemptKey::new(service, packet_address(source))),
@@ -368,7 +368,7 @@ fn queues(tables: &Tables) -> Result<HashMap<u32, (u32, u32)>> {
     Ok(queues)
 }
 
-fn slot_of(socket: &Socket) -> Option<u32> {
+pub(super) fn slot_of(socket: &Socket) -> Option<u32> {
     let bytes = socket.storage.as_ref()?.get(..size_of::<Connection>())?;
     Some(u32::from(u16::from_ne_bytes([bytes[0], bytes[1]])))
 }

@@ -2,6 +2,7 @@
 //!
 //! [`open`] gives readers the pinned maps; [`Writer`] is the daemon's: it loads, attaches, adopts and changes them.
 
+mod adopt;
 mod events;
 mod explain;
 mod load;

@@ -229,6 +229,15 @@ impl Tables {
         self.connections.fd().as_fd()
     }
 
+    /// The same for writing, as a descriptor of its own.
+    pub fn connection_data(&self) -> Result<MapData> {
+        let copy = self
+            .connection_map()
+            .try_clone_to_owned()
+            .context("cannot copy a descriptor")?;
+        MapData::from_fd(copy).context("cannot query the map CONNECTION")
+    }
+
     /// The events of the kernel half.
     pub fn events(directory: &Path) -> Result<RingBuf<MapData>> {
         Ok(RingBuf::try_from(Map::RingBuf(pinned(
@@ -251,15 +260,39 @@ impl Tables {
         self.policies.word(slot, 1)
     }
 
+    /// The adopted connections of a slot.
+    pub fn adopted_word(&self, slot: u32) -> &AtomicU64 {
+        self.policies.word(slot, 2)
+    }
+
+    /// Fills a slot that this process has claimed.
+    pub fn write_backend(&mut self, slot: u32, backend: Backend) -> Result<()> {
+        for hint in 1..4 {
+            self.counts.word(slot, hint).store(0, Ordering::SeqCst);
+        }
+        self.backends
+            .set(slot, Wire(backend), 0)
+            .with_context(|| format!("cannot write slot {slot}"))
+    }
+
+    /// Adds a slot to a service's bitmap.
+    pub fn join(&self, service: u16, slot: u32) {
+        let word = (slot / 64) as usize;
+        self.members
+            .word(u32::from(service), word)
+            .fetch_or(1 << (slot % 64), Ordering::SeqCst);
+    }
+
     /// The policy of a slot.
     pub fn policy(&self, slot: u32) -> SlotPolicy {
         SlotPolicy {
             quota: self.quota_word(slot).load(Ordering::Acquire),
             weight: self.weight_word(slot).load(Ordering::Acquire),
+            adopted: self.adopted_word(slot).load(Ordering::Acquire),
         }
     }
 
-    /// The live numbers of a slot.
+    /// What the kernel half has counted of a slot.
     pub fn counts(&self, slot: u32) -> Counts {
         let word = |index| self.counts.word(slot, index).load(Ordering::Acquire);
         Counts {
@@ -323,11 +356,13 @@ impl Tables {
             .get(&slot, 0)
             .with_context(|| format!("cannot read slot {slot}"))?
             .0;
+        let policy = self.policy(slot);
+        let counts = self.counts(slot).with_adopted(&policy);
         let member = Member {
             slot,
             backend,
-            policy: self.policy(slot),
-            counts: self.counts(slot),
+            policy,
+            counts,
         };
         Ok(Some(SlotView { member }))
     }

@@ -83,8 +83,10 @@ impl QuotaSource {
 pub struct Writer {
     paths: Paths,
     kernel: Kernel,
-    tables: Tables,
-    rules: BTreeMap<PortKey, ListenRule>,
+    pub(super) tables: Tables,
+    /// The cgroup whose listeners are counted.
+    pub(super) cgroup: PathBuf,
+    pub(super) rules: BTreeMap<PortKey, ListenRule>,
     /// Since when a closed slot has been seen without connections.
     empty_since: BTreeMap<u32, (u32, Instant)>,
     /// The loaded objects: they own the kernel half's log buffers.
@@ -162,6 +164,7 @@ impl Writer {
             paths,
             kernel,
             tables,
+            cgroup: cgroup.to_owned(),
             rules: BTreeMap::new(),
             empty_since: BTreeMap::new(),
             objects: vec![object],
@@ -463,7 +466,8 @@ impl Writer {
             wanted.weight,
             wanted.source.flags(),
         );
-        if self.tables.policy(wanted.slot) == policy {
+        let present = self.tables.policy(wanted.slot);
+        if (present.quota, present.weight) == (policy.quota, policy.weight) {
             return;
         }
         // The quota's word carries the generation that makes both valid: it goes last.
@@ -544,7 +548,7 @@ impl Writer {
         Ok(())
     }
 
-    fn close(&mut self, view: &SlotView) {
+    pub(super) fn close(&mut self, view: &SlotView) {
         let life = view.life();
         let closed = life.with(BackendState::Closed).0;
         let word = self.tables.life(view.slot());
