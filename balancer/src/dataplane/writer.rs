@@ -14,7 +14,7 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::Key;
 use aya::maps::{MapData, MapError};
 use aya::programs::CgroupAttachMode;
-use aya::programs::links::{FdLink, PinnedLink};
+use aya::programs::links::FdLink;
 use balancer_common::abi::{
     BackendState, Heartbeat, ListenRule, MAX_SERVICES, PortKey, ServiceInfo, ServicePort,
     SlotPolicy, UNLIMITED,
@@ -724,8 +724,10 @@ fn remove_directory(directory: &Path) -> Result<()> {
         )
     });
     for pin in pins {
-        fs::remove_file(&pin)
-            .with_context(|| format!("cannot remove the pin {}", pin.display()))?;
+        if Paths::netns_of(&pin).is_some() || Paths::cgroup_of(&pin).is_some() {
+            detach(&pin)?;
+        }
+        remove_pin(&pin)?;
     }
     fs::remove_dir(directory)
         .with_context(|| format!("cannot remove the directory {}", directory.display()))
@@ -758,13 +760,22 @@ fn remove_other_pins(directory: &Path, unwanted: impl Fn(&Path) -> bool) -> Resu
         let path = entry?.path();
         if unwanted(&path) {
             info!("detaching {}", path.display());
-            PinnedLink::from_pin(&path)
-                .with_context(|| format!("cannot open {}", path.display()))?
-                .unpin()
-                .with_context(|| format!("cannot unpin {}", path.display()))?;
+            detach(&path)?;
+            remove_pin(&path)?;
         }
     }
     Ok(())
+}
+
+/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after.
+fn detach(pin: &Path) -> Result<()> {
+    bpf::obj_get(pin)
+        .and_then(bpf::link_detach)
+        .with_context(|| format!("cannot detach the link {}", pin.display()))
+}
+
+fn remove_pin(pin: &Path) -> Result<()> {
+    fs::remove_file(pin).with_context(|| format!("cannot remove the pin {}", pin.display()))
 }
 
 fn not_there(error: &std::io::Error) -> bool {

@@ -48,6 +48,17 @@ pub fn link_create(
     bpf(bpf_cmd::BPF_LINK_CREATE, &mut attr).and_then(owned)
 }
 
+/// Takes a link's program off what it is attached to, now (`BPF_LINK_DETACH`). The end of its last descriptor or pin does so too, but
+/// from a work queue (`bpf_link_put`, kernel/bpf/syscall.c): the program may run for a while after.
+///
+/// # Errors
+/// `EOPNOTSUPP` where links of that type can't be detached; those of network namespaces and cgroups can.
+pub fn link_detach(link: impl AsFd) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.link_detach.link_fd = number(link.as_fd());
+    bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
+}
+
 /// Opens a pinned program, map or link (`BPF_OBJ_GET`).
 ///
 /// # Errors
@@ -617,6 +628,10 @@ mod tests {
         assert!(link_program(&first).is_err() && prog_info(&link).is_err());
         drop(link);
         assert!(attached().is_empty());
+        let link = link_create(&first, &netns, BPF_SK_LOOKUP).expect("attach");
+        link_detach(&link).expect("detach");
+        assert!(attached().is_empty());
+        link_detach(&link).expect("a second time there is nothing to do");
     }
 
     #[test]
