@@ -40,16 +40,11 @@ impl<'a> Node<'a> {
         self.oaps.push(Oap::start(self.machine, number));
     }
 
-    /// Starts the daemon with this configuration, then all OAPs anew: those that listen already register with nobody.
+    /// Starts the daemon with this configuration, and waits until it has found the OAPs, which listen already.
     pub fn balance(&mut self, configuration: &str) {
-        let numbers: Vec<_> = self.oaps.drain(..).map(|oap| oap.number).collect();
         let balancer = self
             .balancer
             .insert(Balancer::start(self.machine, configuration));
-        self.oaps = numbers
-            .into_iter()
-            .map(|number| Oap::start(self.machine, number))
-            .collect();
         balancer.wait_active(self.oaps.len());
     }
 

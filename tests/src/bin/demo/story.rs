@@ -93,7 +93,7 @@ impl Story<'_> {
         heading(
             "2.",
             &format!(
-                "The balancer starts, then the OAPs anew: port 11800, least connections, a quota of {QUOTA} for each; {CLIENTS} clients."
+                "The balancer starts in front of the running OAPs: port 11800, least connections, a quota of {QUOTA} for each. {CLIENTS} clients."
             ),
         );
         self.a.balance(&configuration(1..=4, QUOTA));
