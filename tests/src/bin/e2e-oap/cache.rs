@@ -11,7 +11,7 @@ use crate::process::{self, command};
 
 /// Where the project's own files for this run are.
 const ASSETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/oap");
-/// Reads a class path's jars off Maven.
+/// Lists the jars of a class path.
 const DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1";
 /// The agent's parent POM was never published; later versions of the plug-in insist on it.
 const LENIENT_DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:2.10";
@@ -146,9 +146,7 @@ impl Cache {
     }
 
     fn install(&self, file: &Path, name: &str) -> Result<()> {
-        let text =
-            fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        write(&self.java().join(name), &text)
+        write(&self.java().join(name), &read(&[file])?)
     }
 
     fn fetch_python(&self) -> Result<()> {
@@ -191,7 +189,9 @@ fn once(what: &str, result: &Path, inputs: &str, make: impl FnOnce() -> Result<(
     println!("fetching {what}");
     let _ = fs::remove_file(&stamp);
     let _ = fs::remove_dir_all(result);
-    make().with_context(|| format!("cannot fetch {what}"))?;
+    make().with_context(|| {
+        format!("cannot get {what}; the first run needs Maven Central and PyPI")
+    })?;
     write(&stamp, &wanted)
 }
 

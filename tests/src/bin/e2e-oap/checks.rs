@@ -17,13 +17,15 @@ use crate::world::{World, link, slashed};
 const DATA_COMES_BACK_WITHIN: Duration = Duration::from_secs(150);
 /// An OAP opens a connection to another when it first has data for it, and after a failure backs off for up to two minutes.
 const LINKS_STAND_WITHIN: Duration = Duration::from_secs(150);
+/// Clients start, and find an OAP, so soon.
+pub const AGENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
 /// What was received can be queried so soon.
 pub const DATA_IS_STORED_WITHIN: Duration = Duration::from_secs(40);
 /// The daemon shows so soon what has happened in the kernel.
 pub const DAEMON_FOLLOWS_WITHIN: Duration = Duration::from_secs(10);
 
-/// So many segments in a row, none missing: an agent is back.
-const BACK: u32 = 20;
+/// So many segments show that an agent reports; after it was cut off, so many in a row with none missing.
+const ENOUGH: u32 = 20;
 
 impl World<'_> {
     /// A bounded wait in which all processes must live.
@@ -68,6 +70,22 @@ impl World<'_> {
             })?;
         }
         Ok(())
+    }
+
+    /// All these agents make segments.
+    pub fn segments_are_made(
+        &mut self,
+        report: &mut Report,
+        step: &str,
+        names: &BTreeSet<String>,
+    ) -> Result<()> {
+        let step = format!("{step} agents that have made {ENOUGH} segments");
+        self.wait(report, &step, AGENTS_CONNECT_WITHIN, |world| {
+            let made = world
+                .select(names)
+                .filter(|agent| agent.made() >= Some(ENOUGH - 1));
+            Ok(Sight::new(names.len(), made.count()))
+        })
     }
 
     /// All segments that these agents have made until now are in the OAPs that they are connected to.
@@ -154,7 +172,7 @@ fn counts(status: &ServiceStatus, service: Service, index: usize) -> String {
     format!("{established} ({exempt})")
 }
 
-/// Whether there are [`BACK`] numbers in a row after `since`.
+/// Whether there are [`ENOUGH`] numbers in a row after `since`.
 fn has_run(numbers: &BTreeSet<u32>, since: u32) -> bool {
     let mut run = 0;
     let mut previous = None;
@@ -165,7 +183,7 @@ fn has_run(numbers: &BTreeSet<u32>, since: u32) -> bool {
             1
         };
         previous = Some(*number);
-        if run >= BACK {
+        if run >= ENOUGH {
             return true;
         }
     }
@@ -178,4 +196,19 @@ fn pairs() -> Vec<String> {
     all.filter(|(from, to)| from != to)
         .map(|(from, to)| link(from, to))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gap_breaks_a_run() {
+        let whole: BTreeSet<u32> = (5..=5 + ENOUGH).collect();
+        assert!(has_run(&whole, 5));
+        assert!(!has_run(&whole, 6));
+        let mut broken = whole.clone();
+        broken.remove(&10);
+        assert!(!has_run(&broken, 5));
+    }
 }

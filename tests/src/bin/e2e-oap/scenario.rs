@@ -8,7 +8,7 @@ use balancer_tests::fixtures::{Machine, Signal};
 
 use crate::agents::Kind;
 use crate::cache::Cache;
-use crate::checks::{DAEMON_FOLLOWS_WITHIN, DATA_IS_STORED_WITHIN};
+use crate::checks::{AGENTS_CONNECT_WITHIN, DAEMON_FOLLOWS_WITHIN, DATA_IS_STORED_WITHIN};
 use crate::layout::{self, AGENTS, ALS, NODES, VIRTUAL};
 use crate::report::{Report, Sight};
 use crate::sockets;
@@ -16,7 +16,6 @@ use crate::world::{Traces, World, slashed};
 
 /// Three JVMs start at once on what may be two busy CPUs.
 const OAPS_START_WITHIN: Duration = Duration::from_secs(150);
-const AGENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
 
 const ACCESS_LOGS: u32 = 40;
 
@@ -78,7 +77,7 @@ impl World<'_> {
 
     /// 2: agents and Envoy connect and report.
     fn clients_spread(&mut self, report: &mut Report) -> Result<()> {
-        self.start_agents(&[Kind::Java, Kind::Python].repeat(NODES))?;
+        let agents = self.start_agents(&[Kind::Java, Kind::Python].repeat(NODES))?;
         self.start_envoy()?;
         self.wait(report, "2 Envoy serves", AGENTS_CONNECT_WITHIN, |world| {
             Ok(Sight::new(true, world.envoy()?.request().is_ok()))
@@ -107,6 +106,7 @@ impl World<'_> {
         report.check("2 look-ups refused so far", &Sight::new(0, self.refusals()))?;
         self.links_stand(report, "2")?;
         self.status_is_true(report, "2")?;
+        self.segments_are_made(report, "2", &agents)?;
         self.nothing_is_lost(
             report,
             "2 numbered segments, each in its agent's OAP",
@@ -215,6 +215,7 @@ impl World<'_> {
             },
         )?;
         self.status_is_true(report, "3")?;
+        self.segments_are_made(report, "3", &next)?;
         self.nothing_is_lost(report, "3 segments of all but the moved agents", |agent| {
             !moved.contains(agent.name())
         })
