@@ -3,7 +3,7 @@
 
 use crate::abi::{
     Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS,
-    Policy, SlotPolicy,
+    Policy, ServicePort, SlotPolicy,
 };
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
 use crate::hash::{self, rendezvous_score};
@@ -44,6 +44,47 @@ pub struct Request {
     pub ticket: u64,
     /// The time, in ticks.
     pub now: u32,
+}
+
+/// Where a SYN comes from and goes to.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// The namespace it arrived in (cookie).
+    pub netns: u64,
+    /// The interface it arrived on.
+    pub device: u32,
+    /// The client's address.
+    pub from: Address,
+    /// Its port.
+    pub from_port: u16,
+    /// The address it was sent to.
+    pub to: Address,
+    /// Its port.
+    pub to_port: u16,
+}
+
+impl Request {
+    /// What a SYN for a service's port asks.
+    #[inline(always)]
+    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, now: u32) -> Self {
+        let (high, low) = arrival.from.halves();
+        let source = hash::of_source(high, low);
+        let (to_high, to_low) = arrival.to.halves();
+        Self {
+            service: port.service,
+            netns: arrival.netns,
+            to: arrival.to,
+            device: arrival.device,
+            v4: arrival.from.is_v4(),
+            virtual_port: port.flags & ServicePort::VIRTUAL != 0,
+            policy: Policy::from_number(port.policy),
+            quota: port.quota,
+            source,
+            tuple: hash::of_tuple(source, arrival.from_port, to_high ^ to_low, arrival.to_port),
+            ticket,
+            now,
+        }
+    }
 }
 
 /// One backend as the maps show it.

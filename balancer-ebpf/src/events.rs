@@ -2,7 +2,8 @@
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use balancer_common::Reason;
-use balancer_common::abi::{Address, Backend, Event, EventKind, ticks, ticks_of_ms};
+use balancer_common::abi::{Backend, Event, EventKind, ticks, ticks_of_ms};
+use balancer_common::choice::Arrival;
 
 use crate::atomic;
 use crate::maps::{EVENTS, SERVICE_STATE};
@@ -47,7 +48,7 @@ pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -
 
 /// A look-up was refused.
 #[inline(always)]
-pub fn refused(service: u16, netns: u64, source: Address, source_port: u16, reason: Reason) {
+pub fn refused(service: u16, arrival: &Arrival, reason: Reason) {
     let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
         return;
     };
@@ -64,15 +65,15 @@ pub fn refused(service: u16, netns: u64, source: Address, source_port: u16, reas
         "refused: service {}, reason {}, client port {}",
         service,
         reason as u16,
-        source_port
+        arrival.from_port
     );
     let event = Event {
         kind: EventKind::Refused as u16,
         service,
         slot: u32::MAX,
-        netns,
-        address: source,
-        port: source_port,
+        netns: arrival.netns,
+        address: arrival.from,
+        port: arrival.from_port,
         reason: reason as u16,
         pid: 0,
     };

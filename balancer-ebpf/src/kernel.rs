@@ -84,9 +84,10 @@ macro_rules! words {
 pub(crate) use words;
 
 macro_rules! field {
-    ($base:expr, $offset:ident as $type:ty) => {
-        unsafe { read_volatile($base.add(constant!($offset) as usize).cast::<$type>()) }
-    };
+    ($base:expr, $offset:ident as $type:ty) => {{
+        let offset = constant!($offset) as usize;
+        unsafe { read_volatile($base.add(offset).cast::<$type>()) }
+    }};
 }
 
 const TCP_LISTEN: u32 = 10;

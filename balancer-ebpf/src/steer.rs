@@ -10,12 +10,12 @@ use balancer_common::abi::{
     REASON_SLOTS, ServicePort, ticks,
 };
 use balancer_common::admission::{Judgement, Observation, cookies_word, expected_word, judge};
-use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
     note_full, note_over,
 };
-use balancer_common::{Reason, Verdict, hash};
+use balancer_common::{Reason, Verdict};
 use core::ffi::c_void;
 
 use crate::kernel::{TcpSocket, constant, context, listens};
@@ -33,33 +33,25 @@ const AF_INET: u32 = 2;
 const NO_REUSEPORT: u64 = 2;
 const EEXIST: i64 = -17;
 
-/// Who asks: what a [`Request`] does not hold.
-struct Client {
-    address: Address,
-    port: u16,
-}
-
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> u32 {
     let lookup: *const bpf_sk_lookup = ctx.lookup;
     if context!(lookup, protocol) != TCP {
         return SK_PASS;
     }
-    let (to, client) = addresses(lookup);
-    let Some(port) = service_of(to, context!(lookup, local_port) as u16) else {
+    let arrival = arrival_of(lookup);
+    let Some(port) = service_of(arrival.to, arrival.to_port) else {
         return SK_PASS;
     };
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let circumstances = Circumstances {
-        exempt: is_exempt(port.service, &client.address),
+        exempt: is_exempt(port.service, &arrival.from),
         stale: HEARTBEAT.get(0).is_none_or(|beat| beat.is_stale(now_ns)),
     };
     let reason = match Desk::take() {
         Some(desk) => {
-            desk.state.start(
-                request_of(lookup, &port, to, &client, now_ns),
-                circumstances,
-            );
+            let request = Request::new(&port, &arrival, next_ticket(&port), ticks(now_ns));
+            desk.state.start(request, circumstances);
             decide(ctx, desk.state)
         }
         None => Reason::FailOpenError,
@@ -75,27 +67,25 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
 }
 
 #[inline(always)]
-fn addresses(lookup: *const bpf_sk_lookup) -> (Address, Client) {
-    // The remote port stands in network byte order.
-    let port = u16::from_be(context!(lookup, remote_port));
+fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
     let (local, remote) = (context!(lookup, local_ip6), context!(lookup, remote_ip6));
     let (local_v4, remote_v4) = (context!(lookup, local_ip4), context!(lookup, remote_ip4));
-    if context!(lookup, family) == AF_INET {
+    let (to, from) = if context!(lookup, family) == AF_INET {
         (
             Address::from_v4_be(local_v4),
-            Client {
-                address: Address::from_v4_be(remote_v4),
-                port,
-            },
+            Address::from_v4_be(remote_v4),
         )
     } else {
-        (
-            Address(local),
-            Client {
-                address: Address(remote),
-                port,
-            },
-        )
+        (Address(local), Address(remote))
+    };
+    Arrival {
+        netns: constant!(NETNS),
+        device: context!(lookup, ingress_ifindex),
+        from,
+        // Unlike the local one, the remote port stands in network byte order.
+        from_port: u16::from_be(context!(lookup, remote_port)),
+        to,
+        to_port: context!(lookup, local_port) as u16,
     }
 }
 
@@ -111,47 +101,13 @@ fn service_of(to: Address, port: u16) -> Option<ServicePort> {
     (any.service != NO_SERVICE).then_some(any)
 }
 
-#[inline(always)]
-fn request_of(
-    lookup: *const bpf_sk_lookup,
-    port: &ServicePort,
-    to: Address,
-    client: &Client,
-    now_ns: u64,
-) -> Request {
-    let policy = Policy::from_number(port.policy);
-    let (high, low) = client.address.halves();
-    let source = hash::of_source(high, low);
-    let (to_high, to_low) = to.halves();
-    Request {
-        service: port.service,
-        netns: constant!(NETNS),
-        to,
-        device: context!(lookup, ingress_ifindex),
-        v4: context!(lookup, family) == AF_INET,
-        virtual_port: port.flags & ServicePort::VIRTUAL != 0,
-        policy,
-        quota: port.quota,
-        source,
-        tuple: hash::of_tuple(
-            source,
-            client.port,
-            to_high ^ to_low,
-            context!(lookup, local_port) as u16,
-        ),
-        ticket: if matches!(policy, Policy::RoundRobin) {
-            next_ticket(port.service)
-        } else {
-            0
-        },
-        now: ticks(now_ns),
-    }
-}
-
 /// A look-up's own ticket, so that no two CPUs have the same turn.
 #[inline(always)]
-fn next_ticket(service: u16) -> u64 {
-    match SERVICE_STATE.get_ptr_mut(u32::from(service)) {
+fn next_ticket(port: &ServicePort) -> u64 {
+    if !matches!(Policy::from_number(port.policy), Policy::RoundRobin) {
+        return 0;
+    }
+    match SERVICE_STATE.get_ptr_mut(u32::from(port.service)) {
         Some(state) => unsafe { atomic::add(&raw mut (*state).turn, 1) },
         None => 0,
     }
@@ -168,14 +124,8 @@ pub fn is_exempt(service: u16, source: &Address) -> bool {
 /// Tells the daemon, from a stack frame of its own.
 #[inline(never)]
 fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason) {
-    let (_, client) = addresses(lookup);
-    events::refused(
-        service,
-        constant!(NETNS),
-        client.address,
-        client.port,
-        reason,
-    );
+    let arrival = arrival_of(lookup);
+    events::refused(service, &arrival, reason);
 }
 
 #[inline(always)]

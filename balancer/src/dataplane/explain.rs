@@ -11,11 +11,11 @@ use balancer_common::abi::{
     PortKey, ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::admission::{Judgement, Observation, cookies_state, expected, judge};
-use balancer_common::choice::{Cursor, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Decision, Deliberation, World, decide, note_full, note_over,
 };
-use balancer_common::{Reason, Verdict, hash};
+use balancer_common::{Reason, Verdict};
 
 use super::snapshot::{services, text};
 use super::tables::Tables;
@@ -61,7 +61,15 @@ pub fn explain(
         exempt: is_exempt(tables, port.service, from.ip())?,
         stale: beat.is_stale(now_ns),
     };
-    let request = request(tables, port, from, to, to_port, now_ns)?;
+    let arrival = Arrival {
+        netns: netns::cookie().context("cannot read the cookie of this network namespace")?,
+        device: 0,
+        from: packet_address(from.ip()),
+        from_port: from.port(),
+        to: packet_address(to),
+        to_port,
+    };
+    let request = Request::new(&port, &arrival, tables.turn(port.service), ticks(now_ns));
     let mut picture = Picture::take(tables, port)?;
     let mut deliberation = Deliberation::new(request, circumstances);
     let decision = decide(&mut picture, &mut deliberation);
@@ -131,34 +139,6 @@ fn packet_address(address: IpAddr) -> Address {
         IpAddr::V4(v4) => Address::from_v4_be(u32::from(v4).to_be()),
         IpAddr::V6(_) => address.into(),
     }
-}
-
-fn request(
-    tables: &Tables,
-    port: ServicePort,
-    from: SocketAddr,
-    to: IpAddr,
-    to_port: u16,
-    now_ns: u64,
-) -> Result<Request> {
-    let (high, low) = packet_address(from.ip()).halves();
-    let source = hash::of_source(high, low);
-    let to = packet_address(to);
-    let (to_high, to_low) = to.halves();
-    Ok(Request {
-        service: port.service,
-        netns: netns::cookie().context("cannot read the cookie of this network namespace")?,
-        to,
-        device: 0,
-        v4: from.is_ipv4(),
-        virtual_port: port.flags & ServicePort::VIRTUAL != 0,
-        policy: Policy::from_number(port.policy),
-        quota: port.quota,
-        source,
-        tuple: hash::of_tuple(source, from.port(), to_high ^ to_low, to_port),
-        ticket: tables.turn(port.service),
-        now: ticks(now_ns),
-    })
 }
 
 /// The maps and listening sockets of one service as they were a moment ago.
