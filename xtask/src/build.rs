@@ -1,6 +1,6 @@
 //! The build: the kernel half first, then the host's programs, which embed it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -46,17 +46,28 @@ pub fn everything(profile: Profile) -> Result<()> {
 /// When there is no compiler for it, or the compiler fails.
 pub fn kernel_half(profile: Profile) -> Result<()> {
     let bpf = places::target()?.join("bpf");
-    // A target directory of its own: another compiler and other flags would undo the host's build each time.
-    let scratch = bpf.join("cargo");
-    let mut cargo = cargo_build(&scratch)?;
+    let mut cargo = kernel_half_cargo("build", &[])?;
     if profile == Profile::Debug {
         cargo.args(["--features", "log"]);
     }
     command::run(&mut cargo).context("the kernel half was not built")?;
-    let outcome = scratch.join(TARGET).join("bpf");
+    let outcome = scratch_directory()?.join(TARGET).join("bpf");
     let object = bpf.join(profile.name()).join("balancer.o");
     replace_if_older(&outcome.join("balancer-bpf"), &object)?;
     replace_if_older(&outcome.join("balancer-bpf.d"), &object.with_extension("d"))
+}
+
+/// Checks the kernel half with the compiler's warnings as errors, with and without its log lines. Clippy can't: the compiler for it may
+/// come without one.
+///
+/// # Errors
+/// When there is no compiler for it, or the compiler complains.
+pub fn check_kernel_half() -> Result<()> {
+    for features in [&[][..], &["--features", "log"]] {
+        let mut check = kernel_half_cargo("check", &["-D", "warnings"])?;
+        command::run(check.args(features)).context("the kernel half is not clean")?;
+    }
+    Ok(())
 }
 
 /// cargo in the workspace, with a verb.
@@ -66,15 +77,15 @@ pub fn cargo(verb: &str) -> Command {
     cargo
 }
 
-fn cargo_build(target_directory: &Path) -> Result<Command> {
+fn kernel_half_cargo(verb: &str, flags: &[&str]) -> Result<Command> {
     let Some(compiler) = Compiler::find() else {
         bail!("no compiler here can build for BPF: run `cargo xtask setup`")
     };
     let Some(linker) = linker::find() else {
         bail!("bpf-linker is missing: run `cargo xtask setup`")
     };
-    let mut build = compiler.cargo_build(&linker);
-    build.args([
+    let mut cargo = compiler.cargo(verb, &linker, flags);
+    cargo.args([
         "--package",
         "balancer-ebpf",
         "--bin",
@@ -82,11 +93,16 @@ fn cargo_build(target_directory: &Path) -> Result<Command> {
         "--profile",
         "bpf",
     ]);
-    build
+    cargo
         .arg("--target-dir")
-        .arg(target_directory)
+        .arg(scratch_directory()?)
         .current_dir(places::workspace());
-    Ok(build)
+    Ok(cargo)
+}
+
+/// A target directory of its own: another compiler and other flags would undo the host's build each time.
+fn scratch_directory() -> Result<PathBuf> {
+    Ok(places::target()?.join("bpf").join("cargo"))
 }
 
 /// Copies only what is new, so that the host's programs are built again only then.

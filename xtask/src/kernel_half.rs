@@ -29,14 +29,14 @@ impl Compiler {
         nightly().or_else(debian)
     }
 
-    /// `cargo build` set up for the kernel half, without a package to build.
-    pub fn cargo_build(&self, linker: &Path) -> Command {
+    /// cargo with this verb, set up for the kernel half but without a package; `flags` go to the compiler.
+    pub fn cargo(&self, verb: &str, linker: &Path, flags: &[&str]) -> Command {
         let mut build = match self {
             Self::BuildsCore { bin } => {
                 let mut build = Command::new(bin.join("cargo"));
                 build
                     .env("RUSTC", bin.join("rustc"))
-                    .args(["build", "-Z", "build-std=core"]);
+                    .args([verb, "-Z", "build-std=core"]);
                 build
             }
             Self::BringsCore { rustc } => {
@@ -45,13 +45,13 @@ impl Compiler {
                 build
                     .env("RUSTC", rustc)
                     .env("RUSTC_BOOTSTRAP", "1")
-                    .arg("build");
+                    .arg(verb);
                 build
             }
         };
         build.args(["--target", TARGET]);
         build.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker);
-        build.env("CARGO_ENCODED_RUSTFLAGS", rustflags().join("\u{1f}"));
+        build.env("CARGO_ENCODED_RUSTFLAGS", rustflags(flags).join("\u{1f}"));
         // A wrapper is set up for the host's compiler; one from a configuration file gives way to an empty variable.
         build
             .env("RUSTC_WRAPPER", "")
@@ -81,7 +81,7 @@ pub fn tools() -> impl Iterator<Item = String> {
 }
 
 /// BTF and line information, atomics with a result (v3), and aya-ebpf's layout of this machine's registers.
-fn rustflags() -> Vec<String> {
+fn rustflags(more: &[&str]) -> Vec<String> {
     let architecture = format!("bpf_target_arch=\"{}\"", std::env::consts::ARCH);
     [
         "-C",
@@ -95,6 +95,7 @@ fn rustflags() -> Vec<String> {
     .map(str::to_owned)
     .into_iter()
     .chain([architecture])
+    .chain(more.iter().map(ToString::to_string))
     .collect()
 }
 

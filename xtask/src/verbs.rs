@@ -8,10 +8,11 @@ use crate::build::{self, Profile};
 use crate::setup::{self, Need};
 use crate::{command, machine, places};
 
-/// Formatting and clippy, on everything that the host can compile.
+/// Formatting, the kernel half's warnings, and clippy on everything that the host can compile.
 pub fn lint() -> Result<ExitCode> {
     setup::ensure(&[Need::Build, Need::Lint])?;
     command::run(build::cargo("fmt").args(["--all", "--check"]))?;
+    build::check_kernel_half()?;
     build::kernel_half(Profile::Debug)?;
     command::run(build::cargo("clippy").args([
         "--workspace",
