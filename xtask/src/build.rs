@@ -53,8 +53,13 @@ pub fn kernel_half(profile: Profile) -> Result<()> {
     command::run(&mut cargo).context("the kernel half was not built")?;
     let outcome = scratch_directory()?.join(TARGET).join("bpf");
     let object = bpf.join(profile.name()).join("balancer.o");
-    replace_if_older(&outcome.join("balancer-bpf"), &object)?;
-    replace_if_older(&outcome.join("balancer-bpf.d"), &object.with_extension("d"))
+    let sources = object.with_extension("d");
+    // Only what is new, so that the host's programs are built again only then. cargo writes its list anew each time.
+    if !sources.is_file() || is_older(&object, &outcome.join("balancer-bpf"))? {
+        copy(&outcome.join("balancer-bpf.d"), &sources)?;
+        copy(&outcome.join("balancer-bpf"), &object)?;
+    }
+    Ok(())
 }
 
 /// Checks the kernel half with the compiler's warnings as errors, with and without its log lines. Clippy can't: the compiler for it may
@@ -105,13 +110,14 @@ fn scratch_directory() -> Result<PathBuf> {
     Ok(places::target()?.join("bpf").join("cargo"))
 }
 
-/// Copies only what is new, so that the host's programs are built again only then.
-fn replace_if_older(from: &Path, to: &Path) -> Result<()> {
+/// Whether `copied` is older than `built`, or not there.
+fn is_older(copied: &Path, built: &Path) -> Result<bool> {
     let modified = |path: &Path| path.metadata().and_then(|metadata| metadata.modified());
-    let built = modified(from).with_context(|| format!("cargo built no {}", from.display()))?;
-    if modified(to).is_ok_and(|copied| copied >= built) {
-        return Ok(());
-    }
+    let built = modified(built).with_context(|| format!("cargo built no {}", built.display()))?;
+    Ok(!modified(copied).is_ok_and(|copied| copied >= built))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
     if let Some(directory) = to.parent() {
         std::fs::create_dir_all(directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;

@@ -1,8 +1,9 @@
 //! The verbs that are more than one step.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::build::{self, Profile};
 use crate::setup::{self, Need};
@@ -46,7 +47,7 @@ fn names_a_package(argument: &str) -> bool {
 pub fn run(arguments: &[String]) -> Result<ExitCode> {
     setup::ensure(&[Need::Build])?;
     build::everything(Profile::Debug)?;
-    program("balancer", arguments)
+    become_program("balancer", arguments)
 }
 
 /// The demonstration.
@@ -54,7 +55,7 @@ pub fn demo() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     build::everything(Profile::Debug)?;
-    program("demo", &[])
+    become_program("demo", &[])
 }
 
 /// The balancer in front of real OAPs.
@@ -62,10 +63,12 @@ pub fn end_to_end_oap() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::RealOap])?;
     build::everything(Profile::Debug)?;
-    program("e2e-oap", &[])
+    become_program("e2e-oap", &[])
 }
 
-/// Runs a program that was just built. It gets the signals of the terminal itself, being in the same process group.
-fn program(name: &str, arguments: &[String]) -> Result<ExitCode> {
-    command::run_for_code(Command::new(places::target()?.join("debug").join(name)).args(arguments))
+/// Becomes a program that was just built: the signals of the terminal and the exit code are its own.
+fn become_program(name: &str, arguments: &[String]) -> Result<ExitCode> {
+    let program = places::target()?.join("debug").join(name);
+    let error = Command::new(&program).args(arguments).exec();
+    Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

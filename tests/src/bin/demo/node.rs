@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -131,6 +132,8 @@ impl Oap {
             &address(number).to_string(),
         ]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        // A Ctrl-C at the terminal is for this program, which then ends its servers in order.
+        command.process_group(0);
         let mut process = machine
             .run(|| command.spawn())
             .expect("the stand-in can be started");
