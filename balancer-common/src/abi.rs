@@ -593,28 +593,6 @@ pub struct Event {
     pub pid: u32,
 }
 
-impl Event {
-    /// The event in a record of the ring; `None`: it is shorter than one.
-    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let word = |at: usize| -> Option<u32> {
-            Some(u32::from_ne_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-        };
-        let half = |at: usize| -> Option<u16> {
-            Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
-        };
-        Some(Self {
-            kind: half(0)?,
-            service: half(2)?,
-            slot: word(4)?,
-            netns: u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?),
-            address: Address([word(16)?, word(20)?, word(24)?, word(28)?]),
-            port: half(32)?,
-            reason: half(34)?,
-            pid: word(36)?,
-        })
-    }
-}
-
 /// Value of `SERVICE_INFO`: what only user space reads, so that `status` works without a daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]

@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
-use balancer_common::abi::Event;
+use balancer_common::abi::{Address, Event};
+use bytes::Buf as _;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tracing::warn;
@@ -41,11 +42,28 @@ impl Events {
         let ring = ready.get_inner_mut();
         let mut events = Vec::new();
         while let Some(record) = ring.next() {
-            events.extend(Event::from_bytes(&record));
+            events.extend(parse(&record));
         }
         ready.clear_ready();
         Ok(events)
     }
+}
+
+/// The event in a record of the ring; `None`: the record is shorter than one.
+fn parse(mut record: &[u8]) -> Option<Event> {
+    if record.remaining() < size_of::<Event>() {
+        return None;
+    }
+    Some(Event {
+        kind: record.get_u16_ne(),
+        service: record.get_u16_ne(),
+        slot: record.get_u32_ne(),
+        netns: record.get_u64_ne(),
+        address: Address(std::array::from_fn(|_| record.get_u32_ne())),
+        port: record.get_u16_ne(),
+        reason: record.get_u16_ne(),
+        pid: record.get_u32_ne(),
+    })
 }
 
 /// Hands what the kernel half of one object logs to `tracing`; one that was built without a log has nothing to follow.
@@ -69,5 +87,35 @@ pub(super) fn follow_log(mut object: Ebpf) {
             });
         }
         Err(error) => warn!("the kernel half's log can't be read: {error:#}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::BufMut as _;
+
+    #[test]
+    fn an_event_is_read_as_the_kernel_half_lays_it_out() {
+        let mut record = Vec::new();
+        record.put_u16_ne(5);
+        record.put_u16_ne(2);
+        record.put_u32_ne(u32::MAX);
+        record.put_u64_ne(77);
+        record.put_slice(&[0; 10]);
+        record.put_slice(&[0xff, 0xff, 10, 0, 0, 9]);
+        record.put_u16_ne(43_210);
+        record.put_u16_ne(3);
+        record.put_u32_ne(1);
+        assert_eq!(record.len(), size_of::<Event>());
+        let event = parse(&record).unwrap();
+        assert_eq!(
+            (event.kind, event.service, event.slot, event.netns),
+            (5, 2, u32::MAX, 77)
+        );
+        let address = std::net::IpAddr::from([10, 0, 0, 9]);
+        assert_eq!(std::net::IpAddr::from(event.address), address);
+        assert_eq!((event.port, event.reason, event.pid), (43_210, 3, 1));
+        assert_eq!(parse(&record[1..]), None);
     }
 }
