@@ -276,15 +276,17 @@ fn namespaces_that_are_named_are_guarded() {
             machine,
             &format!("{yaml}namespaces: [{}]\n", paths.join(", ")),
         );
-        let enter = |netns: &Netns| {
+        // Both listen before anybody connects: each is the only choice of its own namespace.
+        let _listeners = others.each_ref().map(|netns| {
             netns.run(|| {
                 machine.cgroup.enter();
-                let listener = Listen::on(&agents()).open();
-                (listener, tcp::connect_many(agents(), 7))
+                Listen::on(&agents()).open()
             })
-        };
-        let (first, second) = (enter(&others[0]), enter(&others[1]));
-        assert_eq!((first.1.len(), second.1.len()), (4, 4));
+        });
+        let clients = others
+            .each_ref()
+            .map(|netns| netns.run(|| tcp::connect_many(agents(), 7)));
+        assert_eq!(clients.each_ref().map(Vec::len), [4, 4]);
         // The daemon's own namespace is not named.
         let own = Listen::on(&agents()).open();
         assert_eq!(tcp::connect_many(agents(), 7).len(), 7);
