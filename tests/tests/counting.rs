@@ -16,10 +16,10 @@ use crate::support::{
     accept_each, agents, agree, at, by_address, counts, farm, own_port, virtual_port,
 };
 
-const CASES: u32 = 25;
-const EVENTS: usize = 400;
+const CASES: u32 = 10;
+const EVENTS: usize = 1000;
 /// Events between two comparisons.
-const STRETCH: usize = 40;
+const STRETCH: usize = 50;
 
 /// Where clients connect to; hand-made ones only to IPv4.
 const TARGETS: [&str; 3] = ["127.0.0.1:11800", "127.0.0.1:11802", "[::1]:11802"];
@@ -267,7 +267,7 @@ fn take<T>(from: &mut Vec<T>, which: Index) -> Option<T> {
 fn counts_equal_the_socket_table_after_any_events() {
     let config = Config {
         cases: CASES,
-        max_shrink_iters: 20,
+        max_shrink_iters: 10,
         failure_persistence: None,
         ..Config::default()
     };
