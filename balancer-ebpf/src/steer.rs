@@ -296,8 +296,12 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     }) {
         Step::End => return 1,
         Step::Loaded => {}
+        // One after the other, not one in the other: Linux 6.1 rounds each frame up to 32 bytes, and a chain of calls may
+        // take 512.
         Step::Member(slot) => {
-            steer_consider(scan, slot);
+            if steer_consider(scan, slot) != 0 {
+                steer_rank(scan, slot);
+            }
         }
     }
     0
@@ -309,9 +313,8 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
 pub extern "C" fn steer_consider(scan: *mut Scan, slot: u32) -> u32 {
     if let Some(state) = unsafe { scan.as_mut() }
         && let Some(member) = member(slot)
-        && state.qualifies(&member)
     {
-        return steer_rank(scan, slot);
+        return u32::from(state.qualifies(&member));
     }
     0
 }

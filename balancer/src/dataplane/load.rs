@@ -10,7 +10,8 @@ use nix::time::{ClockId, clock_gettime};
 use tracing::info;
 
 use super::tables::{LAYOUT, MapShape};
-use crate::discover::{KernelOffsets, kernel_offsets};
+use super::{Paths, pins};
+use crate::discover::{KernelOffsets, is_bpffs, kernel_offsets};
 use crate::sys::{bpf, clock};
 
 /// The object that `cargo xtask build` made; empty when it was not built.
@@ -121,6 +122,31 @@ fn say_loaded(program: &str, took: Duration, info: Result<ProgramInfo, ProgramEr
     );
 }
 
+/// Loads both programs and lets go of them: whether this kernel takes them, without attaching anything. The maps are
+/// pinned for a moment in a directory beside the state directory.
+///
+/// # Errors
+/// When the kernel half is not built in, the place is not on a BPF file system, or the kernel refuses something.
+pub fn trial(paths: &Paths) -> Result<()> {
+    let directory = paths.trial();
+    ensure!(
+        is_bpffs(&directory)?,
+        "{} is not on a BPF file system",
+        directory.display()
+    );
+    pins::make_directory(&directory)?;
+    let loaded = load_both(&directory);
+    pins::remove_directory(&directory)?;
+    loaded
+}
+
+fn load_both(directory: &Path) -> Result<()> {
+    let mut object = Kernel::read()?.open_object(directory, 0)?;
+    account(&mut object)?;
+    steer(&mut object)?;
+    Ok(())
+}
+
 /// The verifier's log in full: without it nobody can tell what it minded.
 fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
     match error {
@@ -128,8 +154,9 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
             io_error,
             verifier_log,
         } => anyhow::anyhow!(
-            "the kernel refused the program `{program}`: {io_error}. If the log below names a missing helper, the \
-             kernel is too old (6.1 is the oldest supported); `balancer doctor` tells. The verifier's log:\n{verifier_log}"
+            "the kernel refused the program `{program}`: {io_error}. A helper that is missing means that the kernel is too \
+             old (6.1 is the oldest supported; `balancer doctor` tells), anything else is a defect of this build: please \
+             report it with this log of the verifier:\n{verifier_log}"
         ),
         other => anyhow::anyhow!("cannot load the program `{program}`: {other}"),
     }

@@ -19,6 +19,7 @@ mod writer;
 
 pub use events::Events;
 pub use explain::Explanation;
+pub use load::trial;
 pub use lock::{Held, Lock};
 pub use paths::Paths;
 pub use pins::unload;

@@ -1,5 +1,7 @@
 //! What the kernel can do, seen by trying.
 
+use std::path::Path;
+
 use aya_obj::generated::bpf_func_id::{
     self, BPF_FUNC_get_current_task_btf, BPF_FUNC_get_netns_cookie, BPF_FUNC_jiffies64,
     BPF_FUNC_ktime_get_ns, BPF_FUNC_loop, BPF_FUNC_ringbuf_reserve, BPF_FUNC_sk_assign,
@@ -12,6 +14,7 @@ use super::{
     trial::{self, Hook, Refused},
 };
 use crate::{
+    dataplane::{self, Paths},
     discover::kernel_offsets,
     sys::{
         clock,
@@ -221,6 +224,24 @@ fn layout() -> Check {
             format!("{error:#}"),
             "the programs can't be made to fit this kernel",
             "use a kernel with CONFIG_DEBUG_INFO_BTF=y, Linux 6.1 or newer; in a container, make /sys/kernel/btf visible",
+        ),
+    }
+}
+
+/// The programs themselves: a kernel may have every feature and still refuse what is made of them.
+pub(super) fn programs(state_dir: &Path) -> Check {
+    const NAME: &str = "programs";
+    match dataplane::trial(&Paths::new(state_dir)) {
+        Ok(()) => Check::ok(
+            NAME,
+            "the kernel takes `account` and `steer`",
+            "the balancer can be loaded here",
+        ),
+        Err(error) => Check::fail(
+            NAME,
+            format!("{error:#}"),
+            "the balancer can't be loaded here",
+            "see to the other findings first; if there are none, this kernel and this build do not fit: report it with what was found",
         ),
     }
 }
