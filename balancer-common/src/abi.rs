@@ -78,6 +78,16 @@ impl Address {
     }
 }
 
+impl Address {
+    /// An address as it stands in a packet: unlike with `From`, 0.0.0.0 is an IPv4 address here, not "any".
+    pub fn of_packet(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(v4) => Self::from_v4_be(u32::from(v4).to_be()),
+            IpAddr::V6(_) => address.into(),
+        }
+    }
+}
+
 impl From<IpAddr> for Address {
     fn from(address: IpAddr) -> Self {
         let v6 = match address {
@@ -206,6 +216,33 @@ impl ListenRule {
     pub const WILDCARD_ONLY: u16 = 1;
     /// The namespace is not known to be guarded: counted, not steered to until the daemon confirms it.
     pub const CANDIDATE: u16 = 2;
+
+    /// The rule for a listener: an exact address before any, the namespace before any; `lookup` reads `LISTEN_RULES`.
+    #[inline(always)]
+    pub fn most_specific(
+        netns: u64,
+        address: Address,
+        port: u16,
+        lookup: impl Fn(PortKey) -> Option<Self>,
+    ) -> Option<Self> {
+        let wildcard = address.is_any();
+        let claims = |netns, address| {
+            lookup(PortKey::new(netns, address, port))
+                .filter(|rule| wildcard || rule.flags & Self::WILDCARD_ONLY == 0)
+        };
+        if !wildcard {
+            if let Some(rule) = claims(netns, address) {
+                return Some(rule);
+            }
+            if let Some(rule) = claims(ANY_NETNS, address) {
+                return Some(rule);
+            }
+        }
+        if let Some(rule) = claims(netns, Address::ANY) {
+            return Some(rule);
+        }
+        claims(ANY_NETNS, Address::ANY)
+    }
 }
 
 /// What a slot holds.

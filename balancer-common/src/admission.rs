@@ -164,7 +164,13 @@ pub const fn expected(word: u64, now: u32) -> u32 {
 /// The word after a SYN was sent to a backend that has `pending` half-open ones.
 #[inline(always)]
 pub const fn expected_word(pending: u32, now: u32) -> u64 {
-    (now as u64) << 32 | pending.saturating_add(1) as u64
+    over_word(pending.saturating_add(1), now)
+}
+
+/// The same word after a look that found so many pending that the quota is reached: no SYN was sent.
+#[inline(always)]
+pub const fn over_word(pending: u32, now: u32) -> u64 {
+    (now as u64) << 32 | pending as u64
 }
 
 /// What the word says of SYN cookies.

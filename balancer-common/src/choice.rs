@@ -144,7 +144,7 @@ impl Member {
     }
 
     /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
-    /// `net/ipv4/inet_hashtables.c)`: an exact address before the wildcard, a bound device before none. `None`: not at all.
+    /// `net/ipv4/inet_hashtables.c`): an exact address before the wildcard, a bound device before none. `None`: not at all.
     #[inline(always)]
     fn fit(&self, request: &Request) -> Option<u32> {
         if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
@@ -205,7 +205,7 @@ impl Cursor {
 }
 
 /// What the members that can't be chosen were like, to name the reason of a refusal.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
     /// Members that fit at all.
     pub members: u32,
@@ -217,6 +217,16 @@ pub struct Tally {
     pub over_with_cookies: u32,
     /// Members for which SYN cookies are, or are about to be, in use.
     pub cookies: u32,
+}
+
+impl Tally {
+    const NONE: Self = Self {
+        members: 0,
+        over: 0,
+        closed: 0,
+        over_with_cookies: 0,
+        cookies: 0,
+    };
 }
 
 /// The first phase for one request.
@@ -253,13 +263,7 @@ impl Scan {
             request,
             enforce: true,
             cookies: false,
-            tally: Tally {
-                members: 0,
-                over: 0,
-                closed: 0,
-                over_with_cookies: 0,
-                cookies: 0,
-            },
+            tally: Tally::NONE,
             total: 0,
             sum: 0,
             best: NONE,
@@ -307,13 +311,7 @@ impl Scan {
 
     #[inline(always)]
     fn start_over(&mut self, fit: u32, uid: u32) {
-        self.tally = Tally {
-            members: 0,
-            over: 0,
-            closed: 0,
-            over_with_cookies: 0,
-            cookies: 0,
-        };
+        self.tally = Tally::NONE;
         self.sum = 0;
         self.best = NONE;
         self.fit = fit;

@@ -2,7 +2,7 @@
 
 use crate::Reason;
 use crate::abi::Cookies;
-use crate::admission::{Judgement, QUEUE_GRACE, full_word};
+use crate::admission::{Judgement, QUEUE_GRACE};
 use crate::choice::{MAX_LOOKS, Request, Scan};
 
 /// How one attempt at a backend ended.
@@ -65,7 +65,7 @@ pub trait World {
     /// Feeds every member of the service to the scan, in ascending order of slots.
     fn scan(&mut self, scan: &mut Scan);
     /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
-    /// out must show in the counters of the next scan (see [`note_full`], [`note_over`]).
+    /// out must show in the counters of the next scan (see [`full_word`](crate::admission::full_word), [`over_word`](crate::admission::over_word)).
     fn attempt(&mut self, slot: u32, deliberation: &Deliberation) -> Attempt;
 }
 
@@ -361,18 +361,6 @@ pub fn decide<W: World>(world: &mut W, state: &mut Deliberation) -> Decision {
     state.failure()
 }
 
-/// `Counts::full` after a look that found the queue full since that tick.
-#[inline(always)]
-pub const fn note_full(since: u32, now: u32) -> u64 {
-    full_word(since, now)
-}
-
-/// `Counts::expected` after a look that found so many pending that the quota is reached.
-#[inline(always)]
-pub const fn note_over(pending: u32, now: u32) -> u64 {
-    (now as u64) << 32 | pending as u64
-}
-
 /// Whether a look must make the choice anew because cookies turn out to be in use.
 #[inline(always)]
 pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> bool {
@@ -383,7 +371,7 @@ pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> boo
 mod tests {
     use super::*;
     use crate::abi::{Address, Backend, BackendState, Counts, Life, Policy, SlotPolicy, UNLIMITED};
-    use crate::admission::{Observation, judge};
+    use crate::admission::{Observation, full_word, judge, over_word};
     use crate::choice::Member;
     use crate::{Verdict, hash};
     use proptest::prelude::*;
@@ -487,11 +475,11 @@ mod tests {
             match judgement {
                 Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
                 Judgement::QueueFull { since } => {
-                    counts.full = note_full(since, NOW);
+                    counts.full = full_word(since, NOW);
                     Attempt::Judged(judgement)
                 }
                 Judgement::OverQuota => {
-                    counts.expected = note_over(pending, NOW);
+                    counts.expected = over_word(pending, NOW);
                     Attempt::Judged(judgement)
                 }
                 Judgement::Take => Attempt::Assigned,

@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, BackendState, Connection, Counts, EventKind, Life, ListenRule,
-    MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS, PortKey,
+    Address, Backend, BackendState, Connection, Counts, EventKind, Life, ListenRule, MAX_MEMBERS,
+    MAX_SLOTS, MEMBER_WORDS,
 };
 use core::ffi::c_void;
 
@@ -199,35 +199,13 @@ pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -
     let Some(address) = (unsafe { address.as_ref() }) else {
         return NONE;
     };
-    match most_specific(netns, *address, port as u16) {
+    let read = |key| unsafe { LISTEN_RULES.get(key) }.copied();
+    match ListenRule::most_specific(netns, *address, port as u16, read) {
         Some(rule) => {
             u64::from(rule.weight) << 32 | u64::from(rule.flags) << 16 | u64::from(rule.service)
         }
         None => NONE,
     }
-}
-
-#[inline(always)]
-fn most_specific(netns: u64, address: Address, port: u16) -> Option<ListenRule> {
-    let wildcard = address.is_any();
-    if !wildcard {
-        if let Some(rule) = rule_at(netns, address, port, wildcard) {
-            return Some(rule);
-        }
-        if let Some(rule) = rule_at(ANY_NETNS, address, port, wildcard) {
-            return Some(rule);
-        }
-    }
-    if let Some(rule) = rule_at(netns, Address::ANY, port, wildcard) {
-        return Some(rule);
-    }
-    rule_at(ANY_NETNS, Address::ANY, port, wildcard)
-}
-
-#[inline(always)]
-fn rule_at(netns: u64, address: Address, port: u16, wildcard: bool) -> Option<ListenRule> {
-    let rule = unsafe { LISTEN_RULES.get(PortKey::new(netns, address, port)) }?;
-    (wildcard || rule.flags & ListenRule::WILDCARD_ONLY == 0).then_some(*rule)
 }
 
 /// The same socket was shut down and listens again: its slot is still its own, with the connections that it has. An

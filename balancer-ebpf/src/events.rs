@@ -1,8 +1,7 @@
 //! What the kernel half tells the daemon.
 
-use aya_ebpf::helpers::bpf_ktime_get_ns;
 use balancer_common::Reason;
-use balancer_common::abi::{Backend, Event, EventKind, ticks, ticks_of_ms};
+use balancer_common::abi::{Backend, Event, EventKind, ticks_of_ms};
 use balancer_common::choice::Arrival;
 
 use crate::atomic;
@@ -48,12 +47,11 @@ pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -
 
 /// A look-up was refused.
 #[inline(always)]
-pub fn refused(service: u16, arrival: &Arrival, reason: Reason) {
+pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u32) {
     let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
         return;
     };
     let last = unsafe { (*state).last_event };
-    let now = ticks(unsafe { bpf_ktime_get_ns() });
     if now.wrapping_sub(last as u32) < REFUSAL_INTERVAL
         || !unsafe { atomic::replace(&raw mut (*state).last_event, last, u64::from(now)) }
     {

@@ -9,11 +9,12 @@ use balancer_common::abi::{
     ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, NO_SERVICE, Policy, PortKey,
     REASON_SLOTS, ServicePort, ticks,
 };
-use balancer_common::admission::{Judgement, Observation, cookies_word, expected_word, judge};
+use balancer_common::admission::{
+    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word,
+};
 use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
-    note_full, note_over,
 };
 use balancer_common::{Reason, Verdict};
 use core::ffi::c_void;
@@ -60,7 +61,7 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     match reason.verdict() {
         Verdict::Pass | Verdict::Steer => SK_PASS,
         Verdict::Refuse => {
-            refused(lookup, port.service, reason);
+            refused(lookup, port.service, reason, ticks(now_ns));
             SK_DROP
         }
     }
@@ -123,16 +124,16 @@ pub fn is_exempt(service: u16, source: &Address) -> bool {
 
 /// Tells the daemon, from a stack frame of its own.
 #[inline(never)]
-fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason) {
+fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason, now: u32) {
     let arrival = arrival_of(lookup);
-    events::refused(service, &arrival, reason);
+    events::refused(service, &arrival, reason, now);
 }
 
 #[inline(always)]
 fn count(service: u16, reason: Reason) {
     let index = u32::from(service) * REASON_SLOTS as u32 + reason as u32;
     if let Some(counter) = VERDICTS.get_ptr_mut(index) {
-        // Per CPU, and sk_lookup programs are not preempted by each other on one CPU.
+        // Per CPU: only a SYN that interrupts a process's look-up right here can make a count get lost.
         unsafe { *counter += 1 };
     }
 }
@@ -384,11 +385,13 @@ fn attempt_socket(
     let quota = member.quota(state.scan.request.quota);
     match judge(&seen, &member.counts, quota, state.scan.enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
-            unsafe { atomic::store(&raw mut (*counts).full, note_full(since, now)) };
+            unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
             return Attempt::Judged(Judgement::QueueFull { since });
         }
         Judgement::OverQuota => {
-            note_expected(counts, seen.pending(quota), now);
+            // Corrects the hint that the look has found wrong.
+            let word = over_word(seen.pending(quota), now);
+            unsafe { atomic::store(&raw mut (*counts).expected, word) };
             return Attempt::Judged(Judgement::OverQuota);
         }
         Judgement::Take if member.counts.full != 0 => unsafe {
@@ -420,12 +423,6 @@ fn announce(counts: *mut Counts, word: u64, state: &Deliberation) -> bool {
     }
     unsafe { atomic::store(&raw mut (*counts).expected, word) };
     true
-}
-
-/// Corrects the hint that a look has found wrong.
-#[inline(always)]
-fn note_expected(counts: *mut Counts, pending: u32, now: u32) {
-    unsafe { atomic::store(&raw mut (*counts).expected, note_over(pending, now)) };
 }
 
 #[inline(always)]

@@ -209,21 +209,11 @@ fn a_new_daemon_goes_on_where_the_old_one_left() {
             agree(&balancer, &mut listeners);
             clients.extend(tcp::connect_many(agents(), 20));
             assert_eq!(agree(&balancer, &mut listeners), [10; 2]);
-            let slots: Vec<_> = balancer
-                .service()
-                .backends
-                .iter()
-                .map(|backend| backend.slot)
-                .collect();
+            let slots = balancer.service().slots();
             balancer.launch();
             assert!(tcp::connect(agents()).is_refused());
             assert_eq!(agree(&balancer, &mut listeners), [10; 2]);
-            let after: Vec<_> = balancer
-                .service()
-                .backends
-                .iter()
-                .map(|backend| backend.slot)
-                .collect();
+            let after = balancer.service().slots();
             assert_eq!(slots, after);
             drop(clients);
             assert_eq!(agree(&balancer, &mut listeners), [0; 2]);

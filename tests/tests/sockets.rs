@@ -126,12 +126,7 @@ fn listeners_of_a_reuseport_group_are_backends_with_a_quota_each() {
         let clients = tcp::connect_many(agents(), 60);
         assert_eq!(clients.len(), 40);
         assert_eq!(agree(&balancer, &mut listeners), [10; 4]);
-        let slots: Vec<_> = balancer
-            .service()
-            .backends
-            .iter()
-            .map(|backend| backend.slot)
-            .collect();
+        let slots = balancer.service().slots();
         assert_eq!(slots.len(), 4);
     });
 }

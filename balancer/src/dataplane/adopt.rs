@@ -16,9 +16,8 @@ use balancer_common::abi::{
 };
 use tracing::{info, warn};
 
-use super::explain::{is_exempt, slot_of};
 use super::plan::rule_of;
-use super::tables::SlotView;
+use super::tables::{SlotView, slot_of};
 use super::wire::Wire;
 use super::writer::Writer;
 use crate::discover::{Listener, Owner, owners};
@@ -227,7 +226,7 @@ impl Writer {
                 }
             };
             let service = fitting[0].member.backend.service;
-            let exempt = is_exempt(&self.tables, service, socket.remote.ip())?;
+            let exempt = self.tables.is_exempt(service, socket.remote.ip())?;
             *shares.entry(slot).or_insert(0) += if exempt { Counts::ONE_EXEMPT } else { 1 };
         }
         Ok(shares)

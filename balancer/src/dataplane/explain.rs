@@ -4,23 +4,21 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result};
-use aya::maps::MapError;
-use aya::maps::lpm_trie::Key;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, Connection, Cookies, Counts, ExemptKey, NO_SERVICE, Policy,
-    PortKey, ServicePort, UNLIMITED, ticks,
+    ANY_NETNS, Address, Backend, Cookies, Counts, NO_SERVICE, Policy, PortKey, ServicePort,
+    UNLIMITED, ticks,
 };
-use balancer_common::admission::{Judgement, Observation, cookies_state, expected, judge};
+use balancer_common::admission::{
+    Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
+};
 use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
-use balancer_common::decide::{
-    Attempt, Circumstances, Decision, Deliberation, World, decide, note_full, note_over,
-};
+use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
 use balancer_common::{Reason, Verdict};
 
 use super::snapshot::{services, text};
-use super::tables::Tables;
+use super::tables::{Tables, lookup, slot_of};
 use super::wire::Wire;
-use crate::sys::sock_diag::{Family, Query, Socket, State, States, tcp_sockets};
+use crate::sys::sock_diag::{Family, Query, State, States, tcp_sockets};
 use crate::sys::{clock, netns};
 
 /// Where a SYN would go, and why.
@@ -58,15 +56,15 @@ pub fn explain(
     let beat = tables.heartbeat();
     let now_ns = clock::monotonic_ns();
     let circumstances = Circumstances {
-        exempt: is_exempt(tables, port.service, from.ip())?,
+        exempt: tables.is_exempt(port.service, from.ip())?,
         stale: beat.is_stale(now_ns),
     };
     let arrival = Arrival {
         netns: netns::cookie().context("cannot read the cookie of this network namespace")?,
         device: 0,
-        from: packet_address(from.ip()),
+        from: Address::of_packet(from.ip()),
         from_port: from.port(),
-        to: packet_address(to),
+        to: Address::of_packet(to),
         to_port,
     };
     let request = Request::new(&port, &arrival, tables.turn(port.service), ticks(now_ns));
@@ -98,14 +96,6 @@ fn not_ours(from: SocketAddr, port: u16) -> Explanation {
     }
 }
 
-fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
-    match found {
-        Ok(value) => Ok(Some(value)),
-        Err(MapError::KeyNotFound) => Ok(None),
-        Err(error) => Err(error).context("cannot read a map"),
-    }
-}
-
 fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServicePort>> {
     let at = |address| {
         lookup(
@@ -123,22 +113,6 @@ fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServiceP
         return Ok(Some(exact));
     }
     Ok((any.service != NO_SERVICE).then_some(any))
-}
-
-pub(super) fn is_exempt(tables: &Tables, service: u16, source: IpAddr) -> Result<bool> {
-    let key = Key::new(
-        ExemptKey::BITS,
-        Wire(ExemptKey::new(service, packet_address(source))),
-    );
-    Ok(lookup(tables.exempt.get(&key, 0))?.is_some())
-}
-
-/// The address as it stands in a packet: unlike `Address::from`, 0.0.0.0 is an address here.
-fn packet_address(address: IpAddr) -> Address {
-    match address {
-        IpAddr::V4(v4) => Address::from_v4_be(u32::from(v4).to_be()),
-        IpAddr::V6(_) => address.into(),
-    }
 }
 
 /// The maps and listening sockets of one service as they were a moment ago.
@@ -321,12 +295,12 @@ impl World for Picture {
             Judgement::Take => Attempt::Assigned,
             Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
             Judgement::QueueFull { since } => {
-                self.note(slot, |counts| counts.full = note_full(since, now));
+                self.note(slot, |counts| counts.full = full_word(since, now));
                 Attempt::Judged(judgement)
             }
             Judgement::OverQuota => {
                 let pending = seen.pending(quota);
-                self.note(slot, |counts| counts.expected = note_over(pending, now));
+                self.note(slot, |counts| counts.expected = over_word(pending, now));
                 Attempt::Judged(judgement)
             }
         }
@@ -346,9 +320,4 @@ fn queues(tables: &Tables) -> Result<HashMap<u32, (u32, u32)>> {
         }));
     }
     Ok(queues)
-}
-
-pub(super) fn slot_of(socket: &Socket) -> Option<u32> {
-    let bytes = socket.storage.as_ref()?.get(..size_of::<Connection>())?;
-    Some(u32::from(u16::from_ne_bytes([bytes[0], bytes[1]])))
 }

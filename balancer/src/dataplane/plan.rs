@@ -161,11 +161,7 @@ impl Plan {
                     0
                 };
                 let bits = ExemptKey::SERVICE_BITS + family_bits + u32::from(network.prefix_len());
-                // Not Address::from: 0.0.0.0/0 must stay an IPv4 network, not become "any".
-                let address = match network.network() {
-                    IpAddr::V4(v4) => Address::from_v4_be(u32::from(v4).to_be()),
-                    IpAddr::V6(v6) => Address::from(IpAddr::V6(v6)),
-                };
+                let address = Address::of_packet(network.network());
                 entries.insert((bits, ExemptKey::new(*id, address)), 1);
             }
         }
@@ -173,24 +169,14 @@ impl Plan {
     }
 }
 
-/// The rule that the kernel finds for a listener: the more specific one wins.
+/// The rule that the kernel finds for a listener.
 pub fn rule_of(
     rules: &BTreeMap<PortKey, ListenRule>,
     netns: u64,
     address: Address,
     port: u16,
 ) -> Option<ListenRule> {
-    let wildcard = address.is_any();
-    let keys = [
-        (netns, address),
-        (ANY_NETNS, address),
-        (netns, Address::ANY),
-        (ANY_NETNS, Address::ANY),
-    ];
-    keys.into_iter()
-        .filter_map(|(netns, address)| rules.get(&PortKey::new(netns, address, port)))
-        .find(|rule| wildcard || rule.flags & ListenRule::WILDCARD_ONLY == 0)
-        .copied()
+    ListenRule::most_specific(netns, address, port, |key| rules.get(&key).copied())
 }
 
 #[cfg(test)]

@@ -1,14 +1,16 @@
 //! The pinned maps, opened and typed.
 
+use std::net::IpAddr;
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context as _, Result, anyhow};
+use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use balancer_common::Reason;
 use balancer_common::abi::{
-    Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
+    Address, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
     MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
     ServicePort, ServiceState, SlotPolicy,
 };
@@ -16,6 +18,7 @@ use balancer_common::choice::Member;
 
 use super::wire::Wire;
 use crate::sys::shared::SharedArray;
+use crate::sys::sock_diag::Socket;
 
 /// Every map by the name of its pin, with what the kernel must say of it: (type, key size, value size, entries, flags).
 pub const LAYOUT: &[(&str, MapShape)] = &[
@@ -192,6 +195,21 @@ fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
         .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))
 }
 
+/// What a look-up in a map found.
+pub fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
+    match found {
+        Ok(value) => Ok(Some(value)),
+        Err(MapError::KeyNotFound) => Ok(None),
+        Err(error) => Err(error).context("cannot read a map"),
+    }
+}
+
+/// The slot that the storage of a listed socket names.
+pub fn slot_of(socket: &Socket) -> Option<u32> {
+    let bytes = socket.storage.as_ref()?.get(..size_of::<Connection>())?;
+    Some(u32::from(u16::from_ne_bytes([bytes[0], bytes[1]])))
+}
+
 impl Tables {
     /// Opens the pins of a directory.
     pub fn open(directory: &Path) -> Result<Self> {
@@ -236,6 +254,15 @@ impl Tables {
             .try_clone_to_owned()
             .context("cannot copy a descriptor")?;
         MapData::from_fd(copy).context("cannot query the map CONNECTION")
+    }
+
+    /// Whether a source is exempt for a service.
+    pub fn is_exempt(&self, service: u16, source: IpAddr) -> Result<bool> {
+        let key = Key::new(
+            ExemptKey::BITS,
+            Wire(ExemptKey::new(service, Address::of_packet(source))),
+        );
+        Ok(lookup(self.exempt.get(&key, 0))?.is_some())
     }
 
     /// The events of the kernel half.
