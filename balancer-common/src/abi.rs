@@ -5,7 +5,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Most services.
 pub const MAX_SERVICES: usize = 64;
 /// Most backends of all services together.
@@ -259,6 +259,8 @@ pub enum BackendState {
     Closed = 3,
     /// Listens in a namespace that the daemon has not confirmed. Never stored: derived.
     Candidate = 4,
+    /// Being changed by the daemon. If it dies over that, the next one finishes what it began.
+    Held = 5,
 }
 
 impl BackendState {
@@ -270,6 +272,7 @@ impl BackendState {
             Self::Active => "active",
             Self::Closed => "closed",
             Self::Candidate => "candidate",
+            Self::Held => "held",
         }
     }
 }
@@ -303,6 +306,7 @@ impl Life {
             1 => BackendState::Claimed,
             2 => BackendState::Active,
             3 => BackendState::Closed,
+            5 => BackendState::Held,
             _ => BackendState::Free,
         }
     }
@@ -341,8 +345,8 @@ pub struct Backend {
     pub map_error: u32,
     /// The process that listened (thread group id in the initial pid namespace), 0 if not known.
     pub pid: u32,
-    /// Always 0.
-    pub zero: u32,
+    /// Its thread that did: a thread can be in another network namespace than its process. 0 if not known.
+    pub tid: u32,
 }
 
 impl Backend {
@@ -354,7 +358,8 @@ impl Backend {
     pub const UNSTEERABLE: u32 = 4;
     /// Claimed by a rule for any namespace.
     pub const CANDIDATE: u32 = 8;
-    /// Registered by the daemon: it listened before. The kernel half does not see it close.
+    /// Registered by the daemon: it listened before, and may have connections that the kernel half does not count. The kernel half
+    /// does not see it close.
     pub const ADOPTED: u32 = 16;
 
     /// An empty slot.
@@ -370,7 +375,7 @@ impl Backend {
         flags: 0,
         map_error: 0,
         pid: 0,
-        zero: 0,
+        tid: 0,
     };
 
     /// The stored life.
@@ -389,8 +394,9 @@ pub struct SlotPolicy {
     pub quota: u64,
     /// weight | flags << 32.
     pub weight: u64,
-    /// Connections that were there before their listener was registered, as `Counts::established` packs them. The kernel
-    /// half can't follow those; the daemon counts them again each tick until they are gone.
+    /// Connections that only the daemon can count, as `Counts::established` packs them: those that were there before their
+    /// listener was registered, and those whose state changes another program has switched off. It counts them again at each
+    /// check until they are gone.
     pub adopted: u64,
 }
 
@@ -399,6 +405,8 @@ impl SlotPolicy {
     pub const BY_HAND: u32 = 1;
     /// The quota was set by hand for every backend of the service.
     pub const SERVICE_BY_HAND: u32 = 2;
+    /// The quota was computed from what is known of the clients, and so is only as good as that.
+    pub const COMPUTED: u32 = 4;
 
     /// Packs quota and weight for the tenant with that generation.
     pub const fn new(generation: u32, quota: u32, weight: u32, flags: u32) -> Self {
@@ -428,8 +436,14 @@ impl SlotPolicy {
     }
 
     /// Its flags.
+    #[inline(always)]
     pub const fn flags(&self) -> u32 {
         (self.weight >> 32) as u32
+    }
+
+    /// Whether somebody set the quota by hand, for this backend or for its service.
+    pub const fn is_by_hand(&self) -> bool {
+        self.flags() & (Self::BY_HAND | Self::SERVICE_BY_HAND) != 0
     }
 }
 
@@ -481,6 +495,14 @@ impl Counts {
     }
 }
 
+/// Value of TOTALS: what only ever grows, apart from COUNTS, which every SYN reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Totals {
+    /// Connections that have entered ESTABLISHED, of all tenants of the slot. Raised after COUNTS. Atomic.
+    pub entered: u64,
+}
+
 /// How sure it is that a listener answers with SYN cookies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -509,6 +531,9 @@ pub struct ServiceState {
     pub turn: u64,
     /// Tick of the last refusal event. Atomic.
     pub last_event: u64,
+    /// Listeners of the service that could not be registered: while there are any, nobody is refused because the registered
+    /// ones are full. The kernel half adds, the daemon corrects. Atomic.
+    pub unregistered: u64,
 }
 
 /// Value of CONNECTION (socket storage): on a listener its slot; on an accepted socket what it was counted as.
@@ -578,6 +603,22 @@ impl Heartbeat {
     }
 }
 
+/// Value of TRUTH: how COUNTS compares with the socket table. Written by the daemon, each word atomically.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Truth {
+    /// Comparisons made.
+    pub checks: u64,
+    /// Connections by which counts were lastingly off at the last comparison, all backends together.
+    pub drift: u64,
+    /// Counts that were put right, ever.
+    pub repairs: u64,
+    /// When the last comparison ended, ns of `CLOCK_MONOTONIC`.
+    pub last_ns: u64,
+    /// Processor time that it took, ns.
+    pub cost_ns: u64,
+}
+
 /// What an [`Event`] tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -628,6 +669,10 @@ pub struct Event {
     pub reason: u16,
     /// The process that listened, 0 if not known.
     pub pid: u32,
+    /// Its thread that did.
+    pub tid: u32,
+    /// Always 0.
+    pub zero: u32,
 }
 
 /// Value of `SERVICE_INFO`: what only user space reads, so that `status` works without a daemon.
@@ -664,11 +709,13 @@ const _: () = {
     assert!(size_of::<SlotPolicy>() == 24);
     assert!(size_of::<Counts>() == 32);
     assert!(size_of::<Members>() == 128);
-    assert!(size_of::<ServiceState>() == 16);
+    assert!(size_of::<ServiceState>() == 24);
+    assert!(size_of::<Totals>() == 8);
+    assert!(size_of::<Truth>() == 40);
     assert!(size_of::<Connection>() == 8);
     assert!(size_of::<ExemptKey>() == 20);
     assert!(size_of::<Heartbeat>() == 16);
-    assert!(size_of::<Event>() == 40);
+    assert!(size_of::<Event>() == 48);
     assert!(size_of::<ServiceInfo>() == 480);
 };
 

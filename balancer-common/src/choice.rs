@@ -204,6 +204,18 @@ impl Cursor {
     }
 }
 
+/// Which quotas count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Enforce {
+    /// All.
+    Quotas,
+    /// Only those of 0: somebody closed these backends.
+    Closed,
+    /// None.
+    Nothing,
+}
+
 /// What the members that can't be chosen were like, to name the reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
@@ -217,6 +229,12 @@ pub struct Tally {
     pub over_with_cookies: u32,
     /// Members for which SYN cookies are, or are about to be, in use.
     pub cookies: u32,
+    /// Members whose quotas were computed.
+    pub computed: u32,
+    /// What is established and counts against quotas.
+    pub established: u64,
+    /// The sum of the quotas.
+    pub quotas: u64,
 }
 
 impl Tally {
@@ -226,7 +244,22 @@ impl Tally {
         closed: 0,
         over_with_cookies: 0,
         cookies: 0,
+        computed: 0,
+        established: 0,
+        quotas: 0,
     };
+
+    /// Whether computed quotas are contradicted by what stands: quotas are never computed so low. A burst may exceed
+    /// them by a few connections for each CPU, which is no contradiction.
+    #[inline(always)]
+    pub const fn quotas_are_nonsense(&self) -> bool {
+        let slack = if self.quotas / 8 > 16 {
+            self.quotas / 8
+        } else {
+            16
+        };
+        self.computed > 0 && self.computed == self.members && self.established > self.quotas + slack
+    }
 }
 
 /// The first phase for one request.
@@ -234,8 +267,8 @@ impl Tally {
 pub struct Scan {
     /// What is asked.
     pub request: Request,
-    /// Whether quotas count.
-    pub enforce: bool,
+    /// Which quotas count.
+    pub enforce: Enforce,
     /// SYN cookies are in use, or about to be: choose by four-tuple, so that the ACK finds the same listener.
     pub cookies: bool,
     /// What was seen in this pass.
@@ -261,7 +294,7 @@ impl Scan {
     pub const fn new(request: Request) -> Self {
         Self {
             request,
-            enforce: true,
+            enforce: Enforce::Quotas,
             cookies: false,
             tally: Tally::NONE,
             total: 0,
@@ -277,7 +310,7 @@ impl Scan {
 
     /// Makes a used scan new, in place.
     #[inline(always)]
-    pub fn start(&mut self, request: Request, enforce: bool) {
+    pub fn start(&mut self, request: Request, enforce: Enforce) {
         self.request = request;
         self.enforce = enforce;
         self.cookies = false;
@@ -369,9 +402,10 @@ impl Scan {
             return false;
         }
         self.tally.members += 1;
+        self.tally_quota(member);
         let cookies = cookies_state(member.counts.cookies, self.request.now);
         let quota = member.quota(self.request.quota);
-        if self.enforce
+        if self.enforces(quota)
             && !admits(
                 member.counts.established(),
                 member.counts.exempt(),
@@ -392,6 +426,29 @@ impl Scan {
         true
     }
 
+    /// Whether that quota counts.
+    #[inline(always)]
+    pub const fn enforces(&self, quota: u32) -> bool {
+        match self.enforce {
+            Enforce::Quotas => true,
+            Enforce::Closed => quota == 0,
+            Enforce::Nothing => false,
+        }
+    }
+
+    #[inline(always)]
+    fn tally_quota(&mut self, member: &Member) {
+        let computed = member.policy.is_for(member.backend.life())
+            && member.policy.flags() & SlotPolicy::COMPUTED != 0;
+        self.tally.computed += u32::from(computed);
+        let counted = member
+            .counts
+            .established()
+            .saturating_sub(member.counts.exempt());
+        self.tally.established += u64::from(counted);
+        self.tally.quotas += u64::from(member.quota(self.request.quota));
+    }
+
     /// Compares a member that qualifies with the best so far.
     #[inline(always)]
     pub fn rank(&mut self, member: &Member) {
@@ -404,7 +461,7 @@ impl Scan {
         }
         let expected = expected(member.counts.expected, self.request.now);
         let doubtful = is_full(member.counts.full, self.request.now)
-            || (self.enforce
+            || (self.enforces(quota)
                 && !admits(
                     member.counts.established(),
                     member.counts.exempt(),

@@ -3,7 +3,7 @@
 use crate::Reason;
 use crate::abi::Cookies;
 use crate::admission::{Judgement, QUEUE_GRACE};
-use crate::choice::{MAX_LOOKS, Request, Scan};
+use crate::choice::{Enforce, MAX_LOOKS, Request, Scan};
 
 /// How one attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +67,8 @@ pub trait World {
     /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
     /// out must show in the counters of the next scan (see [`full_word`](crate::admission::full_word), [`over_word`](crate::admission::over_word)).
     fn attempt(&mut self, slot: u32, deliberation: &Deliberation) -> Attempt;
+    /// Whether listeners of the service serve without being registered, because a map was full.
+    fn has_unregistered(&self, service: u16) -> bool;
 }
 
 /// What is known before anything is scanned.
@@ -76,6 +78,22 @@ pub struct Circumstances {
     pub exempt: bool,
     /// The daemon has been silent for too long to refuse anybody.
     pub stale: bool,
+}
+
+/// Why somebody is let in whom the quotas would refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Excuse {
+    /// None: quotas count.
+    None,
+    /// The daemon has been silent for too long.
+    Stale,
+    /// What the quotas were computed from is wrong.
+    Nonsense,
+    /// There are listeners that could not be registered.
+    Unregistered,
+    /// The kernel refused to assign a backend that had room.
+    Error,
 }
 
 /// How a look-up ended.
@@ -115,6 +133,7 @@ pub struct Deliberation {
     over_with_cookies: bool,
     full: bool,
     failed: bool,
+    excuse: Excuse,
     /// A backend with room whose queue has been full only for a moment, or [`NOBODY`].
     momentary: u32,
 }
@@ -137,6 +156,7 @@ impl Deliberation {
             over_with_cookies: false,
             full: false,
             failed: false,
+            excuse: Excuse::None,
             momentary: NOBODY,
         };
         state.start(request, circumstances);
@@ -146,7 +166,12 @@ impl Deliberation {
     /// Makes a used one new, in place: a copy of the whole would be a loop over its bytes in the kernel.
     #[inline(always)]
     pub fn start(&mut self, request: Request, circumstances: Circumstances) {
-        self.scan.start(request, !circumstances.exempt);
+        let enforce = if circumstances.exempt {
+            Enforce::Nothing
+        } else {
+            Enforce::Quotas
+        };
+        self.scan.start(request, enforce);
         self.circumstances = circumstances;
         self.yielding = true;
         self.last_resort = false;
@@ -158,6 +183,7 @@ impl Deliberation {
         self.over_with_cookies = false;
         self.full = false;
         self.failed = false;
+        self.excuse = Excuse::None;
         self.momentary = NOBODY;
     }
 
@@ -214,24 +240,59 @@ impl Deliberation {
         }
     }
 
-    /// Nobody has room. Before a refusal: a stale daemon must not refuse, and a queue full for a moment is no end.
-    /// False: there is nothing left to try.
+    /// Nobody has room. Before a refusal: quotas that must not be trusted must not refuse, and a queue full for a moment is
+    /// no end. False: there is nothing left to try.
     #[inline(always)]
-    fn relent(&mut self) -> bool {
-        if self.scan.enforce && self.circumstances.stale {
-            self.scan.enforce = false;
-            self.scan.forget_tried();
-            self.cookies_known = false;
-            self.total_known = false;
-            self.looks = 0;
-            self.momentary = NOBODY;
-            return true;
+    fn relent<W: World>(&mut self, world: &W) -> bool {
+        if matches!(self.scan.enforce, Enforce::Quotas) {
+            self.excuse = self.find_excuse(world);
+            if !matches!(self.excuse, Excuse::None) {
+                self.choose_without_quotas();
+                return true;
+            }
         }
         if !self.last_resort && self.momentary != NOBODY {
             self.last_resort = true;
             return true;
         }
         false
+    }
+
+    #[inline(always)]
+    fn find_excuse<W: World>(&self, world: &W) -> Excuse {
+        let tally = &self.scan.tally;
+        if self.circumstances.stale {
+            Excuse::Stale
+        } else if self.failed {
+            // On an own port the kernel decides alone instead.
+            if self.scan.request.virtual_port {
+                Excuse::Error
+            } else {
+                Excuse::None
+            }
+        } else if !self.over && tally.over == 0 {
+            Excuse::None
+        } else if tally.quotas_are_nonsense() {
+            Excuse::Nonsense
+        } else if world.has_unregistered(self.scan.request.service) {
+            Excuse::Unregistered
+        } else {
+            Excuse::None
+        }
+    }
+
+    #[inline(always)]
+    fn choose_without_quotas(&mut self) {
+        self.scan.enforce = if matches!(self.excuse, Excuse::Stale) {
+            Enforce::Nothing
+        } else {
+            Enforce::Closed
+        };
+        self.scan.forget_tried();
+        self.cookies_known = false;
+        self.total_known = false;
+        self.looks = 0;
+        self.momentary = NOBODY;
     }
 
     /// Notes an attempt that led to nothing.
@@ -264,10 +325,16 @@ impl Deliberation {
     #[inline(always)]
     fn reason_of_success(&self) -> Reason {
         if self.circumstances.exempt {
-            Reason::Exempt
-        } else if !self.scan.enforce {
-            Reason::FailOpenStale
-        } else if self.last_resort {
+            return Reason::Exempt;
+        }
+        match self.excuse {
+            Excuse::Stale => return Reason::FailOpenStale,
+            Excuse::Nonsense => return Reason::FailOpenQuota,
+            Excuse::Unregistered => return Reason::FailOpenFull,
+            Excuse::Error => return Reason::FailOpenError,
+            Excuse::None => {}
+        }
+        if self.last_resort {
             Reason::AcceptQueueGrace
         } else if self.scan.request.virtual_port {
             Reason::Steered
@@ -284,7 +351,8 @@ impl Deliberation {
             Reason::Exempt
         } else if tally.members == 0 {
             Reason::NoBackend
-        } else if self.circumstances.stale {
+        } else if self.circumstances.stale || self.failed {
+            // An error must not refuse anybody.
             Reason::FailOpenError
         } else if self.full {
             Reason::AcceptQueueFull
@@ -296,8 +364,6 @@ impl Deliberation {
             }
         } else if tally.closed > 0 {
             Reason::ClosedByHand
-        } else if self.failed {
-            Reason::FailOpenError
         } else {
             Reason::NoBackend
         }
@@ -314,7 +380,7 @@ pub fn advance<W: World>(world: &mut W, state: &mut Deliberation) -> Option<Deci
         return None;
     }
     let Some(slot) = state.next() else {
-        return if state.relent() {
+        return if state.relent(world) {
             None
         } else {
             Some(state.failure())
@@ -384,6 +450,9 @@ mod tests {
     struct Model {
         members: Vec<Member>,
         sockets: Vec<Observation>,
+        /// The kernel refuses to assign these.
+        broken: Vec<u32>,
+        unregistered: bool,
     }
 
     fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
@@ -419,7 +488,12 @@ mod tests {
         fn of(members: impl IntoIterator<Item = Member>) -> Self {
             let members: Vec<Member> = members.into_iter().collect();
             let sockets = members.iter().map(|_| IDLE).collect();
-            Self { members, sockets }
+            Self {
+                members,
+                sockets,
+                broken: Vec::new(),
+                unregistered: false,
+            }
         }
 
         fn index(&self, slot: u32) -> usize {
@@ -470,7 +544,8 @@ mod tests {
             }
             let quota = member.quota(state.scan.request.quota);
             let pending = seen.pending(quota);
-            let judgement = judge(seen, &member.counts, quota, state.scan.enforce, NOW);
+            let enforce = state.scan.enforces(quota);
+            let judgement = judge(seen, &member.counts, quota, enforce, NOW);
             let counts = &mut self.members[index].counts;
             match judgement {
                 Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
@@ -482,8 +557,13 @@ mod tests {
                     counts.expected = over_word(pending, NOW);
                     Attempt::Judged(judgement)
                 }
+                Judgement::Take if self.broken.contains(&slot) => Attempt::Failed,
                 Judgement::Take => Attempt::Assigned,
             }
+        }
+
+        fn has_unregistered(&self, _service: u16) -> bool {
+            self.unregistered
         }
     }
 
@@ -862,6 +942,88 @@ mod tests {
                 slot: None
             }
         );
+    }
+
+    fn computed(slot: u32, established: u32, quota: u32) -> Member {
+        Member {
+            policy: SlotPolicy::new(GENERATION, quota, 1, SlotPolicy::COMPUTED),
+            ..member(slot, established, quota, 1)
+        }
+    }
+
+    #[test]
+    fn computed_quotas_that_what_stands_contradicts_refuse_nobody() {
+        let decide = |members: [Member; 2]| {
+            Model::of(members)
+                .decide(request(Policy::LeastConnections))
+                .reason
+        };
+        // 100 + 100 allow for 25 more before they are taken for nonsense.
+        assert_eq!(
+            decide([computed(0, 113, 100), computed(1, 113, 100)]),
+            Reason::FailOpenQuota
+        );
+        assert_eq!(
+            decide([computed(0, 113, 100), computed(1, 112, 100)]),
+            Reason::OverQuota
+        );
+        assert_eq!(
+            decide([member(0, 500, 100, 1), member(1, 500, 100, 1)]),
+            Reason::OverQuota,
+            "what somebody wrote down is meant so"
+        );
+        assert_eq!(
+            decide([computed(0, 500, 100), member(1, 500, 100, 1)]),
+            Reason::OverQuota
+        );
+    }
+
+    #[test]
+    fn nobody_is_refused_while_listeners_are_not_registered() {
+        let mut model = Model::of([member(0, 9, 5, 1), member(1, 8, 5, 1), member(2, 0, 0, 1)]);
+        model.unregistered = true;
+        let decision = model.decide(request(Policy::LeastConnections));
+        assert_eq!(
+            decision,
+            Decision {
+                reason: Reason::FailOpenFull,
+                slot: Some(1)
+            },
+            "and one that somebody closed stays closed"
+        );
+        model = Model::of([member(0, 0, 0, 1)]);
+        model.unregistered = true;
+        let decision = model.decide(request(Policy::LeastConnections));
+        assert_eq!(decision.reason, Reason::ClosedByHand);
+    }
+
+    #[test]
+    fn an_error_refuses_nobody() {
+        let decide = |virtual_port| {
+            let mut model = Model::of([member(0, 0, 5, 1), member(1, 5, 5, 1)]);
+            model.broken = vec![0];
+            model.decide(Request {
+                virtual_port,
+                ..request(Policy::LeastConnections)
+            })
+        };
+        let steered = Decision {
+            reason: Reason::FailOpenError,
+            slot: Some(1),
+        };
+        assert_eq!(decide(true), steered);
+        let mut model = Model::of([member(0, 0, 5, 1), member(1, 5, 5, 1)]);
+        model.broken = vec![0];
+        let own = Request {
+            virtual_port: false,
+            to: model.members[0].backend.address,
+            ..request(Policy::LeastConnections)
+        };
+        let passed = Decision {
+            reason: Reason::FailOpenError,
+            slot: None,
+        };
+        assert_eq!(model.decide(own), passed);
     }
 
     #[test]

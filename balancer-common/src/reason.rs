@@ -66,7 +66,9 @@ reasons! {
     ClosedByHand = "closed-by-hand", Refuse, "every backend was closed by hand (quota set to 0)";
     NoBackend = "no-backend", Pass, "no live backend is known: the kernel decides alone, as without the balancer";
     FailOpenStale = "fail-open-stale", Steer, "it would have been refused, but the daemon has not lived for fail_open_after: let in";
-    FailOpenError = "fail-open-error", Pass, "no backend could be assigned because of errors: the kernel decides alone";
+    FailOpenQuota = "fail-open-quota", Steer, "it would have been refused, but the computed quotas add up to far less than what is established, so what they were computed from is wrong: let in";
+    FailOpenFull = "fail-open-full", Steer, "it would have been refused, but listeners of the service serve without the balancer because a map is full: let in";
+    FailOpenError = "fail-open-error", Pass, "a backend could not be assigned because of an error, and no other had room: let in";
     ForeignSkLookup = "foreign-sk-lookup", Pass, "another sk_lookup program has chosen the socket";
 }
 

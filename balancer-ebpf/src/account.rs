@@ -11,8 +11,10 @@ use balancer_common::abi::{
 };
 use core::ffi::c_void;
 
-use crate::kernel::{TcpSocket, context, current_tgid};
-use crate::maps::{BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS};
+use crate::kernel::{TcpSocket, context, current_task};
+use crate::maps::{
+    BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
+};
 use crate::steer::is_exempt;
 use crate::{atomic, events};
 
@@ -93,6 +95,10 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     };
     connection.class = class;
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
+    // After the count: who reads it before the count is read never misses an entry that the count has.
+    if let Some(totals) = TOTALS.get_ptr_mut(slot) {
+        unsafe { atomic::add(&raw mut (*totals).entered, 1) };
+    }
     // It is no longer expected. Counted first, so that it is never missing from both.
     if unsafe { (*counts).expected } as u32 as i32 > 0 {
         unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
@@ -173,8 +179,17 @@ fn listened(ctx: &SockOpsContext) {
     let backend = backend_of(ctx, netns, address, port, &rule);
     match claim(rule.service) {
         Some((slot, life)) => register(ctx, slot, life, backend),
-        None => events::listener(EventKind::NoSlot, u32::MAX, &backend),
+        None => unregistered(EventKind::NoSlot, &backend),
     }
+}
+
+/// A listener serves without the balancer: until the daemon has mended that, nobody is refused for its service.
+#[inline(always)]
+fn unregistered(kind: EventKind, backend: &Backend) {
+    if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(backend.service)) {
+        unsafe { atomic::add(&raw mut (*state).unregistered, 1) };
+    }
+    events::listener(kind, u32::MAX, backend);
 }
 
 /// No rule, no slot.
@@ -244,13 +259,15 @@ fn backend_of(
     port: u16,
     rule: &ListenRule,
 ) -> Backend {
+    let (pid, tid) = current_task();
     let mut backend = Backend {
         netns,
         address,
         port,
         service: rule.service,
         weight: rule.weight,
-        pid: current_tgid(),
+        pid,
+        tid,
         ..Backend::EMPTY
     };
     if rule.flags & ListenRule::CANDIDATE != 0 {
@@ -373,7 +390,7 @@ fn register(ctx: &SockOpsContext, slot: u32, life: Life, mut backend: Backend) {
     };
     if stored.is_null() {
         unsafe { atomic::store(&raw mut (*place).life, life.with(BackendState::Free).0) };
-        events::listener(EventKind::NoStorage, u32::MAX, &backend);
+        unregistered(EventKind::NoStorage, &backend);
         return;
     }
     // A socket whose old slot was given away has a storage already, with the old value.

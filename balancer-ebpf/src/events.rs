@@ -41,6 +41,8 @@ pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -
         port: backend.port,
         reason: 0,
         pid: backend.pid,
+        tid: backend.tid,
+        zero: 0,
     };
     u32::from(EVENTS.output::<Event>(&event, 0).is_ok())
 }
@@ -74,6 +76,8 @@ pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u32) {
         port: arrival.from_port,
         reason: reason as u16,
         pid: 0,
+        tid: 0,
+        zero: 0,
     };
     let _ = EVENTS.output::<Event>(&event, 0);
 }

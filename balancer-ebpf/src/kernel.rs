@@ -44,6 +44,8 @@ constants! {
     V6_ONLY_BIT: u32;
     /// `task_struct.tgid`.
     AT_TGID: u32;
+    /// `task_struct.pid`.
+    AT_PID: u32;
 }
 
 /// Reads a constant that the loader has set; volatile, because the compiler sees a zero.
@@ -162,13 +164,13 @@ pub fn listens(socket: *mut bpf_sock) -> bool {
     unsafe { (*socket).state == TCP_LISTEN }
 }
 
-/// Thread group id of the current task, in the initial pid namespace.
+/// Thread group id and thread id of the current task, in the initial pid namespace.
 #[inline(always)]
-pub fn current_tgid() -> u32 {
+pub fn current_task() -> (u32, u32) {
     let task: *const u8 = unsafe { bpf_get_current_task_btf() }.cast();
     if task.is_null() {
-        0
+        (0, 0)
     } else {
-        field!(task, AT_TGID as u32)
+        (field!(task, AT_TGID as u32), field!(task, AT_PID as u32))
     }
 }

@@ -6,7 +6,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
     Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS,
-    Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
+    Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy, Totals,
+    Truth,
 };
 use balancer_common::decide::Deliberation;
 
@@ -29,6 +30,8 @@ pub static POLICY: Array<SlotPolicy> = Array::pinned(SLOTS, MMAPABLE);
 #[map]
 pub static COUNTS: Array<Counts> = Array::pinned(SLOTS, MMAPABLE);
 #[map]
+pub static TOTALS: Array<Totals> = Array::pinned(SLOTS, MMAPABLE);
+#[map]
 pub static LISTENERS: SockMap = SockMap::pinned(SLOTS, 0);
 #[map]
 pub static MEMBERS: Array<Members> = Array::pinned(SERVICE_IDS, MMAPABLE);
@@ -44,6 +47,8 @@ pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::pinned(SERVICE_IDS * REASON
 pub static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 #[map]
 pub static HEARTBEAT: Array<Heartbeat> = Array::pinned(1, MMAPABLE);
+#[map]
+pub static TRUTH: Array<Truth> = Array::pinned(1, MMAPABLE);
 
 /// Look-ups that can be under way on one CPU at a time.
 const DESK_LEVELS: u32 = 3;

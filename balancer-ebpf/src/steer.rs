@@ -247,6 +247,13 @@ impl World for Sockets {
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
         Attempt::decode(steer_attempt(self.ctx, state, slot))
     }
+
+    #[inline(always)]
+    fn has_unregistered(&self, service: u16) -> bool {
+        SERVICE_STATE
+            .get(u32::from(service))
+            .is_some_and(|state| state.unregistered != 0)
+    }
 }
 
 /// Global like [`steer_round`].
@@ -352,7 +359,7 @@ fn attempt_blind(member: &Member, state: &Deliberation) -> Attempt {
         &Observation::BLIND,
         &member.counts,
         quota,
-        state.scan.enforce,
+        state.scan.enforces(quota),
         state.scan.request.now,
     ) {
         Judgement::Take => Attempt::Assigned,
@@ -383,7 +390,8 @@ fn attempt_socket(
         return Attempt::Cookies;
     }
     let quota = member.quota(state.scan.request.quota);
-    match judge(&seen, &member.counts, quota, state.scan.enforce, now) {
+    let enforce = state.scan.enforces(quota);
+    match judge(&seen, &member.counts, quota, enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
             unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
             return Attempt::Judged(Judgement::QueueFull { since });

@@ -1,58 +1,91 @@
 //! Which network namespaces are guarded, and keeping `steer` attached to them.
 
-use std::collections::{BTreeMap, HashSet};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use balancer_common::abi::Backend;
 use tracing::{info, warn};
 
 use crate::config::Namespaces;
 use crate::dataplane::{SlotView, Writer};
-use crate::discover::{Namespace, namespaces};
+use crate::discover::{Wanted, find, namespaces};
 use crate::sys::netns;
+
+/// A namespace that can't be found is looked for again only after so long: that takes a look at every thread.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(2);
+
+/// A namespace with its cookie. It can't end while this is held, so nothing of this kind is kept.
+type Open = (u64, OwnedFd);
 
 /// The guarded namespaces.
 #[derive(Debug)]
 pub struct Guarded {
-    /// Those that the configuration names, by cookie.
-    named: BTreeMap<u64, OwnedFd>,
+    /// This process's own, where it is guarded.
+    own: Option<Open>,
+    /// Those that the configuration names, with the cookies of those that are there.
+    named: BTreeMap<PathBuf, Option<u64>>,
     /// Every other one is guarded as soon as a backend listens there.
     any: bool,
+    /// With `any`: those that were found, guarded or about to be.
+    found: HashSet<u64>,
+    /// When those that were not found were looked for last.
+    lost: HashMap<u64, Instant>,
 }
 
 impl Guarded {
-    /// Opens the namespaces of the configuration.
+    /// Finds the namespaces of the configuration. One that is named and not there is waited for.
     ///
     /// # Errors
-    /// When one can't be opened or entered.
+    /// When this process's own can't be opened.
     pub fn resolve(wanted: &Namespaces) -> Result<Self> {
-        let own = || netns::current().context("cannot open this process's network namespace");
-        let files = match wanted {
-            Namespaces::Own | Namespaces::All => vec![own()?],
-            Namespaces::Paths(paths) => paths
-                .iter()
-                .map(|path| {
-                    netns::open(path).with_context(|| {
-                        format!("cannot open the network namespace {} (is it there? `ip netns` lists named ones)", path.display())
-                    })
-                })
-                .collect::<Result<_>>()?,
-        };
-        let mut named = BTreeMap::new();
-        for file in files {
-            let cookie =
-                netns::cookie_of(&file).context("cannot read the cookie of a network namespace")?;
-            named.insert(cookie, file);
-        }
-        Ok(Self {
-            named,
+        let mut guarded = Self {
+            own: None,
+            named: BTreeMap::new(),
             any: *wanted == Namespaces::All,
-        })
+            found: HashSet::new(),
+            lost: HashMap::new(),
+        };
+        match wanted {
+            Namespaces::Own | Namespaces::All => guarded.own = Some(own()?),
+            Namespaces::Paths(paths) => {
+                guarded.named = paths.iter().map(|path| (path.clone(), None)).collect();
+                guarded.refresh();
+                for (path, _) in guarded.named.iter().filter(|(_, cookie)| cookie.is_none()) {
+                    warn!(
+                        "the network namespace {} is not there (`ip netns` lists named ones): waiting for it",
+                        path.display()
+                    );
+                }
+            }
+        }
+        Ok(guarded)
+    }
+
+    /// Looks whether the namespaces that the configuration names have come, gone or become others; says whether any has.
+    pub fn refresh(&mut self) -> bool {
+        let mut changed = false;
+        for (path, known) in &mut self.named {
+            let now = netns::open(path).and_then(netns::cookie_of).ok();
+            if *known == now {
+                continue;
+            }
+            changed = true;
+            match now {
+                Some(_) => info!("the network namespace {} is there", path.display()),
+                None => info!("the network namespace {} is gone", path.display()),
+            }
+            *known = now;
+        }
+        changed
     }
 
     /// Cookies of the namespaces that are guarded whether a backend listens there or not.
     pub fn named_cookies(&self) -> Vec<u64> {
-        self.named.keys().copied().collect()
+        let own = self.own.iter().map(|(cookie, _)| *cookie);
+        own.chain(self.named.values().flatten().copied()).collect()
     }
 
     /// Whether listeners of any namespace are wanted.
@@ -60,109 +93,178 @@ impl Guarded {
         self.any
     }
 
-    /// Whether SYNs in that namespace are steered.
-    pub fn covers(&self, cookie: u64, writer: &Writer) -> bool {
-        self.named.contains_key(&cookie) || (self.any && writer.guards(cookie))
+    /// Whether SYNs in that namespace are steered, or are about to be.
+    pub fn covers(&self, cookie: u64) -> bool {
+        self.named_cookies().contains(&cookie) || self.found.contains(&cookie)
     }
 
-    /// Attaches `steer` to the named namespaces, replacing what is there, and takes it off those that are not wanted.
+    /// Attaches `steer` to the namespaces that are guarded in any case.
     ///
     /// # Errors
     /// When the kernel refuses it.
     pub fn attach(&self, writer: &mut Writer) -> Result<()> {
-        for (cookie, file) in &self.named {
-            writer.guard(file.as_fd(), *cookie)?;
-        }
-        self.release(writer)
-    }
-
-    /// With `all`: attaches `steer` where backends listen, and takes it off where none is left.
-    ///
-    /// # Errors
-    /// When the slots or the namespaces can't be read.
-    pub fn follow(&self, writer: &mut Writer) -> Result<()> {
-        if !self.any {
-            return Ok(());
-        }
-        let unguarded: HashSet<u64> = Self::inhabited(&writer.slots()?)
-            .into_iter()
-            .filter(|cookie| !writer.guards(*cookie))
-            .collect();
-        if !unguarded.is_empty() {
-            for namespace in namespaces()?
-                .iter()
-                .filter(|namespace| unguarded.contains(&namespace.cookie))
-            {
-                match writer.guard(namespace.as_fd(), namespace.cookie) {
-                    Ok(()) => info!(
-                        "guarding the network namespace of process {}",
-                        namespace.pid
-                    ),
-                    Err(error) => warn!(
-                        "cannot guard the network namespace of process {}: {error:#}",
-                        namespace.pid
-                    ),
-                }
-            }
-        }
-        self.release(writer)
-    }
-
-    /// Registers what listens already in the guarded namespaces, or in all that there are.
-    ///
-    /// # Errors
-    /// When the namespaces or their sockets can't be read.
-    pub fn adopt(&self, writer: &mut Writer) -> Result<()> {
-        self.visit(writer, |_| true, Writer::adopt)
-    }
-
-    /// Counts again what was adopted and the kernel half can't follow.
-    ///
-    /// # Errors
-    /// When the namespaces or their sockets can't be read.
-    pub fn recount(&self, writer: &mut Writer) -> Result<()> {
-        let adopted = writer.adopted_namespaces()?;
-        if adopted.is_empty() {
-            return Ok(());
-        }
-        self.visit(writer, |cookie| adopted.contains(&cookie), Writer::recount)
-    }
-
-    fn visit(
-        &self,
-        writer: &mut Writer,
-        wanted: impl Fn(u64) -> bool,
-        work: fn(&mut Writer, u64) -> Result<()>,
-    ) -> Result<()> {
-        let inside = |file: BorrowedFd<'_>, cookie: u64, writer: &mut Writer| {
-            netns::inside(file, || work(writer, cookie))
-                .context("cannot enter a network namespace")?
-        };
-        for (cookie, file) in self.named.iter().filter(|(cookie, _)| wanted(**cookie)) {
-            inside(file.as_fd(), *cookie, writer)?;
-        }
-        if !self.any {
-            return Ok(());
-        }
-        let unnamed = |namespace: &Namespace| !self.named.contains_key(&namespace.cookie);
-        for namespace in namespaces()?
-            .iter()
-            .filter(|namespace| unnamed(namespace) && wanted(namespace.cookie))
-        {
-            inside(namespace.as_fd(), namespace.cookie, writer)?;
+        for (cookie, file) in self.open_named()? {
+            writer.guard(file.as_fd(), cookie)?;
         }
         Ok(())
     }
 
-    fn release(&self, writer: &Writer) -> Result<()> {
-        let mut wanted: HashSet<u64> = self.named.keys().copied().collect();
+    /// With `any`: opens the namespaces where backends listen and `steer` is not attached.
+    ///
+    /// # Errors
+    /// When the slots or the namespaces can't be read.
+    pub fn newcomers(&mut self, writer: &mut Writer) -> Result<Vec<Open>> {
+        if !self.any {
+            return Ok(Vec::new());
+        }
+        let now = Instant::now();
+        self.lost
+            .retain(|_, since| now.duration_since(*since) < LOOK_AGAIN_AFTER);
+        let slots = writer.slots()?;
+        let wanted: Vec<Wanted> = inhabited(&slots)
+            .into_iter()
+            .filter(|(cookie, _)| !writer.guards(*cookie) && !self.lost.contains_key(cookie))
+            .map(|(cookie, listened)| Wanted { cookie, listened })
+            .collect();
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found = find(&wanted)?;
+        self.found.extend(found.iter().map(|(cookie, _)| *cookie));
+        for Wanted { cookie, .. } in wanted {
+            if !self.found.contains(&cookie) {
+                self.lost.insert(cookie, now);
+                forsake(&slots, cookie, writer);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Attaches `steer` to newcomers.
+    pub fn guard(&mut self, newcomers: &[Open], writer: &mut Writer) {
+        for (cookie, file) in newcomers {
+            match writer.guard(file.as_fd(), *cookie) {
+                Ok(()) => info!("guarding the network namespace with cookie {cookie}"),
+                Err(error) => {
+                    self.found.remove(cookie);
+                    self.lost.insert(*cookie, Instant::now());
+                    warn!("cannot guard the network namespace with cookie {cookie}: {error:#}");
+                }
+            }
+        }
+    }
+
+    /// Takes `steer` off the namespaces that are gone or not wanted any more.
+    ///
+    /// # Errors
+    /// When the slots can't be read or a pin can't be removed.
+    pub fn release(&mut self, writer: &mut Writer) -> Result<()> {
+        let named = self.named_cookies();
+        let mut wanted: HashSet<u64> = named.iter().copied().collect();
+        for (cookie, inode) in writer.guarded()? {
+            if inode.is_none() {
+                writer.bury(cookie)?;
+                self.found.remove(&cookie);
+                wanted.remove(&cookie);
+            }
+        }
         if self.any {
-            wanted.extend(Self::inhabited(&writer.slots()?));
+            let inhabited = inhabited(&writer.slots()?);
+            self.found.retain(|cookie| inhabited.contains_key(cookie));
+            wanted.extend(&self.found);
         }
         writer.unguard_others(&wanted)
     }
 
-    fn inhabited(slots: &[SlotView]) -> HashSet<u64> {
-        slots.iter().map(|view| view.member.backend.netns).collect()
+    /// Compares the guarded namespaces with the socket table, and registers what listens there unregistered; the `first` time in all
+    /// namespaces that there are, later where backends are known.
+    ///
+    /// # Errors
+    /// When the namespaces or their sockets can't be read.
+    pub fn check(&mut self, writer: &mut Writer, first: bool) -> Result<()> {
+        writer.begin_check()?;
+        let open = self.open_all(writer, first)?;
+        for (cookie, file) in open {
+            netns::inside(&file, || writer.check(cookie, first))
+                .context("cannot enter a network namespace")??;
+        }
+        Ok(())
+    }
+
+    fn open_all(&mut self, writer: &Writer, first: bool) -> Result<Vec<Open>> {
+        let mut open = self.open_named()?;
+        if !self.any {
+            return Ok(open);
+        }
+        let named: HashSet<u64> = open.iter().map(|(cookie, _)| *cookie).collect();
+        let others = if first {
+            let all: Vec<Open> = namespaces()?
+                .into_iter()
+                .map(|namespace| (namespace.cookie, namespace.into()))
+                .collect();
+            self.found = all.iter().map(|(cookie, _)| *cookie).collect();
+            all
+        } else {
+            let wanted: Vec<Wanted> = inhabited(&writer.slots()?)
+                .into_iter()
+                .filter(|(cookie, _)| self.found.contains(cookie))
+                .map(|(cookie, listened)| Wanted { cookie, listened })
+                .collect();
+            find(&wanted)?
+        };
+        open.extend(
+            others
+                .into_iter()
+                .filter(|(cookie, _)| !named.contains(cookie)),
+        );
+        Ok(open)
+    }
+
+    /// A namespace that has changed since it was looked at last is passed over: the next look will see that.
+    fn open_named(&self) -> Result<Vec<Open>> {
+        let mut open = Vec::new();
+        if let Some((cookie, file)) = &self.own {
+            let file = file.try_clone().context("cannot copy a descriptor")?;
+            open.push((*cookie, file));
+        }
+        for (path, known) in &self.named {
+            let Ok(file) = netns::open(path) else {
+                continue;
+            };
+            if known.is_some() && netns::cookie_of(&file).ok() == *known {
+                open.extend(known.map(|cookie| (cookie, file)));
+            }
+        }
+        Ok(open)
+    }
+}
+
+fn own() -> Result<Open> {
+    let file = netns::current().context("cannot open this process's network namespace")?;
+    let cookie = netns::cookie().context("cannot read the cookie of a network namespace")?;
+    Ok((cookie, file))
+}
+
+/// The namespaces of slots, with the threads that listened there.
+fn inhabited(slots: &[SlotView]) -> BTreeMap<u64, Vec<(u32, u32)>> {
+    let mut inhabited: BTreeMap<u64, Vec<(u32, u32)>> = BTreeMap::new();
+    for view in slots {
+        let backend = &view.member.backend;
+        let listened = inhabited.entry(backend.netns).or_default();
+        listened.push((backend.pid, backend.tid));
+    }
+    inhabited
+}
+
+/// Nobody tells when an adopted listener closes, and nothing is left to look at.
+fn forsake(slots: &[SlotView], cookie: u64, writer: &mut Writer) {
+    let adopted = |view: &&SlotView| {
+        let backend = &view.member.backend;
+        backend.netns == cookie && backend.flags & Backend::ADOPTED != 0
+    };
+    if slots.iter().any(|view| adopted(&view))
+        && let Err(error) = writer.bury(cookie)
+    {
+        warn!("cannot close the backends of a network namespace that is gone: {error:#}");
     }
 }

@@ -5,7 +5,7 @@ mod plan;
 mod quotas;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use balancer_common::Reason;
@@ -20,6 +20,7 @@ use crate::admin::{Reply, Request, Response, Server};
 use crate::config::Config;
 use crate::dataplane::{Events, Paths, Plan, Writer};
 use crate::discover::cgroup2_mount;
+use crate::sys::clock;
 
 /// The longest time between two ticks; shorter where `fail_open_after` is short.
 const TICK: Duration = Duration::from_secs(1);
@@ -50,6 +51,16 @@ pub enum OnExit {
     Unload,
 }
 
+/// At most one part in so many of the time is spent on comparing the counts with the socket table.
+const CHECK_SHARE: u32 = 200;
+/// But it is done this often, however long it takes.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+fn pause_after(cost: Duration) -> Duration {
+    // A little less than a tick, so that not every other one finds it not yet due.
+    (cost * CHECK_SHARE).clamp(TICK / 2, LONGEST_PAUSE)
+}
+
 /// Why the loop ended.
 #[derive(Clone, Copy, Debug)]
 enum End {
@@ -73,7 +84,7 @@ pub async fn run(options: Options) -> Result<()> {
     let lock = Writer::lock(&paths)?;
     let admin = Server::bind(&options.admin_socket, &options.state_dir)?;
     let signals = Signals::new()?;
-    let writer = Writer::start(paths, lock, &cgroup, config.fail_open_after)?;
+    let writer = Writer::start(paths, lock, &cgroup)?;
     let fresh = !writer.adopted();
     let mut agent = Agent {
         options,
@@ -82,6 +93,7 @@ pub async fn run(options: Options) -> Result<()> {
         quotas: Quotas::default(),
         plan: Plan::default(),
         writer,
+        next_check: Instant::now(),
     };
     let started = agent.start().and_then(|()| agent.writer.events());
     let events = match started {
@@ -123,18 +135,24 @@ struct Agent {
     quotas: Quotas,
     plan: Plan,
     writer: Writer,
+    /// When the counts are compared with the socket table again.
+    next_check: Instant,
 }
 
 impl Agent {
+    /// Rules first: a listener that comes up from then on registers itself. Then what listens already is registered, with what it
+    /// holds, and has its quotas; only then does this build decide.
     fn start(&mut self) -> Result<()> {
-        // Rules first: a listener that comes up while the programs are being attached is registered all the same.
         self.plan = plan::of(&self.config, &self.guarded);
         self.writer.apply(&self.plan)?;
+        self.check(true)?;
+        self.quotas
+            .apply(&self.config, &self.guarded, &mut self.writer)?;
+        self.writer.switch()?;
         self.guarded.attach(&mut self.writer)?;
         self.writer.follow_logs();
-        self.guarded.adopt(&mut self.writer)?;
         self.update()?;
-        // Loading may have taken longer than the kernel believes in a silent daemon.
+        // Not before: the quotas that the last daemon left may have been refusing nobody for a while.
         self.writer.beat(self.config.fail_open_after);
         Ok(())
     }
@@ -175,17 +193,46 @@ impl Agent {
     }
 
     fn update(&mut self) -> Result<()> {
-        self.guarded.recount(&mut self.writer)?;
+        if self.guarded.refresh() {
+            self.plan = plan::of(&self.config, &self.guarded);
+            self.writer.apply(&self.plan)?;
+            self.check(true)?;
+            self.guarded.attach(&mut self.writer)?;
+        } else if Instant::now() >= self.next_check {
+            self.check(false)?;
+        }
         for freed in self.writer.free_empty()? {
             debug!(
                 "slot {} is free: its last connection has left",
                 freed.slot()
             );
         }
-        self.guarded.follow(&mut self.writer)?;
-        self.writer.follow_logs();
+        // Quotas before `steer`: they confirm a newcomer's backends.
+        let newcomers = self.guarded.newcomers(&mut self.writer)?;
         self.quotas
-            .apply(&self.config, &self.guarded, &mut self.writer)
+            .apply(&self.config, &self.guarded, &mut self.writer)?;
+        self.guarded.guard(&newcomers, &mut self.writer);
+        self.guarded.release(&mut self.writer)?;
+        self.writer.follow_logs();
+        Ok(())
+    }
+
+    /// Compares the counts with the socket table, so seldom that it takes only a small part of one processor.
+    fn check(&mut self, first: bool) -> Result<()> {
+        let before = clock::processor_time();
+        let checked = self.guarded.check(&mut self.writer, first);
+        let cost = clock::processor_time().saturating_sub(before);
+        self.next_check = Instant::now() + pause_after(cost);
+        checked?;
+        let truth = self.writer.end_check(cost);
+        debug!(
+            "comparison {}: {:.1} ms of processor time, drift {}, {} repairs so far",
+            truth.checks,
+            cost.as_secs_f64() * 1e3,
+            truth.drift,
+            truth.repairs
+        );
+        Ok(())
     }
 
     fn heed(&mut self, events: &[Event]) {
@@ -273,8 +320,8 @@ impl Agent {
     fn put_in_force(&mut self, plan: &Plan, guarded: Guarded) -> Result<()> {
         self.guarded = guarded;
         self.writer.apply(plan)?;
-        self.guarded.attach(&mut self.writer)?;
-        self.guarded.adopt(&mut self.writer)
+        self.check(true)?;
+        self.guarded.attach(&mut self.writer)
     }
 
     /// Answers a request; true: everything is unloaded and the daemon is to end.

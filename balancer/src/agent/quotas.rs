@@ -8,7 +8,7 @@ use balancer_common::abi::{BackendState, SlotPolicy, UNLIMITED};
 use tracing::info;
 
 use super::guard::Guarded;
-use crate::config::{Config, Service};
+use crate::config::{Config, QuotaRule, Service};
 use crate::dataplane::{QuotaSource, SlotQuota, SlotView, Writer};
 use crate::quota::{Outcome, Quota, Ready, compute};
 
@@ -46,7 +46,7 @@ impl Quotas {
                 .filter(|view| {
                     view.member.backend.service == *id && view.life().is(BackendState::Active)
                 })
-                .filter(|view| guarded.covers(view.member.backend.netns, writer))
+                .filter(|view| guarded.covers(view.member.backend.netns))
                 .collect();
             self.apply_service(service, *id, &ready, writer)?;
         }
@@ -71,10 +71,10 @@ impl Quotas {
                     QuotaSource::Service,
                 )
             } else {
-                (quota.limit(), QuotaSource::Rule)
+                (quota.limit(), by_rule(&service.quota))
             };
             let why = match source {
-                QuotaSource::Rule => &outcome.sentence,
+                QuotaSource::Rule | QuotaSource::Computed => &outcome.sentence,
                 QuotaSource::Service | QuotaSource::Backend => "set by hand",
             };
             announce(service, view, quota, why);
@@ -164,6 +164,13 @@ impl Quotas {
     }
 }
 
+const fn by_rule(rule: &QuotaRule) -> QuotaSource {
+    match rule {
+        QuotaRule::Computed { .. } => QuotaSource::Computed,
+        QuotaRule::Unlimited | QuotaRule::Fixed(_) => QuotaSource::Rule,
+    }
+}
+
 fn slot_quota(view: &SlotView, quota: Option<u32>, source: QuotaSource, weight: u32) -> SlotQuota {
     SlotQuota {
         slot: view.slot(),
@@ -189,7 +196,7 @@ fn present(view: &SlotView) -> Option<u32> {
 fn input(view: &SlotView, weight: u32, fresh: bool) -> Ready {
     let counts = &view.member.counts;
     let policy = &view.member.policy;
-    let computed_before = !fresh && policy.is_for(view.life()) && policy.flags() == 0;
+    let computed_before = !fresh && policy.is_for(view.life()) && !policy.is_by_hand();
     Ready {
         weight,
         established: counts.established().saturating_sub(counts.exempt()),

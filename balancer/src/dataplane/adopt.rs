@@ -1,129 +1,285 @@
 //! What runs already when the daemon comes: listeners are registered as the kernel half would have done, and the
-//! connections that they had, which the kernel half can't follow, are counted from the socket table until they are gone.
+//! connections that they had, which the kernel half can't follow, are shared out among them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{Map, MapData, MapError, SkStorage};
 use balancer_common::abi::{
-    Address, Backend, BackendState, Connection, Counts, Life, ListenRule, MAX_MEMBERS, MAX_SLOTS,
+    Address, Backend, BackendState, Connection, Life, ListenRule, MAX_MEMBERS, MAX_SLOTS,
 };
 use tracing::{info, warn};
 
+use super::census::Census;
 use super::plan::rule_of;
-use super::tables::{SlotView, slot_of};
+use super::tables::{SlotView, connection_of, every_slot};
 use super::wire::Wire;
 use super::writer::Writer;
 use crate::discover::{Listener, Owner, owners};
-use crate::sys::sock_diag::{Family, Query, Socket, State, States, tcp_sockets};
+use crate::sys::sock_diag::{Family, Socket};
 
 /// `BPF_NOEXIST`: never take a listener from the kernel half, which may register it at this very moment.
 const ONLY_NEW: u64 = 1;
+/// `BPF_EXIST`: in place of what a former tenant of its slot has left.
+const ONLY_OLD: u64 = 2;
+/// When a listener is tried again that can't be registered: looking for its owner takes a look at every process.
+const RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// Why a listener has no slot, told apart from other reasons: while that is so, nobody is refused.
+#[derive(Debug)]
+struct NoSlot(&'static str, usize);
+
+impl fmt::Display for NoSlot {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} ({})", self.0, self.1)
+    }
+}
+
+impl std::error::Error for NoSlot {}
+
+/// A listener that a rule claims.
+struct Claimant<'a> {
+    socket: &'a Socket,
+    address: Address,
+    rule: ListenRule,
+}
 
 impl Writer {
-    /// Registers the listeners of a namespace that the rules in force claim and nobody has registered. One that can't
-    /// be registered is named in the log. Must run inside that namespace.
+    /// Registers the listeners of a census that the rules in force claim and nobody has registered; says whether there was any. One that
+    /// can't be registered is named in the log. One that was not there at the last comparison may be registering itself at
+    /// this moment, and is left alone unless `eager`. Must run inside the namespace.
     ///
     /// # Errors
-    /// When the socket table or a map can't be read.
-    pub fn adopt(&mut self, netns: u64) -> Result<()> {
-        let registered: HashSet<u64> = self
-            .dump(State::Listen)?
-            .into_iter()
-            .filter(|socket| slot_of(socket).is_some())
-            .map(|socket| socket.cookie)
-            .collect();
+    /// When the socket table can't be read.
+    pub(super) fn adopt(&mut self, netns: u64, census: &Census, eager: bool) -> Result<bool> {
+        let claimants = self.claimants(netns, census, eager);
+        if claimants.is_empty() {
+            return Ok(false);
+        }
         let cgroups = cgroup_ids(&self.cgroup)?;
         let current = crate::sys::netns::current().context("cannot open the network namespace")?;
-        let listeners =
-            crate::discover::listeners(&current).context("cannot list the listeners")?;
-        for listener in listeners {
-            let socket = &listener.socket;
+        let listeners: HashMap<u64, Listener> = crate::discover::listeners(&current)
+            .context("cannot list the listeners")?
+            .into_iter()
+            .map(|listener| (listener.socket.cookie, listener))
+            .collect();
+        let mut adopted = false;
+        for claimant in claimants {
+            let cookie = claimant.socket.cookie;
+            let Some(listener) = listeners.get(&cookie) else {
+                continue;
+            };
+            if within(cgroups.as_ref(), claimant.socket) {
+                adopted |= self.adopt_or_say_why(netns, &claimant, listener);
+            } else {
+                self.retry_later(cookie);
+            }
+        }
+        Ok(adopted)
+    }
+
+    fn claimants<'a>(&mut self, netns: u64, census: &'a Census, eager: bool) -> Vec<Claimant<'a>> {
+        let now = Instant::now();
+        let mut claimants = Vec::new();
+        for socket in &census.listeners {
             let address = bound_to(socket.local.ip());
             let Some(rule) = rule_of(&self.rules, netns, address, socket.local.port()) else {
                 continue;
             };
-            if registered.contains(&socket.cookie) || !within(cgroups.as_ref(), socket) {
+            if self.is_registered(socket) {
+                self.audit.unadoptable.remove(&socket.cookie);
                 continue;
             }
-            match self.adopt_listener(netns, address, &listener, rule) {
-                Ok(slot) => info!("adopted the listener on {}: slot {slot}", socket.local),
-                Err(error) => warn!(
-                    "the listener on {} serves without the balancer, it can't be adopted: {error:#}",
-                    socket.local
-                ),
+            self.audit.saw().unregistered.insert(socket.cookie);
+            let seen = eager || self.audit.was_unregistered(socket.cookie);
+            let due = eager
+                || (self.audit.unadoptable.get(&socket.cookie)).is_none_or(|retry| *retry <= now);
+            if seen && self.room_for(rule.service).is_err() {
+                *self
+                    .audit
+                    .saw()
+                    .without_slot
+                    .entry(rule.service)
+                    .or_insert(0) += 1;
+            } else if seen && due {
+                claimants.push(Claimant {
+                    socket,
+                    address,
+                    rule,
+                });
             }
         }
-        self.recount(netns)
+        claimants
+    }
+
+    fn adopt_or_say_why(
+        &mut self,
+        netns: u64,
+        claimant: &Claimant<'_>,
+        listener: &Listener,
+    ) -> bool {
+        let local = claimant.socket.local;
+        match self.adopt_listener(netns, claimant, listener) {
+            Ok(slot) => {
+                info!("adopted the listener on {local}: slot {slot}");
+                self.audit.unadoptable.remove(&claimant.socket.cookie);
+                true
+            }
+            Err(error) => {
+                if error.is::<NoSlot>() {
+                    *self
+                        .audit
+                        .saw()
+                        .without_slot
+                        .entry(claimant.rule.service)
+                        .or_insert(0) += 1;
+                }
+                if self.retry_later(claimant.socket.cookie) {
+                    warn!(
+                        "the listener on {local} serves without the balancer, it can't be adopted: {error:#}"
+                    );
+                }
+                false
+            }
+        }
+    }
+
+    /// Whether that is the first time.
+    fn retry_later(&mut self, cookie: u64) -> bool {
+        let retry = Instant::now() + RETRY_AFTER;
+        self.audit.unadoptable.insert(cookie, retry).is_none()
+    }
+
+    /// Its storage names a slot that is its own and listens.
+    fn is_registered(&self, socket: &Socket) -> bool {
+        self.own_slot(socket)
+            .is_some_and(|(_, life)| life.is(BackendState::Active))
+    }
+
+    /// The slot that a listener's storage names, if it is still its own.
+    fn own_slot(&self, socket: &Socket) -> Option<(u32, Life)> {
+        let connection = connection_of(socket)?;
+        let slot = u32::from(connection.slot);
+        if slot as usize >= MAX_SLOTS {
+            return None;
+        }
+        let life = Life(self.tables.life(slot).load(Ordering::SeqCst));
+        (life.generation() == connection.generation).then_some((slot, life))
     }
 
     fn adopt_listener(
         &mut self,
         netns: u64,
-        address: Address,
+        claimant: &Claimant<'_>,
         listener: &Listener,
-        rule: ListenRule,
     ) -> Result<u32> {
+        if listener.socket.mptcp {
+            bail!(
+                "it is an MPTCP listener, whose TCP socket no descriptor reaches: it must listen anew while the daemon or its data \
+                 plane is there (Go servers: or start it with GODEBUG=multipathtcp=0)"
+            );
+        }
         let file = listener.file().context(
             "no descriptor of it can be had (its process is gone or hidden, or CAP_SYS_PTRACE is missing)",
         )?;
-        let backend = backend_of(netns, address, listener, rule);
-        let (slot, life) = self.claim(rule.service)?;
-        let backend = Backend {
-            life: life.with(BackendState::Claimed).0,
-            ..backend
+        let service = claimant.rule.service;
+        let own = self.hold_own_slot(claimant);
+        let (slot, life) = match own {
+            Some(own) => own,
+            None => self.claim(service)?,
         };
-        if let Err(error) = self.fill(slot, life, backend, &file) {
-            let free = life.with(BackendState::Free).0;
-            self.tables.life(slot).store(free, Ordering::SeqCst);
+        let backend = Backend {
+            life: life.with(BackendState::Held).0,
+            ..backend_of(netns, claimant.address, listener, claimant.rule)
+        };
+        let has_storage = claimant.socket.storage.is_some();
+        let flags = match (own, has_storage) {
+            (Some(_), _) => None,
+            (None, true) => Some(ONLY_OLD),
+            (None, false) => Some(ONLY_NEW),
+        };
+        if let Err(error) = self.fill(slot, life, backend, &file, flags) {
+            let state = if own.is_some() {
+                BackendState::Closed
+            } else {
+                BackendState::Free
+            };
+            self.tables
+                .life(slot)
+                .store(life.with(state).0, Ordering::SeqCst);
             return Err(error);
         }
         Ok(slot)
     }
 
-    /// Claims the first free slot, as the kernel half does.
-    fn claim(&self, service: u16) -> Result<(u32, Life)> {
-        let members: u32 = self
-            .tables
-            .members(service)
-            .iter()
-            .map(|word| word.count_ones())
-            .sum();
+    /// A listener that had a slot and lost it, to a daemon that died over registering it or to a change of the rules, gets it back, with
+    /// the connections that are counted there.
+    fn hold_own_slot(&self, claimant: &Claimant<'_>) -> Option<(u32, Life)> {
+        let (slot, life) = self.own_slot(claimant.socket)?;
+        life.is(BackendState::Closed).then_some(())?;
+        self.hold(slot, life).then_some((slot, life))
+    }
+
+    fn hold(&self, slot: u32, life: Life) -> bool {
+        let held = life.with(BackendState::Held).0;
+        self.tables
+            .life(slot)
+            .compare_exchange(life.0, held, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+    }
+
+    fn room_for(&self, service: u16) -> Result<(), NoSlot> {
+        let words = self.tables.members(service);
+        let members: u32 = words.iter().map(|word| word.count_ones()).sum();
         if members as usize >= MAX_MEMBERS {
-            bail!("its service has {MAX_MEMBERS} backends already");
+            return Err(NoSlot(
+                "its service has all the backends that one can have",
+                MAX_MEMBERS,
+            ));
         }
-        for slot in 0..u32::try_from(MAX_SLOTS)? {
-            let word = self.tables.life(slot);
-            let life = Life(word.load(Ordering::SeqCst));
-            let claimed = life.with(BackendState::Claimed).0;
-            let exchange =
-                |old| word.compare_exchange(old, claimed, Ordering::SeqCst, Ordering::SeqCst);
-            if life.is(BackendState::Free) && exchange(life.0).is_ok() {
+        let free =
+            |slot| Life(self.tables.life(slot).load(Ordering::SeqCst)).is(BackendState::Free);
+        if every_slot().any(free) {
+            Ok(())
+        } else {
+            Err(NoSlot("all slots are taken", MAX_SLOTS))
+        }
+    }
+
+    /// Claims the first free slot, as the kernel half does.
+    fn claim(&self, service: u16) -> Result<(u32, Life), NoSlot> {
+        self.room_for(service)?;
+        for slot in every_slot() {
+            let life = Life(self.tables.life(slot).load(Ordering::SeqCst));
+            if life.is(BackendState::Free) && self.hold(slot, life) {
                 return Ok((slot, life));
             }
         }
-        bail!("all {MAX_SLOTS} slots are taken")
+        Err(NoSlot("all slots are taken", MAX_SLOTS))
     }
 
-    /// From the moment that its storage is set, every connection that it accepts is counted by the kernel half.
-    fn fill(&mut self, slot: u32, life: Life, backend: Backend, file: &OwnedFd) -> Result<()> {
+    /// From the moment that its storage is set, every connection that it accepts is counted by the kernel half. Killed before the
+    /// end, the slot stays held, for the next daemon to go on with.
+    fn fill(
+        &mut self,
+        slot: u32,
+        life: Life,
+        backend: Backend,
+        file: &OwnedFd,
+        storage: Option<u64>,
+    ) -> Result<()> {
         self.tables.write_backend(slot, backend)?;
-        let connection = Connection {
-            slot: u16::try_from(slot)?,
-            class: Connection::UNCOUNTED,
-            generation: life.generation(),
-        };
-        let mut storage: SkStorage<MapData, Wire<Connection>> =
-            SkStorage::try_from(Map::SkStorage(self.tables.connection_data()?))?;
-        storage.insert(&file.as_raw_fd(), Wire(connection), ONLY_NEW).context(
-            "its socket storage can't be set (the kernel half has just registered it, or memory is short)",
-        )?;
+        if let Some(flags) = storage {
+            self.set_storage(slot, life, file, flags)?;
+        }
         if let Err(error) = self.tables.listeners.set(slot, &file.as_raw_fd(), 0) {
             let errno = errno_of(&error);
             let flags = backend.flags | Backend::UNSTEERABLE;
@@ -143,67 +299,25 @@ impl Writer {
         Ok(())
     }
 
-    /// Counts the connections of adopted listeners that the kernel half can't follow, and closes the slots of adopted
-    /// listeners that are gone. Must run inside the namespace.
-    ///
-    /// # Errors
-    /// When the socket table or a map can't be read.
-    pub fn recount(&mut self, netns: u64) -> Result<()> {
-        let adopted: Vec<SlotView> = self.adopted_in(netns)?;
-        if adopted.is_empty() {
-            return Ok(());
-        }
-        let listening: HashSet<u32> = self
-            .dump(State::Listen)?
-            .iter()
-            .filter_map(slot_of)
-            .collect();
-        for view in &adopted {
-            if view.life().is(BackendState::Active) && !listening.contains(&view.slot()) {
-                info!("slot {}: its adopted listener is gone", view.slot());
-                self.close(view);
-            }
-        }
-        let strangers: Vec<Socket> = self
-            .dump(State::Established)?
-            .into_iter()
-            .filter(|socket| slot_of(socket).is_none())
-            .collect();
-        let shares = self.shares(&adopted, &strangers)?;
-        for view in &adopted {
-            let count = shares.get(&view.slot()).copied().unwrap_or(0);
-            self.tables
-                .adopted_word(view.slot())
-                .store(count, Ordering::SeqCst);
-        }
-        Ok(())
-    }
-
-    /// The namespaces in which something adopted lives.
-    ///
-    /// # Errors
-    /// When a map can't be read.
-    pub fn adopted_namespaces(&self) -> Result<HashSet<u64>> {
-        let adopted = |view: &SlotView| view.member.backend.flags & Backend::ADOPTED != 0;
-        Ok(self
-            .slots()?
-            .iter()
-            .filter(|view| adopted(view))
-            .map(|view| view.member.backend.netns)
-            .collect())
-    }
-
-    fn adopted_in(&self, netns: u64) -> Result<Vec<SlotView>> {
-        let mut views = self.slots()?;
-        views.retain(|view| {
-            let backend = &view.member.backend;
-            backend.netns == netns && backend.flags & Backend::ADOPTED != 0
-        });
-        Ok(views)
+    fn set_storage(&self, slot: u32, life: Life, file: &OwnedFd, flags: u64) -> Result<()> {
+        let connection = Connection {
+            slot: u16::try_from(slot)?,
+            class: Connection::UNCOUNTED,
+            generation: life.generation(),
+        };
+        let mut storage: SkStorage<MapData, Wire<Connection>> =
+            SkStorage::try_from(Map::SkStorage(self.tables.connection_data()?))?;
+        storage.insert(&file.as_raw_fd(), Wire(connection), flags).context(
+            "its socket storage can't be set (the kernel half has just registered it, or memory is short)",
+        )
     }
 
     /// Which slot each connection belongs to: by its own address, and among listeners of one address by its process.
-    fn shares(&self, adopted: &[SlotView], connections: &[Socket]) -> Result<BTreeMap<u32, u64>> {
+    pub(super) fn shares(
+        &self,
+        adopted: &[&SlotView],
+        connections: &[&Socket],
+    ) -> Result<BTreeMap<u32, u64>> {
         let mut shares = BTreeMap::new();
         let mut processes = None;
         for socket in connections {
@@ -226,21 +340,9 @@ impl Writer {
                 }
             };
             let service = fitting[0].member.backend.service;
-            let exempt = self.tables.is_exempt(service, socket.remote.ip())?;
-            *shares.entry(slot).or_insert(0) += if exempt { Counts::ONE_EXEMPT } else { 1 };
+            *shares.entry(slot).or_insert(0) += self.share(service, socket)?;
         }
         Ok(shares)
-    }
-
-    fn dump(&self, state: State) -> Result<Vec<Socket>> {
-        let mut sockets = Vec::new();
-        for family in [Family::V4, Family::V6] {
-            let mut query = Query::new(family, States::of(&[state]));
-            query.storage = Some(self.tables.connection_map());
-            sockets
-                .extend(tcp_sockets(&query).context("cannot read the socket table (sock_diag)")?);
-        }
-        Ok(sockets)
     }
 }
 
@@ -266,11 +368,12 @@ fn is_owner(owners: Option<&Vec<Owner>>, view: &SlotView) -> bool {
 
 /// The adopted listeners that a connection with that local address can have come from: those of the exact address,
 /// else those of the wildcard.
-fn fitting(adopted: &[SlotView], local: SocketAddr) -> Vec<&SlotView> {
+fn fitting<'a>(adopted: &[&'a SlotView], local: SocketAddr) -> Vec<&'a SlotView> {
     let local_address = bound_to(local.ip());
     let of = |wildcard: bool| {
         adopted
             .iter()
+            .copied()
             .filter(|view| {
                 let backend = &view.member.backend;
                 backend.port == local.port()

@@ -10,6 +10,7 @@ use balancer_common::abi::{Address, Event};
 use bytes::Buf as _;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::task::JoinHandle;
 use tracing::warn;
 
 use super::tables::Tables;
@@ -63,31 +64,38 @@ fn parse(mut record: &[u8]) -> Option<Event> {
         port: record.get_u16_ne(),
         reason: record.get_u16_ne(),
         pid: record.get_u32_ne(),
+        tid: record.get_u32_ne(),
+        zero: record.get_u32_ne(),
     })
 }
 
-/// Hands what the kernel half of one object logs to `tracing`; one that was built without a log has nothing to follow.
-pub(super) fn follow_log(mut object: Ebpf) {
-    if object.map("AYA_LOGS").is_none() {
-        return;
+/// Passes on the log of one object for as long as it lives.
+pub struct LogFollower(JoinHandle<()>);
+
+impl Drop for LogFollower {
+    fn drop(&mut self) {
+        self.0.abort();
     }
+}
+
+/// Hands what the kernel half of one object logs to `tracing`; one that was built without a log has nothing to follow.
+pub(super) fn follow_log(mut object: Ebpf) -> Option<LogFollower> {
+    object.map("AYA_LOGS")?;
     let logger = EbpfLogger::init(&mut object).map_err(anyhow::Error::from);
     #[expect(
         deprecated,
         reason = "its successor is unsafe; the logger keeps its descriptor open for as long as it lives"
     )]
     let watched = logger.and_then(|logger| Ok(AsyncFd::with_interest(logger, Interest::READABLE)?));
-    match watched {
-        Ok(mut logger) => {
-            tokio::spawn(async move {
-                while let Ok(mut ready) = logger.readable_mut().await {
-                    ready.get_inner_mut().flush();
-                    ready.clear_ready();
-                }
-            });
+    let mut logger = watched
+        .inspect_err(|error| warn!("the kernel half's log can't be read: {error:#}"))
+        .ok()?;
+    Some(LogFollower(tokio::spawn(async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
         }
-        Err(error) => warn!("the kernel half's log can't be read: {error:#}"),
-    }
+    })))
 }
 
 #[cfg(test)]
@@ -107,6 +115,8 @@ mod tests {
         record.put_u16_ne(43_210);
         record.put_u16_ne(3);
         record.put_u32_ne(1);
+        record.put_u32_ne(2);
+        record.put_u32_ne(0);
         assert_eq!(record.len(), size_of::<Event>());
         let event = parse(&record).unwrap();
         assert_eq!(
@@ -115,7 +125,10 @@ mod tests {
         );
         let address = std::net::IpAddr::from([10, 0, 0, 9]);
         assert_eq!(std::net::IpAddr::from(event.address), address);
-        assert_eq!((event.port, event.reason, event.pid), (43_210, 3, 1));
+        assert_eq!(
+            (event.port, event.reason, event.pid, event.tid),
+            (43_210, 3, 1, 2)
+        );
         assert_eq!(parse(&record[1..]), None);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result};
 use balancer_common::abi::{
@@ -121,6 +122,7 @@ struct Picture {
     members: HashMap<u32, Member>,
     /// Connections that wait in the accept queue, and the backlog, by slot.
     queues: HashMap<u32, (u32, u32)>,
+    unregistered: bool,
 }
 
 impl Picture {
@@ -136,6 +138,10 @@ impl Picture {
             words,
             members,
             queues: queues(tables)?,
+            unregistered: tables
+                .unregistered_word(port.service)
+                .load(Ordering::Acquire)
+                != 0,
         })
     }
 
@@ -290,7 +296,8 @@ impl World for Picture {
         let now = state.scan.request.now;
         let quota = member.quota(state.scan.request.quota);
         let seen = self.observe(&member, now);
-        let judgement = judge(&seen, &member.counts, quota, state.scan.enforce, now);
+        let enforce = state.scan.enforces(quota);
+        let judgement = judge(&seen, &member.counts, quota, enforce, now);
         match judgement {
             Judgement::Take => Attempt::Assigned,
             Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
@@ -304,6 +311,10 @@ impl World for Picture {
                 Attempt::Judged(judgement)
             }
         }
+    }
+
+    fn has_unregistered(&self, _service: u16) -> bool {
+        self.unregistered
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::programs::{ProgramError, ProgramInfo, SkLookup, SockOps};
-use aya::{Btf, Ebpf, EbpfLoader};
+use aya::{Ebpf, EbpfLoader};
 use nix::time::{ClockId, clock_gettime};
 use tracing::info;
 
@@ -42,7 +42,7 @@ impl Kernel {
     pub fn open_object(&self, directory: &Path, netns: u64) -> Result<Ebpf> {
         let at = &self.offsets;
         let mask = at.ipv6only_mask;
-        let constants: [(&str, &u32); 15] = [
+        let constants: [(&str, &u32); 16] = [
             ("HZ", &self.hz),
             ("AT_HALF_OPEN", &at.accept_qlen),
             ("AT_YOUNG", &at.accept_young),
@@ -58,11 +58,10 @@ impl Kernel {
             ("AT_V6_ONLY", &at.ipv6only),
             ("V6_ONLY_BIT", &mask),
             ("AT_TGID", &at.task_tgid),
+            ("AT_PID", &at.task_pid),
         ];
-        let btf =
-            Btf::from_sys_fs().context("cannot read the kernel's BTF (/sys/kernel/btf/vmlinux)")?;
         let mut loader = EbpfLoader::new();
-        loader.btf(Some(&btf)).default_map_pin_directory(directory);
+        loader.default_map_pin_directory(directory);
         loader.override_global("NETNS", &netns, true);
         for (name, value) in constants {
             loader.override_global(name, value, true);
@@ -162,28 +161,49 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
     }
 }
 
+/// Compares what is pinned in a directory with what this build expects: the shape of every map, and of every link what it attaches
+/// to what.
+///
+/// # Errors
+/// Names the pin that is missing or different: nothing that this build does not know is ever used.
+pub fn check(directory: &Path) -> Result<()> {
+    check_maps(directory)?;
+    let links =
+        Paths::links(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    for link in links {
+        pins::open_link(&link)?;
+    }
+    Ok(())
+}
+
 /// Compares every pinned map with the shape that this build expects.
 ///
 /// # Errors
-/// Names the map that is missing or different: pins of another build are never reused.
-pub fn check_pins(directory: &Path) -> Result<()> {
+/// Names the map that is missing or different.
+pub fn check_maps(directory: &Path) -> Result<()> {
     for (name, expected) in LAYOUT {
         let path = directory.join(name);
         let map = bpf::obj_get(&path).with_context(|| {
             format!(
-                "the pinned map {} is missing: `balancer unload` clears the rest",
+                "cannot open the pinned map {} (missing, or no pin): `balancer unload` clears the rest, with its counters",
                 path.display()
             )
         })?;
+        let strange = |found: String| {
+            format!(
+                "the pinned map {} was made by something else (it is {found}, this build needs {expected:?}): \
+                 `balancer unload` removes it, with its counters",
+                path.display()
+            )
+        };
+        if bpf::Object::of(&map)? != Some(bpf::Object::Map) {
+            bail!(strange("no map".to_owned()));
+        }
         let found = shape(
             &bpf::map_info(&map).with_context(|| format!("cannot query {}", path.display()))?,
         );
         if found != *expected {
-            bail!(
-                "the pinned map {} was made by another build (it is {found:?}, this build needs {expected:?}): \
-                 `balancer unload` removes it, with its counters",
-                path.display()
-            );
+            bail!(strange(format!("{found:?}")));
         }
     }
     Ok(())

@@ -3,6 +3,7 @@
 //! [`open`] gives readers the pinned maps; [`Writer`] is the daemon's: it loads, attaches, adopts and changes them.
 
 mod adopt;
+mod census;
 mod events;
 mod explain;
 mod load;
@@ -14,6 +15,7 @@ mod services;
 mod slots;
 mod snapshot;
 mod tables;
+mod truth;
 mod wire;
 mod writer;
 

@@ -2,17 +2,20 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
-use tracing::info;
+use anyhow::{Context as _, Result, bail, ensure};
+use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use tracing::{info, warn};
 
 use super::Paths;
 use super::lock::{Held, Lock};
+use super::paths::{Attachment, Link};
 use crate::discover::ensure_bpffs;
-use crate::sys::bpf;
+use crate::sys::bpf::{self, LinkTarget, Object};
 
 /// Takes the data plane of a state directory out of the kernel; false: there was none.
 ///
@@ -22,9 +25,9 @@ pub fn unload(paths: &Paths) -> Result<bool> {
     if !paths.state_dir().exists() {
         return Ok(false);
     }
-    let there = paths.current().exists() || paths.staging().exists();
     match Lock::take(paths)? {
         Held::Mine(lock) => {
+            let there = !all_directories(paths)?.is_empty();
             remove_data_plane(paths)?;
             drop(lock);
             Ok(there)
@@ -59,13 +62,70 @@ pub(super) fn lock(paths: &Paths) -> Result<Lock> {
     }
 }
 
+/// Opens a pinned link of ours.
+///
+/// # Errors
+/// When something else is pinned under its name: a link must never be changed that somebody else has made.
+pub(super) fn open_link(link: &Link) -> Result<OwnedFd> {
+    let pin = link.pin.display();
+    let file = bpf::obj_get(&link.pin)
+        .with_context(|| format!("cannot open the pinned link {pin} (is it a pin?)"))?;
+    let strange = |what: &str| {
+        format!(
+            "{pin} is not what the balancer has pinned there ({what}): look who made it; `balancer unload` removes the pin"
+        )
+    };
+    ensure!(
+        Object::of(&file)? == Some(Object::Link),
+        strange("it is no link")
+    );
+    let info = bpf::link_info(&file).with_context(|| format!("cannot query {pin}"))?;
+    let (fits, name) = match (link.what, info.target) {
+        (Attachment::Account(cgroup), LinkTarget::Cgroup { id, attach_type }) => (
+            attach_type == BPF_CGROUP_SOCK_OPS as u32 && (id == cgroup || id == 0),
+            "account",
+        ),
+        (Attachment::Steer(_), LinkTarget::Netns { attach_type, .. }) => {
+            (attach_type == BPF_SK_LOOKUP as u32, "steer")
+        }
+        _ => (false, ""),
+    };
+    ensure!(fits, strange("it is attached to something else"));
+    let program = bpf::prog_by_id(info.program)
+        .and_then(bpf::prog_info)
+        .with_context(|| format!("cannot query the program of {pin}"))?;
+    ensure!(
+        program.name == name,
+        strange(&format!("its program is called {}", program.name))
+    );
+    Ok(file)
+}
+
+/// Whether what a link was attached to is gone.
+pub(super) fn is_dead(link: impl std::os::fd::AsFd) -> Result<bool> {
+    let info = bpf::link_info(link).context("cannot query a link")?;
+    Ok(matches!(
+        info.target,
+        LinkTarget::Netns { inode: 0, .. } | LinkTarget::Cgroup { id: 0, .. }
+    ))
+}
+
 /// Replaces the program of a pinned link, without a moment in which there is none.
-pub(super) fn replace(pin: &Path, program: BorrowedFd<'_>) -> Result<()> {
-    let link = bpf::obj_get(pin)
-        .with_context(|| format!("cannot open the pinned link {}", pin.display()))?;
-    bpf::link_update(&link, program).with_context(|| {
-        format!("cannot replace the program of {} (the namespace or cgroup may be gone: `balancer unload` clears it)", pin.display())
-    })
+pub(super) fn replace(link: &Link, program: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let file = open_link(link)?;
+    bpf::link_update(&file, program).with_context(|| {
+        format!(
+            "cannot replace the program of {} (the namespace or cgroup may be gone: `balancer unload` clears it)",
+            link.pin.display()
+        )
+    })?;
+    Ok(file)
+}
+
+/// Gives a link that is pinned elsewhere its pin here, and takes the other one away.
+pub(super) fn move_link(link: &OwnedFd, from: &Path, to: &Path) -> Result<()> {
+    bpf::obj_pin(link, to).with_context(|| format!("cannot pin {}", to.display()))?;
+    remove_pin(from)
 }
 
 pub(super) fn make_directory(path: &Path) -> Result<()> {
@@ -81,9 +141,15 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
         })
 }
 
-/// The pins first that attach something, so that nothing runs on half of its maps.
+/// Puts a directory in its place, where there must be none.
+pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+    renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)
+        .with_context(|| format!("cannot rename {} to {}", from.display(), to.display()))
+}
+
+/// Removes a directory with everything in it: first what attaches something, so that nothing runs on half of its maps.
 pub(super) fn remove_directory(directory: &Path) -> Result<()> {
-    let mut pins: Vec<PathBuf> = match fs::read_dir(directory) {
+    let mut entries: Vec<PathBuf> = match fs::read_dir(directory) {
         Ok(entries) => entries
             .map(|entry| Ok(entry?.path()))
             .collect::<std::io::Result<_>>(),
@@ -91,28 +157,51 @@ pub(super) fn remove_directory(directory: &Path) -> Result<()> {
         Err(error) => Err(error),
     }
     .with_context(|| format!("cannot list {}", directory.display()))?;
-    pins.sort_by_key(|path| {
+    entries.sort_by_key(|path| {
         (
             Paths::netns_of(path).is_none(),
             Paths::cgroup_of(path).is_none(),
         )
     });
-    for pin in pins {
-        if Paths::netns_of(&pin).is_some() || Paths::cgroup_of(&pin).is_some() {
-            detach(&pin)?;
+    for entry in entries {
+        if entry.is_dir() {
+            remove_directory(&entry)?;
+        } else {
+            if let Some(link) = Link::at(entry.clone()) {
+                detach(&link)?;
+            }
+            remove_pin(&entry)?;
         }
-        remove_pin(&pin)?;
     }
     fs::remove_dir(directory)
         .with_context(|| format!("cannot remove the directory {}", directory.display()))
 }
 
+/// Every directory with pins of ours, whole or in part, in the order in which they are best removed.
+fn all_directories(paths: &Paths) -> Result<Vec<PathBuf>> {
+    let others = paths
+        .others()
+        .with_context(|| format!("cannot list {}", paths.state_dir().display()))?;
+    let ours = [paths.removed(), paths.staging(), paths.current()];
+    Ok(others
+        .into_iter()
+        .chain(ours)
+        .filter(|directory| directory.exists())
+        .collect())
+}
+
 pub(super) fn remove_data_plane(paths: &Paths) -> Result<()> {
-    remove_directory(&paths.current())?;
-    remove_directory(&paths.staging())?;
+    remove_directory(&paths.removed())?;
+    if paths.current().exists() {
+        // In one step: a daemon that is killed over this leaves nothing that looks whole and isn't.
+        rename(&paths.current(), &paths.removed())?;
+    }
+    for directory in all_directories(paths)? {
+        remove_directory(&directory)?;
+    }
     match fs::remove_dir(paths.state_dir()) {
         Ok(()) => Ok(()),
-        // Another layout's pins, or somebody's own files, are not ours to remove.
+        // Somebody's own files are not ours to remove.
         Err(error)
             if matches!(
                 error.kind(),
@@ -127,25 +216,23 @@ pub(super) fn remove_data_plane(paths: &Paths) -> Result<()> {
     }
 }
 
-pub(super) fn remove_other_pins(directory: &Path, unwanted: impl Fn(&Path) -> bool) -> Result<()> {
-    for entry in
-        fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?
-    {
-        let path = entry?.path();
-        if unwanted(&path) {
-            info!("detaching {}", path.display());
-            detach(&path)?;
-            remove_pin(&path)?;
-        }
-    }
-    Ok(())
+pub(super) fn remove_link(link: &Link) -> Result<()> {
+    info!("detaching {}", link.pin.display());
+    detach(link)?;
+    remove_pin(&link.pin)
 }
 
-/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after.
-fn detach(pin: &Path) -> Result<()> {
-    bpf::obj_get(pin)
-        .and_then(bpf::link_detach)
-        .with_context(|| format!("cannot detach the link {}", pin.display()))
+/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after. What is no link of ours is left
+/// alone.
+fn detach(link: &Link) -> Result<()> {
+    match open_link(link) {
+        Ok(file) => bpf::link_detach(file.as_fd())
+            .with_context(|| format!("cannot detach the link {}", link.pin.display())),
+        Err(error) => {
+            warn!("only its pin is removed: {error:#}");
+            Ok(())
+        }
+    }
 }
 
 fn remove_pin(pin: &Path) -> Result<()> {

@@ -33,8 +33,10 @@ pub struct SlotQuota {
 /// Where a quota comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QuotaSource {
-    /// The service's rule.
+    /// The service's rule, as somebody wrote it down.
     Rule,
+    /// Computed by the service's rule from what is known of its clients.
+    Computed,
     /// Set by hand for every backend of the service.
     Service,
     /// Set by hand for this backend.
@@ -45,6 +47,7 @@ impl QuotaSource {
     const fn flags(self) -> u32 {
         match self {
             Self::Rule => 0,
+            Self::Computed => SlotPolicy::COMPUTED,
             Self::Service => SlotPolicy::SERVICE_BY_HAND,
             Self::Backend => SlotPolicy::BY_HAND,
         }
@@ -129,10 +132,10 @@ impl Writer {
     /// Claims the slot first: from then on a socket that listens again takes another one.
     fn free(&mut self, view: &SlotView) -> Result<bool> {
         let life = view.life();
-        let claimed = life.with(BackendState::Claimed).0;
+        let held = life.with(BackendState::Held).0;
         let word = self.tables.life(view.slot());
         if word
-            .compare_exchange(life.0, claimed, Ordering::SeqCst, Ordering::SeqCst)
+            .compare_exchange(life.0, held, Ordering::SeqCst, Ordering::SeqCst)
             .is_err()
         {
             return Ok(false);

@@ -10,7 +10,7 @@ use balancer_common::abi::{
 };
 use balancer_common::{Reason, admission};
 
-use super::load::check_pins;
+use super::load::check_maps;
 use super::tables::{SlotView, Tables};
 use super::{Explanation, Paths, explain};
 use crate::sys::clock;
@@ -111,7 +111,7 @@ pub fn open(paths: &Paths) -> Result<Option<Reader>> {
             });
         }
     }
-    check_pins(&directory)?;
+    check_maps(&directory)?;
     Ok(Some(Reader {
         tables: Tables::open(&directory)?,
     }))
@@ -229,7 +229,7 @@ fn backend(
         weight: member.weight(),
         quota: (quota != UNLIMITED).then_some(quota),
         overridden: if written {
-            member.policy.flags() != 0
+            member.policy.is_by_hand()
         } else {
             service_by_hand
         },

@@ -12,9 +12,11 @@ use balancer_common::Reason;
 use balancer_common::abi::{
     Address, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
     MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
-    ServicePort, ServiceState, SlotPolicy,
+    ServicePort, ServiceState, SlotPolicy, Totals, Truth,
 };
 use balancer_common::choice::Member;
+
+use bytes::Buf as _;
 
 use super::wire::Wire;
 use crate::sys::shared::SharedArray;
@@ -27,6 +29,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
     ("BACKENDS", MapShape::shared::<Backend>(MAX_SLOTS)),
     ("POLICY", MapShape::shared::<SlotPolicy>(MAX_SLOTS)),
     ("COUNTS", MapShape::shared::<Counts>(MAX_SLOTS)),
+    ("TOTALS", MapShape::shared::<Totals>(MAX_SLOTS)),
     (
         "LISTENERS",
         MapShape {
@@ -74,6 +77,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         },
     ),
     ("HEARTBEAT", MapShape::shared::<Heartbeat>(1)),
+    ("TRUTH", MapShape::shared::<Truth>(1)),
     (
         "CONNECTION",
         MapShape {
@@ -154,9 +158,11 @@ pub struct Tables {
     lives: SharedArray,
     policies: SharedArray,
     counts: SharedArray,
+    totals: SharedArray,
     members: SharedArray,
     states: SharedArray,
     heartbeat: SharedArray,
+    truth: SharedArray,
 }
 
 /// One slot that is not free.
@@ -204,10 +210,24 @@ pub fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
     }
 }
 
+/// The numbers of all slots.
+pub fn every_slot() -> impl Iterator<Item = u32> {
+    0..u32_of(MAX_SLOTS)
+}
+
+/// What the storage of a listed socket holds.
+pub fn connection_of(socket: &Socket) -> Option<Connection> {
+    let mut bytes = socket.storage.as_deref()?;
+    (bytes.len() >= size_of::<Connection>()).then(|| Connection {
+        slot: bytes.get_u16_ne(),
+        class: bytes.get_u16_ne(),
+        generation: bytes.get_u32_ne(),
+    })
+}
+
 /// The slot that the storage of a listed socket names.
 pub fn slot_of(socket: &Socket) -> Option<u32> {
-    let bytes = socket.storage.as_ref()?.get(..size_of::<Connection>())?;
-    Some(u32::from(u16::from_ne_bytes([bytes[0], bytes[1]])))
+    connection_of(socket).map(|connection| u32::from(connection.slot))
 }
 
 impl Tables {
@@ -236,9 +256,11 @@ impl Tables {
             lives: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
             policies: shared::<SlotPolicy>(directory, "POLICY", MAX_SLOTS)?,
             counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
+            totals: shared::<Totals>(directory, "TOTALS", MAX_SLOTS)?,
             members: shared::<Members>(directory, "MEMBERS", MAX_SERVICES)?,
             states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
             heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
+            truth: shared::<Truth>(directory, "TRUTH", 1)?,
         })
     }
 
@@ -290,6 +312,47 @@ impl Tables {
     /// The adopted connections of a slot.
     pub fn adopted_word(&self, slot: u32) -> &AtomicU64 {
         self.policies.word(slot, 2)
+    }
+
+    /// The kernel half's count of a slot, as `Counts::established` packs it.
+    pub fn established_word(&self, slot: u32) -> &AtomicU64 {
+        self.counts.word(slot, 0)
+    }
+
+    /// Connections of a slot that have entered ESTABLISHED, ever.
+    pub fn entered(&self, slot: u32) -> u64 {
+        self.totals.word(slot, 0).load(Ordering::SeqCst)
+    }
+
+    /// Listeners of a service that could not be registered.
+    pub fn unregistered_word(&self, service: u16) -> &AtomicU64 {
+        self.states.word(u32::from(service), 2)
+    }
+
+    /// How COUNTS compared with the socket table last.
+    pub fn truth(&self) -> Truth {
+        let word = |index| self.truth.word(0, index).load(Ordering::Acquire);
+        Truth {
+            checks: word(0),
+            drift: word(1),
+            repairs: word(2),
+            last_ns: word(3),
+            cost_ns: word(4),
+        }
+    }
+
+    /// Says how COUNTS compares with the socket table.
+    pub fn set_truth(&self, truth: Truth) {
+        let words = [
+            truth.checks,
+            truth.drift,
+            truth.repairs,
+            truth.last_ns,
+            truth.cost_ns,
+        ];
+        for (index, value) in words.into_iter().enumerate() {
+            self.truth.word(0, index).store(value, Ordering::Release);
+        }
     }
 
     /// Fills a slot that this process has claimed.
@@ -375,7 +438,7 @@ impl Tables {
     /// A slot, if it is taken.
     pub fn slot(&self, slot: u32) -> Result<Option<SlotView>> {
         let life = Life(self.life(slot).load(Ordering::Acquire));
-        if life.is(BackendState::Free) || life.is(BackendState::Claimed) {
+        if !matches!(life.state(), BackendState::Active | BackendState::Closed) {
             return Ok(None);
         }
         let backend = self
@@ -396,7 +459,7 @@ impl Tables {
 
     /// All taken slots, in order.
     pub fn slots(&self) -> Result<Vec<SlotView>> {
-        (0..u32_of(MAX_SLOTS))
+        every_slot()
             .filter_map(|slot| self.slot(slot).transpose())
             .collect()
     }
@@ -427,6 +490,7 @@ impl Tables {
         self.states
             .word(u32::from(service), 0)
             .store(0, Ordering::Release);
+        self.unregistered_word(service).store(0, Ordering::Release);
         Ok(())
     }
 }

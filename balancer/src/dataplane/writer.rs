@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,14 +12,16 @@ use aya::Ebpf;
 use aya::programs::CgroupAttachMode;
 use aya::programs::links::FdLink;
 use balancer_common::abi::{Heartbeat, ListenRule, PortKey};
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tracing::info;
 
-use super::events::{self, Events};
-use super::load::{self, Kernel, check_pins};
+use super::events::{self, Events, LogFollower};
+use super::load::{self, Kernel};
 use super::lock::Lock;
+use super::paths::{Attachment, Link};
 use super::tables::Tables;
+use super::truth::Audit;
 use super::{Paths, pins};
+use crate::sys::bpf::{self, LinkTarget};
 use crate::sys::clock;
 
 /// The one writer of a data plane.
@@ -32,8 +34,13 @@ pub struct Writer {
     pub(super) rules: BTreeMap<PortKey, ListenRule>,
     /// Since when a closed slot has been seen without connections.
     pub(super) empty_since: BTreeMap<u32, (u32, Instant)>,
-    /// The loaded objects: they own the kernel half's log buffers.
-    objects: Vec<Ebpf>,
+    /// What the comparisons with the socket table have found so far.
+    pub(super) audit: Audit,
+    /// Links of this build's `steer`, by the cookie of their namespace.
+    steers: BTreeMap<u64, OwnedFd>,
+    /// The loaded objects whose logs nobody follows yet: they own the buffers. `account`'s has no namespace.
+    objects: Vec<(Option<u64>, Ebpf)>,
+    logs: BTreeMap<Option<u64>, LogFollower>,
     adopted: bool,
     _lock: Lock,
 }
@@ -47,153 +54,179 @@ impl Writer {
         pins::lock(paths)
     }
 
-    /// Makes a data plane, or adopts the one that is there; attaches `account` to the cgroup.
+    /// Makes a data plane, or adopts the one that is there; attaches `account` to the cgroup. One of another layout stays in
+    /// force beside a new one until [`Writer::switch`].
     ///
     /// # Errors
-    /// When the pins are of another build, or the kernel refuses something. Nothing is
+    /// When the pins are not what they should be, or the kernel refuses something. Nothing is
     /// left behind then that was not there before.
-    pub fn start(
-        paths: Paths,
-        lock: Lock,
-        cgroup: &Path,
-        heartbeat_limit: Duration,
-    ) -> Result<Self> {
+    pub fn start(paths: Paths, lock: Lock, cgroup: &Path) -> Result<Self> {
         let kernel = Kernel::read()?;
-        pins::remove_directory(&paths.staging())?;
+        for remains in [paths.removed(), paths.staging()] {
+            pins::remove_directory(&remains)?;
+        }
         let directory = paths.current();
         let adopted = directory.exists();
-        let working = if adopted {
-            directory.clone()
+        let (object, tables) = if adopted {
+            load::check(&directory)?;
+            attach_account(&kernel, &directory, cgroup)?
         } else {
-            paths.staging()
+            make(&kernel, &paths, cgroup)?
         };
-        if adopted {
-            check_pins(&directory)?;
-        } else {
-            pins::make_directory(&working)?;
-        }
-        let started = Self::attach_account(&kernel, &working, cgroup, heartbeat_limit);
-        let (object, tables) = match started {
-            Ok(started) => started,
-            Err(error) => {
-                if !adopted {
-                    pins::remove_directory(&working)?;
-                }
-                return Err(error);
-            }
-        };
-        if !adopted {
-            renameat2(
-                AT_FDCWD,
-                &working,
-                AT_FDCWD,
-                &directory,
-                RenameFlags::RENAME_NOREPLACE,
-            )
-            .with_context(|| {
-                format!(
-                    "cannot rename {} to {}",
-                    working.display(),
-                    directory.display()
-                )
-            })?;
-        }
         info!(
             "{} the data plane in {}",
             if adopted { "adopted" } else { "made" },
             directory.display()
         );
-        Ok(Self {
+        let audit = Audit::of(tables.truth());
+        let mut writer = Self {
             paths,
             kernel,
             tables,
             cgroup: cgroup.to_owned(),
             rules: BTreeMap::new(),
             empty_since: BTreeMap::new(),
-            objects: vec![object],
+            audit,
+            steers: BTreeMap::new(),
+            objects: vec![(None, object)],
+            logs: BTreeMap::new(),
             adopted,
             _lock: lock,
-        })
+        };
+        writer.release_held();
+        Ok(writer)
     }
 
-    fn attach_account(
-        kernel: &Kernel,
-        directory: &Path,
-        cgroup: &Path,
-        limit: Duration,
-    ) -> Result<(Ebpf, Tables)> {
-        let mut object = kernel.open_object(directory, 0)?;
-        let tables = Tables::open(directory)?;
-        tables.beat(beat(limit));
-        let target = fs::File::open(cgroup)
-            .with_context(|| format!("cannot open the cgroup {}", cgroup.display()))?;
-        let id = target
-            .metadata()
-            .with_context(|| format!("cannot query the cgroup {}", cgroup.display()))?
-            .ino();
-        let program = load::account(&mut object)?;
-        let pin = Paths::account(directory, id);
-        if pin.exists() {
-            pins::replace(&pin, program.fd()?.as_fd())?;
-        } else {
-            let link = program.attach(&target, CgroupAttachMode::Single).with_context(|| {
-                format!(
-                    "cannot attach `account` to the cgroup {} (is it a cgroup2 directory? EPERM: an older program sits \
-                     there that allows no other; `balancer doctor` names it)",
-                    cgroup.display()
-                )
-            })?;
-            let link: FdLink = program.take_link(link)?.try_into()?;
-            link.pin(&pin)
-                .with_context(|| format!("cannot pin {}", pin.display()))?;
+    /// Puts this build's `steer` under every link that is there, also under those of another layout, which become this data plane's;
+    /// removes the links of namespaces that are gone, then what is left of other layouts. From here on this data plane alone
+    /// decides.
+    ///
+    /// # Errors
+    /// When the kernel refuses a program, or a pin can't be moved or removed.
+    pub fn switch(&mut self) -> Result<()> {
+        let others = self
+            .paths
+            .others()
+            .context("cannot list the state directory")?;
+        let current = self.paths.current();
+        for directory in others.iter().chain([&current]) {
+            let links = Paths::links(directory)
+                .with_context(|| format!("cannot list {}", directory.display()))?;
+            for link in links {
+                if let Attachment::Steer(cookie) = link.what {
+                    self.take_over(&link, cookie)?;
+                }
+            }
         }
-        pins::remove_other_pins(directory, |path| {
-            Paths::cgroup_of(path).is_some_and(|other| other != id)
-        })?;
-        Ok((object, tables))
+        for directory in others {
+            info!(
+                "removing the data plane of another build in {}: this one has its listeners and connections",
+                directory.display()
+            );
+            pins::remove_directory(&directory)?;
+        }
+        Ok(())
     }
 
-    /// Attaches `steer` to a network namespace, or replaces the one that is there.
+    fn take_over(&mut self, link: &Link, cookie: u64) -> Result<()> {
+        let file = pins::open_link(link)?;
+        if pins::is_dead(&file)? {
+            return pins::remove_link(link);
+        }
+        let pin = Paths::steer(&self.paths.current(), cookie);
+        if self.steers.contains_key(&cookie) {
+            return if link.pin == pin {
+                Ok(())
+            } else {
+                pins::remove_link(link)
+            };
+        }
+        let mut object = self.kernel.open_object(&self.paths.current(), cookie)?;
+        let file = pins::replace(link, load::steer(&mut object)?.fd()?.as_fd())?;
+        if link.pin != pin {
+            pins::move_link(&file, &link.pin, &pin)?;
+        }
+        self.remember(cookie, file, object);
+        Ok(())
+    }
+
+    fn remember(&mut self, cookie: u64, link: OwnedFd, object: Ebpf) {
+        self.steers.insert(cookie, link);
+        self.objects.push((Some(cookie), object));
+    }
+
+    /// Attaches `steer` to a network namespace, where it isn't yet.
     ///
     /// # Errors
     /// When the kernel refuses it.
     pub fn guard(&mut self, netns: BorrowedFd<'_>, cookie: u64) -> Result<()> {
+        if self.steers.contains_key(&cookie) {
+            return Ok(());
+        }
         let directory = self.paths.current();
         let mut object = self.kernel.open_object(&directory, cookie)?;
         let program = load::steer(&mut object)?;
+        let link = program.attach(netns).with_context(|| {
+            format!("cannot attach `steer` to the network namespace with cookie {cookie} (at most 64 programs a namespace)")
+        })?;
+        let link: FdLink = program.take_link(link)?.into();
         let pin = Paths::steer(&directory, cookie);
-        if pin.exists() {
-            pins::replace(&pin, program.fd()?.as_fd())?;
-        } else {
-            let link = program.attach(netns).with_context(|| {
-                format!("cannot attach `steer` to the network namespace with cookie {cookie} (at most 64 programs a namespace)")
-            })?;
-            let link: FdLink = program.take_link(link)?.into();
-            link.pin(&pin)
-                .with_context(|| format!("cannot pin {}", pin.display()))?;
-        }
-        self.objects.push(object);
+        link.pin(&pin)
+            .with_context(|| format!("cannot pin {}", pin.display()))?;
+        let file = bpf::obj_get(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
+        self.remember(cookie, file, object);
         Ok(())
     }
 
-    /// Whether `steer` is attached to a namespace.
+    /// Whether this build's `steer` is attached to a namespace.
     pub fn guards(&self, cookie: u64) -> bool {
-        Paths::steer(&self.paths.current(), cookie).exists()
+        self.steers.contains_key(&cookie)
+    }
+
+    /// The guarded namespaces: cookie, and inode while they live.
+    ///
+    /// # Errors
+    /// When a link can't be queried.
+    pub fn guarded(&self) -> Result<Vec<(u64, Option<u32>)>> {
+        let inode = |(cookie, link): (&u64, &OwnedFd)| {
+            let info = bpf::link_info(link).context("cannot query a link")?;
+            Ok(match info.target {
+                LinkTarget::Netns { inode, .. } if inode != 0 => (*cookie, Some(inode)),
+                _ => (*cookie, None),
+            })
+        };
+        self.steers.iter().map(inode).collect()
     }
 
     /// Detaches `steer` from every namespace that is not wanted.
     ///
     /// # Errors
     /// When a pin can't be removed.
-    pub fn unguard_others(&self, wanted: &HashSet<u64>) -> Result<()> {
-        pins::remove_other_pins(&self.paths.current(), |path| {
-            Paths::netns_of(path).is_some_and(|cookie| !wanted.contains(&cookie))
-        })
+    pub fn unguard_others(&mut self, wanted: &HashSet<u64>) -> Result<()> {
+        let unwanted: Vec<u64> = self
+            .steers
+            .keys()
+            .filter(|cookie| !wanted.contains(cookie))
+            .copied()
+            .collect();
+        for cookie in unwanted {
+            pins::remove_link(&Link {
+                pin: Paths::steer(&self.paths.current(), cookie),
+                what: Attachment::Steer(cookie),
+            })?;
+            self.steers.remove(&cookie);
+            self.logs.remove(&Some(cookie));
+        }
+        Ok(())
     }
 
     /// Passes on what the kernel half of the programs loaded since the last call logs. Must be called inside a runtime.
     pub fn follow_logs(&mut self) {
-        self.objects.drain(..).for_each(events::follow_log);
+        for (cookie, object) in self.objects.drain(..) {
+            if let Some(follower) = events::follow_log(object) {
+                self.logs.insert(cookie, follower);
+            }
+        }
     }
 
     /// The events of the kernel half. Must be called inside a runtime.
@@ -221,6 +254,57 @@ impl Writer {
     pub fn remove(&self) -> Result<()> {
         pins::remove_data_plane(&self.paths)
     }
+}
+
+/// Builds a data plane aside and puts it in its place whole.
+fn make(kernel: &Kernel, paths: &Paths, cgroup: &Path) -> Result<(Ebpf, Tables)> {
+    let staging = paths.staging();
+    pins::make_directory(&staging)?;
+    let made = attach_account(kernel, &staging, cgroup)
+        .and_then(|made| pins::rename(&staging, &paths.current()).map(|()| made));
+    if made.is_err() {
+        pins::remove_directory(&staging)?;
+    }
+    made
+}
+
+fn attach_account(kernel: &Kernel, directory: &Path, cgroup: &Path) -> Result<(Ebpf, Tables)> {
+    let mut object = kernel.open_object(directory, 0)?;
+    let tables = Tables::open(directory)?;
+    let target = fs::File::open(cgroup)
+        .with_context(|| format!("cannot open the cgroup {}", cgroup.display()))?;
+    let id = target
+        .metadata()
+        .with_context(|| format!("cannot query the cgroup {}", cgroup.display()))?
+        .ino();
+    let program = load::account(&mut object)?;
+    let link = Link {
+        pin: Paths::account(directory, id),
+        what: Attachment::Account(id),
+    };
+    if link.pin.exists() {
+        pins::replace(&link, program.fd()?.as_fd())?;
+    } else {
+        let attached = program.attach(&target, CgroupAttachMode::Single).with_context(|| {
+            format!(
+                "cannot attach `account` to the cgroup {} (is it a cgroup2 directory? EPERM: an older program sits \
+                 there that allows no other; `balancer doctor` names it)",
+                cgroup.display()
+            )
+        })?;
+        let attached: FdLink = program.take_link(attached)?.try_into()?;
+        attached
+            .pin(&link.pin)
+            .with_context(|| format!("cannot pin {}", link.pin.display()))?;
+    }
+    let links =
+        Paths::links(directory).with_context(|| format!("cannot list {}", directory.display()))?;
+    for other in links {
+        if matches!(other.what, Attachment::Account(other) if other != id) {
+            pins::remove_link(&other)?;
+        }
+    }
+    Ok((object, tables))
 }
 
 fn beat(limit: Duration) -> Heartbeat {

@@ -53,6 +53,8 @@ pub struct KernelOffsets {
     pub sysctl_tcp_syncookies: u32,
     /// `task_struct.tgid`: i32, the process id; relative to `struct task_struct`.
     pub task_tgid: u32,
+    /// `task_struct.pid`: i32, the thread id; relative to `struct task_struct`.
+    pub task_pid: u32,
 }
 
 /// Reads the layout of the running kernel from `/sys/kernel/btf/vmlinux`.
@@ -105,6 +107,7 @@ fn offsets(layout: &Layout<'_>) -> Result<KernelOffsets> {
         synq_overflow_ts: layout.byte("sock_reuseport", "synq_overflow_ts", 4)?,
         sysctl_tcp_syncookies: layout.byte("net", "ipv4.sysctl_tcp_syncookies", 1)?,
         task_tgid: layout.byte("task_struct", "tgid", 4)?,
+        task_pid: layout.byte("task_struct", "pid", 4)?,
     })
 }
 

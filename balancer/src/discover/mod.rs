@@ -9,5 +9,5 @@ mod processes;
 pub use kernel::{KernelOffsets, kernel_offsets};
 pub use listeners::{Listener, listeners, listening};
 pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
-pub use namespaces::{Namespace, namespaces};
+pub use namespaces::{Namespace, Wanted, find, namespaces};
 pub use processes::{Owner, owners};

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    io,
+    fs, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
@@ -10,8 +10,11 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::stat::stat;
 
-use super::processes::pids;
-use crate::sys::netns::{self, Identity};
+use super::processes::{pids, sockets_of};
+use crate::sys::{
+    netns::{self, Identity},
+    socket,
+};
 
 /// A network namespace. It can't end while this is held.
 #[derive(Debug)]
@@ -37,9 +40,9 @@ impl From<Namespace> for OwnedFd {
     }
 }
 
-/// All network namespaces that a process lives in, each once, in the order of their processes' numbers.
+/// All network namespaces that a thread lives in, each once, in the order of their processes' numbers.
 ///
-/// Namespaces that only a thread, a file or a mount keeps alive are not among them.
+/// Namespaces that only a file, a mount or a socket keeps alive are not among them.
 ///
 /// # Errors
 /// Where `/proc` can't be read, or a namespace can't be entered (`CAP_SYS_ADMIN`).
@@ -49,31 +52,107 @@ pub fn namespaces() -> Result<Vec<Namespace>> {
     let mut pids = pids().context("cannot list the processes in /proc: is it mounted?")?;
     pids.sort_unstable();
     for pid in pids {
-        // A process may end at any time, so whatever can't be read is passed over; another process may stand for the same namespace.
-        let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
-        let Ok(stat) = stat(&path) else { continue };
-        let identity = Identity {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        };
-        if seen.contains(&identity) {
-            continue;
+        for path in threads(pid) {
+            // A thread may end at any time, so whatever can't be read is passed over; another may stand for the same namespace.
+            let Ok(stat) = stat(&path) else { continue };
+            let identity = Identity {
+                device: stat.st_dev,
+                inode: stat.st_ino,
+            };
+            if seen.contains(&identity) {
+                continue;
+            }
+            let Some(file) = open(&path, identity) else {
+                continue;
+            };
+            let cookie = netns::cookie_of(&file).with_context(|| {
+                format!("cannot enter the network namespace of process {pid} (needs CAP_SYS_ADMIN)")
+            })?;
+            seen.insert(identity);
+            found.push(Namespace {
+                cookie,
+                identity,
+                pid,
+                file,
+            });
         }
-        let Some(file) = open(&path, identity) else {
-            continue;
-        };
-        let cookie = netns::cookie_of(&file).with_context(|| {
-            format!("cannot enter the network namespace of process {pid} (needs CAP_SYS_ADMIN)")
-        })?;
-        seen.insert(identity);
-        found.push(Namespace {
-            cookie,
-            identity,
-            pid,
-            file,
-        });
     }
     Ok(found)
+}
+
+/// The namespace files of a process and of its other threads.
+fn threads(pid: u32) -> Vec<PathBuf> {
+    let mut paths = vec![PathBuf::from(format!("/proc/{pid}/ns/net"))];
+    if let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) {
+        let of_main = pid.to_string();
+        let others = tasks
+            .flatten()
+            .filter(|task| task.file_name() != *of_main)
+            .map(|task| task.path().join("ns/net"));
+        paths.extend(others);
+    }
+    paths
+}
+
+/// A namespace that is looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    /// Its cookie.
+    pub cookie: u64,
+    /// Processes and threads (0: not known) that listened there.
+    pub listened: Vec<(u32, u32)>,
+}
+
+/// Finds namespaces: first by the threads that listened there, then by the sockets of their processes, which may have left it since, then
+/// among all that there are. Those that are not found are missing in the result.
+///
+/// # Errors
+/// Those of [`namespaces`].
+pub fn find(wanted: &[Wanted]) -> Result<Vec<(u64, OwnedFd)>> {
+    let mut found = Vec::new();
+    let mut lost = HashSet::new();
+    for wanted in wanted {
+        match wanted.by_thread().or_else(|| wanted.by_socket()) {
+            Some(file) => found.push((wanted.cookie, file)),
+            None => {
+                lost.insert(wanted.cookie);
+            }
+        }
+    }
+    if !lost.is_empty() {
+        let others = namespaces()?
+            .into_iter()
+            .filter(|namespace| lost.contains(&namespace.cookie))
+            .map(|namespace| (namespace.cookie, namespace.file));
+        found.extend(others);
+    }
+    Ok(found)
+}
+
+impl Wanted {
+    fn by_thread(&self) -> Option<OwnedFd> {
+        self.listened.iter().find_map(|(pid, tid)| {
+            let thread = netns::open(&PathBuf::from(format!("/proc/{pid}/task/{tid}/ns/net")));
+            let process = || netns::open(&PathBuf::from(format!("/proc/{pid}/ns/net")));
+            let fits =
+                |file: &OwnedFd| netns::cookie_of(file).is_ok_and(|cookie| cookie == self.cookie);
+            thread
+                .ok()
+                .filter(fits)
+                .or_else(|| process().ok().filter(fits))
+        })
+    }
+
+    fn by_socket(&self) -> Option<OwnedFd> {
+        let mut tried = HashSet::new();
+        self.listened
+            .iter()
+            .filter(|(pid, _)| tried.insert(*pid))
+            .flat_map(|(pid, _)| sockets_of(*pid))
+            .filter_map(|owner| owner.file().ok())
+            .find(|file| socket::netns_cookie(file).is_ok_and(|cookie| cookie == self.cookie))
+            .and_then(|file| socket::netns(&file).ok())
+    }
 }
 
 /// Opens a process's namespace, unless the process moved since it was looked at.
@@ -126,5 +205,37 @@ mod tests {
             other.cookie
         );
         assert_eq!(with(netns::cookie().expect("cookie")).len(), 1);
+    }
+
+    #[test]
+    fn a_namespace_is_found_by_what_listened_there() {
+        let netns = netns::tests::fresh();
+        let cookie = netns::cookie_of(&netns).expect("cookie");
+        let own = std::process::id();
+        let look = |listened: &[(u32, u32)]| {
+            let wanted = Wanted {
+                cookie,
+                listened: listened.to_vec(),
+            };
+            let found = find(&[wanted]).expect("find");
+            found
+                .iter()
+                .map(|(found, file)| {
+                    assert_eq!(netns::cookie_of(file).expect("cookie"), *found);
+                    *found
+                })
+                .collect::<Vec<_>>()
+        };
+        // Only our file keeps it alive: there is nothing to find it by.
+        assert!(look(&[(own, 0)]).is_empty());
+        let listener = netns::inside(&netns, || {
+            let tid = nix::unistd::gettid().as_raw().cast_unsigned();
+            assert_eq!(look(&[(own, tid)]), [cookie], "by its thread");
+            assert_eq!(look(&[]), [cookie], "among all threads");
+            std::net::TcpListener::bind("127.0.0.1:0").expect("bind")
+        })
+        .expect("inside");
+        assert_eq!(look(&[(own, 0)]), [cookie], "by a socket of its process");
+        drop(listener);
     }
 }

@@ -70,6 +70,18 @@ pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<HashMap<u32, 
     Ok(found)
 }
 
+/// The sockets that a process holds; none where it has ended or may not be looked into.
+pub(super) fn sockets_of(pid: u32) -> Vec<Owner> {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return Vec::new();
+    };
+    descriptors
+        .flatten()
+        .filter(|descriptor| socket_inode(&descriptor.path()).is_some())
+        .filter_map(|descriptor| number(&descriptor.file_name()).map(|fd| Owner { pid, fd }))
+        .collect()
+}
+
 /// All processes that there are now.
 ///
 /// # Errors

@@ -77,7 +77,7 @@ fn unreachable(failed: &[String], permitted: bool) -> Check {
     Check::fail(
         NAME,
         super::listing(failed),
-        "what connects there is neither counted nor steered, and `balancer run` doesn't start",
+        "what connects there is neither counted nor steered until it can be reached",
         advice,
     )
 }

@@ -12,8 +12,8 @@ use std::{
 };
 
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_info, bpf_map_type, bpf_prog_info,
-    bpf_prog_type,
+    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info, bpf_map_type,
+    bpf_prog_info, bpf_prog_type,
 };
 
 /// The longest name that the kernel keeps, without its closing zero (`BPF_OBJ_NAME_LEN`).
@@ -201,16 +201,76 @@ impl Object {
     }
 }
 
+/// What the kernel says of a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    /// Unique until reboot.
+    pub id: u32,
+    /// The program that it holds in place; 0 for the kinds of link that hold none.
+    pub program: u32,
+    /// What it is attached to.
+    pub target: LinkTarget,
+}
+
+/// What a link is attached to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkTarget {
+    /// A cgroup.
+    Cgroup {
+        /// Its id: the inode of its directory. 0 once it is gone.
+        id: u64,
+        /// A `bpf_attach_type`.
+        attach_type: u32,
+    },
+    /// A network namespace.
+    Netns {
+        /// The inode of its file in `/proc/PID/ns/net`. 0 once it is gone (`bpf_netns_link_fill_info`, kernel/bpf/net_namespace.c).
+        inode: u32,
+        /// A `bpf_attach_type`.
+        attach_type: u32,
+    },
+    /// Anything else.
+    Other,
+}
+
+/// Reads what the kernel says of a link (`BPF_OBJ_GET_INFO_BY_FD`).
+///
+/// # Errors
+/// `InvalidInput` where the file is no link.
+pub fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
+    require(&link, Object::Link)?;
+    // SAFETY: the structure consists of integers, arrays and unions of them, and padding.
+    let mut info = unsafe { std::mem::zeroed::<bpf_link_info>() };
+    object_info(link.as_fd(), &mut info)?;
+    // SAFETY: `type_` says which member of the union the kernel has filled in; all their bit patterns are valid integers.
+    let target = unsafe {
+        if info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
+            LinkTarget::Cgroup {
+                id: info.__bindgen_anon_1.cgroup.cgroup_id,
+                attach_type: info.__bindgen_anon_1.cgroup.attach_type,
+            }
+        } else if info.type_ == bpf_link_type::BPF_LINK_TYPE_NETNS as u32 {
+            LinkTarget::Netns {
+                inode: info.__bindgen_anon_1.netns.netns_ino,
+                attach_type: info.__bindgen_anon_1.netns.attach_type,
+            }
+        } else {
+            LinkTarget::Other
+        }
+    };
+    Ok(LinkInfo {
+        id: info.id,
+        program: info.prog_id,
+        target,
+    })
+}
+
 /// The id of the program that a link holds in place; 0 for the kinds of link that hold none.
 ///
 /// # Errors
 /// `InvalidInput` where the file is no link.
 pub fn link_program(link: impl AsFd) -> io::Result<u32> {
-    require(&link, Object::Link)?;
-    // SAFETY: the structure consists of integers, arrays and unions of them, and padding.
-    let mut info = unsafe { std::mem::zeroed::<bpf_link_info>() };
-    object_info(link.as_fd(), &mut info)?;
-    Ok(info.prog_id)
+    link_info(link).map(|info| info.program)
 }
 
 /// What the kernel says of a map.

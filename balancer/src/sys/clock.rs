@@ -13,6 +13,15 @@ pub fn monotonic_ns() -> u64 {
     u64::try_from(Duration::from(now).as_nanos()).expect("fewer than 584 years since boot")
 }
 
+/// Processor time that this process has taken, all its threads together.
+///
+/// # Panics
+/// Never on Linux: `clock_gettime` of this clock cannot fail.
+pub fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID);
+    Duration::from(time.expect("CLOCK_PROCESS_CPUTIME_ID is always there"))
+}
+
 /// How many jiffies a second has (`CONFIG_HZ`): the unit of `bpf_jiffies64` and of the socket fields that hold jiffies.
 ///
 /// Read from the resolution of `CLOCK_MONOTONIC_COARSE`, which is one tick (`TICK_NSEC`, kernel/time/vsyscall.c), so that no

@@ -18,9 +18,6 @@ use nix::{
 
 use super::socket;
 
-/// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), since Linux 5.14.
-const SO_NETNS_COOKIE: libc::c_int = 71;
-
 /// What tells one network namespace from another while both exist; the kernel may give it again once one is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Identity {
@@ -70,7 +67,7 @@ pub fn cookie() -> io::Result<u64> {
         SockFlag::SOCK_CLOEXEC,
         None,
     )?;
-    socket::option(&socket, SO_NETNS_COOKIE)
+    socket::netns_cookie(&socket)
 }
 
 /// The cookie of another network namespace.

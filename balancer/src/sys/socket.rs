@@ -2,11 +2,15 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd as _},
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
 /// `SO_COOKIE` (include/uapi/asm-generic/socket.h).
 const SO_COOKIE: libc::c_int = 57;
+/// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), since Linux 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+/// include/uapi/linux/sockios.h
+const SIOCGSKNS: libc::c_ulong = 0x894c;
 
 /// The number that the kernel gives to no other socket until it reboots: `bpf_get_socket_cookie`, and the cookie in `sock_diag`.
 ///
@@ -16,8 +20,31 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
     option(socket, SO_COOKIE)
 }
 
+/// The cookie of the network namespace that a socket is in: a number that the kernel never gives twice until it reboots, and that BPF
+/// programs get from `bpf_get_netns_cookie`.
+///
+/// # Errors
+/// `ENOTSOCK` where the file is no socket; `ENOPROTOOPT` where the kernel is older than 5.14.
+pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+    option(socket, SO_NETNS_COOKIE)
+}
+
+/// The network namespace that a socket is in (`SIOCGSKNS`, net/socket.c).
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN`; `ENOTTY` where the file is no socket.
+pub fn netns(socket: impl AsFd) -> io::Result<OwnedFd> {
+    // SAFETY: this request takes no argument and no pointer.
+    let fd = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), SIOCGSKNS) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// A socket option of `SOL_SOCKET` whose value is 64 bits wide.
-pub(super) fn option(socket: impl AsFd, option: libc::c_int) -> io::Result<u64> {
+fn option(socket: impl AsFd, option: libc::c_int) -> io::Result<u64> {
     let mut value = 0_u64;
     let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
     // SAFETY: the kernel writes at most `length` bytes, the size of `value`, to the first pointer and a socklen_t to the second;

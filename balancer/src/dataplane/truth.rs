@@ -1,0 +1,452 @@
+//! The truth check: the counts of the kernel half compared with the socket table, and put right where they stay wrong.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use balancer_common::abi::{Backend, BackendState, Connection, Counts, Life, Truth};
+use tracing::{info, warn};
+
+use super::census::Census;
+use super::tables::{SlotView, connection_of, every_slot};
+use super::writer::Writer;
+use crate::sys::clock;
+use crate::sys::sock_diag::Socket;
+
+/// So many comparisons in a row must find a count off before that is more than a socket on its way.
+const LASTING: u32 = 3;
+
+/// By how much a count is too low (or, negative, too high), as far as the table can tell while connections come and go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drift {
+    least: i64,
+    most: i64,
+}
+
+impl Drift {
+    /// From a count before and after the table was read, how many connections were counted as entering meanwhile, and how many the
+    /// table has. A connection that came or went meanwhile may or may not be in the table.
+    pub fn between(before: u32, after: u32, entered: u64, found: u32) -> Self {
+        let (before, after, found) = (i64::from(before), i64::from(after), i64::from(found));
+        let entered = i64::try_from(entered).unwrap_or(i64::MAX / 2);
+        Self {
+            least: found - (before + entered).max(after),
+            most: found - (after - entered).min(before),
+        }
+    }
+
+    /// Whether there may be none.
+    pub const fn may_be_none(self) -> bool {
+        self.least <= 0 && self.most >= 0
+    }
+
+    /// What both allow.
+    fn and(self, other: Self) -> Option<Self> {
+        let both = Self {
+            least: self.least.max(other.least),
+            most: self.most.min(other.most),
+        };
+        (both.least <= both.most).then_some(both)
+    }
+
+    /// The smallest that it can be: never more than what is really off.
+    const fn at_least(self) -> i64 {
+        if self.least > 0 {
+            self.least
+        } else {
+            self.most
+        }
+    }
+}
+
+/// A count that the last comparisons found off.
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
+    generation: u32,
+    drift: Drift,
+    checks: u32,
+}
+
+impl Suspect {
+    /// The suspect after one more comparison.
+    fn seen_again(before: Option<Self>, generation: u32, drift: Drift) -> Self {
+        let first = Self {
+            generation,
+            drift,
+            checks: 1,
+        };
+        let Some(before) = before.filter(|before| before.generation == generation) else {
+            return first;
+        };
+        before.drift.and(drift).map_or(first, |drift| Self {
+            generation,
+            drift,
+            checks: before.checks + 1,
+        })
+    }
+
+    const fn is_lasting(&self) -> bool {
+        self.checks >= LASTING
+    }
+}
+
+/// The two counts of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Count {
+    Established,
+    Exempt,
+}
+
+/// What the comparisons have found so far. One comparison goes over all guarded namespaces, one after the other.
+#[derive(Debug, Default)]
+pub struct Audit {
+    truth: Truth,
+    suspects: BTreeMap<(u32, Count), Suspect>,
+    last: Sighting,
+    this: Sighting,
+    /// Listeners that can't be registered, by their cookie, and when that is tried again.
+    pub(super) unadoptable: HashMap<u64, Instant>,
+}
+
+/// What one comparison saw that may be a socket on its way: only what the next one sees again is so.
+#[derive(Debug, Default)]
+pub(super) struct Sighting {
+    /// Connections with a slot that are not counted, by their cookie.
+    uncounted: HashSet<u64>,
+    /// Slots whose listener was not there.
+    deserted: HashSet<(u32, u32)>,
+    /// Listeners that nobody has registered, by their cookie.
+    pub(super) unregistered: HashSet<u64>,
+    /// How many listeners of each service lack a slot.
+    pub(super) without_slot: BTreeMap<u16, u64>,
+    /// What the kernel half said of that before.
+    without_slot_before: BTreeMap<u16, u64>,
+    drift: u64,
+}
+
+impl Audit {
+    /// Goes on from what an earlier daemon has found.
+    pub fn of(truth: Truth) -> Self {
+        Self {
+            truth,
+            ..Self::default()
+        }
+    }
+
+    /// Whether the comparison before this one saw that listener unregistered.
+    pub(super) fn was_unregistered(&self, cookie: u64) -> bool {
+        self.last.unregistered.contains(&cookie)
+    }
+
+    pub(super) fn saw(&mut self) -> &mut Sighting {
+        &mut self.this
+    }
+}
+
+impl Writer {
+    /// Begins a comparison.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn begin_check(&mut self) -> Result<()> {
+        let before = self
+            .service_ids()?
+            .into_values()
+            .map(|id| (id, self.tables.unregistered_word(id).load(Ordering::SeqCst)))
+            .collect();
+        self.audit.this = Sighting {
+            without_slot_before: before,
+            ..Sighting::default()
+        };
+        Ok(())
+    }
+
+    /// Compares one namespace: registers listeners that nobody has registered (where `eager`, at first sight), closes slots whose
+    /// listeners are gone, and puts counts right that stay wrong. Must run inside that namespace.
+    ///
+    /// # Errors
+    /// When the socket table or a map can't be read.
+    pub fn check(&mut self, netns: u64, eager: bool) -> Result<()> {
+        let mut census = self.census(netns)?;
+        if self.adopt(netns, &census, eager)? {
+            census = self.census(netns)?;
+        }
+        self.close_deserted(&census);
+        let tally = self.tally(&census);
+        self.compare(&census, &tally);
+        self.recount(&census, tally)
+    }
+
+    /// Ends a comparison that took so much processor time; returns what is known now.
+    pub fn end_check(&mut self, cost: Duration) -> Truth {
+        let this = std::mem::take(&mut self.audit.this);
+        for (service, before) in &this.without_slot_before {
+            let now = this.without_slot.get(service).copied().unwrap_or(0);
+            // Where the kernel half has just found another one, the next comparison tells.
+            let _ = self.tables.unregistered_word(*service).compare_exchange(
+                *before,
+                now,
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            );
+        }
+        let truth = &mut self.audit.truth;
+        truth.checks += 1;
+        truth.drift = this.drift;
+        truth.last_ns = clock::monotonic_ns();
+        truth.cost_ns = u64::try_from(cost.as_nanos()).unwrap_or(u64::MAX);
+        self.tables.set_truth(*truth);
+        self.audit.last = this;
+        *truth
+    }
+
+    /// Slots that a daemon died over: their listeners are registered again if they still listen, the others are freed.
+    pub(super) fn release_held(&mut self) {
+        for slot in every_slot() {
+            let word = self.tables.life(slot);
+            let life = Life(word.load(Ordering::SeqCst));
+            if life.is(BackendState::Held) {
+                info!("slot {slot}: going on with what the last daemon began");
+                word.store(life.with(BackendState::Closed).0, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// Closes what is left of a namespace that is gone, with all its sockets.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn bury(&mut self, netns: u64) -> Result<()> {
+        for view in self.slots()? {
+            if view.member.backend.netns != netns {
+                continue;
+            }
+            self.close(&view);
+            self.tables
+                .adopted_word(view.slot())
+                .store(0, Ordering::SeqCst);
+            let word = self.tables.established_word(view.slot());
+            let left = word.swap(0, Ordering::SeqCst);
+            if left != 0 {
+                self.audit.truth.repairs += 1;
+                warn!(
+                    "{}: {} connections were counted on it still when its network namespace was gone: put right",
+                    name(&view),
+                    left & u64::from(u32::MAX)
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A listener that closes is seen by the kernel half, but for adopted ones and where another program switches that off.
+    fn close_deserted(&mut self, census: &Census) {
+        let named: HashSet<(u32, u32)> = census
+            .listeners
+            .iter()
+            .filter_map(connection_of)
+            .map(|connection| (u32::from(connection.slot), connection.generation))
+            .collect();
+        for view in &census.slots {
+            let tenant = (view.slot(), view.life().generation());
+            if !view.life().is(BackendState::Active) || named.contains(&tenant) {
+                continue;
+            }
+            if self.audit.last.deserted.contains(&tenant) {
+                info!("{}: its listener is gone", name(view));
+                self.close(view);
+            } else {
+                self.audit.this.deserted.insert(tenant);
+            }
+        }
+    }
+
+    /// Sorts the connections of a census.
+    fn tally<'a>(&mut self, census: &'a Census) -> Tally<'a> {
+        let generations: HashMap<u32, u32> = census
+            .slots
+            .iter()
+            .map(|view| (view.slot(), view.life().generation()))
+            .collect();
+        let mut tally = Tally::default();
+        for socket in &census.connections {
+            let tenant = connection_of(socket).filter(|connection| {
+                generations.get(&u32::from(connection.slot)) == Some(&connection.generation)
+            });
+            match tenant {
+                None => tally.strangers.push(socket),
+                Some(connection) if connection.class == Connection::UNCOUNTED => {
+                    // On its way out, unless it stays so: then another program has switched its state changes off.
+                    if self.audit.last.uncounted.contains(&socket.cookie) {
+                        tally.uncounted.push((u32::from(connection.slot), socket));
+                    }
+                    self.audit.this.uncounted.insert(socket.cookie);
+                }
+                Some(connection) => {
+                    let found = tally.found.entry(u32::from(connection.slot)).or_default();
+                    found.0 += 1;
+                    found.1 += u32::from(connection.class == Connection::EXEMPT);
+                }
+            }
+        }
+        tally
+    }
+
+    fn compare(&mut self, census: &Census, tally: &Tally<'_>) {
+        for (index, view) in census.slots.iter().enumerate() {
+            let (before, after) = (census.before[index], census.after[index]);
+            if before.generation != after.generation {
+                continue;
+            }
+            let entered = after.entered.wrapping_sub(before.entered);
+            let found = tally.found.get(&view.slot()).copied().unwrap_or_default();
+            let drift = |count: fn(&Counts) -> u32, found| {
+                Drift::between(count(&before.counts), count(&after.counts), entered, found)
+            };
+            let established = drift(Counts::established, found.0);
+            let exempt = drift(Counts::exempt, found.1);
+            let established = self.lasting(view, Count::Established, established);
+            let exempt = self.lasting(view, Count::Exempt, exempt);
+            if established != 0 || exempt != 0 {
+                self.repair(view, established, exempt, found.0);
+            }
+        }
+    }
+
+    /// By how much a count has been off for long enough; 0: it may be right.
+    fn lasting(&mut self, view: &SlotView, count: Count, drift: Drift) -> i64 {
+        let key = (view.slot(), count);
+        let before = self.audit.suspects.remove(&key);
+        if drift.may_be_none() {
+            return 0;
+        }
+        let suspect = Suspect::seen_again(before, view.life().generation(), drift);
+        if suspect.is_lasting() {
+            return suspect.drift.at_least();
+        }
+        self.audit.suspects.insert(key, suspect);
+        0
+    }
+
+    fn repair(&mut self, view: &SlotView, established: i64, exempt: i64, found: u32) {
+        let change = established
+            .cast_unsigned()
+            .wrapping_add(exempt.cast_unsigned() << 32);
+        self.tables
+            .established_word(view.slot())
+            .fetch_add(change, Ordering::SeqCst);
+        self.audit.truth.repairs += 1;
+        self.audit.this.drift += established.unsigned_abs().max(exempt.unsigned_abs());
+        warn!(
+            "{}: the socket table has {found} connections, {established:+} ({exempt:+} exempt) against the count, for \
+             {LASTING} comparisons now: put right. Another sock_ops program may switch state changes off (`balancer doctor` names them)",
+            name(view)
+        );
+    }
+
+    /// Counts again what the kernel half can't follow.
+    fn recount(&self, census: &Census, tally: Tally<'_>) -> Result<()> {
+        let adopted: Vec<&SlotView> = census
+            .slots
+            .iter()
+            .filter(|view| view.member.backend.flags & Backend::ADOPTED != 0)
+            .collect();
+        let mut shares = self.shares(&adopted, &tally.strangers)?;
+        let service = |slot| {
+            let of_slot = |view: &&SlotView| view.slot() == slot;
+            census
+                .slots
+                .iter()
+                .find(of_slot)
+                .map(|view| view.member.backend.service)
+        };
+        for (slot, socket) in tally.uncounted {
+            if let Some(service) = service(slot) {
+                *shares.entry(slot).or_insert(0) += self.share(service, socket)?;
+            }
+        }
+        for view in &census.slots {
+            let count = shares.get(&view.slot()).copied().unwrap_or(0);
+            let word = self.tables.adopted_word(view.slot());
+            if word.load(Ordering::Acquire) != count {
+                word.store(count, Ordering::SeqCst);
+            }
+        }
+        Ok(())
+    }
+
+    /// What a connection adds to a count, as `Counts::established` packs it.
+    pub(super) fn share(&self, service: u16, socket: &Socket) -> Result<u64> {
+        let exempt = self.tables.is_exempt(service, socket.remote.ip())?;
+        Ok(if exempt { Counts::ONE_EXEMPT } else { 1 })
+    }
+}
+
+/// The connections of a namespace, sorted.
+#[derive(Debug, Default)]
+struct Tally<'a> {
+    /// Those that the kernel half has counted, all and exempt ones, by slot.
+    found: BTreeMap<u32, (u32, u32)>,
+    /// Those that name a slot but are not counted.
+    uncounted: Vec<(u32, &'a Socket)>,
+    /// Those that name no slot.
+    strangers: Vec<&'a Socket>,
+}
+
+/// How a log calls a backend.
+fn name(view: &SlotView) -> String {
+    let backend = &view.member.backend;
+    let address = std::net::SocketAddr::new(backend.address.into(), backend.port);
+    format!("backend {address} (slot {})", view.slot())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn drift(least: i64, most: i64) -> Drift {
+        Drift { least, most }
+    }
+
+    #[test]
+    fn a_quiet_slot_is_compared_exactly() {
+        assert_eq!(Drift::between(7, 7, 0, 7), drift(0, 0));
+        assert_eq!(Drift::between(7, 7, 0, 5), drift(-2, -2));
+        assert!(!Drift::between(7, 7, 0, 8).may_be_none());
+    }
+
+    #[test]
+    fn only_what_lasts_is_drift() {
+        let off = drift(2, 5);
+        let first = Suspect::seen_again(None, 1, off);
+        let second = Suspect::seen_again(Some(first), 1, drift(1, 3));
+        assert!(!second.is_lasting());
+        let third = Suspect::seen_again(Some(second), 1, drift(3, 9));
+        assert!(third.is_lasting());
+        assert_eq!(third.drift.at_least(), 3);
+        let elsewhere = Suspect::seen_again(Some(second), 1, drift(-4, -1));
+        assert_eq!((elsewhere.checks, elsewhere.drift), (1, drift(-4, -1)));
+        let other_tenant = Suspect::seen_again(Some(second), 2, off);
+        assert_eq!(other_tenant.checks, 1);
+    }
+
+    proptest! {
+        /// However many come and go while the table is read, and whichever of them it shows: a count that is right is never
+        /// suspected, and one that is wrong never by more than it is.
+        #[test]
+        fn the_true_drift_is_within_the_bounds(
+            standing in 0..1_000_u32, entered in 0..200_u32, left in 0..200_u32, shown in 0..400_u32, off in -50..50_i64,
+        ) {
+            let left = left.min(standing + entered);
+            let counted = |truth: u32| u32::try_from((i64::from(truth) + off).max(0)).unwrap();
+            prop_assume!(i64::from(standing) + off >= 0 && i64::from(standing + entered - left) + off >= 0);
+            // Those that stood throughout are in the table, and of the rest some.
+            let throughout = standing.saturating_sub(left);
+            let found = throughout + shown.min(standing - throughout + entered);
+            let drift = Drift::between(counted(standing), counted(standing + entered - left), entered.into(), found);
+            prop_assert!(drift.least <= -off && -off <= drift.most, "{drift:?} {off}");
+        }
+    }
+}
