@@ -207,11 +207,11 @@ impl Agent {
                 freed.slot()
             );
         }
-        // Quotas before `steer`: they confirm a newcomer's backends.
+        // `steer` before quotas: they confirm a newcomer's backends, which are active from then on.
         let newcomers = self.guarded.newcomers(&mut self.writer)?;
+        self.guarded.guard(&newcomers, &mut self.writer);
         self.quotas
             .apply(&self.config, &self.guarded, &mut self.writer)?;
-        self.guarded.guard(&newcomers, &mut self.writer);
         self.guarded.release(&mut self.writer)?;
         self.writer.follow_logs();
         Ok(())
