@@ -1,5 +1,6 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
+use balancer_common::abi::Truth;
 use balancer_common::{BackendState, Policy, Reason, Verdict};
 use clap::CommandFactory;
 
@@ -90,6 +91,10 @@ fn alive() -> AgentSnapshot {
         alive: true,
         heartbeat_age: Some(Duration::from_millis(412)),
         fail_open_after: Duration::from_secs(30),
+        truth: Truth {
+            checks: 7,
+            ..Truth::default()
+        },
     }
 }
 
@@ -208,6 +213,7 @@ fn status_says_what_a_dead_daemon_means() {
             alive,
             heartbeat_age: seconds.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
+            truth: Truth::default(),
         };
         status::text(&Snapshot {
             services: Vec::new(),
@@ -321,7 +327,7 @@ fn status_as_json_is_as_contracted() {
                 }],
                 "verdicts": verdicts,
             }],
-            "agent": {"alive": true, "heartbeat_age_ms": 412},
+            "agent": {"alive": true, "heartbeat_age_ms": 412, "checks": 7, "drift": 0, "repairs": 0},
         })
     );
 }

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use balancer_common::abi::{
-    Backend, BackendState, MAX_SERVICES, Policy, ServiceInfo, ServicePort, UNLIMITED, ticks,
+    Backend, BackendState, MAX_SERVICES, Policy, ServiceInfo, ServicePort, Truth, UNLIMITED, ticks,
 };
 use balancer_common::{Reason, admission};
 
@@ -33,6 +33,8 @@ pub struct AgentSnapshot {
     pub heartbeat_age: Option<Duration>,
     /// After how long a silence nobody is refused any more.
     pub fail_open_after: Duration,
+    /// How the counts compared with the socket table last.
+    pub truth: Truth,
 }
 
 /// One service.
@@ -104,7 +106,17 @@ pub fn open(paths: &Paths) -> Result<Option<Reader>> {
     let directory = paths.current();
     match std::fs::metadata(&directory) {
         Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return match paths.others() {
+                Ok(others) if !others.is_empty() => bail!(
+                    "the data plane there is of another build ({}; this one reads {}): ask the program that made it, or take it over with \
+                     `balancer run`",
+                    others[0].display(),
+                    directory.display()
+                ),
+                _ => Ok(None),
+            };
+        }
         Err(error) => {
             return Err(error).with_context(|| {
                 format!("cannot look into {} (are we root?)", directory.display())
@@ -208,6 +220,7 @@ fn agent(tables: &Tables) -> AgentSnapshot {
         heartbeat_age: (beat.last_ns != 0)
             .then(|| Duration::from_nanos(now.saturating_sub(beat.last_ns))),
         fail_open_after: Duration::from_nanos(beat.limit_ns),
+        truth: tables.truth(),
     }
 }
 

@@ -69,6 +69,32 @@ fn loaded(services: usize, agent: &AgentSnapshot) -> Check {
     )
 }
 
+/// What the comparisons of the counts with the socket table have found; nothing where nothing is loaded.
+pub(super) fn counts(agent: &AgentSnapshot) -> Check {
+    const NAME: &str = "counts";
+    let truth = &agent.truth;
+    if truth.repairs == 0 && truth.drift == 0 {
+        return Check::ok(
+            NAME,
+            format!(
+                "right in each of {} comparisons with the socket table",
+                truth.checks
+            ),
+            "the counts are those of the socket table",
+        );
+    }
+    Check::warn(
+        NAME,
+        format!(
+            "put right {} times in {} comparisons with the socket table; {} connections off at the last one",
+            truth.repairs, truth.checks, truth.drift
+        ),
+        "something keeps the kernel half from seeing connections come or go: they are miscounted until a comparison puts that right",
+        "see the check `other sock_ops`: a program that sets the callback flags of sockets without keeping those that are set does it. \
+         Where there is none, please report it with the daemon's log",
+    )
+}
+
 /// The network namespaces that the loaded data plane is attached to.
 pub(super) fn namespaces(state_dir: &Path) -> (Vec<Guarded>, Option<Check>) {
     let cookies = attached(&Paths::new(state_dir).current());
@@ -100,6 +126,7 @@ fn attached(directory: &Path) -> HashSet<u64> {
 mod tests {
     use super::*;
     use crate::doctor::Status;
+    use balancer_common::abi::Truth;
     use std::time::Duration;
 
     fn agent(alive: bool, age: Option<u64>) -> AgentSnapshot {
@@ -107,6 +134,7 @@ mod tests {
             alive,
             heartbeat_age: age.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
+            truth: Truth::default(),
         }
     }
 

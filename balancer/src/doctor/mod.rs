@@ -114,6 +114,11 @@ pub fn run(options: &Options) -> Report {
     checks.extend(machine::checks(&options.state_dir));
     let (snapshot, loaded) = loaded::look(&options.state_dir);
     checks.push(loaded);
+    checks.extend(
+        snapshot
+            .iter()
+            .map(|snapshot| loaded::counts(&snapshot.agent)),
+    );
     let (namespaces, unreachable) = match (&options.config, &snapshot) {
         (None, Some(_)) => loaded::namespaces(&options.state_dir),
         (config, _) => guarded::namespaces(config.as_ref()),

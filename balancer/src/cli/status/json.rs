@@ -18,6 +18,9 @@ pub(in crate::cli) struct Json<'a> {
 struct JsonAgent {
     alive: bool,
     heartbeat_age_ms: Option<u128>,
+    checks: u64,
+    drift: u64,
+    repairs: u64,
 }
 
 #[derive(Serialize)]
@@ -62,6 +65,9 @@ impl<'a> Json<'a> {
             agent: JsonAgent {
                 alive: snapshot.agent.alive,
                 heartbeat_age_ms: snapshot.agent.heartbeat_age.map(|age| age.as_millis()),
+                checks: snapshot.agent.truth.checks,
+                drift: snapshot.agent.truth.drift,
+                repairs: snapshot.agent.truth.repairs,
             },
         }
     }

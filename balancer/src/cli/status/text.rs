@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use balancer_common::BackendState;
+use balancer_common::abi::Truth;
 
 use crate::{
     cli::output::{or, span, table, wrapped},
@@ -42,7 +43,24 @@ fn daemon(agent: &AgentSnapshot) -> String {
         ),
         None => "has not lived since the balancer was loaded: nobody is refused. Start it with `balancer run --config FILE`.".to_owned(),
     };
-    wrapped("Daemon: ", &words)
+    wrapped("Daemon: ", &words) + &counts(&agent.truth)
+}
+
+/// Nothing to be said where the counts have always been those of the socket table.
+fn counts(truth: &Truth) -> String {
+    if truth.drift == 0 && truth.repairs == 0 {
+        return String::new();
+    }
+    let now = match truth.drift {
+        0 => "they agree with the socket table now".to_owned(),
+        drift => format!("{drift} connections were put right at the last comparison"),
+    };
+    let words = format!(
+        "put right {} times in {} comparisons with the socket table, which should never be needed; {now}. See the daemon's log and \
+         `balancer doctor`.",
+        truth.repairs, truth.checks
+    );
+    wrapped("Counts: ", &words)
 }
 
 fn service_text(service: &ServiceSnapshot) -> String {
