@@ -51,15 +51,12 @@ pub enum OnExit {
     Unload,
 }
 
-/// At most one part in so many of the time is spent on comparing the counts with the socket table.
+/// At most one part in so many of the time is spent on comparing the counts with the socket table,
 const CHECK_SHARE: u32 = 200;
+/// or of a short while, where something may be wrong or the daemon alone can count.
+const DOUBTFUL_SHARE: u32 = 20;
 /// But it is done this often, however long it takes.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-
-fn pause_after(cost: Duration) -> Duration {
-    // A little less than a tick, so that not every other one finds it not yet due.
-    (cost * CHECK_SHARE).clamp(TICK / 2, LONGEST_PAUSE)
-}
 
 /// Why the loop ended.
 #[derive(Clone, Copy, Debug)]
@@ -222,7 +219,7 @@ impl Agent {
         let before = clock::processor_time();
         let checked = self.guarded.check(&mut self.writer, first);
         let cost = clock::processor_time().saturating_sub(before);
-        self.next_check = Instant::now() + pause_after(cost);
+        self.next_check = Instant::now() + TICK;
         checked?;
         let truth = self.writer.end_check(cost);
         debug!(
@@ -232,6 +229,15 @@ impl Agent {
             truth.drift,
             truth.repairs
         );
+        let share = match (first, self.writer.is_in_doubt()) {
+            // It also looks for owners and namespaces, which later ones don't.
+            (true, _) => 0,
+            (false, true) => DOUBTFUL_SHARE,
+            (false, false) => CHECK_SHARE,
+        };
+        // A little less than a tick, so that not every other one finds it not yet due.
+        let pause = (cost * share).clamp(TICK / 2, LONGEST_PAUSE);
+        self.next_check = Instant::now() + pause;
         Ok(())
     }
 
