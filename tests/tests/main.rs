@@ -12,6 +12,7 @@ mod fixtures;
 mod lifecycle;
 mod load;
 mod policies;
+mod privileges;
 mod queue;
 mod reasons;
 mod sockets;

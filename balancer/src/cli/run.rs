@@ -71,10 +71,11 @@ impl Run {
                 OnExit::Unload => agent::OnExit::Unload,
             }),
         };
-        tokio::runtime::Builder::new_multi_thread()
+        // One thread: it gives up its capabilities, which a thread that runs already would keep.
+        tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .context("can't start the daemon's threads")?
+            .context("can't start the daemon's runtime")?
             .block_on(agent::run(options))
     }
 }

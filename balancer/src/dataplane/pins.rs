@@ -3,10 +3,11 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::unistd::geteuid;
 use tracing::info;
 
 use super::Paths;
@@ -49,6 +50,12 @@ pub(super) fn lock(paths: &Paths) -> Result<Lock> {
         info!("mounted the BPF file system");
     }
     make_directory(paths.state_dir())?;
+    close_to_others(paths.state_dir()).with_context(|| {
+        format!(
+            "cannot use the state directory {}",
+            paths.state_dir().display()
+        )
+    })?;
     match Lock::take(paths)? {
         Held::Mine(lock) => Ok(lock),
         Held::ByOther(pid) => bail!(
@@ -79,6 +86,28 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
                 path.display()
             )
         })
+}
+
+/// A directory that was there already may be open to others. The sticky bit means that it is meant to be, as the root of a BPF file
+/// system is.
+fn close_to_others(state_dir: &Path) -> Result<()> {
+    let directory = fs::File::open(state_dir)?;
+    let found = directory.metadata()?;
+    ensure!(
+        [0, geteuid().as_raw()].contains(&found.uid()),
+        "it belongs to user {}, who could replace what is pinned there",
+        found.uid()
+    );
+    if found.mode() & 0o077 != 0 {
+        ensure!(
+            found.mode() & 0o1000 == 0,
+            "it is shared with others (mode {:o}): give one of its own below it",
+            found.mode() & 0o7777
+        );
+        directory.set_permissions(fs::Permissions::from_mode(0o700))?;
+        info!("closed {} to other users", state_dir.display());
+    }
+    Ok(())
 }
 
 /// The pins first that attach something, so that nothing runs on half of its maps.
