@@ -269,3 +269,21 @@ fn a_state_directory_of_another_user_is_refused() {
         assert!(!balancer.is_loaded());
     });
 }
+
+/// As the root of a BPF file system is: narrowing it would shut others out of theirs.
+#[test]
+fn a_shared_directory_is_left_as_it_is_and_refused() {
+    Machine::with(|machine| {
+        let mut balancer = Balancer::prepare(machine, &yaml("own"));
+        fs::create_dir(balancer.state()).expect("a directory on bpffs");
+        fs::set_permissions(balancer.state(), Permissions::from_mode(0o1777)).expect("chmod");
+        balancer.spawn();
+        assert!(!balancer.wait().success());
+        assert!(
+            balancer.logs().contains("shared with others"),
+            "{}",
+            balancer.logs()
+        );
+        assert_eq!(mode(balancer.state()), 0o1777);
+    });
+}

@@ -88,7 +88,7 @@ pub fn cookie_of(netns: impl AsFd) -> io::Result<u64> {
 ///
 /// # Errors
 /// Where the file names no network namespace (`EINVAL`), no thread can be started, or the namespace is another one and
-/// `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`, net/core/net_namespace.c).
+/// `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`, `net/core/net_namespace.c`).
 pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io::Result<R> {
     let netns = netns.as_fd();
     if is_current(netns) {

@@ -207,7 +207,7 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
 }
 
 /// Some x86-64 kernels take the same calls by a second set of numbers (`__X32_SYSCALL_BIT`; 512 to 547 are those with arguments of
-/// another shape, arch/x86/entry/syscalls/syscall_64.tbl), which would go around the list.
+/// another shape, `arch/x86/entry/syscalls/syscall_64.tbl`), which would go around the list.
 #[cfg(target_arch = "x86_64")]
 fn x32() -> impl Iterator<Item = libc::c_long> {
     const BIT: libc::c_long = 0x4000_0000;
@@ -351,8 +351,20 @@ mod tests {
         confined(ANY, || {
             suffice_for(OWN)
                 .and(suffice_for(ANY))
-                .expect("all that was kept")
+                .expect("all that was kept");
         });
+    }
+
+    /// The numbers of the other table are `execve`'s (520) and those of `mount`.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn the_other_numbers_of_the_same_calls_are_denied_too() {
+        let rules = rules().expect("rules");
+        for number in [520, libc::SYS_mount, libc::SYS_setns] {
+            let rule = rules.get(&(0x4000_0000 | number));
+            assert_eq!(rule, Some(&Vec::new()), "{number}");
+        }
+        assert!(!rules.contains_key(&libc::SYS_bpf));
     }
 
     #[test]
