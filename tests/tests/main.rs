@@ -14,6 +14,7 @@ mod lifecycle;
 mod load;
 mod namespaces;
 mod policies;
+mod privileges;
 mod queue;
 mod reasons;
 mod sockets;

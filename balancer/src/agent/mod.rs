@@ -17,10 +17,11 @@ use tracing::{debug, error, info, warn};
 use self::guard::Guarded;
 use self::quotas::Quotas;
 use crate::admin::{Reply, Request, Response, Server};
-use crate::config::Config;
+use crate::config::{Config, Namespaces};
 use crate::dataplane::{Events, Paths, Plan, Writer};
 use crate::discover::cgroup2_mount;
 use crate::sys::clock;
+use crate::sys::privileges::{Kept, drop_to, suffice_for};
 
 /// The longest time between two ticks; shorter where `fail_open_after` is short.
 const TICK: Duration = Duration::from_secs(1);
@@ -92,7 +93,10 @@ pub async fn run(options: Options) -> Result<()> {
         writer,
         next_check: Instant::now(),
     };
-    let started = agent.start().and_then(|()| agent.writer.events());
+    let started = agent
+        .start()
+        .and_then(|()| agent.writer.events())
+        .and_then(|events| drop_to(kept(&agent.config)).map(|()| events));
     let events = match started {
         Ok(events) => events,
         Err(error) => {
@@ -105,6 +109,12 @@ pub async fn run(options: Options) -> Result<()> {
     info!("ready");
     let end = agent.serve(events, admin, signals).await?;
     agent.finish(end)
+}
+
+fn kept(config: &Config) -> Kept {
+    Kept {
+        other_namespaces: config.namespaces != Namespaces::Own,
+    }
 }
 
 /// The signals that mean something to the daemon.
@@ -305,7 +315,10 @@ impl Agent {
     fn reload(&mut self) {
         let loaded = Config::load(&self.options.config)
             .map_err(anyhow::Error::from)
-            .and_then(|config| Ok((Guarded::resolve(&config.namespaces)?, config)));
+            .and_then(|config| {
+                suffice_for(kept(&config))?;
+                Ok((Guarded::resolve(&config.namespaces)?, config))
+            });
         let (guarded, config) = match loaded {
             Ok(loaded) => loaded,
             Err(error) => {
