@@ -228,7 +228,11 @@ impl Target {
 
     /// What to do about a failure, out of libFuzzer's log.
     fn failure(&self, log: &str) -> String {
-        let what = log.lines().filter(|line| tells_why(line));
+        let before = std::iter::once("").chain(log.lines());
+        // The message of a panic is on the line after the one that says where.
+        let what = before.zip(log.lines()).filter_map(|(before, line)| {
+            (tells_why(line) || before.contains("panicked at")).then_some(line)
+        });
         let again = log
             .lines()
             .find_map(|line| line.split_once("Test unit written to "))
@@ -241,7 +245,7 @@ impl Target {
     }
 }
 
-/// The lines of a log that say what went wrong: the panic with its message, and libFuzzer's verdict.
+/// Whether a line of a log says what went wrong: where the panic was, or libFuzzer's verdict.
 fn tells_why(line: &str) -> bool {
     line.contains("panicked at")
         || line.starts_with("==") && line.contains("ERROR")
@@ -319,11 +323,13 @@ mod tests {
     fn a_failure_says_what_and_how_to_see_it_again() {
         let log = "#5 NEW cov: 1\n\
             thread '<unnamed>' (7) panicked at tests/fuzz/targets/a.rs:1:1:\n\
+            index out of bounds\n\
             ==7== ERROR: libFuzzer: deadly signal\n\
             artifact_prefix='/t/'; Test unit written to /t/crash-1\n";
         let failure = Target("a".to_owned()).failure(log);
         for words in [
             "panicked at",
+            "index out of bounds",
             "deadly signal",
             "cargo xtask fuzz a --input /t/crash-1",
         ] {

@@ -23,7 +23,7 @@ pub fn lint() -> Result<ExitCode> {
         "-D",
         "warnings",
     ]))?;
-    // In the same target directory: what both workspaces depend on is compiled once.
+    // In the workspace's target directory, where the kernel half and some of the dependencies are already.
     let mut clippy = fuzz::cargo("clippy");
     clippy.arg("--target-dir").arg(places::target()?);
     command::run(clippy.args(["--", "-D", "warnings"]))?;

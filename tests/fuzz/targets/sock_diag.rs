@@ -43,7 +43,7 @@ fn datagrams(mut input: &[u8]) -> Vec<&[u8]> {
 fn read(datagrams: &[&[u8]]) -> (io::Result<bool>, Vec<Socket>) {
     let mut left = datagrams.iter();
     let mut sockets = Vec::new();
-    let mut buffer = [0; u16::MAX as usize];
+    let mut buffer = vec![0; usize::from(u16::MAX)];
     let result = read_answer(SEQUENCE, &mut sockets, &mut buffer, |buffer| {
         let datagram = left.next().ok_or(io::ErrorKind::TimedOut)?;
         buffer[..datagram.len()].copy_from_slice(datagram);
