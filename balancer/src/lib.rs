@@ -22,4 +22,5 @@ pub mod fuzzing {
         client::{answer, question},
         server::{line, understand},
     };
+    pub use crate::cli::{status_json, status_text};
 }
