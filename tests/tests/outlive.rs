@@ -177,7 +177,7 @@ fn a_second_daemon_says_who_holds_it_and_harms_nobody() {
         let scene = Scene::start(machine, Own::Group);
         let before = pins::pins(scene.balancer.state());
         let heartbeat = || scene.balancer.status().agent;
-        for _ in 0..times(20, 5) {
+        for _ in 0..times(50, 10) {
             let mut command = scene.balancer.command(&["run", "--config"]);
             command.arg(scene.balancer.config()).arg("--cgroup");
             command.arg(scene.balancer.cgroup());
@@ -245,7 +245,7 @@ fn readers_and_starts_are_not_in_each_others_way() {
             let readers: Vec<_> = (0..20)
                 .map(|number| scope.spawn(move || read(number)))
                 .collect();
-            for round in 0..times(20, 4) {
+            for round in 0..times(20, 3) {
                 let signal = [Signal::SIGTERM, Signal::SIGKILL][round % 2];
                 balancer.stop(signal);
                 balancer.launch();

@@ -3,18 +3,22 @@
 use std::fs::{self, DirBuilder, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::bail;
 
 use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH};
 use aya_obj::generated::bpf_prog_type::{BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS};
 use balancer::sys::bpf::{self, Instruction, MapSpec, ProgramSpec};
 use balancer_tests::fixtures::tcp::{self, Listen};
-use balancer_tests::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, process};
+use balancer_tests::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventually};
 
-use super::A_START;
 use super::pins::{Traces, attached, links, only_version, pins};
 use super::scene::agree_everywhere;
 use crate::support::{agents, own_port};
+
+const STARTS_WITHIN: Duration = Duration::from_secs(20);
 
 /// `return 1`: let everything pass.
 const PASS: [Instruction; 2] = [
@@ -99,7 +103,7 @@ fn poisoned<T>(poison: impl FnOnce(&Path) -> (PathBuf, T) + Send) {
         balancer.stop(Signal::SIGTERM);
         let (pin, _guards) = poison(balancer.state());
         let before = pins(balancer.state());
-        if let Some(complaint) = refused_to_run(machine, &balancer) {
+        if let Some(complaint) = refused_to_run(&mut balancer) {
             println!("{complaint}");
             assert!(
                 complaint.contains(&pin.display().to_string()),
@@ -117,7 +121,6 @@ fn poisoned<T>(poison: impl FnOnce(&Path) -> (PathBuf, T) + Send) {
             );
         } else {
             println!("handled: {}", pin.display());
-            balancer.launch();
             traces.note(balancer.state());
             assert_works(machine, &balancer);
             balancer.stop(Signal::SIGTERM);
@@ -137,25 +140,20 @@ fn poisoned<T>(poison: impl FnOnce(&Path) -> (PathBuf, T) + Send) {
     });
 }
 
-/// What `run` complained about; `None`: it went on, and was ended.
-fn refused_to_run(machine: &Machine, balancer: &Balancer) -> Option<String> {
-    let mut command = balancer.command(&["run", "--on-exit", "keep", "--config"]);
-    command.arg(balancer.config());
-    command.arg("--cgroup").arg(balancer.cgroup());
-    match machine
-        .netns
-        .run(|| process::output_within(&mut command, A_START * 5))
-    {
-        Ok(output) => {
-            let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
-            assert_eq!(output.status.code(), Some(1), "{complaint}");
-            Some(complaint)
-        }
-        Err(error) => {
-            assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
-            None
-        }
+/// What `run` complained about; `None`: it is ready.
+#[track_caller]
+fn refused_to_run(balancer: &mut Balancer) -> Option<String> {
+    balancer.spawn();
+    let ended = eventually(STARTS_WITHIN, || match balancer.ended() {
+        None if !balancer.is_ready() => bail!("neither ready nor at its end:\n{}", balancer.logs()),
+        ended => Ok(ended.is_some()),
+    });
+    if !ended {
+        return None;
     }
+    let (status, complaint) = (balancer.wait(), balancer.logs());
+    assert_eq!(status.code(), Some(1), "{complaint}");
+    Some(complaint)
 }
 
 #[track_caller]
@@ -167,8 +165,6 @@ fn assert_works(machine: &Machine, balancer: &Balancer) {
     assert_eq!(agree_everywhere(balancer, &mut listeners), [3]);
     drop(clients);
     assert_eq!(agree_everywhere(balancer, &mut listeners), [0]);
-    drop(listeners);
-    balancer.wait_until(|service| service.backends.is_empty());
 }
 
 #[test]
@@ -212,12 +208,16 @@ fn a_missing_map() {
 }
 
 #[test]
-fn a_program_or_a_directory_where_a_map_should_be() {
+fn a_program_where_a_map_should_be() {
     poisoned(|state| {
         let pin = directory(state).join("POLICY");
         replace(&pin, &a_sock_ops());
         (pin, ())
     });
+}
+
+#[test]
+fn a_directory_where_a_map_should_be() {
     poisoned(|state| {
         let pin = directory(state).join("POLICY");
         fs::remove_file(&pin).expect("a pin can be removed");
@@ -226,12 +226,30 @@ fn a_program_or_a_directory_where_a_map_should_be() {
     });
 }
 
+fn map_in_place_of(kind: &'static str) {
+    poisoned(move |state| {
+        let pin = link(state, kind);
+        replace(&pin, &a_map());
+        (pin, ())
+    });
+}
+
 #[test]
-fn a_map_where_a_link_should_be() {
+fn a_map_where_the_link_of_the_cgroup_should_be() {
+    map_in_place_of("account");
+}
+
+#[test]
+fn a_map_where_the_link_of_the_namespace_should_be() {
+    map_in_place_of("steer");
+}
+
+#[test]
+fn a_missing_link_is_made_again() {
     for kind in ["account", "steer"] {
-        poisoned(|state| {
+        poisoned(move |state| {
             let pin = link(state, kind);
-            replace(&pin, &a_map());
+            fs::remove_file(&pin).expect("a pin can be removed");
             (pin, ())
         });
     }
@@ -290,17 +308,20 @@ fn junk_where_a_data_plane_is_built() {
     });
 }
 
+fn foreign_map_named(name: &'static str) {
+    poisoned(move |state| {
+        let pin = directory(state).join(name);
+        bpf::obj_pin(a_map(), &pin).expect("a pin");
+        (pin, ())
+    });
+}
+
 #[test]
 fn a_pin_of_unknown_name() {
-    poisoned(|state| {
-        let pin = directory(state).join("FOREIGN");
-        bpf::obj_pin(a_map(), &pin).expect("a pin");
-        (pin, ())
-    });
-    // One that has the beginning of a link's.
-    poisoned(|state| {
-        let pin = directory(state).join("link_steer_77");
-        bpf::obj_pin(a_map(), &pin).expect("a pin");
-        (pin, ())
-    });
+    foreign_map_named("FOREIGN");
+}
+
+#[test]
+fn a_pin_of_unknown_name_that_begins_like_one_of_ours() {
+    foreign_map_named("link_steer_77");
 }

@@ -18,7 +18,7 @@ const SETTLES_WITHIN: Duration = Duration::from_secs(10);
 pub const HELD: usize = 12;
 const QUOTA: usize = 30;
 /// Connects a second of each thread of clients.
-const RATE: u32 = 700;
+const RATE: u32 = 500;
 
 /// Where the listeners of the own port are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
