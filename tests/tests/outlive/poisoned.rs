@@ -95,49 +95,63 @@ fn make(path: &Path) {
 /// and what to do, and changes nothing, or gets ready and works; and that `unload` clears it all, and `run` works then.
 #[track_caller]
 fn poisoned<T>(poison: impl FnOnce(&Path) -> (PathBuf, T) + Send) {
+    poisoned_each([poison]);
+}
+
+/// The same with one after the other.
+#[track_caller]
+fn poisoned_each<T, P>(poisons: impl IntoIterator<Item = P> + Send)
+where
+    P: FnOnce(&Path) -> (PathBuf, T) + Send,
+{
     Machine::with(|machine| {
         let yaml = own_port("least-connections", &["quota: {per_backend: 3}"]);
         let mut balancer = Balancer::start(machine, &yaml);
         let mut traces = Traces::default();
-        traces.note(balancer.state());
-        balancer.stop(Signal::SIGTERM);
-        let (pin, _guards) = poison(balancer.state());
-        let before = pins(balancer.state());
-        if let Some(complaint) = refused_to_run(&mut balancer) {
-            println!("{complaint}");
-            assert!(
-                complaint.contains(&pin.display().to_string()),
-                "{} is not named: {complaint}",
-                pin.display()
-            );
-            assert!(
-                complaint.contains("balancer unload"),
-                "what to do? {complaint}"
-            );
-            assert_eq!(
-                pins(balancer.state()),
-                before,
-                "it changes nothing: {complaint}"
-            );
-        } else {
-            println!("handled: {}", pin.display());
+        for poison in poisons {
             traces.note(balancer.state());
-            assert_works(machine, &balancer);
             balancer.stop(Signal::SIGTERM);
+            let (pin, _guards) = poison(balancer.state());
+            start_poisoned(machine, &mut balancer, &pin, &mut traces);
+            balancer.must(&["unload"]);
+            let left = pins(balancer.state());
+            assert!(!balancer.state().exists(), "left: {left:?}");
+            balancer.launch();
+            assert_works(machine, &balancer);
         }
-        balancer.must(&["unload"]);
-        assert!(
-            !balancer.state().exists(),
-            "left: {:?}",
-            pins(balancer.state())
-        );
-        balancer.launch();
         traces.note(balancer.state());
-        assert_works(machine, &balancer);
         balancer.must(&["unload"]);
         assert!(balancer.wait().success());
         traces.assert_gone(machine, &balancer);
     });
+}
+
+/// A daemon on a poisoned data plane; it has ended when this returns.
+#[track_caller]
+fn start_poisoned(machine: &Machine, balancer: &mut Balancer, pin: &Path, traces: &mut Traces) {
+    let pin = pin.display();
+    let before = pins(balancer.state());
+    let Some(complaint) = refused_to_run(balancer) else {
+        println!("handled: {pin}");
+        traces.note(balancer.state());
+        assert_works(machine, balancer);
+        balancer.stop(Signal::SIGTERM);
+        return;
+    };
+    println!("{complaint}");
+    assert!(
+        complaint.contains(&pin.to_string()),
+        "{pin} is not named: {complaint}"
+    );
+    assert!(
+        complaint.contains("balancer unload"),
+        "what to do? {complaint}"
+    );
+    assert_eq!(
+        pins(balancer.state()),
+        before,
+        "it changes nothing: {complaint}"
+    );
 }
 
 /// What `run` complained about; `None`: it is ready.
@@ -169,13 +183,15 @@ fn assert_works(machine: &Machine, balancer: &Balancer) {
 
 #[test]
 fn a_map_of_another_shape() {
-    for name in ["COUNTS", "SERVICES", "CONNECTION", "LISTENERS"] {
-        poisoned(|state| {
-            let pin = directory(state).join(name);
-            replace(&pin, &a_map());
-            (pin, ())
-        });
-    }
+    poisoned_each(
+        ["COUNTS", "SERVICES", "CONNECTION", "LISTENERS"].map(|name| {
+            move |state: &Path| {
+                let pin = directory(state).join(name);
+                replace(&pin, &a_map());
+                (pin, ())
+            }
+        }),
+    );
 }
 
 /// Only the number of entries differs.
@@ -196,15 +212,18 @@ fn a_map_of_nearly_the_same_shape() {
     });
 }
 
+/// Takes the pin away.
+fn remove(pin: PathBuf) -> (PathBuf, ()) {
+    fs::remove_file(&pin).expect("a pin can be removed");
+    (pin, ())
+}
+
 #[test]
 fn a_missing_map() {
-    for name in ["EXEMPT", "CONNECTION", "HEARTBEAT"] {
-        poisoned(|state| {
-            let pin = directory(state).join(name);
-            fs::remove_file(&pin).expect("a pin can be removed");
-            (pin, ())
-        });
-    }
+    poisoned_each(
+        ["EXEMPT", "CONNECTION", "HEARTBEAT"]
+            .map(|name| move |state: &Path| remove(directory(state).join(name))),
+    );
 }
 
 #[test]
@@ -220,8 +239,7 @@ fn a_program_where_a_map_should_be() {
 fn a_directory_where_a_map_should_be() {
     poisoned(|state| {
         let pin = directory(state).join("POLICY");
-        fs::remove_file(&pin).expect("a pin can be removed");
-        make(&pin);
+        make(&remove(pin.clone()).0);
         (pin, ())
     });
 }
@@ -246,13 +264,7 @@ fn a_map_where_the_link_of_the_namespace_should_be() {
 
 #[test]
 fn a_missing_link_is_made_again() {
-    for kind in ["account", "steer"] {
-        poisoned(move |state| {
-            let pin = link(state, kind);
-            fs::remove_file(&pin).expect("a pin can be removed");
-            (pin, ())
-        });
-    }
+    poisoned_each(["account", "steer"].map(|kind| move |state: &Path| remove(link(state, kind))));
 }
 
 #[test]
