@@ -39,13 +39,16 @@ fn a_kill_every_300_ms_costs_nothing() {
         let end = Instant::now() + for_long(Duration::from_secs(30), Duration::from_secs(4));
         let (mut kills, mut ready) = (0, 0);
         while Instant::now() < end {
-            // Exactly so long, or about: kills also land at any moment of the start.
+            // Exactly so long, at any moment of the start, and at any moment of a daemon that is ready.
             let pause = Duration::from_millis(300);
-            thread::sleep(if kills % 2 == 0 {
-                pause
-            } else {
-                random(2 * pause)
-            });
+            match kills % 3 {
+                0 => thread::sleep(pause),
+                1 => thread::sleep(random(2 * pause)),
+                _ => {
+                    scene.balancer.wait_ready();
+                    thread::sleep(random(pause));
+                }
+            }
             ready += usize::from(scene.kill());
             kills += 1;
             scene.balancer.spawn();
