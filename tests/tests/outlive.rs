@@ -2,6 +2,7 @@
 //! of the socket table, and nothing is left behind.
 
 mod adoption;
+mod every_step;
 mod pins;
 mod poisoned;
 mod scene;
@@ -64,7 +65,7 @@ fn a_kill_every_300_ms_costs_nothing() {
 fn killed_twice_in_a_row() {
     Machine::with(|machine| {
         let mut scene = Scene::start(machine, Own::Group);
-        for _ in 0..times(20, 4) {
+        for _ in 0..times(20, 3) {
             scene.kill();
             scene.balancer.spawn();
             thread::sleep(random(A_START));
@@ -81,7 +82,7 @@ fn killed_twice_in_a_row() {
 fn killed_at_any_moment_of_the_start() {
     Machine::with(|machine| {
         let mut scene = Scene::late(machine, Own::Addresses);
-        for round in 0..times(60, 12) {
+        for round in 0..times(60, 8) {
             scene.balancer.spawn();
             thread::sleep(random(A_START));
             scene.kill();
@@ -122,6 +123,7 @@ fn without_a_daemon_refusing_ends_and_steering_goes_on() {
             let (mut refused, mut admitted) = (0, 0);
             let deadline = Instant::now() + Duration::from_secs(30);
             while admitted < 20 {
+                thread::sleep(Duration::from_millis(20));
                 assert!(
                     Instant::now() < deadline,
                     "{refused} refused, {admitted} admitted"
@@ -235,6 +237,8 @@ fn readers_and_starts_are_not_in_each_others_way() {
                 let complaint = String::from_utf8_lossy(&output.stderr);
                 assert!(output.status.success(), "a reader failed: {complaint}");
                 reads.fetch_add(1, Ordering::Relaxed);
+                // A machine at its end shows nothing.
+                thread::sleep(Duration::from_millis(50));
             }
         };
         thread::scope(|scope| {

@@ -1,6 +1,7 @@
 //! One build after the other, of the same layout of the maps and of another.
 
 use std::fs;
+use std::path::Path;
 use std::thread;
 
 use balancer_tests::fixtures::{Machine, Signal};
@@ -93,8 +94,7 @@ fn upgraded_ten_times_in_a_row() {
 
 /// Gives the data plane of a daemon that has ended the name of another layout.
 #[track_caller]
-fn make_another_abi(scene: &Scene) -> String {
-    let state = scene.balancer.state();
+pub fn make_another_abi(state: &Path) -> String {
     let current = only_version(state);
     assert_ne!(current, OTHER);
     fs::rename(state.join(&current), state.join(OTHER)).expect("bpffs renames directories");
@@ -110,7 +110,7 @@ fn another_abi_is_moved_over() {
         let mut scene = Scene::start(machine, Own::Addresses);
         for _ in 0..times(10, 2) {
             scene.balancer.stop(Signal::SIGTERM);
-            let current = make_another_abi(&scene);
+            let current = make_another_abi(scene.balancer.state());
             scene.launch();
             assert_eq!(
                 versions(scene.balancer.state()),
@@ -128,7 +128,7 @@ fn another_abi_is_moved_over_also_when_killed_meanwhile() {
         let mut scene = Scene::start(machine, Own::Addresses);
         for _ in 0..times(10, 2) {
             scene.balancer.stop(Signal::SIGTERM);
-            let current = make_another_abi(&scene);
+            let current = make_another_abi(scene.balancer.state());
             for _ in 0..3 {
                 scene.balancer.spawn();
                 thread::sleep(random(A_START));
@@ -152,7 +152,7 @@ fn another_abi_is_unloaded() {
         let mut scene = Scene::late(machine, Own::Addresses);
         scene.launch();
         scene.balancer.stop(Signal::SIGTERM);
-        make_another_abi(&scene);
+        make_another_abi(scene.balancer.state());
         scene.balancer.must(&["unload"]);
         assert!(
             !scene.balancer.state().exists(),
