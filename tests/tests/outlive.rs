@@ -17,7 +17,7 @@ use balancer_tests::fixtures::tcp::{self, Outcome};
 use balancer_tests::fixtures::{Balancer, Machine, Signal, long, process};
 
 use self::pins::Traces;
-use self::scene::{Own, Scene, random};
+use self::scene::{Own, Scene, random_time};
 use crate::support::{agents, agree, farm, group, own_port, virtual_port};
 
 /// Longer than a start takes on a machine that is not busy.
@@ -44,10 +44,10 @@ fn a_kill_every_300_ms_costs_nothing() {
             let pause = Duration::from_millis(300);
             match kills % 3 {
                 0 => thread::sleep(pause),
-                1 => thread::sleep(random(2 * pause)),
+                1 => thread::sleep(random_time(2 * pause)),
                 _ => {
                     scene.balancer.wait_ready();
-                    thread::sleep(random(pause));
+                    thread::sleep(random_time(pause));
                 }
             }
             ready += usize::from(scene.kill());
@@ -68,7 +68,7 @@ fn killed_twice_in_a_row() {
         for _ in 0..times(20, 3) {
             scene.kill();
             scene.balancer.spawn();
-            thread::sleep(random(A_START));
+            thread::sleep(random_time(A_START));
             scene.kill();
             scene.launch();
         }
@@ -84,7 +84,7 @@ fn killed_at_any_moment_of_the_start() {
         let mut scene = Scene::late(machine, Own::Addresses);
         for round in 0..times(60, 8) {
             scene.balancer.spawn();
-            thread::sleep(random(A_START));
+            thread::sleep(random_time(A_START));
             scene.kill();
             if round % 2 == 0 {
                 scene.balancer.must(&["unload"]);

@@ -13,8 +13,9 @@ use crate::support::{accept_each, agents, at, own_port};
 
 /// More changes than any start makes.
 const MOST: usize = 400;
-/// How many of them are tried where tests are shortened.
-const SAMPLES: usize = 4;
+/// How many of them are tried where tests are shortened, one in each part of a start of so many changes.
+const SAMPLES: usize = 2;
+const PART: usize = 30;
 const QUOTA: usize = 8;
 
 fn addresses() -> [SocketAddr; 2] {
@@ -33,23 +34,23 @@ fn killed_before_every_change(test: &str, prepare: impl Fn(&mut Balancer) + Sync
         let yaml = own_port("least-connections", &[&rest[0]]);
         let mut balancer = Balancer::start(machine, &yaml);
         let mut traces = Traces::default();
-        let changes = if long() {
-            MOST
-        } else {
-            count(&mut balancer, &prepare)
-        };
         let mut killed = 0;
-        for change in chosen(changes) {
+        for change in chosen() {
             balancer.stop(Signal::SIGTERM);
             prepare(&mut balancer);
             let done = !balancer.kill_before(change);
             balancer.launch();
             traces.note(balancer.state());
+            if done {
+                println!("{test}: a start makes fewer than {change} changes");
+            } else {
+                println!("{test}: killed before change {change}");
+                killed += 1;
+            }
             assert_whole(machine, &balancer, &mut listeners, change);
             if done {
                 break;
             }
-            killed += 1;
         }
         println!("{test}: killed before each of {killed} changes");
         assert!(killed > 0, "no start was killed");
@@ -62,30 +63,12 @@ fn killed_before_every_change(test: &str, prepare: impl Fn(&mut Balancer) + Sync
     });
 }
 
-/// How many changes a start makes; leaves a daemon that is ready.
-fn count(balancer: &mut Balancer, prepare: &impl Fn(&mut Balancer)) -> usize {
-    balancer.stop(Signal::SIGTERM);
-    prepare(balancer);
-    assert!(
-        !balancer.kill_before(MOST),
-        "a start makes fewer changes than {MOST}"
-    );
-    let changes = balancer.changes();
-    balancer.launch();
-    changes
-}
-
-/// All, or some of them at random, one in each part of the start.
-fn chosen(changes: usize) -> Vec<usize> {
+/// All, or some of them at random.
+fn chosen() -> Vec<usize> {
     if long() {
-        return (1..=changes).collect();
+        return (1..=MOST).collect();
     }
-    let part = changes / SAMPLES;
-    let within = |n: usize| {
-        let drawn = random(std::time::Duration::from_nanos(part as u64));
-        1 + n * part + usize::try_from(drawn.as_nanos()).expect("less than a part")
-    };
-    (0..SAMPLES).map(within).collect()
+    (0..SAMPLES).map(|n| 1 + n * PART + random(PART)).collect()
 }
 
 /// Both listeners are there once, with their connections, and hold to their quota.

@@ -239,8 +239,13 @@ pub fn agree_everywhere(balancer: &Balancer, listeners: &mut [Listener]) -> Vec<
 }
 
 /// A moment before `limit`.
-pub fn random(limit: Duration) -> Duration {
+pub fn random_time(limit: Duration) -> Duration {
+    let microseconds = usize::try_from(limit.as_micros()).expect("a short time");
+    Duration::from_micros(random(microseconds) as u64)
+}
+
+/// A number below `limit`.
+pub fn random(limit: usize) -> usize {
     let drawn = RandomState::new().build_hasher().finish();
-    let nanoseconds = u64::try_from(limit.as_nanos()).expect("a short time");
-    Duration::from_nanos(drawn % nanoseconds.max(1))
+    usize::try_from(drawn % limit.max(1) as u64).expect("it is below a usize")
 }

@@ -7,7 +7,7 @@ use std::thread;
 use balancer_tests::fixtures::{Machine, Signal};
 
 use super::pins::{links, only_version, versions};
-use super::scene::{Own, Scene, random};
+use super::scene::{Own, Scene, random_time};
 use super::{A_START, slots, times};
 
 /// What must be the same before and after, and what may only grow.
@@ -131,7 +131,7 @@ fn another_abi_is_moved_over_also_when_killed_meanwhile() {
             let current = make_another_abi(scene.balancer.state());
             for _ in 0..3 {
                 scene.balancer.spawn();
-                thread::sleep(random(A_START));
+                thread::sleep(random_time(A_START));
                 scene.kill();
             }
             scene.launch();
