@@ -238,7 +238,7 @@ fn readers_and_starts_are_not_in_each_others_way() {
                 assert!(output.status.success(), "a reader failed: {complaint}");
                 reads.fetch_add(1, Ordering::Relaxed);
                 // A machine at its end shows nothing.
-                thread::sleep(Duration::from_millis(50));
+                thread::sleep(Duration::from_millis(100));
             }
         };
         thread::scope(|scope| {
