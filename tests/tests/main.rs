@@ -13,6 +13,7 @@ mod fixtures;
 mod lifecycle;
 mod load;
 mod namespaces;
+mod outlive;
 mod policies;
 mod privileges;
 mod queue;

@@ -42,7 +42,12 @@ enum Verb {
     /// Check the formatting, and run clippy on everything with warnings as errors.
     Lint,
     /// Build, then run all tests: those on the running kernel too, so it needs root.
+    ///
+    /// Those that take minutes are shortened to seconds, unless `--long` comes first.
     Test {
+        /// Run the shortened tests at their full length, as `BALANCER_TEST_LONG=1` does.
+        #[arg(long)]
+        long: bool,
         /// Passed on to `cargo test` (a filter, `-p balancer`, `-- --nocapture` …).
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -111,7 +116,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Lint => verbs::lint(),
-        Verb::Test { arguments } => verbs::test(&with_leading_dashes(arguments)),
+        Verb::Test { long, arguments } => verbs::test(long, &with_leading_dashes(arguments)),
         Verb::Fuzz {
             seconds,
             input,
@@ -132,7 +137,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
 /// clap takes a `--` away that comes first, but to `cargo test` it is the beginning of what goes to the tests themselves.
 fn with_leading_dashes(mut arguments: Vec<String>) -> Vec<String> {
     if std::env::args()
-        .nth(2)
+        .skip(2)
+        .find(|argument| argument != "--long")
         .is_some_and(|argument| argument == "--")
     {
         arguments.insert(0, "--".to_owned());

@@ -30,12 +30,18 @@ pub fn lint() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// All tests.
-pub fn test(arguments: &[String]) -> Result<ExitCode> {
+/// Set, it makes the tests run at their full length.
+const LONG: &str = "BALANCER_TEST_LONG";
+
+/// All tests; `long`: those that are shortened otherwise at their full length.
+pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     build::everything(Profile::Debug)?;
     let mut test = build::cargo("test");
+    if long {
+        test.env(LONG, "1");
+    }
     let mut to_cargo = arguments.iter().take_while(|argument| *argument != "--");
     if !to_cargo.any(|argument| names_a_package(argument)) {
         test.arg("--workspace");
