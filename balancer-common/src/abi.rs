@@ -537,6 +537,8 @@ pub struct ServiceState {
 }
 
 /// Value of CONNECTION (socket storage): on a listener its slot; on an accepted socket what it was counted as.
+///
+/// Its size and the places of slot and generation are the same in every layout, so that another build can tell whose a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Connection {
@@ -555,6 +557,8 @@ impl Connection {
     pub const COUNTED: u16 = 1;
     /// In ESTABLISHED, exempt.
     pub const EXEMPT: u16 = 2;
+    /// Taken over from another data plane: the daemon counts it.
+    pub const INHERITED: u16 = 3;
 }
 
 /// Key of EXEMPT behind the prefix length (32 bits of service, then the bits of the address).

@@ -111,9 +111,8 @@ fn left(connection: &mut Connection) {
     let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
         return;
     };
-    if connection.class == Connection::UNCOUNTED
-        || backend.life().generation() != connection.generation
-    {
+    let counted = connection.class == Connection::COUNTED || connection.class == Connection::EXEMPT;
+    if !counted || backend.life().generation() != connection.generation {
         return;
     }
     unsafe {

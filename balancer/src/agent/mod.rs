@@ -155,11 +155,13 @@ impl Agent {
         self.check(true)?;
         self.quotas
             .apply(&self.config, &self.guarded, &mut self.writer)?;
+        // Not before: the quotas that the last daemon left may have been refusing nobody for a while. And not later: a data plane
+        // that has never had a sign of life refuses nobody.
+        self.writer.beat(self.config.fail_open_after);
         self.writer.switch()?;
         self.guarded.attach(&mut self.writer)?;
         self.writer.follow_logs();
         self.update()?;
-        // Not before: the quotas that the last daemon left may have been refusing nobody for a while.
         self.writer.beat(self.config.fail_open_after);
         Ok(())
     }

@@ -6,6 +6,7 @@ mod adopt;
 mod census;
 mod events;
 mod explain;
+mod heritage;
 mod load;
 mod lock;
 mod paths;

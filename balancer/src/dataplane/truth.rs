@@ -169,7 +169,11 @@ impl Writer {
     /// When the socket table or a map can't be read.
     pub fn check(&mut self, netns: u64, eager: bool) -> Result<()> {
         let mut census = self.census(netns)?;
-        if self.adopt(netns, &census, eager)? {
+        let adopted = self.adopt(netns, &census, eager)?;
+        if adopted {
+            census = self.census(netns)?;
+        }
+        if self.inherit(&census)? {
             census = self.census(netns)?;
         }
         self.close_deserted(&census);
@@ -280,8 +284,12 @@ impl Writer {
             let tenant = connection_of(socket).filter(|connection| {
                 generations.get(&u32::from(connection.slot)) == Some(&connection.generation)
             });
-            match tenant {
+            match tenant.or_else(|| self.inherited(socket, &generations)) {
                 None => tally.strangers.push(socket),
+                Some(connection) if connection.class == Connection::INHERITED => {
+                    let slot = u32::from(connection.slot);
+                    tally.uncounted.push((slot, socket));
+                }
                 Some(connection) if connection.class == Connection::UNCOUNTED => {
                     // On its way out, unless it stays so: then another program has switched its state changes off.
                     if self.audit.last.uncounted.contains(&socket.cookie) {
