@@ -9,6 +9,7 @@ mod doctor;
 mod exit;
 mod explain;
 mod fixtures;
+mod floods;
 mod lifecycle;
 mod load;
 mod policies;
