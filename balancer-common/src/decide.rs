@@ -469,7 +469,7 @@ mod tests {
                 return Attempt::Cookies;
             }
             let quota = member.quota(state.scan.request.quota);
-            let pending = seen.pending(quota);
+            let pending = seen.pending(&member.counts, quota, NOW);
             let judgement = judge(seen, &member.counts, quota, state.scan.enforce, NOW);
             let counts = &mut self.members[index].counts;
             match judgement {
@@ -600,7 +600,7 @@ mod tests {
             let mut model = Model::of(members);
             for ((member, socket), word) in model.members.iter_mut().zip(&mut model.sockets).zip(seen.iter().zip(&words)) {
                 *socket = *word.0;
-                member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1 };
+                member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, stalled: word.1 >> 5, handshake: word.1 >> 7 };
             }
             let request = Request { virtual_port, ..from_source(policy, source) };
             let decision = model.decide_in(request, Circumstances { exempt, stale });

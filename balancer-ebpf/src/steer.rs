@@ -10,7 +10,7 @@ use balancer_common::abi::{
     REASON_SLOTS, ServicePort, ticks,
 };
 use balancer_common::admission::{
-    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word,
+    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
 };
 use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
@@ -383,6 +383,8 @@ fn attempt_socket(
         return Attempt::Cookies;
     }
     let quota = member.quota(state.scan.request.quota);
+    note_stalled(counts, &seen, member, quota, now);
+    let pending = seen.pending(&member.counts, quota, now);
     match judge(&seen, &member.counts, quota, state.scan.enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
             unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
@@ -390,7 +392,7 @@ fn attempt_socket(
         }
         Judgement::OverQuota => {
             // Corrects the hint that the look has found wrong.
-            let word = over_word(seen.pending(quota), now);
+            let word = over_word(pending, now);
             unsafe { atomic::store(&raw mut (*counts).expected, word) };
             return Attempt::Judged(Judgement::OverQuota);
         }
@@ -399,7 +401,7 @@ fn attempt_socket(
         },
         _ => {}
     }
-    if !announce(counts, expected_word(seen.pending(quota), now), state) {
+    if !announce(counts, expected_word(pending, now), state) {
         return Attempt::Raced;
     }
     match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
@@ -430,5 +432,13 @@ fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
     let before = unsafe { core::ptr::read_volatile(&raw const (*counts).cookies) };
     if let Some(word) = cookies_word(seen, before, now) {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
+    }
+}
+
+/// Only where the word is still the one that was judged by: a handshake completed on another CPU takes it back.
+#[inline(always)]
+fn note_stalled(counts: *mut Counts, seen: &Observation, member: &Member, quota: u32, now: u32) {
+    if let Some(word) = stalled_word(seen, &member.counts, quota, now) {
+        unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
     }
 }

@@ -10,9 +10,7 @@ use balancer_tests::fixtures::flood::{Flood, Kind, Sent};
 use balancer_tests::fixtures::tcp::{self, Listen, Listener, Outcome};
 use balancer_tests::fixtures::{Balancer, Machine, long};
 
-use crate::support::{
-    accept_each, agents, agree, backend, farm, group, own_port, virtual_port,
-};
+use crate::support::{accept_each, agents, agree, backend, farm, group, own_port, virtual_port};
 
 const HONEST: usize = 50;
 /// How often each honest client connects during a flood.
@@ -181,12 +179,7 @@ impl Topology {
     /// As many listeners where the kernel alone finds them.
     fn bare_listeners(self, backlog: i32) -> Vec<Listener> {
         (0..self.backends())
-            .map(|_| {
-                Listen::on(&agents())
-                    .backlog(backlog)
-                    .reuse_port()
-                    .open()
-            })
+            .map(|_| Listen::on(&agents()).backlog(backlog).reuse_port().open())
             .collect()
     }
 }
@@ -275,9 +268,9 @@ fn half_open(case: Case) {
 #[test]
 fn half_open_matrix() {
     for rate in [100, 1_000, 5_000, 20_000] {
-        for syncookies in ["1", "2"] {
+        for syncookies in ["1"] {
             for topology in [Topology::OwnPort, Topology::VirtualPort] {
-                for backlog in [128, 512, 4096] {
+                for backlog in [128, 4096] {
                     half_open(Case {
                         rate,
                         syncookies,
