@@ -361,17 +361,18 @@ pub fn decide<W: World>(world: &mut W, state: &mut Deliberation) -> Decision {
     state.failure()
 }
 
-/// Whether a look must make the choice anew because cookies turn out to be in use.
+/// Whether a look must make the choice anew because cookies turn out to be in use, or about to be: a SYN queue that is found full,
+/// and not nearly full first, answers the very SYN at hand with one.
 #[inline(always)]
 pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> bool {
-    matches!(cookies, Cookies::InUse) && !state.scan.cookies
+    !matches!(cookies, Cookies::Off) && !state.scan.cookies
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::abi::{Address, Backend, BackendState, Counts, Life, Policy, SlotPolicy, UNLIMITED};
-    use crate::admission::{Observation, full_word, judge, over_word};
+    use crate::admission::{Observation, cookies_word, full_word, judge, over_word};
     use crate::choice::Member;
     use crate::{Verdict, hash};
     use proptest::prelude::*;
@@ -722,6 +723,31 @@ mod tests {
                 slot: None
             }
         );
+    }
+
+    /// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill.
+    #[test]
+    fn the_ack_of_a_first_cookie_finds_the_listener_of_the_syn() {
+        let of = |source| from_source(Policy::LeastConnections, source);
+        for source in 0..200 {
+            let mut model = Model::of((0..3).map(|slot| member(slot, slot, 50, 1)));
+            let full = Observation {
+                half_open: 129,
+                ..IDLE
+            };
+            model.sockets.fill(full);
+            let asked = model.decide(of(source)).slot.unwrap();
+            let index = model.index(asked);
+            model.sockets[index].overflow_age = 0;
+            for (member, seen) in model.members.iter_mut().zip(&model.sockets) {
+                member.counts.cookies = cookies_word(seen, 0, NOW).unwrap();
+            }
+            assert_eq!(
+                model.decide(of(source)).slot,
+                Some(asked),
+                "client {source}"
+            );
+        }
     }
 
     #[test]
