@@ -255,7 +255,10 @@ impl Deliberation {
         }
         // A look that fails changes the counters, which put the backend behind those that may have room. Only one that was
         // there already, or has no counters to change, must be remembered.
-        if self.scan.best_is_doubtful() || matches!(attempt, Attempt::Gone | Attempt::Failed) {
+        if self.scan.best_is_doubtful()
+            || self.scan.best_has_no_hint()
+            || matches!(attempt, Attempt::Gone | Attempt::Failed)
+        {
             self.scan.mark_tried(self.looks as usize, slot);
             self.looks += 1;
         }
@@ -372,7 +375,7 @@ pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> boo
 mod tests {
     use super::*;
     use crate::abi::{Address, Backend, BackendState, Counts, Life, Policy, SlotPolicy, UNLIMITED};
-    use crate::admission::{Observation, cookies_word, full_word, judge, over_word};
+    use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
     use crate::choice::Member;
     use crate::{Verdict, hash};
     use proptest::prelude::*;
@@ -725,12 +728,12 @@ mod tests {
         );
     }
 
-    /// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill.
+    /// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill. The client takes the last place.
     #[test]
     fn the_ack_of_a_first_cookie_finds_the_listener_of_the_syn() {
         let of = |source| from_source(Policy::LeastConnections, source);
         for source in 0..200 {
-            let mut model = Model::of((0..3).map(|slot| member(slot, slot, 50, 1)));
+            let mut model = Model::of((0..3).map(|slot| member(slot, 4, 5, 1)));
             let full = Observation {
                 half_open: 129,
                 ..IDLE
@@ -739,6 +742,7 @@ mod tests {
             let asked = model.decide(of(source)).slot.unwrap();
             let index = model.index(asked);
             model.sockets[index].overflow_age = 0;
+            model.members[index].counts.expected = expected_word(0, NOW);
             for (member, seen) in model.members.iter_mut().zip(&model.sockets) {
                 member.counts.cookies = cookies_word(seen, 0, NOW).unwrap();
             }
@@ -748,6 +752,24 @@ mod tests {
                 "client {source}"
             );
         }
+    }
+
+    /// Their counters are not believed while cookies are about to be in use: each is looked at once.
+    #[test]
+    fn what_a_look_finds_counts_when_cookies_are_about_to_be_in_use() {
+        let mut model = Model::of((0..3).map(|slot| member(slot, 0, 5, 1)));
+        for member in &mut model.members {
+            member.counts.cookies = (Cookies::Soon as u64) << 32 | u64::from(NOW + 10);
+        }
+        model.sockets.fill(Observation {
+            half_open: 126,
+            young: 126,
+            ..IDLE
+        });
+        let asked = request(Policy::LeastConnections);
+        assert_eq!(model.decide(asked).reason, Reason::OverQuotaCookie);
+        model.sockets[1] = IDLE;
+        assert_eq!(model.decide(asked).slot, Some(1));
     }
 
     #[test]

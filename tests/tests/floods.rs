@@ -311,7 +311,11 @@ fn left_well(balancer: &Balancer, listeners: &mut [Listener], kept: Vec<TcpStrea
     let refused = over_quota(&balancer.service());
     let room = quota - kept.len();
     let more: Vec<_> = (0..room + TOO_MANY)
-        .map(|_| tcp::connect(agents()))
+        .map(|_| {
+            // With cookies the last ACK of one client and the SYN of the next may meet, each on a CPU of its own.
+            thread::sleep(Duration::from_millis(5));
+            tcp::connect(agents())
+        })
         .collect();
     assert_eq!(
         agree(balancer, listeners).iter().sum::<usize>(),
@@ -488,7 +492,11 @@ fn connect_flood(stop: &AtomicBool, keep: bool) -> (Vec<TcpStream>, u64) {
     while !stop.load(Ordering::Relaxed) {
         match tcp::connect(agents()).ok() {
             Some(stream) if keep => held.push(stream),
-            Some(stream) => tcp::reset(stream),
+            Some(stream) => {
+                tcp::reset(stream);
+                // Not faster than one thread can accept.
+                thread::sleep(Duration::from_micros(200));
+            }
             None => continue,
         }
         connected += 1;
@@ -558,9 +566,14 @@ fn connections_that_are_reset_at_once_hurt_nobody() {
 
 fn connect_and_reset(topology: Topology) {
     const FLOODERS: usize = 2;
+    // A connection that was reset waits to be accepted all the same: room for those of some seconds.
+    const BACKLOG: i32 = 65_535;
     Machine::with(|machine| {
+        machine
+            .netns
+            .sysctl("net.core.somaxconn", &BACKLOG.to_string());
         let balancer = Balancer::start(machine, &topology.yaml());
-        let mut listeners = topology.listeners(4096);
+        let mut listeners = topology.listeners(BACKLOG);
         balancer.wait_active(listeners.len());
         let (stop, begun) = (AtomicBool::new(false), Instant::now());
         let (connected, (mut tally, kept)) = accepting(&mut listeners, || {
