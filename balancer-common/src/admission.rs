@@ -507,14 +507,14 @@ mod tests {
                 backlog: u32::MAX,
                 ..QUIET
             };
-            let taken = judge(&seen, &self.counts, QUOTA, true, now) == Judgement::Take;
+            let admitted = judge(&seen, &self.counts, QUOTA, true, now) == Judgement::Take;
             if let Some(word) = stalled_word(&seen, &self.counts, QUOTA, now) {
                 self.counts.stalled = word;
             }
-            if taken {
+            if admitted {
                 self.half_open.push((now, takes.map(|takes| now + takes)));
             }
-            taken
+            admitted
         }
     }
 
