@@ -456,8 +456,8 @@ pub struct Counts {
     pub full: u64,
     /// Tick until which SYN cookies are in use | [`Cookies`] << 32.
     pub cookies: u64,
-    /// Tick since when half-open connections hold the room and none completes, or until when they are taken for a flood |
-    /// which of the two << 32; 0: neither.
+    /// Tick from when on the half-open connections, which hold all the room, are a flood unless one is completed before | 1 << 32;
+    /// 0: they hold it not.
     pub stalled: u64,
     /// The longest handshake of late, in microseconds | tick when it was completed << 32; 0: none yet.
     pub handshake: u64,

@@ -24,10 +24,8 @@ const STALL_HANDSHAKES: u64 = 8;
 const FLOOD_FOR: u32 = ticks_of_ms(5_000);
 /// How long the longest handshake is remembered, in ticks.
 const HANDSHAKE_FOR: u32 = ticks_of_ms(600_000);
-/// In the upper half of the word `stalled`: the lower half is the tick since when the room is held.
-const HELD: u64 = 1 << 32;
-/// The same: it is the tick until which the half-open connections are a flood.
-const FLOOD: u64 = 2 << 32;
+/// Marks the word `stalled` as set.
+const SET: u64 = 1 << 32;
 
 /// What the kernel says of a listening socket at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,51 +101,26 @@ impl Observation {
     }
 }
 
-/// Whether the half-open connections are a flood by what became of them: they have held all the room for longer than
-/// handshakes take here, and not one was completed.
+/// Whether the half-open connections are a flood by what became of them: they held all the room for longer than handshakes
+/// take here, and not one was completed.
 #[inline(always)]
 const fn is_stalled(counts: &Counts, now: u32) -> bool {
-    let tick = counts.stalled as u32;
-    if is_held(counts.stalled) {
-        let held_for = now.wrapping_sub(tick);
-        held_for <= EXPECTED_FOR && held_for >= stall_patience(counts.handshake)
-    } else {
-        counts.stalled & FLOOD != 0 && tick.wrapping_sub(now) as i32 >= 0
-    }
+    counts.stalled != 0 && now.wrapping_sub(counts.stalled as u32) <= FLOOD_FOR
 }
 
-/// Whether the word `stalled` is one that a completed handshake takes back.
+/// Whether a handshake that is completed now takes the word `stalled` back.
 #[inline(always)]
-pub const fn is_held(word: u64) -> bool {
-    word & (HELD | FLOOD) == HELD
+pub const fn is_held(word: u64, now: u32) -> bool {
+    word != 0 && (word as u32).wrapping_sub(now) as i32 > 0
 }
 
 /// The word `stalled` after a look. `None`: leave it as it is.
 #[inline(always)]
-pub const fn stalled_word(
-    seen: &Observation,
-    counts: &Counts,
-    quota: u32,
-    now: u32,
-) -> Option<u64> {
-    let (established, exempt) = (counts.established(), counts.exempt());
-    let pending = seen.young_unless_flooded(quota);
-    if !admits(established, exempt, 0, quota) || admits(established, exempt, pending, quota) {
+pub const fn stalled_word(counts: &Counts, now: u32) -> Option<u64> {
+    if is_held(counts.stalled, now) || is_stalled(counts, now) {
         return None;
     }
-    let stalled = is_stalled(counts, now);
-    if is_held(counts.stalled) && now.wrapping_sub(counts.stalled as u32) <= EXPECTED_FOR {
-        return if stalled {
-            Some(FLOOD | now.wrapping_add(FLOOD_FOR) as u64)
-        } else {
-            None
-        };
-    }
-    if stalled {
-        None
-    } else {
-        Some(HELD | now as u64)
-    }
+    Some(SET | now.wrapping_add(stall_patience(counts.handshake)) as u64)
 }
 
 /// How long half-open connections may hold all the room without one being completed.
@@ -492,7 +465,7 @@ mod tests {
             self.half_open
                 .retain(|(_, last)| last.is_none_or(|last| last > now));
             self.counts.established += (before - self.half_open.len()) as u64;
-            if before > self.half_open.len() && is_held(self.counts.stalled) {
+            if before > self.half_open.len() && is_held(self.counts.stalled, now) {
                 self.counts.stalled = 0;
             }
         }
@@ -508,7 +481,11 @@ mod tests {
                 ..QUIET
             };
             let admitted = judge(&seen, &self.counts, QUOTA, true, now) == Judgement::Take;
-            if let Some(word) = stalled_word(&seen, &self.counts, QUOTA, now) {
+            let for_pending = admits(self.counts.established(), 0, 0, QUOTA);
+            if !admitted
+                && for_pending
+                && let Some(word) = stalled_word(&self.counts, now)
+            {
                 self.counts.stalled = word;
             }
             if admitted {
@@ -551,26 +528,6 @@ mod tests {
         assert!(model.syn(0, None));
         assert!(!model.syn(1, Some(1)));
         assert!(model.syn(1 + STALL_SHORTEST, Some(1)));
-    }
-
-    #[test]
-    fn a_pause_is_no_stall() {
-        let mut model = Model::new(1);
-        assert_eq!(
-            (0..=QUOTA).filter(|now| model.syn(*now, None)).count(),
-            QUOTA as usize
-        );
-        let since = model.counts.stalled;
-        model.half_open.clear();
-        // Much later the room is full again, of others.
-        let later = 10_000;
-        assert_eq!(
-            (0..=QUOTA)
-                .filter(|n| model.syn(later + n, Some(500)))
-                .count(),
-            QUOTA as usize
-        );
-        assert!(is_held(model.counts.stalled) && model.counts.stalled != since);
     }
 
     #[test]
@@ -657,7 +614,7 @@ mod tests {
             judge(&seen, &counts, quota, enforce, now);
             cookies_word(&seen, word, now);
             full_word(full_since(word, now), now);
-            stalled_word(&seen, &counts, quota, now);
+            stalled_word(&counts, now);
             handshake_word(word, half_open, now);
             prop_assert!(expected(expected_word(seen.pending(&counts, quota, now), now), now) <= i32::MAX as u32 + 1);
         }

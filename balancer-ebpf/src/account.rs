@@ -110,14 +110,14 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
 #[inline(always)]
 fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
     let stalled = unsafe { read_volatile(&raw const (*counts).stalled) };
-    if is_held(stalled) {
+    let now = ticks(unsafe { bpf_ktime_get_ns() });
+    if is_held(stalled, now) {
         unsafe { atomic::replace(&raw mut (*counts).stalled, stalled, 0) };
     }
     // Eighths of a microsecond; 0 where the SYN-ACK was sent again or was a cookie, and nothing was measured.
     let ops: *const bpf_sock_ops = ctx.ops;
     let eighths = context!(ops, srtt_us);
     let word = unsafe { read_volatile(&raw const (*counts).handshake) };
-    let now = ticks(unsafe { bpf_ktime_get_ns() });
     if eighths != 0
         && let Some(word) = handshake_word(word, eighths >> 3, now)
     {

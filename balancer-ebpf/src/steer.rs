@@ -383,7 +383,6 @@ fn attempt_socket(
         return Attempt::Cookies;
     }
     let quota = member.quota(state.scan.request.quota);
-    note_stalled(counts, &seen, member, quota, now);
     let pending = seen.pending(&member.counts, quota, now);
     match judge(&seen, &member.counts, quota, state.scan.enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
@@ -394,6 +393,8 @@ fn attempt_socket(
             // Corrects the hint that the look has found wrong.
             let word = over_word(pending, now);
             unsafe { atomic::store(&raw mut (*counts).expected, word) };
+            // By established connections alone it would not have been looked at: half-open ones hold the room.
+            note_stalled(counts, member, now);
             return Attempt::Judged(Judgement::OverQuota);
         }
         Judgement::Take if member.counts.full != 0 => unsafe {
@@ -437,8 +438,8 @@ fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
 
 /// Only where the word is still the one that was judged by: a handshake completed on another CPU takes it back.
 #[inline(always)]
-fn note_stalled(counts: *mut Counts, seen: &Observation, member: &Member, quota: u32, now: u32) {
-    if let Some(word) = stalled_word(seen, &member.counts, quota, now) {
+fn note_stalled(counts: *mut Counts, member: &Member, now: u32) {
+    if let Some(word) = stalled_word(&member.counts, now) {
         unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
     }
 }
