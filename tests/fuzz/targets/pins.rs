@@ -139,6 +139,8 @@ fn member(bytes: &mut Bytes<'_>) -> Member {
             expected: bytes.u64(),
             full: bytes.u64(),
             cookies: bytes.u64(),
+            stalled: bytes.u64(),
+            handshake: bytes.u64(),
         },
     }
 }
