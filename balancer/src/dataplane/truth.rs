@@ -123,6 +123,8 @@ pub(super) struct Sighting {
     /// What the kernel half said of that before.
     without_slot_before: BTreeMap<u16, u64>,
     drift: u64,
+    /// There are adopted backends, or connections that only the daemon counts.
+    adopted: bool,
 }
 
 impl Audit {
@@ -186,6 +188,11 @@ impl Writer {
     pub fn is_in_doubt(&self) -> bool {
         let last = &self.audit.last;
         !(self.audit.suspects.is_empty() && last.uncounted.is_empty() && last.deserted.is_empty())
+    }
+
+    /// Whether the last comparison saw backends or connections that the kernel half does not see go.
+    pub const fn has_adopted(&self) -> bool {
+        self.audit.last.adopted
     }
 
     /// Ends a comparison that took so much processor time; returns what is known now.
@@ -360,13 +367,14 @@ impl Writer {
     }
 
     /// Counts again what the kernel half can't follow.
-    fn recount(&self, census: &Census, tally: Tally<'_>) -> Result<()> {
+    fn recount(&mut self, census: &Census, tally: Tally<'_>) -> Result<()> {
         let adopted: Vec<&SlotView> = census
             .slots
             .iter()
             .filter(|view| view.member.backend.flags & Backend::ADOPTED != 0)
             .collect();
         let mut shares = self.shares(&adopted, &tally.strangers)?;
+        self.audit.this.adopted |= !(adopted.is_empty() && tally.uncounted.is_empty());
         let service = |slot| {
             let of_slot = |view: &&SlotView| view.slot() == slot;
             census
