@@ -11,6 +11,7 @@ mod explain;
 mod fixtures;
 mod lifecycle;
 mod load;
+mod neighbours;
 mod policies;
 mod queue;
 mod reasons;
