@@ -177,7 +177,6 @@ impl<'a> Scene<'a> {
     fn moves_out(&mut self, listener: &mut [Listener; 1]) {
         self.settle(listener, &[0]);
         drop(self.neighbour.take());
-        assert_eq!(finding(&self.balancer, "other sock_ops").status, "ok");
         let repairs = truth(&self.balancer).repairs;
         // Without the daemon it is the kernel half alone that counts.
         self.balancer.stop(Signal::SIGKILL);
@@ -529,56 +528,85 @@ enum Turn {
     After,
 }
 
-/// Plays on two listeners with a quota of three each, and one that is none of ours, beside another sk_lookup program.
-fn beside_sk_lookup(
+/// Two listeners with a quota of three each, and one that is none of ours, beside another sk_lookup program.
+struct Lookups<'a> {
     turn: Turn,
-    answer: impl for<'l> FnOnce(&'l [Listener], &'l Listener) -> Answer<'l> + Send,
-    play: impl FnOnce(&Balancer, &mut [Listener], &mut Listener) + Send,
-) {
+    balancer: Balancer<'a>,
+    program: SkLookup,
+    ours: Vec<Listener>,
+    theirs: Listener,
+}
+
+/// How the other program answers, given our listeners and its own.
+type Choice = for<'l> fn(&'l [Listener], &'l Listener) -> Answer<'l>;
+
+fn beside_sk_lookup(turn: Turn, choice: Choice, play: impl FnOnce(&mut Lookups<'_>) + Send) {
     Machine::with(|machine| {
-        let (mut ours, mut theirs) = (farm(2), Listen::on("127.0.0.1:22000").open());
-        let program = SkLookup::load("neighbour", agents().port(), answer(&ours, &theirs));
+        let (ours, theirs) = (farm(2), Listen::on("127.0.0.1:22000").open());
+        let program = SkLookup::load("neighbour", agents().port(), choice(&ours, &theirs));
         let attach = || program.attach(&machine.netns);
         let before = (turn == Turn::Before).then(attach);
         let yaml = virtual_port("least-connections", 2, &["quota: {per_backend: 3}"]);
         let balancer = Balancer::start(machine, &yaml);
         let _neighbour = before.or_else(|| Some(attach()));
-        play(&balancer, &mut ours, &mut theirs);
-        let found = finding(&balancer, "other sk_lookup");
-        let expected = format!("{} in this network namespace", program.title());
+        let mut lookups = Lookups {
+            turn,
+            balancer,
+            program,
+            ours,
+            theirs,
+        };
+        play(&mut lookups);
+        let truth = truth(&lookups.balancer);
+        assert_eq!((truth.drift, truth.repairs), (0, 0), "{turn:?}");
+    });
+}
+
+impl Lookups<'_> {
+    /// Waits until the counts of our listeners are those of the socket table, and compares them.
+    #[track_caller]
+    fn settle(&mut self, expected: &[usize]) {
+        let loads = agree(&self.balancer, &mut self.ours);
+        assert_eq!(loads, expected, "{:?}", self.turn);
+    }
+
+    #[track_caller]
+    fn is_named(&self) {
+        let found = finding(&self.balancer, "other sk_lookup");
+        let expected = format!("{} in this network namespace", self.program.title());
+        let turn = self.turn;
         assert_eq!(
             (found.status.as_str(), found.found),
             ("warn", expected),
             "{turn:?}"
         );
-        let truth = truth(&balancer);
-        assert_eq!((truth.drift, truth.repairs), (0, 0), "{turn:?}");
-    });
+    }
+}
+
+/// So many connects, none of which may be refused.
+#[track_caller]
+fn connect_all(number: usize) -> Vec<TcpStream> {
+    let clients = tcp::connect_many(agents(), number);
+    assert_eq!(clients.len(), number, "nothing is refused");
+    clients
 }
 
 /// A choice of ours stands against a refusal of others (`BPF_PROG_SK_LOOKUP_RUN_ARRAY`, include/linux/filter.h).
 #[test]
 fn sk_lookup_that_chooses_nothing() {
+    let choices: [Choice; 2] = [|_, _| Answer::Pass, |_, _| Answer::Drop];
     for turn in [Turn::Before, Turn::After] {
-        for answer in [Answer::Pass, Answer::Drop] {
-            beside_sk_lookup(
-                turn,
-                |_, _| answer,
-                |balancer, listeners, _| {
-                    let clients = tcp::connect_many(agents(), 6);
-                    assert_eq!(clients.len(), 6);
-                    assert_eq!(agree(balancer, listeners), [3, 3]);
-                    assert!(tcp::connect(agents()).is_refused());
-                    let service = balancer.service();
-                    assert_eq!(service.verdicts("foreign-sk-lookup"), 0);
-                    assert_eq!(
-                        (service.verdicts("steered"), service.verdicts("over-quota")),
-                        (6, 1)
-                    );
-                    drop(clients);
-                    assert_eq!(agree(balancer, listeners), [0, 0]);
-                },
-            );
+        for choice in choices {
+            beside_sk_lookup(turn, choice, |lookups| {
+                let clients = connect_all(6);
+                lookups.settle(&[3, 3]);
+                assert!(tcp::connect(agents()).is_refused());
+                let service = lookups.balancer.service();
+                let reasons = ["steered", "over-quota", "foreign-sk-lookup"];
+                assert_eq!(reasons.map(|reason| service.verdicts(reason)), [6, 1, 0]);
+                drop(clients);
+                lookups.settle(&[0, 0]);
+            });
         }
     }
 }
@@ -586,29 +614,20 @@ fn sk_lookup_that_chooses_nothing() {
 /// The first to choose wins, unless a later one insists: such connections are none of ours.
 #[test]
 fn sk_lookup_that_chooses_a_socket_of_its_own() {
-    for (turn, insists, reason) in [
-        (Turn::Before, false, "foreign-sk-lookup"),
-        (Turn::Before, true, "foreign-sk-lookup"),
-        (Turn::After, true, "steered"),
+    let choose: Choice = |_, theirs| Answer::Choose(theirs);
+    let insist: Choice = |_, theirs| Answer::Insist(theirs);
+    for (turn, choice, reason) in [
+        (Turn::Before, choose, "foreign-sk-lookup"),
+        (Turn::Before, insist, "foreign-sk-lookup"),
+        (Turn::After, insist, "steered"),
     ] {
-        beside_sk_lookup(
-            turn,
-            |_, theirs| {
-                if insists {
-                    Answer::Insist(theirs)
-                } else {
-                    Answer::Choose(theirs)
-                }
-            },
-            |balancer, listeners, theirs| {
-                let clients = tcp::connect_many(agents(), 10);
-                assert_eq!(clients.len(), 10, "nothing is refused");
-                assert_eq!(theirs.accept_all(), 10);
-                assert_eq!(agree(balancer, listeners), [0, 0]);
-                let service = balancer.service();
-                assert_eq!(service.verdicts(reason), 10, "{turn:?}: {service:?}");
-            },
-        );
+        beside_sk_lookup(turn, choice, |lookups| {
+            let _clients = connect_all(10);
+            assert_eq!(lookups.theirs.accept_all(), 10);
+            lookups.settle(&[0, 0]);
+            let service = lookups.balancer.service();
+            assert_eq!(service.verdicts(reason), 10, "{turn:?}: {service:?}");
+        });
     }
 }
 
@@ -618,13 +637,12 @@ fn sk_lookup_that_takes_what_is_left() {
     beside_sk_lookup(
         Turn::After,
         |_, theirs| Answer::Choose(theirs),
-        |balancer, listeners, theirs| {
-            let clients = tcp::connect_many(agents(), 10);
-            assert_eq!(clients.len(), 10, "nothing is refused");
-            assert_eq!(agree(balancer, listeners), [3, 3]);
-            assert_eq!(theirs.accept_all(), 4);
+        |lookups| {
+            let clients = connect_all(10);
+            lookups.settle(&[3, 3]);
+            assert_eq!(lookups.theirs.accept_all(), 4);
             drop(clients);
-            assert_eq!(agree(balancer, listeners), [0, 0]);
+            lookups.settle(&[0, 0]);
         },
     );
 }
@@ -632,20 +650,15 @@ fn sk_lookup_that_takes_what_is_left() {
 /// It sends everything to one of our backends, beyond its quota: counted where it is, not where we would have sent it.
 #[test]
 fn sk_lookup_that_chooses_a_socket_of_ours() {
-    for turn in [Turn::Before, Turn::After] {
-        beside_sk_lookup(
-            turn,
-            |ours, _| match turn {
-                Turn::Before => Answer::Choose(&ours[0]),
-                Turn::After => Answer::Insist(&ours[0]),
-            },
-            |balancer, listeners, _| {
-                let mut clients = tcp::connect_many(agents(), 8);
-                assert_eq!(clients.len(), 8, "nothing is refused");
-                assert_eq!(agree(balancer, listeners), [8, 0]);
-                clients.truncate(2);
-                assert_eq!(agree(balancer, listeners), [2, 0]);
-            },
-        );
+    let choose: Choice = |ours, _| Answer::Choose(&ours[0]);
+    let insist: Choice = |ours, _| Answer::Insist(&ours[0]);
+    for (turn, choice) in [(Turn::Before, choose), (Turn::After, insist)] {
+        beside_sk_lookup(turn, choice, |lookups| {
+            let mut clients = connect_all(8);
+            lookups.settle(&[8, 0]);
+            lookups.is_named();
+            clients.truncate(2);
+            lookups.settle(&[2, 0]);
+        });
     }
 }
