@@ -14,3 +14,13 @@ pub mod quota;
     reason = "the one place for system calls that no safe crate offers"
 )]
 pub mod sys;
+
+/// The readers of untrusted bytes that only the fuzz targets need from outside.
+#[doc(hidden)]
+pub mod fuzzing {
+    pub use crate::admin::{
+        client::{answer, question},
+        server::{line, understand},
+    };
+    pub use crate::cli::{status_json, status_text};
+}

@@ -90,29 +90,3 @@ fn unload_cleans_up_after_a_daemon_that_was_killed() {
         balancer.wait_active(1);
     });
 }
-
-/// What a daemon that died while loading has left behind.
-#[test]
-fn leftovers_of_an_interrupted_start_do_no_harm() {
-    Machine::with(|machine| {
-        let mut balancer = Balancer::prepare(machine, &yaml());
-        for _ in 0..8 {
-            balancer.spawn();
-            std::thread::sleep(std::time::Duration::from_millis(fastrand(250)));
-            balancer.stop(Signal::SIGKILL);
-        }
-        balancer.launch();
-        let _listener = Listen::on(&agents()).open();
-        assert_eq!(tcp::connect_many(agents(), 2 * QUOTA).len(), QUOTA);
-        balancer.must(&["unload"]);
-        assert!(!balancer.state().exists(), "nothing is left of any of them");
-    });
-}
-
-/// A number below `limit` from the clock: any will do.
-fn fastrand(limit: u64) -> u64 {
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .expect("after 1970");
-    u64::from(now.subsec_nanos()) / 1000 % limit
-}

@@ -23,7 +23,7 @@ pub fn llvm_prefix() -> PathBuf {
 
 /// The trusted bpf-linker, if one is installed: this workspace's own, else the one in cargo's home.
 pub fn find() -> Option<PathBuf> {
-    [own_root().ok(), cargo_home()]
+    [places::tools().ok(), places::cargo_home()]
         .into_iter()
         .flatten()
         .find_map(|root| installed_in(&root))
@@ -47,7 +47,7 @@ pub fn install() -> Result<Command> {
     ]);
     install
         .args(["--features", &format!("llvm-{LLVM}"), "--root"])
-        .arg(own_root()?);
+        .arg(places::tools()?);
     Ok(install)
 }
 
@@ -56,16 +56,6 @@ pub fn install_by_hand() -> String {
     format!(
         "LLVM_PREFIX=/usr/lib/llvm-{LLVM} cargo install bpf-linker --locked --version {VERSION} --no-default-features --features llvm-{LLVM}"
     )
-}
-
-/// It stays apart from a bpf-linker that somebody uses for something else.
-fn own_root() -> Result<PathBuf> {
-    Ok(places::target()?.join("tools"))
-}
-
-fn cargo_home() -> Option<PathBuf> {
-    let chosen = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    chosen.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")))
 }
 
 fn installed_in(root: &Path) -> Option<PathBuf> {

@@ -3,6 +3,7 @@
 
 mod build;
 mod command;
+mod fuzz;
 mod kernel_half;
 mod linker;
 mod machine;
@@ -10,6 +11,7 @@ mod places;
 mod setup;
 mod verbs;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -40,10 +42,29 @@ enum Verb {
     /// Check the formatting, and run clippy on everything with warnings as errors.
     Lint,
     /// Build, then run all tests: those on the running kernel too, so it needs root.
+    ///
+    /// Those that take minutes are shortened to seconds, unless `--long` comes first.
     Test {
+        /// Run the shortened tests at their full length, as `BALANCER_TEST_LONG=1` does.
+        #[arg(long)]
+        long: bool,
         /// Passed on to `cargo test` (a filter, `-p balancer`, `-- --nocapture` …).
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
+    },
+    /// Feed the readers of untrusted bytes with inputs that coverage guides, a bounded time for each.
+    ///
+    /// The growing corpus and inputs that make a reader fail are kept in `target/fuzz`.
+    Fuzz {
+        /// How long each target runs.
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+        seconds: u32,
+        /// Run one target once, on this file: an input that was kept because of a failure.
+        #[arg(long, value_name = "FILE", conflicts_with = "seconds")]
+        input: Option<PathBuf>,
+        /// Targets by name (the files of `tests/fuzz/targets`); all when none is given.
+        #[arg(value_name = "TARGET")]
+        targets: Vec<String>,
     },
     /// Build, then run `balancer` with these arguments: `cargo xtask run -- status`.
     Run {
@@ -95,7 +116,18 @@ fn run(verb: Verb) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Verb::Lint => verbs::lint(),
-        Verb::Test { arguments } => verbs::test(&with_leading_dashes(arguments)),
+        Verb::Test { long, arguments } => verbs::test(long, &with_leading_dashes(arguments)),
+        Verb::Fuzz {
+            seconds,
+            input,
+            targets,
+        } => {
+            setup::ensure(&[Need::Fuzz])?;
+            match input {
+                Some(input) => fuzz::reproduce(&targets, &input),
+                None => fuzz::run(&targets, seconds),
+            }
+        }
         Verb::Run { arguments } => verbs::run(&arguments),
         Verb::Demo => verbs::demo(),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
@@ -105,7 +137,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
 /// clap takes a `--` away that comes first, but to `cargo test` it is the beginning of what goes to the tests themselves.
 fn with_leading_dashes(mut arguments: Vec<String>) -> Vec<String> {
     if std::env::args()
-        .nth(2)
+        .skip(2)
+        .find(|argument| argument != "--long")
         .is_some_and(|argument| argument == "--")
     {
         arguments.insert(0, "--".to_owned());

@@ -28,6 +28,20 @@ pub fn target() -> Result<PathBuf> {
         })
 }
 
+/// Where this workspace's own tools are installed: apart from those that somebody uses for something else.
+///
+/// # Errors
+/// When the target directory can't be told.
+pub fn tools() -> Result<PathBuf> {
+    Ok(target()?.join("tools"))
+}
+
+/// Where tools are that somebody installed with cargo.
+pub fn cargo_home() -> Option<PathBuf> {
+    let chosen = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    chosen.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")))
+}
+
 /// The cargo that started this program, else the one in the path.
 pub fn cargo() -> PathBuf {
     std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::kernel_half::Compiler;
-use crate::{command, linker};
+use crate::{command, fuzz, linker};
 
 /// What somebody is about to do. Each requirement names what it is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -19,11 +19,19 @@ pub enum Need {
     Kernel,
     /// Real OAPs, agents and Envoy.
     RealOap,
+    /// The fuzz targets.
+    Fuzz,
 }
 
 impl Need {
     /// Everything.
-    pub const ALL: [Self; 4] = [Self::Build, Self::Lint, Self::Kernel, Self::RealOap];
+    pub const ALL: [Self; 5] = [
+        Self::Build,
+        Self::Lint,
+        Self::Kernel,
+        Self::RealOap,
+        Self::Fuzz,
+    ];
 }
 
 /// One thing that has to be there.
@@ -122,6 +130,20 @@ const REQUIREMENTS: &[Requirement] = &[
         need: Need::RealOap,
         is_there: python_is_there,
         remedy: || Remedy::Packages(&["python3", "python3-venv"]),
+    },
+    Requirement {
+        name: "a C++ compiler",
+        reason: "compiles libFuzzer",
+        need: Need::Fuzz,
+        is_there: || command::find("c++").is_some(),
+        remedy: || Remedy::Packages(&["g++"]),
+    },
+    Requirement {
+        name: "cargo-fuzz 0.13.2",
+        reason: "builds the fuzz targets",
+        need: Need::Fuzz,
+        is_there: || fuzz::tool().is_some(),
+        remedy: || Remedy::Command(fuzz::install().map(Box::new), fuzz::install_by_hand()),
     },
 ];
 
@@ -305,5 +327,11 @@ mod tests {
         ] {
             assert!(commands.contains(&word), "{word} is not in:\n{commands}");
         }
+        let fuzzer = format!("cargo-fuzz {}", crate::fuzz::VERSION);
+        assert!(
+            REQUIREMENTS
+                .iter()
+                .any(|requirement| requirement.name == fuzzer)
+        );
     }
 }

@@ -7,12 +7,13 @@ use anyhow::{Context, Result};
 
 use crate::build::{self, Profile};
 use crate::setup::{self, Need};
-use crate::{command, machine, places};
+use crate::{command, fuzz, machine, places};
 
 /// Formatting, the kernel half's warnings, and clippy on everything that the host can compile.
 pub fn lint() -> Result<ExitCode> {
-    setup::ensure(&[Need::Build, Need::Lint])?;
+    setup::ensure(&[Need::Build, Need::Lint, Need::Fuzz])?;
     command::run(build::cargo("fmt").args(["--all", "--check"]))?;
+    command::run(fuzz::cargo("fmt").arg("--check"))?;
     build::check_kernel_half()?;
     build::kernel_half(Profile::Debug)?;
     command::run(build::cargo("clippy").args([
@@ -22,15 +23,25 @@ pub fn lint() -> Result<ExitCode> {
         "-D",
         "warnings",
     ]))?;
+    // In the workspace's target directory, where the kernel half and some of the dependencies are already.
+    let mut clippy = fuzz::cargo("clippy");
+    clippy.arg("--target-dir").arg(places::target()?);
+    command::run(clippy.args(["--", "-D", "warnings"]))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// All tests.
-pub fn test(arguments: &[String]) -> Result<ExitCode> {
+/// Set, it makes the tests run at their full length.
+const LONG: &str = "BALANCER_TEST_LONG";
+
+/// All tests; `long`: those that are shortened otherwise at their full length.
+pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     build::everything(Profile::Debug)?;
     let mut test = build::cargo("test");
+    if long {
+        test.env(LONG, "1");
+    }
     let mut to_cargo = arguments.iter().take_while(|argument| *argument != "--");
     if !to_cargo.any(|argument| names_a_package(argument)) {
         test.arg("--workspace");

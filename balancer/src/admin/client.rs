@@ -36,13 +36,7 @@ pub fn ask(socket: &Path, state_dir: &Path, request: &Request) -> Result<Option<
     let Some(stream) = open(socket)? else {
         return Ok(None);
     };
-    let envelope = Envelope {
-        state_dir: comparable(state_dir),
-        request,
-    };
-    let mut line = serde_json::to_vec(&envelope).context("the request can't be written as JSON")?;
-    line.push(b'\n');
-    match (&stream).write_all(&line) {
+    match (&stream).write_all(&question(state_dir, request)?) {
         // The daemon may refuse before it has read everything: what it says is what counts.
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             return Err(error)
@@ -56,6 +50,20 @@ pub fn ask(socket: &Path, state_dir: &Path, request: &Request) -> Result<Option<
             socket.display()
         )
     })
+}
+
+/// What is sent to ask for `request`.
+///
+/// # Errors
+/// When the state directory is not UTF-8.
+pub fn question(state_dir: &Path, request: &Request) -> Result<Vec<u8>> {
+    let envelope = Envelope {
+        state_dir: comparable(state_dir),
+        request,
+    };
+    let mut line = serde_json::to_vec(&envelope).context("the request can't be written as JSON")?;
+    line.push(b'\n');
+    Ok(line)
 }
 
 fn open(path: &Path) -> Result<Option<UnixStream>> {
@@ -99,7 +107,11 @@ fn open(path: &Path) -> Result<Option<UnixStream>> {
     }
 }
 
-fn answer(stream: &UnixStream) -> Result<Response> {
+/// What the daemon answers on `stream`.
+///
+/// # Errors
+/// When it says nothing, not all of it, too much, or what no daemon of this version says.
+pub fn answer(stream: impl Read) -> Result<Response> {
     let mut line = Vec::new();
     BufReader::new(stream.take(MAX_ANSWER_BYTES))
         .read_until(b'\n', &mut line)

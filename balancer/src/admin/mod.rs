@@ -2,8 +2,8 @@
 //!
 //! Only root and the daemon's own user are listened to. Whatever a client sends or fails to send, it spoils its own connection alone.
 
-mod client;
-mod server;
+pub(crate) mod client;
+pub(crate) mod server;
 
 #[cfg(test)]
 mod tests;

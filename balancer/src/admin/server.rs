@@ -23,7 +23,7 @@ use nix::{
     unistd::geteuid,
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
     net::{UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinHandle,
@@ -257,22 +257,52 @@ async fn read(stream: &mut UnixStream, state_dir: &Path) -> Result<Request, Stri
     let line = timeout(ASKS_WITHIN, line(stream))
         .await
         .map_err(|_| format!("no request within {} seconds", ASKS_WITHIN.as_secs()))??;
-    let envelope: Envelope<Request> = serde_json::from_slice(&line).map_err(|error| {
+    understand(&line, state_dir)
+}
+
+/// The request that `line` makes of the daemon that keeps its state in `state_dir`.
+///
+/// # Errors
+/// Why it is refused: it is no request, or one for another daemon.
+pub fn understand(line: &[u8], state_dir: &Path) -> Result<Request, String> {
+    let envelope: Envelope<Request> = serde_json::from_slice(line).map_err(|error| {
         format!(
-            "the request is not understood ({error}): is the asking program of another version?"
+            "the request is not understood ({}): is the asking program of another version?",
+            shown(&error.to_string())
         )
     })?;
     if envelope.state_dir != state_dir {
         return Err(format!(
             "the request is meant for the balancer with its state in {}, this one has it in {}: give the --state-dir and --admin-socket that belong together",
-            envelope.state_dir.display(),
+            shown(&envelope.state_dir.to_string_lossy()),
             state_dir.display()
         ));
     }
     Ok(envelope.request)
 }
 
-async fn line(stream: &mut UnixStream) -> Result<Vec<u8>, String> {
+/// `text`, which the client may have chosen, as it may stand in an answer: no longer than fits into the socket's buffer, and without
+/// characters that steer a terminal.
+fn shown(text: &str) -> String {
+    const LONGEST: usize = 300;
+    let mut short: String = text
+        .chars()
+        .take(LONGEST)
+        .flat_map(char::escape_debug)
+        .collect();
+    // Quotes are harmless here and read better as they were written.
+    short = short.replace("\\\"", "\"").replace("\\'", "'");
+    if text.chars().nth(LONGEST).is_some() {
+        short.push('…');
+    }
+    short
+}
+
+/// The line that a client sends, with its end, and no more bytes than a request may have.
+///
+/// # Errors
+/// When the client ends before its line does, or its line does not end in time.
+pub async fn line(stream: impl AsyncRead + Unpin) -> Result<Vec<u8>, String> {
     let mut line = Vec::new();
     let limit = MAX_REQUEST_BYTES as u64;
     BufReader::new(stream.take(limit))

@@ -211,6 +211,26 @@ fn garbage_gets_a_refusal_and_harms_nobody() {
     running.still_serves();
 }
 
+/// More than fits into the socket's buffer would be cut off, and an escape sequence would steer the terminal of whoever asked.
+#[test]
+fn a_refusal_quotes_little_of_the_request_and_no_control_characters() {
+    let long = "\u{200b}".repeat(20_000);
+    for request in [
+        format!("{{\"{long}\":1}}\n"),
+        format!("{{\"state_dir\":\"{long}\",\"request\":{{\"verb\":\"unload\"}}}}\n"),
+        format!("{{\"state_dir\":\"{STATE}\",\"request\":{{\"verb\":\"{long}\"}}}}\n"),
+        format!("{{\"state_dir\":\"{STATE}\",\"request\":\"{long}\"}}\n"),
+        "{\"\\u001b[2J\\u0007\u{7f}\":1}\n".to_owned(),
+    ] {
+        let refusal = server::understand(request.as_bytes(), Path::new(STATE)).unwrap_err();
+        assert!(refusal.len() <= 4096, "{} bytes", refusal.len());
+        assert!(!refusal.contains(char::is_control), "{refusal:?}");
+    }
+    let running = Running::start();
+    let answer = running.raw(format!("{{\"{long}\":1}}\n").as_bytes());
+    assert!(answer.ends_with("\"}\n"), "{answer:?}");
+}
+
 #[test]
 fn a_line_of_ten_megabytes_is_cut_off() {
     let running = Running::start();

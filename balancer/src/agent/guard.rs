@@ -29,8 +29,8 @@ pub struct Guarded {
     named: BTreeMap<PathBuf, Option<u64>>,
     /// Every other one is guarded as soon as a backend listens there.
     any: bool,
-    /// With `any`: those that were found, guarded or about to be.
-    found: HashSet<u64>,
+    /// With `any`: those that were found, guarded or about to be, with the process and thread they were found by.
+    found: HashMap<u64, Option<(u32, u32)>>,
     /// When those that were not found were looked for last.
     lost: HashMap<u64, Instant>,
 }
@@ -45,7 +45,7 @@ impl Guarded {
             own: None,
             named: BTreeMap::new(),
             any: *wanted == Namespaces::All,
-            found: HashSet::new(),
+            found: HashMap::new(),
             lost: HashMap::new(),
         };
         match wanted {
@@ -95,7 +95,7 @@ impl Guarded {
 
     /// Whether SYNs in that namespace are steered, or are about to be.
     pub fn covers(&self, cookie: u64) -> bool {
-        self.named_cookies().contains(&cookie) || self.found.contains(&cookie)
+        self.named_cookies().contains(&cookie) || self.found.contains_key(&cookie)
     }
 
     /// Attaches `steer` to the namespaces that are guarded in any case.
@@ -130,9 +130,10 @@ impl Guarded {
             return Ok(Vec::new());
         }
         let found = find(&wanted)?;
-        self.found.extend(found.iter().map(|(cookie, _)| *cookie));
+        self.found
+            .extend(found.iter().map(|(cookie, _)| (*cookie, None)));
         for Wanted { cookie, .. } in wanted {
-            if !self.found.contains(&cookie) {
+            if !self.found.contains_key(&cookie) {
                 self.lost.insert(cookie, now);
                 forsake(&slots, cookie, writer);
             }
@@ -170,8 +171,9 @@ impl Guarded {
         }
         if self.any {
             let inhabited = inhabited(&writer.slots()?);
-            self.found.retain(|cookie| inhabited.contains_key(cookie));
-            wanted.extend(&self.found);
+            self.found
+                .retain(|cookie, _| inhabited.contains_key(cookie));
+            wanted.extend(self.found.keys());
         }
         writer.unguard_others(&wanted)
     }
@@ -197,18 +199,23 @@ impl Guarded {
             return Ok(open);
         }
         let named: HashSet<u64> = open.iter().map(|(cookie, _)| *cookie).collect();
-        let others = if first {
-            let all: Vec<Open> = namespaces()?
-                .into_iter()
-                .map(|namespace| (namespace.cookie, namespace.into()))
+        let others: Vec<Open> = if first {
+            let all = namespaces()?;
+            self.found = all
+                .iter()
+                .map(|found| (found.cookie, Some((found.pid, found.tid))))
                 .collect();
-            self.found = all.iter().map(|(cookie, _)| *cookie).collect();
-            all
+            all.into_iter()
+                .map(|namespace| (namespace.cookie, namespace.into()))
+                .collect()
         } else {
             let wanted: Vec<Wanted> = inhabited(&writer.slots()?)
                 .into_iter()
-                .filter(|(cookie, _)| self.found.contains(cookie))
-                .map(|(cookie, listened)| Wanted { cookie, listened })
+                .filter_map(|(cookie, listened)| {
+                    let seen = self.found.get(&cookie)?;
+                    let listened = seen.iter().copied().chain(listened).collect();
+                    Some(Wanted { cookie, listened })
+                })
                 .collect();
             find(&wanted)?
         };

@@ -17,10 +17,11 @@ use tracing::{debug, error, info, warn};
 use self::guard::Guarded;
 use self::quotas::Quotas;
 use crate::admin::{Reply, Request, Response, Server};
-use crate::config::Config;
+use crate::config::{Config, Namespaces};
 use crate::dataplane::{Events, Paths, Plan, Writer};
 use crate::discover::cgroup2_mount;
 use crate::sys::clock;
+use crate::sys::privileges::{Kept, drop_to, suffice_for};
 
 /// The longest time between two ticks; shorter where `fail_open_after` is short.
 const TICK: Duration = Duration::from_secs(1);
@@ -51,15 +52,12 @@ pub enum OnExit {
     Unload,
 }
 
-/// At most one part in so many of the time is spent on comparing the counts with the socket table.
+/// At most one part in so many of the time is spent on comparing the counts with the socket table,
 const CHECK_SHARE: u32 = 200;
+/// or of a short while, where something may be wrong or the daemon alone can count.
+const DOUBTFUL_SHARE: u32 = 20;
 /// But it is done this often, however long it takes.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-
-fn pause_after(cost: Duration) -> Duration {
-    // A little less than a tick, so that not every other one finds it not yet due.
-    (cost * CHECK_SHARE).clamp(TICK / 2, LONGEST_PAUSE)
-}
 
 /// Why the loop ended.
 #[derive(Clone, Copy, Debug)]
@@ -95,7 +93,10 @@ pub async fn run(options: Options) -> Result<()> {
         writer,
         next_check: Instant::now(),
     };
-    let started = agent.start().and_then(|()| agent.writer.events());
+    let started = agent
+        .start()
+        .and_then(|()| agent.writer.events())
+        .and_then(|events| drop_to(kept(&agent.config)).map(|()| events));
     let events = match started {
         Ok(events) => events,
         Err(error) => {
@@ -108,6 +109,12 @@ pub async fn run(options: Options) -> Result<()> {
     info!("ready");
     let end = agent.serve(events, admin, signals).await?;
     agent.finish(end)
+}
+
+fn kept(config: &Config) -> Kept {
+    Kept {
+        other_namespaces: config.namespaces != Namespaces::Own,
+    }
 }
 
 /// The signals that mean something to the daemon.
@@ -222,7 +229,7 @@ impl Agent {
         let before = clock::processor_time();
         let checked = self.guarded.check(&mut self.writer, first);
         let cost = clock::processor_time().saturating_sub(before);
-        self.next_check = Instant::now() + pause_after(cost);
+        self.next_check = Instant::now() + TICK;
         checked?;
         let truth = self.writer.end_check(cost);
         debug!(
@@ -232,6 +239,15 @@ impl Agent {
             truth.drift,
             truth.repairs
         );
+        let share = match (first, self.writer.is_in_doubt()) {
+            // It also looks for owners and namespaces, which later ones don't.
+            (true, _) => 0,
+            (false, true) => DOUBTFUL_SHARE,
+            (false, false) => CHECK_SHARE,
+        };
+        // A little less than a tick, so that not every other one finds it not yet due.
+        let pause = (cost * share).clamp(TICK / 2, LONGEST_PAUSE);
+        self.next_check = Instant::now() + pause;
         Ok(())
     }
 
@@ -299,7 +315,10 @@ impl Agent {
     fn reload(&mut self) {
         let loaded = Config::load(&self.options.config)
             .map_err(anyhow::Error::from)
-            .and_then(|config| Ok((Guarded::resolve(&config.namespaces)?, config)));
+            .and_then(|config| {
+                suffice_for(kept(&config))?;
+                Ok((Guarded::resolve(&config.namespaces)?, config))
+            });
         let (guarded, config) = match loaded {
             Ok(loaded) => loaded,
             Err(error) => {

@@ -90,6 +90,19 @@ enum Verb {
     Completions(completions::Completions),
 }
 
+/// What `status` prints of a snapshot, for people.
+pub fn status_text(snapshot: &dataplane::Snapshot) -> String {
+    status::text(snapshot)
+}
+
+/// What `status -o json` prints of it.
+///
+/// # Errors
+/// When it can't be written as JSON.
+pub fn status_json(snapshot: &dataplane::Snapshot) -> serde_json::Result<String> {
+    serde_json::to_string(&status::Json::new(snapshot))
+}
+
 /// Runs the command line of this process: parses it, does what it says, prints. Returns the exit code: 0 done, 1 failed, 2 wrong usage.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {

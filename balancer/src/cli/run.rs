@@ -19,6 +19,9 @@ use crate::agent;
 ///
 /// Signals: HUP reads the file again (a bad one is reported and the old one stays in force); INT (Ctrl-C) takes everything out of the kernel; TERM
 /// leaves it in place for the next run.
+///
+/// Once it has started it keeps only the capabilities that it still needs. So a file with other `namespaces` than `own` takes a restart where it was
+/// started with `own`.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example, a file for three servers behind one port:
@@ -71,10 +74,11 @@ impl Run {
                 OnExit::Unload => agent::OnExit::Unload,
             }),
         };
-        tokio::runtime::Builder::new_multi_thread()
+        // One thread: it gives up its capabilities, which a thread that runs already would keep.
+        tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
-            .context("can't start the daemon's threads")?
+            .context("can't start the daemon's runtime")?
             .block_on(agent::run(options))
     }
 }

@@ -152,8 +152,16 @@ impl Config {
     /// When the file can't be read, is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever [`Config::parse`] fails. The message names the
     /// file and, where there is one, the line.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let parse = || Self::parse(&text_of(path)?);
+        let parse = || Self::from_bytes(&bytes_of(path)?);
         parse().map_err(|error| error.in_file(path))
+    }
+
+    /// Parses and validates the content of a configuration file.
+    ///
+    /// # Errors
+    /// When it is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever [`Config::parse`] fails.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, ConfigError> {
+        Self::parse(text_of(bytes)?)
     }
 
     /// Parses and validates the text of a configuration file.
@@ -165,7 +173,7 @@ impl Config {
     }
 }
 
-fn text_of(path: &Path) -> Result<String, ConfigError> {
+fn bytes_of(path: &Path) -> Result<Vec<u8>, ConfigError> {
     let mut bytes = Vec::new();
     File::open(path)
         // One byte more than allowed, so that a file without an end (a device, a pipe) is told apart without reading on.
@@ -188,6 +196,10 @@ fn text_of(path: &Path) -> Result<String, ConfigError> {
                 "check the path given with --config",
             ),
         })?;
+    Ok(bytes)
+}
+
+fn text_of(bytes: &[u8]) -> Result<&str, ConfigError> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(ConfigError::new(
             format!(
@@ -196,8 +208,8 @@ fn text_of(path: &Path) -> Result<String, ConfigError> {
             "check that this is the right file",
         ));
     }
-    String::from_utf8(bytes).map_err(|error| {
-        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+    std::str::from_utf8(bytes).map_err(|error| {
+        let valid = &bytes[..error.valid_up_to()];
         let line = valid.split(|byte| *byte == b'\n').count();
         error::at_line(line, "this is not UTF-8 text", "save the file as UTF-8")
     })

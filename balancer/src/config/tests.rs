@@ -439,6 +439,33 @@ fn a_message_shows_only_the_start_of_what_it_quotes_and_no_control_characters() 
     assert!(!message.contains('\u{1b}'));
 }
 
+/// The parser places what is absent at the end of the text on the line behind it.
+#[test]
+fn no_error_is_on_a_line_behind_the_last() {
+    for (text, line) in [
+        ("?\n", 1),
+        ("? # a comment\n\n", 2),
+        ("services:\r\n- ?\r\n", 2),
+        ("services:\r- ?\r", 2),
+        ("services: [\n", 1),
+        ("services:\n- \"a\n", 2),
+        ("? ", 1),
+    ] {
+        let error = Config::parse(text).expect_err("should be refused");
+        assert!(
+            error.line().is_some_and(|found| found <= line),
+            "{text:?}: {error}"
+        );
+    }
+}
+
+#[test]
+fn a_tag_is_shown_as_any_other_word() {
+    let message = refused(&format!("services: !{} 1\n", "a".repeat(5000)));
+    assert!(message.len() < 200, "{message}");
+    assert!(message.contains("the YAML tag !aaa"), "{message}");
+}
+
 mod files {
     use super::*;
 

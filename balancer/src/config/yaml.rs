@@ -6,7 +6,7 @@
 
 use std::{collections::HashMap, rc::Rc};
 
-use granit_parser::{Event, Parser, ScalarStyle, Span};
+use granit_parser::{Event, Parser, ScalarStyle};
 
 use super::error::{ConfigError, at_line};
 
@@ -58,52 +58,54 @@ pub(super) fn parse(text: &str) -> Result<Option<Node>, ConfigError> {
     let options = granit_parser::options! { disallow_directives: true, emit_comments: false };
     let mut builder = Builder {
         events: Parser::new_from_str_with_options(text, options),
+        last_line: lines(text),
         anchors: HashMap::new(),
     };
     let mut root = None;
     loop {
-        let (event, span) = builder.next()?;
+        let (event, line) = builder.next()?;
         match event {
             Event::StreamEnd => return Ok(root),
             Event::DocumentStart(..) if root.is_some() => {
                 return Err(at_line(
-                    line_of(&span),
+                    line,
                     "a second YAML document starts here",
                     "keep one document: remove the `---` line and what follows, or merge the two",
                 ));
             }
             Event::StreamStart | Event::DocumentStart(..) | Event::DocumentEnd => {}
-            node => root = Some(builder.node(node, &span, 0)?),
+            node => root = Some(builder.node(node, line, 0)?),
         }
     }
 }
 
 struct Builder<'input> {
     events: Parser<'input, granit_parser::StrInput<'input>>,
+    last_line: usize,
     anchors: HashMap<usize, Node>,
 }
 
 impl<'input> Builder<'input> {
-    fn next(&mut self) -> Result<(Event<'input>, Span), ConfigError> {
+    /// The next event and its line. The parser may place what is not there, such as an absent value or end, behind the last line.
+    fn next(&mut self) -> Result<(Event<'input>, usize), ConfigError> {
         match self.events.next() {
-            Some(Ok(event)) => Ok(event),
+            Some(Ok((event, span))) => Ok((event, span.start.line().min(self.last_line))),
             Some(Err(error)) => Err(at_line(
-                error.marker().line(),
+                error.marker().line().min(self.last_line),
                 format!("this is not valid YAML: {}", error.info()),
                 "correct the syntax here or on a line next to it (indentation, tabs, quotes, brackets)",
             )),
             // The parser ends with StreamEnd, after which nobody asks.
-            None => Ok((Event::StreamEnd, Span::default())),
+            None => Ok((Event::StreamEnd, self.last_line)),
         }
     }
 
     fn node(
         &mut self,
         event: Event<'input>,
-        span: &Span,
+        line: usize,
         depth: usize,
     ) -> Result<Node, ConfigError> {
-        let line = line_of(span);
         if depth > MAX_DEPTH {
             return Err(at_line(
                 line,
@@ -114,7 +116,7 @@ impl<'input> Builder<'input> {
         if let Some(tag) = event.tag() {
             return Err(at_line(
                 line,
-                format!("the YAML tag {tag} is not understood"),
+                format!("the YAML tag {} is not understood", shown(&tag.to_string())),
                 "remove it",
             ));
         }
@@ -158,11 +160,11 @@ impl<'input> Builder<'input> {
     fn list(&mut self, depth: usize) -> Result<Value, ConfigError> {
         let mut items = Vec::new();
         loop {
-            let (event, span) = self.next()?;
+            let (event, line) = self.next()?;
             if matches!(event, Event::SequenceEnd) {
                 return Ok(Value::List(items));
             }
-            items.push(self.node(event, &span, depth + 1)?);
+            items.push(self.node(event, line, depth + 1)?);
         }
     }
 
@@ -170,12 +172,11 @@ impl<'input> Builder<'input> {
         let mut entries = Vec::new();
         let mut lines = HashMap::new();
         loop {
-            let (event, span) = self.next()?;
+            let (event, line) = self.next()?;
             if matches!(event, Event::MappingEnd) {
                 return Ok(Value::Map(entries));
             }
-            let line = line_of(&span);
-            let key = match &*self.node(event, &span, depth + 1)?.value {
+            let key = match &*self.node(event, line, depth + 1)?.value {
                 Value::Scalar(key) => key.clone(),
                 other => {
                     return Err(at_line(
@@ -192,8 +193,8 @@ impl<'input> Builder<'input> {
                     "keep one of the two",
                 ));
             }
-            let (event, span) = self.next()?;
-            let mut node = self.node(event, &span, depth + 1)?;
+            let (event, value_line) = self.next()?;
+            let mut node = self.node(event, value_line, depth + 1)?;
             if matches!(*node.value, Value::Null) {
                 // The parser places an absent value where the next token is, which may be another line.
                 node.line = line;
@@ -212,8 +213,10 @@ fn scalar(text: &str, style: ScalarStyle) -> Value {
     }
 }
 
-fn line_of(span: &Span) -> usize {
-    span.start.line()
+/// How many lines `text` has. As in YAML a carriage return alone ends one too.
+fn lines(text: &str) -> usize {
+    let text = text.replace("\r\n", "\n").replace('\r', "\n");
+    text.lines().count().max(1)
 }
 
 /// `text` as it may stand in a message: on one line, without control characters, and not longer than a line of an error should be.

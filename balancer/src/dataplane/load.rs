@@ -171,7 +171,7 @@ pub fn check(directory: &Path) -> Result<()> {
     let links =
         Paths::links(directory).with_context(|| format!("cannot list {}", directory.display()))?;
     for link in links {
-        pins::open_link(&link)?;
+        pins::open_own_link(&link)?;
     }
     Ok(())
 }

@@ -27,6 +27,8 @@ pub use paths::Paths;
 pub use pins::unload;
 pub use plan::{ListenAt, Plan, ServicePlan};
 pub use slots::{QuotaSource, SlotQuota};
-pub use snapshot::{AgentSnapshot, BackendSnapshot, Reader, ServiceSnapshot, Snapshot, open};
+pub use snapshot::{
+    AgentSnapshot, BackendSnapshot, Image, Reader, ServiceSnapshot, Snapshot, open,
+};
 pub use tables::SlotView;
 pub use writer::Writer;

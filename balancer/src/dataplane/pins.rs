@@ -3,12 +3,13 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::unistd::geteuid;
 use tracing::{info, warn};
 
 use super::Paths;
@@ -52,6 +53,12 @@ pub(super) fn lock(paths: &Paths) -> Result<Lock> {
         info!("mounted the BPF file system");
     }
     make_directory(paths.state_dir())?;
+    close_to_others(paths.state_dir()).with_context(|| {
+        format!(
+            "cannot use the state directory {}",
+            paths.state_dir().display()
+        )
+    })?;
     match Lock::take(paths)? {
         Held::Mine(lock) => Ok(lock),
         Held::ByOther(pid) => bail!(
@@ -67,38 +74,65 @@ pub(super) fn lock(paths: &Paths) -> Result<Lock> {
 /// # Errors
 /// When something else is pinned under its name: a link must never be changed that somebody else has made.
 pub(super) fn open_link(link: &Link) -> Result<OwnedFd> {
-    let pin = link.pin.display();
-    let file = bpf::obj_get(&link.pin)
-        .with_context(|| format!("cannot open the pinned link {pin} (is it a pin?)"))?;
-    let strange = |what: &str| {
+    let file = bpf::obj_get(&link.pin).with_context(|| {
         format!(
-            "{pin} is not what the balancer has pinned there ({what}): look who made it; `balancer unload` removes the pin"
+            "cannot open the pinned link {} (is it a pin?)",
+            link.pin.display()
         )
-    };
+    })?;
     ensure!(
         Object::of(&file)? == Some(Object::Link),
-        strange("it is no link")
+        strange(link, "it is no link")
     );
-    let info = bpf::link_info(&file).with_context(|| format!("cannot query {pin}"))?;
-    let (fits, name) = match (link.what, info.target) {
-        (Attachment::Account(cgroup), LinkTarget::Cgroup { id, attach_type }) => (
-            attach_type == BPF_CGROUP_SOCK_OPS as u32 && (id == cgroup || id == 0),
-            "account",
-        ),
-        (Attachment::Steer(_), LinkTarget::Netns { attach_type, .. }) => {
-            (attach_type == BPF_SK_LOOKUP as u32, "steer")
+    let info =
+        bpf::link_info(&file).with_context(|| format!("cannot query {}", link.pin.display()))?;
+    let fits = match (link.what, info.target) {
+        (Attachment::Account(cgroup), LinkTarget::Cgroup { id, attach_type }) => {
+            attach_type == BPF_CGROUP_SOCK_OPS as u32 && (id == cgroup || id == 0)
         }
-        _ => (false, ""),
+        (Attachment::Steer(_), LinkTarget::Netns { attach_type, .. }) => {
+            attach_type == BPF_SK_LOOKUP as u32
+        }
+        _ => false,
     };
-    ensure!(fits, strange("it is attached to something else"));
-    let program = bpf::prog_by_id(info.program)
-        .and_then(bpf::prog_info)
-        .with_context(|| format!("cannot query the program of {pin}"))?;
+    ensure!(fits, strange(link, "it is attached to something else"));
+    Ok(file)
+}
+
+/// Opens a pinned link whose program is ours too, to put another one under it. Only `CAP_SYS_ADMIN` can find out about the
+/// program; without it the link has to do.
+///
+/// # Errors
+/// As [`open_link`].
+pub(super) fn open_own_link(link: &Link) -> Result<OwnedFd> {
+    let file = open_link(link)?;
+    let program = bpf::link_program(&file)
+        .and_then(bpf::prog_by_id)
+        .and_then(bpf::prog_info);
+    let name = match program {
+        Ok(program) => program.name,
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(file),
+        Err(error) => {
+            return Err(error)
+                .with_context(|| format!("cannot query the program of {}", link.pin.display()));
+        }
+    };
+    let expected = match link.what {
+        Attachment::Account(_) => "account",
+        Attachment::Steer(_) => "steer",
+    };
     ensure!(
-        program.name == name,
-        strange(&format!("its program is called {}", program.name))
+        name == expected,
+        strange(link, &format!("its program is called {name}"))
     );
     Ok(file)
+}
+
+fn strange(link: &Link, what: &str) -> String {
+    format!(
+        "{} is not what the balancer has pinned there ({what}): look who made it; `balancer unload` removes the pin",
+        link.pin.display()
+    )
 }
 
 /// Whether what a link was attached to is gone.
@@ -112,7 +146,7 @@ pub(super) fn is_dead(link: impl std::os::fd::AsFd) -> Result<bool> {
 
 /// Replaces the program of a pinned link, without a moment in which there is none.
 pub(super) fn replace(link: &Link, program: BorrowedFd<'_>) -> Result<OwnedFd> {
-    let file = open_link(link)?;
+    let file = open_own_link(link)?;
     bpf::link_update(&file, program).with_context(|| {
         format!(
             "cannot replace the program of {} (the namespace or cgroup may be gone: `balancer unload` clears it)",
@@ -145,6 +179,28 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
 pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
     renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)
         .with_context(|| format!("cannot rename {} to {}", from.display(), to.display()))
+}
+
+/// A directory that was there already may be open to others. The sticky bit means that it is meant to be, as the root of a BPF file
+/// system is.
+fn close_to_others(state_dir: &Path) -> Result<()> {
+    let directory = fs::File::open(state_dir)?;
+    let found = directory.metadata()?;
+    ensure!(
+        [0, geteuid().as_raw()].contains(&found.uid()),
+        "it belongs to user {}, who could replace what is pinned there",
+        found.uid()
+    );
+    if found.mode() & 0o077 != 0 {
+        ensure!(
+            found.mode() & 0o1000 == 0,
+            "it is shared with others (mode {:o}): give one of its own below it",
+            found.mode() & 0o7777
+        );
+        directory.set_permissions(fs::Permissions::from_mode(0o700))?;
+        info!("closed {} to other users", state_dir.display());
+    }
+    Ok(())
 }
 
 /// Removes a directory with everything in it: first what attaches something, so that nothing runs on half of its maps.

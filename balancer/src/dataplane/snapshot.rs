@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use balancer_common::abi::{
-    Backend, BackendState, MAX_SERVICES, Policy, ServiceInfo, ServicePort, Truth, UNLIMITED, ticks,
+    Backend, BackendState, Heartbeat, MAX_SERVICES, Policy, ServiceInfo, ServicePort, Truth,
+    UNLIMITED, ticks,
 };
+use balancer_common::choice::Member;
 use balancer_common::{Reason, admission};
 
 use super::load::check_maps;
-use super::tables::{SlotView, Tables};
+use super::tables::Tables;
 use super::{Explanation, Paths, explain};
 use crate::sys::clock;
 
@@ -129,46 +131,60 @@ pub fn open(paths: &Paths) -> Result<Option<Reader>> {
     }))
 }
 
+/// What the maps hold at one moment, as it stands there: all that a [`Snapshot`] is made of.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The services that have a name, by their ids, with how often each reason was given.
+    pub services: Vec<(u16, ServiceInfo, Vec<(Reason, u64)>)>,
+    /// The slots that are taken.
+    pub slots: Vec<Member>,
+    /// The daemon's last sign of life.
+    pub heartbeat: Heartbeat,
+    /// How the counts compared with the socket table last.
+    pub truth: Truth,
+    /// The time, ns of `CLOCK_MONOTONIC`.
+    pub now_ns: u64,
+}
+
+impl Snapshot {
+    /// Makes sense of what the maps hold, whatever that is.
+    pub fn of(image: &Image) -> Self {
+        let mut backends: HashMap<u16, Vec<&Member>> = HashMap::new();
+        for member in &image.slots {
+            backends
+                .entry(member.backend.service)
+                .or_default()
+                .push(member);
+        }
+        let service = |(id, info, verdicts): &(u16, ServiceInfo, Vec<(Reason, u64)>)| {
+            let members = backends.remove(id).unwrap_or_default();
+            service(*id, info, verdicts, &members, ticks(image.now_ns))
+        };
+        Self {
+            services: image.services.iter().map(service).collect(),
+            agent: agent(image),
+        }
+    }
+}
+
 impl Reader {
     /// The data plane now.
     ///
     /// # Errors
     /// When a map can't be read.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let mut backends = backends(&self.tables)?;
         let services = services(&self.tables)?
             .into_iter()
-            .map(|(id, info)| self.service(id, &info, &backends.remove(&id).unwrap_or_default()))
+            .map(|(id, info)| Ok((id, info, self.tables.verdicts(id)?)))
             .collect::<Result<_>>()?;
-        Ok(Snapshot {
+        let slots = self.tables.slots()?;
+        Ok(Snapshot::of(&Image {
             services,
-            agent: agent(&self.tables),
-        })
-    }
-
-    fn service(&self, id: u16, info: &ServiceInfo, views: &[SlotView]) -> Result<ServiceSnapshot> {
-        let now = ticks(clock::monotonic_ns());
-        let quota = if info.by_hand == 1 {
-            info.quota_by_hand
-        } else {
-            info.quota
-        };
-        Ok(ServiceSnapshot {
-            id,
-            name: text(&info.name),
-            port: info.port,
-            address: (!info.address.is_any()).then(|| info.address.into()),
-            policy: Policy::from_number(info.policy),
-            virtual_port: info.flags & ServicePort::VIRTUAL != 0,
-            rule: text(&info.rule),
-            sentence: text(&info.sentence),
-            quota_override: (info.by_hand == 1).then_some(info.quota_by_hand),
-            backends: views
-                .iter()
-                .map(|view| backend(view, quota, info.by_hand == 1, now))
-                .collect(),
-            verdicts: self.tables.verdicts(id)?,
-        })
+            slots: slots.into_iter().map(|view| view.member).collect(),
+            heartbeat: self.tables.heartbeat(),
+            truth: self.tables.truth(),
+            now_ns: clock::monotonic_ns(),
+        }))
     }
 
     /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the maps.
@@ -201,44 +217,63 @@ pub fn services(tables: &Tables) -> Result<Vec<(u16, ServiceInfo)>> {
     Ok(found)
 }
 
-fn backends(tables: &Tables) -> Result<HashMap<u16, Vec<SlotView>>> {
-    let mut by_service: HashMap<u16, Vec<SlotView>> = HashMap::new();
-    for view in tables.slots()? {
-        by_service
-            .entry(view.member.backend.service)
-            .or_default()
-            .push(view);
+fn service(
+    id: u16,
+    info: &ServiceInfo,
+    verdicts: &[(Reason, u64)],
+    members: &[&Member],
+    now: u32,
+) -> ServiceSnapshot {
+    let by_hand = info.by_hand == 1;
+    let quota = if by_hand {
+        info.quota_by_hand
+    } else {
+        info.quota
+    };
+    ServiceSnapshot {
+        id,
+        name: text(&info.name),
+        port: info.port,
+        address: (!info.address.is_any()).then(|| info.address.into()),
+        policy: Policy::from_number(info.policy),
+        virtual_port: info.flags & ServicePort::VIRTUAL != 0,
+        rule: text(&info.rule),
+        sentence: text(&info.sentence),
+        quota_override: by_hand.then_some(info.quota_by_hand),
+        backends: members
+            .iter()
+            .map(|member| backend(member, quota, by_hand, now))
+            .collect(),
+        verdicts: verdicts.to_vec(),
     }
-    Ok(by_service)
 }
 
-fn agent(tables: &Tables) -> AgentSnapshot {
-    let beat = tables.heartbeat();
-    let now = clock::monotonic_ns();
+fn agent(image: &Image) -> AgentSnapshot {
+    let beat = image.heartbeat;
+    let lived = beat.last_ns != 0;
     AgentSnapshot {
-        alive: beat.last_ns != 0 && !beat.is_stale(now),
-        heartbeat_age: (beat.last_ns != 0)
-            .then(|| Duration::from_nanos(now.saturating_sub(beat.last_ns))),
+        alive: lived && !beat.is_stale(image.now_ns),
+        heartbeat_age: lived
+            .then(|| Duration::from_nanos(image.now_ns.saturating_sub(beat.last_ns))),
         fail_open_after: Duration::from_nanos(beat.limit_ns),
-        truth: tables.truth(),
+        truth: image.truth,
     }
 }
 
 fn backend(
-    view: &SlotView,
+    member: &Member,
     service_quota: u32,
     service_by_hand: bool,
     now: u32,
 ) -> BackendSnapshot {
-    let member = &view.member;
     let quota = member.quota(service_quota);
-    let written = member.policy.is_for(view.life());
+    let written = member.policy.is_for(member.backend.life());
     let steerable = member.backend.flags & Backend::UNSTEERABLE == 0;
     BackendSnapshot {
-        slot: view.slot(),
+        slot: member.slot,
         address: SocketAddr::new(listen_address(&member.backend), member.backend.port),
         netns: member.backend.netns,
-        state: view.state(),
+        state: member.state(),
         weight: member.weight(),
         quota: (quota != UNLIMITED).then_some(quota),
         overridden: if written {

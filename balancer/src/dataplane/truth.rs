@@ -179,6 +179,12 @@ impl Writer {
         self.recount(&census, tally)
     }
 
+    /// Whether the last comparison saw something that only the next one can tell from a socket on its way.
+    pub fn is_in_doubt(&self) -> bool {
+        let last = &self.audit.last;
+        !(self.audit.suspects.is_empty() && last.uncounted.is_empty() && last.deserted.is_empty())
+    }
+
     /// Ends a comparison that took so much processor time; returns what is known now.
     pub fn end_check(&mut self, cost: Duration) -> Truth {
         let this = std::mem::take(&mut self.audit.this);

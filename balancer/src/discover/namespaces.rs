@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::sys::stat::stat;
 
-use super::processes::{pids, sockets_of};
+use super::processes::{number, pids, sockets_of};
 use crate::sys::{
     netns::{self, Identity},
     socket,
@@ -25,6 +25,8 @@ pub struct Namespace {
     pub identity: Identity,
     /// One of the processes in it.
     pub pid: u32,
+    /// The thread of that process by which it was found.
+    pub tid: u32,
     file: OwnedFd,
 }
 
@@ -52,7 +54,8 @@ pub fn namespaces() -> Result<Vec<Namespace>> {
     let mut pids = pids().context("cannot list the processes in /proc: is it mounted?")?;
     pids.sort_unstable();
     for pid in pids {
-        for path in threads(pid) {
+        for tid in threads(pid) {
+            let path = thread(pid, tid);
             // A thread may end at any time, so whatever can't be read is passed over; another may stand for the same namespace.
             let Ok(stat) = stat(&path) else { continue };
             let identity = Identity {
@@ -73,6 +76,7 @@ pub fn namespaces() -> Result<Vec<Namespace>> {
                 cookie,
                 identity,
                 pid,
+                tid,
                 file,
             });
         }
@@ -80,18 +84,25 @@ pub fn namespaces() -> Result<Vec<Namespace>> {
     Ok(found)
 }
 
-/// The namespace files of a process and of its other threads.
-fn threads(pid: u32) -> Vec<PathBuf> {
-    let mut paths = vec![PathBuf::from(format!("/proc/{pid}/ns/net"))];
+/// The threads of a process, the main one first; that one alone where the others can't be listed.
+fn threads(pid: u32) -> Vec<u32> {
+    let mut threads = vec![pid];
     if let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) {
-        let of_main = pid.to_string();
         let others = tasks
             .flatten()
-            .filter(|task| task.file_name() != *of_main)
-            .map(|task| task.path().join("ns/net"));
-        paths.extend(others);
+            .filter_map(|task| number(&task.file_name()))
+            .filter(|tid: &u32| *tid != pid);
+        threads.extend(others);
     }
-    paths
+    threads
+}
+
+/// The namespace of a thread; of a process, where its thread is not known.
+fn thread(pid: u32, tid: u32) -> PathBuf {
+    match tid {
+        0 => format!("/proc/{pid}/ns/net").into(),
+        tid => format!("/proc/{pid}/task/{tid}/ns/net").into(),
+    }
 }
 
 /// A namespace that is looked for.
@@ -131,16 +142,15 @@ pub fn find(wanted: &[Wanted]) -> Result<Vec<(u64, OwnedFd)>> {
 
 impl Wanted {
     fn by_thread(&self) -> Option<OwnedFd> {
-        self.listened.iter().find_map(|(pid, tid)| {
-            let thread = netns::open(&PathBuf::from(format!("/proc/{pid}/task/{tid}/ns/net")));
-            let process = || netns::open(&PathBuf::from(format!("/proc/{pid}/ns/net")));
-            let fits =
-                |file: &OwnedFd| netns::cookie_of(file).is_ok_and(|cookie| cookie == self.cookie);
-            thread
-                .ok()
-                .filter(fits)
-                .or_else(|| process().ok().filter(fits))
-        })
+        let fits =
+            |file: &OwnedFd| netns::cookie_of(file).is_ok_and(|cookie| cookie == self.cookie);
+        let open = |pid, tid| netns::open(&thread(pid, tid)).ok().filter(fits);
+        let mut tried = HashSet::new();
+        self.listened
+            .iter()
+            .flat_map(|(pid, tid)| [(*pid, *tid), (*pid, 0)])
+            .filter(|(pid, tid)| tried.insert((*pid, *tid)))
+            .find_map(|(pid, tid)| open(pid, tid))
     }
 
     fn by_socket(&self) -> Option<OwnedFd> {

@@ -93,7 +93,7 @@ pub(super) fn pids() -> io::Result<Vec<u32>> {
         .collect())
 }
 
-fn number<N: std::str::FromStr>(name: &OsStr) -> Option<N> {
+pub(super) fn number<N: std::str::FromStr>(name: &OsStr) -> Option<N> {
     name.to_str()?.parse().ok()
 }
 

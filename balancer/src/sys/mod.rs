@@ -6,6 +6,7 @@ pub mod bpf;
 pub mod clock;
 pub mod netns;
 pub mod pidfd;
+pub mod privileges;
 pub mod shared;
 pub mod sock_diag;
 pub mod socket;

@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
     thread,
 };
@@ -78,14 +78,19 @@ pub fn cookie_of(netns: impl AsFd) -> io::Result<u64> {
     inside(netns, cookie)?
 }
 
-/// Runs `work` in a network namespace, on a thread of its own that ends with it, so that no other code is ever seen there.
+/// Runs `work` in a network namespace: in place where the calling thread is there already, else on a thread of its own that ends
+/// with it, so that no other code is ever seen there.
 ///
 /// A panic in `work` goes on in the caller.
 ///
 /// # Errors
-/// Where the file names no network namespace (`EINVAL`), `CAP_SYS_ADMIN` is missing (`EPERM`), or no thread can be started.
+/// Where the file names no network namespace (`EINVAL`), no thread can be started, or the namespace is another one and
+/// `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`, `net/core/net_namespace.c`).
 pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io::Result<R> {
     let netns = netns.as_fd();
+    if is_current(netns) {
+        return Ok(work());
+    }
     thread::scope(|scope| {
         let worker = thread::Builder::new()
             .name("netns".to_owned())
@@ -97,6 +102,12 @@ pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io:
             .join()
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
+}
+
+/// Whether the calling thread is in that namespace; false also where that can't be told.
+fn is_current(netns: BorrowedFd<'_>) -> bool {
+    let here = current().and_then(identity);
+    here.is_ok_and(|here| identity(netns).is_ok_and(|there| there == here))
 }
 
 #[cfg(test)]
@@ -126,6 +137,15 @@ pub(crate) mod tests {
             identity(current().expect("open")).expect("identity"),
             identity(&here).expect("identity")
         );
+    }
+
+    #[test]
+    fn inside_the_current_one_no_thread_is_started() {
+        let caller = thread::current().id();
+        let here = inside(current().expect("open"), || thread::current().id());
+        assert_eq!(here.expect("inside"), caller);
+        let elsewhere = inside(fresh(), || thread::current().id());
+        assert_ne!(elsewhere.expect("inside"), caller);
     }
 
     #[test]

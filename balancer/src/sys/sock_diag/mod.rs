@@ -206,6 +206,33 @@ fn dump(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     }
 }
 
+/// Adds the sockets of an answer, which `next` writes into `buffer` one datagram at a time: it gives the length, or nothing where the
+/// datagram is to be passed over. Returns whether the kernel says that the answer is inconsistent.
+///
+/// # Errors
+/// Those of `next`; that with which the kernel ended the answer; `InvalidData` where the answer makes no sense.
+pub fn read_answer(
+    sequence: u32,
+    sockets: &mut Vec<Socket>,
+    buffer: &mut [u8],
+    mut next: impl FnMut(&mut [u8]) -> io::Result<Option<usize>>,
+) -> io::Result<bool> {
+    let mut interrupted = false;
+    loop {
+        let Some(length) = next(buffer)? else {
+            continue;
+        };
+        let progress = parse(&buffer[..length], sequence, sockets)
+            .map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed))?;
+        interrupted |= progress.interrupted;
+        match progress.end {
+            None => {}
+            Some(0) => return Ok(interrupted),
+            Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
 fn worth_repeating(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::Interrupted || error.raw_os_error() == Some(libc::ENOBUFS)
 }
@@ -246,20 +273,9 @@ impl Channel {
     /// Reads until the kernel says that it has answered in full; returns whether it says that the answer is inconsistent.
     fn receive(&self, sequence: u32, sockets: &mut Vec<Socket>) -> io::Result<bool> {
         let mut buffer = vec![0; DATAGRAM];
-        let mut interrupted = false;
-        loop {
-            let Some(length) = self.datagram(&mut buffer)? else {
-                continue;
-            };
-            let progress = parse(&buffer[..length], sequence, sockets)
-                .map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed))?;
-            interrupted |= progress.interrupted;
-            match progress.end {
-                None => {}
-                Some(0) => return Ok(interrupted),
-                Some(errno) => return Err(io::Error::from_raw_os_error(errno)),
-            }
-        }
+        read_answer(sequence, sockets, &mut buffer, |buffer| {
+            self.datagram(buffer)
+        })
     }
 
     /// The length of the next datagram; nothing where it isn't from the kernel.

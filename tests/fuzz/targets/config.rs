@@ -1,0 +1,188 @@
+//! The configuration file: whatever is in it, it is a valid configuration or an error that says where.
+#![no_main]
+
+use std::net::{IpAddr, SocketAddr};
+
+use balancer::config::{Config, ConfigError, Namespaces, QuotaRule, Service};
+use balancer::config::{
+    MAX_BACKENDS, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT,
+    MAX_NAME_BYTES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT,
+};
+use libfuzzer_sys::fuzz_target;
+use serde_json::{Value, json};
+
+/// The longest message, in bytes: it quotes at most a few words of the file.
+const LONGEST_MESSAGE: usize = 1000;
+
+fuzz_target!(|bytes: &[u8]| {
+    match Config::from_bytes(bytes) {
+        Ok(config) => {
+            is_as_documented(&config);
+            reads_the_same_when_written(&config);
+        }
+        Err(error) => says_where(&error, bytes),
+    }
+});
+
+fn says_where(error: &ConfigError, bytes: &[u8]) {
+    let message = error.to_string();
+    match error.line() {
+        Some(line) => assert!(
+            (1..=lines(bytes)).contains(&line),
+            "line {line} of {}: {message}",
+            lines(bytes)
+        ),
+        None => assert!(message.contains("there are no settings"), "{message}"),
+    }
+    assert!(message.len() <= LONGEST_MESSAGE, "{message}");
+    let steers_a_terminal = |c: char| c.is_control() && c != '\n';
+    assert!(!message.contains(steers_a_terminal), "{message:?}");
+}
+
+/// How many lines YAML sees; a break at the end does not begin another one.
+fn lines(bytes: &[u8]) -> usize {
+    let text = String::from_utf8_lossy(bytes);
+    let text = text.replace("\r\n", "\n").replace('\r', "\n");
+    text.lines().count().max(1)
+}
+
+/// What the documentation of [`Config`] promises to whoever holds one.
+fn is_as_documented(config: &Config) {
+    assert!((1..=MAX_SERVICES).contains(&config.services.len()));
+    assert!((1000..=3_600_000).contains(&config.fail_open_after.as_millis()));
+    if let Namespaces::Paths(paths) = &config.namespaces {
+        assert!(!paths.is_empty() && paths.iter().all(|path| path.is_absolute()));
+        assert_unique(paths);
+    }
+    let services = &config.services;
+    assert_unique(services.iter().map(|service| &service.name));
+    assert_unique(
+        services
+            .iter()
+            .map(|service| (service.port, service.address)),
+    );
+    let backends = services
+        .iter()
+        .flat_map(|service| service.backends.iter().flatten());
+    let addresses: Vec<_> = backends.map(|backend| backend.address).collect();
+    assert!(addresses.len() <= MAX_BACKENDS);
+    assert_unique(addresses);
+    services.iter().for_each(service_is_as_documented);
+}
+
+fn service_is_as_documented(service: &Service) {
+    let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    assert!((1..=MAX_NAME_BYTES).contains(&service.name.len()) && service.name.chars().all(word));
+    assert_ne!(service.port, 0);
+    service.address.into_iter().for_each(is_plain);
+    if let Some(backends) = &service.backends {
+        assert!((1..=MAX_SERVICE_BACKENDS).contains(&backends.len()));
+        for backend in backends {
+            assert!((1..=MAX_WEIGHT).contains(&backend.weight));
+            assert_ne!(backend.address.port(), 0);
+            is_plain(backend.address.ip());
+        }
+    }
+    assert!(service.exempt.len() <= MAX_EXEMPT);
+    assert_unique(&service.exempt);
+    assert!(
+        service
+            .exempt
+            .iter()
+            .all(|network| network.addr() == network.network())
+    );
+    quota_is_as_documented(&service.quota);
+}
+
+fn quota_is_as_documented(quota: &QuotaRule) {
+    let shown = quota.to_string();
+    assert!(
+        shown.len() < 128 && !shown.contains(char::is_control),
+        "{shown}"
+    );
+    let connections = 1..=MAX_CONNECTIONS;
+    match quota {
+        QuotaRule::Unlimited => {}
+        QuotaRule::Fixed(limit) => assert!(connections.contains(limit)),
+        QuotaRule::Computed {
+            clients,
+            connections_per_client,
+            headroom_percent,
+            min_quota,
+        } => {
+            assert!(clients.is_none_or(|clients| connections.contains(&clients)));
+            assert!((1..=MAX_CONNECTIONS_PER_CLIENT).contains(connections_per_client));
+            assert!(*headroom_percent <= MAX_HEADROOM_PERCENT);
+            assert!(connections.contains(min_quota));
+        }
+    }
+}
+
+fn is_plain(address: IpAddr) {
+    assert!(!address.is_unspecified() && !address.is_multicast());
+    assert_eq!(address, address.to_canonical(), "an IPv4-mapped address");
+}
+
+fn assert_unique<T: std::fmt::Debug + Eq + std::hash::Hash>(items: impl IntoIterator<Item = T>) {
+    let mut seen = std::collections::HashSet::new();
+    for item in items {
+        let shown = format!("{item:?}");
+        assert!(seen.insert(item), "{shown} comes twice");
+    }
+}
+
+/// JSON is YAML, and so a way to write a configuration that shares nothing with the parser.
+fn reads_the_same_when_written(config: &Config) {
+    let namespaces = match &config.namespaces {
+        Namespaces::Own => json!("own"),
+        Namespaces::All => json!("all"),
+        Namespaces::Paths(paths) => json!(paths),
+    };
+    let file = json!({
+        "services": config.services.iter().map(written).collect::<Vec<_>>(),
+        "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
+        "namespaces": namespaces,
+    });
+    let file = file.to_string();
+    // JSON leaves characters as they are that YAML wants escaped.
+    if file.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        assert_eq!(Config::parse(&file).as_ref(), Ok(config), "{file}");
+    }
+}
+
+fn written(service: &Service) -> Value {
+    let mut written = json!({
+        "name": service.name,
+        "port": service.port,
+        "policy": service.policy.name(),
+        "exempt": service.exempt.iter().map(ToString::to_string).collect::<Vec<_>>(),
+    });
+    if let Some(address) = service.address {
+        written["address"] = json!(address);
+    }
+    if let Some(backends) = &service.backends {
+        let backend = |address: SocketAddr, weight| json!({"address": address, "weight": weight});
+        let backends = backends.iter().map(|one| backend(one.address, one.weight));
+        written["backends"] = backends.collect();
+    }
+    match &service.quota {
+        QuotaRule::Unlimited => {}
+        QuotaRule::Fixed(limit) => written["quota"] = json!({"per_backend": limit}),
+        QuotaRule::Computed {
+            clients,
+            connections_per_client,
+            headroom_percent,
+            min_quota,
+        } => {
+            written["quota"] = json!({
+                "connections_per_client": connections_per_client,
+                "headroom": format!("{headroom_percent}%"),
+                "min_quota": min_quota,
+            });
+            if let Some(clients) = clients {
+                written["quota"]["clients"] = json!(clients);
+            }
+        }
+    }
+    written
+}
