@@ -177,7 +177,7 @@ impl<'a> Scene<'a> {
     fn moves_out(&mut self, listener: &mut [Listener; 1]) {
         self.settle(listener, &[0]);
         drop(self.neighbour.take());
-        let repairs = truth(&self.balancer).repairs;
+        let repaired = repairs(&self.balancer);
         // Without the daemon it is the kernel half alone that counts.
         self.balancer.stop(Signal::SIGKILL);
         let clients = tcp::connect_many(agents(), 3);
@@ -186,7 +186,7 @@ impl<'a> Scene<'a> {
         self.settle(listener, &[0]);
         self.balancer.launch();
         let _clients = self.fill(listener, 0, QUOTA);
-        stays_right(&self.balancer, repairs);
+        stays_right(&self.balancer, repaired);
         self.settle(listener, &[QUOTA]);
     }
 }
@@ -218,39 +218,28 @@ fn finding(balancer: &Balancer, name: &str) -> Finding {
         .unwrap_or_else(|| panic!("no check {name} in {}", finished.stdout))
 }
 
-/// What the daemon's comparisons have found.
-#[derive(Clone, Copy, Debug, Deserialize)]
-struct Truth {
-    checks: u64,
-    drift: u64,
-    repairs: u64,
+/// How many comparisons there were, by how much the last one found counts off, and how often one has put them right.
+#[track_caller]
+fn truth(balancer: &Balancer) -> (u64, u64, u64) {
+    let agent = balancer.status().agent;
+    let all = agent.checks.zip(agent.drift).zip(agent.repairs);
+    let ((checks, drift), repairs) = all.expect("status tells what the comparisons have found");
+    (checks, drift, repairs)
 }
 
 #[track_caller]
-fn truth(balancer: &Balancer) -> Truth {
-    #[derive(Deserialize)]
-    struct Status {
-        agent: Truth,
-    }
-    let json = balancer.must(&["status", "-o", "json"]);
-    let status: Status =
-        serde_json::from_str(&json).unwrap_or_else(|error| panic!("{error} in {json}"));
-    status.agent
+fn repairs(balancer: &Balancer) -> u64 {
+    truth(balancer).2
 }
 
 /// Lets some comparisons pass, in which nothing may be off.
 #[track_caller]
-fn stays_right(balancer: &Balancer, repairs: u64) {
-    let until = truth(balancer).checks + COMPARISONS;
+fn stays_right(balancer: &Balancer, repaired: u64) {
+    let until = truth(balancer).0 + COMPARISONS;
     eventually(PUT_RIGHT_WITHIN, || {
-        let now = truth(balancer);
-        assert_eq!(
-            (now.drift, now.repairs),
-            (0, repairs),
-            "{}",
-            balancer.logs()
-        );
-        ensure!(now.checks >= until, "{now:?}, want {until} comparisons");
+        let (checks, drift, repairs) = truth(balancer);
+        assert_eq!((drift, repairs), (0, repaired), "{}", balancer.logs());
+        ensure!(checks >= until, "{checks} comparisons, want {until}");
         Ok(())
     });
 }
@@ -269,7 +258,7 @@ fn flags_replaced_on_new_connections() {
         scene.settle(&mut listener, &[1]);
         clients.extend(scene.fill(&mut listener, 1, 4));
         let logs = scene.balancer.logs();
-        let put_right = truth(&scene.balancer).repairs > 0;
+        let put_right = repairs(&scene.balancer) > 0;
         let expected = if scene.place.is_last() {
             (9, true)
         } else {
@@ -320,7 +309,7 @@ fn flags_cleared_during_connections() {
         exempt.truncate(1);
         scene.settle(&mut listener, &[3]);
         assert_eq!(scene.balancer.service().backends[0].exempt, 1);
-        assert!(truth(&scene.balancer).repairs > 0);
+        assert!(repairs(&scene.balancer) > 0);
         scene.balancer.wait_for_log(
             "backend 127.0.0.1:21000 (slot 0): the socket table has 3 connections, -4 (-1 exempt) against the count",
             0,
@@ -343,9 +332,9 @@ fn flags_added() {
         let mut listener = [scene.home.listen(0)];
         let clients = tcp::connect_many(agents(), 3);
         scene.settle(&mut listener, &[3]);
-        let until = truth(&scene.balancer).checks + COMPARISONS;
+        let until = truth(&scene.balancer).0 + COMPARISONS;
         let mut served = 0;
-        while truth(&scene.balancer).checks < until {
+        while truth(&scene.balancer).0 < until {
             for _ in 0..20 {
                 served += u64::from(serve_one(&mut listener[0]));
             }
@@ -360,7 +349,7 @@ fn flags_added() {
         scene.is_named();
         drop(clients);
         scene.moves_out(&mut listener);
-        assert_eq!(truth(&scene.balancer).repairs, 0, "{:?}", scene.place);
+        assert_eq!(repairs(&scene.balancer), 0, "{:?}", scene.place);
     });
 }
 
@@ -423,7 +412,7 @@ fn flags_cleared_on_listeners() {
         drop(listeners);
         let mut listener = [scene.home.listen(0)];
         scene.moves_out(&mut listener);
-        assert_eq!(truth(&scene.balancer).repairs, 0, "{:?}", scene.place);
+        assert_eq!(repairs(&scene.balancer), 0, "{:?}", scene.place);
         drop(listener);
         scene
             .balancer
@@ -557,8 +546,8 @@ fn beside_sk_lookup(turn: Turn, choice: Choice, play: impl FnOnce(&mut Lookups<'
             theirs,
         };
         play(&mut lookups);
-        let truth = truth(&lookups.balancer);
-        assert_eq!((truth.drift, truth.repairs), (0, 0), "{turn:?}");
+        let (_, drift, repairs) = truth(&lookups.balancer);
+        assert_eq!((drift, repairs), (0, 0), "{turn:?}");
     });
 }
 
