@@ -14,6 +14,7 @@ mod floods;
 mod lifecycle;
 mod load;
 mod namespaces;
+mod neighbours;
 mod outlive;
 mod policies;
 mod privileges;

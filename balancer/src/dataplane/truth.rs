@@ -112,8 +112,8 @@ pub struct Audit {
 /// What one comparison saw that may be a socket on its way: only what the next one sees again is so.
 #[derive(Debug, Default)]
 pub(super) struct Sighting {
-    /// Connections with a slot that are not counted, by their cookie.
-    uncounted: HashSet<u64>,
+    /// Connections with a slot that are not counted, by their cookie, and how many comparisons in a row have seen them so.
+    uncounted: HashMap<u64, u64>,
     /// Slots whose listener was not there.
     deserted: HashSet<(u32, u32)>,
     /// Listeners that nobody has registered, by their cookie.
@@ -181,6 +181,7 @@ impl Writer {
         self.close_deserted(&census);
         let tally = self.tally(&census);
         self.compare(&census, &tally);
+        self.note_unseen(&census, &tally);
         self.recount(&census, tally)
     }
 
@@ -299,10 +300,16 @@ impl Writer {
                 }
                 Some(connection) if connection.class == Connection::UNCOUNTED => {
                     // On its way out, unless it stays so: then another program has switched its state changes off.
-                    if self.audit.last.uncounted.contains(&socket.cookie) {
-                        tally.uncounted.push((u32::from(connection.slot), socket));
+                    let slot = u32::from(connection.slot);
+                    let before = self.audit.last.uncounted.get(&socket.cookie);
+                    let before = before.copied().unwrap_or(0);
+                    if before > 0 {
+                        tally.uncounted.push((slot, socket));
                     }
-                    self.audit.this.uncounted.insert(socket.cookie);
+                    if before == 1 {
+                        *tally.unseen.entry(slot).or_default() += 1;
+                    }
+                    self.audit.this.uncounted.insert(socket.cookie, before + 1);
                 }
                 Some(connection) => {
                     let found = tally.found.entry(u32::from(connection.slot)).or_default();
@@ -366,6 +373,22 @@ impl Writer {
         );
     }
 
+    /// Connections whose entry the kernel half didn't see are counted from the socket table from now on, which puts a count right, too.
+    fn note_unseen(&mut self, census: &Census, tally: &Tally<'_>) {
+        for view in &census.slots {
+            let Some(unseen) = tally.unseen.get(&view.slot()) else {
+                continue;
+            };
+            self.audit.truth.repairs += 1;
+            self.audit.this.drift += unseen;
+            warn!(
+                "{}: the socket table has {unseen:+} connections that came unseen: put right, they are counted from the table from now \
+                 on. Another sock_ops program may switch state changes off (`balancer doctor` names them)",
+                name(view)
+            );
+        }
+    }
+
     /// Counts again what the kernel half can't follow.
     fn recount(&mut self, census: &Census, tally: Tally<'_>) -> Result<()> {
         let adopted: Vec<&SlotView> = census
@@ -412,6 +435,8 @@ struct Tally<'a> {
     found: BTreeMap<u32, (u32, u32)>,
     /// Those that name a slot but are not counted.
     uncounted: Vec<(u32, &'a Socket)>,
+    /// How many of these have just turned out to stay so, by slot.
+    unseen: BTreeMap<u32, u64>,
     /// Those that name no slot.
     strangers: Vec<&'a Socket>,
 }

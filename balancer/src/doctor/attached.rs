@@ -1,7 +1,7 @@
 //! The cgroup, and what other programs sit where ours are to be attached.
 
 use std::{
-    collections::HashSet,
+    collections::{HashSet, VecDeque},
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -21,6 +21,8 @@ use aya_obj::generated::{
 const OUR_NAMES: [&str; 2] = ["account", "steer"];
 /// As many links as the kernel allows at one network namespace (`NETNS_BPF_MAX_PROGS`, `kernel/bpf/net_namespace.c`).
 const MOST_SK_LOOKUPS: usize = 64;
+/// As many cgroups below are looked at: hundreds of pods have fewer, and a look takes microseconds.
+const MOST_CGROUPS: usize = 20_000;
 /// Pins lie at most this deep below the state directory.
 const PIN_DEPTH: usize = 3;
 
@@ -90,7 +92,7 @@ fn sock_ops(cgroup: &Path, ours: &HashSet<u32>) -> Check {
                 "`account` can't be attached (EPERM), so nothing is counted",
                 "have its owner attach it with BPF_F_ALLOW_MULTI or a link, or give the balancer a cgroup that isn't below it with --cgroup",
             ),
-            None => beside(&levels, ours),
+            None => beside(levels, below(cgroup, MOST_CGROUPS), ours),
         },
         Err(error) => Check::warn(
             NAME,
@@ -101,16 +103,26 @@ fn sock_ops(cgroup: &Path, ours: &HashSet<u32>) -> Check {
     }
 }
 
-fn beside(levels: &[(PathBuf, Attached)], ours: &HashSet<u32>) -> Check {
+/// Programs that run beside ours: those at the cgroup and above for all connections, those below for the ones of their cgroup.
+fn beside(levels: Vec<(PathBuf, Attached)>, below: Below, ours: &HashSet<u32>) -> Check {
     const NAME: &str = "other sock_ops";
     let foreign: Vec<_> = levels
-        .iter()
+        .into_iter()
+        .chain(below.levels)
         .flat_map(|(path, attached)| {
             describe(&foreign(&attached.programs, ours), ours)
                 .into_iter()
                 .map(move |name| format!("{name} at {}", path.display()))
         })
         .collect();
+    if foreign.is_empty() && below.cut {
+        return Check::warn(
+            NAME,
+            format!("none at the first {MOST_CGROUPS} cgroups"),
+            "there are more cgroups than are looked at; whether others run at those isn't known",
+            "give the balancer's own cgroup with --cgroup, or list them all with `bpftool cgroup tree`",
+        );
+    }
     if foreign.is_empty() {
         return Check::ok(
             NAME,
@@ -139,6 +151,44 @@ fn above(cgroup: &Path) -> io::Result<Vec<(PathBuf, Attached)>> {
         ));
     }
     Ok(levels)
+}
+
+/// What is attached below a cgroup.
+#[derive(Debug, Default)]
+struct Below {
+    /// The cgroups that have programs, the nearest first.
+    levels: Vec<(PathBuf, Attached)>,
+    /// There are more cgroups than were looked at.
+    cut: bool,
+}
+
+/// Looks at so many cgroups below one. Those that vanish meanwhile are left out.
+fn below(cgroup: &Path, most: usize) -> Below {
+    let mut found = Below::default();
+    let mut waiting: VecDeque<PathBuf> = children(cgroup).collect();
+    for _ in 0..most {
+        let Some(path) = waiting.pop_front() else {
+            return found;
+        };
+        waiting.extend(children(&path));
+        let attached =
+            File::open(&path).and_then(|file| bpf::prog_query(file, BPF_CGROUP_SOCK_OPS));
+        if let Ok(attached) = attached
+            && !attached.programs.is_empty()
+        {
+            found.levels.push((path, attached));
+        }
+    }
+    found.cut = !waiting.is_empty();
+    found
+}
+
+/// The cgroups right below one.
+fn children(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .map(|entry| entry.path())
 }
 
 /// The level that keeps a link from being attached to the innermost one, by the rules of `hierarchy_allows_attach` and
@@ -379,6 +429,66 @@ mod tests {
                 "unless it is ours"
             );
         }
+    }
+
+    #[test]
+    fn another_sock_ops_program_is_named_below() {
+        let outer = Own::cgroup();
+        let inner = Own::below(&outer.0);
+        let innermost = Own::below(&inner.0);
+        let empty = Own::below(&outer.0);
+        let (program, id) = program(Hook::SockOps, "podtuner");
+        let attach = |cgroup: &Own| {
+            let cgroup = File::open(&cgroup.0).expect("open");
+            bpf::link_create(&program, cgroup, BPF_CGROUP_SOCK_OPS).expect("attach")
+        };
+        let at = |cgroup: &Own| format!("podtuner (id {id}) at {}", cgroup.0.display());
+        let deep = attach(&innermost);
+        let check = sock_ops(&outer.0, &none());
+        assert_eq!((check.status, check.found), (Status::Warn, at(&innermost)));
+        let _near = attach(&inner);
+        assert_eq!(
+            sock_ops(&outer.0, &none()).found,
+            format!("{}, {}", at(&inner), at(&innermost)),
+            "the nearest first"
+        );
+        assert_eq!(
+            sock_ops(&outer.0, &HashSet::from([id])).status,
+            Status::Ok,
+            "unless it is ours"
+        );
+        assert_eq!(
+            sock_ops(&empty.0, &none()).status,
+            Status::Ok,
+            "beside is not below"
+        );
+        bpf::link_detach(deep).expect("detach");
+        assert_eq!(sock_ops(&outer.0, &none()).found, at(&inner));
+    }
+
+    #[test]
+    fn one_below_that_allows_no_others_is_no_failure() {
+        let outer = Own::cgroup();
+        let inner = Own::below(&outer.0);
+        let (exclusive, id) = program(Hook::SockOps, "exclusive");
+        let cgroup = File::open(&inner.0).expect("open");
+        bpf::cgroup_attach(&exclusive, &cgroup, BPF_CGROUP_SOCK_OPS, 0).expect("attach");
+        let check = sock_ops(&outer.0, &none());
+        let expected = format!("exclusive (id {id}) at {}", inner.0.display());
+        assert_eq!((check.status, check.found), (Status::Warn, expected));
+        bpf::cgroup_detach(&exclusive, &cgroup, BPF_CGROUP_SOCK_OPS).expect("detach");
+        assert_eq!(sock_ops(&outer.0, &none()).status, Status::Ok);
+    }
+
+    #[test]
+    fn the_look_at_cgroups_below_is_bounded() {
+        let outer = Own::cgroup();
+        let _inner: Vec<_> = (0..4).map(|_| Own::below(&outer.0)).collect();
+        assert!(!below(&outer.0, 4).cut);
+        let cut = below(&outer.0, 3);
+        assert!(cut.cut);
+        assert_eq!(beside(Vec::new(), cut, &none()).status, Status::Warn);
+        assert!(!below(Path::new("/no/such/cgroup"), 1).cut);
     }
 
     /// What doctor says must be what the kernel does.

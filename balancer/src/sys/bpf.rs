@@ -59,6 +59,42 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     bpf(bpf_cmd::BPF_LINK_DETACH, &mut attr).map(drop)
 }
 
+/// Attaches a program to a cgroup without a link (`BPF_PROG_ATTACH`), which can forbid others: it stays until [`cgroup_detach`] or
+/// the end of the cgroup. The balancer attaches nothing so, but has to get along with programs that are.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN`, or where a program sits on the cgroup or above it that forbids this one; `EINVAL` where the program
+/// or a flag doesn't fit.
+pub fn cgroup_attach(
+    program: impl AsFd,
+    cgroup: impl AsFd,
+    attach_type: bpf_attach_type,
+    flags: u32,
+) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.__bindgen_anon_5.__bindgen_anon_1.target_fd = number(cgroup.as_fd());
+    attr.__bindgen_anon_5.attach_bpf_fd = number(program.as_fd());
+    attr.__bindgen_anon_5.attach_type = attach_type as u32;
+    attr.__bindgen_anon_5.attach_flags = flags;
+    bpf(bpf_cmd::BPF_PROG_ATTACH, &mut attr).map(drop)
+}
+
+/// Takes off a cgroup what [`cgroup_attach`] has put there (`BPF_PROG_DETACH`).
+///
+/// # Errors
+/// `ENOENT` where it isn't there.
+pub fn cgroup_detach(
+    program: impl AsFd,
+    cgroup: impl AsFd,
+    attach_type: bpf_attach_type,
+) -> io::Result<()> {
+    let mut attr = zeroed();
+    attr.__bindgen_anon_5.__bindgen_anon_1.target_fd = number(cgroup.as_fd());
+    attr.__bindgen_anon_5.attach_bpf_fd = number(program.as_fd());
+    attr.__bindgen_anon_5.attach_type = attach_type as u32;
+    bpf(bpf_cmd::BPF_PROG_DETACH, &mut attr).map(drop)
+}
+
 /// Opens a pinned program, map or link (`BPF_OBJ_GET`).
 ///
 /// # Errors
@@ -615,22 +651,6 @@ fn text(bytes: &[c_char]) -> String {
         .flat_map(|byte| byte.to_ne_bytes())
         .collect();
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// Attaches a program to a cgroup the old way, which can forbid others; it stays until the cgroup is removed.
-#[cfg(test)]
-pub(crate) fn cgroup_attach(
-    program: impl AsFd,
-    cgroup: impl AsFd,
-    attach_type: bpf_attach_type,
-    flags: u32,
-) -> io::Result<()> {
-    let mut attr = zeroed();
-    attr.__bindgen_anon_5.__bindgen_anon_1.target_fd = number(cgroup.as_fd());
-    attr.__bindgen_anon_5.attach_bpf_fd = number(program.as_fd());
-    attr.__bindgen_anon_5.attach_type = attach_type as u32;
-    attr.__bindgen_anon_5.attach_flags = flags;
-    bpf(bpf_cmd::BPF_PROG_ATTACH, &mut attr).map(drop)
 }
 
 #[cfg(test)]
