@@ -260,7 +260,7 @@ pub enum LinkTarget {
     },
     /// A network namespace.
     Netns {
-        /// The inode of its file in `/proc/PID/ns/net`. 0 once it is gone (`bpf_netns_link_fill_info`, kernel/bpf/net_namespace.c).
+        /// The inode of its file in `/proc/PID/ns/net`. 0 once it is gone (`bpf_netns_link_fill_info`, `kernel/bpf/net_namespace.c`).
         inode: u32,
         /// A `bpf_attach_type`.
         attach_type: u32,
