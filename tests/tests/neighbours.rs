@@ -24,6 +24,8 @@ const PUT_RIGHT_WITHIN: Duration = Duration::from_secs(30);
 /// More comparisons than a lasting drift needs to be put right.
 const COMPARISONS: u64 = 4;
 const QUOTA: usize = 5;
+const ORDINARY: &str = "127.0.0.1:0";
+const EXEMPT: &str = "127.0.9.1:0";
 const REST: [&str; 2] = ["quota: {per_backend: 5}", "exempt: [127.0.9.0/24]"];
 
 /// Where the other program sits, in the order in which programs are run for a socket of the inner cgroup
@@ -94,11 +96,16 @@ struct Scene<'a> {
     neighbour: Option<Attachment>,
 }
 
-/// Plays a scene with the other program at each place, all at the same time.
+/// Plays a scene with the other program at each place.
 fn at_each_place(rules: &[(Event, Deed)], play: impl Fn(&mut Scene<'_>) + Sync) {
+    at_places(&Place::ALL, rules, play);
+}
+
+/// Plays a scene with the other program at these places, all at the same time.
+fn at_places(places: &[Place], rules: &[(Event, Deed)], play: impl Fn(&mut Scene<'_>) + Sync) {
     let play = &play;
     thread::scope(|scope| {
-        for place in Place::ALL {
+        for &place in places {
             thread::Builder::new()
                 .name(format!("{place:?}"))
                 .spawn_scoped(scope, move || {
@@ -283,18 +290,19 @@ fn unseen(logs: &str) -> u32 {
         .sum()
 }
 
+const CLEARS_LATER: [(Event, Deed); 3] = [
+    (Event::Accepted, Deed::Add(RTT_FLAG)),
+    (Event::Acknowledged, Deed::Count),
+    (Event::Acknowledged, Deed::Replace(0)),
+];
+
 /// It wipes our flag while connections are established: the kernel half counts them and never sees their end, wherever it sits.
 #[test]
 fn flags_cleared_during_connections() {
-    let rules = [
-        (Event::Accepted, Deed::Add(RTT_FLAG)),
-        (Event::Acknowledged, Deed::Count),
-        (Event::Acknowledged, Deed::Replace(0)),
-    ];
-    at_each_place(&rules, |scene| {
+    at_each_place(&CLEARS_LATER, |scene| {
         let mut listener = [scene.home.listen(0)];
         let mut exempt: Vec<_> = (0..2)
-            .map(|_| tcp::connect_from(at("127.0.9.1:0"), agents()).connected())
+            .map(|_| tcp::connect_from(at(EXEMPT), agents()).connected())
             .collect();
         let mut clients = scene.fill(&mut listener, 2, QUOTA);
         for mut stream in &listener[0].accepted {
@@ -321,6 +329,25 @@ fn flags_cleared_during_connections() {
     });
 }
 
+/// The same while connections come and go, so that each comparison finds the count further off: what was off before is put right.
+#[test]
+fn flags_cleared_while_connections_keep_coming() {
+    at_places(&[Place::After], &CLEARS_LATER, |scene| {
+        let mut listener = [scene.home.listen(0)];
+        let mut served = 0;
+        eventually(PUT_RIGHT_WITHIN, || {
+            for _ in 0..20 {
+                served += u64::from(serve_one(&mut listener[0], EXEMPT));
+            }
+            let repairs = repairs(&scene.balancer);
+            ensure!(repairs >= 3, "{repairs} repairs after {served} connections");
+            Ok(())
+        });
+        scene.settle(&mut listener, &[0]);
+        assert_eq!(scene.balancer.service().backends[0].exempt, 0);
+    });
+}
+
 /// It adds its flag to those that are there, as it should: both are served, and nothing needs to be put right.
 #[test]
 fn flags_added() {
@@ -336,7 +363,7 @@ fn flags_added() {
         let mut served = 0;
         while truth(&scene.balancer).0 < until {
             for _ in 0..20 {
-                served += u64::from(serve_one(&mut listener[0]));
+                served += u64::from(serve_one(&mut listener[0], ORDINARY));
             }
         }
         scene.settle(&mut listener, &[3]);
@@ -354,8 +381,8 @@ fn flags_added() {
 }
 
 /// One connection from its beginning to its end; whether the quota had room for it.
-fn serve_one(listener: &mut Listener) -> bool {
-    let Some(mut client) = tcp::connect(agents()).ok() else {
+fn serve_one(listener: &mut Listener, source: &str) -> bool {
+    let Some(mut client) = tcp::connect_from(at(source), agents()).ok() else {
         return false;
     };
     eventually(PUT_RIGHT_WITHIN, || {

@@ -41,13 +41,23 @@ impl Drift {
         self.least <= 0 && self.most >= 0
     }
 
-    /// What both allow.
-    fn and(self, other: Self) -> Option<Self> {
+    /// What lasts of it if a later comparison has found `later`: what both allow or, where it grows or shrinks meanwhile, the
+    /// smaller one of the two, unless they are off to different sides.
+    fn lasting(self, later: Self) -> Option<Self> {
         let both = Self {
-            least: self.least.max(other.least),
-            most: self.most.min(other.most),
+            least: self.least.max(later.least),
+            most: self.most.min(later.most),
         };
-        (both.least <= both.most).then_some(both)
+        if both.least <= both.most {
+            return Some(both);
+        }
+        let (before, after) = (self.at_least(), later.at_least());
+        let smaller = if before.abs() < after.abs() {
+            self
+        } else {
+            later
+        };
+        (before.signum() == after.signum()).then_some(smaller)
     }
 
     /// The smallest that it can be: never more than what is really off.
@@ -79,7 +89,7 @@ impl Suspect {
         let Some(before) = before.filter(|before| before.generation == generation) else {
             return first;
         };
-        before.drift.and(drift).map_or(first, |drift| Self {
+        before.drift.lasting(drift).map_or(first, |drift| Self {
             generation,
             drift,
             checks: before.checks + 1,
@@ -473,10 +483,26 @@ mod tests {
         let third = Suspect::seen_again(Some(second), 1, drift(3, 9));
         assert!(third.is_lasting());
         assert_eq!(third.drift.at_least(), 3);
+        let grown = Suspect::seen_again(Some(second), 1, drift(7, 9));
+        assert_eq!((grown.is_lasting(), grown.drift), (true, drift(2, 3)));
+        let shrunk = Suspect::seen_again(Some(second), 1, drift(1, 1));
+        assert_eq!((shrunk.is_lasting(), shrunk.drift), (true, drift(1, 1)));
         let elsewhere = Suspect::seen_again(Some(second), 1, drift(-4, -1));
         assert_eq!((elsewhere.checks, elsewhere.drift), (1, drift(-4, -1)));
         let other_tenant = Suspect::seen_again(Some(second), 2, off);
         assert_eq!(other_tenant.checks, 1);
+    }
+
+    #[test]
+    fn a_drift_that_grows_is_put_right_by_what_has_lasted() {
+        for side in [1, -1] {
+            let seen = [10, 20, 30].map(|off| drift(side * off - 2, side * off + 2));
+            let last = seen.into_iter().fold(None, |before, drift| {
+                Some(Suspect::seen_again(before, 1, drift))
+            });
+            let last = last.expect("three were seen");
+            assert_eq!((last.is_lasting(), last.drift.at_least()), (true, side * 8));
+        }
     }
 
     proptest! {
