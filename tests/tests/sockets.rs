@@ -2,10 +2,11 @@
 
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use balancer_tests::fixtures::tcp::{self, Listen, Listener};
 use balancer_tests::fixtures::wire::Wire;
-use balancer_tests::fixtures::{Balancer, Machine, diag};
+use balancer_tests::fixtures::{Balancer, Machine, Service, diag, eventually};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use crate::support::{agents, agree, at, group, landing, own_port, virtual_port_of};
@@ -324,7 +325,7 @@ fn fast_open_counts_when_the_handshake_is_complete() {
         let mut listener = Listen::on(&agents()).open();
         let wire = Wire::open(&machine.netns);
         (0..5).for_each(|n| wire.syn_with_data(Wire::client(n), agents(), b"hello"));
-        let answers = wire.answers(std::time::Duration::from_millis(50));
+        let answers = wire.answers(Duration::from_millis(50));
         assert_eq!(answers.len(), 5);
         assert_eq!(listener.accept_all(), 5, "Fast Open is in use");
         let service = balancer.service();
@@ -362,7 +363,7 @@ fn fast_open_clients_are_not_miscounted() {
         // A client that resets at once.
         for client in clients {
             SockRef::from(&client.as_fd())
-                .set_linger(Some(std::time::Duration::ZERO))
+                .set_linger(Some(Duration::ZERO))
                 .expect("SO_LINGER");
         }
         assert_eq!(agree(&balancer, &mut listeners), [0, 0]);
@@ -385,5 +386,51 @@ fn a_backends_own_address_is_not_balanced() {
             let _direct = tcp::connect(at("127.0.0.1:21001")).connected();
             assert_eq!(landing(&mut listeners), 1);
         }
+    });
+}
+
+/// With `tcp_migrate_req` a listener that closes hands on what it has not accepted; the other one of its group serves it, and has it counted.
+#[test]
+fn what_a_closing_listener_hands_on_is_counted_on_the_other() {
+    Machine::with(|machine| {
+        machine.netns.sysctl("net.ipv4.tcp_migrate_req", "1");
+        let balancer = Balancer::start(
+            machine,
+            &own_port("least-connections", &["quota: {per_backend: 20}"]),
+        );
+        let mut listeners = group(2);
+        let clients = tcp::connect_many(agents(), 20);
+        assert_eq!(clients.len(), 20);
+        // Ten wait in the queue of each. What the first has accepted stays its own.
+        let mut closing = listeners.remove(0);
+        assert_eq!(closing.accept_all(), 10);
+        let more = tcp::connect_many(agents(), 10);
+        assert_eq!(more.len(), 10);
+        let kept = closing.close();
+        balancer.wait_until(|service| {
+            service.active() == 1 && service.established() == 30 && service.backends.len() == 2
+        });
+        // The comparison sees them wait before they are accepted.
+        let checks = balancer.status().agent.checks;
+        eventually(Duration::from_secs(10), || {
+            anyhow::ensure!(balancer.status().agent.checks > checks, "no comparison yet");
+            Ok(())
+        });
+        assert_eq!(listeners[0].accept_all(), 20);
+        let counted = |service: &Service, state: &str| {
+            let mut backends = service.backends.iter();
+            backends
+                .find(|backend| backend.state == state)
+                .map(|backend| backend.established)
+        };
+        balancer.wait_until(|service| {
+            counted(service, "active") == Some(20) && counted(service, "closed") == Some(10)
+        });
+        assert!(tcp::connect(agents()).is_refused(), "its quota is used up");
+        drop((clients, more, kept));
+        listeners[0].accepted.clear();
+        balancer.wait_until(|service| service.established() == 0 && service.backends.len() == 1);
+        let agent = balancer.status().agent;
+        assert_eq!((agent.drift, agent.repairs), (Some(0), Some(0)));
     });
 }

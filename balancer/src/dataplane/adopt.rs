@@ -29,7 +29,7 @@ use crate::sys::sock_diag::{Family, Socket};
 /// `BPF_NOEXIST`: never take a listener from the kernel half, which may register it at this very moment.
 pub(super) const ONLY_NEW: u64 = 1;
 /// `BPF_EXIST`: in place of what a former tenant of its slot has left.
-const ONLY_OLD: u64 = 2;
+pub(super) const ONLY_OLD: u64 = 2;
 /// When a listener is tried again that can't be registered: looking for its owner takes a look at every process.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
 
@@ -373,7 +373,7 @@ fn is_owner(owners: Option<&Vec<Owner>>, view: &SlotView) -> bool {
 
 /// The adopted listeners that a connection with that local address can have come from: those of the exact address,
 /// else those of the wildcard.
-fn fitting<'a>(adopted: &[&'a SlotView], local: SocketAddr) -> Vec<&'a SlotView> {
+pub(super) fn fitting<'a>(adopted: &[&'a SlotView], local: SocketAddr) -> Vec<&'a SlotView> {
     let local_address = bound_to(local.ip());
     let of = |wildcard: bool| {
         adopted

@@ -124,11 +124,16 @@ impl Writer {
     }
 
     fn give(&self, connection: &Socket, value: Connection, owners: &[Owner]) -> bool {
-        let file = owners.iter().find_map(|owner| {
+        Self::file_of(connection, owners)
+            .is_some_and(|file| self.set_storage(value, &file, ONLY_NEW).is_ok())
+    }
+
+    /// A descriptor of that very connection.
+    pub(super) fn file_of(connection: &Socket, owners: &[Owner]) -> Option<OwnedFd> {
+        owners.iter().find_map(|owner| {
             let file = owner.file().ok()?;
             (socket::cookie(&file).ok()? == connection.cookie).then_some(file)
-        });
-        file.is_some_and(|file| self.set_storage(value, &file, ONLY_NEW).is_ok())
+        })
     }
 
     /// What a connection without a slot was given because it could not be given it for good.

@@ -9,6 +9,7 @@ mod explain;
 mod heritage;
 mod load;
 mod lock;
+mod migrated;
 mod paths;
 mod pins;
 mod plan;

@@ -188,6 +188,9 @@ impl Writer {
         if self.inherit(&census)? {
             census = self.census(netns)?;
         }
+        if self.follow_migrated(&census)? {
+            census = self.census(netns)?;
+        }
         self.close_deserted(&census);
         let tally = self.tally(&census);
         self.compare(&census, &tally);

@@ -18,6 +18,7 @@ use super::events::{self, Events, LogFollower};
 use super::heritage::Heritage;
 use super::load::{self, Kernel};
 use super::lock::Lock;
+use super::migrated::Migrated;
 use super::paths::{Attachment, Link};
 use super::tables::Tables;
 use super::truth::Audit;
@@ -38,6 +39,7 @@ pub struct Writer {
     /// What the comparisons with the socket table have found so far.
     pub(super) audit: Audit,
     pub(super) heritage: Heritage,
+    pub(super) migrated: Migrated,
     /// Links of this build's `steer`, by the cookie of their namespace.
     steers: BTreeMap<u64, OwnedFd>,
     /// The loaded objects whose logs nobody follows yet: they own the buffers. `account`'s has no namespace.
@@ -91,6 +93,7 @@ impl Writer {
             empty_since: BTreeMap::new(),
             audit,
             heritage,
+            migrated: Migrated::default(),
             steers: BTreeMap::new(),
             objects: vec![(None, object)],
             logs: BTreeMap::new(),
