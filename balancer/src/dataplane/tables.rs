@@ -357,7 +357,7 @@ impl Tables {
 
     /// Fills a slot that this process has claimed.
     pub fn write_backend(&mut self, slot: u32, backend: Backend) -> Result<()> {
-        for hint in 1..4 {
+        for hint in 1..size_of::<Counts>() / size_of::<u64>() {
             self.counts.word(slot, hint).store(0, Ordering::SeqCst);
         }
         self.backends
