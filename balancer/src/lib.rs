@@ -9,6 +9,7 @@ pub mod dataplane;
 pub mod discover;
 pub mod doctor;
 pub mod quota;
+mod quote;
 #[expect(
     unsafe_code,
     reason = "the one place for system calls that no safe crate offers"

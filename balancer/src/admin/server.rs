@@ -31,6 +31,7 @@ use tokio::{
 };
 
 use super::{Envelope, MAX_REQUEST_BYTES, Request, Response, comparable};
+use crate::quote;
 
 /// How long a client may take to say what it wants.
 const ASKS_WITHIN: Duration = Duration::from_secs(5);
@@ -281,21 +282,9 @@ pub fn understand(line: &[u8], state_dir: &Path) -> Result<Request, String> {
     Ok(envelope.request)
 }
 
-/// `text`, which the client may have chosen, as it may stand in an answer: no longer than fits into the socket's buffer, and without
-/// characters that steer a terminal.
+/// `text`, which the client may have chosen, as it may stand in an answer: no longer than fits into the socket's buffer.
 fn shown(text: &str) -> String {
-    const LONGEST: usize = 300;
-    let mut short: String = text
-        .chars()
-        .take(LONGEST)
-        .flat_map(char::escape_debug)
-        .collect();
-    // Quotes are harmless here and read better as they were written.
-    short = short.replace("\\\"", "\"").replace("\\'", "'");
-    if text.chars().nth(LONGEST).is_some() {
-        short.push('…');
-    }
-    short
+    quote::shown(text, 300)
 }
 
 /// The line that a client sends, with its end, and no more bytes than a request may have.

@@ -13,7 +13,7 @@ use prometheus_client::registry::{Registry, Unit};
 use super::{Place, output::print};
 use crate::dataplane::{AgentSnapshot, BackendSnapshot, ServiceSnapshot, Snapshot};
 
-/// Print what `status` shows as metrics, in the OpenMetrics text format (changes nothing)
+/// Print what `status` shows as metrics, in the `OpenMetrics` text format (changes nothing)
 ///
 /// Reads the kernel's own counters, so it works without the daemon. Two of them should alarm: `balancer_drift_connections`, by how many connections the
 /// counts lastingly differed from the socket table at the last comparison, must be 0, and `balancer_repairs_total` must not grow.

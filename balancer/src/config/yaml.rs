@@ -9,6 +9,7 @@ use std::{collections::HashMap, rc::Rc};
 use granit_parser::{Event, Parser, ScalarStyle};
 
 use super::error::{ConfigError, at_line};
+use crate::quote;
 
 /// More nested than any setting is; a deeper file is a mistake or an attack.
 const MAX_DEPTH: usize = 16;
@@ -219,18 +220,7 @@ fn lines(text: &str) -> usize {
     text.lines().count().max(1)
 }
 
-/// `text` as it may stand in a message: on one line, without control characters, and not longer than a line of an error should be.
+/// `text` as it may stand in a message, not longer than a line of an error should be.
 pub(super) fn shown(text: &str) -> String {
-    const LONGEST: usize = 60;
-    let mut short: String = text
-        .chars()
-        .take(LONGEST)
-        .flat_map(char::escape_debug)
-        .collect();
-    // Quotes are harmless here and read better as they were written.
-    short = short.replace("\\\"", "\"").replace("\\'", "'");
-    if text.chars().nth(LONGEST).is_some() {
-        short.push('…');
-    }
-    short
+    quote::shown(text, 60)
 }
