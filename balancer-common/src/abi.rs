@@ -38,6 +38,17 @@ pub const fn ticks_of_ms(ms: u64) -> u32 {
     ((ms * 1_000_000) >> 20) as u32
 }
 
+/// Ticks of that many microseconds, rounded down, and all of 32 bits where they are more.
+#[inline(always)]
+pub const fn ticks_of_us(us: u64) -> u32 {
+    let ticks = us.saturating_mul(1_000) >> 20;
+    if ticks > u32::MAX as u64 {
+        u32::MAX
+    } else {
+        ticks as u32
+    }
+}
+
 /// An IP address as the maps hold it: 16 bytes, IPv4 as `::ffff:a.b.c.d`, all zero for "any".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
@@ -459,6 +470,11 @@ pub struct Counts {
     pub full: u64,
     /// Tick until which SYN cookies are in use | [`Cookies`] << 32.
     pub cookies: u64,
+    /// Tick from when on the half-open connections, which hold all the room, are a flood unless one is completed before | 1 << 32;
+    /// 0: they hold it not.
+    pub stalled: u64,
+    /// The longest handshake of late, in microseconds | tick when it was completed << 32; 0: none yet.
+    pub handshake: u64,
 }
 
 impl Counts {
@@ -468,6 +484,8 @@ impl Counts {
         expected: 0,
         full: 0,
         cookies: 0,
+        stalled: 0,
+        handshake: 0,
     };
     /// What one exempt connection adds to the word `established`; any other adds 1.
     pub const ONE_EXEMPT: u64 = 1 << 32 | 1;
@@ -537,6 +555,8 @@ pub struct ServiceState {
 }
 
 /// Value of CONNECTION (socket storage): on a listener its slot; on an accepted socket what it was counted as.
+///
+/// Its size and the places of slot and generation are the same in every layout, so that another build can tell whose a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Connection {
@@ -555,6 +575,8 @@ impl Connection {
     pub const COUNTED: u16 = 1;
     /// In ESTABLISHED, exempt.
     pub const EXEMPT: u16 = 2;
+    /// Taken over from another data plane: the daemon counts it.
+    pub const INHERITED: u16 = 3;
 }
 
 /// Key of EXEMPT behind the prefix length (32 bits of service, then the bits of the address).
@@ -707,7 +729,7 @@ const _: () = {
     assert!(size_of::<ListenRule>() == 8);
     assert!(size_of::<Backend>() == 64);
     assert!(size_of::<SlotPolicy>() == 24);
-    assert!(size_of::<Counts>() == 32);
+    assert!(size_of::<Counts>() == 48);
     assert!(size_of::<Members>() == 128);
     assert!(size_of::<ServiceState>() == 24);
     assert!(size_of::<Totals>() == 8);

@@ -1,6 +1,6 @@
 //! Admission: may this backend take one connection more?
 
-use crate::abi::{Backend, Cookies, Counts, UNLIMITED, ticks_of_ms};
+use crate::abi::{Backend, Cookies, Counts, UNLIMITED, ticks_of_ms, ticks_of_us};
 
 /// How long a queue may be full without a pause before connections are refused because of it, in ticks.
 pub const QUEUE_GRACE: u32 = ticks_of_ms(1_000);
@@ -12,6 +12,20 @@ pub const COOKIES_FOR_SECONDS: u32 = 120;
 pub const COOKIES_SOON_FOR: u32 = ticks_of_ms(3_000);
 /// Free places in the SYN queue below which other CPUs may fill it before the SYN at hand gets there.
 const QUEUE_MARGIN: u32 = 4;
+
+/// How long the room may be full of half-open connections none of which completes, before they are taken for a flood, in
+/// ticks: where no handshake was seen yet, and at most. Shorter than the kernel calls them young.
+const STALL_LONGEST: u32 = ticks_of_ms(900);
+/// The same at least, for handshakes that take next to no time.
+const STALL_SHORTEST: u32 = ticks_of_ms(20);
+/// The same as a multiple of the longest handshake.
+const STALL_HANDSHAKES: u64 = 8;
+/// How long what was taken for a flood is, in ticks: by then the SYN queue itself shows one that goes on.
+const FLOOD_FOR: u32 = ticks_of_ms(5_000);
+/// How long the longest handshake is remembered, in ticks.
+const HANDSHAKE_FOR: u32 = ticks_of_ms(600_000);
+/// Marks the word `stalled` as set.
+const SET: u64 = 1 << 32;
 
 /// What the kernel says of a listening socket at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,7 +81,16 @@ impl Observation {
     /// Half-open connections that may still complete; none during a half-open flood, which would otherwise use up the
     /// room of honest clients.
     #[inline(always)]
-    pub const fn pending(&self, quota: u32) -> u32 {
+    pub const fn pending(&self, counts: &Counts, quota: u32, now: u32) -> u32 {
+        if is_stalled(counts, now) {
+            return 0;
+        }
+        self.young_unless_flooded(quota)
+    }
+
+    /// The same by what the SYN queue shows alone, which needs a second or more to show a flood.
+    #[inline(always)]
+    const fn young_unless_flooded(&self, quota: u32) -> u32 {
         let allowance = if quota / 8 > 16 { quota / 8 } else { 16 };
         if matches!(self.cookies(), Cookies::InUse)
             || self.half_open.saturating_sub(self.young) > allowance
@@ -76,6 +99,57 @@ impl Observation {
         }
         self.young.saturating_add(self.fast_open)
     }
+}
+
+/// Whether the half-open connections are a flood by what became of them: they held all the room for longer than handshakes
+/// take here, and not one was completed.
+#[inline(always)]
+const fn is_stalled(counts: &Counts, now: u32) -> bool {
+    counts.stalled != 0 && now.wrapping_sub(counts.stalled as u32) <= FLOOD_FOR
+}
+
+/// Whether a handshake that is completed now takes the word `stalled` back.
+#[inline(always)]
+pub const fn is_held(word: u64, now: u32) -> bool {
+    word != 0 && (word as u32).wrapping_sub(now) as i32 > 0
+}
+
+/// The word `stalled` after a look. `None`: leave it as it is.
+#[inline(always)]
+pub const fn stalled_word(counts: &Counts, now: u32) -> Option<u64> {
+    if is_held(counts.stalled, now) || is_stalled(counts, now) {
+        return None;
+    }
+    Some(SET | now.wrapping_add(stall_patience(counts.handshake)) as u64)
+}
+
+/// How long half-open connections may hold all the room without one being completed.
+#[inline(always)]
+const fn stall_patience(handshake: u64) -> u32 {
+    if handshake == 0 {
+        return STALL_LONGEST;
+    }
+    let ticks = ticks_of_us((handshake as u32 as u64) * STALL_HANDSHAKES);
+    if ticks < STALL_SHORTEST {
+        STALL_SHORTEST
+    } else if ticks > STALL_LONGEST {
+        STALL_LONGEST
+    } else {
+        ticks
+    }
+}
+
+/// The word `handshake` after one that took `micros` was completed. `None`: leave it as it is.
+#[inline(always)]
+pub const fn handshake_word(word: u64, micros: u32, now: u32) -> Option<u64> {
+    let longest = word as u32;
+    let age = now.wrapping_sub((word >> 32) as u32);
+    if word != 0 && micros <= longest && age <= HANDSHAKE_FOR {
+        return None;
+    }
+    // A handshake of no time at all is one all the same.
+    let micros = if micros == 0 { 1 } else { micros };
+    Some((now as u64) << 32 | micros as u64)
 }
 
 /// The rule: established (without the exempt ones) + pending < quota.
@@ -111,7 +185,7 @@ pub fn judge(
         && !admits(
             counts.established(),
             counts.exempt(),
-            seen.pending(quota),
+            seen.pending(counts, quota, now),
             quota,
         )
     {
@@ -224,6 +298,7 @@ pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::vec::Vec;
 
     const QUIET: Observation = Observation {
         half_open: 0,
@@ -252,13 +327,13 @@ mod tests {
             young: 100,
             ..QUIET
         };
-        assert_eq!(flood.pending(100), 0);
+        assert_eq!(flood.young_unless_flooded(100), 0);
         assert_eq!(
             Observation {
                 half_open: 116,
                 ..flood
             }
-            .pending(100),
+            .young_unless_flooded(100),
             100
         );
         assert_eq!(
@@ -267,7 +342,7 @@ mod tests {
                 young: 100,
                 ..QUIET
             }
-            .pending(1000),
+            .young_unless_flooded(1000),
             100
         );
         assert_eq!(
@@ -277,7 +352,7 @@ mod tests {
                 overflow_age: 119,
                 ..QUIET
             }
-            .pending(100),
+            .young_unless_flooded(100),
             0
         );
         assert_eq!(
@@ -287,7 +362,7 @@ mod tests {
                 overflow_age: 120,
                 ..QUIET
             }
-            .pending(100),
+            .young_unless_flooded(100),
             3
         );
         assert_eq!(
@@ -297,7 +372,7 @@ mod tests {
                 syncookies: 2,
                 ..QUIET
             }
-            .pending(100),
+            .young_unless_flooded(100),
             0
         );
         assert_eq!(
@@ -307,7 +382,7 @@ mod tests {
                 fast_open: 2,
                 ..QUIET
             }
-            .pending(100),
+            .young_unless_flooded(100),
             5
         );
     }
@@ -340,7 +415,7 @@ mod tests {
             ..QUIET
         };
         assert_eq!(nearly.cookies(), Cookies::Soon);
-        assert_eq!(nearly.pending(1000), 126);
+        assert_eq!(nearly.young_unless_flooded(1000), 126);
         assert_eq!(
             Observation {
                 syncookies: 0,
@@ -360,7 +435,168 @@ mod tests {
         assert_eq!(full_since(second, 1501 + QUEUE_GRACE), 1501 + QUEUE_GRACE);
     }
 
+    /// How long the kernel calls a half-open connection young.
+    const YOUNG_FOR: u32 = ticks_of_ms(1_000);
+    const QUOTA: u32 = 20;
+
+    /// A listener, and what becomes of the SYNs that it takes.
+    struct Model {
+        counts: Counts,
+        /// When each half-open connection began, and when its last segment comes if one does.
+        half_open: Vec<(u32, Option<u32>)>,
+    }
+
+    impl Model {
+        fn new(longest_handshake: u32) -> Self {
+            let handshake = handshake_word(0, longest_handshake * 1_049, 0).unwrap();
+            let counts = Counts {
+                handshake,
+                ..Counts::ZERO
+            };
+            Self {
+                counts,
+                half_open: Vec::new(),
+            }
+        }
+
+        /// The kernel half's `completed`.
+        fn complete(&mut self, now: u32) {
+            let before = self.half_open.len();
+            self.half_open
+                .retain(|(_, last)| last.is_none_or(|last| last > now));
+            self.counts.established += (before - self.half_open.len()) as u64;
+            if before > self.half_open.len() && is_held(self.counts.stalled, now) {
+                self.counts.stalled = 0;
+            }
+        }
+
+        /// A SYN of a client whose handshake takes that long; whether it is let in.
+        fn syn(&mut self, now: u32, takes: Option<u32>) -> bool {
+            self.complete(now);
+            let young = |(born, _): &&(u32, Option<u32>)| now - born < YOUNG_FOR;
+            let seen = Observation {
+                half_open: self.half_open.len() as u32,
+                young: self.half_open.iter().filter(young).count() as u32,
+                backlog: u32::MAX,
+                ..QUIET
+            };
+            let admitted = judge(&seen, &self.counts, QUOTA, true, now) == Judgement::Take;
+            let for_pending = admits(self.counts.established(), 0, 0, QUOTA);
+            if !admitted
+                && for_pending
+                && let Some(word) = stalled_word(&self.counts, now)
+            {
+                self.counts.stalled = word;
+            }
+            if admitted {
+                self.half_open.push((now, takes.map(|takes| now + takes)));
+            }
+            admitted
+        }
+    }
+
+    #[test]
+    fn half_open_connections_that_never_complete_hold_the_room_for_a_moment() {
+        let mut model = Model::new(1);
+        let flood =
+            |model: &mut Model, from, to| (from..to).filter(|now| model.syn(*now, None)).count();
+        assert_eq!(flood(&mut model, 0, QUOTA + STALL_SHORTEST), QUOTA as usize);
+        // From then on, beside the flood, honest ones get in up to the quota and not beyond.
+        for n in 0..QUOTA + 5 {
+            let now = QUOTA + STALL_SHORTEST + 300 * n;
+            assert_eq!(model.syn(now, Some(1)), n < QUOTA, "honest client {n}");
+            flood(&mut model, now + 1, now + 300);
+        }
+        assert_eq!(model.counts.established(), QUOTA);
+    }
+
+    #[test]
+    fn a_backend_without_a_handshake_yet_is_given_nearly_a_second() {
+        let mut model = Model::new(1);
+        model.counts.handshake = 0;
+        let taken =
+            |model: &mut Model, from, to| (from..to).filter(|now| model.syn(*now, None)).count();
+        assert_eq!(taken(&mut model, 0, QUOTA + STALL_LONGEST), QUOTA as usize);
+        assert!(model.syn(QUOTA + STALL_LONGEST, Some(1)));
+    }
+
+    /// However little room is left: the dead ones in the SYN queue would take many seconds to be too many.
+    #[test]
+    fn one_place_that_is_left_is_not_held_for_long() {
+        let mut model = Model::new(1);
+        model.counts.established = u64::from(QUOTA) - 1;
+        assert!(model.syn(0, None));
+        assert!(!model.syn(1, Some(1)));
+        assert!(model.syn(1 + STALL_SHORTEST, Some(1)));
+    }
+
+    #[test]
+    fn the_longest_handshake_is_remembered_for_a_while() {
+        let first = handshake_word(0, 800, 1_000).unwrap();
+        assert_eq!(handshake_word(first, 700, 2_000), None);
+        assert_eq!(
+            handshake_word(first, 900, 2_000).map(|word| word as u32),
+            Some(900)
+        );
+        let later = 1_001 + HANDSHAKE_FOR;
+        assert_eq!(
+            handshake_word(first, 700, later).map(|word| word as u32),
+            Some(700)
+        );
+        assert_eq!(
+            stall_patience(handshake_word(0, 0, 0).unwrap()),
+            STALL_SHORTEST
+        );
+        assert_eq!(
+            stall_patience(handshake_word(0, 10_000, 0).unwrap()),
+            ticks_of_ms(80)
+        );
+        assert_eq!(
+            stall_patience(handshake_word(0, u32::MAX, 0).unwrap()),
+            STALL_LONGEST
+        );
+    }
+
     proptest! {
+        /// Bursts of clients that all complete are no flood: they get the quota and no more.
+        #[test]
+        fn a_burst_of_honest_clients_stays_within_the_quota(
+            longest in 1..100_u32, clients in prop::collection::vec((0..4_u32, 1..100_u32), 1..300),
+        ) {
+            let mut model = Model::new(longest);
+            let mut now = 0;
+            let wanted = clients.len().min(QUOTA as usize);
+            for (gap, takes) in clients {
+                now += gap;
+                model.syn(now, Some(takes.min(longest)));
+            }
+            model.complete(now + longest);
+            prop_assert_eq!(model.counts.established() as usize, wanted);
+        }
+
+        /// Whatever the rate of a flood and the room that it finds: an honest client that was refused gets in soon after.
+        #[test]
+        fn a_flood_refuses_honest_clients_for_a_moment_only(
+            gaps in prop::collection::vec(0..60_u32, 400), established in 0..QUOTA, longest in 1..100_u32,
+        ) {
+            let mut model = Model::new(longest);
+            model.counts.established = u64::from(established);
+            let (mut now, mut refused) = (0, None);
+            for gap in gaps {
+                // One that leaves at once: it takes no room.
+                if model.syn(now, Some(0)) {
+                    model.complete(now);
+                    model.counts.established -= 1;
+                    refused = None;
+                } else {
+                    let since: u32 = *refused.get_or_insert(now);
+                    prop_assert!(now - since <= stall_patience(model.counts.handshake));
+                }
+                now += gap;
+                model.syn(now, None);
+            }
+        }
+
         #[test]
         fn nothing_is_admitted_over_quota(established: u32, exempt: u32, pending: u32, quota in 0..UNLIMITED) {
             if admits(established, exempt, pending, quota) {
@@ -374,11 +610,13 @@ mod tests {
             word: u64, quota: u32, now: u32, established: u64, enforce: bool,
         ) {
             let seen = Observation { half_open, young, fast_open, queue, backlog, syncookies, overflow_age };
-            let counts = Counts { established, expected: word, full: word, cookies: word };
+            let counts = Counts { established, expected: word, full: word, cookies: word, stalled: word, handshake: word };
             judge(&seen, &counts, quota, enforce, now);
             cookies_word(&seen, word, now);
             full_word(full_since(word, now), now);
-            prop_assert!(expected(expected_word(seen.pending(quota), now), now) <= i32::MAX as u32 + 1);
+            stalled_word(&counts, now);
+            handshake_word(word, half_open, now);
+            prop_assert!(expected(expected_word(seen.pending(&counts, quota, now), now), now) <= i32::MAX as u32 + 1);
         }
     }
 }

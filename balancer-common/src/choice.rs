@@ -280,6 +280,8 @@ pub struct Scan {
     best: u64,
     /// `Counts::expected` of the best, as the choice saw it.
     best_expected: u64,
+    /// The best was chosen without its `expected`: a look at it that fails does not put it behind others.
+    best_has_no_hint: bool,
     /// Where the walk over the members stands.
     pub cursor: Cursor,
     fit: u32,
@@ -301,6 +303,7 @@ impl Scan {
             sum: 0,
             best: NONE,
             best_expected: 0,
+            best_has_no_hint: false,
             cursor: Cursor::START,
             fit: 0,
             uid: 0,
@@ -371,6 +374,12 @@ impl Scan {
     #[inline(always)]
     pub const fn best_expected(&self) -> u64 {
         self.best_expected
+    }
+
+    /// Whether [`Scan::best`] was chosen without regard to what is expected there.
+    #[inline(always)]
+    pub const fn best_has_no_hint(&self) -> bool {
+        self.best_has_no_hint
     }
 
     /// Whether a second pass is needed before [`Scan::best`] means something: round-robin needs the sum of the weights.
@@ -460,12 +469,15 @@ impl Scan {
             return;
         }
         let expected = expected(member.counts.expected, self.request.now);
+        // What is expected may be the very client whose ACK this is: with it counted, the ACK of a cookie would go elsewhere.
+        let cookies = cookies_state(member.counts.cookies, self.request.now);
+        let no_hint = self.cookies && !matches!(cookies, Cookies::Off);
         let doubtful = is_full(member.counts.full, self.request.now)
             || (self.enforces(quota)
                 && !admits(
                     member.counts.established(),
                     member.counts.exempt(),
-                    expected,
+                    if no_hint { 0 } else { expected },
                     quota,
                 ));
         let key =
@@ -474,6 +486,7 @@ impl Scan {
         if key < self.best {
             self.best = key;
             self.best_expected = member.counts.expected;
+            self.best_has_no_hint = no_hint;
         }
     }
 

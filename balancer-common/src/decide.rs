@@ -316,7 +316,10 @@ impl Deliberation {
         }
         // A look that fails changes the counters, which put the backend behind those that may have room. Only one that was
         // there already, or has no counters to change, must be remembered.
-        if self.scan.best_is_doubtful() || matches!(attempt, Attempt::Gone | Attempt::Failed) {
+        if self.scan.best_is_doubtful()
+            || self.scan.best_has_no_hint()
+            || matches!(attempt, Attempt::Gone | Attempt::Failed)
+        {
             self.scan.mark_tried(self.looks as usize, slot);
             self.looks += 1;
         }
@@ -427,17 +430,18 @@ pub fn decide<W: World>(world: &mut W, state: &mut Deliberation) -> Decision {
     state.failure()
 }
 
-/// Whether a look must make the choice anew because cookies turn out to be in use.
+/// Whether a look must make the choice anew because cookies turn out to be in use, or about to be: a SYN queue that is found full,
+/// and not nearly full first, answers the very SYN at hand with one.
 #[inline(always)]
 pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> bool {
-    matches!(cookies, Cookies::InUse) && !state.scan.cookies
+    !matches!(cookies, Cookies::Off) && !state.scan.cookies
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::abi::{Address, Backend, BackendState, Counts, Life, Policy, SlotPolicy, UNLIMITED};
-    use crate::admission::{Observation, full_word, judge, over_word};
+    use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
     use crate::choice::Member;
     use crate::{Verdict, hash};
     use proptest::prelude::*;
@@ -543,7 +547,7 @@ mod tests {
                 return Attempt::Cookies;
             }
             let quota = member.quota(state.scan.request.quota);
-            let pending = seen.pending(quota);
+            let pending = seen.pending(&member.counts, quota, NOW);
             let enforce = state.scan.enforces(quota);
             let judgement = judge(seen, &member.counts, quota, enforce, NOW);
             let counts = &mut self.members[index].counts;
@@ -680,7 +684,7 @@ mod tests {
             let mut model = Model::of(members);
             for ((member, socket), word) in model.members.iter_mut().zip(&mut model.sockets).zip(seen.iter().zip(&words)) {
                 *socket = *word.0;
-                member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1 };
+                member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, stalled: word.1 >> 5, handshake: word.1 >> 7 };
             }
             let request = Request { virtual_port, ..from_source(policy, source) };
             let decision = model.decide_in(request, Circumstances { exempt, stale });
@@ -802,6 +806,50 @@ mod tests {
                 slot: None
             }
         );
+    }
+
+    /// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill. The client takes the last place.
+    #[test]
+    fn the_ack_of_a_first_cookie_finds_the_listener_of_the_syn() {
+        let of = |source| from_source(Policy::LeastConnections, source);
+        for source in 0..200 {
+            let mut model = Model::of((0..3).map(|slot| member(slot, 4, 5, 1)));
+            let full = Observation {
+                half_open: 129,
+                ..IDLE
+            };
+            model.sockets.fill(full);
+            let asked = model.decide(of(source)).slot.unwrap();
+            let index = model.index(asked);
+            model.sockets[index].overflow_age = 0;
+            model.members[index].counts.expected = expected_word(0, NOW);
+            for (member, seen) in model.members.iter_mut().zip(&model.sockets) {
+                member.counts.cookies = cookies_word(seen, 0, NOW).unwrap();
+            }
+            assert_eq!(
+                model.decide(of(source)).slot,
+                Some(asked),
+                "client {source}"
+            );
+        }
+    }
+
+    /// Their counters are not believed while cookies are about to be in use: each is looked at once.
+    #[test]
+    fn what_a_look_finds_counts_when_cookies_are_about_to_be_in_use() {
+        let mut model = Model::of((0..3).map(|slot| member(slot, 0, 5, 1)));
+        for member in &mut model.members {
+            member.counts.cookies = (Cookies::Soon as u64) << 32 | u64::from(NOW + 10);
+        }
+        model.sockets.fill(Observation {
+            half_open: 126,
+            young: 126,
+            ..IDLE
+        });
+        let asked = request(Policy::LeastConnections);
+        assert_eq!(model.decide(asked).reason, Reason::OverQuotaCookie);
+        model.sockets[1] = IDLE;
+        assert_eq!(model.decide(asked).slot, Some(1));
     }
 
     #[test]

@@ -1,15 +1,18 @@
 //! sock_ops: registers the listeners of services and counts their established connections.
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_ops};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_loop, bpf_sk_storage_get, bpf_sock_map_update,
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
     Address, Backend, BackendState, Connection, Counts, EventKind, Life, ListenRule, MAX_MEMBERS,
-    MAX_SLOTS, MEMBER_WORDS,
+    MAX_SLOTS, MEMBER_WORDS, ticks,
 };
+use balancer_common::admission::{handshake_word, is_held};
 use core::ffi::c_void;
+use core::ptr::read_volatile;
 
 use crate::kernel::{TcpSocket, context, current_task};
 use crate::maps::{
@@ -103,6 +106,29 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     if unsafe { (*counts).expected } as u32 as i32 > 0 {
         unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
     }
+    // Exempt ones are let in whatever the room: they say nothing of those that hold it.
+    if class == Connection::COUNTED {
+        completed(ctx, counts);
+    }
+}
+
+/// A handshake was completed: those under way are no flood, and this is how long one takes.
+#[inline(always)]
+fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
+    let stalled = unsafe { read_volatile(&raw const (*counts).stalled) };
+    let now = ticks(unsafe { bpf_ktime_get_ns() });
+    if is_held(stalled, now) {
+        unsafe { atomic::replace(&raw mut (*counts).stalled, stalled, 0) };
+    }
+    // Eighths of a microsecond; 0 where the SYN-ACK was sent again or was a cookie, and nothing was measured.
+    let ops: *const bpf_sock_ops = ctx.ops;
+    let eighths = context!(ops, srtt_us);
+    let word = unsafe { read_volatile(&raw const (*counts).handshake) };
+    if eighths != 0
+        && let Some(word) = handshake_word(word, eighths >> 3, now)
+    {
+        unsafe { atomic::store(&raw mut (*counts).handshake, word) };
+    }
 }
 
 #[inline(always)]
@@ -111,9 +137,8 @@ fn left(connection: &mut Connection) {
     let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
         return;
     };
-    if connection.class == Connection::UNCOUNTED
-        || backend.life().generation() != connection.generation
-    {
+    let counted = connection.class == Connection::COUNTED || connection.class == Connection::EXEMPT;
+    if !counted || backend.life().generation() != connection.generation {
         return;
     }
     unsafe {
@@ -319,7 +344,7 @@ pub extern "C" fn account_claim(service: u32) -> u64 {
                 0,
             )
         };
-        let slot = unsafe { core::ptr::read_volatile(&raw const found) };
+        let slot = unsafe { read_volatile(&raw const found) };
         let Some(place) = BACKENDS.get_ptr_mut(slot as u32) else {
             return NONE;
         };
@@ -402,6 +427,8 @@ fn register(ctx: &SockOpsContext, slot: u32, life: Life, mut backend: Backend) {
             atomic::store(&raw mut (*counts).expected, 0);
             atomic::store(&raw mut (*counts).full, 0);
             atomic::store(&raw mut (*counts).cookies, 0);
+            atomic::store(&raw mut (*counts).stalled, 0);
+            atomic::store(&raw mut (*counts).handshake, 0);
         }
     }
     publish(ctx, slot, life, place);

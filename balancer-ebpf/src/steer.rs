@@ -10,7 +10,7 @@ use balancer_common::abi::{
     REASON_SLOTS, ServicePort, ticks,
 };
 use balancer_common::admission::{
-    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word,
+    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
 };
 use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
@@ -390,6 +390,7 @@ fn attempt_socket(
         return Attempt::Cookies;
     }
     let quota = member.quota(state.scan.request.quota);
+    let pending = seen.pending(&member.counts, quota, now);
     let enforce = state.scan.enforces(quota);
     match judge(&seen, &member.counts, quota, enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
@@ -398,8 +399,10 @@ fn attempt_socket(
         }
         Judgement::OverQuota => {
             // Corrects the hint that the look has found wrong.
-            let word = over_word(seen.pending(quota), now);
+            let word = over_word(pending, now);
             unsafe { atomic::store(&raw mut (*counts).expected, word) };
+            // By established connections alone it would not have been looked at: half-open ones hold the room.
+            note_stalled(counts, member, now);
             return Attempt::Judged(Judgement::OverQuota);
         }
         Judgement::Take if member.counts.full != 0 => unsafe {
@@ -407,7 +410,7 @@ fn attempt_socket(
         },
         _ => {}
     }
-    if !announce(counts, expected_word(seen.pending(quota), now), state) {
+    if !announce(counts, expected_word(pending, now), state) {
         return Attempt::Raced;
     }
     match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
@@ -438,5 +441,13 @@ fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
     let before = unsafe { core::ptr::read_volatile(&raw const (*counts).cookies) };
     if let Some(word) = cookies_word(seen, before, now) {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
+    }
+}
+
+/// Only where the word is still the one that was judged by: a handshake completed on another CPU takes it back.
+#[inline(always)]
+fn note_stalled(counts: *mut Counts, member: &Member, now: u32) {
+    if let Some(word) = stalled_word(&member.counts, now) {
+        unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
     }
 }

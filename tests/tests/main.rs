@@ -10,6 +10,7 @@ mod exit;
 mod explain;
 mod fail_open;
 mod fixtures;
+mod floods;
 mod lifecycle;
 mod load;
 mod namespaces;

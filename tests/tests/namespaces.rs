@@ -54,13 +54,13 @@ fn live_and_die(machine: &Machine, balancer: &Balancer, round: usize) -> Duratio
         machine.cgroup.enter();
         let cookie = balancer::sys::netns::cookie().expect("the namespace has a cookie");
         let listener = Listen::on(&agents()).open();
-        let listened = Instant::now();
+        let begin = Instant::now();
         eventually(SETTLES_WITHIN, || {
             let guarded = pins(balancer).contains(&format!("link_steer_{cookie}"));
             ensure!(guarded, "round {round}: not guarded");
             Ok(())
         });
-        let attached = listened.elapsed();
+        let attached = begin.elapsed();
         balancer.eventually(|service| {
             let here = |backend: &&Backend| backend.netns == cookie;
             let state = service
@@ -76,7 +76,7 @@ fn live_and_die(machine: &Machine, balancer: &Balancer, round: usize) -> Duratio
         });
         let mut clients = tcp::connect_many(agents(), 7);
         assert_eq!(clients.len(), 4, "round {round}: {}", balancer.logs());
-        if round % 3 == 0 {
+        if round.is_multiple_of(3) {
             // A listener that goes before its connections.
             drop(listener);
             clients.clear();

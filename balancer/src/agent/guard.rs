@@ -73,10 +73,8 @@ impl Guarded {
                 continue;
             }
             changed = true;
-            match now {
-                Some(_) => info!("the network namespace {} is there", path.display()),
-                None => info!("the network namespace {} is gone", path.display()),
-            }
+            let what = if now.is_some() { "there" } else { "gone" };
+            info!("the network namespace {} is {what}", path.display());
             *known = now;
         }
         changed

@@ -52,9 +52,11 @@ pub enum OnExit {
     Unload,
 }
 
-/// At most one part in so many of the time is spent on comparing the counts with the socket table,
+/// At most one part in so many of the time is spent on comparing the counts with the socket table;
 const CHECK_SHARE: u32 = 200;
-/// or of a short while, where something may be wrong or the daemon alone can count.
+/// where there are backends or connections that the kernel half does not see go;
+const ADOPTED_SHARE: u32 = 50;
+/// and where something may be wrong, which the next comparison tells.
 const DOUBTFUL_SHARE: u32 = 20;
 /// But it is done this often, however long it takes.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -155,11 +157,13 @@ impl Agent {
         self.check(true)?;
         self.quotas
             .apply(&self.config, &self.guarded, &mut self.writer)?;
+        // Not before: the quotas that the last daemon left may have been refusing nobody for a while. And not later: a data plane
+        // that has never had a sign of life refuses nobody.
+        self.writer.beat(self.config.fail_open_after);
         self.writer.switch()?;
         self.guarded.attach(&mut self.writer)?;
         self.writer.follow_logs();
         self.update()?;
-        // Not before: the quotas that the last daemon left may have been refusing nobody for a while.
         self.writer.beat(self.config.fail_open_after);
         Ok(())
     }
@@ -239,11 +243,15 @@ impl Agent {
             truth.drift,
             truth.repairs
         );
-        let share = match (first, self.writer.is_in_doubt()) {
+        let share = if first {
             // It also looks for owners and namespaces, which later ones don't.
-            (true, _) => 0,
-            (false, true) => DOUBTFUL_SHARE,
-            (false, false) => CHECK_SHARE,
+            0
+        } else if self.writer.is_in_doubt() {
+            DOUBTFUL_SHARE
+        } else if self.writer.has_adopted() {
+            ADOPTED_SHARE
+        } else {
+            CHECK_SHARE
         };
         // A little less than a tick, so that not every other one finds it not yet due.
         let pause = (cost * share).clamp(TICK / 2, LONGEST_PAUSE);

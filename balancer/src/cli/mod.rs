@@ -3,6 +3,7 @@
 mod completions;
 mod doctor;
 mod explain;
+mod metrics;
 mod output;
 mod quota;
 mod run;
@@ -29,7 +30,7 @@ use crate::{
 /// all are at their quota. Established traffic never passes through it. What it sets up in the kernel goes on working when the daemon dies; after
 /// a while without it nobody is refused any more.
 ///
-/// status, quota show, explain and doctor read, and change nothing. run, quota set, quota clear and unload change what the kernel does.
+/// status, metrics, quota show, explain and doctor read, and change nothing. run, quota set, quota clear and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
     name = "balancer",
@@ -82,6 +83,7 @@ struct Place {
 enum Verb {
     Run(run::Run),
     Status(status::Status),
+    Metrics(metrics::Metrics),
     #[command(subcommand)]
     Quota(quota::Quota),
     Explain(explain::Explain),
@@ -124,6 +126,7 @@ impl Verb {
         match self {
             Self::Run(run) => run.perform(place),
             Self::Status(status) => status.perform(place),
+            Self::Metrics(metrics) => metrics.perform(place),
             Self::Quota(quota) => quota.perform(place),
             Self::Explain(explain) => explain.perform(place),
             Self::Doctor(doctor) => return doctor.perform(place),

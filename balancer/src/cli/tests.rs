@@ -333,6 +333,35 @@ fn status_as_json_is_as_contracted() {
 }
 
 #[test]
+fn metrics_are_what_status_shows() {
+    let mut snapshot = Snapshot {
+        services: vec![agents()],
+        agent: alive(),
+    };
+    (snapshot.agent.truth.drift, snapshot.agent.truth.repairs) = (3, 2);
+    snapshot.services[0].backends.truncate(2);
+    snapshot.services[0].backends[1].quota = None;
+    let text = metrics::text(&snapshot).unwrap();
+    let lines: Vec<_> = text.lines().collect();
+    for line in [
+        "balancer_alive 1",
+        "balancer_drift_connections 3",
+        "balancer_checks_total 7",
+        "balancer_repairs_total 2",
+        "balancer_lookups_total{service=\"agents\",verdict=\"steer\",reason=\"steered\"} 1203",
+        "balancer_established_connections{service=\"agents\",slot=\"0\",backend=\"127.0.0.1:21801\",netns=\"4026531840\",\
+         state=\"active\"} 120",
+    ] {
+        assert!(lines.contains(&line), "{line} is not in\n{text}");
+    }
+    let quotas = lines
+        .iter()
+        .filter(|line| line.starts_with("balancer_quota_connections{"));
+    assert_eq!(quotas.count(), 1, "unlimited is no number:\n{text}");
+    assert_eq!(lines.last(), Some(&"# EOF"));
+}
+
+#[test]
 fn quota_as_text() {
     let (agents, als) = (agents(), als());
     assert_text(
@@ -731,6 +760,7 @@ mod without_a_daemon {
         let (_directory, place) = nowhere();
         for arguments in [
             &["status"][..],
+            &["metrics"],
             &["quota", "show"],
             &["explain", "--from", "::1", "--to", "1"],
         ] {

@@ -27,7 +27,7 @@ use crate::discover::{Listener, Owner, owners};
 use crate::sys::sock_diag::{Family, Socket};
 
 /// `BPF_NOEXIST`: never take a listener from the kernel half, which may register it at this very moment.
-const ONLY_NEW: u64 = 1;
+pub(super) const ONLY_NEW: u64 = 1;
 /// `BPF_EXIST`: in place of what a former tenant of its slot has left.
 const ONLY_OLD: u64 = 2;
 /// When a listener is tried again that can't be registered: looking for its owner takes a look at every process.
@@ -278,7 +278,12 @@ impl Writer {
     ) -> Result<()> {
         self.tables.write_backend(slot, backend)?;
         if let Some(flags) = storage {
-            self.set_storage(slot, life, file, flags)?;
+            let connection = Connection {
+                slot: u16::try_from(slot)?,
+                class: Connection::UNCOUNTED,
+                generation: life.generation(),
+            };
+            self.set_storage(connection, file, flags)?;
         }
         if let Err(error) = self.tables.listeners.set(slot, &file.as_raw_fd(), 0) {
             let errno = errno_of(&error);
@@ -299,12 +304,12 @@ impl Writer {
         Ok(())
     }
 
-    fn set_storage(&self, slot: u32, life: Life, file: &OwnedFd, flags: u64) -> Result<()> {
-        let connection = Connection {
-            slot: u16::try_from(slot)?,
-            class: Connection::UNCOUNTED,
-            generation: life.generation(),
-        };
+    pub(super) fn set_storage(
+        &self,
+        connection: Connection,
+        file: &OwnedFd,
+        flags: u64,
+    ) -> Result<()> {
         let mut storage: SkStorage<MapData, Wire<Connection>> =
             SkStorage::try_from(Map::SkStorage(self.tables.connection_data()?))?;
         storage.insert(&file.as_raw_fd(), Wire(connection), flags).context(
@@ -386,7 +391,10 @@ fn fitting<'a>(adopted: &[&'a SlotView], local: SocketAddr) -> Vec<&'a SlotView>
             .collect::<Vec<_>>()
     };
     let exact = of(false);
-    if exact.is_empty() { of(true) } else { exact }
+    let mut fitting = if exact.is_empty() { of(true) } else { exact };
+    // A slot that a daemon died over registering has the same address as the one that its listener has got since.
+    fitting.sort_by_key(|view| !view.life().is(BackendState::Active));
+    fitting
 }
 
 /// An address as the maps hold it: mapped IPv4 of a dual-stack socket is IPv4.

@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use balancer_common::abi::{Counts, Life};
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::Ordering;
 
 use super::tables::SlotView;
@@ -43,7 +44,7 @@ impl Writer {
         let mut slots = self.slots()?;
         slots.retain(|view| view.member.backend.netns == netns);
         let before = slots.iter().map(|view| self.read_before(view)).collect();
-        let sockets = self.sockets()?;
+        let sockets = sockets(self.tables.connection_map())?;
         let after = slots.iter().map(|view| self.read_after(view)).collect();
         let (listeners, connections) = sockets
             .into_iter()
@@ -82,15 +83,15 @@ impl Writer {
             entered: 0,
         }
     }
+}
 
-    fn sockets(&self) -> Result<Vec<Socket>> {
-        let mut sockets = Vec::new();
-        for family in [Family::V4, Family::V6] {
-            let mut query = Query::new(family, States::of(&[State::Listen, State::Established]));
-            query.storage = Some(self.tables.connection_map());
-            sockets
-                .extend(tcp_sockets(&query).context("cannot read the socket table (sock_diag)")?);
-        }
-        Ok(sockets)
+/// The listeners and established connections of the namespace that the thread is in, with what that map holds for each.
+pub fn sockets(storage: BorrowedFd<'_>) -> Result<Vec<Socket>> {
+    let mut sockets = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let mut query = Query::new(family, States::of(&[State::Listen, State::Established]));
+        query.storage = Some(storage);
+        sockets.extend(tcp_sockets(&query).context("cannot read the socket table (sock_diag)")?);
     }
+    Ok(sockets)
 }

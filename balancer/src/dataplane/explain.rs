@@ -306,7 +306,7 @@ impl World for Picture {
                 Attempt::Judged(judgement)
             }
             Judgement::OverQuota => {
-                let pending = seen.pending(quota);
+                let pending = seen.pending(&member.counts, quota, now);
                 self.note(slot, |counts| counts.expected = over_word(pending, now));
                 Attempt::Judged(judgement)
             }

@@ -6,6 +6,7 @@ mod adopt;
 mod census;
 mod events;
 mod explain;
+mod heritage;
 mod load;
 mod lock;
 mod paths;
@@ -28,7 +29,7 @@ pub use pins::unload;
 pub use plan::{ListenAt, Plan, ServicePlan};
 pub use slots::{QuotaSource, SlotQuota};
 pub use snapshot::{
-    AgentSnapshot, BackendSnapshot, Image, Reader, ServiceSnapshot, Snapshot, open,
+    AgentSnapshot, BackendSnapshot, Image, Reader, ServiceImage, ServiceSnapshot, Snapshot, open,
 };
 pub use tables::SlotView;
 pub use writer::Writer;

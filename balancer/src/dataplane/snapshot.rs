@@ -131,11 +131,22 @@ pub fn open(paths: &Paths) -> Result<Option<Reader>> {
     }))
 }
 
+/// What the maps hold of a service.
+#[derive(Clone, Debug)]
+pub struct ServiceImage {
+    /// Its index in the maps.
+    pub id: u16,
+    /// What only user space reads.
+    pub info: ServiceInfo,
+    /// How often each reason was given.
+    pub verdicts: Vec<(Reason, u64)>,
+}
+
 /// What the maps hold at one moment, as it stands there: all that a [`Snapshot`] is made of.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// The services that have a name, by their ids, with how often each reason was given.
-    pub services: Vec<(u16, ServiceInfo, Vec<(Reason, u64)>)>,
+    /// The services that have a name.
+    pub services: Vec<ServiceImage>,
     /// The slots that are taken.
     pub slots: Vec<Member>,
     /// The daemon's last sign of life.
@@ -156,9 +167,9 @@ impl Snapshot {
                 .or_default()
                 .push(member);
         }
-        let service = |(id, info, verdicts): &(u16, ServiceInfo, Vec<(Reason, u64)>)| {
-            let members = backends.remove(id).unwrap_or_default();
-            service(*id, info, verdicts, &members, ticks(image.now_ns))
+        let service = |image_of: &ServiceImage| {
+            let members = backends.remove(&image_of.id).unwrap_or_default();
+            service(image_of, &members, ticks(image.now_ns))
         };
         Self {
             services: image.services.iter().map(service).collect(),
@@ -175,7 +186,10 @@ impl Reader {
     pub fn snapshot(&self) -> Result<Snapshot> {
         let services = services(&self.tables)?
             .into_iter()
-            .map(|(id, info)| Ok((id, info, self.tables.verdicts(id)?)))
+            .map(|(id, info)| {
+                let verdicts = self.tables.verdicts(id)?;
+                Ok(ServiceImage { id, info, verdicts })
+            })
             .collect::<Result<_>>()?;
         let slots = self.tables.slots()?;
         Ok(Snapshot::of(&Image {
@@ -217,13 +231,8 @@ pub fn services(tables: &Tables) -> Result<Vec<(u16, ServiceInfo)>> {
     Ok(found)
 }
 
-fn service(
-    id: u16,
-    info: &ServiceInfo,
-    verdicts: &[(Reason, u64)],
-    members: &[&Member],
-    now: u32,
-) -> ServiceSnapshot {
+fn service(image: &ServiceImage, members: &[&Member], now: u32) -> ServiceSnapshot {
+    let info = &image.info;
     let by_hand = info.by_hand == 1;
     let quota = if by_hand {
         info.quota_by_hand
@@ -231,7 +240,7 @@ fn service(
         info.quota
     };
     ServiceSnapshot {
-        id,
+        id: image.id,
         name: text(&info.name),
         port: info.port,
         address: (!info.address.is_any()).then(|| info.address.into()),
@@ -244,7 +253,7 @@ fn service(
             .iter()
             .map(|member| backend(member, quota, by_hand, now))
             .collect(),
-        verdicts: verdicts.to_vec(),
+        verdicts: image.verdicts.clone(),
     }
 }
 

@@ -390,6 +390,8 @@ impl Tables {
             expected: word(1),
             full: word(2),
             cookies: word(3),
+            stalled: word(4),
+            handshake: word(5),
         }
     }
 

@@ -133,6 +133,8 @@ pub(super) struct Sighting {
     /// What the kernel half said of that before.
     without_slot_before: BTreeMap<u16, u64>,
     drift: u64,
+    /// There are adopted backends, or connections that only the daemon counts.
+    adopted: bool,
 }
 
 impl Audit {
@@ -179,7 +181,11 @@ impl Writer {
     /// When the socket table or a map can't be read.
     pub fn check(&mut self, netns: u64, eager: bool) -> Result<()> {
         let mut census = self.census(netns)?;
-        if self.adopt(netns, &census, eager)? {
+        let adopted = self.adopt(netns, &census, eager)?;
+        if adopted {
+            census = self.census(netns)?;
+        }
+        if self.inherit(&census)? {
             census = self.census(netns)?;
         }
         self.close_deserted(&census);
@@ -193,6 +199,11 @@ impl Writer {
     pub fn is_in_doubt(&self) -> bool {
         let last = &self.audit.last;
         !(self.audit.suspects.is_empty() && last.uncounted.is_empty() && last.deserted.is_empty())
+    }
+
+    /// Whether the last comparison saw backends or connections that the kernel half does not see go.
+    pub const fn has_adopted(&self) -> bool {
+        self.audit.last.adopted
     }
 
     /// Ends a comparison that took so much processor time; returns what is known now.
@@ -291,8 +302,12 @@ impl Writer {
             let tenant = connection_of(socket).filter(|connection| {
                 generations.get(&u32::from(connection.slot)) == Some(&connection.generation)
             });
-            match tenant {
+            match tenant.or_else(|| self.inherited(socket, &generations)) {
                 None => tally.strangers.push(socket),
+                Some(connection) if connection.class == Connection::INHERITED => {
+                    let slot = u32::from(connection.slot);
+                    tally.uncounted.push((slot, socket));
+                }
                 Some(connection) if connection.class == Connection::UNCOUNTED => {
                     // On its way out, unless it stays so: then another program has switched its state changes off.
                     let slot = u32::from(connection.slot);
@@ -385,13 +400,14 @@ impl Writer {
     }
 
     /// Counts again what the kernel half can't follow.
-    fn recount(&self, census: &Census, tally: Tally<'_>) -> Result<()> {
+    fn recount(&mut self, census: &Census, tally: Tally<'_>) -> Result<()> {
         let adopted: Vec<&SlotView> = census
             .slots
             .iter()
             .filter(|view| view.member.backend.flags & Backend::ADOPTED != 0)
             .collect();
         let mut shares = self.shares(&adopted, &tally.strangers)?;
+        self.audit.this.adopted |= !(adopted.is_empty() && tally.uncounted.is_empty());
         let service = |slot| {
             let of_slot = |view: &&SlotView| view.slot() == slot;
             census

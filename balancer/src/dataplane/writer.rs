@@ -15,6 +15,7 @@ use balancer_common::abi::{Heartbeat, ListenRule, PortKey};
 use tracing::info;
 
 use super::events::{self, Events, LogFollower};
+use super::heritage::Heritage;
 use super::load::{self, Kernel};
 use super::lock::Lock;
 use super::paths::{Attachment, Link};
@@ -36,6 +37,7 @@ pub struct Writer {
     pub(super) empty_since: BTreeMap<u32, (u32, Instant)>,
     /// What the comparisons with the socket table have found so far.
     pub(super) audit: Audit,
+    pub(super) heritage: Heritage,
     /// Links of this build's `steer`, by the cookie of their namespace.
     steers: BTreeMap<u64, OwnedFd>,
     /// The loaded objects whose logs nobody follows yet: they own the buffers. `account`'s has no namespace.
@@ -79,6 +81,7 @@ impl Writer {
             directory.display()
         );
         let audit = Audit::of(tables.truth());
+        let heritage = Heritage::of(&paths)?;
         let mut writer = Self {
             paths,
             kernel,
@@ -87,6 +90,7 @@ impl Writer {
             rules: BTreeMap::new(),
             empty_since: BTreeMap::new(),
             audit,
+            heritage,
             steers: BTreeMap::new(),
             objects: vec![(None, object)],
             logs: BTreeMap::new(),
@@ -125,6 +129,7 @@ impl Writer {
             );
             pins::remove_directory(&directory)?;
         }
+        self.heritage.close();
         Ok(())
     }
 

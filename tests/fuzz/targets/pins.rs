@@ -4,7 +4,7 @@
 //! missing at the end is zero.
 #![no_main]
 
-use balancer::dataplane::{Image, Snapshot};
+use balancer::dataplane::{Image, ServiceImage, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
 use balancer_common::abi::{Address, Backend, Counts, Heartbeat, ServiceInfo, SlotPolicy, Truth};
@@ -18,7 +18,7 @@ fuzz_target!(|input: &[u8]| {
     let services = &snapshot.services;
     assert_eq!(services.len(), image.services.len());
     let of_services = |member: &&Member| {
-        let mut ids = image.services.iter().map(|(id, ..)| *id);
+        let mut ids = image.services.iter().map(|service| service.id);
         ids.any(|id| id == member.backend.service)
     };
     let shown: usize = services.iter().map(|service| service.backends.len()).sum();
@@ -91,7 +91,7 @@ fn image(input: &[u8]) -> Image {
     }
 }
 
-fn service(bytes: &mut Bytes<'_>) -> (u16, ServiceInfo, Vec<(Reason, u64)>) {
+fn service(bytes: &mut Bytes<'_>) -> ServiceImage {
     let id = bytes.u16();
     let info = ServiceInfo {
         name: bytes.take(),
@@ -109,7 +109,7 @@ fn service(bytes: &mut Bytes<'_>) -> (u16, ServiceInfo, Vec<(Reason, u64)>) {
         .iter()
         .map(|reason| (*reason, bytes.u64()))
         .collect();
-    (id, info, verdicts)
+    ServiceImage { id, info, verdicts }
 }
 
 fn member(bytes: &mut Bytes<'_>) -> Member {
@@ -139,6 +139,8 @@ fn member(bytes: &mut Bytes<'_>) -> Member {
             expected: bytes.u64(),
             full: bytes.u64(),
             cookies: bytes.u64(),
+            stalled: bytes.u64(),
+            handshake: bytes.u64(),
         },
     }
 }
