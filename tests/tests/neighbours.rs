@@ -87,7 +87,7 @@ impl Neighbourhood {
     }
 }
 
-/// A balancer of two backends beside another sock_ops program.
+/// A balancer of two backends beside another `sock_ops` program.
 struct Scene<'a> {
     place: Place,
     home: &'a Neighbourhood,
@@ -537,14 +537,14 @@ fn an_exclusive_program_below() {
     }
 }
 
-/// Whether another sk_lookup program was attached before ours, and so is run before it.
+/// Whether another `sk_lookup` program was attached before ours, and so is run before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Turn {
     Before,
     After,
 }
 
-/// Two listeners with a quota of three each, and one that is none of ours, beside another sk_lookup program.
+/// Two listeners with a quota of three each, and one that is none of ours, beside another `sk_lookup` program.
 struct Lookups<'a> {
     turn: Turn,
     balancer: Balancer<'a>,

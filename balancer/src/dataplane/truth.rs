@@ -395,8 +395,8 @@ impl Writer {
             self.audit.truth.repairs += 1;
             self.audit.this.drift += unseen;
             warn!(
-                "{}: the socket table has {unseen:+} connections that came unseen: put right, they are counted from the table from now \
-                 on. Another sock_ops program may switch state changes off (`balancer doctor` names them)",
+                "{}: the socket table has {unseen:+} connections that came unseen: put right, they are counted from it from now on. \
+                 Another sock_ops program may switch state changes off (`balancer doctor` names them)",
                 name(view)
             );
         }
