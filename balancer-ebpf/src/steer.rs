@@ -44,6 +44,10 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     let Some(port) = service_of(arrival.to, arrival.to_port) else {
         return SK_PASS;
     };
+    if has_chosen(lookup) {
+        count(port.service, Reason::ForeignSkLookup);
+        return SK_PASS;
+    }
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let circumstances = Circumstances {
         exempt: is_exempt(port.service, &arrival.from),
@@ -65,6 +69,16 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
             SK_DROP
         }
     }
+}
+
+/// Whether a program that ran before has chosen a socket: its choice stands, whatever this one says (`bpf_sk_lookup_run_v4`,
+/// include/linux/filter.h).
+#[inline(always)]
+fn has_chosen(lookup: *const bpf_sk_lookup) -> bool {
+    let chosen = unsafe {
+        core::ptr::read_volatile(&raw const (*lookup).__bindgen_anon_1.__bindgen_anon_1.sk)
+    };
+    !chosen.is_null()
 }
 
 #[inline(always)]

@@ -647,6 +647,22 @@ fn sk_lookup_that_chooses_a_socket_of_its_own() {
     }
 }
 
+/// Whom it has chosen a socket for we can't refuse, and don't say that we did.
+#[test]
+fn sk_lookup_that_chooses_where_we_would_refuse() {
+    beside_sk_lookup(
+        Turn::Before,
+        |_, theirs| Answer::Choose(theirs),
+        |lookups| {
+            lookups.balancer.quota_set("agents", None, 0);
+            let _clients = connect_all(3);
+            let service = lookups.balancer.service();
+            let reasons = ["foreign-sk-lookup", "closed-by-hand"];
+            assert_eq!(reasons.map(|reason| service.verdicts(reason)), [3, 0]);
+        },
+    );
+}
+
 /// It comes after ours and only helps where nobody has chosen: what we have no room for goes to it.
 #[test]
 fn sk_lookup_that_takes_what_is_left() {
