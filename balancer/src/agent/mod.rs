@@ -155,6 +155,7 @@ impl Agent {
         self.plan = plan::of(&self.config, &self.guarded);
         self.writer.apply(&self.plan)?;
         self.check(true)?;
+        self.writer.give_back_held()?;
         self.quotas
             .apply(&self.config, &self.guarded, &mut self.writer)?;
         // Not before: the quotas that the last daemon left may have been refusing nobody for a while. And not later: a data plane
@@ -198,12 +199,13 @@ impl Agent {
     /// What failed is tried again at the next tick; counting and steering go on meanwhile.
     fn tick(&mut self) {
         self.writer.beat(self.config.fail_open_after);
-        if let Err(error) = self.update() {
+        if let Err(error) = self.look_around().and_then(|()| self.update()) {
             error!("the data plane could not be brought up to date: {error:#}");
         }
     }
 
-    fn update(&mut self) -> Result<()> {
+    /// What no event tells.
+    fn look_around(&mut self) -> Result<()> {
         if self.guarded.refresh() {
             self.plan = plan::of(&self.config, &self.guarded);
             self.writer.apply(&self.plan)?;
@@ -212,6 +214,10 @@ impl Agent {
         } else if Instant::now() >= self.next_check {
             self.check(false)?;
         }
+        Ok(())
+    }
+
+    fn update(&mut self) -> Result<()> {
         for freed in self.writer.free_empty()? {
             debug!(
                 "slot {} is free: its last connection has left",

@@ -224,7 +224,7 @@ impl Writer {
     /// the connections that are counted there.
     fn hold_own_slot(&self, claimant: &Claimant<'_>) -> Option<(u32, Life)> {
         let (slot, life) = self.own_slot(claimant.socket)?;
-        life.is(BackendState::Closed).then_some(())?;
+        matches!(life.state(), BackendState::Closed | BackendState::Held).then_some(())?;
         self.hold(slot, life).then_some((slot, life))
     }
 

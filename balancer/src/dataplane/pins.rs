@@ -162,6 +162,18 @@ pub(super) fn move_link(link: &OwnedFd, from: &Path, to: &Path) -> Result<()> {
     remove_pin(from)
 }
 
+/// Takes a link's other pin away that a daemon has left which died over [`move_link`]; a link of its own that has the same purpose as the one
+/// at `to` goes with its pin.
+pub(super) fn finish_move(link: &Link, file: &OwnedFd, to: &Path) -> Result<()> {
+    let there = bpf::obj_get(to).with_context(|| format!("cannot open {}", to.display()))?;
+    let id = |file: &OwnedFd| bpf::link_info(file).map(|info| info.id);
+    if id(file)? == id(&there)? {
+        remove_pin(&link.pin)
+    } else {
+        remove_link(link)
+    }
+}
+
 pub(super) fn make_directory(path: &Path) -> Result<()> {
     fs::DirBuilder::new()
         .recursive(true)

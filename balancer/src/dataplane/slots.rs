@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use balancer_common::abi::{BackendState, Life, SlotPolicy, UNLIMITED};
-use tracing::debug;
+use tracing::{debug, info};
 
-use super::tables::SlotView;
+use super::tables::{SlotView, every_slot};
 use super::writer::Writer;
 
 /// A closed slot is given away only after so long without a connection: a last one may be on its way out.
@@ -140,12 +140,36 @@ impl Writer {
         {
             return Ok(false);
         }
-        self.clear_listener(view.slot())?;
-        let free = Life::new(life.generation().wrapping_add(1), BackendState::Free);
-        self.tables
-            .life(view.slot())
-            .store(free.0, Ordering::SeqCst);
+        self.give_back(view.slot(), life)?;
         Ok(true)
+    }
+
+    fn give_back(&mut self, slot: u32, life: Life) -> Result<()> {
+        self.clear_listener(slot)?;
+        let free = Life::new(life.generation().wrapping_add(1), BackendState::Free);
+        self.tables.life(slot).store(free.0, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Gives back the slots that an earlier daemon died over, after those that still have their listener have been registered.
+    ///
+    /// # Errors
+    /// When a map can't be changed.
+    pub fn give_back_held(&mut self) -> Result<()> {
+        for slot in every_slot() {
+            let life = Life(self.tables.life(slot).load(Ordering::SeqCst));
+            if !life.is(BackendState::Held) {
+                continue;
+            }
+            info!("slot {slot}: giving back what the last daemon died over");
+            if self.tables.counts(slot).established == 0 {
+                self.give_back(slot, life)?;
+            } else {
+                let closed = life.with(BackendState::Closed).0;
+                self.tables.life(slot).store(closed, Ordering::SeqCst);
+            }
+        }
+        Ok(())
     }
 
     /// A socket that was shut down, and not closed, is still in the map.

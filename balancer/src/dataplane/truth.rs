@@ -5,11 +5,11 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use balancer_common::abi::{Backend, BackendState, Connection, Counts, Life, Truth};
+use balancer_common::abi::{Backend, BackendState, Connection, Counts, Truth};
 use tracing::{info, warn};
 
 use super::census::Census;
-use super::tables::{SlotView, connection_of, every_slot};
+use super::tables::{SlotView, connection_of};
 use super::writer::Writer;
 use crate::sys::clock;
 use crate::sys::sock_diag::Socket;
@@ -230,18 +230,6 @@ impl Writer {
         self.tables.set_truth(*truth);
         self.audit.last = this;
         *truth
-    }
-
-    /// Slots that a daemon died over: their listeners are registered again if they still listen, the others are freed.
-    pub(super) fn release_held(&mut self) {
-        for slot in every_slot() {
-            let word = self.tables.life(slot);
-            let life = Life(word.load(Ordering::SeqCst));
-            if life.is(BackendState::Held) {
-                info!("slot {slot}: going on with what the last daemon began");
-                word.store(life.with(BackendState::Closed).0, Ordering::SeqCst);
-            }
-        }
     }
 
     /// Closes what is left of a namespace that is gone, with all its sockets.

@@ -84,7 +84,7 @@ impl Writer {
         );
         let audit = Audit::of(tables.truth());
         let heritage = Heritage::of(&paths)?;
-        let mut writer = Self {
+        Ok(Self {
             paths,
             kernel,
             tables,
@@ -99,9 +99,7 @@ impl Writer {
             logs: BTreeMap::new(),
             adopted,
             _lock: lock,
-        };
-        writer.release_held();
-        Ok(writer)
+        })
     }
 
     /// Puts this build's `steer` under every link that is there, also under those of another layout, which become this data plane's;
@@ -142,12 +140,11 @@ impl Writer {
             return pins::remove_link(link);
         }
         let pin = Paths::steer(&self.paths.current(), cookie);
+        if link.pin != pin && pin.exists() {
+            return pins::finish_move(link, &file, &pin);
+        }
         if self.steers.contains_key(&cookie) {
-            return if link.pin == pin {
-                Ok(())
-            } else {
-                pins::remove_link(link)
-            };
+            return Ok(());
         }
         let mut object = self.kernel.open_object(&self.paths.current(), cookie)?;
         let file = pins::replace(link, load::steer(&mut object)?.fd()?.as_fd())?;
