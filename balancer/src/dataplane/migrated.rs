@@ -1,5 +1,5 @@
 //! Connections that a closing listener hands on to another one of its `SO_REUSEPORT` group (`net.ipv4.tcp_migrate_req`, `inet_csk_listen_stop`,
-//! net/ipv4/inet_connection_sock.c): the kernel half has counted them on the one that closed, and nothing tells it of the change.
+//! `net/ipv4/inet_connection_sock.c`): the kernel half has counted them on the one that closed, and nothing tells it of the change.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -44,7 +44,7 @@ impl Writer {
     /// # Errors
     /// When the processes can't be listed.
     pub(super) fn follow_migrated(&mut self, census: &Census) -> Result<bool> {
-        let leftovers = self.leftovers(census);
+        let leftovers = leftovers(census);
         self.note_waiting(&leftovers);
         let due = self.due(&leftovers);
         let accepted: Vec<&Leftover<'_>> = leftovers
@@ -78,28 +78,6 @@ impl Writer {
             );
         }
         Ok(moved > 0)
-    }
-
-    fn leftovers<'a>(&self, census: &'a Census) -> Vec<Leftover<'a>> {
-        let closed: HashMap<(u32, u32), &SlotView> = census
-            .slots
-            .iter()
-            .filter(|view| view.life().is(BackendState::Closed))
-            .map(|view| ((view.slot(), view.life().generation()), view))
-            .collect();
-        if closed.is_empty() {
-            return Vec::new();
-        }
-        let leftover = |socket: &'a Socket| {
-            let connection = connection_of(socket)?;
-            let tenant = (u32::from(connection.slot), connection.generation);
-            Some(Leftover {
-                socket,
-                connection,
-                of: closed.get(&tenant)?,
-            })
-        };
-        census.connections.iter().filter_map(leftover).collect()
     }
 
     fn note_waiting(&mut self, leftovers: &[Leftover<'_>]) {
@@ -192,4 +170,27 @@ impl Writer {
         }
         true
     }
+}
+
+/// The connections of a census that closed slots count.
+fn leftovers(census: &Census) -> Vec<Leftover<'_>> {
+    let closed: HashMap<(u32, u32), &SlotView> = census
+        .slots
+        .iter()
+        .filter(|view| view.life().is(BackendState::Closed))
+        .map(|view| ((view.slot(), view.life().generation()), view))
+        .collect();
+    if closed.is_empty() {
+        return Vec::new();
+    }
+    let leftover = |socket| {
+        let connection = connection_of(socket)?;
+        let tenant = (u32::from(connection.slot), connection.generation);
+        Some(Leftover {
+            socket,
+            connection,
+            of: closed.get(&tenant)?,
+        })
+    };
+    census.connections.iter().filter_map(leftover).collect()
 }
