@@ -55,7 +55,7 @@ pub enum OnExit {
 /// At most one part in so many of the time is spent on comparing the counts with the socket table;
 const CHECK_SHARE: u32 = 200;
 /// where there are backends or connections that the kernel half does not see go;
-const ADOPTED_SHARE: u32 = 100;
+const ADOPTED_SHARE: u32 = 30;
 /// and where something may be wrong, which the next comparison tells.
 const DOUBTFUL_SHARE: u32 = 20;
 /// But it is done this often, however long it takes.
