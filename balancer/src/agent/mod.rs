@@ -85,7 +85,6 @@ pub async fn run(options: Options) -> Result<()> {
     let admin = Server::bind(&options.admin_socket, &options.state_dir)?;
     let signals = Signals::new()?;
     let writer = Writer::start(paths, lock, &cgroup)?;
-    let fresh = !writer.adopted();
     let mut agent = Agent {
         options,
         config,
@@ -102,9 +101,7 @@ pub async fn run(options: Options) -> Result<()> {
     let events = match started {
         Ok(events) => events,
         Err(error) => {
-            if fresh {
-                agent.writer.remove()?;
-            }
+            agent.writer.withdraw()?;
             return Err(error);
         }
     };

@@ -1,9 +1,10 @@
 //! One writer at a time: a flock on the state directory, and a file that names its holder.
 
 use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
@@ -42,6 +43,7 @@ impl Lock {
         let holder = holder_file(paths.state_dir());
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Ok(locked) => {
+                ensure_in_place(&locked, paths.state_dir())?;
                 name_holder(&holder)?;
                 Ok(Held::Mine(Self {
                     _directory: locked,
@@ -64,6 +66,18 @@ impl Drop for Lock {
         // The directory is still locked here, so the file can't be another's yet.
         let _ = fs::remove_file(&self.holder);
     }
+}
+
+/// Whoever had the lock may have removed the directory before giving it up: then it is the lock of nothing.
+fn ensure_in_place(locked: &File, state_dir: &Path) -> Result<()> {
+    let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let in_place = fs::metadata(state_dir).map(inode).ok() == locked.metadata().map(inode).ok();
+    ensure!(
+        in_place,
+        "the state directory {} was removed by another process at this very moment: try again",
+        state_dir.display()
+    );
+    Ok(())
 }
 
 fn holder_file(state_dir: &Path) -> PathBuf {

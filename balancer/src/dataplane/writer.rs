@@ -242,14 +242,26 @@ impl Writer {
         Events::open(&self.paths.current())
     }
 
-    /// Whether the data plane was there before.
-    pub const fn adopted(&self) -> bool {
-        self.adopted
-    }
-
     /// The daemon lives.
     pub fn beat(&self, limit: Duration) {
         self.tables.beat(beat(limit));
+    }
+
+    /// Takes out of the kernel what this daemon has put there, after a start that failed. One that was to take another build's data plane
+    /// over takes nothing back: that one is in force as before, or for the namespaces whose links it has moved this one, and the
+    /// next start goes on.
+    ///
+    /// # Errors
+    /// When a pin can't be removed.
+    pub fn withdraw(&self) -> Result<()> {
+        let others = self
+            .paths
+            .others()
+            .context("cannot list the state directory")?;
+        if self.adopted || !others.is_empty() {
+            return Ok(());
+        }
+        self.remove()
     }
 
     /// Takes everything out of the kernel.

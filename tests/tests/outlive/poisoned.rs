@@ -17,6 +17,7 @@ use balancer_tests::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventua
 use super::pins::{Traces, attached, links, only_version, pins};
 use super::scene::agree_everywhere;
 use super::times;
+use super::upgrade::make_another_abi;
 use crate::support::{agents, own_port};
 
 const STARTS_WITHIN: Duration = Duration::from_secs(20);
@@ -124,6 +125,41 @@ where
         balancer.must(&["unload"]);
         assert!(balancer.wait().success());
         traces.assert_gone(machine, &balancer);
+    });
+}
+
+/// A start that can't take another build's data plane over leaves that one as it is.
+#[test]
+fn a_foreign_pin_in_the_data_plane_of_another_build() {
+    Machine::with(|machine| {
+        let yaml = own_port("least-connections", &["quota: {per_backend: 3}"]);
+        let mut balancer = Balancer::start(machine, &yaml);
+        let _listener = Listen::on(&agents()).open();
+        balancer.wait_active(1);
+        balancer.stop(Signal::SIGTERM);
+        make_another_abi(balancer.state());
+        // As if it guarded one namespace more, by a link that is none.
+        let pin = balancer.state().join("v999/link_steer_77");
+        bpf::obj_pin(&a_map(), &pin).expect("an object can be pinned");
+        let before = attached(machine);
+        balancer.spawn();
+        assert_eq!(balancer.wait().code(), Some(1));
+        let logs = balancer.logs();
+        let named = pin.to_str().expect("UTF-8");
+        assert!(
+            logs.contains(named) && logs.contains("balancer unload"),
+            "{logs}"
+        );
+        let steered = tcp::connect_many(agents(), 5);
+        assert_eq!(steered.len(), 3, "it is in force still: {logs}");
+        assert!(attached(machine).1 >= before.1, "{logs}");
+        drop(steered);
+        fs::remove_file(&pin).expect("a pin can be removed");
+        balancer.launch();
+        assert!(!balancer.state().join("v999").exists());
+        assert_eq!(attached(machine), (1, 1));
+        balancer.must(&["unload"]);
+        assert!(balancer.wait().success());
     });
 }
 
