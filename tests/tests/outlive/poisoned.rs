@@ -140,7 +140,7 @@ fn a_foreign_pin_in_the_data_plane_of_another_build() {
         make_another_abi(balancer.state());
         // As if it guarded one namespace more, by a link that is none.
         let pin = balancer.state().join("v999/link_steer_77");
-        bpf::obj_pin(&a_map(), &pin).expect("an object can be pinned");
+        bpf::obj_pin(a_map(), &pin).expect("an object can be pinned");
         let before = attached(machine);
         balancer.spawn();
         assert_eq!(balancer.wait().code(), Some(1));
