@@ -10,7 +10,8 @@ use anyhow::bail;
 use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH};
 use aya_obj::generated::bpf_prog_type::{BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS};
-use balancer::sys::bpf::{self, Instruction, MapSpec, ProgramSpec};
+use balancer::sys::bpf::{self, MapSpec, ProgramSpec};
+use balancer_tests::fixtures::foreign::let_pass;
 use balancer_tests::fixtures::tcp::{self, Listen};
 use balancer_tests::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventually};
 
@@ -21,22 +22,6 @@ use super::upgrade::make_another_abi;
 use crate::support::{agents, own_port};
 
 const STARTS_WITHIN: Duration = Duration::from_secs(20);
-
-/// `return 1`: let everything pass.
-const PASS: [Instruction; 2] = [
-    Instruction {
-        code: 0xb7,
-        registers: 0,
-        offset: 0,
-        immediate: 1,
-    },
-    Instruction {
-        code: 0x95,
-        registers: 0,
-        offset: 0,
-        immediate: 0,
-    },
-];
 
 fn a_map() -> OwnedFd {
     let spec = MapSpec {
@@ -62,7 +47,7 @@ fn program(
         kind,
         attach_type: Some(attach_type),
         name: "foreign",
-        instructions: &PASS,
+        instructions: &let_pass(),
         functions: None,
     };
     bpf::prog_load(&spec).expect("a program that does nothing")
@@ -302,16 +287,21 @@ fn a_missing_link_is_made_again() {
     poisoned_each(["account", "steer"].map(|kind| move |state: &Path| remove(link(state, kind))));
 }
 
-#[test]
-fn a_link_of_another_kind_where_that_of_the_cgroup_should_be() {
+#[track_caller]
+fn link_to_a_namespace_in_place_of(kind: &'static str) {
     poisoned(|state| {
-        let pin = link(state, "account");
+        let pin = link(state, kind);
         let netns = Netns::new();
         let target = File::open(netns.path()).expect("the namespace is there");
         let foreign = bpf::link_create(a_sk_lookup(), &target, BPF_SK_LOOKUP).expect("a link");
         replace(&pin, &foreign);
         (pin, netns)
     });
+}
+
+#[test]
+fn a_link_of_another_kind_where_that_of_the_cgroup_should_be() {
+    link_to_a_namespace_in_place_of("account");
 }
 
 /// To put our program under it would count the sockets of somebody else.
@@ -329,14 +319,7 @@ fn a_link_to_another_cgroup_where_ours_should_be() {
 
 #[test]
 fn a_link_to_another_namespace_where_ours_should_be() {
-    poisoned(|state| {
-        let pin = link(state, "steer");
-        let netns = Netns::new();
-        let target = File::open(netns.path()).expect("the namespace is there");
-        let foreign = bpf::link_create(a_sk_lookup(), &target, BPF_SK_LOOKUP).expect("a link");
-        replace(&pin, &foreign);
-        (pin, netns)
-    });
+    link_to_a_namespace_in_place_of("steer");
 }
 
 /// What another program has left where a new data plane is built.
