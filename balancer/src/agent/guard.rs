@@ -128,8 +128,9 @@ impl Guarded {
             return Ok(Vec::new());
         }
         let found = find(&wanted)?;
-        self.found
-            .extend(found.iter().map(|(cookie, _)| (*cookie, None)));
+        for (cookie, _) in &found {
+            self.found.entry(*cookie).or_insert(None);
+        }
         for Wanted { cookie, .. } in wanted {
             if !self.found.contains_key(&cookie) {
                 self.lost.insert(cookie, now);

@@ -37,6 +37,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 struct NoSlot(&'static str, usize);
 
+const ALL_TAKEN: NoSlot = NoSlot("all slots are taken", MAX_SLOTS);
+
 impl fmt::Display for NoSlot {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{} ({})", self.0, self.1)
@@ -95,7 +97,6 @@ impl Writer {
                 continue;
             };
             if self.is_registered(socket) {
-                self.audit.unadoptable.remove(&socket.cookie);
                 continue;
             }
             self.audit.saw().unregistered.insert(socket.cookie);
@@ -103,12 +104,7 @@ impl Writer {
             let due = eager
                 || (self.audit.unadoptable.get(&socket.cookie)).is_none_or(|retry| *retry <= now);
             if seen && self.room_for(rule.service).is_err() {
-                *self
-                    .audit
-                    .saw()
-                    .without_slot
-                    .entry(rule.service)
-                    .or_insert(0) += 1;
+                self.audit.saw().lacks_slot(rule.service);
             } else if seen && due {
                 claimants.push(Claimant {
                     socket,
@@ -130,17 +126,11 @@ impl Writer {
         match self.adopt_listener(netns, claimant, listener) {
             Ok(slot) => {
                 info!("adopted the listener on {local}: slot {slot}");
-                self.audit.unadoptable.remove(&claimant.socket.cookie);
                 true
             }
             Err(error) => {
                 if error.is::<NoSlot>() {
-                    *self
-                        .audit
-                        .saw()
-                        .without_slot
-                        .entry(claimant.rule.service)
-                        .or_insert(0) += 1;
+                    self.audit.saw().lacks_slot(claimant.rule.service);
                 }
                 if self.retry_later(claimant.socket.cookie) {
                     warn!(
@@ -245,25 +235,22 @@ impl Writer {
                 MAX_MEMBERS,
             ));
         }
-        let free =
-            |slot| Life(self.tables.life(slot).load(Ordering::SeqCst)).is(BackendState::Free);
-        if every_slot().any(free) {
-            Ok(())
-        } else {
-            Err(NoSlot("all slots are taken", MAX_SLOTS))
-        }
+        let first = self.free_slots().next();
+        first.map(drop).ok_or(ALL_TAKEN)
+    }
+
+    fn free_slots(&self) -> impl Iterator<Item = (u32, Life)> {
+        every_slot()
+            .map(|slot| (slot, Life(self.tables.life(slot).load(Ordering::SeqCst))))
+            .filter(|(_, life)| life.is(BackendState::Free))
     }
 
     /// Claims the first free slot, as the kernel half does.
     fn claim(&self, service: u16) -> Result<(u32, Life), NoSlot> {
         self.room_for(service)?;
-        for slot in every_slot() {
-            let life = Life(self.tables.life(slot).load(Ordering::SeqCst));
-            if life.is(BackendState::Free) && self.hold(slot, life) {
-                return Ok((slot, life));
-            }
-        }
-        Err(NoSlot("all slots are taken", MAX_SLOTS))
+        let mut free = self.free_slots();
+        free.find(|(slot, life)| self.hold(*slot, *life))
+            .ok_or(ALL_TAKEN)
     }
 
     /// From the moment that its storage is set, every connection that it accepts is counted by the kernel half. Killed before the

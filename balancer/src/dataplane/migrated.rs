@@ -20,7 +20,7 @@ use crate::sys::socket;
 /// How often the connections of a closed listener are looked at: finding their owners takes a look at every process.
 const LOOK_EVERY: Duration = Duration::from_secs(30);
 
-/// What is known of connections that closed listeners have left.
+/// What is known of the connections that the closed listeners of a namespace have left.
 #[derive(Debug, Default)]
 pub struct Migrated {
     /// Those that were seen waiting to be accepted when their listener was gone already, by their cookie: without migration they would have
@@ -37,58 +37,16 @@ struct Leftover<'a> {
     of: &'a SlotView,
 }
 
-impl Writer {
-    /// Counts connections where they are served: those that were handed on go to the slot of the listener that has them now. Which
-    /// one that is can be told once they are accepted, by their process. Says whether any was moved.
-    ///
-    /// # Errors
-    /// When the processes can't be listed.
-    pub(super) fn follow_migrated(&mut self, census: &Census) -> Result<bool> {
-        let leftovers = leftovers(census);
-        self.note_waiting(&leftovers);
-        let due = self.due(&leftovers);
-        let accepted: Vec<&Leftover<'_>> = leftovers
-            .iter()
-            .filter(|left| left.socket.inode != 0)
-            .filter(|left| due || self.migrated.waiting.contains(&left.socket.cookie))
-            .collect();
-        if accepted.is_empty() {
-            return Ok(false);
-        }
-        let listening: Vec<&SlotView> = census
-            .slots
-            .iter()
-            .filter(|view| view.life().is(BackendState::Active))
-            .collect();
-        let processes = owners(accepted.iter().map(|left| left.socket.inode))?;
-        let mut moved = 0;
-        for left in accepted {
-            let owners = processes.get(&left.socket.inode).map(Vec::as_slice);
-            let owners = owners.unwrap_or_default();
-            if let Some(to) = self.new_home(left, owners, &listening)
-                && self.move_over(left, owners, to)
-            {
-                self.migrated.waiting.remove(&left.socket.cookie);
-                moved += 1;
-            }
-        }
-        if moved > 0 {
-            info!(
-                "{moved} connections were handed on by a closing listener to another: counted there now"
-            );
-        }
-        Ok(moved > 0)
+impl Migrated {
+    fn is_empty(&self) -> bool {
+        self.waiting.is_empty() && self.look_at.is_empty()
     }
 
     fn note_waiting(&mut self, leftovers: &[Leftover<'_>]) {
         let there: HashSet<u64> = leftovers.iter().map(|left| left.socket.cookie).collect();
-        self.migrated
-            .waiting
-            .retain(|cookie| there.contains(cookie));
+        self.waiting.retain(|cookie| there.contains(cookie));
         let waiting = leftovers.iter().filter(|left| left.socket.inode == 0);
-        self.migrated
-            .waiting
-            .extend(waiting.map(|left| left.socket.cookie));
+        self.waiting.extend(waiting.map(|left| left.socket.cookie));
     }
 
     /// Whether it is time to look at the connections of one of the closed slots.
@@ -98,7 +56,7 @@ impl Writer {
             .iter()
             .map(|left| (left.of.slot(), left.of.life().generation()))
             .collect();
-        let look_at = &mut self.migrated.look_at;
+        let look_at = &mut self.look_at;
         look_at.retain(|tenant, _| tenants.contains(tenant));
         let due = tenants
             .iter()
@@ -118,7 +76,7 @@ impl Writer {
         listening: &[&'a SlotView],
     ) -> Option<&'a SlotView> {
         let closed = &left.of.member.backend;
-        let waited = self.migrated.waiting.contains(&left.socket.cookie);
+        let waited = self.waiting.contains(&left.socket.cookie);
         let of_closed = |owner: &Owner| owner.pid == closed.pid;
         if !waited && owners.iter().any(of_closed) {
             return None;
@@ -140,6 +98,59 @@ impl Writer {
             [only] => Some(only),
             _ => None,
         }
+    }
+}
+
+impl Writer {
+    /// Counts connections where they are served: those that were handed on go to the slot of the listener that has them now. Which
+    /// one that is can be told once they are accepted, by their process. Says whether any was moved.
+    ///
+    /// # Errors
+    /// When the processes can't be listed.
+    pub(super) fn follow_migrated(&mut self, netns: u64, census: &Census) -> Result<bool> {
+        let mut known = self.migrated.remove(&netns).unwrap_or_default();
+        let moved = self.move_accepted(census, &mut known);
+        if !known.is_empty() {
+            self.migrated.insert(netns, known);
+        }
+        moved
+    }
+
+    fn move_accepted(&self, census: &Census, known: &mut Migrated) -> Result<bool> {
+        let leftovers = leftovers(census);
+        known.note_waiting(&leftovers);
+        let due = known.due(&leftovers);
+        let accepted: Vec<&Leftover<'_>> = leftovers
+            .iter()
+            .filter(|left| left.socket.inode != 0)
+            .filter(|left| due || known.waiting.contains(&left.socket.cookie))
+            .collect();
+        if accepted.is_empty() {
+            return Ok(false);
+        }
+        let listening: Vec<&SlotView> = census
+            .slots
+            .iter()
+            .filter(|view| view.life().is(BackendState::Active))
+            .collect();
+        let processes = owners(accepted.iter().map(|left| left.socket.inode))?;
+        let mut moved = 0;
+        for left in accepted {
+            let owners = processes.get(&left.socket.inode).map(Vec::as_slice);
+            let owners = owners.unwrap_or_default();
+            if let Some(to) = known.new_home(left, owners, &listening)
+                && self.move_over(left, owners, to)
+            {
+                known.waiting.remove(&left.socket.cookie);
+                moved += 1;
+            }
+        }
+        if moved > 0 {
+            info!(
+                "{moved} connections were handed on by a closing listener to another: counted there now"
+            );
+        }
+        Ok(moved > 0)
     }
 
     /// From then on the daemon counts it. Should it end in this very moment, the comparison puts the closed slot's count right.

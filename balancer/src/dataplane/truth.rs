@@ -112,7 +112,6 @@ enum Count {
 #[derive(Debug, Default)]
 pub struct Audit {
     truth: Truth,
-    suspects: BTreeMap<(u32, Count), Suspect>,
     last: Sighting,
     this: Sighting,
     /// Listeners that can't be registered, by their cookie, and when that is tried again.
@@ -122,6 +121,8 @@ pub struct Audit {
 /// What one comparison saw that may be a socket on its way: only what the next one sees again is so.
 #[derive(Debug, Default)]
 pub(super) struct Sighting {
+    /// Counts that were off.
+    suspects: BTreeMap<(u32, Count), Suspect>,
     /// Connections with a slot that are not counted, by their cookie, and how many comparisons in a row have seen them so.
     uncounted: HashMap<u64, u64>,
     /// Slots whose listener was not there.
@@ -129,12 +130,19 @@ pub(super) struct Sighting {
     /// Listeners that nobody has registered, by their cookie.
     pub(super) unregistered: HashSet<u64>,
     /// How many listeners of each service lack a slot.
-    pub(super) without_slot: BTreeMap<u16, u64>,
+    without_slot: BTreeMap<u16, u64>,
     /// What the kernel half said of that before.
     without_slot_before: BTreeMap<u16, u64>,
     drift: u64,
     /// There are adopted backends, or connections that only the daemon counts.
     adopted: bool,
+}
+
+impl Sighting {
+    /// A listener of that service lacks a slot.
+    pub(super) fn lacks_slot(&mut self, service: u16) {
+        *self.without_slot.entry(service).or_insert(0) += 1;
+    }
 }
 
 impl Audit {
@@ -188,7 +196,7 @@ impl Writer {
         if self.inherit(&census)? {
             census = self.census(netns)?;
         }
-        if self.follow_migrated(&census)? {
+        if self.follow_migrated(netns, &census)? {
             census = self.census(netns)?;
         }
         self.close_deserted(&census);
@@ -201,7 +209,7 @@ impl Writer {
     /// Whether the last comparison saw something that only the next one can tell from a socket on its way.
     pub fn is_in_doubt(&self) -> bool {
         let last = &self.audit.last;
-        !(self.audit.suspects.is_empty() && last.uncounted.is_empty() && last.deserted.is_empty())
+        !(last.suspects.is_empty() && last.uncounted.is_empty() && last.deserted.is_empty())
     }
 
     /// Whether the last comparison saw backends or connections that the kernel half does not see go.
@@ -222,6 +230,9 @@ impl Writer {
                 Ordering::SeqCst,
             );
         }
+        self.audit
+            .unadoptable
+            .retain(|cookie, _| this.unregistered.contains(cookie));
         let truth = &mut self.audit.truth;
         truth.checks += 1;
         truth.drift = this.drift;
@@ -237,6 +248,7 @@ impl Writer {
     /// # Errors
     /// When a map can't be read.
     pub fn bury(&mut self, netns: u64) -> Result<()> {
+        self.migrated.remove(&netns);
         for view in self.slots()? {
             if view.member.backend.netns != netns {
                 continue;
@@ -346,15 +358,15 @@ impl Writer {
     /// By how much a count has been off for long enough; 0: it may be right.
     fn lasting(&mut self, view: &SlotView, count: Count, drift: Drift) -> i64 {
         let key = (view.slot(), count);
-        let before = self.audit.suspects.remove(&key);
         if drift.may_be_none() {
             return 0;
         }
+        let before = self.audit.last.suspects.get(&key).copied();
         let suspect = Suspect::seen_again(before, view.life().generation(), drift);
         if suspect.is_lasting() {
             return suspect.drift.at_least();
         }
-        self.audit.suspects.insert(key, suspect);
+        self.audit.this.suspects.insert(key, suspect);
         0
     }
 

@@ -39,7 +39,8 @@ pub struct Writer {
     /// What the comparisons with the socket table have found so far.
     pub(super) audit: Audit,
     pub(super) heritage: Heritage,
-    pub(super) migrated: Migrated,
+    /// By the cookie of their namespace.
+    pub(super) migrated: BTreeMap<u64, Migrated>,
     /// Links of this build's `steer`, by the cookie of their namespace.
     steers: BTreeMap<u64, OwnedFd>,
     /// The loaded objects whose logs nobody follows yet: they own the buffers. `account`'s has no namespace.
@@ -93,7 +94,7 @@ impl Writer {
             empty_since: BTreeMap::new(),
             audit,
             heritage,
-            migrated: Migrated::default(),
+            migrated: BTreeMap::new(),
             steers: BTreeMap::new(),
             objects: vec![(None, object)],
             logs: BTreeMap::new(),
