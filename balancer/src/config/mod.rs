@@ -3,6 +3,7 @@
 //! A [`Config`] that exists is valid: whoever holds one need not check it again.
 
 mod error;
+mod kubernetes;
 mod fields;
 mod read;
 mod together;
@@ -23,7 +24,12 @@ use std::{
 use balancer_common::{Policy, abi};
 use ipnet::IpNet;
 
-pub use self::error::ConfigError;
+pub use self::{
+    error::ConfigError,
+    kubernetes::{
+        ClusterInput, ClusterQuota, ClusterService, Kubernetes, PodClass, PortChoice, ServiceChoice,
+    },
+};
 
 /// The most bytes a configuration file may have.
 pub const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -59,6 +65,8 @@ pub struct Config {
     pub fail_open_after: Duration,
     /// Which network namespaces are guarded.
     pub namespaces: Namespaces,
+    /// What is balanced in a Kubernetes cluster; then `services` is empty, and the pods' namespaces are guarded.
+    pub kubernetes: Option<Kubernetes>,
 }
 
 /// Which network namespaces are guarded.

@@ -44,6 +44,7 @@ pub(super) fn config(text: &str) -> Result<Config> {
         namespaces: file
             .optional("namespaces", namespaces)?
             .unwrap_or(Namespaces::Own),
+        kubernetes: None,
     })
 }
 
