@@ -1,3 +1,4 @@
+// The real helm, which `cargo xtask manifests` builds once and keeps by the hash of go.sum. Another version: go get -tool helm.sh/helm/v3/cmd/helm@VERSION
 module balancer/tests/kubernetes/helm
 
 go 1.24.0
