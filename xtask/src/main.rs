@@ -5,6 +5,7 @@ mod build;
 mod command;
 mod fuzz;
 mod kernel_half;
+mod kubernetes;
 mod linker;
 mod machine;
 mod places;
