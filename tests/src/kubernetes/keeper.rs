@@ -16,8 +16,22 @@ use crate::fixtures::{Netns, in_thread, process};
 /// kernel kills the whole namespace with it (`zap_pid_ns_processes` in `kernel/pid_namespace.c`), also what has made itself a daemon there.
 pub(super) struct Keeper {
     first: Child,
-    namespace: File,
+    namespace: Namespace,
     children: BTreeMap<&'static str, Child>,
+}
+
+/// A process namespace.
+pub(super) struct Namespace(File);
+
+impl Namespace {
+    /// Makes processes that the calling thread starts from then on begin there; the thread itself stays where it is.
+    ///
+    /// # Panics
+    /// When the kernel refuses.
+    #[track_caller]
+    pub(super) fn enter(&self) {
+        setns(&self.0, CloneFlags::CLONE_NEWPID).expect("the namespace can be entered");
+    }
 }
 
 impl Keeper {
@@ -30,10 +44,16 @@ impl Keeper {
         });
         let namespace = File::open(format!("/proc/{}/ns/pid", first.id()));
         Self {
-            namespace: namespace.expect("the namespace of a child can be opened"),
+            namespace: Namespace(namespace.expect("the namespace of a child can be opened")),
             first,
             children: BTreeMap::new(),
         }
+    }
+
+    /// The namespace itself, for processes that are waited for.
+    pub(super) fn namespace(&self) -> Namespace {
+        let handle = self.namespace.0.try_clone();
+        Namespace(handle.expect("a descriptor can be copied"))
     }
 
     /// Starts a process under a name by which it is found again.
@@ -45,7 +65,7 @@ impl Keeper {
         assert!(!self.runs(name), "{name} runs already");
         let namespace = &self.namespace;
         let child = netns.run(|| {
-            setns(namespace, CloneFlags::CLONE_NEWPID).expect("the namespace can be entered");
+            namespace.enter();
             process::spawn(command)
         });
         let child = child.unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
