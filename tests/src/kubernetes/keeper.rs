@@ -1,14 +1,14 @@
 //! Processes that end with the test, however that ends.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::process::{Child, Command, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 
-use crate::fixtures::{Netns, in_thread, process};
+use crate::fixtures::{Cgroup, Netns, in_thread, process};
 
 /// A process namespace, and the processes that were started in it.
 ///
@@ -18,6 +18,12 @@ pub(super) struct Keeper {
     first: Child,
     namespace: Namespace,
     children: BTreeMap<&'static str, Child>,
+}
+
+/// A test may run inside a machine's cgroup: what is started here is not on that machine.
+fn leave_the_machines_cgroup() {
+    let threads = Cgroup::base().join("cgroup.threads");
+    fs::write(threads, gettid().to_string()).expect("a thread can go back to its process's cgroup");
 }
 
 /// A process namespace.
@@ -66,6 +72,7 @@ impl Keeper {
         let namespace = &self.namespace;
         let child = netns.run(|| {
             namespace.enter();
+            leave_the_machines_cgroup();
             process::spawn(command)
         });
         let child = child.unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
