@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod fixtures;
+pub mod kubernetes;
 pub mod standin;
 
 #[cfg(test)]

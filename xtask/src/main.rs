@@ -7,6 +7,7 @@ mod fuzz;
 mod helm;
 mod image;
 mod kernel_half;
+mod kubernetes;
 mod linker;
 mod machine;
 mod places;

@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::kernel_half::Compiler;
-use crate::{command, fuzz, linker};
+use crate::{command, fuzz, kubernetes, linker};
 
 /// What somebody is about to do. Each requirement names what it is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,10 @@ pub enum Need {
     Lint,
     /// The tests and the demo on the running kernel.
     Kernel,
+    /// A real Kubernetes API server, for the tests.
+    Kubernetes,
+    /// Real Kubernetes nodes, for the tests.
+    Cluster,
     /// Real OAPs, agents and Envoy.
     RealOap,
     /// The fuzz targets.
@@ -25,10 +29,12 @@ pub enum Need {
 
 impl Need {
     /// Everything.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 7] = [
         Self::Build,
         Self::Lint,
         Self::Kernel,
+        Self::Kubernetes,
+        Self::Cluster,
         Self::RealOap,
         Self::Fuzz,
     ];
@@ -92,11 +98,7 @@ const REQUIREMENTS: &[Requirement] = &[
         name: "ip and ss",
         reason: "make network namespaces; show the socket table that results are compared with",
         need: Need::Kernel,
-        is_there: || {
-            ["ip", "ss"]
-                .iter()
-                .all(|program| command::find(program).is_some())
-        },
+        is_there: || are_there(&["ip", "ss"]),
         remedy: || Remedy::Packages(&["iproute2"]),
     },
     Requirement {
@@ -105,6 +107,45 @@ const REQUIREMENTS: &[Requirement] = &[
         need: Need::Kernel,
         is_there: || command::find("nft").is_some(),
         remedy: || Remedy::Packages(&["nftables"]),
+    },
+    Requirement {
+        name: "Go, 1.24 or newer",
+        reason: "builds the Kubernetes that the tests run, once",
+        need: Need::Kubernetes,
+        is_there: || kubernetes::needs_no_go() || kubernetes::go().is_some(),
+        remedy: || Remedy::Command(kubernetes::go_install(), kubernetes::go_by_hand()),
+    },
+    Requirement {
+        name: "containerd and runc",
+        reason: "run the containers of the tests' Kubernetes nodes",
+        need: Need::Cluster,
+        is_there: || are_there(&["containerd", "containerd-shim-runc-v2", "ctr", "runc"]),
+        remedy: || Remedy::Packages(&["containerd", "runc"]),
+    },
+    Requirement {
+        name: "the CNI plugins bridge, host-local and loopback",
+        reason: "give pods of the tests' Kubernetes their addresses",
+        need: Need::Cluster,
+        is_there: || {
+            ["bridge", "host-local", "loopback"]
+                .iter()
+                .all(|plugin| command::is_executable(&Path::new("/usr/lib/cni").join(plugin)))
+        },
+        remedy: || Remedy::Packages(&["containernetworking-plugins"]),
+    },
+    Requirement {
+        name: "a busybox that needs no libraries",
+        reason: "is what is in the tests' container images",
+        need: Need::Cluster,
+        is_there: busybox_is_static,
+        remedy: || Remedy::Packages(&["busybox-static"]),
+    },
+    Requirement {
+        name: "nsenter, unshare and mount",
+        reason: "make nodes of namespaces",
+        need: Need::Cluster,
+        is_there: || are_there(&["nsenter", "unshare", "mount"]),
+        remedy: || Remedy::Packages(&["util-linux", "mount"]),
     },
     Requirement {
         name: "a JDK, 17 or newer",
@@ -212,7 +253,8 @@ fn install_packages(missing: &[&Requirement]) -> Result<()> {
 fn run_commands(missing: &[&Requirement]) -> Result<()> {
     for requirement in missing {
         if let Remedy::Command(command, by_hand) = (requirement.remedy)() {
-            command::run(&mut *command?).with_context(|| {
+            let done = command.and_then(|mut command| command::run(&mut command));
+            done.with_context(|| {
                 format!(
                     "cannot install {}. By hand:\n    {by_hand}",
                     requirement.name
@@ -268,6 +310,18 @@ fn component(name: &str, packages: &'static [&'static str]) -> Remedy {
     let mut add = Command::new(rustup);
     add.args(["component", "add", name]);
     Remedy::Command(Ok(Box::new(add)), format!("rustup component add {name}"))
+}
+
+fn are_there(programs: &[&str]) -> bool {
+    programs
+        .iter()
+        .all(|program| command::find(program).is_some())
+}
+
+/// `ldd` fails where there is nothing to load.
+fn busybox_is_static() -> bool {
+    command::find("busybox")
+        .is_some_and(|busybox| command::output(Command::new("ldd").arg(busybox)).is_none())
 }
 
 fn llvm_is_there() -> bool {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::build::{self, Profile};
 use crate::setup::{self, Need};
-use crate::{command, fuzz, machine, places};
+use crate::{command, fuzz, kubernetes, machine, places};
 
 /// Formatting, the kernel half's warnings, and clippy on everything that the host can compile.
 pub fn lint() -> Result<ExitCode> {
@@ -33,17 +33,31 @@ pub fn lint() -> Result<ExitCode> {
 /// Set, it makes the tests run at their full length.
 const LONG: &str = "BALANCER_TEST_LONG";
 
+/// Tells the tests where the Kubernetes is that they run.
+const KUBEALL: &str = "BALANCER_KUBEALL";
+
+/// The package of the tests on the running kernel and on Kubernetes.
+const TESTS: &str = "balancer-tests";
+
 /// All tests; `long`: those that are shortened otherwise at their full length.
 pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
-    build::everything(Profile::Debug)?;
+    let to_cargo: Vec<_> = arguments
+        .iter()
+        .take_while(|argument| *argument != "--")
+        .collect();
+    let some_packages = to_cargo.iter().any(|argument| names_a_package(argument));
     let mut test = build::cargo("test");
+    if !some_packages || to_cargo.iter().any(|argument| argument.contains(TESTS)) {
+        setup::ensure(&[Need::Kubernetes, Need::Cluster])?;
+        test.env(KUBEALL, kubernetes::program()?);
+    }
+    build::everything(Profile::Debug)?;
     if long {
         test.env(LONG, "1");
     }
-    let mut to_cargo = arguments.iter().take_while(|argument| *argument != "--");
-    if !to_cargo.any(|argument| names_a_package(argument)) {
+    if !some_packages {
         test.arg("--workspace");
     }
     command::run_for_code(test.args(arguments))
