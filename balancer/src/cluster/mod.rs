@@ -2,12 +2,16 @@
 //!
 //! Nothing here knows of maps or namespaces: the daemon reads a [`View`] and hands in a [`Publication`].
 
+mod report;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+pub use self::report::{BackendReport, ClusterReport, GroupReport};
 
 /// A name with its namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -84,6 +84,8 @@ pub enum Namespaces {
     All,
     /// Those that these files name (`/run/netns/NAME`, `/proc/PID/ns/net`); absolute, no path twice.
     Paths(Vec<PathBuf>),
+    /// Those of the pods that the section `kubernetes` asks for.
+    Pods,
 }
 
 /// A TCP port that clients connect to.
