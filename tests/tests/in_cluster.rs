@@ -112,7 +112,7 @@ impl<'a> Cluster<'a> {
                 })
             })
             .collect();
-        let publication = json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "unserved": []});
+        let publication = json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "refused": []});
         let object = json!({
             "apiVersion": "v1",
             "kind": "ConfigMap",

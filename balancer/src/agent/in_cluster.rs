@@ -186,7 +186,7 @@ impl InCluster {
             node: self.identity.node.clone(),
             backends: slots.iter().filter_map(|slot| self.published(slot)).collect(),
             peaks: self.shares.publish_peaks(),
-            unserved: self.shares.publish_unserved(),
+            refused: self.shares.publish_refused(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The quotas of the backends of a cluster: each group's total, shared out among its pods that are ready.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -10,15 +11,18 @@ use balancer_common::abi::UNLIMITED;
 
 use super::quotas::{Quotas, Waits};
 use super::ties::{Groups, Ties};
-use crate::cluster::{Endpoint, GroupId, Peak, Published, Unserved, View};
+use crate::cluster::{Endpoint, GroupId, Peak, Published, RefusedSource, View};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, Kubernetes};
 use crate::dataplane::{QuotaSource, SlotView, Writer};
-use crate::quota::unserved::Sources;
+use crate::quota::unserved::{self, Refusals, Refused};
 use crate::quota::window::Window;
 use crate::quota::{Known, Outcome, Quota, Ready, Total, compute_cluster};
 
 /// What an agent published longer ago than this says nothing about now.
 pub const STALE: Duration = Duration::from_secs(60);
+
+/// The most sources of a group that are told to the others.
+const MOST_PUBLISHED: usize = 64;
 
 /// What is known of the shares, and since when.
 #[derive(Debug)]
@@ -27,7 +31,7 @@ pub struct Shares {
     waits: Waits<GroupId>,
     /// Where the total is what was observed.
     windows: BTreeMap<GroupId, Window>,
-    unserved: Sources<GroupId>,
+    refusals: Refusals<GroupId>,
     /// Why the quotas are as they are.
     sentences: BTreeMap<GroupId, String>,
 }
@@ -58,7 +62,7 @@ impl Shares {
             started: Instant::now(),
             waits: Waits::default(),
             windows: BTreeMap::new(),
-            unserved: Sources::new(),
+            refusals: Refusals::default(),
             sentences: BTreeMap::new(),
         }
     }
@@ -66,7 +70,7 @@ impl Shares {
     /// Notes that a source was refused.
     pub fn refused(&mut self, group: &GroupId, source: IpAddr) {
         let now = self.started.elapsed();
-        self.unserved.refused(group, source, now);
+        self.refusals.refused(group, source, now);
     }
 
     /// Why the quotas of a group are as they are.
@@ -77,34 +81,35 @@ impl Shares {
     /// How many sources are served by nobody, by all agents' word.
     pub fn unserved(&self, group: &GroupId, view: &View) -> u64 {
         let now = self.started.elapsed();
-        let others = view.nodes.values().filter(|heard| heard.age < STALE);
-        let others = others.flat_map(|heard| {
-            let ours = heard.publication.unserved.iter();
-            ours.filter(|unserved| unserved.group == *group)
-                .map(|unserved| {
-                    let age = |seconds| heard.age + Duration::from_secs(seconds);
-                    (
-                        unserved.source,
-                        age(unserved.first_seconds_ago),
-                        age(unserved.last_seconds_ago),
-                    )
-                })
+        let told = view.nodes.values().filter(|heard| heard.age < STALE);
+        let told = told.flat_map(|heard| {
+            let all = heard.publication.refused.iter();
+            let of_group = all.filter(|refused| refused.group == *group);
+            of_group.map(|refused| Refused {
+                source: refused.source,
+                first: heard.age + Duration::from_secs(refused.first_seconds_ago),
+                last: heard.age + Duration::from_secs(refused.last_seconds_ago),
+            })
         });
-        self.unserved.count(group, now, others)
+        unserved::count(self.refusals.of(group, now).into_iter().chain(told))
     }
 
-    /// What the others should know of the sources that this node refuses.
-    pub fn publish_unserved(&self) -> Vec<Unserved> {
+    /// What the others should know of the sources that this node has refused of late.
+    pub fn publish_refused(&self) -> Vec<RefusedSource> {
         let now = self.started.elapsed();
-        self.unserved
-            .list(now)
-            .map(|(group, source, first, last)| Unserved {
+        let mut published = Vec::new();
+        for group in self.refusals.groups() {
+            let mut refused = self.refusals.of(group, now);
+            // Those that are served by nobody were refused first the longest time ago.
+            refused.sort_by_key(|refused| Reverse(refused.first));
+            published.extend(refused.iter().take(MOST_PUBLISHED).map(|refused| RefusedSource {
                 group: group.clone(),
-                source,
-                first_seconds_ago: first.as_secs(),
-                last_seconds_ago: last.as_secs(),
-            })
-            .collect()
+                source: refused.source,
+                first_seconds_ago: refused.first.as_secs(),
+                last_seconds_ago: seconds_up(refused.last),
+            }));
+        }
+        published
     }
 
     /// What the others should know of the most connections that there were.
@@ -117,7 +122,8 @@ impl Shares {
                 Some(Peak {
                     group: group.clone(),
                     connections,
-                    seconds_ago: age.as_secs(),
+                    // Up: agents that tell each other of a peak must not make it younger each time.
+                    seconds_ago: seconds_up(age),
                 })
             })
             .collect()
@@ -148,6 +154,8 @@ impl Shares {
     }
 
     fn forget(&mut self, groups: &Groups) {
+        let now = self.started.elapsed();
+        self.refusals.tidy(now, |id| groups.contains_key(id));
         self.windows.retain(|id, _| groups.contains_key(id));
         self.sentences.retain(|id, _| groups.contains_key(id));
         self.waits.retain(|id| groups.contains_key(id));
@@ -203,13 +211,8 @@ impl Shares {
             return None;
         };
         let (expected, words) = match input {
-            ClusterInput::Clients {
-                clients,
-                connections_per_client,
-            } => (
-                Some(u64::from(*clients) * u64::from(*connections_per_client)),
-                format!("{clients} clients × {connections_per_client}"),
-            ),
+            // The rule itself says it.
+            ClusterInput::Clients { .. } => return None,
             ClusterInput::Pods(_) => match view.demands.get(&group.id.entry) {
                 Some(demand) => (Some(demand.connections), demand.words.clone()),
                 None => (None, String::new()),
@@ -218,19 +221,9 @@ impl Shares {
                 (self.observed(group, *window, view), "observed".to_owned())
             }
         };
-        let expected = expected.filter(|expected| *expected > 0)?;
-        // More clients than expected need room, too.
-        let standing = group.established();
-        Some(if standing > expected {
-            Total {
-                connections: standing,
-                words: format!("established, {expected} expected"),
-            }
-        } else {
-            Total {
-                connections: expected,
-                words,
-            }
+        Some(Total {
+            connections: expected?,
+            words,
         })
     }
 
@@ -246,12 +239,12 @@ impl Shares {
             for peak in &heard.publication.peaks {
                 if peak.group == *group.id {
                     let age = heard.age + Duration::from_secs(peak.seconds_ago);
-                    window.seed(now, peak.connections, age);
+                    window.add_old(now, peak.connections, age);
                 }
             }
         }
         if let Some(counted) = group.counted() {
-            window.feed(now, counted + unserved);
+            window.add(now, counted + unserved);
         }
         window.peak(now).map(|(connections, _)| connections)
     }
@@ -280,6 +273,10 @@ impl Shares {
         }
         Ok(())
     }
+}
+
+fn seconds_up(age: Duration) -> u64 {
+    age.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)
 }
 
 fn joined(sentences: &BTreeMap<&GroupId, &str>) -> String {
@@ -360,13 +357,6 @@ impl<'a> Group<'a> {
     fn ready(&self) -> impl Iterator<Item = (&'a Endpoint, Option<Count>)> {
         let all = self.all.iter().copied();
         all.filter(|(endpoint, _)| endpoint.ready)
-    }
-
-    fn established(&self) -> u64 {
-        self.all
-            .iter()
-            .filter_map(|(_, count)| count.map(|count| u64::from(count.established)))
-            .sum()
     }
 
     fn established_elsewhere(&self) -> u64 {

@@ -104,8 +104,8 @@ pub struct Publication {
     pub backends: Vec<Published>,
     /// The most connections of each group that this agent knows of, by when that was.
     pub peaks: Vec<Peak>,
-    /// Sources that are refused and come back: they are served by nobody.
-    pub unserved: Vec<Unserved>,
+    /// Sources that were refused of late.
+    pub refused: Vec<RefusedSource>,
 }
 
 /// The layout of a [`Publication`].
@@ -149,9 +149,9 @@ pub struct Peak {
     pub seconds_ago: u64,
 }
 
-/// A source that is refused again and again.
+/// A source that was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unserved {
+pub struct RefusedSource {
     /// The group that refuses it.
     pub group: GroupId,
     /// Its address.

@@ -69,7 +69,7 @@ pub struct Config {
     pub services: Vec<Service>,
     /// How long after the daemon last lived the kernel stops refusing; between a second and an hour.
     pub fail_open_after: Duration,
-    /// Which network namespaces are guarded; [`Namespaces::Own`], and without meaning, where there is `kubernetes`.
+    /// Which network namespaces are guarded; [`Namespaces::Pods`] where there is `kubernetes`.
     pub namespaces: Namespaces,
     /// What is balanced in a Kubernetes cluster, where the pods' namespaces are guarded; `None`: what `services` lists.
     pub kubernetes: Option<Kubernetes>,

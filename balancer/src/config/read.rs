@@ -60,9 +60,12 @@ pub(super) fn config(text: &str) -> Result<Config> {
         fail_open_after: file
             .optional("fail_open_after", |node| FAIL_OPEN_AFTER.read(node))?
             .unwrap_or(DEFAULT_FAIL_OPEN_AFTER),
-        namespaces: file
-            .optional("namespaces", namespaces)?
-            .unwrap_or(Namespaces::Own),
+        namespaces: match &kubernetes {
+            Some(_) => Namespaces::Pods,
+            None => file
+                .optional("namespaces", namespaces)?
+                .unwrap_or(Namespaces::Own),
+        },
         kubernetes,
     })
 }
