@@ -2,6 +2,26 @@
 //!
 //! Nothing here knows of maps or namespaces: the daemon reads a [`View`] and hands in a [`Publication`].
 
+mod access;
+mod client;
+mod identity;
+mod live;
+mod owner;
+mod pods;
+mod pool;
+mod publication;
+mod services;
+mod slices;
+#[cfg(test)]
+mod tests;
+mod trouble;
+mod watch;
+
+pub use access::{Missing, permissions, reachable};
+pub use client::{Connection, connection};
+pub use identity::Identity;
+pub use live::Cluster;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
