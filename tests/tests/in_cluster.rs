@@ -68,7 +68,10 @@ impl<'a> Cluster<'a> {
         let netns = Netns::new();
         let peer = format!("pod{number}");
         let host = &self.machine.netns;
-        host.ip(&format!("link add {peer} type veth peer name eth0 netns {}", netns.path().display()));
+        host.ip(&format!(
+            "link add {peer} type veth peer name eth0 netns {}",
+            netns.path().display()
+        ));
         host.ip(&format!("link set {peer} up"));
         host.ip(&format!("address add 10.244.1.1/32 dev {peer}"));
         let address = format!("10.244.1.{number}");
@@ -86,7 +89,10 @@ impl<'a> Cluster<'a> {
     fn serve(&self, endpoints: &[Endpoint]) {
         let mut slice = objects::endpoint_slice(SHOP, "oap-1", "oap", &[("grpc", PORT)], endpoints);
         for endpoint in slice["endpoints"].as_array_mut().expect("a list") {
-            let name = endpoint["targetRef"]["name"].as_str().expect("a name").to_owned();
+            let name = endpoint["targetRef"]["name"]
+                .as_str()
+                .expect("a name")
+                .to_owned();
             endpoint["targetRef"]["uid"] = json!(uid(&name));
         }
         self.api.admin().apply(&slice);
@@ -112,7 +118,8 @@ impl<'a> Cluster<'a> {
                 })
             })
             .collect();
-        let publication = json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "refused": []});
+        let publication =
+            json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "refused": []});
         let object = json!({
             "apiVersion": "v1",
             "kind": "ConfigMap",
@@ -164,7 +171,11 @@ fn uid(pod: &str) -> String {
 }
 
 fn elsewhere(number: u8) -> Endpoint {
-    Endpoint::new(&format!("10.244.2.{number}"), &format!("far-{number}"), "node2")
+    Endpoint::new(
+        &format!("10.244.2.{number}"),
+        &format!("far-{number}"),
+        "node2",
+    )
 }
 
 fn service() -> Value {
@@ -175,7 +186,10 @@ fn service() -> Value {
         ("heritage", "Helm"),
         ("release", "skywalking"),
     ];
-    objects::labelled(objects::service(SHOP, "oap", &[("rest", 12800), ("grpc", PORT)]), &labels)
+    objects::labelled(
+        objects::service(SHOP, "oap", &[("rest", 12800), ("grpc", PORT)]),
+        &labels,
+    )
 }
 
 /// What the chart gives the daemon.
@@ -185,7 +199,11 @@ fn rights() -> Value {
         "balancer-home",
         (HOME, "balancer"),
         &[
-            ("", "configmaps", &["get", "list", "watch", "create", "patch", "delete"]),
+            (
+                "",
+                "configmaps",
+                &["get", "list", "watch", "create", "patch", "delete"],
+            ),
             ("apps", "daemonsets", &["get", "list", "watch"]),
             ("", "pods", &["get"]),
         ],
@@ -226,10 +244,17 @@ fn wait_for_quota(balancer: &Balancer, quota: Option<u32>, words: &str) {
     eventually(SETTLES_WITHIN, || {
         let status = balancer.status();
         let service = status.services.first().context("no service yet")?;
-        let active = service.backends.iter().find(|backend| backend.state == "active");
+        let active = service
+            .backends
+            .iter()
+            .find(|backend| backend.state == "active");
         let seen = active.context("no active backend yet")?.quota;
         let sentence = group(balancer)?["sentence"].to_string();
-        ensure!(seen == quota, "quota {seen:?}, expected {quota:?}: {sentence}\n{}", balancer.logs());
+        ensure!(
+            seen == quota,
+            "quota {seen:?}, expected {quota:?}: {sentence}\n{}",
+            balancer.logs()
+        );
         ensure!(sentence.contains(words), "{sentence} has no {words:?}");
         Ok(())
     });
@@ -245,7 +270,8 @@ fn scene(test: impl FnOnce(&Cluster) + Send) {
 }
 
 fn with_route_back(pod: &Pod) {
-    pod.netns.ip("route add default via 10.244.1.1 dev eth0 onlink");
+    pod.netns
+        .ip("route add default via 10.244.1.1 dev eth0 onlink");
 }
 
 #[test]
@@ -259,16 +285,35 @@ fn a_pod_that_listens_is_found_counted_and_limited() {
         balancer.launch();
         let mut listener = cluster.listen(&pod);
         let mut other = cluster.listen(&stranger);
-        wait_for_quota(&balancer, Some(10), "ceil(20 connections (20 clients × 1) / 2 ready) = 10");
+        wait_for_quota(
+            &balancer,
+            Some(10),
+            "ceil(20 connections (20 clients × 1) / 2 ready) = 10",
+        );
         let clients = cluster.clients(&pod, 10);
         assert!(cluster.connect(&pod).is_refused(), "{}", balancer.logs());
         // The node's own address is its kubelet's.
-        let probe = cluster.machine.netns.run(|| tcp::connect(pod.at())).connected();
-        let peer = cluster.machine.netns.run(|| tcp::connect_from("10.244.1.1:0".parse().expect("valid"), pod.at()));
+        let probe = cluster
+            .machine
+            .netns
+            .run(|| tcp::connect(pod.at()))
+            .connected();
+        let peer = cluster
+            .machine
+            .netns
+            .run(|| tcp::connect_from("10.244.1.1:0".parse().expect("valid"), pod.at()));
         drop(peer.connected());
         let service = balancer.service();
-        let backend = service.backends.iter().find(|backend| backend.state == "active").expect("one");
-        assert_eq!((backend.established, backend.exempt), (11, 1), "{service:?}");
+        let backend = service
+            .backends
+            .iter()
+            .find(|backend| backend.state == "active")
+            .expect("one");
+        assert_eq!(
+            (backend.established, backend.exempt),
+            (11, 1),
+            "{service:?}"
+        );
         assert_eq!(service.verdicts("over-quota"), 1);
         // Nobody asked for the other pod: it is counted where its port says so, and never refuses.
         let strangers = cluster.clients(&stranger, 15);
@@ -314,10 +359,18 @@ fn what_all_agents_counted_is_shared_out() {
         let clients = cluster.clients(&pod, 12);
         cluster.publish("node2", &[("far-1", 10), ("far-2", 8)]);
         wait_for_quota(&balancer, Some(12), "");
-        wait_for_quota(&balancer, Some(12), "30 connections (observed) × 1.1 / 3 ready) = 11");
+        wait_for_quota(
+            &balancer,
+            Some(12),
+            "30 connections (observed) × 1.1 / 3 ready) = 11",
+        );
         // The most within the window counts.
         cluster.publish("node2", &[("far-1", 100), ("far-2", 8)]);
-        wait_for_quota(&balancer, Some(44), "120 connections (observed) × 1.1 / 3 ready) = 44");
+        wait_for_quota(
+            &balancer,
+            Some(44),
+            "120 connections (observed) × 1.1 / 3 ready) = 44",
+        );
         cluster.publish("node2", &[("far-1", 1), ("far-2", 1)]);
         remains(Duration::from_secs(2), || {
             let quota = balancer.service().backends[0].quota;
@@ -326,17 +379,40 @@ fn what_all_agents_counted_is_shared_out() {
         });
         // And what this one counted is told to the others.
         eventually(SETTLES_WITHIN, || {
-            let own = cluster.api.admin().get(&["configmap", "balancer-node1", "-n", HOME]);
-            let text = own["data"]["publication.json"].as_str().context("no publication")?;
+            let own = cluster
+                .api
+                .admin()
+                .get(&["configmap", "balancer-node1", "-n", HOME]);
+            let text = own["data"]["publication.json"]
+                .as_str()
+                .context("no publication")?;
             let told: Value = serde_json::from_str(text)?;
             ensure!(told["backends"][0]["established"] == 12, "{told}");
             ensure!(told["backends"][0]["pod"]["name"] == "oap-5", "{told}");
             Ok(())
         });
         let status = cluster_status(&balancer);
-        let backends = status["groups"][0]["backends"].as_array().expect("backends").clone();
-        let told: Vec<_> = backends.iter().map(|backend| (backend["pod"]["name"].clone(), backend["established"].clone())).collect();
-        assert_eq!(told, [(json!("far-1"), json!(1)), (json!("far-2"), json!(1)), (json!("oap-5"), json!(12))]);
+        let backends = status["groups"][0]["backends"]
+            .as_array()
+            .expect("backends")
+            .clone();
+        let told: Vec<_> = backends
+            .iter()
+            .map(|backend| {
+                (
+                    backend["pod"]["name"].clone(),
+                    backend["established"].clone(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                (json!("far-1"), json!(1)),
+                (json!("far-2"), json!(1)),
+                (json!("oap-5"), json!(12))
+            ]
+        );
         drop(clients);
     });
 }
@@ -347,12 +423,20 @@ fn monitored_pods_are_counted() {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1)]);
-        let java = |name: &str| objects::labelled(objects::pod(SHOP, name, "node2", &["10.244.2.50"]), &[("agent", "java")]);
+        let java = |name: &str| {
+            objects::labelled(
+                objects::pod(SHOP, name, "node2", &["10.244.2.50"]),
+                &[("agent", "java")],
+            )
+        };
         cluster.api.admin().apply(&objects::list(&[
             objects::service_account(SHOP, "default"),
             java("shop-1"),
             java("shop-2"),
-            objects::labelled(objects::pod(SHOP, "mesh-1", "node2", &["10.244.2.51"]), &[("sidecar", "envoy")]),
+            objects::labelled(
+                objects::pod(SHOP, "mesh-1", "node2", &["10.244.2.51"]),
+                &[("sidecar", "envoy")],
+            ),
         ]));
         let mut balancer = cluster.balancer(
             "{pods: [{selector: agent=java, namespace: skywalking, connections: 10}, {selector: sidecar=envoy, connections: 4}], headroom: 0%, min_quota: 1}",
@@ -362,7 +446,10 @@ fn monitored_pods_are_counted() {
         wait_for_quota(&balancer, Some(12), "2 pods × 10 + 1 pod");
         cluster.api.admin().apply(&java("shop-3"));
         wait_for_quota(&balancer, Some(17), "3 pods × 10");
-        cluster.api.admin().patch_status("pod", SHOP, "shop-3", &json!({"phase": "Succeeded"}));
+        cluster
+            .api
+            .admin()
+            .patch_status("pod", SHOP, "shop-3", &json!({"phase": "Succeeded"}));
         eventually(SETTLES_WITHIN, || {
             let sentence = group(&balancer)?["sentence"].to_string();
             ensure!(sentence.contains("2 pods × 10"), "{sentence}");
@@ -386,7 +473,11 @@ fn a_missing_permission_is_named_and_its_return_noticed() {
             for words in ["endpointslices", "services", "list"] {
                 ensure!(problems.contains(words), "{problems} has no {words}");
             }
-            ensure!(balancer.logs().contains("endpointslices"), "{}", balancer.logs());
+            ensure!(
+                balancer.logs().contains("endpointslices"),
+                "{}",
+                balancer.logs()
+            );
             Ok(())
         });
         let config = balancer.config();
@@ -395,7 +486,11 @@ fn a_missing_permission_is_named_and_its_return_noticed() {
         for words in ["list", "watch", "endpointslices", "services"] {
             assert!(doctor.stdout.contains(words), "{}", doctor.stdout);
         }
-        assert_eq!(cluster.clients(&pod, 15).len(), 15, "nobody is refused meanwhile");
+        assert_eq!(
+            cluster.clients(&pod, 15).len(),
+            15,
+            "nobody is refused meanwhile"
+        );
         cluster.api.admin().apply(&rights());
         wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
         eventually(SETTLES_WITHIN, || {
@@ -477,12 +572,18 @@ fn who_is_dismissed_takes_everything_along() {
             },
         });
         cluster.api.admin().apply(&set);
-        let set = cluster.api.admin().get(&["daemonset", "balancer", "-n", HOME]);
+        let set = cluster
+            .api
+            .admin()
+            .get(&["daemonset", "balancer", "-n", HOME]);
         let mut own = objects::pod(HOME, "balancer-x", NODE, &["10.89.0.11"]);
         own["metadata"]["ownerReferences"] = json!([{
             "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "balancer", "uid": set["metadata"]["uid"], "controller": true,
         }]);
-        cluster.api.admin().apply(&objects::list(&[objects::service_account(HOME, "default"), own]));
+        cluster.api.admin().apply(&objects::list(&[
+            objects::service_account(HOME, "default"),
+            own,
+        ]));
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint()]);
@@ -490,8 +591,14 @@ fn who_is_dismissed_takes_everything_along() {
         balancer.launch();
         let _listener = cluster.listen(&pod);
         eventually(SETTLES_WITHIN, || {
-            let own = cluster.api.admin().get(&["configmap", "balancer-node1", "-n", HOME]);
-            ensure!(own["metadata"]["ownerReferences"][0]["name"] == "balancer", "{own}");
+            let own = cluster
+                .api
+                .admin()
+                .get(&["configmap", "balancer-node1", "-n", HOME]);
+            ensure!(
+                own["metadata"]["ownerReferences"][0]["name"] == "balancer",
+                "{own}"
+            );
             Ok(())
         });
         // Its pod is replaced: the data plane waits for the next.
@@ -499,7 +606,14 @@ fn who_is_dismissed_takes_everything_along() {
         assert!(balancer.is_loaded());
         balancer.launch();
         let seen = balancer.logs().matches("DaemonSet").count();
-        cluster.api.kubectl(&["delete", "daemonset", "balancer", "-n", HOME, "--cascade=orphan"]);
+        cluster.api.kubectl(&[
+            "delete",
+            "daemonset",
+            "balancer",
+            "-n",
+            HOME,
+            "--cascade=orphan",
+        ]);
         balancer.wait_for_log("DaemonSet", seen);
         assert!(balancer.stop(Signal::SIGTERM).success());
         assert!(!balancer.is_loaded(), "{}", balancer.logs());

@@ -86,8 +86,12 @@ fn open(path: &Path, within: Duration) -> Result<Option<UnixStream>> {
     )
     .context("can't make a Unix socket")?;
     // Without this, connecting to a daemon that hangs with a full backlog would hang too.
-    setsockopt(&file, sockopt::SendTimeout, &time_val(ACCEPTS_WITHIN.min(within)))
-        .context("can't set a socket's time-out")?;
+    setsockopt(
+        &file,
+        sockopt::SendTimeout,
+        &time_val(ACCEPTS_WITHIN.min(within)),
+    )
+    .context("can't set a socket's time-out")?;
     setsockopt(&file, sockopt::ReceiveTimeout, &time_val(within))
         .context("can't set a socket's time-out")?;
     match connect(std::os::fd::AsRawFd::as_raw_fd(&file), &address) {

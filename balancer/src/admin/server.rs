@@ -127,7 +127,10 @@ impl Reply {
             }
         };
         tokio::spawn(async move {
-            if !matches!(timeout(READS_WITHIN, self.0.write_all(&line)).await, Ok(Ok(()))) {
+            if !matches!(
+                timeout(READS_WITHIN, self.0.write_all(&line)).await,
+                Ok(Ok(()))
+            ) {
                 tracing::debug!("an admin client did not read its answer");
             }
         });

@@ -88,11 +88,20 @@ impl InCluster {
         let busy: HashSet<u16> = slots.iter().map(|view| view.member.backend.port).collect();
         self.ports.follow(config, &self.view.groups, &busy);
         let node = self.node_addresses();
-        Ok(Some(plan::of_cluster(&self.ports, config, &self.view.groups, &node)))
+        Ok(Some(plan::of_cluster(
+            &self.ports,
+            config,
+            &self.view.groups,
+            &node,
+        )))
     }
 
     /// Goes on with the names that an earlier daemon gave to ports.
-    pub fn inherit(&mut self, config: &Kubernetes, services: impl IntoIterator<Item = (String, u16)>) {
+    pub fn inherit(
+        &mut self,
+        config: &Kubernetes,
+        services: impl IntoIterator<Item = (String, u16)>,
+    ) {
         for (name, port) in services {
             self.ports.inherit(config, &name, port);
         }
@@ -114,7 +123,9 @@ impl InCluster {
                 None
             }
         });
-        sources.chain(self.identity.node_ips.iter().copied()).collect()
+        sources
+            .chain(self.identity.node_ips.iter().copied())
+            .collect()
     }
 
     /// Finds the pods of the listeners that are there.
@@ -154,9 +165,15 @@ impl InCluster {
     ///
     /// # Errors
     /// When a map can't be read or changed.
-    pub fn share(&mut self, config: &Kubernetes, quotas: &mut Quotas, writer: &mut Writer) -> Result<()> {
+    pub fn share(
+        &mut self,
+        config: &Kubernetes,
+        quotas: &mut Quotas,
+        writer: &mut Writer,
+    ) -> Result<()> {
         if self.view.complete {
-            self.shares.apply(config, &self.view, &self.ties, quotas, writer)?;
+            self.shares
+                .apply(config, &self.view, &self.ties, quotas, writer)?;
         }
         let slots = writer.slots()?;
         self.api.publish(self.publication(&slots));
@@ -181,12 +198,22 @@ impl InCluster {
     }
 
     fn publication(&self, slots: &[SlotView]) -> Publication {
+        let backends: Vec<Published> = slots
+            .iter()
+            .filter_map(|slot| self.published(slot))
+            .collect();
+        // What was counted together is told by those who count: a node without backends writes nothing.
+        let counts = !backends.is_empty();
         Publication {
             schema: SCHEMA,
             node: self.identity.node.clone(),
-            backends: slots.iter().filter_map(|slot| self.published(slot)).collect(),
-            peaks: self.shares.publish_peaks(),
-            refused: self.shares.publish_refused(),
+            backends,
+            peaks: counts
+                .then(|| self.shares.publish_peaks())
+                .unwrap_or_default(),
+            refused: counts
+                .then(|| self.shares.publish_refused())
+                .unwrap_or_default(),
         }
     }
 
@@ -286,7 +313,10 @@ async fn first_view(api: &mut Cluster) -> View {
     loop {
         let view = api.view();
         if view.complete {
-            info!("the API server has told of {} groups of backends", view.groups.len());
+            info!(
+                "the API server has told of {} groups of backends",
+                view.groups.len()
+            );
             return View {
                 groups: distinct(view.groups),
                 ..view
@@ -306,7 +336,10 @@ async fn first_view(api: &mut Cluster) -> View {
 /// connection tells through which of them it came.
 fn distinct(groups: Groups) -> Groups {
     let uids = |endpoints: &[Endpoint]| -> BTreeSet<String> {
-        endpoints.iter().map(|endpoint| endpoint.uid.clone()).collect()
+        endpoints
+            .iter()
+            .map(|endpoint| endpoint.uid.clone())
+            .collect()
     };
     let sets: Vec<(GroupId, BTreeSet<String>)> = groups
         .iter()

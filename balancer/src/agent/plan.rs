@@ -20,9 +20,17 @@ pub fn of(config: &Config, guarded: &Guarded) -> Plan {
 }
 
 /// The plan for a cluster: one service of the kernel for each target port.
-pub fn of_cluster(ports: &Ports, config: &Kubernetes, groups: &Groups, node: &BTreeSet<IpAddr>) -> Plan {
+pub fn of_cluster(
+    ports: &Ports,
+    config: &Kubernetes,
+    groups: &Groups,
+    node: &BTreeSet<IpAddr>,
+) -> Plan {
     let services = ports.0.iter().filter_map(|(port, named)| {
-        let entry = config.services.iter().find(|entry| entry.name == named.entry)?;
+        let entry = config
+            .services
+            .iter()
+            .find(|entry| entry.name == named.entry)?;
         Some(ServicePlan {
             name: named.name.clone(),
             port: *port,
@@ -61,7 +69,10 @@ fn exempt(port: u16, config: &Kubernetes, groups: &Groups, node: &BTreeSet<IpAdd
         .iter()
         .filter(|entry| entries.contains(entry.name.as_str()))
         .flat_map(|entry: &ClusterService| &entry.exempt);
-    let loopback = [IpNet::new_assert([127, 0, 0, 0].into(), 8), IpNet::from(IpAddr::from(std::net::Ipv6Addr::LOCALHOST))];
+    let loopback = [
+        IpNet::new_assert([127, 0, 0, 0].into(), 8),
+        IpNet::from(IpAddr::from(std::net::Ipv6Addr::LOCALHOST)),
+    ];
     let all: BTreeSet<IpNet> = peers
         .chain(node)
         .map(|address| IpNet::from(*address))
@@ -85,7 +96,11 @@ struct Named {
 impl Ports {
     /// Adds the ports of groups, and takes those out that nobody has any more: no group, and no backend that is left.
     pub fn follow(&mut self, config: &Kubernetes, groups: &Groups, busy: &HashSet<u16>) {
-        let entries: HashSet<&str> = config.services.iter().map(|entry| entry.name.as_str()).collect();
+        let entries: HashSet<&str> = config
+            .services
+            .iter()
+            .map(|entry| entry.name.as_str())
+            .collect();
         self.0.retain(|port, named| {
             entries.contains(named.entry.as_str())
                 && (busy.contains(port) || groups.keys().any(|group| group.port == *port))
@@ -117,7 +132,11 @@ impl Ports {
 
     fn new_name(&self, entry: &str, port: u16) -> String {
         let taken = |name: &str| self.0.values().any(|named| named.name == name);
-        if taken(entry) { numbered(entry, port) } else { entry.to_owned() }
+        if taken(entry) {
+            numbered(entry, port)
+        } else {
+            entry.to_owned()
+        }
     }
 }
 
@@ -221,7 +240,11 @@ mod tests {
     }
 
     fn names(ports: &Ports) -> Vec<(u16, &str)> {
-        ports.0.iter().map(|(port, named)| (*port, named.name.as_str())).collect()
+        ports
+            .0
+            .iter()
+            .map(|(port, named)| (*port, named.name.as_str()))
+            .collect()
     }
 
     #[test]
@@ -231,7 +254,11 @@ mod tests {
         let mut ports = Ports::default();
         ports.follow(&config, &groups(&[("agents", 11800, "10.0.0.1")]), &nobody);
         assert_eq!(names(&ports), [(11800, "agents")]);
-        let more = groups(&[("agents", 1800, "10.0.0.1"), ("agents", 11800, "10.0.0.2"), ("prod", 11800, "10.0.0.3")]);
+        let more = groups(&[
+            ("agents", 1800, "10.0.0.1"),
+            ("agents", 11800, "10.0.0.2"),
+            ("prod", 11800, "10.0.0.3"),
+        ]);
         ports.follow(&config, &more, &nobody);
         assert_eq!(names(&ports), [(1800, "agents-1800"), (11800, "agents")]);
         let busy = HashSet::from([11800]);
@@ -245,7 +272,12 @@ mod tests {
     fn names_of_an_earlier_daemon_are_kept_where_their_entry_is() {
         let config = config(&["agents"]);
         let mut ports = Ports::default();
-        for (name, port) in [("agents", 21800), ("agents-1800", 1800), ("other", 5), ("agents-7", 8)] {
+        for (name, port) in [
+            ("agents", 21800),
+            ("agents-1800", 1800),
+            ("other", 5),
+            ("agents-7", 8),
+        ] {
             ports.inherit(&config, name, port);
         }
         assert_eq!(names(&ports), [(1800, "agents-1800"), (21800, "agents")]);
@@ -260,11 +292,38 @@ mod tests {
         let groups = groups(&[("agents", 11800, "10.0.0.1"), ("prod", 1800, "10.0.0.3")]);
         let mut ports = Ports::default();
         ports.follow(&config, &groups, &HashSet::new());
-        let plan = of_cluster(&ports, &config, &groups, &BTreeSet::from(["10.0.0.254".parse().unwrap()]));
-        let [prod, agents] = &plan.services[..] else { panic!("two: {plan:?}") };
-        let words = |service: &ServicePlan| -> Vec<String> { service.exempt.iter().map(ToString::to_string).collect() };
-        assert_eq!(words(agents), ["10.0.0.1/32", "10.0.0.254/32", "10.9.0.0/16", "127.0.0.0/8", "::1/128"]);
-        assert_eq!(words(prod), ["10.0.0.3/32", "10.0.0.254/32", "10.9.0.0/16", "127.0.0.0/8", "::1/128"]);
+        let plan = of_cluster(
+            &ports,
+            &config,
+            &groups,
+            &BTreeSet::from(["10.0.0.254".parse().unwrap()]),
+        );
+        let [prod, agents] = &plan.services[..] else {
+            panic!("two: {plan:?}")
+        };
+        let words = |service: &ServicePlan| -> Vec<String> {
+            service.exempt.iter().map(ToString::to_string).collect()
+        };
+        assert_eq!(
+            words(agents),
+            [
+                "10.0.0.1/32",
+                "10.0.0.254/32",
+                "10.9.0.0/16",
+                "127.0.0.0/8",
+                "::1/128"
+            ]
+        );
+        assert_eq!(
+            words(prod),
+            [
+                "10.0.0.3/32",
+                "10.0.0.254/32",
+                "10.9.0.0/16",
+                "127.0.0.0/8",
+                "::1/128"
+            ]
+        );
         assert_eq!((agents.port, prod.port), (11800, 1800));
     }
 }

@@ -153,7 +153,8 @@ impl Quotas {
         Ready {
             weight,
             established: counts.established().saturating_sub(counts.exempt()),
-            previous: computed_before.then(|| present(view).map_or(Quota::Unlimited, Quota::Limited)),
+            previous: computed_before
+                .then(|| present(view).map_or(Quota::Unlimited, Quota::Limited)),
         }
     }
 

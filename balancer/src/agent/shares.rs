@@ -102,12 +102,17 @@ impl Shares {
             let mut refused = self.refusals.of(group, now);
             // Those that are served by nobody were refused first the longest time ago.
             refused.sort_by_key(|refused| Reverse(refused.first));
-            published.extend(refused.iter().take(MOST_PUBLISHED).map(|refused| RefusedSource {
-                group: group.clone(),
-                source: refused.source,
-                first_seconds_ago: refused.first.as_secs(),
-                last_seconds_ago: seconds_up(refused.last),
-            }));
+            published.extend(
+                refused
+                    .iter()
+                    .take(MOST_PUBLISHED)
+                    .map(|refused| RefusedSource {
+                        group: group.clone(),
+                        source: refused.source,
+                        first_seconds_ago: refused.first.as_secs(),
+                        last_seconds_ago: seconds_up(refused.last),
+                    }),
+            );
         }
         published
     }
@@ -178,7 +183,12 @@ impl Shares {
             silent_for: view.silent_for,
             hold_for: config.hold_for,
         };
-        let outcome = compute_cluster(&group.entry.quota, &known, &inputs, self.waits.waited(group.id));
+        let outcome = compute_cluster(
+            &group.entry.quota,
+            &known,
+            &inputs,
+            self.waits.waited(group.id),
+        );
         self.waits.heed(group.id, &outcome);
         self.settle(group, &ready, &outcome, quotas, writer)?;
         self.sentences.insert(group.id.clone(), outcome.sentence);
@@ -194,7 +204,9 @@ impl Shares {
         writer: &mut Writer,
     ) -> Result<()> {
         for (slot, endpoint) in &group.own {
-            let place = ready.iter().position(|(other, _)| other.slot() == slot.slot());
+            let place = ready
+                .iter()
+                .position(|(other, _)| other.slot() == slot.slot());
             // Nobody is sent to a pod that is not ready: who comes all the same means it.
             let (quota, why) = match place.and_then(|place| outcome.quotas.get(place)) {
                 Some(quota) => (*quota, outcome.sentence.as_str()),
@@ -276,7 +288,10 @@ impl Shares {
 }
 
 fn seconds_up(age: Duration) -> u64 {
-    age.as_millis().div_ceil(1000).try_into().unwrap_or(u64::MAX)
+    age.as_millis()
+        .div_ceil(1000)
+        .try_into()
+        .unwrap_or(u64::MAX)
 }
 
 fn joined(sentences: &BTreeMap<&GroupId, &str>) -> String {
@@ -308,7 +323,10 @@ impl<'a> Group<'a> {
     ) -> Self {
         let endpoints = &view.groups[id];
         let mut own = Vec::new();
-        for slot in slots.iter().filter(|slot| slot.life().is(BackendState::Active)) {
+        for slot in slots
+            .iter()
+            .filter(|slot| slot.life().is(BackendState::Active))
+        {
             if let Some((group, endpoint)) = ties.pod(slot, &view.groups)
                 && group == id
             {
@@ -423,7 +441,12 @@ impl Count {
 fn heard<'a>(id: &GroupId, view: &'a View) -> BTreeMap<&'a str, Count> {
     let mut told: BTreeMap<&str, Count> = BTreeMap::new();
     for heard in view.nodes.values().filter(|heard| heard.age < STALE) {
-        for published in heard.publication.backends.iter().filter(|published| published.group == *id) {
+        for published in heard
+            .publication
+            .backends
+            .iter()
+            .filter(|published| published.group == *id)
+        {
             let count = Count::told(published);
             told.entry(&published.uid)
                 .and_modify(|known| *known = known.and(count))

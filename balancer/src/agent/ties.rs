@@ -167,12 +167,7 @@ impl Ties {
         let all = groups
             .iter()
             .flat_map(|(group, endpoints)| endpoints.iter().map(move |endpoint| (group, endpoint)));
-        all.filter(|(_, endpoint)| {
-            endpoint
-                .node
-                .as_ref()
-                .is_none_or(|node| *node == self.node)
-        })
+        all.filter(|(_, endpoint)| endpoint.node.as_ref().is_none_or(|node| *node == self.node))
     }
 }
 

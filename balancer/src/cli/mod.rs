@@ -182,7 +182,12 @@ impl Place {
 
     /// What the daemon knows of its cluster.
     fn ask_for_cluster(&self) -> Result<ClusterReport> {
-        match admin::ask(&self.admin_socket, &self.state_dir, &Request::Cluster, admin::ANSWERS_WITHIN)? {
+        match admin::ask(
+            &self.admin_socket,
+            &self.state_dir,
+            &Request::Cluster,
+            admin::ANSWERS_WITHIN,
+        )? {
             Some(Response::Cluster { cluster }) => Ok(*cluster),
             Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
             Some(Response::Done { .. }) => bail!("the daemon answered something else"),

@@ -2,7 +2,27 @@
 //!
 //! Nothing here knows of maps or namespaces: the daemon reads a [`View`] and hands in a [`Publication`].
 
+mod access;
+mod client;
+mod identity;
+mod live;
+mod owner;
+mod pods;
+mod pool;
+mod publication;
 mod report;
+mod services;
+mod slices;
+#[cfg(test)]
+mod tests;
+mod trouble;
+mod watch;
+
+pub use access::{Missing, permissions, reachable};
+pub use client::{Connection, connection};
+pub use identity::Identity;
+pub use live::Cluster;
+pub use report::{BackendReport, ClusterReport, GroupReport};
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,8 +30,6 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-
-pub use self::report::{BackendReport, ClusterReport, GroupReport};
 
 /// A name with its namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

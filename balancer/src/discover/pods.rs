@@ -85,9 +85,13 @@ mod tests {
             format!("0::/kubepods/burstable/pod{uid}/{id}"),
             format!("3:cpu,cpuacct:/kubepods/pod{uid}/{id}"),
             format!("0::/../../pod{uid}/{id}"),
-            format!("0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable-pod{systemd}.slice/cri-containerd-{id}.scope"),
+            format!(
+                "0::/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable-pod{systemd}.slice/cri-containerd-{id}.scope"
+            ),
             format!("0::/kubepods.slice/kubepods-pod{systemd}.slice/crio-{id}.scope"),
-            format!("0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{systemd}.slice/docker-{id}.scope"),
+            format!(
+                "0::/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{systemd}.slice/docker-{id}.scope"
+            ),
         ] {
             assert_eq!(pod_of_cgroup(&line).as_deref(), Some(uid), "{line}");
         }
@@ -102,7 +106,10 @@ mod tests {
         }
         // A static pod's uid is a hash.
         let hash = "44ee6ae0b1f4b5d0b0ad0a1b6c7d8e9f";
-        assert_eq!(pod_of_cgroup(&format!("0::/kubepods/pod{hash}/x")).as_deref(), Some(hash));
+        assert_eq!(
+            pod_of_cgroup(&format!("0::/kubepods/pod{hash}/x")).as_deref(),
+            Some(hash)
+        );
     }
 
     #[test]

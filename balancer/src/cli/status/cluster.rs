@@ -28,7 +28,9 @@ pub(super) fn text(report: &ClusterReport) -> String {
 fn api(report: &ClusterReport) -> String {
     let seen = format!("as node {} knows it", report.node);
     if !report.complete {
-        return format!("{seen}; the API server has not told everything yet, quotas stay as they were");
+        return format!(
+            "{seen}; the API server has not told everything yet, quotas stay as they were"
+        );
     }
     match report.silent_seconds {
         0 => seen,
@@ -41,7 +43,10 @@ fn api(report: &ClusterReport) -> String {
 
 fn group_text(group: &GroupReport) -> String {
     let id = &group.id;
-    let mut text = format!("{}: Service {}, target port {}\n", id.entry, id.service, id.port);
+    let mut text = format!(
+        "{}: Service {}, target port {}\n",
+        id.entry, id.service, id.port
+    );
     text += &wrapped("  Quota: ", &group.sentence);
     if group.unserved > 0 {
         let words = format!(
@@ -54,7 +59,17 @@ fn group_text(group: &GroupReport) -> String {
     rows.push(total(group));
     text + &table(
         &[
-            "POD", "NODE", "ADDRESS", "STATE", ">ESTABLISHED", ">QUOTA", ">ROOM", ">PENDING", ">EXEMPT", ">WEIGHT", ">TOLD",
+            "POD",
+            "NODE",
+            "ADDRESS",
+            "STATE",
+            ">ESTABLISHED",
+            ">QUOTA",
+            ">ROOM",
+            ">PENDING",
+            ">EXEMPT",
+            ">WEIGHT",
+            ">TOLD",
         ],
         rows,
     )
@@ -62,7 +77,8 @@ fn group_text(group: &GroupReport) -> String {
 
 fn row(backend: &BackendReport) -> Vec<String> {
     let heard = backend.state.is_some();
-    let number = |value: Option<u32>, unlimited: &str| or(value, if heard { unlimited } else { "?" });
+    let number =
+        |value: Option<u32>, unlimited: &str| or(value, if heard { unlimited } else { "?" });
     vec![
         backend.pod.to_string(),
         or(backend.node.as_ref(), "-"),
