@@ -419,7 +419,9 @@ mod tests {
             publication: said.clone(),
             at: Instant::now(),
         };
-        let step = |wanted, written, idle| step(Some(wanted), written, Some(true), idle, every);
+        let step = |wanted: &Publication, written, idle| {
+            step(Some(wanted), written, Some(true), idle, every)
+        };
         assert_eq!(step(&said, None, Duration::MAX), Step::Write);
         tokio::time::advance(ago(1)).await;
         let more = publication(8, &[(101, 4)]);
