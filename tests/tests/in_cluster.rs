@@ -1,6 +1,8 @@
 //! The daemon in a cluster: a real API server, and nodes and pods that the test writes; the pods' namespaces and connections are real.
 
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::sync::mpsc::{self, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -30,6 +32,34 @@ struct Pod {
     name: String,
     address: String,
     netns: Netns,
+    _resident: Resident,
+}
+
+/// A thread that lives in a namespace, as a pod's processes do.
+struct Resident(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Resident {
+    fn of(netns: &Netns) -> Self {
+        let (leave, left) = mpsc::channel::<()>();
+        let (arrive, arrived) = mpsc::channel();
+        let netns = netns.share();
+        let thread = thread::spawn(move || {
+            netns.enter();
+            let _ = arrive.send(());
+            let _ = left.recv();
+        });
+        arrived.recv().expect("the thread enters the namespace");
+        Self(Some((leave, thread)))
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        if let Some((leave, thread)) = self.0.take() {
+            drop(leave);
+            let _ = thread.join();
+        }
+    }
 }
 
 impl<'a> Cluster<'a> {
@@ -81,6 +111,7 @@ impl<'a> Cluster<'a> {
         Pod {
             name: format!("oap-{number}"),
             address,
+            _resident: Resident::of(&netns),
             netns,
         }
     }
