@@ -1,13 +1,17 @@
 //! The daemon in a cluster: a real API server, and nodes and pods that the test writes; the pods' namespaces and connections are real.
 
+use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use balancer_tests::fixtures::tcp::{self, Listen, Listener};
-use balancer_tests::fixtures::{Balancer, Machine, Netns, Signal, eventually, long, remains};
+use balancer_tests::fixtures::{
+    Balancer, Machine, Netns, Signal, binary, eventually, long, process, remains,
+};
 use balancer_tests::kubernetes::objects::{self, Endpoint};
 use balancer_tests::kubernetes::{ApiServer, Kubectl};
 use serde_json::{Value, json};
@@ -661,5 +665,66 @@ fn who_is_dismissed_takes_everything_along() {
         balancer.wait_for_log("DaemonSet", seen);
         assert!(balancer.stop(Signal::SIGTERM).success());
         assert!(!balancer.is_loaded(), "{}", balancer.logs());
+    });
+}
+
+/// An OAP in a process of its own, which ends with this.
+struct Server(Child);
+
+impl Server {
+    fn start() -> Self {
+        let mut command = Command::new(binary().with_file_name("standin-oap"));
+        command
+            .args(["--listen", "0.0.0.0:11800", "--until-stdin-ends"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = process::spawn(&mut command).expect("the stand-in can be started");
+        let mut line = String::new();
+        let stdout = child.stdout.as_mut().expect("a pipe");
+        BufReader::new(stdout)
+            .read_line(&mut line)
+            .expect("it says that it listens");
+        Self(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_pod_of_the_nodes_own_network_is_told_by_its_cgroup() {
+    scene(|cluster| {
+        let host: IpAddr = "10.89.0.11".parse().expect("an address");
+        cluster.machine.netns.add_address(host);
+        cluster.serve(&[Endpoint::new("10.89.0.11", "oap-host", NODE), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 4, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let connect = || {
+            let (from, to) = (SocketAddr::new(CLIENT, 0), SocketAddr::new(host, PORT));
+            cluster.machine.netns.run(|| tcp::connect_from(from, to))
+        };
+        // Somebody else of the same network and port is none of ours.
+        let stranger = cluster
+            .machine
+            .cgroup
+            .run(|| cluster.machine.netns.run(Server::start));
+        remains(Duration::from_secs(2), || {
+            ensure!(balancer.service().active() == 0, "{}", balancer.logs());
+            Ok(())
+        });
+        drop(stranger);
+        let group = cluster
+            .machine
+            .cgroup
+            .below_as(&format!("pod{}", uid("oap-host")));
+        let server = group.run(|| cluster.machine.netns.run(Server::start));
+        wait_for_quota(&balancer, Some(2), "/ 2 ready) = 2");
+        let clients = [connect().connected(), connect().connected()];
+        assert!(connect().is_refused(), "{}", balancer.logs());
+        drop((clients, server));
     });
 }

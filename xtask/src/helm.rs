@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-use crate::{command, image, places};
+use crate::{command, image, kubernetes, places};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CHART: &str = "deploy/helm/balancer";
@@ -94,7 +94,13 @@ pub fn program() -> Result<PathBuf> {
     }
     eprintln!("building helm from its Go module; it is kept, so this is once");
     let unfinished = program.with_extension("unfinished");
-    let mut build = niced(&go()?);
+    let go = kubernetes::go().with_context(|| {
+        format!(
+            "Go is missing, with which helm is built: {}",
+            kubernetes::go_by_hand()
+        )
+    })?;
+    let mut build = niced(&go);
     build
         .args([
             "build",
@@ -111,14 +117,6 @@ pub fn program() -> Result<PathBuf> {
     std::fs::rename(&unfinished, &program)
         .with_context(|| format!("cannot rename {}", unfinished.display()))?;
     Ok(program)
-}
-
-fn go() -> Result<PathBuf> {
-    // Where the archive of go.dev is unpacked to, which not everybody has in the path.
-    let usual = PathBuf::from("/usr/local/go/bin/go");
-    command::find("go")
-        .or_else(|| command::is_executable(&usual).then_some(usual))
-        .context("Go is missing, 1.24 or newer: helm is built with it. Install it from https://go.dev/dl")
 }
 
 /// Two minutes of every processor: whoever works on this machine comes first.

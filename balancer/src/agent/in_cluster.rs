@@ -202,13 +202,13 @@ impl InCluster {
             return Ok(());
         }
         if self.joined.elapsed() > config.hold_for {
-            self.open(config, quotas, writer)?;
+            self.open(config, writer)?;
         }
         Ok(())
     }
 
     /// What an earlier daemon computed is too old, and this one has not been told anything.
-    fn open(&self, config: &Kubernetes, quotas: &Quotas, writer: &mut Writer) -> Result<()> {
+    fn open(&self, config: &Kubernetes, writer: &mut Writer) -> Result<()> {
         let computed = |slot: &&SlotView| {
             let entry = self.ports.entry(slot.member.backend.port, config);
             slot.life().is(BackendState::Active)
@@ -220,7 +220,7 @@ impl InCluster {
             "unlimited: the API server has told nothing since this daemon started, {} s ago at least",
             config.hold_for.as_secs()
         );
-        Shares::open(&slots, quotas, writer, &why)
+        Shares::open(&slots, writer, &why)
     }
 
     /// Notes that a source was refused in a namespace, on a port.
@@ -245,18 +245,20 @@ impl InCluster {
             .iter()
             .filter_map(|slot| self.published(slot))
             .collect();
-        // What was counted together is told by those who count: a node without backends writes nothing.
-        let counts = !backends.is_empty();
+        if backends.is_empty() {
+            // What was counted together is told by those who count.
+            return Publication {
+                schema: SCHEMA,
+                node: self.identity.node.clone(),
+                ..Publication::default()
+            };
+        }
         Publication {
             schema: SCHEMA,
             node: self.identity.node.clone(),
             backends,
-            peaks: counts
-                .then(|| self.shares.publish_peaks())
-                .unwrap_or_default(),
-            refused: counts
-                .then(|| self.shares.publish_refused())
-                .unwrap_or_default(),
+            peaks: self.shares.publish_peaks(),
+            refused: self.shares.publish_refused(),
         }
     }
 

@@ -103,45 +103,12 @@ impl Quotas {
         let source = by_rule(&service.quota);
         for (view, quota) in ready.iter().zip(&outcome.quotas) {
             let weight = writer.weight_of(view);
-            self.settle(writer, view, *quota, source, weight, &outcome.sentence)?;
+            settle(writer, view, *quota, source, weight, &outcome.sentence)?;
         }
         let sentence = writer.quota_by_hand(id)?.map_or(outcome.sentence, |quota| {
             format!("set by hand: {quota} for each backend")
         });
         writer.write_sentence(id, &sentence)
-    }
-
-    /// Gives a backend the quota that its rule asks for, or the one that was set by hand.
-    ///
-    /// # Errors
-    /// When a map can't be read.
-    pub fn settle(
-        &self,
-        writer: &Writer,
-        view: &SlotView,
-        quota: Quota,
-        source: QuotaSource,
-        weight: u32,
-        why: &str,
-    ) -> Result<()> {
-        let id = view.member.backend.service;
-        let (quota, source) = if is_by_hand(view) {
-            (present(view), QuotaSource::Backend)
-        } else if let Some(quota) = writer.quota_by_hand(id)? {
-            (
-                Some(quota).filter(|quota| *quota != UNLIMITED),
-                QuotaSource::Service,
-            )
-        } else {
-            (quota.limit(), source)
-        };
-        let why = match source {
-            QuotaSource::Rule | QuotaSource::Computed => why,
-            QuotaSource::Service | QuotaSource::Backend => "set by hand",
-        };
-        announce(writer, view, quota, why);
-        writer.set_quota(slot_quota(view, quota, source, weight));
-        Ok(())
     }
 
     /// What the quota of a backend that is ready depends on.
@@ -204,6 +171,38 @@ impl Quotas {
             "the quota of slot {slot} of {service} follows the service's again"
         ))
     }
+}
+
+/// Gives a backend the quota that its rule asks for, or the one that was set by hand.
+///
+/// # Errors
+/// When a map can't be read.
+pub fn settle(
+    writer: &Writer,
+    view: &SlotView,
+    quota: Quota,
+    source: QuotaSource,
+    weight: u32,
+    why: &str,
+) -> Result<()> {
+    let id = view.member.backend.service;
+    let (quota, source) = if is_by_hand(view) {
+        (present(view), QuotaSource::Backend)
+    } else if let Some(quota) = writer.quota_by_hand(id)? {
+        (
+            Some(quota).filter(|quota| *quota != UNLIMITED),
+            QuotaSource::Service,
+        )
+    } else {
+        (quota.limit(), source)
+    };
+    let why = match source {
+        QuotaSource::Rule | QuotaSource::Computed => why,
+        QuotaSource::Service | QuotaSource::Backend => "set by hand",
+    };
+    announce(writer, view, quota, why);
+    writer.set_quota(slot_quota(view, quota, source, weight));
+    Ok(())
 }
 
 const fn by_rule(rule: &QuotaRule) -> QuotaSource {

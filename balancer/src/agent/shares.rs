@@ -9,7 +9,7 @@ use anyhow::Result;
 use balancer_common::BackendState;
 use balancer_common::abi::UNLIMITED;
 
-use super::quotas::{Quotas, Waits};
+use super::quotas::{Quotas, Waits, settle};
 use super::ties::{Groups, Ties};
 use crate::cluster::{Endpoint, GroupId, Peak, Published, RefusedSource, View};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, Kubernetes};
@@ -201,7 +201,7 @@ impl Shares {
             awaited => as_before(&inputs, awaited),
         };
         self.waits.heed(group.id, &outcome);
-        self.settle(group, &ready, &outcome, quotas, writer)?;
+        group.settle(&ready, &outcome, writer)?;
         self.sentences.insert(group.id.clone(), outcome.sentence);
         Ok(())
     }
@@ -230,28 +230,6 @@ impl Shares {
             }
         }
         awaited
-    }
-
-    fn settle(
-        &self,
-        group: &Group<'_>,
-        ready: &[(&SlotView, &Endpoint)],
-        outcome: &Outcome,
-        quotas: &mut Quotas,
-        writer: &mut Writer,
-    ) -> Result<()> {
-        for (slot, endpoint) in &group.own {
-            let place = ready
-                .iter()
-                .position(|(other, _)| other.slot() == slot.slot());
-            // Nobody is sent to a pod that is not ready: who comes all the same means it.
-            let (quota, why) = match place.and_then(|place| outcome.quotas.get(place)) {
-                Some(quota) => (*quota, outcome.sentence.as_str()),
-                None => (unready(&group.entry.quota), "its pod is not ready"),
-            };
-            quotas.settle(writer, slot, quota, QuotaSource::Rule, endpoint.weight, why)?;
-        }
-        Ok(())
     }
 
     /// The connections to make room for.
@@ -304,15 +282,10 @@ impl Shares {
     ///
     /// # Errors
     /// When a map can't be read.
-    pub fn open(
-        slots: &[&SlotView],
-        quotas: &Quotas,
-        writer: &mut Writer,
-        why: &str,
-    ) -> Result<()> {
+    pub fn open(slots: &[&SlotView], writer: &mut Writer, why: &str) -> Result<()> {
         for slot in slots {
             let weight = writer.weight_of(slot);
-            quotas.settle(
+            settle(
                 writer,
                 slot,
                 Quota::Unlimited,
@@ -433,6 +406,26 @@ impl<'a> Group<'a> {
     fn own_ready(&self) -> impl Iterator<Item = (&'a SlotView, &'a Endpoint)> {
         let own = self.own.iter().copied();
         own.filter(|(_, endpoint)| endpoint.ready)
+    }
+
+    /// Puts the quotas of this node's backends in force, of which those of `ready` come first in the outcome.
+    fn settle(
+        &self,
+        ready: &[(&SlotView, &Endpoint)],
+        outcome: &Outcome,
+        writer: &Writer,
+    ) -> Result<()> {
+        for (slot, endpoint) in &self.own {
+            let mut places = ready.iter();
+            let place = places.position(|(other, _)| other.slot() == slot.slot());
+            // Nobody is sent to a pod that is not ready: who comes all the same means it.
+            let (quota, why) = match place.and_then(|place| outcome.quotas.get(place)) {
+                Some(quota) => (*quota, outcome.sentence.as_str()),
+                None => (unready(&self.entry.quota), "its pod is not ready"),
+            };
+            settle(writer, slot, quota, QuotaSource::Rule, endpoint.weight, why)?;
+        }
+        Ok(())
     }
 
     /// This node's backends first.

@@ -194,7 +194,7 @@ fn config() -> Kubernetes {
         name: name.to_owned(),
         of: ServiceChoice::Selected {
             namespace: None,
-            selector: "app=oap".to_owned(),
+            selectors: vec!["app=oap".to_owned()],
         },
         port: PortChoice::Name(port.to_owned()),
         policy: Policy::LeastConnections,

@@ -88,7 +88,7 @@ pub(super) fn translated(snapshot: &Snapshot) -> Option<Check> {
                 .iter()
                 .map(move |backend| (service, backend))
         })
-        .filter(|(_, backend)| suspicious(&backend))
+        .filter(|(_, backend)| suspicious(backend))
         .map(|(service, backend)| {
             format!(
                 "{} slot {}: {} of {}",

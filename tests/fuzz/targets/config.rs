@@ -231,6 +231,8 @@ fn reads_the_same_when_written(config: &Config) {
         Namespaces::Own => json!("own"),
         Namespaces::All => json!("all"),
         Namespaces::Paths(paths) => json!(paths),
+        // Not written: it follows from `kubernetes`.
+        Namespaces::Pods => json!(null),
     };
     let file = match &config.kubernetes {
         Some(kubernetes) => json!({
