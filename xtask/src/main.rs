@@ -4,6 +4,8 @@
 mod build;
 mod command;
 mod fuzz;
+mod helm;
+mod image;
 mod kernel_half;
 mod kubernetes;
 mod linker;
@@ -73,6 +75,23 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Build an optimised balancer, and write it as an OCI image archive. Needs no container engine.
+    ///
+    /// `ctr -n k8s.io images import FILE` takes it to a node, `docker load`, `podman load` and `skopeo copy oci-archive:FILE` into an engine or a registry.
+    Image {
+        /// The archive [default: target/image/balancer-VERSION.tar].
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// What the image is called once it is loaded [default: localhost/balancer:VERSION].
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
+    },
+    /// Render the Helm chart into the plain manifests in `deploy/manifests`, with the real helm (needs Go the first time).
+    Manifests {
+        /// Change nothing: check the chart and its schema, and fail with a difference where the manifests are not current.
+        #[arg(long)]
+        check: bool,
+    },
     /// Watch it balance: stand-in servers, several hundred gRPC clients and the daemon, in a network namespace of their own.
     Demo,
     /// Run the balancer in front of the real thing.
@@ -130,6 +149,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
             }
         }
         Verb::Run { arguments } => verbs::run(&arguments),
+        Verb::Image { output, name } => image::image(output, name.as_deref()),
+        Verb::Manifests { check } => helm::manifests(check),
         Verb::Demo => verbs::demo(),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
     }

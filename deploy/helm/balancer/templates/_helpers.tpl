@@ -1,0 +1,68 @@
+{{/* What names begin with: the release's name, with the chart's where that does not say it yet. */}}
+{{- define "balancer.fullname" -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride | trunc 53 | trimSuffix "-" -}}
+{{- else -}}
+{{- $name := default .Chart.Name .Values.nameOverride -}}
+{{- if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 53 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 53 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Names of what belongs to no namespace: unique by release, and releases in two namespaces may have the same name. */}}
+{{- define "balancer.clusterName" -}}
+{{- printf "%s:%s" .Release.Namespace (include "balancer.fullname" .) -}}
+{{- end -}}
+
+{{- define "balancer.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "balancer.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- default "default" .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
+{{/* What never changes: the DaemonSet finds its pods by it. */}}
+{{- define "balancer.selectorLabels" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
+{{- define "balancer.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
+{{ include "balancer.selectorLabels" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/component: agent
+app.kubernetes.io/part-of: balancer
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- end -}}
+
+{{- define "balancer.image" -}}
+{{- with .Values.image -}}
+{{- if .digest -}}
+{{- printf "%s@%s" .repository .digest -}}
+{{- else -}}
+{{- printf "%s:%s" .repository (default $.Chart.AppVersion .tag) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* One probe: when to ask, and `balancer ping`. */}}
+{{- define "balancer.probe" -}}
+exec:
+  command: [balancer, ping]
+{{ toYaml . }}
+{{- end -}}
+
+{{/* The daemon's file. */}}
+{{- define "balancer.config" -}}
+kubernetes:
+  services:
+    {{- toYaml .Values.config.services | nindent 4 }}
+  publish_every: {{ .Values.config.publishEvery }}
+  hold_for: {{ .Values.config.holdFor }}
+fail_open_after: {{ .Values.config.failOpenAfter }}
+{{- end -}}

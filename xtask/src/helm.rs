@@ -1,0 +1,288 @@
+//! The Helm chart: checked with the real helm, which is built from its Go module, and rendered into plain manifests.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::{command, image, places};
+
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const CHART: &str = "deploy/helm/balancer";
+const MANIFESTS: &str = "deploy/manifests/balancer.yaml";
+const HEADER: &str = "\
+# Made by `cargo xtask manifests` from deploy/helm/balancer: change that, not this.
+# Put the image's name of your registry in (`image:`), then: kubectl apply --server-side -f balancer.yaml
+";
+/// What the plain manifests are called and where they go.
+const RELEASE: [&str; 2] = ["balancer", "balancer-system"];
+/// Rendered for: helm itself would take a very old Kubernetes where it can ask none.
+const KUBERNETES: [&str; 2] = ["v1.25.0", "v1.34.0"];
+/// Releases that must be possible: any name, any namespace, and the longest name that helm takes.
+const RELEASES: [[&str; 2]; 3] = [
+    RELEASE,
+    ["agents", "team-a"],
+    ["as-long-as-the-name-of-a-release-may-be-which-is-53-a", "b"],
+];
+/// What the schema has to refuse, and what its complaint has to name.
+const REFUSED: [[&str; 2]; 8] = [
+    ["imagee.tag=1", "imagee"],
+    ["config.publish_every=2s", "publish_every"],
+    ["config.failOpenAfter=60", "failOpenAfter"],
+    [
+        "config.services[0].name=a,config.services[0].quotas.observed=10m",
+        "quotas",
+    ],
+    [
+        "config.services[0].name=a,config.services[0].quota.headroom=15%",
+        "quota",
+    ],
+    [
+        "config.services[0].name=a,config.services[0].service=skywalking-oap",
+        "service",
+    ],
+    [
+        "config.services[0].name=a,config.services[0].service=a/b,config.services[0].selector=app=oap",
+        "services/0",
+    ],
+    ["probes.liveness.periodSecond=3", "periodSecond"],
+];
+
+/// Renders the chart into the plain manifests and writes them. `check`: compares them instead, and checks the chart.
+///
+/// # Errors
+/// When helm can't be built or does not take the chart, and for `check` when the manifests are not current.
+pub fn manifests(check: bool) -> Result<ExitCode> {
+    let helm = Helm {
+        program: program()?,
+    };
+    if check {
+        versions()?;
+        helm.check()?;
+    }
+    let rendered = format!("{HEADER}{}", plain(&helm.render_manifests()?));
+    let committed = places::workspace().join(MANIFESTS);
+    if !check {
+        write(&committed, &rendered)?;
+        println!("{MANIFESTS} is written");
+        return Ok(ExitCode::SUCCESS);
+    }
+    if std::fs::read_to_string(&committed).unwrap_or_default() != rendered {
+        let current = directory()?.join("balancer.yaml");
+        write(&current, &rendered)?;
+        // It fails because they differ; what it prints is what is wanted of it.
+        let _ = command::run(Command::new("diff").arg("-u").args([&committed, &current]));
+        bail!("{MANIFESTS} is not what the chart renders to: run `cargo xtask manifests`");
+    }
+    println!("The chart is in order, and {MANIFESTS} is current.");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The real helm, built from `tests/kubernetes/helm/go.mod` the first time. That takes minutes.
+///
+/// # Errors
+/// When there is no Go, or the build fails.
+pub fn program() -> Result<PathBuf> {
+    let module = places::workspace().join("tests/kubernetes/helm");
+    let sums = std::fs::read(module.join("go.sum"))
+        .with_context(|| format!("cannot read go.sum in {}", module.display()))?;
+    let hash = image::hex(&Sha256::digest(&sums)[..8]);
+    let program = directory()?.join(format!("helm-{hash}"));
+    if command::is_executable(&program) {
+        return Ok(program);
+    }
+    eprintln!("building helm from its Go module; it is kept, so this is once");
+    let unfinished = program.with_extension("unfinished");
+    let mut build = niced(&go()?);
+    build
+        .args([
+            "build",
+            "-mod=readonly",
+            "-trimpath",
+            "-ldflags=-s -w",
+            "-o",
+        ])
+        .arg(&unfinished)
+        .arg("helm.sh/helm/v3/cmd/helm")
+        .current_dir(&module)
+        .env("CGO_ENABLED", "0");
+    command::run(&mut build).context("helm was not built")?;
+    std::fs::rename(&unfinished, &program)
+        .with_context(|| format!("cannot rename {}", unfinished.display()))?;
+    Ok(program)
+}
+
+fn go() -> Result<PathBuf> {
+    // Where the archive of go.dev is unpacked to, which not everybody has in the path.
+    let usual = PathBuf::from("/usr/local/go/bin/go");
+    command::find("go")
+        .or_else(|| command::is_executable(&usual).then_some(usual))
+        .context("Go is missing, 1.24 or newer: helm is built with it. Install it from https://go.dev/dl")
+}
+
+/// Two minutes of every processor: whoever works on this machine comes first.
+fn niced(program: &Path) -> Command {
+    command::find("nice").map_or_else(
+        || Command::new(program),
+        |nice| {
+            let mut command = Command::new(nice);
+            command.arg(program);
+            command
+        },
+    )
+}
+
+fn directory() -> Result<PathBuf> {
+    let directory = places::target()?.join("kubernetes");
+    std::fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
+    Ok(directory)
+}
+
+/// The chart has the workspace's version.
+fn versions() -> Result<()> {
+    let chart = places::workspace().join(CHART).join("Chart.yaml");
+    let text = std::fs::read_to_string(&chart)
+        .with_context(|| format!("cannot read {}", chart.display()))?;
+    for line in [
+        format!("version: {VERSION}"),
+        format!("appVersion: \"{VERSION}\""),
+    ] {
+        ensure!(
+            text.lines().any(|found| found == line),
+            "{} has no line `{line}`: that is the workspace's version",
+            chart.display()
+        );
+    }
+    Ok(())
+}
+
+/// Every set of values of the chart: the default one, and those in its directory `ci`.
+fn value_sets() -> Result<Vec<Option<PathBuf>>> {
+    let directory = places::workspace().join(CHART).join("ci");
+    let entries = std::fs::read_dir(&directory)
+        .with_context(|| format!("cannot read {}", directory.display()))?;
+    let mut sets = vec![None];
+    for entry in entries {
+        sets.push(Some(entry.context("cannot read the value sets")?.path()));
+    }
+    sets.sort();
+    Ok(sets)
+}
+
+struct Helm {
+    program: PathBuf,
+}
+
+impl Helm {
+    fn check(&self) -> Result<()> {
+        for values in value_sets()? {
+            for kubernetes in KUBERNETES {
+                let mut lint = self.verb("lint", kubernetes);
+                lint.args(["--strict", "--quiet", CHART]);
+                command::run(with(&mut lint, values.as_deref()))?;
+                for release in RELEASES {
+                    self.render(release, kubernetes, values.as_deref())?;
+                }
+            }
+        }
+        for [setting, named] in REFUSED {
+            self.refuses(setting, named)?;
+        }
+        Ok(())
+    }
+
+    fn verb(&self, verb: &str, kubernetes: &str) -> Command {
+        let mut helm = Command::new(&self.program);
+        helm.current_dir(places::workspace())
+            .args([verb, "--kube-version", kubernetes]);
+        helm
+    }
+
+    fn template(&self, [name, namespace]: [&str; 2], kubernetes: &str) -> Command {
+        let mut template = self.verb("template", kubernetes);
+        template.args([name, CHART, "--namespace", namespace]);
+        template
+    }
+
+    fn render(
+        &self,
+        release: [&str; 2],
+        kubernetes: &str,
+        values: Option<&Path>,
+    ) -> Result<String> {
+        let mut template = self.template(release, kubernetes);
+        stdout(with(&mut template, values))
+    }
+
+    fn render_manifests(&self) -> Result<String> {
+        let mut template = self.template(RELEASE, KUBERNETES[1]);
+        stdout(template.args(["--set", "namespace.create=true"]))
+    }
+
+    /// A typo is an error that names it.
+    fn refuses(&self, setting: &str, named: &str) -> Result<()> {
+        let mut template = self.template(RELEASE, KUBERNETES[1]);
+        let Err(complaint) = stdout(template.args(["--set", setting])) else {
+            bail!("the chart takes `--set {setting}`, its schema should not");
+        };
+        let complaint = format!("{complaint:#}");
+        ensure!(
+            complaint.contains("schema") && complaint.contains(named),
+            "the chart refuses `--set {setting}`, but does not name `{named}`: {complaint}"
+        );
+        Ok(())
+    }
+}
+
+fn with<'a>(helm: &'a mut Command, values: Option<&Path>) -> &'a mut Command {
+    if let Some(values) = values {
+        helm.arg("--values").arg(values);
+    }
+    helm
+}
+
+/// What the command prints; when it fails, an error with its complaint.
+fn stdout(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("cannot start `{}`", command::line(command)))?;
+    ensure!(
+        output.status.success(),
+        "`{}` failed: {}",
+        command::line(command),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    String::from_utf8(output.stdout).context("helm printed something that is not UTF-8")
+}
+
+/// Without the labels that say that helm looks after it.
+fn plain(rendered: &str) -> String {
+    let of_helm = |line: &&str| {
+        let line = line.trim_start();
+        line.starts_with("helm.sh/chart:") || line == "app.kubernetes.io/managed-by: Helm"
+    };
+    let lines = rendered.lines().filter(|line| !of_helm(line));
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+fn write(path: &Path, text: &str) -> Result<()> {
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{plain, versions};
+
+    #[test]
+    fn plain_manifests_do_not_say_that_helm_looks_after_them() {
+        let rendered = "metadata:\n  labels:\n    helm.sh/chart: balancer-0.1.0\n    a: b\n    app.kubernetes.io/managed-by: Helm\n";
+        assert_eq!(plain(rendered), "metadata:\n  labels:\n    a: b\n");
+    }
+
+    #[test]
+    fn the_chart_has_the_version_of_the_workspace() {
+        versions().unwrap();
+    }
+}
