@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::keeper::Keeper;
 use super::kubectl::Kubectl;
 use super::pki::{ADMIN, Pki};
-use super::program;
+use super::{directory, program};
 use crate::fixtures::Netns;
 
 /// Ready in three seconds on two idle processors.
@@ -84,18 +84,16 @@ impl ApiServer {
         api
     }
 
-    /// One for real nodes, which reach it at this address.
-    #[track_caller]
-    pub(super) fn start_for_nodes(netns: &Netns, address: IpAddr) -> Self {
+    /// One for real nodes, which reach it at this address, to be [launched](Self::launch).
+    pub(super) fn prepare_for_nodes(netns: &Netns, address: IpAddr) -> Self {
         let mut api = Self::prepare(netns, address);
         api.has_nodes = true;
         api.has_controllers = true;
-        api.launch();
         api
     }
 
     fn prepare(netns: &Netns, address: IpAddr) -> Self {
-        let directory = TempDir::new().expect("a temporary directory can be made");
+        let directory = directory();
         // 10.96.0.1 is the Service `kubernetes`.
         let addresses = [
             Ipv4Addr::LOCALHOST.into(),
@@ -118,7 +116,9 @@ impl ApiServer {
         }
     }
 
-    fn launch(&mut self) {
+    /// Starts all of it, and waits until the API server is ready.
+    #[track_caller]
+    pub(super) fn launch(&mut self) {
         self.spawn(Program::Etcd);
         self.start_again();
         if self.has_controllers {
@@ -362,6 +362,10 @@ impl ApiServer {
         controllers
             .arg("--root-ca-file")
             .arg(self.pki.file("ca.crt"));
+        // They would make the one in /usr/libexec.
+        controllers
+            .arg("--flex-volume-plugin-dir")
+            .arg(self.directory.path().join("plugins"));
         controllers.args([
             "--use-service-account-credentials",
             "--kube-api-qps=200",

@@ -79,10 +79,9 @@ impl Keeper {
     pub(super) fn signal(&self, name: &str, signal: Signal) {
         kill(self.id(name), signal).expect("a child can be signalled");
     }
-}
 
-impl Drop for Keeper {
-    fn drop(&mut self) {
+    /// Kills everything, and waits until it is gone.
+    pub(super) fn end(&mut self) {
         let _ = self.first.kill();
         // The first process of a namespace is not gone before all others are, and of these the children of this process only when it
         // has waited for them.
@@ -91,5 +90,11 @@ impl Drop for Keeper {
             let _ = child.wait();
         }
         let _ = self.first.wait();
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.end();
     }
 }

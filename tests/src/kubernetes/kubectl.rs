@@ -1,18 +1,11 @@
 //! `kubectl` as one user.
 
-use std::fs::File;
-use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::program;
-use crate::fixtures::{Finished, Netns, process};
-
-/// Longer than anything that `kubectl` waits for here.
-const ENDS_WITHIN: Duration = Duration::from_secs(180);
+use super::{program, run};
+use crate::fixtures::{Finished, Netns};
 
 /// `kubectl` with somebody's kubeconfig, in the network namespace from which the API server is reached.
 pub struct Kubectl {
@@ -110,12 +103,6 @@ impl Kubectl {
 
     #[track_caller]
     fn attempt_with_input(&self, arguments: &[&str], input: &[u8]) -> Finished {
-        // Files and not pipes: nobody has to empty them while it runs.
-        let mut files = [(); 3].map(|()| tempfile::tempfile().expect("a file can be made"));
-        let [stdin, stdout, stderr] = &mut files;
-        stdin.write_all(input).expect("a file can be written");
-        stdin.rewind().expect("a file can be rewound");
-        let handle = |file: &File| Stdio::from(file.try_clone().expect("a file can be shared"));
         let mut command = program("kubectl");
         command
             .arg("--kubeconfig")
@@ -123,33 +110,8 @@ impl Kubectl {
             .arg("--cache-dir")
             .arg(&self.cache)
             .args(arguments)
-            .env_remove("KUBECONFIG")
-            .stdin(handle(stdin))
-            .stdout(handle(stdout))
-            .stderr(handle(stderr));
-        let child = self.netns.run(|| process::spawn(&mut command));
-        let code = wait(child.expect("kubectl can be started"), arguments);
-        Finished {
-            code,
-            stdout: text(stdout),
-            stderr: text(stderr),
-        }
-    }
-}
-
-#[track_caller]
-fn wait(mut child: Child, arguments: &[&str]) -> i32 {
-    let deadline = Instant::now() + ENDS_WITHIN;
-    loop {
-        if let Some(status) = child.try_wait().expect("a child can be waited for") {
-            return status.code().unwrap_or(-1);
-        }
-        if Instant::now() >= deadline {
-            let _ = child.kill();
-            let _ = child.wait();
-            panic!("kubectl {} did not end", arguments.join(" "));
-        }
-        std::thread::sleep(Duration::from_millis(5));
+            .env_remove("KUBECONFIG");
+        self.netns.run(|| run::to_its_end(&mut command, input))
     }
 }
 
@@ -162,13 +124,6 @@ fn succeeded(arguments: &[&str], finished: Finished) -> String {
         finished.stderr.trim()
     );
     finished.stdout
-}
-
-fn text(file: &mut File) -> String {
-    let mut bytes = Vec::new();
-    file.rewind().expect("a file can be rewound");
-    file.read_to_end(&mut bytes).expect("a file can be read");
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// The objects of a `List`, else the object itself.

@@ -16,16 +16,26 @@
 //! ```
 
 mod api;
+mod cluster;
+mod image;
 mod keeper;
 mod kubectl;
 pub mod objects;
 mod pki;
+mod run;
 
 pub use api::{ApiServer, Program};
+pub use cluster::Cluster;
+pub use image::{BUSYBOX, Image, PAUSE, TOOLS};
 pub use kubectl::Kubectl;
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Once;
+
+use tempfile::TempDir;
+
+use crate::fixtures::{sweep, unique_name};
 
 /// What names `kubeall`.
 const KUBEALL: &str = "BALANCER_KUBEALL";
@@ -50,4 +60,14 @@ fn kubeall() -> PathBuf {
             "this test needs a Kubernetes, and {KUBEALL} names none: start it with `cargo xtask test`, which builds one"
         )
     })
+}
+
+/// A directory for data and logs. Those of test processes that were killed are removed first.
+fn directory() -> TempDir {
+    static SWEPT: Once = Once::new();
+    SWEPT.call_once(|| sweep(&std::env::temp_dir()));
+    let made = tempfile::Builder::new()
+        .prefix(&format!("{}-", unique_name()))
+        .tempdir();
+    made.expect("a temporary directory can be made")
 }
