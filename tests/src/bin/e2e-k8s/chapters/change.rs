@@ -1,0 +1,48 @@
+//! 3: the OAPs are restarted, and their number changes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use balancer_tests::story::Report;
+
+use super::without;
+use crate::agents::Way;
+use crate::layout::{HEADROOM, OAPS, REPLICAS};
+use crate::world::World;
+
+/// From `kubectl scale` to the quotas: pods start or end, endpoints change.
+const QUOTAS_WITHIN: Duration = Duration::from_secs(20);
+
+pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
+    let mark = world.clients()?.mark(&world.lab)?;
+    let begun = Instant::now();
+    without::restart(world)?;
+    let replicas = REPLICAS as usize;
+    world.quotas_follow(report, "3 OAPs restarted", replicas, QUOTAS_WITHIN, begun)?;
+    world.attached(report, "3 OAPs restarted", 0)?;
+    world.all_connected(report, "3 OAPs restarted")?;
+    world.nobody_waited(report, "3 OAPs restarted", &mark)?;
+    world.counts_are_true(report, "3 OAPs restarted", Way::Exec)?;
+    world.spread(report, "3 OAPs restarted", HEADROOM)?;
+    for replicas in [3, 5] {
+        scale(world, report, replicas)?;
+    }
+    Ok(())
+}
+
+/// Changes the number of OAPs.
+pub fn scale(world: &mut World, report: &mut Report, replicas: u32) -> Result<()> {
+    let step = format!("3 {replicas} OAPs");
+    let mark = world.clients()?.mark(&world.lab)?;
+    let begun = Instant::now();
+    let number = format!("--replicas={replicas}");
+    let scale = ["scale", "deployment/skywalking-oap", "-n", OAPS, &number];
+    world.lab.kubectl(&scale)?;
+    world.quotas_follow(report, &step, replicas as usize, QUOTAS_WITHIN, begun)?;
+    world.wait_oaps(replicas)?;
+    world.attached(report, &step, 0)?;
+    world.all_connected(report, &step)?;
+    world.nobody_waited(report, &step, &mark)?;
+    world.counts_are_true(report, &step, Way::Exec)?;
+    world.views_agree(report, &step)
+}

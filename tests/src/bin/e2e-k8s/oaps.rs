@@ -1,0 +1,120 @@
+//! The OAP pods, and the truth about their connections: the socket tables of their network namespaces.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::IpAddr;
+
+use anyhow::{Context, Result};
+use balancer::sys::netns;
+use balancer_tests::fixtures::{Netns, diag};
+use serde_json::Value;
+
+use crate::lab::Lab;
+use crate::layout::{OAPS, PORT};
+use crate::stamp;
+
+/// A pod that runs, and is not being ended.
+pub struct Oap {
+    pub name: String,
+    pub node: String,
+    pub address: IpAddr,
+    pub ready: bool,
+    netns: Netns,
+    /// The cookie of its network namespace, by which the balancer knows it.
+    pub cookie: u64,
+}
+
+/// The connections that a pod holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// All of them.
+    pub established: u32,
+    /// Those of other OAPs among them.
+    pub of_peers: u32,
+}
+
+/// The OAPs that run on nodes that run, by name.
+///
+/// # Errors
+/// When the API server does not answer, or a pod ends meanwhile.
+pub fn look(lab: &Lab) -> Result<Vec<Oap>> {
+    let list = lab.get(&["pods", "-n", OAPS, "-l", "component=oap"])?;
+    let items = list["items"].as_array().context("a list has items")?;
+    let running = items.iter().filter(|pod| {
+        pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running"
+    });
+    let mut oaps = Vec::new();
+    for pod in running {
+        let node = text(&pod["spec"]["nodeName"])?;
+        if lab.cluster.runs(&node) {
+            oaps.push(Oap::of(pod, node)?);
+        }
+    }
+    oaps.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(oaps)
+}
+
+impl Oap {
+    fn of(pod: &Value, node: String) -> Result<Self> {
+        let uid = text(&pod["metadata"]["uid"])?;
+        let process = process_of(&uid)?;
+        let netns = Netns::of_process(process).context("the pod has ended")?;
+        let cookie = netns::open(&netns.path()).and_then(netns::cookie_of);
+        let container = &pod["status"]["containerStatuses"][0];
+        Ok(Self {
+            name: text(&pod["metadata"]["name"])?,
+            node,
+            address: text(&pod["status"]["podIP"])?.parse()?,
+            ready: container["ready"] == true,
+            netns,
+            cookie: cookie.context("cannot read the cookie of the pod's namespace")?,
+        })
+    }
+
+    /// What the socket table of its namespace holds.
+    pub fn held(&self, peers: &BTreeSet<IpAddr>) -> Held {
+        let rows = self.netns.run(|| diag::accepted(PORT));
+        let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let of_peers = rows.iter().filter(|row| peers.contains(&row.remote.ip()));
+        Held {
+            of_peers: number(of_peers.count()),
+            established: number(rows.len()),
+        }
+    }
+
+    /// Does something in the pod's network.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.netns.run(work)
+    }
+
+    /// When it began to listen.
+    ///
+    /// # Errors
+    /// When its log can't be read.
+    pub fn listens_since(&self, lab: &Lab) -> Result<u64> {
+        let log = lab.kubectl(&["logs", "-n", OAPS, &self.name, "--timestamps"])?;
+        let line = log.lines().find(|line| line.contains("listening on"));
+        line.and_then(stamp::of_line)
+            .with_context(|| format!("{} has not said that it listens: {log}", self.name))
+    }
+}
+
+/// A process of a pod, by the pod's cgroup.
+pub fn process_of(uid: &str) -> Result<u32> {
+    let processes = fs::read_dir("/proc").context("cannot list the processes")?;
+    let ids = processes
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    ids.into_iter()
+        .find(|id: &u32| {
+            let cgroups = fs::read_to_string(format!("/proc/{id}/cgroup"));
+            cgroups.is_ok_and(|cgroups| cgroups.contains(uid))
+        })
+        .with_context(|| format!("no process belongs to the pod {uid}"))
+}
+
+/// A string of an object.
+pub fn text(value: &Value) -> Result<String> {
+    let text = value.as_str().map(str::to_owned);
+    text.context("the API server does not say what it should yet")
+}
