@@ -1,6 +1,6 @@
 //! Checks that come up more than once in the story.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -122,8 +122,13 @@ impl World {
         })
     }
 
-    /// Each OAP's namespace is guarded soon after its listener, or after its agent was first ready, which is `since`.
-    pub fn attached(&mut self, report: &mut Report, step: &str, since: u64) -> Result<()> {
+    /// Each OAP's namespace is guarded soon after its listener, or after the agent of its node was ready, where `since` says when.
+    pub fn attached(
+        &mut self,
+        report: &mut Report,
+        step: &str,
+        since: &BTreeMap<String, u64>,
+    ) -> Result<()> {
         self.look()?;
         let mut worst = Duration::ZERO;
         for oap in &self.oaps {
@@ -135,7 +140,8 @@ impl World {
                     None => interrupt::pause(Duration::from_millis(50))?,
                 }
             };
-            let listens = oap.listens_since(&self.lab)?.max(since);
+            let agent = since.get(&oap.node).copied().unwrap_or(0);
+            let listens = oap.listens_since(&self.lab)?.max(agent);
             worst = worst.max(Duration::from_millis(guarded.saturating_sub(listens)));
         }
         let step = format!(

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use aya::programs::links::{FdLink, PinnedLink};
-use aya::programs::{ProgramInfo, loaded_programs};
+use aya::programs::loaded_programs;
 
 use crate::lab::Lab;
 use crate::stamp;
@@ -34,16 +34,20 @@ pub fn is_there(lab: &Lab, node: &str) -> bool {
     lab.file_on(node, PINS).exists()
 }
 
-/// The programs that are pinned on a node, or attached by links that are.
+/// The programs that are attached by links that are pinned on a node.
 pub fn programs(lab: &Lab, node: &str) -> BTreeSet<u32> {
-    let of = |pin: &PathBuf| -> Option<u32> {
-        if let Ok(program) = ProgramInfo::from_pin(pin) {
-            return Some(program.id());
-        }
-        let link = FdLink::from(PinnedLink::from_pin(pin).ok()?);
-        Some(link.info().ok()?.program_id())
-    };
-    pins(lab, node).iter().filter_map(of).collect()
+    let pins = pins(lab, node);
+    // The kernel would answer for a map, too, and with another number.
+    let links = pins.iter().filter(|pin| {
+        pin.file_name()
+            .is_some_and(|name| name.to_string_lossy().starts_with("link_"))
+    });
+    links
+        .filter_map(|pin| {
+            let link = FdLink::from(PinnedLink::from_pin(pin).ok()?);
+            Some(link.info().ok()?.program_id())
+        })
+        .collect()
 }
 
 /// Those of the programs that the kernel still has.

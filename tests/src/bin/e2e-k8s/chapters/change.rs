@@ -1,5 +1,6 @@
 //! 3: the OAPs are restarted, and their number changes.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -19,7 +20,7 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
     without::restart(world)?;
     let replicas = REPLICAS as usize;
     world.quotas_follow(report, "3 OAPs restarted", replicas, QUOTAS_WITHIN, begun)?;
-    world.attached(report, "3 OAPs restarted", 0)?;
+    world.attached(report, "3 OAPs restarted", &BTreeMap::new())?;
     world.all_connected(report, "3 OAPs restarted")?;
     world.nobody_waited(report, "3 OAPs restarted", &mark)?;
     world.counts_are_true(report, "3 OAPs restarted", Way::Exec)?;
@@ -40,7 +41,7 @@ pub fn scale(world: &mut World, report: &mut Report, replicas: u32) -> Result<()
     world.lab.kubectl(&scale)?;
     world.quotas_follow(report, &step, replicas as usize, QUOTAS_WITHIN, begun)?;
     world.wait_oaps(replicas)?;
-    world.attached(report, &step, 0)?;
+    world.attached(report, &step, &BTreeMap::new())?;
     world.all_connected(report, &step)?;
     world.nobody_waited(report, &step, &mark)?;
     world.counts_are_true(report, &step, Way::Exec)?;

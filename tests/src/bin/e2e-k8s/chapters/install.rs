@@ -1,6 +1,6 @@
 //! 2: `helm install` while everything runs; the total is what the agents observe.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -29,7 +29,7 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
     let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
     report.tell("2 helm install: all agents ready", &took);
     let since = ready_since(world)?;
-    world.attached(report, "2 helm install", since)?;
+    world.attached(report, "2 helm install", &since)?;
     world.counts_are_true(report, "2 helm install", Way::Exec)?;
     let replicas = REPLICAS as usize;
     world.quotas_follow(report, "2 helm install", replicas, QUOTAS_WITHIN, begun)?;
@@ -40,17 +40,16 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
     reconnect(world, report)
 }
 
-/// When the last agent was ready.
-fn ready_since(world: &World) -> Result<u64> {
-    let mut last = 0;
-    for agent in world.agents.values() {
+/// When the agent of each node was ready.
+fn ready_since(world: &World) -> Result<BTreeMap<String, u64>> {
+    let agents = world.agents.values().map(|agent| {
         let log = agent.log(&world.lab, &["--timestamps"])?;
         let line = log.lines().find(|line| line.trim_end().ends_with("ready"));
         let ready = line.and_then(stamp::of_line);
         let ready = ready.with_context(|| format!("{} was never ready: {log}", agent.name))?;
-        last = last.max(ready);
-    }
-    Ok(last)
+        Ok((agent.node.clone(), ready))
+    });
+    agents.collect()
 }
 
 /// The quotas are what the sentence says, of as many connections as there are.
