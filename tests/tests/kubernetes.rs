@@ -145,6 +145,11 @@ fn a_cluster_runs_pods_that_are_reached_through_their_service() {
         ensure!(names.len() == 2, "not both pods answer: {names:?}");
         Ok(())
     });
+    // The API server, as pods find it: it does not speak HTTP without TLS there, and says so.
+    let ask = "wget -S -O - http://$KUBERNETES_SERVICE_HOST:$KUBERNETES_SERVICE_PORT";
+    let exec = ["exec", "deployment/web", "--", "sh", "-c", ask];
+    let answer = admin.attempt(&exec).stderr;
+    assert!(answer.contains("400 Bad Request"), "{answer}");
 }
 
 #[test]

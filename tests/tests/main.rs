@@ -11,6 +11,7 @@ mod explain;
 mod fail_open;
 mod fixtures;
 mod floods;
+mod in_cluster;
 mod kubernetes;
 mod lifecycle;
 mod load;

@@ -253,7 +253,8 @@ fn install_packages(missing: &[&Requirement]) -> Result<()> {
 fn run_commands(missing: &[&Requirement]) -> Result<()> {
     for requirement in missing {
         if let Remedy::Command(command, by_hand) = (requirement.remedy)() {
-            command::run(&mut *command?).with_context(|| {
+            let done = command.and_then(|mut command| command::run(&mut command));
+            done.with_context(|| {
                 format!(
                     "cannot install {}. By hand:\n    {by_hand}",
                     requirement.name

@@ -22,18 +22,23 @@ use super::{Envelope, Request, Response, comparable};
 
 /// How long a daemon may take to accept: one that lives does at once.
 const ACCEPTS_WITHIN: Duration = Duration::from_secs(5);
-/// How long it may take to do what was asked: unloading waits for the kernel.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
+/// How long it may take, as a rule, to do what was asked: unloading waits for the kernel.
+pub const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 /// The longest answer, in bytes.
-const MAX_ANSWER_BYTES: u64 = 1 << 20;
+const MAX_ANSWER_BYTES: u64 = 16 << 20;
 
 /// Asks the daemon behind `socket`, which must be the one that keeps its state in `state_dir`, and waits for its answer. `None` when no daemon
 /// lives there: no such socket, or a dead one.
 ///
 /// # Errors
-/// When the socket can't be used (most often: not root), or the daemon doesn't answer within 30 seconds or not as agreed.
-pub fn ask(socket: &Path, state_dir: &Path, request: &Request) -> Result<Option<Response>> {
-    let Some(stream) = open(socket)? else {
+/// When the socket can't be used (most often: not root), or the daemon doesn't answer `within` that time, or not as agreed.
+pub fn ask(
+    socket: &Path,
+    state_dir: &Path,
+    request: &Request,
+    within: Duration,
+) -> Result<Option<Response>> {
+    let Some(stream) = open(socket, within)? else {
         return Ok(None);
     };
     match (&stream).write_all(&question(state_dir, request)?) {
@@ -66,7 +71,7 @@ pub fn question(state_dir: &Path, request: &Request) -> Result<Vec<u8>> {
     Ok(line)
 }
 
-fn open(path: &Path) -> Result<Option<UnixStream>> {
+fn open(path: &Path, within: Duration) -> Result<Option<UnixStream>> {
     let address = UnixAddr::new(path).with_context(|| {
         format!(
             "{} can't be a socket: give a path of at most 107 bytes with --admin-socket",
@@ -81,9 +86,13 @@ fn open(path: &Path) -> Result<Option<UnixStream>> {
     )
     .context("can't make a Unix socket")?;
     // Without this, connecting to a daemon that hangs with a full backlog would hang too.
-    setsockopt(&file, sockopt::SendTimeout, &time_val(ACCEPTS_WITHIN))
-        .context("can't set a socket's time-out")?;
-    setsockopt(&file, sockopt::ReceiveTimeout, &time_val(ANSWERS_WITHIN))
+    setsockopt(
+        &file,
+        sockopt::SendTimeout,
+        &time_val(ACCEPTS_WITHIN.min(within)),
+    )
+    .context("can't set a socket's time-out")?;
+    setsockopt(&file, sockopt::ReceiveTimeout, &time_val(within))
         .context("can't set a socket's time-out")?;
     match connect(std::os::fd::AsRawFd::as_raw_fd(&file), &address) {
         Ok(()) => Ok(Some(UnixStream::from(file))),
@@ -117,7 +126,7 @@ pub fn answer(stream: impl Read) -> Result<Response> {
         .read_until(b'\n', &mut line)
         .map_err(|error| match error.kind() {
             ErrorKind::WouldBlock => {
-                anyhow::anyhow!("it said nothing for {} seconds", ANSWERS_WITHIN.as_secs())
+                anyhow::anyhow!("it said nothing in time")
             }
             _ => error.into(),
         })?;

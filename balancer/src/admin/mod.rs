@@ -12,8 +12,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cluster::ClusterReport;
+
 pub use self::{
-    client::ask,
+    client::{ANSWERS_WITHIN, ask},
     server::{Reply, Server},
 };
 
@@ -42,6 +44,10 @@ pub enum Request {
     },
     /// Take everything out of the kernel and end.
     Unload,
+    /// Say that it lives.
+    Ping,
+    /// Tell what it knows of the Kubernetes cluster that it is in.
+    Cluster,
 }
 
 /// What came of a request.
@@ -52,6 +58,11 @@ pub enum Response {
     Done {
         /// What changed, for an operator.
         message: String,
+    },
+    /// What was asked for.
+    Cluster {
+        /// What the daemon knows of its cluster.
+        cluster: Box<ClusterReport>,
     },
     /// Nothing changed.
     Failed {

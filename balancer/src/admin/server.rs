@@ -23,7 +23,7 @@ use nix::{
     unistd::geteuid,
 };
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
     task::JoinHandle,
@@ -35,6 +35,8 @@ use crate::quote;
 
 /// How long a client may take to say what it wants.
 const ASKS_WITHIN: Duration = Duration::from_secs(5);
+/// How long it may take to read a long answer.
+const READS_WITHIN: Duration = Duration::from_secs(5);
 /// How many clients are read from at once; more wait in the backlog.
 const MAX_CLIENTS: usize = 256;
 /// How many clients may wait in the backlog.
@@ -110,6 +112,28 @@ impl Reply {
         if let Err(error) = sent {
             tracing::debug!(%error, ?response, "an admin client missed its answer");
         }
+    }
+
+    /// Answers with more than may fit into the socket's buffer: returns at once too, and a client that does not read it in time misses it.
+    pub fn send_long(mut self, response: &Response) {
+        let line = match serde_json::to_vec(response) {
+            Ok(mut line) => {
+                line.push(b'\n');
+                line
+            }
+            Err(error) => {
+                tracing::debug!(%error, "an answer can't be written as JSON");
+                return;
+            }
+        };
+        tokio::spawn(async move {
+            if !matches!(
+                timeout(READS_WITHIN, self.0.write_all(&line)).await,
+                Ok(Ok(()))
+            ) {
+                tracing::debug!("an admin client did not read its answer");
+            }
+        });
     }
 }
 

@@ -16,6 +16,11 @@ use tempfile::TempDir;
 
 use super::*;
 
+/// As the verbs ask.
+fn ask(socket: &Path, state_dir: &Path, request: &Request) -> anyhow::Result<Option<Response>> {
+    super::ask(socket, state_dir, request, ANSWERS_WITHIN)
+}
+
 const STATE: &str = "/sys/fs/bpf/one";
 
 /// A directory with a server in it, which answers every request with what it was, until dropped.

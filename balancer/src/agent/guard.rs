@@ -18,7 +18,7 @@ use crate::sys::netns;
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
 /// A namespace with its cookie. It can't end while this is held, so nothing of this kind is kept.
-type Open = (u64, OwnedFd);
+pub type Open = (u64, OwnedFd);
 
 /// The guarded namespaces.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub struct Guarded {
     named: BTreeMap<PathBuf, Option<u64>>,
     /// Every other one is guarded as soon as a backend listens there.
     any: bool,
+    /// With `any`: only these of them.
+    only: Option<HashSet<u64>>,
     /// With `any`: those that were found, guarded or about to be, with the process and thread they were found by.
     found: HashMap<u64, Option<(u32, u32)>>,
     /// When those that were not found were looked for last.
@@ -44,12 +46,14 @@ impl Guarded {
         let mut guarded = Self {
             own: None,
             named: BTreeMap::new(),
-            any: *wanted == Namespaces::All,
+            any: matches!(wanted, Namespaces::All | Namespaces::Pods),
+            only: (*wanted == Namespaces::Pods).then(HashSet::new),
             found: HashMap::new(),
             lost: HashMap::new(),
         };
         match wanted {
             Namespaces::Own | Namespaces::All => guarded.own = Some(own()?),
+            Namespaces::Pods => {}
             Namespaces::Paths(paths) => {
                 guarded.named = paths.iter().map(|path| (path.clone(), None)).collect();
                 guarded.refresh();
@@ -93,7 +97,17 @@ impl Guarded {
 
     /// Whether SYNs in that namespace are steered, or are about to be.
     pub fn covers(&self, cookie: u64) -> bool {
-        self.named_cookies().contains(&cookie) || self.found.contains_key(&cookie)
+        self.named_cookies().contains(&cookie)
+            || (self.found.contains_key(&cookie) && self.may_guard(cookie))
+    }
+
+    /// Guards these alone of all namespaces, where any is guarded.
+    pub fn restrict_to(&mut self, cookies: HashSet<u64>) {
+        self.only = Some(cookies);
+    }
+
+    fn may_guard(&self, cookie: u64) -> bool {
+        self.only.as_ref().is_none_or(|only| only.contains(&cookie))
     }
 
     /// Attaches `steer` to the namespaces that are guarded in any case.
@@ -107,11 +121,15 @@ impl Guarded {
         Ok(())
     }
 
-    /// With `any`: opens the namespaces where backends listen and `steer` is not attached.
+    /// With `any`: opens the namespaces where backends listen and `steer` is not attached, those that are `wanted`.
     ///
     /// # Errors
     /// When the slots or the namespaces can't be read.
-    pub fn newcomers(&mut self, writer: &mut Writer) -> Result<Vec<Open>> {
+    pub fn strangers(
+        &mut self,
+        writer: &mut Writer,
+        wanted: impl Fn(u64) -> bool,
+    ) -> Result<Vec<Open>> {
         if !self.any {
             return Ok(Vec::new());
         }
@@ -122,17 +140,15 @@ impl Guarded {
         let wanted: Vec<Wanted> = inhabited(&slots)
             .into_iter()
             .filter(|(cookie, _)| !writer.guards(*cookie) && !self.lost.contains_key(cookie))
+            .filter(|(cookie, _)| wanted(*cookie))
             .map(|(cookie, listened)| Wanted { cookie, listened })
             .collect();
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
         let found = find(&wanted)?;
-        for (cookie, _) in &found {
-            self.found.entry(*cookie).or_insert(None);
-        }
         for Wanted { cookie, .. } in wanted {
-            if !self.found.contains_key(&cookie) {
+            if !found.iter().any(|(found, _)| *found == cookie) {
                 self.lost.insert(cookie, now);
                 forsake(&slots, cookie, writer);
             }
@@ -144,7 +160,10 @@ impl Guarded {
     pub fn guard(&mut self, newcomers: &[Open], writer: &mut Writer) {
         for (cookie, file) in newcomers {
             match writer.guard(file.as_fd(), *cookie) {
-                Ok(()) => info!("guarding the network namespace with cookie {cookie}"),
+                Ok(()) => {
+                    self.found.entry(*cookie).or_insert(None);
+                    info!("guarding the network namespace with cookie {cookie}");
+                }
                 Err(error) => {
                     self.found.remove(cookie);
                     self.lost.insert(*cookie, Instant::now());
@@ -172,7 +191,8 @@ impl Guarded {
             let inhabited = inhabited(&writer.slots()?);
             self.found
                 .retain(|cookie, _| inhabited.contains_key(cookie));
-            wanted.extend(self.found.keys());
+            let found = self.found.keys().copied();
+            wanted.extend(found.filter(|cookie| self.may_guard(*cookie)));
         }
         writer.unguard_others(&wanted)
     }

@@ -1,13 +1,16 @@
 //! The daemon: watch, compute, apply; once a tick and at every event.
 
 mod guard;
+mod in_cluster;
 mod plan;
 mod quotas;
+mod shares;
+mod ties;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use balancer_common::Reason;
 use balancer_common::abi::{Event, EventKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -15,6 +18,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
 use self::guard::Guarded;
+use self::in_cluster::InCluster;
 use self::quotas::Quotas;
 use crate::admin::{Reply, Request, Response, Server};
 use crate::config::{Config, Namespaces};
@@ -84,13 +88,18 @@ pub async fn run(options: Options) -> Result<()> {
     let lock = Writer::lock(&paths)?;
     let admin = Server::bind(&options.admin_socket, &options.state_dir)?;
     let signals = Signals::new()?;
+    let cluster = match &config.kubernetes {
+        Some(kubernetes) => Some(InCluster::join(kubernetes).await?),
+        None => None,
+    };
     let writer = Writer::start(paths, lock, &cgroup)?;
     let mut agent = Agent {
         options,
         config,
         guarded,
+        cluster,
         quotas: Quotas::default(),
-        plan: Plan::default(),
+        plan: None,
         writer,
         next_check: Instant::now(),
     };
@@ -116,6 +125,14 @@ fn kept(config: &Config) -> Kept {
     }
 }
 
+/// Never, where there is no cluster.
+async fn cluster_changed(cluster: &mut Option<InCluster>) {
+    match cluster {
+        Some(cluster) => cluster.changed().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// The signals that mean something to the daemon.
 struct Signals {
     hangup: Signal,
@@ -138,8 +155,11 @@ struct Agent {
     options: Options,
     config: Config,
     guarded: Guarded,
+    /// Where the daemon is in a Kubernetes cluster.
+    cluster: Option<InCluster>,
     quotas: Quotas,
-    plan: Plan,
+    /// What the maps should hold; `None`: the cluster has not told yet, and what an earlier daemon put in force stays.
+    plan: Option<Plan>,
     writer: Writer,
     /// When the counts are compared with the socket table again.
     next_check: Instant,
@@ -149,12 +169,18 @@ impl Agent {
     /// Rules first: a listener that comes up from then on registers itself. Then what listens already is registered, with what it
     /// holds, and has its quotas; only then does this build decide.
     fn start(&mut self) -> Result<()> {
-        self.plan = plan::of(&self.config, &self.guarded);
-        self.writer.apply(&self.plan)?;
+        self.inherit()?;
+        self.plan = self.wanted()?;
+        match &self.plan {
+            Some(plan) => self.writer.apply(plan)?,
+            None => self.writer.resume()?,
+        }
         self.check(true)?;
         self.writer.give_back_held()?;
-        self.quotas
-            .apply(&self.config, &self.guarded, &mut self.writer)?;
+        if let Some(cluster) = &mut self.cluster {
+            cluster.tie(&mut self.guarded, &mut self.writer)?;
+        }
+        self.share()?;
         // Not before: the quotas that the last daemon left may have been refusing nobody for a while. And not later: a data plane
         // that has never had a sign of life refuses nobody.
         self.writer.beat(self.config.fail_open_after);
@@ -164,6 +190,34 @@ impl Agent {
         self.update()?;
         self.writer.beat(self.config.fail_open_after);
         Ok(())
+    }
+
+    /// Ports of a cluster keep the names that the last daemon gave them.
+    fn inherit(&mut self) -> Result<()> {
+        if let (Some(cluster), Some(kubernetes)) = (&mut self.cluster, &self.config.kubernetes) {
+            cluster.inherit(kubernetes, self.writer.service_ports()?);
+        }
+        Ok(())
+    }
+
+    /// What the maps should hold by what is known now.
+    fn wanted(&mut self) -> Result<Option<Plan>> {
+        match (&mut self.cluster, &self.config.kubernetes) {
+            (Some(cluster), Some(kubernetes)) => cluster.plan(kubernetes, &self.writer),
+            _ => Ok(Some(plan::of(&self.config, &self.guarded))),
+        }
+    }
+
+    /// Computes quotas and puts them in force.
+    fn share(&mut self) -> Result<()> {
+        match (&mut self.cluster, &self.config.kubernetes) {
+            (Some(cluster), Some(kubernetes)) => {
+                cluster.share(kubernetes, &mut self.quotas, &mut self.writer)
+            }
+            _ => self
+                .quotas
+                .apply(&self.config, &self.guarded, &mut self.writer),
+        }
     }
 
     async fn serve(
@@ -177,6 +231,7 @@ impl Agent {
         loop {
             tokio::select! {
                 _ = tick.tick() => self.tick(),
+                () = cluster_changed(&mut self.cluster) => self.follow(),
                 batch = events.next() => self.heed(&batch?),
                 (request, reply) = admin.next() => {
                     if self.answer(&request, reply) {
@@ -201,11 +256,45 @@ impl Agent {
         }
     }
 
+    /// What the cluster has told is put in force at once.
+    fn follow(&mut self) {
+        if let Err(error) = self.follow_cluster().and_then(|()| self.update()) {
+            error!("the data plane could not be brought up to date: {error:#}");
+        }
+    }
+
+    fn follow_cluster(&mut self) -> Result<()> {
+        let Some(cluster) = &mut self.cluster else {
+            return Ok(());
+        };
+        cluster.refresh();
+        let wanted = self.wanted()?;
+        if wanted.is_none() || wanted == self.plan {
+            return Ok(());
+        }
+        let new_ports = wanted.as_ref().map(Plan::ports_listened_on)
+            != self.plan.as_ref().map(Plan::ports_listened_on);
+        self.plan = wanted;
+        self.apply_plan()?;
+        if new_ports {
+            // Who listens there already, and with how many connections.
+            self.check(true)?;
+        }
+        Ok(())
+    }
+
+    fn apply_plan(&mut self) -> Result<()> {
+        self.plan
+            .as_ref()
+            .map_or(Ok(()), |plan| self.writer.apply(plan))
+    }
+
     /// What no event tells.
     fn look_around(&mut self) -> Result<()> {
+        self.follow_cluster()?;
         if self.guarded.refresh() {
-            self.plan = plan::of(&self.config, &self.guarded);
-            self.writer.apply(&self.plan)?;
+            self.plan = self.wanted()?;
+            self.apply_plan()?;
             self.check(true)?;
             self.guarded.attach(&mut self.writer)?;
         } else if Instant::now() >= self.next_check {
@@ -222,10 +311,13 @@ impl Agent {
             );
         }
         // `steer` before quotas: they confirm a newcomer's backends, which are active from then on.
-        let newcomers = self.guarded.newcomers(&mut self.writer)?;
-        self.guarded.guard(&newcomers, &mut self.writer);
-        self.quotas
-            .apply(&self.config, &self.guarded, &mut self.writer)?;
+        if let Some(cluster) = &mut self.cluster {
+            cluster.guard(&mut self.guarded, &mut self.writer)?;
+        } else {
+            let newcomers = self.guarded.strangers(&mut self.writer, |_| true)?;
+            self.guarded.guard(&newcomers, &mut self.writer);
+        }
+        self.share()?;
         self.guarded.release(&mut self.writer)?;
         self.writer.follow_logs();
         Ok(())
@@ -266,15 +358,26 @@ impl Agent {
         let mut changed = false;
         for event in events {
             changed |= self.report(event);
+            self.note_refusal(event);
         }
         if changed && let Err(error) = self.update() {
             error!("the data plane could not be brought up to date: {error:#}");
         }
     }
 
+    /// Whom nobody serves counts as a client, too.
+    fn note_refusal(&mut self, event: &Event) {
+        if let Some(cluster) = &mut self.cluster
+            && EventKind::from_number(event.kind) == Some(EventKind::Refused)
+            && let Some(port) = self.writer.port_of(event.service)
+        {
+            cluster.refused(event.netns, port, event.address.into());
+        }
+    }
+
     /// Logs an event; true: it is about a listener.
     fn report(&self, event: &Event) -> bool {
-        let service = self.service_name(event.service);
+        let service = self.writer.service_name(event.service);
         let address = std::net::SocketAddr::new(event.address.into(), event.port);
         match EventKind::from_number(event.kind) {
             Some(EventKind::ListenerUp) => {
@@ -315,19 +418,17 @@ impl Agent {
         )
     }
 
-    fn service_name(&self, id: u16) -> String {
-        let ids = self.writer.service_ids().unwrap_or_default();
-        ids.into_iter()
-            .find(|(_, other)| *other == id)
-            .map_or_else(|| format!("service {id}"), |(name, _)| name)
-    }
-
     /// Puts the file in force again; a bad one changes nothing.
     fn reload(&mut self) {
         let loaded = Config::load(&self.options.config)
             .map_err(anyhow::Error::from)
             .and_then(|config| {
                 suffice_for(kept(&config))?;
+                ensure!(
+                    config.kubernetes.is_some() == self.cluster.is_some(),
+                    "a daemon does not become one of a cluster, or leave it, by a reload: restart it (TERM, then `balancer run`: nothing is \
+                     lost meanwhile)"
+                );
                 Ok((Guarded::resolve(&config.namespaces)?, config))
             });
         let (guarded, config) = match loaded {
@@ -337,19 +438,22 @@ impl Agent {
                 return;
             }
         };
-        let plan = plan::of(&config, &guarded);
-        if let Err(error) = self.put_in_force(&plan, guarded) {
+        self.config = config;
+        if let Err(error) = self.put_in_force(guarded) {
             error!("the new configuration is in force only in part: {error:#}");
         }
-        self.config = config;
-        self.plan = plan;
         self.tick();
         info!("reloaded {}", self.options.config.display());
     }
 
-    fn put_in_force(&mut self, plan: &Plan, guarded: Guarded) -> Result<()> {
+    fn put_in_force(&mut self, guarded: Guarded) -> Result<()> {
         self.guarded = guarded;
-        self.writer.apply(plan)?;
+        if let (Some(cluster), Some(kubernetes)) = (&mut self.cluster, &self.config.kubernetes) {
+            cluster.reconfigure(kubernetes);
+            cluster.refresh();
+        }
+        self.plan = self.wanted()?.or(self.plan.take());
+        self.apply_plan()?;
         self.check(true)?;
         self.guarded.attach(&mut self.writer)
     }
@@ -381,11 +485,22 @@ impl Agent {
                 reply.send(&response);
                 return done;
             }
+            Request::Ping => {
+                reply.send(&Response::Done {
+                    message: "the daemon lives".into(),
+                });
+                return false;
+            }
+            Request::Cluster => {
+                reply.send_long(&self.cluster_report());
+                return false;
+            }
         };
         let answered = answered.and_then(|message| {
-            self.writer.refresh_ports(&self.plan)?;
-            self.quotas
-                .apply(&self.config, &self.guarded, &mut self.writer)?;
+            if let Some(plan) = &self.plan {
+                self.writer.refresh_ports(plan)?;
+            }
+            self.share()?;
             Ok(message)
         });
         let response = match answered {
@@ -401,6 +516,31 @@ impl Agent {
         false
     }
 
+    /// The `DaemonSet` that this daemon belongs to is gone: nobody will succeed it.
+    fn is_dismissed(&self) -> bool {
+        let dismissed = self.cluster.as_ref().is_some_and(InCluster::dismissed);
+        if dismissed {
+            info!("the DaemonSet of this daemon is gone: no other will follow");
+        }
+        dismissed
+    }
+
+    fn cluster_report(&self) -> Response {
+        let report = self
+            .cluster
+            .as_ref()
+            .context("this daemon is not in a Kubernetes cluster: its configuration has no section `kubernetes`")
+            .and_then(|cluster| cluster.report(&self.writer));
+        match report {
+            Ok(report) => Response::Cluster {
+                cluster: Box::new(report),
+            },
+            Err(error) => Response::Failed {
+                message: format!("{error:#}"),
+            },
+        }
+    }
+
     fn finish(self, end: End) -> Result<()> {
         let unload = match (end, self.options.on_exit) {
             (End::Unloaded, _) => {
@@ -409,7 +549,7 @@ impl Agent {
             }
             (_, Some(choice)) => choice == OnExit::Unload,
             (End::Interrupted, None) => true,
-            (End::Terminated, None) => false,
+            (End::Terminated, None) => self.is_dismissed(),
         };
         if unload {
             self.writer.remove()?;

@@ -15,16 +15,49 @@ use crate::quota::{Outcome, Quota, Ready, compute};
 /// The quotas computed last, by service.
 #[derive(Debug, Default)]
 pub struct Quotas {
-    waiting: BTreeMap<String, Waiting>,
+    waits: Waits<String>,
     /// Slots whose override was just cleared: what they had by hand is no computed quota to go down from slowly.
     cleared: HashSet<u32>,
 }
 
-/// Since when a service's quotas have been waiting to go down.
+/// Since when quotas that are computed together have been waiting to go down.
+#[derive(Debug)]
+pub struct Waits<K>(BTreeMap<K, Waiting>);
+
 #[derive(Debug)]
 struct Waiting {
     quotas: Vec<Quota>,
     since: Instant,
+}
+
+impl<K> Default for Waits<K> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<K: Ord + Clone> Waits<K> {
+    /// How long those of `key` have been waiting.
+    pub fn waited(&self, key: &K) -> Duration {
+        self.0
+            .get(key)
+            .map_or(Duration::ZERO, |waiting| waiting.since.elapsed())
+    }
+
+    /// Begins to wait anew where something has changed.
+    pub fn heed(&mut self, key: &K, outcome: &Outcome) {
+        let waiting = self.0.get(key);
+        if waiting.is_none_or(|waiting| !outcome.lowering || waiting.quotas != outcome.quotas) {
+            let quotas = outcome.quotas.clone();
+            let since = Instant::now();
+            self.0.insert(key.clone(), Waiting { quotas, since });
+        }
+    }
+
+    /// Forgets all others.
+    pub fn retain(&mut self, keep: impl Fn(&K) -> bool) {
+        self.0.retain(|key, _| keep(key));
+    }
 }
 
 impl Quotas {
@@ -35,8 +68,8 @@ impl Quotas {
     pub fn apply(&mut self, config: &Config, guarded: &Guarded, writer: &mut Writer) -> Result<()> {
         let ids = writer.service_ids()?;
         let slots = writer.slots()?;
-        self.waiting
-            .retain(|name, _| config.services.iter().any(|service| service.name == *name));
+        self.waits
+            .retain(|name| config.services.iter().any(|service| service.name == *name));
         for service in &config.services {
             let Some(id) = ids.get(&service.name) else {
                 continue;
@@ -60,60 +93,69 @@ impl Quotas {
         ready: &[&SlotView],
         writer: &mut Writer,
     ) -> Result<()> {
-        let outcome = self.computed(service, ready, writer);
-        let by_hand = writer.quota_by_hand(id)?;
+        let inputs: Vec<Ready> = ready
+            .iter()
+            .map(|view| self.input(view, writer.weight_of(view)))
+            .collect();
+        let waited = self.waits.waited(&service.name);
+        let outcome = compute(&service.quota, &inputs, waited);
+        self.waits.heed(&service.name, &outcome);
+        let source = by_rule(&service.quota);
         for (view, quota) in ready.iter().zip(&outcome.quotas) {
-            let (quota, source) = if is_by_hand(view) {
-                (present(view), QuotaSource::Backend)
-            } else if let Some(quota) = by_hand {
-                (
-                    Some(quota).filter(|quota| *quota != UNLIMITED),
-                    QuotaSource::Service,
-                )
-            } else {
-                (quota.limit(), by_rule(&service.quota))
-            };
-            let why = match source {
-                QuotaSource::Rule | QuotaSource::Computed => &outcome.sentence,
-                QuotaSource::Service | QuotaSource::Backend => "set by hand",
-            };
-            announce(service, view, quota, why);
-            writer.set_quota(slot_quota(view, quota, source, writer.weight_of(view)));
+            let weight = writer.weight_of(view);
+            self.settle(writer, view, *quota, source, weight, &outcome.sentence)?;
         }
-        let sentence = by_hand.map_or(outcome.sentence, |quota| {
+        let sentence = writer.quota_by_hand(id)?.map_or(outcome.sentence, |quota| {
             format!("set by hand: {quota} for each backend")
         });
         writer.write_sentence(id, &sentence)
     }
 
-    fn computed(&mut self, service: &Service, ready: &[&SlotView], writer: &Writer) -> Outcome {
-        let inputs: Vec<Ready> = ready
-            .iter()
-            .map(|view| {
-                let fresh = self.cleared.remove(&view.slot());
-                input(view, writer.weight_of(view), fresh)
-            })
-            .collect();
-        let now = Instant::now();
-        let since = self
-            .waiting
-            .get(&service.name)
-            .map_or(Duration::ZERO, |waiting| now.duration_since(waiting.since));
-        let outcome = compute(&service.quota, &inputs, since);
-        let restart = self
-            .waiting
-            .get(&service.name)
-            .is_none_or(|waiting| !outcome.lowering || waiting.quotas != outcome.quotas);
-        if restart {
-            self.waiting.insert(
-                service.name.clone(),
-                Waiting {
-                    quotas: outcome.quotas.clone(),
-                    since: now,
-                },
-            );
+    /// Gives a backend the quota that its rule asks for, or the one that was set by hand.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn settle(
+        &self,
+        writer: &Writer,
+        view: &SlotView,
+        quota: Quota,
+        source: QuotaSource,
+        weight: u32,
+        why: &str,
+    ) -> Result<()> {
+        let id = view.member.backend.service;
+        let (quota, source) = if is_by_hand(view) {
+            (present(view), QuotaSource::Backend)
+        } else if let Some(quota) = writer.quota_by_hand(id)? {
+            (
+                Some(quota).filter(|quota| *quota != UNLIMITED),
+                QuotaSource::Service,
+            )
+        } else {
+            (quota.limit(), source)
+        };
+        let why = match source {
+            QuotaSource::Rule | QuotaSource::Computed => why,
+            QuotaSource::Service | QuotaSource::Backend => "set by hand",
+        };
+        announce(writer, view, quota, why);
+        writer.set_quota(slot_quota(view, quota, source, weight));
+        Ok(())
+    }
+
+    /// What the quota of a backend that is ready depends on.
+    pub fn input(&mut self, view: &SlotView, weight: u32) -> Ready {
+        let counts = &view.member.counts;
+        let policy = &view.member.policy;
+        let fresh = self.cleared.remove(&view.slot());
+        let computed_before = !fresh && policy.is_for(view.life()) && !policy.is_by_hand();
+        Ready {
+            weight,
+            established: counts.established().saturating_sub(counts.exempt()),
+            previous: computed_before
+                .then(|| present(view).map_or(Quota::Unlimited, Quota::Limited)),
         }
-        outcome
     }
 
     /// Sets (or, with `None`, clears) a quota by hand, of a service or of one of its backends; says what changed.
@@ -193,18 +235,7 @@ fn present(view: &SlotView) -> Option<u32> {
     (policy.is_for(view.life()) && policy.quota() != UNLIMITED).then_some(policy.quota())
 }
 
-fn input(view: &SlotView, weight: u32, fresh: bool) -> Ready {
-    let counts = &view.member.counts;
-    let policy = &view.member.policy;
-    let computed_before = !fresh && policy.is_for(view.life()) && !policy.is_by_hand();
-    Ready {
-        weight,
-        established: counts.established().saturating_sub(counts.exempt()),
-        previous: computed_before.then(|| present(view).map_or(Quota::Unlimited, Quota::Limited)),
-    }
-}
-
-fn announce(service: &Service, view: &SlotView, quota: Option<u32>, why: &str) {
+fn announce(writer: &Writer, view: &SlotView, quota: Option<u32>, why: &str) {
     let known = view.member.policy.is_for(view.life());
     if known && present(view) == quota {
         return;
@@ -219,7 +250,7 @@ fn announce(service: &Service, view: &SlotView, quota: Option<u32>, why: &str) {
     };
     info!(
         "{}: quota of slot {}: {before} -> {} ({why})",
-        service.name,
+        writer.service_name(view.member.backend.service),
         view.slot(),
         show(quota)
     );

@@ -5,6 +5,7 @@ mod doctor;
 mod explain;
 mod metrics;
 mod output;
+mod ping;
 mod quota;
 mod run;
 mod status;
@@ -13,7 +14,7 @@ mod unload;
 #[cfg(test)]
 mod tests;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{Args, Parser, Subcommand};
@@ -21,6 +22,7 @@ use nix::unistd::geteuid;
 
 use crate::{
     admin::{self, Request, Response},
+    cluster::ClusterReport,
     dataplane::{self, Paths, Reader},
 };
 
@@ -30,7 +32,7 @@ use crate::{
 /// all are at their quota. Established traffic never passes through it. What it sets up in the kernel goes on working when the daemon dies; after
 /// a while without it nobody is refused any more.
 ///
-/// status, metrics, quota show, explain and doctor read, and change nothing. run, quota set, quota clear and unload change what the kernel does.
+/// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, quota set, quota clear and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
     name = "balancer",
@@ -88,6 +90,7 @@ enum Verb {
     Quota(quota::Quota),
     Explain(explain::Explain),
     Doctor(doctor::Doctor),
+    Ping(ping::Ping),
     Unload(unload::Unload),
     Completions(completions::Completions),
 }
@@ -130,6 +133,7 @@ impl Verb {
             Self::Quota(quota) => quota.perform(place),
             Self::Explain(explain) => explain.perform(place),
             Self::Doctor(doctor) => return doctor.perform(place),
+            Self::Ping(ping) => ping.perform(place),
             Self::Unload(unload) => unload.perform(place),
             Self::Completions(completions) => completions.perform(),
         }?;
@@ -163,10 +167,34 @@ impl Place {
 
     /// Has the daemon do this. Its answer for the operator; `None` when there is no daemon.
     fn ask(&self, request: &Request) -> Result<Option<String>> {
-        match admin::ask(&self.admin_socket, &self.state_dir, request)? {
+        self.ask_within(request, admin::ANSWERS_WITHIN)
+    }
+
+    /// The same, for those who can't wait long.
+    fn ask_within(&self, request: &Request, within: Duration) -> Result<Option<String>> {
+        match admin::ask(&self.admin_socket, &self.state_dir, request, within)? {
             Some(Response::Done { message }) => Ok(Some(message)),
             Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
+            Some(Response::Cluster { .. }) => bail!("the daemon answered something else"),
             None => Ok(None),
+        }
+    }
+
+    /// What the daemon knows of its cluster.
+    fn ask_for_cluster(&self) -> Result<ClusterReport> {
+        match admin::ask(
+            &self.admin_socket,
+            &self.state_dir,
+            &Request::Cluster,
+            admin::ANSWERS_WITHIN,
+        )? {
+            Some(Response::Cluster { cluster }) => Ok(*cluster),
+            Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
+            Some(Response::Done { .. }) => bail!("the daemon answered something else"),
+            None => bail!(
+                "no daemon answers at {}: only a daemon knows of its cluster; see `balancer status` for what the kernel of this node counts",
+                self.admin_socket.display()
+            ),
         }
     }
 }

@@ -1,5 +1,6 @@
 //! `balancer status`
 
+mod cluster;
 mod json;
 mod text;
 
@@ -16,19 +17,30 @@ use super::{Place, output::Output};
 /// is below its QUOTA.
 ///
 /// Verdicts are look-ups, nearly always one for each new connection, but stray packets and other programs look up sockets too.
+///
+/// In a Kubernetes cluster --cluster shows the backends of all nodes, as the daemon of this node knows them: its own now, the others as their
+/// daemons told last.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
   balancer status
+  balancer status --cluster
   watch -n1 balancer status
   balancer status -o json | jq '.services[].backends[] | {address, established, quota}'")]
 pub(super) struct Status {
+    /// The backends of all nodes of the Kubernetes cluster (asks the daemon)
+    #[arg(long)]
+    cluster: bool,
     #[command(flatten)]
     output: Output,
 }
 
 impl Status {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
+        if self.cluster {
+            let report = place.ask_for_cluster()?;
+            return self.output.show(&report, || cluster::text(&report));
+        }
         let snapshot = place
             .reader()?
             .snapshot()

@@ -2,6 +2,28 @@
 //!
 //! Nothing here knows of maps or namespaces: the daemon reads a [`View`] and hands in a [`Publication`].
 
+mod access;
+mod client;
+mod identity;
+mod live;
+mod owner;
+mod pods;
+mod pool;
+mod publication;
+mod report;
+mod services;
+mod slices;
+#[cfg(test)]
+mod tests;
+mod trouble;
+mod watch;
+
+pub use access::{Missing, permissions, reachable};
+pub use client::{Connection, connection};
+pub use identity::Identity;
+pub use live::Cluster;
+pub use report::{BackendReport, ClusterReport, GroupReport};
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
@@ -100,8 +122,8 @@ pub struct Publication {
     pub backends: Vec<Published>,
     /// The most connections of each group that this agent knows of, by when that was.
     pub peaks: Vec<Peak>,
-    /// Sources that are refused and come back: they are served by nobody.
-    pub unserved: Vec<Unserved>,
+    /// Sources that were refused of late.
+    pub refused: Vec<RefusedSource>,
 }
 
 /// The layout of a [`Publication`].
@@ -145,9 +167,9 @@ pub struct Peak {
     pub seconds_ago: u64,
 }
 
-/// A source that is refused again and again.
+/// A source that was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unserved {
+pub struct RefusedSource {
     /// The group that refuses it.
     pub group: GroupId,
     /// Its address.

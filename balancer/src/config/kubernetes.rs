@@ -1,9 +1,28 @@
 //! The section `kubernetes`: what is balanced in a cluster.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use balancer_common::Policy;
 use ipnet::IpNet;
+
+/// The Services of SkyWalking's OAP, as those who install it label them; each of these selects some, and a selector can't say "or".
+///
+/// The first is for the Helm chart (`apache/skywalking-helm`, `chart/skywalking/templates/oap-svc.yaml`), whose `app` and `release` are the name of
+/// the release: that all four labels are there tells its Services from a stranger's `component=oap`. The second is for the operator
+/// (`apache/skywalking-swck`, `operator/pkg/operator/manifests/oapserver/templates/service.yaml`). Neither selects the UI, the Satellite or
+/// `BanyanDB`.
+pub const DEFAULT_SELECTORS: [&str; 2] = [
+    "component=oap,app,chart,heritage,release",
+    "app=oap,operator.skywalking.apache.org/application=oapserver,operator.skywalking.apache.org/component=service",
+];
+/// The Service's port where the file gives none: the one for gRPC, of the chart and of the operator.
+pub const DEFAULT_PORT: u16 = 11800;
+/// `publish_every` where the file gives none.
+pub const DEFAULT_PUBLISH_EVERY: Duration = Duration::from_secs(2);
+/// `hold_for` where the file gives none.
+pub const DEFAULT_HOLD_FOR: Duration = Duration::from_secs(300);
+/// The most classes of pods that one quota may count.
+pub const MAX_POD_CLASSES: usize = 64;
 
 /// What is balanced in a Kubernetes cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,12 +62,13 @@ pub enum ServiceChoice {
         /// Its name.
         name: String,
     },
-    /// Every one with these labels.
+    /// Every one with certain labels.
     Selected {
         /// In this namespace; `None`: in all.
         namespace: Option<String>,
-        /// A label selector in the form that `kubectl -l` takes.
-        selector: String,
+        /// Label selectors that [`selector`](super::selector) reads, of which one must select it; [`DEFAULT_SELECTORS`] where the file gives
+        /// none, else one.
+        selectors: Vec<String>,
     },
 }
 
@@ -57,7 +77,7 @@ pub enum ServiceChoice {
 pub enum PortChoice {
     /// The number of the Service's port; not 0.
     Number(u16),
-    /// Its name.
+    /// Its name, a DNS label.
     Name(String),
 }
 
@@ -79,6 +99,24 @@ pub enum ClusterQuota {
     },
 }
 
+impl fmt::Display for ClusterQuota {
+    /// The rule in words, on one line and in less than 128 bytes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unlimited => f.write_str("none: counting only"),
+            Self::Fixed(limit) => write!(f, "{limit} for each backend"),
+            Self::Shared {
+                input,
+                headroom_percent,
+                min_quota,
+            } => write!(
+                f,
+                "{input} + {headroom_percent}% shared by weight, at least {min_quota} each"
+            ),
+        }
+    }
+}
+
 /// Where the number of connections comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClusterInput {
@@ -98,13 +136,29 @@ pub enum ClusterInput {
     },
 }
 
+impl fmt::Display for ClusterInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Clients {
+                clients,
+                connections_per_client,
+            } => write!(f, "{clients} clients × {connections_per_client}"),
+            Self::Pods(classes) if classes.len() == 1 => f.write_str("pods of one class"),
+            Self::Pods(classes) => write!(f, "pods of {} classes", classes.len()),
+            Self::Observed { window } => {
+                write!(f, "the most observed in {} seconds", window.as_secs())
+            }
+        }
+    }
+}
+
 /// Pods that keep the same number of connections.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodClass {
     /// Only in this namespace; `None`: in all.
     pub namespace: Option<String>,
-    /// A label selector in the form that `kubectl -l` takes.
+    /// A label selector that [`selector`](super::selector) reads.
     pub selector: String,
-    /// How many connections each pod keeps; not 0.
+    /// How many connections each pod keeps; not 0, and 1 where the file gives none.
     pub connections: u32,
 }

@@ -3,10 +3,13 @@
 //! A [`Config`] that exists is valid: whoever holds one need not check it again.
 
 mod error;
-mod kubernetes;
 mod fields;
+mod kubernetes;
 mod read;
+mod read_kubernetes;
+mod selector;
 mod together;
+mod values;
 mod yaml;
 
 #[cfg(test)]
@@ -27,8 +30,11 @@ use ipnet::IpNet;
 pub use self::{
     error::ConfigError,
     kubernetes::{
-        ClusterInput, ClusterQuota, ClusterService, Kubernetes, PodClass, PortChoice, ServiceChoice,
+        ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_PORT,
+        DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, PodClass,
+        PortChoice, ServiceChoice,
     },
+    selector::{SelectorError, selector},
 };
 
 /// The most bytes a configuration file may have.
@@ -59,13 +65,13 @@ pub const DEFAULT_FAIL_OPEN_AFTER: Duration = Duration::from_secs(30);
 /// What the balancer is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The services, in the order of the file; between 1 and [`MAX_SERVICES`].
+    /// The services, in the order of the file; between 1 and [`MAX_SERVICES`], or none where there is `kubernetes`.
     pub services: Vec<Service>,
     /// How long after the daemon last lived the kernel stops refusing; between a second and an hour.
     pub fail_open_after: Duration,
-    /// Which network namespaces are guarded.
+    /// Which network namespaces are guarded; [`Namespaces::Pods`] where there is `kubernetes`.
     pub namespaces: Namespaces,
-    /// What is balanced in a Kubernetes cluster; then `services` is empty, and the pods' namespaces are guarded.
+    /// What is balanced in a Kubernetes cluster, where the pods' namespaces are guarded; `None`: what `services` lists.
     pub kubernetes: Option<Kubernetes>,
 }
 
@@ -78,6 +84,8 @@ pub enum Namespaces {
     All,
     /// Those that these files name (`/run/netns/NAME`, `/proc/PID/ns/net`); absolute, no path twice.
     Paths(Vec<PathBuf>),
+    /// Those of the pods that the section `kubernetes` asks for.
+    Pods,
 }
 
 /// A TCP port that clients connect to.

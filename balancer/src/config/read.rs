@@ -2,22 +2,24 @@
 
 use std::{
     collections::HashSet,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
-    time::Duration,
 };
 
 use balancer_common::Policy;
-use ipnet::{IpNet, Ipv4Net};
 
 use super::{
-    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, DEFAULT_MIN_QUOTA, MAX_CONNECTIONS,
-    MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT, MAX_NAME_BYTES,
-    MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, Namespaces, QuotaRule, Service,
+    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, DEFAULT_MIN_QUOTA, MAX_SERVICE_BACKENDS,
+    MAX_WEIGHT, Namespaces, QuotaRule, Service,
     error::at_line,
-    fields::{Fields, Result, decimal, list, number, scalar},
+    fields::{Fields, Result, list, number, scalar},
+    read_kubernetes::kubernetes,
     together::{Located, check_together},
-    yaml::{self, Node, Value, shown},
+    values::{
+        Time, clients, entries, exempt, headroom, min_quota, nothing_computed, per_backend,
+        per_client, policy, port, service_name,
+    },
+    yaml::{self, Entry, Node, Value, shown},
 };
 
 const SMALLEST: &str = "start with\n  services:\n    - name: agents\n      port: 11800";
@@ -29,9 +31,26 @@ pub(super) fn config(text: &str) -> Result<Config> {
     let file = Fields::of(
         &root,
         "the file",
-        &["services", "fail_open_after", "namespaces"],
+        &["services", "kubernetes", "fail_open_after", "namespaces"],
     )?;
-    let services = located_services(file.required("services")?)?;
+    let kubernetes = match file.get("kubernetes") {
+        Some(node) => {
+            nothing_of_this_machine(&file)?;
+            Some(kubernetes(node)?)
+        }
+        None => None,
+    };
+    let services = match (&kubernetes, file.get("services")) {
+        (_, Some(node)) => located_services(node)?,
+        (Some(_), None) => Vec::new(),
+        (None, None) => {
+            return Err(at_line(
+                root.line,
+                "`services` is missing in the file, and so is `kubernetes`",
+                "add `services: …`, or `kubernetes: …` to balance the pods of a cluster",
+            ));
+        }
+    };
     check_together(&services)?;
     Ok(Config {
         services: services
@@ -39,34 +58,52 @@ pub(super) fn config(text: &str) -> Result<Config> {
             .map(|service| service.service)
             .collect(),
         fail_open_after: file
-            .optional("fail_open_after", fail_open_after)?
+            .optional("fail_open_after", |node| FAIL_OPEN_AFTER.read(node))?
             .unwrap_or(DEFAULT_FAIL_OPEN_AFTER),
-        namespaces: file
-            .optional("namespaces", namespaces)?
-            .unwrap_or(Namespaces::Own),
-        kubernetes: None,
+        namespaces: match &kubernetes {
+            Some(_) => Namespaces::Pods,
+            None => file
+                .optional("namespaces", namespaces)?
+                .unwrap_or(Namespaces::Own),
+        },
+        kubernetes,
     })
 }
 
+const FAIL_OPEN_AFTER: Time = Time {
+    key: "fail_open_after",
+    bounds: 1000..=3_600_000,
+    from: "1s",
+    to: "1h",
+    less: "a busy machine alone would lift every quota",
+    more: "a dead daemon's quotas would refuse clients for hours",
+    example: "30s or 2m",
+};
+
+/// Refuses what says by hand what `kubernetes` finds out.
+fn nothing_of_this_machine(file: &Fields) -> Result<()> {
+    let advice = |key: &str| match key {
+        "services" => {
+            "what the cluster's Services are is said in `kubernetes`: move the services there, or run a second daemon with a --state-dir of its own for those of this machine"
+        }
+        _ => "the pods' namespaces are found: remove it",
+    };
+    let other = file
+        .entries
+        .iter()
+        .find(|entry| ["services", "namespaces"].contains(&entry.key.as_str()));
+    match other {
+        Some(Entry { key, line, .. }) => Err(at_line(
+            *line,
+            format!("`{key}` beside `kubernetes`"),
+            advice(key),
+        )),
+        None => Ok(()),
+    }
+}
+
 fn located_services(node: &Node) -> Result<Vec<Located>> {
-    let nodes = list(node, "`services`", "- name: agents")?;
-    if nodes.is_empty() {
-        return Err(at_line(
-            node.line,
-            "`services` is empty: nothing to balance",
-            SMALLEST,
-        ));
-    }
-    if nodes.len() > MAX_SERVICES {
-        return Err(at_line(
-            nodes[MAX_SERVICES].line,
-            format!(
-                "{} services, at most {MAX_SERVICES} are possible",
-                nodes.len()
-            ),
-            "remove some, or run several daemons with a --state-dir each",
-        ));
-    }
+    let nodes = entries(node, SMALLEST)?;
     nodes.iter().map(service).collect()
 }
 
@@ -105,53 +142,6 @@ fn service(node: &Node) -> Result<Located> {
     })
 }
 
-fn service_name(node: &Node) -> Result<String> {
-    const ADVICE: &str = "use up to 63 of a-z, 0-9 and -, the first and the last not a -";
-    let name = scalar(node, "a name", "agents")?;
-    let wrong = |problem: String| Err(at_line(node.line, problem, ADVICE));
-    if name.is_empty() {
-        return wrong("the name is empty".to_owned());
-    }
-    if name.len() > MAX_NAME_BYTES {
-        return wrong(format!(
-            "the name `{}` is {} bytes long",
-            shown(name),
-            name.len()
-        ));
-    }
-    if let Some(bad) = name
-        .chars()
-        .find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '-'))
-    {
-        return wrong(format!(
-            "the name `{}` has `{}` in it",
-            shown(name),
-            shown(&bad.to_string())
-        ));
-    }
-    if name.starts_with('-') || name.ends_with('-') {
-        return wrong(format!(
-            "the name `{}` starts or ends with a -",
-            shown(name)
-        ));
-    }
-    Ok(name.to_owned())
-}
-
-fn port(node: &Node) -> Result<u16> {
-    let text = scalar(node, "a port", "11800")?;
-    decimal(text)
-        .and_then(|port| u16::try_from(port).ok())
-        .filter(|port| *port != 0)
-        .ok_or_else(|| {
-            at_line(
-                node.line,
-                format!("`{}` is not a TCP port", shown(text)),
-                "write a number from 1 to 65535",
-            )
-        })
-}
-
 fn service_address(node: &Node) -> Result<IpAddr> {
     let text = scalar(node, "an address", "10.0.0.9")?;
     let wrong = |problem: &str, advice: &str| {
@@ -177,21 +167,6 @@ fn service_address(node: &Node) -> Result<IpAddr> {
         ));
     }
     Ok(address)
-}
-
-fn policy(node: &Node) -> Result<Policy> {
-    let text = scalar(node, "a policy", "least-connections")?;
-    Policy::ALL
-        .into_iter()
-        .find(|policy| policy.name() == text)
-        .ok_or_else(|| {
-            let known: Vec<&str> = Policy::ALL.into_iter().map(Policy::name).collect();
-            at_line(
-                node.line,
-                format!("`{}` is not a policy", shown(text)),
-                format!("write one of {}", known.join(", ")),
-            )
-        })
 }
 
 fn backends(node: &Node) -> Result<(Vec<Backend>, Vec<usize>)> {
@@ -324,172 +299,17 @@ fn quota(node: &Node) -> Result<QuotaRule> {
         ));
     }
     if let Some(fixed) = fields.get("per_backend") {
-        if let Some(other) = fields
-            .entries
-            .iter()
-            .find(|entry| COMPUTED.contains(&entry.key.as_str()))
-        {
-            return Err(at_line(
-                other.line,
-                format!(
-                    "`{}` beside `per_backend`: a quota is either fixed or computed",
-                    other.key
-                ),
-                "keep `per_backend` for a fixed quota, or the other keys for a computed one",
-            ));
-        }
-        let advice = "to close a backend use `balancer quota set`; for no limit leave `quota` out";
-        return Ok(QuotaRule::Fixed(number(
-            fixed,
-            "per_backend",
-            1,
-            MAX_CONNECTIONS,
-            advice,
-        )?));
+        nothing_computed(&fields, &COMPUTED)?;
+        return Ok(QuotaRule::Fixed(per_backend(fixed)?));
     }
-    let clients = |node: &Node| {
-        number(
-            node,
-            "clients",
-            1,
-            MAX_CONNECTIONS,
-            "leave `quota` out for no limit",
-        )
-    };
-    let per_client = |node: &Node| {
-        number(
-            node,
-            "connections_per_client",
-            1,
-            MAX_CONNECTIONS_PER_CLIENT,
-            "a Java or Python agent opens 1",
-        )
-    };
-    let min_quota =
-        |node: &Node| number(node, "min_quota", 1, MAX_CONNECTIONS, "leave it out for 16");
     Ok(QuotaRule::Computed {
         clients: fields.optional("clients", clients)?,
-        connections_per_client: fields
-            .optional("connections_per_client", per_client)?
-            .unwrap_or(1),
+        connections_per_client: per_client(&fields)?,
         headroom_percent: fields.optional("headroom", headroom)?.unwrap_or(0),
         min_quota: fields
             .optional("min_quota", min_quota)?
             .unwrap_or(DEFAULT_MIN_QUOTA),
     })
-}
-
-fn headroom(node: &Node) -> Result<u32> {
-    let text = scalar(node, "headroom", "15%")?;
-    let percent = text
-        .strip_suffix('%')
-        .and_then(|number| decimal(number.trim_end()));
-    if let Some(percent) = percent.and_then(|percent| u32::try_from(percent).ok())
-        && percent <= MAX_HEADROOM_PERCENT
-    {
-        return Ok(percent);
-    }
-    // "15" could mean 15 % or 15 times as many: ask.
-    let advice = match decimal(text) {
-        Some(number) if number <= u64::from(MAX_HEADROOM_PERCENT) => {
-            format!("write `{number}%` if percent is meant")
-        }
-        _ => format!(
-            "write a whole number of percent from 0% to {MAX_HEADROOM_PERCENT}%, for example 15%"
-        ),
-    };
-    Err(at_line(
-        node.line,
-        format!("headroom `{}` is not a percentage", shown(text)),
-        advice,
-    ))
-}
-
-fn exempt(node: &Node) -> Result<Vec<IpNet>> {
-    let nodes = list(node, "`exempt`", "[10.0.0.0/24]")?;
-    if nodes.len() > MAX_EXEMPT {
-        return Err(at_line(
-            nodes[MAX_EXEMPT].line,
-            format!(
-                "{} exempt networks, a service can have at most {MAX_EXEMPT}",
-                nodes.len()
-            ),
-            "join neighbours into larger networks",
-        ));
-    }
-    let mut networks = Vec::new();
-    for node in nodes {
-        let network = network(node)?;
-        // The same network twice says the same thing twice: generated lists do that.
-        if !networks.contains(&network) {
-            networks.push(network);
-        }
-    }
-    Ok(networks)
-}
-
-fn network(node: &Node) -> Result<IpNet> {
-    let text = scalar(node, "an exempt network", "10.0.0.0/24")?;
-    let parsed = text
-        .parse::<IpNet>()
-        .or_else(|error| text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error));
-    let Ok(network) = parsed else {
-        return Err(at_line(
-            node.line,
-            format!("`{}` is not a network", shown(text)),
-            "write it as 10.0.0.0/24 or fd00::/8, or a single address as 10.0.0.5",
-        ));
-    };
-    if network.addr() != network.network() {
-        return Err(at_line(
-            node.line,
-            format!("`{}` has address bits beyond its mask", shown(text)),
-            format!(
-                "write {} for the network or {} for the single address",
-                network.trunc(),
-                network.addr()
-            ),
-        ));
-    }
-    Ok(unmapped(network))
-}
-
-/// An IPv4-mapped network as the IPv4 network that it is: IPv4 clients come as IPv4, also to a dual-stack listener.
-fn unmapped(network: IpNet) -> IpNet {
-    const MAPPED_BITS: u8 = 96;
-    let mapped = |v6: Ipv6Addr| v6.to_ipv4_mapped();
-    match network {
-        IpNet::V6(v6) if v6.prefix_len() >= MAPPED_BITS => mapped(v6.addr())
-            .and_then(|v4| Ipv4Net::new(v4, v6.prefix_len() - MAPPED_BITS).ok())
-            .map_or(network, IpNet::V4),
-        _ => network,
-    }
-}
-
-fn fail_open_after(node: &Node) -> Result<Duration> {
-    const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
-    const BOUNDS: std::ops::RangeInclusive<u64> = 1000..=3_600_000;
-    let text = scalar(node, "fail_open_after", "30s")?;
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = UNITS
-        .iter()
-        .find(|(unit, _)| *unit == &text[digits.len()..]);
-    let milliseconds = unit.and_then(|(_, scale)| decimal(digits.trim_end())?.checked_mul(*scale));
-    let Some(milliseconds) = milliseconds else {
-        return Err(at_line(
-            node.line,
-            format!("fail_open_after `{}` is not a time", shown(text)),
-            "write a whole number with a unit, from 1s to 1h, for example 30s or 2m",
-        ));
-    };
-    if !BOUNDS.contains(&milliseconds) {
-        return Err(at_line(
-            node.line,
-            format!("fail_open_after `{}` is out of bounds", shown(text)),
-            "write a time from 1s (shorter, and a busy machine alone would lift every quota) to 1h (longer, and a dead daemon's quotas would refuse clients for hours)",
-        ));
-    }
-    Ok(Duration::from_millis(milliseconds))
 }
 
 fn namespaces(node: &Node) -> Result<Namespaces> {

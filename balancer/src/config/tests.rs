@@ -4,6 +4,9 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod kubernetes;
+mod selector;
+
 fn parsed(text: &str) -> Config {
     Config::parse(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
 }
@@ -13,6 +16,20 @@ fn refused(text: &str) -> String {
         Err(error) => error.to_string(),
         Ok(config) => panic!("should be refused:\n{text}\n{config:?}"),
     }
+}
+
+/// Checks that `text` is refused because of this line, in these words and with advice.
+fn is_refused(text: &str, line: usize, words: &str) {
+    let message = refused(text);
+    assert!(
+        message.starts_with(&format!("line {line}: ")),
+        "not on line {line}: {message}\n{text}"
+    );
+    assert!(
+        message.contains(words),
+        "{message}\ndoes not say: {words}\n{text}"
+    );
+    assert!(message.contains("; "), "no advice: {message}");
 }
 
 /// A service that is right, then `more` from line 4.
@@ -37,6 +54,7 @@ fn the_smallest_file() {
             }],
             fail_open_after: Duration::from_secs(30),
             namespaces: Namespaces::Own,
+            kubernetes: None,
         }
     );
 }
@@ -341,16 +359,7 @@ fn every_mistake_has_its_line_and_its_words() {
         (format!("%YAML 1.2\n---\n{}", with("")), 1, "this is not valid YAML"),
     ];
     for (text, line, words) in cases {
-        let message = refused(&text);
-        assert!(
-            message.starts_with(&format!("line {line}: ")),
-            "not on line {line}: {message}\n{text}"
-        );
-        assert!(
-            message.contains(words),
-            "{message}\ndoes not say: {words}\n{text}"
-        );
-        assert!(message.contains("; "), "no advice: {message}");
+        is_refused(&text, line, words);
     }
 }
 

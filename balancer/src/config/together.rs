@@ -1,8 +1,16 @@
 //! The rules that concern several services at once.
 
-use std::{collections::HashMap, net::SocketAddr};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::SocketAddr,
+};
 
-use super::{Backend, MAX_BACKENDS, Service, error::at_line, fields::Result};
+use kube::core::Expression;
+
+use super::{
+    Backend, ClusterService, MAX_BACKENDS, Service, ServiceChoice, error::at_line, fields::Result,
+    selector::selector,
+};
 
 /// A service with the lines that errors about several services together name.
 pub(super) struct Located {
@@ -12,26 +20,85 @@ pub(super) struct Located {
     pub(super) backend_lines: Vec<usize>,
 }
 
+/// A service of a cluster with the lines that errors about several services together name.
+pub(super) struct LocatedChoice {
+    pub(super) service: ClusterService,
+    pub(super) name_line: usize,
+    /// Where it begins.
+    pub(super) line: usize,
+}
+
 /// Checks what no service can know of itself: names, ports and backends that collide.
 pub(super) fn check_together(services: &[Located]) -> Result<()> {
-    check_names(services)?;
+    check_names(
+        services
+            .iter()
+            .map(|located| (&*located.service.name, located.name_line)),
+    )?;
     check_ports(services)?;
     check_backends(services)
 }
 
-fn check_names(services: &[Located]) -> Result<()> {
-    let mut seen = HashMap::new();
-    for Located {
-        service, name_line, ..
-    } in services
-    {
-        if let Some(first) = seen.insert(&service.name, name_line) {
+/// The same for services of a cluster: names, and Services that two of them select.
+pub(super) fn check_choices(services: &[LocatedChoice]) -> Result<()> {
+    check_names(
+        services
+            .iter()
+            .map(|located| (&*located.service.name, located.name_line)),
+    )?;
+    for (index, second) in services.iter().enumerate() {
+        let same = |first: &&LocatedChoice| overlap(&first.service, &second.service);
+        if let Some(first) = services[..index].iter().find(same) {
             return Err(at_line(
-                *name_line,
+                second.line,
                 format!(
-                    "a second service is named `{}`, the first on line {first}",
-                    service.name
+                    "`{}` selects the same Services and port as `{}` on line {}",
+                    second.service.name, first.service.name, first.line
                 ),
+                "a port is guarded for one of them: keep one, or give them another `service`, `selector`, `namespace` or `port`",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether it is certain, without a look at the cluster, that what one selects the other selects too.
+fn overlap(one: &ClusterService, other: &ClusterService) -> bool {
+    one.port == other.port
+        && match (&one.of, &other.of) {
+            (
+                ServiceChoice::Selected {
+                    namespace: one_namespace,
+                    selectors: one,
+                },
+                ServiceChoice::Selected {
+                    namespace: other_namespace,
+                    selectors: other,
+                },
+            ) => {
+                let everywhere = one_namespace.is_none() || other_namespace.is_none();
+                (everywhere || one_namespace == other_namespace)
+                    && requirements(one) == requirements(other)
+            }
+            (one, other) => one == other,
+        }
+}
+
+/// What selectors require, however they are spelled.
+fn requirements(selectors: &[String]) -> BTreeSet<Option<BTreeSet<Expression>>> {
+    selectors
+        .iter()
+        .map(|text| Some(selector(text).ok()?.into_iter().collect()))
+        .collect()
+}
+
+fn check_names<'a>(services: impl Iterator<Item = (&'a str, usize)>) -> Result<()> {
+    let mut seen = HashMap::new();
+    for (name, line) in services {
+        if let Some(first) = seen.insert(name, line) {
+            return Err(at_line(
+                line,
+                format!("a second service is named `{name}`, the first on line {first}"),
                 "give each service a name of its own",
             ));
         }

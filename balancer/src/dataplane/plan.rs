@@ -58,6 +58,14 @@ pub struct Plan {
 pub type ExemptEntry = (u32, ExemptKey);
 
 impl Plan {
+    /// The addresses and ports whose listeners belong to a service, by the name of the service.
+    pub fn ports_listened_on(&self) -> Vec<(&str, Vec<&ListenAt>)> {
+        self.services
+            .iter()
+            .map(|service| (service.name.as_str(), service.listen.iter().collect()))
+            .collect()
+    }
+
     /// The content of SERVICES; `ids` are the ids of the services in their order, `quota` what is in force by hand.
     pub fn ports(&self, ids: &[u16], by_hand: &[Option<u32>]) -> BTreeMap<PortKey, ServicePort> {
         let mut ports = BTreeMap::new();

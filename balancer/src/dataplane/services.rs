@@ -213,6 +213,42 @@ impl Writer {
             .collect())
     }
 
+    /// The services by name with their ports.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn service_ports(&self) -> Result<Vec<(String, u16)>> {
+        Ok(services(&self.tables)?
+            .into_iter()
+            .map(|(_, info)| (text(&info.name), info.port))
+            .collect())
+    }
+
+    /// The port of a service; `None`: there is none with that number.
+    pub fn port_of(&self, id: u16) -> Option<u16> {
+        let info = self.info(id).ok()?;
+        (info.port != 0).then_some(info.port)
+    }
+
+    /// What a service is called; its number where it is not known any more.
+    pub fn service_name(&self, id: u16) -> String {
+        let info = self.info(id).ok().filter(|info| info.name[0] != 0);
+        info.map_or_else(|| format!("service {id}"), |info| text(&info.name))
+    }
+
+    /// Goes on with the rules that are in the kernel, while it is not known what they should be.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn resume(&mut self) -> Result<()> {
+        let rules = self.tables.rules.iter();
+        self.rules = rules
+            .map(|entry| entry.map(|(key, rule)| (key.0, rule.0)))
+            .collect::<Result<_, _>>()
+            .context("cannot read LISTEN_RULES")?;
+        Ok(())
+    }
+
     fn apply_exempt(&mut self, plan: &Plan, ids: &[u16]) -> Result<()> {
         let wanted = plan.exempt(ids);
         let present: Vec<_> = self

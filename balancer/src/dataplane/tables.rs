@@ -8,17 +8,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
-use balancer_common::Reason;
 use balancer_common::abi::{
     Address, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
     MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
-    ServicePort, ServiceState, SlotPolicy, Totals, Truth,
+    ServicePort, ServiceState, SlotPolicy, Totals, Truth, ticks,
 };
 use balancer_common::choice::Member;
+use balancer_common::{Reason, admission};
 
 use bytes::Buf as _;
 
 use super::wire::Wire;
+use crate::sys::clock;
 use crate::sys::shared::SharedArray;
 use crate::sys::sock_diag::Socket;
 
@@ -186,6 +187,11 @@ impl SlotView {
     /// The state as it is shown.
     pub const fn state(&self) -> BackendState {
         self.member.state()
+    }
+
+    /// SYNs sent to it in the last second that have not become established.
+    pub fn expected(&self) -> u32 {
+        admission::expected(self.member.counts.expected, ticks(clock::monotonic_ns()))
     }
 }
 

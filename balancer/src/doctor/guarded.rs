@@ -38,7 +38,7 @@ pub(super) fn namespaces(config: Option<&Config>) -> (Vec<Guarded>, Option<Check
             let paths: Vec<&Path> = paths.iter().map(AsRef::as_ref).collect();
             named(&paths, |path| path.display().to_string())
         }
-        Namespaces::All => {
+        Namespaces::All | Namespaces::Pods => {
             let (found, check) = all();
             (
                 found.into_iter().map(|(_, namespace)| namespace).collect(),

@@ -4,6 +4,7 @@
 //! and closed at once.
 
 mod attached;
+mod cluster;
 mod features;
 mod guarded;
 mod loaded;
@@ -119,25 +120,34 @@ pub fn run(options: &Options) -> Report {
             .iter()
             .map(|snapshot| loaded::counts(&snapshot.agent)),
     );
+    let kubernetes = options
+        .config
+        .as_ref()
+        .and_then(|config| config.kubernetes.as_ref());
+    checks.extend(kubernetes.map(cluster::checks).unwrap_or_default());
+    checks.extend(snapshot.as_ref().and_then(cluster::translated));
     let (namespaces, unreachable) = match (&options.config, &snapshot) {
         (None, Some(_)) => loaded::namespaces(&options.state_dir),
+        (Some(config), Some(_)) if config.kubernetes.is_some() => {
+            loaded::namespaces(&options.state_dir)
+        }
         (config, _) => guarded::namespaces(config.as_ref()),
     };
     checks.extend(unreachable);
     checks.extend(machine::namespace_checks(&namespaces));
     checks.extend(attached::checks(options, &namespaces));
     let watched = match (&options.config, &snapshot) {
-        (Some(config), _) => config
+        (Some(config), _) if config.kubernetes.is_none() => config
             .services
             .iter()
             .map(services::Watched::from)
             .collect(),
-        (None, Some(snapshot)) => snapshot
+        (_, Some(snapshot)) => snapshot
             .services
             .iter()
             .map(services::Watched::from)
             .collect(),
-        (None, None) => Vec::new(),
+        (_, None) => Vec::new(),
     };
     let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
     checks.extend(services::checks(&watched, &namespaces, cgroup.as_deref()));

@@ -2,6 +2,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod cluster;
+mod unserved;
+mod window;
+
 const NOW: Duration = Duration::ZERO;
 
 fn computed(clients: u32, per_client: u32, headroom: u32) -> QuotaRule {

@@ -18,7 +18,11 @@ use crate::fixtures::Netns;
 /// Ready in three seconds on two idle processors.
 const STARTS_WITHIN: Duration = Duration::from_secs(120);
 
+/// Between two looks whether it is.
+const PAUSE: Duration = Duration::from_millis(50);
+
 const PORT: u16 = 6443;
+const ETCD_PORT: u16 = 2379;
 const ETCD: &str = "http://127.0.0.1:2379";
 const ETCD_PEERS: &str = "http://127.0.0.1:2380";
 
@@ -104,10 +108,11 @@ impl ApiServer {
         let kubeconfig = directory.path().join(ADMIN);
         fs::write(&kubeconfig, pki.kubeconfig(ADMIN, &server(address)))
             .expect("the directory can be written");
+        let keeper = Keeper::new();
         Self {
-            keeper: Keeper::new(),
+            admin: Kubectl::new(netns, keeper.namespace(), &kubeconfig),
+            keeper,
             netns: netns.share(),
-            admin: Kubectl::new(netns, &kubeconfig),
             pki,
             address,
             has_nodes: false,
@@ -120,6 +125,10 @@ impl ApiServer {
     #[track_caller]
     pub(super) fn launch(&mut self) {
         self.spawn(Program::Etcd);
+        // The API server would try again only a second later (gRPC's first backoff).
+        self.wait_for(Program::Etcd, |api| {
+            api.connects(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), ETCD_PORT))
+        });
         self.start_again();
         if self.has_controllers {
             self.spawn(Program::Controllers);
@@ -163,7 +172,7 @@ impl ApiServer {
         let kubeconfig = self.directory.path().join(format!("{namespace}-{name}"));
         let text = self.pki.kubeconfig_with_token(token.trim(), &self.url());
         fs::write(&kubeconfig, text).expect("the directory can be written");
-        Kubectl::new(&self.netns, &kubeconfig)
+        Kubectl::new(&self.netns, self.keeper.namespace(), &kubeconfig)
     }
 
     /// Kills the API server: connections to it are refused from now on. What it has stored stays.
@@ -263,20 +272,28 @@ impl ApiServer {
     fn wait_ready(&mut self) {
         // This one comes a second after everything else, and only pods of the system's own priorities need it.
         let ready = "/readyz?exclude=poststarthook/scheduling/bootstrap-system-priority-classes";
+        self.wait_for(Program::ApiServer, |api| {
+            // A connect costs less than a kubectl, which takes from the processors what the API server needs.
+            api.connects(SocketAddr::new(api.address, PORT))
+                && api.admin.attempt(&["get", "--raw", ready]).code == 0
+        });
+    }
+
+    fn connects(&self, address: SocketAddr) -> bool {
+        self.netns.run(|| TcpStream::connect(address)).is_ok()
+    }
+
+    #[track_caller]
+    fn wait_for(&mut self, which: Program, is_ready: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + STARTS_WITHIN;
-        let address = SocketAddr::new(self.address, PORT);
-        // A connect costs less than a kubectl.
-        while self.netns.run(|| TcpStream::connect(address)).is_err()
-            || self.admin.attempt(&["get", "--raw", ready]).code != 0
-        {
-            for program in [Program::Etcd, Program::ApiServer] {
-                assert!(
-                    self.keeper.runs(program.name()) && Instant::now() < deadline,
-                    "{program:?}: the API server did not get ready:\n{}",
-                    self.tail(program)
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        while !is_ready(self) {
+            assert!(
+                self.keeper.runs(which.name()) && Instant::now() < deadline,
+                "{} did not get ready:\n{}",
+                which.name(),
+                self.tail(which)
+            );
+            std::thread::sleep(PAUSE);
         }
     }
 

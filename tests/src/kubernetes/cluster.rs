@@ -84,8 +84,12 @@ impl Cluster {
         for node in &NODES[..nodes] {
             cluster.wait_ready(node);
         }
-        let account = "serviceaccount/default";
-        cluster.kubectl(&["wait", "--for=create", account, STARTS_WITHIN]);
+        // Without these pods are refused.
+        let last = [
+            "serviceaccount/default",
+            "priorityclass/system-node-critical",
+        ];
+        cluster.kubectl(&[&["wait", "--for=create", STARTS_WITHIN][..], &last].concat());
         cluster
     }
 

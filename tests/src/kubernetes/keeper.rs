@@ -1,15 +1,15 @@
 //! Processes that end with the test, however that ends.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 
-use crate::fixtures::{Netns, in_thread, process};
+use crate::fixtures::{Cgroup, Netns, in_thread, process};
 
 /// A process namespace, and the processes that were started in it.
 ///
@@ -17,8 +17,28 @@ use crate::fixtures::{Netns, in_thread, process};
 /// kernel kills the whole namespace with it (`zap_pid_ns_processes` in `kernel/pid_namespace.c`), also what has made itself a daemon there.
 pub(super) struct Keeper {
     first: Child,
-    namespace: File,
+    namespace: Namespace,
     children: BTreeMap<&'static str, Child>,
+}
+
+/// A test may run inside a machine's cgroup: what is started here is not on that machine.
+fn leave_the_machines_cgroup() {
+    let threads = Cgroup::base().join("cgroup.threads");
+    fs::write(threads, gettid().to_string()).expect("a thread can go back to its process's cgroup");
+}
+
+/// A process namespace.
+pub(super) struct Namespace(File);
+
+impl Namespace {
+    /// Makes processes that the calling thread starts from then on begin there; the thread itself stays where it is.
+    ///
+    /// # Panics
+    /// When the kernel refuses.
+    #[track_caller]
+    pub(super) fn enter(&self) {
+        setns(&self.0, CloneFlags::CLONE_NEWPID).expect("the namespace can be entered");
+    }
 }
 
 impl Keeper {
@@ -32,10 +52,16 @@ impl Keeper {
         });
         let namespace = File::open(format!("/proc/{}/ns/pid", first.id()));
         Self {
-            namespace: namespace.expect("the namespace of a child can be opened"),
+            namespace: Namespace(namespace.expect("the namespace of a child can be opened")),
             first,
             children: BTreeMap::new(),
         }
+    }
+
+    /// The namespace itself, for processes that are waited for.
+    pub(super) fn namespace(&self) -> Namespace {
+        let handle = self.namespace.0.try_clone();
+        Namespace(handle.expect("a descriptor can be copied"))
     }
 
     /// Starts a process under a name by which it is found again.
@@ -49,7 +75,8 @@ impl Keeper {
         command.process_group(0);
         let namespace = &self.namespace;
         let child = netns.run(|| {
-            setns(namespace, CloneFlags::CLONE_NEWPID).expect("the namespace can be entered");
+            namespace.enter();
+            leave_the_machines_cgroup();
             process::spawn(command)
         });
         let child = child.unwrap_or_else(|error| panic!("cannot start {name}: {error}"));

@@ -4,20 +4,24 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use super::keeper::Namespace;
 use super::{program, run};
 use crate::fixtures::{Finished, Netns};
 
 /// `kubectl` with somebody's kubeconfig, in the network namespace from which the API server is reached.
 pub struct Kubectl {
     netns: Netns,
+    namespace: Namespace,
     kubeconfig: PathBuf,
     cache: PathBuf,
 }
 
 impl Kubectl {
-    pub(super) fn new(netns: &Netns, kubeconfig: &Path) -> Self {
+    /// It runs in these namespaces.
+    pub(super) fn new(netns: &Netns, namespace: Namespace, kubeconfig: &Path) -> Self {
         Self {
             netns: netns.share(),
+            namespace,
             kubeconfig: kubeconfig.to_owned(),
             cache: kubeconfig.with_extension("cache"),
         }
@@ -111,7 +115,10 @@ impl Kubectl {
             .arg(&self.cache)
             .args(arguments)
             .env_remove("KUBECONFIG");
-        self.netns.run(|| run::to_its_end(&mut command, input))
+        self.netns.run(|| {
+            self.namespace.enter();
+            run::to_its_end(&mut command, input)
+        })
     }
 }
 

@@ -1,0 +1,360 @@
+//! What the daemon does in a Kubernetes cluster: ports and sources from the API server, quotas with the other agents.
+
+use std::collections::{BTreeSet, HashSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use balancer_common::abi::UNLIMITED;
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, info, warn};
+
+use super::guard::{Guarded, Open};
+use super::plan::{self, Ports};
+use super::quotas::Quotas;
+use super::shares::Shares;
+use super::ties::{Groups, Ties};
+use crate::cluster::{
+    BackendReport, Cluster, ClusterReport, Endpoint, GroupId, GroupReport, Identity, Publication,
+    Published, SCHEMA, View,
+};
+use crate::config::Kubernetes;
+use crate::dataplane::{Plan, SlotView, Writer};
+use crate::discover::source_towards;
+use crate::sys::netns;
+
+/// How long a start waits for the API server. Without it the daemon goes on with what is in the kernel.
+const FIRST_VIEW: Duration = Duration::from_secs(5);
+
+/// The daemon's part in its cluster.
+pub struct InCluster {
+    api: Cluster,
+    identity: Identity,
+    view: View,
+    ports: Ports,
+    ties: Ties,
+    shares: Shares,
+}
+
+impl InCluster {
+    /// Begins to watch the cluster, and waits a while for the first answer.
+    ///
+    /// # Errors
+    /// When it is not known where in which cluster this is.
+    pub async fn join(config: &Kubernetes) -> Result<Self> {
+        let identity = Identity::from_env()?;
+        let ties = Ties::new(identity.node.clone())
+            .context("cannot read the cookie of the node's network namespace")?;
+        let mut api = Cluster::connect(config, identity.clone())?;
+        let view = first_view(&mut api).await;
+        Ok(Self {
+            api,
+            identity,
+            view,
+            ports: Ports::default(),
+            ties,
+            shares: Shares::new(),
+        })
+    }
+
+    /// Waits until something in the cluster has changed. Cancel safe.
+    pub async fn changed(&mut self) {
+        self.api.changed().await;
+    }
+
+    /// Takes in what is known now.
+    pub fn refresh(&mut self) {
+        let mut view = self.api.view();
+        view.groups = distinct(view.groups);
+        // What was known is better than a list that is not complete yet.
+        if view.complete || !self.view.complete {
+            self.view = view;
+        } else {
+            self.view.silent_for = view.silent_for;
+            self.view.problems = view.problems;
+            self.view.nodes = view.nodes;
+        }
+    }
+
+    /// What the maps should hold; `None`: that is not known yet.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn plan(&mut self, config: &Kubernetes, writer: &Writer) -> Result<Option<Plan>> {
+        if !self.view.complete {
+            return Ok(None);
+        }
+        let slots = writer.slots()?;
+        let busy: HashSet<u16> = slots.iter().map(|view| view.member.backend.port).collect();
+        self.ports.follow(config, &self.view.groups, &busy);
+        let node = self.node_addresses();
+        Ok(Some(plan::of_cluster(
+            &self.ports,
+            config,
+            &self.view.groups,
+            &node,
+        )))
+    }
+
+    /// Goes on with the names that an earlier daemon gave to ports.
+    pub fn inherit(
+        &mut self,
+        config: &Kubernetes,
+        services: impl IntoIterator<Item = (String, u16)>,
+    ) {
+        for (name, port) in services {
+            self.ports.inherit(config, &name, port);
+        }
+    }
+
+    /// The addresses that this node's own processes, its kubelet among them, send from to its pods.
+    fn node_addresses(&self) -> BTreeSet<IpAddr> {
+        let local = self
+            .view
+            .groups
+            .values()
+            .flatten()
+            .filter(|endpoint| endpoint.node.as_ref() == Some(&self.identity.node))
+            .flat_map(|endpoint| &endpoint.addresses);
+        let sources = local.filter_map(|address| match source_towards(*address) {
+            Ok(source) => Some(source),
+            Err(error) => {
+                debug!("cannot tell from which address this node sends to {address}: {error}");
+                None
+            }
+        });
+        sources
+            .chain(self.identity.node_ips.iter().copied())
+            .collect()
+    }
+
+    /// Finds the pods of the listeners that are there.
+    ///
+    /// # Errors
+    /// When slots or namespaces can't be read.
+    pub fn tie(&mut self, guarded: &mut Guarded, writer: &mut Writer) -> Result<()> {
+        self.newcomers(guarded, writer).map(drop)
+    }
+
+    /// Attaches `steer` to the namespaces of pods that it is not attached to yet.
+    ///
+    /// # Errors
+    /// When slots or namespaces can't be read.
+    pub fn guard(&mut self, guarded: &mut Guarded, writer: &mut Writer) -> Result<()> {
+        let newcomers = self.newcomers(guarded, writer)?;
+        guarded.guard(&newcomers, writer);
+        Ok(())
+    }
+
+    /// The namespaces of pods that `steer` is not attached to yet.
+    fn newcomers(&mut self, guarded: &mut Guarded, writer: &mut Writer) -> Result<Vec<Open>> {
+        let (ties, groups) = (&mut self.ties, &self.view.groups);
+        ties.look_at_host(&writer.slots()?);
+        let mut newcomers = guarded.strangers(writer, |cookie| ties.wants(cookie, groups))?;
+        newcomers.retain(|(cookie, file)| ties.look(*cookie, file, groups));
+        let namespaces = ties.namespaces(&writer.slots()?, groups);
+        if namespaces.contains(&ties.host()) && !writer.guards(ties.host()) {
+            let host = netns::current().context("cannot open the node's own network namespace")?;
+            newcomers.push((ties.host(), host));
+        }
+        guarded.restrict_to(namespaces);
+        Ok(newcomers)
+    }
+
+    /// Computes quotas, puts them in force, and tells the others.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn share(
+        &mut self,
+        config: &Kubernetes,
+        quotas: &mut Quotas,
+        writer: &mut Writer,
+    ) -> Result<()> {
+        if self.view.complete {
+            self.shares
+                .apply(config, &self.view, &self.ties, quotas, writer)?;
+        }
+        let slots = writer.slots()?;
+        self.api.publish(self.publication(&slots));
+        Ok(())
+    }
+
+    /// Notes that a source was refused in a namespace, on a port.
+    pub fn refused(&mut self, netns: u64, port: u16, source: IpAddr) {
+        if let Some(group) = self.ties.group(netns, port, &self.view.groups) {
+            self.shares.refused(group, source);
+        }
+    }
+
+    /// Follows a new configuration.
+    pub fn reconfigure(&mut self, config: &Kubernetes) {
+        self.api.reconfigure(config);
+    }
+
+    /// Whether this daemon was told to go for good: its `DaemonSet` is gone.
+    pub fn dismissed(&self) -> bool {
+        self.api.dismissed()
+    }
+
+    fn publication(&self, slots: &[SlotView]) -> Publication {
+        let backends: Vec<Published> = slots
+            .iter()
+            .filter_map(|slot| self.published(slot))
+            .collect();
+        // What was counted together is told by those who count: a node without backends writes nothing.
+        let counts = !backends.is_empty();
+        Publication {
+            schema: SCHEMA,
+            node: self.identity.node.clone(),
+            backends,
+            peaks: counts
+                .then(|| self.shares.publish_peaks())
+                .unwrap_or_default(),
+            refused: counts
+                .then(|| self.shares.publish_refused())
+                .unwrap_or_default(),
+        }
+    }
+
+    fn published(&self, slot: &SlotView) -> Option<Published> {
+        let (group, endpoint) = self.ties.pod(slot, &self.view.groups)?;
+        let member = &slot.member;
+        let counts = &member.counts;
+        let quota = member.quota(UNLIMITED);
+        let taken = counts
+            .established()
+            .saturating_sub(counts.exempt())
+            .saturating_add(slot.expected());
+        let limited = (quota != UNLIMITED).then_some(quota);
+        Some(Published {
+            group: group.clone(),
+            pod: endpoint.pod.clone(),
+            uid: endpoint.uid.clone(),
+            slot: slot.slot(),
+            address: endpoint.addresses.first().copied()?,
+            state: slot.state().name().to_owned(),
+            established: counts.established(),
+            exempt: counts.exempt(),
+            pending: Some(slot.expected()),
+            quota: limited,
+            room: limited.map(|quota| quota.saturating_sub(taken)),
+        })
+    }
+
+    /// What `status --cluster` shows.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn report(&self, writer: &Writer) -> Result<ClusterReport> {
+        let slots = writer.slots()?;
+        let own = self.publication(&slots);
+        let groups = self.view.groups.iter().map(|(id, endpoints)| GroupReport {
+            id: id.clone(),
+            sentence: self.sentence(id),
+            unserved: self.shares.unserved(id, &self.view),
+            backends: endpoints
+                .iter()
+                .map(|endpoint| self.backend(id, endpoint, &own))
+                .collect(),
+        });
+        Ok(ClusterReport {
+            schema: 1,
+            node: self.identity.node.clone(),
+            complete: self.view.complete,
+            silent_seconds: self.view.silent_for.as_secs(),
+            problems: self.view.problems.clone(),
+            groups: groups.collect(),
+        })
+    }
+
+    fn sentence(&self, id: &GroupId) -> String {
+        match self.shares.sentence(id) {
+            "" => "not computed yet".to_owned(),
+            sentence => sentence.to_owned(),
+        }
+    }
+
+    fn backend(&self, id: &GroupId, endpoint: &Endpoint, own: &Publication) -> BackendReport {
+        let of_pod = |publication: &Publication| {
+            let mut backends = publication.backends.iter();
+            backends
+                .find(|backend| backend.group == *id && backend.uid == endpoint.uid)
+                .cloned()
+        };
+        let heard = || {
+            self.view.nodes.values().find_map(|heard| {
+                of_pod(&heard.publication).map(|backend| (backend, heard.age.as_secs()))
+            })
+        };
+        let told = of_pod(own).map(|backend| (backend, 0)).or_else(heard);
+        let (told, seconds_ago) = told.unzip();
+        let told = told.as_ref();
+        BackendReport {
+            pod: endpoint.pod.clone(),
+            node: endpoint.node.clone(),
+            address: endpoint.addresses.first().copied(),
+            ready: endpoint.ready,
+            terminating: endpoint.terminating,
+            weight: endpoint.weight,
+            state: told.map(|told| told.state.clone()),
+            established: told.map(|told| told.established),
+            exempt: told.map(|told| told.exempt),
+            pending: told.and_then(|told| told.pending),
+            quota: told.and_then(|told| told.quota),
+            room: told.and_then(|told| told.room),
+            seconds_ago,
+        }
+    }
+}
+
+async fn first_view(api: &mut Cluster) -> View {
+    let until = Instant::now() + FIRST_VIEW;
+    loop {
+        let view = api.view();
+        if view.complete {
+            info!(
+                "the API server has told of {} groups of backends",
+                view.groups.len()
+            );
+            return View {
+                groups: distinct(view.groups),
+                ..view
+            };
+        }
+        if timeout_at(until, api.changed()).await.is_err() {
+            warn!(
+                "the API server has not told everything within {} s: going on with what is in the kernel until it has",
+                FIRST_VIEW.as_secs()
+            );
+            return view;
+        }
+    }
+}
+
+/// Without the groups whose pods another Service of the same entry serves on the same port as well (a headless one beside the ordinary one): no
+/// connection tells through which of them it came.
+fn distinct(groups: Groups) -> Groups {
+    let uids = |endpoints: &[Endpoint]| -> BTreeSet<String> {
+        endpoints
+            .iter()
+            .map(|endpoint| endpoint.uid.clone())
+            .collect()
+    };
+    let sets: Vec<(GroupId, BTreeSet<String>)> = groups
+        .iter()
+        .map(|(id, endpoints)| (id.clone(), uids(endpoints)))
+        .collect();
+    let covered = |id: &GroupId, pods: &BTreeSet<String>| {
+        !pods.is_empty()
+            && sets.iter().any(|(other, others)| {
+                (other.entry == id.entry && other.port == id.port && other != id)
+                    && pods.is_subset(others)
+                    && (pods.len() < others.len() || other < id)
+            })
+    };
+    groups
+        .into_iter()
+        .filter(|(id, endpoints)| !covered(id, &uids(endpoints)))
+        .collect()
+}

@@ -1,0 +1,130 @@
+//! `status --cluster` for people.
+
+use std::time::Duration;
+
+use crate::{
+    cli::output::{or, span, table, wrapped},
+    cluster::{BackendReport, ClusterReport, GroupReport},
+};
+
+/// What was told longer ago than this is marked: its agent, or its node, may be gone.
+const OLD: u64 = 60;
+
+pub(super) fn text(report: &ClusterReport) -> String {
+    let mut text = wrapped("Cluster: ", &api(report));
+    for problem in &report.problems {
+        text += &wrapped("  ! ", problem);
+    }
+    for group in &report.groups {
+        text += "\n";
+        text += &group_text(group);
+    }
+    if report.complete && report.groups.is_empty() {
+        text += "\nNo Service is found that the configuration asks for: see `kubectl get services -A --show-labels`.\n";
+    }
+    text
+}
+
+fn api(report: &ClusterReport) -> String {
+    let seen = format!("as node {} knows it", report.node);
+    if !report.complete {
+        return format!(
+            "{seen}; the API server has not told everything yet, quotas stay as they were"
+        );
+    }
+    match report.silent_seconds {
+        0 => seen,
+        seconds => format!(
+            "{seen}; the API server has been silent for {}, quotas hold and then open",
+            span(Duration::from_secs(seconds))
+        ),
+    }
+}
+
+fn group_text(group: &GroupReport) -> String {
+    let id = &group.id;
+    let mut text = format!(
+        "{}: Service {}, target port {}\n",
+        id.entry, id.service, id.port
+    );
+    text += &wrapped("  Quota: ", &group.sentence);
+    if group.unserved > 0 {
+        let words = format!(
+            "{} sources are refused again and again, and served by nobody.",
+            group.unserved
+        );
+        text += &wrapped("  ! ", &words);
+    }
+    let mut rows: Vec<Vec<String>> = group.backends.iter().map(row).collect();
+    rows.push(total(group));
+    text + &table(
+        &[
+            "POD",
+            "NODE",
+            "ADDRESS",
+            "STATE",
+            ">ESTABLISHED",
+            ">QUOTA",
+            ">ROOM",
+            ">PENDING",
+            ">EXEMPT",
+            ">WEIGHT",
+            ">TOLD",
+        ],
+        rows,
+    )
+}
+
+fn row(backend: &BackendReport) -> Vec<String> {
+    let heard = backend.state.is_some();
+    let number =
+        |value: Option<u32>, unlimited: &str| or(value, if heard { unlimited } else { "?" });
+    vec![
+        backend.pod.to_string(),
+        or(backend.node.as_ref(), "-"),
+        or(backend.address, "-"),
+        state(backend),
+        number(backend.established, "?"),
+        number(backend.quota, "unlimited"),
+        number(backend.room, "unlimited"),
+        number(backend.pending, "-"),
+        number(backend.exempt, "?"),
+        backend.weight.to_string(),
+        told(backend),
+    ]
+}
+
+/// What Kubernetes says of the pod, and what its agent says where that is something else.
+fn state(backend: &BackendReport) -> String {
+    let pod = match (backend.terminating, backend.ready) {
+        (true, _) => "terminating",
+        (false, true) => "ready",
+        (false, false) => "not ready",
+    };
+    match backend.state.as_deref() {
+        Some("active") => pod.to_owned(),
+        Some(state) => format!("{pod}, {state}"),
+        None => format!("{pod}, not heard of"),
+    }
+}
+
+fn told(backend: &BackendReport) -> String {
+    match backend.seconds_ago {
+        None => "never".to_owned(),
+        Some(0) => "now".to_owned(),
+        Some(seconds) if seconds < OLD => format!("{seconds} s ago"),
+        Some(seconds) => format!("{} ago (!)", span(Duration::from_secs(seconds))),
+    }
+}
+
+fn total(group: &GroupReport) -> Vec<String> {
+    let sum = |value: fn(&BackendReport) -> Option<u32>| -> String {
+        let sum: u64 = group.backends.iter().filter_map(value).map(u64::from).sum();
+        sum.to_string()
+    };
+    let mut row = vec![String::new(); 11];
+    "total".clone_into(&mut row[0]);
+    row[4] = sum(|backend| backend.established);
+    row[8] = sum(|backend| backend.exempt);
+    row
+}

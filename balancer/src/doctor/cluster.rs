@@ -1,0 +1,109 @@
+//! The Kubernetes cluster that a configuration asks for: whether its API server answers, and what it would refuse.
+
+use anyhow::{Context as _, Result};
+
+use super::{Check, listing};
+use crate::{
+    cluster::{self, Connection, Identity},
+    config::Kubernetes,
+    dataplane::{BackendSnapshot, Snapshot},
+};
+
+/// Peers and probes are fewer than this; those whom address translation makes look like them are not.
+const FEW: u32 = 32;
+
+/// Whether the daemon would hear of its cluster.
+pub(super) fn checks(config: &Kubernetes) -> Vec<Check> {
+    match look(config) {
+        Ok(checks) => checks,
+        Err(error) => vec![unreachable(&error)],
+    }
+}
+
+fn look(config: &Kubernetes) -> Result<Vec<Check>> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("can't start a runtime")?
+        .block_on(ask(config))
+}
+
+async fn ask(config: &Kubernetes) -> Result<Vec<Check>> {
+    let identity = Identity::from_env()?;
+    let connection = cluster::connection()?;
+    let version = cluster::reachable(&connection).await?;
+    let reached = Check::ok(
+        "API server",
+        format!("{} answers, {version}", connection.server),
+        "the daemon hears of Services, pods and the other nodes",
+    );
+    Ok(vec![
+        reached,
+        permissions(&connection, config, &identity).await,
+    ])
+}
+
+async fn permissions(connection: &Connection, config: &Kubernetes, identity: &Identity) -> Check {
+    const NAME: &str = "permissions";
+    match cluster::permissions(connection, config, identity).await {
+        Ok(missing) if missing.is_empty() => Check::ok(
+            NAME,
+            "everything that the daemon asks of the API server is allowed",
+            "it can see the cluster and tell the other nodes what it counts",
+        ),
+        Ok(missing) => {
+            let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+            Check::fail(
+                NAME,
+                missing.join("; "),
+                "connections are counted, but quotas hold and then open where what they are computed from can't be seen",
+                "install the chart's roles again (`helm upgrade`), or see docs/kubernetes.md for what each permission is for; \
+                 `kubectl auth can-i --list --as system:serviceaccount:NAMESPACE:NAME` shows what is allowed",
+            )
+        }
+        Err(error) => unreachable(&error),
+    }
+}
+
+fn unreachable(error: &anyhow::Error) -> Check {
+    Check::fail(
+        "API server",
+        format!("{error:#}"),
+        "connections are counted and steered, but quotas hold and then open, and the other nodes are not heard of",
+        "run this in the daemon's pod (kubectl exec), which knows the API server and has its account; there, see whether the node reaches it",
+    )
+}
+
+/// Clients behind address translation look like the node itself, which is never refused.
+pub(super) fn translated(snapshot: &Snapshot) -> Option<Check> {
+    let suspicious = |backend: &&BackendSnapshot| {
+        backend.exempt > FEW && backend.exempt > backend.established / 2
+    };
+    let backends: Vec<String> = snapshot
+        .services
+        .iter()
+        .flat_map(|service| {
+            service
+                .backends
+                .iter()
+                .map(move |backend| (service, backend))
+        })
+        .filter(|(_, backend)| suspicious(&backend))
+        .map(|(service, backend)| {
+            format!(
+                "{} slot {}: {} of {}",
+                service.name, backend.slot, backend.exempt, backend.established
+            )
+        })
+        .collect();
+    (!backends.is_empty()).then(|| {
+        Check::warn(
+            "exempt connections",
+            listing(&backends),
+            "most connections come from sources that are never refused: the other servers and this node itself are few. Clients that come through \
+             a NodePort or a load balancer have the address of a node where address translation hides theirs, and so have pods of the node's own \
+             network: quotas do not hold for them",
+            "let clients connect to the Service's own address, or set `externalTrafficPolicy: Local` on it",
+        )
+    })
+}
