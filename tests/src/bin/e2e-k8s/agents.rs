@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::lab::Lab;
 use crate::layout::{RELEASE, SYSTEM};
-use crate::oaps::text;
+use crate::oaps::{is_ready, text};
 
 /// A pod that is not being ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ pub fn look(lab: &Lab) -> Result<BTreeMap<String, Agent>> {
             name: text(&pod["metadata"]["name"])?,
             uid: text(&pod["metadata"]["uid"])?,
             node: node.clone(),
-            ready: container["ready"] == true,
+            ready: is_ready(pod),
             restarts: container["restartCount"].as_u64().unwrap_or(0),
         };
         agents.insert(node, agent);

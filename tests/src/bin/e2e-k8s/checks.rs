@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use balancer_tests::standin::Cause;
 use balancer_tests::story::{Report, Sight, interrupt};
 
-use crate::agents::{Backend, Group, Way};
+use crate::agents::{self, Backend, Group, Way};
 use crate::clients::Mark;
 use crate::kernel;
 use crate::layout::{NODES, WITHOUT_CONNECTION};
@@ -70,23 +70,20 @@ impl World {
     /// The agents count what the socket tables of the pods hold.
     pub fn counts_are_true(&mut self, report: &mut Report, step: &str, way: Way) -> Result<()> {
         let step = format!("{step}: counts, and the pods' sockets");
-        report.wait(&step, AGENTS_FOLLOW_WITHIN, || {
+        wait(report, &step, AGENTS_FOLLOW_WITHIN, "as many", || {
             if way == Way::Exec {
                 self.look()?;
             }
-            let counted = self.counted(way);
+            let counted = self.counted(way)?;
             let held = slashed(self.held().iter().map(|held| held.established));
-            Ok(Sight::new(
-                held,
-                counted.map_or_else(|error| format!("{error:#}"), slashed),
-            ))
+            Ok(Sight::new(held, slashed(counted)))
         })
     }
 
     /// The agents of all nodes know the same of all OAPs, and that is the truth.
     pub fn views_agree(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let step = format!("{step}: status --cluster, from each node");
-        report.wait(&step, AGENTS_FOLLOW_WITHIN, || {
+        wait(report, &step, AGENTS_FOLLOW_WITHIN, "the same", || {
             self.look()?;
             let held = self.held();
             let truth: BTreeSet<_> = self
@@ -96,10 +93,7 @@ impl World {
                 .map(|(oap, held)| format!("{}={}", &oap.name, held.established))
                 .collect();
             let expected = format!("{} times {}", self.agents.len(), truth.len());
-            let groups = match self.groups(Way::Exec) {
-                Ok(groups) => groups,
-                Err(error) => return Ok(Sight::new(expected, format!("{error:#}"))),
-            };
+            let groups = self.groups(Way::Exec)?;
             let same = groups.iter().filter(|group| {
                 let told = living(group).filter_map(|backend| {
                     let established = backend.established?;
@@ -163,12 +157,9 @@ impl World {
         let phrase = format!("/ {ready} ready)");
         let mut took = None;
         let look = format!("{step}: agents that compute with {ready} ready");
-        report.wait(&look, within, || {
+        wait(report, &look, within, "all", || {
             self.look()?;
-            let groups = match self.groups(Way::OnNode) {
-                Ok(groups) => groups,
-                Err(error) => return Ok(Sight::new(self.agents.len(), format!("{error:#}"))),
-            };
+            let groups = self.groups(Way::OnNode)?;
             let follow = groups
                 .iter()
                 .filter(|group| group.sentence.contains(&phrase));
@@ -216,8 +207,8 @@ impl World {
             .iter()
             .filter(|node| self.lab.cluster.runs(node))
             .count();
-        report.wait(&step, PODS_START_WITHIN, || {
-            self.look()?;
+        wait(report, &step, PODS_START_WITHIN, "all", || {
+            self.agents = agents::look(&self.lab)?;
             let ready = self.agents.values().filter(|agent| agent.ready);
             let new = ready.filter(|agent| !not.contains(&agent.uid));
             Ok(Sight::new(nodes, new.count()))
@@ -242,6 +233,22 @@ impl World {
             interrupt::pause(Duration::from_millis(100))?;
         }
     }
+}
+
+/// A row, once things are as expected or the time is up. Unlike with [`Report::wait`] what can't be seen yet is no reason to give up, but for a
+/// signal.
+pub fn wait(
+    report: &mut Report,
+    step: &str,
+    within: Duration,
+    expected: &str,
+    mut look: impl FnMut() -> Result<Sight>,
+) -> Result<()> {
+    report.wait(step, within, || {
+        let seen = look();
+        interrupt::check()?;
+        Ok(seen.unwrap_or_else(|error| Sight::judged(expected, format!("{error:#}"), false)))
+    })
 }
 
 /// The backends whose pods are not being ended.

@@ -39,6 +39,7 @@ pub struct Lab {
     pub cluster: Cluster,
     pub product: Product,
     directory: TempDir,
+    logs: PathBuf,
 }
 
 impl Lab {
@@ -59,11 +60,22 @@ impl Lab {
         for namespace in [OAPS, SHOP, SYSTEM] {
             cluster.admin().apply(&objects::namespace(namespace));
         }
+        let logs = binary().with_file_name("e2e-k8s-logs");
+        if logs.exists() {
+            fs::remove_dir_all(&logs).context("cannot remove the logs of an earlier run")?;
+        }
+        fs::create_dir(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
         Ok(Self {
             cluster,
             product,
             directory,
+            logs,
         })
+    }
+
+    /// Where logs are kept.
+    pub fn logs(&self) -> &Path {
+        &self.logs
     }
 
     /// `kubectl`; what it prints.

@@ -60,12 +60,11 @@ impl Oap {
         let process = process_of(&uid)?;
         let netns = Netns::of_process(process).context("the pod has ended")?;
         let cookie = netns::open(&netns.path()).and_then(netns::cookie_of);
-        let container = &pod["status"]["containerStatuses"][0];
         Ok(Self {
             name: text(&pod["metadata"]["name"])?,
             node,
             address: text(&pod["status"]["podIP"])?.parse()?,
-            ready: container["ready"] == true,
+            ready: is_ready(pod),
             netns,
             cookie: cookie.context("cannot read the cookie of the pod's namespace")?,
         })
@@ -111,6 +110,13 @@ pub fn process_of(uid: &str) -> Result<u32> {
             cgroups.is_ok_and(|cgroups| cgroups.contains(uid))
         })
         .with_context(|| format!("no process belongs to the pod {uid}"))
+}
+
+/// Whether it is, as the API server knows it. (What it says of the containers stays as it was when their node dies.)
+pub fn is_ready(pod: &Value) -> bool {
+    let conditions = pod["status"]["conditions"].as_array();
+    let mut conditions = conditions.into_iter().flatten();
+    conditions.any(|condition| condition["type"] == "Ready" && condition["status"] == "True")
 }
 
 /// A string of an object.

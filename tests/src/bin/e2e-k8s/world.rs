@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
+use std::fs;
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
@@ -104,6 +105,18 @@ impl World {
             .collect()
     }
 
+    /// Writes down what the agents have logged, as far as they are still there.
+    pub fn keep_logs(&self) {
+        let directory = self.lab.logs();
+        for agent in self.agents.values() {
+            let log = either(agent.log(&self.lab, &[]));
+            let file = directory.join(format!("{}-{}.log", agent.node, agent.name));
+            if let Err(error) = fs::write(&file, log) {
+                eprintln!("cannot write {}: {error}", file.display());
+            }
+        }
+    }
+
     /// What helps to understand a failure.
     pub fn explain(&mut self) {
         if let Err(error) = self.look() {
@@ -122,9 +135,11 @@ impl World {
                     either(said)
                 );
             }
-            let log = either(agent.log(&self.lab, &["--tail=60"]));
-            eprintln!("--- log of {} on {node} ---\n{log}", agent.name);
         }
+        eprintln!(
+            "--- the logs of the agents are in {} ---",
+            self.lab.logs().display()
+        );
     }
 }
 

@@ -10,7 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::agents::{Agent, Way};
-use crate::checks::PODS_START_WITHIN;
+use crate::checks::{PODS_START_WITHIN, wait};
 use crate::layout::{self, SYSTEM};
 use crate::world::World;
 
@@ -40,9 +40,11 @@ fn killed(world: &mut World, report: &mut Report) -> Result<()> {
     let agent = agent.clone();
     let step = "4 agent killed (-9)";
     kill(process(&agent)?, Signal::SIGKILL).context("cannot kill an agent")?;
-    report.wait(
+    wait(
+        report,
         &format!("{step}: restarts, and ready"),
         PODS_START_WITHIN,
+        "1, true",
         || {
             world.look()?;
             let now = world.agents.get(&agent.node);

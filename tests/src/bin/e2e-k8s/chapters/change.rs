@@ -15,25 +15,31 @@ use crate::world::World;
 const QUOTAS_WITHIN: Duration = Duration::from_secs(20);
 
 pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
-    let mark = world.clients()?.mark(&world.lab)?;
-    let begun = Instant::now();
-    without::restart(world)?;
-    let replicas = REPLICAS as usize;
-    world.quotas_follow(report, "3 OAPs restarted", replicas, QUOTAS_WITHIN, begun)?;
-    world.attached(report, "3 OAPs restarted", &BTreeMap::new())?;
-    world.all_connected(report, "3 OAPs restarted")?;
-    world.nobody_waited(report, "3 OAPs restarted", &mark)?;
-    world.counts_are_true(report, "3 OAPs restarted", Way::Exec)?;
-    world.spread(report, "3 OAPs restarted", HEADROOM)?;
+    restart(world, report, "3", HEADROOM)?;
     for replicas in [3, 5] {
-        scale(world, report, replicas)?;
+        scale(world, report, "3", replicas)?;
     }
     Ok(())
 }
 
+/// Replaces all OAPs, one after the other; headroom in percent.
+pub fn restart(world: &mut World, report: &mut Report, chapter: &str, headroom: u32) -> Result<()> {
+    let step = format!("{chapter} OAPs restarted");
+    let mark = world.clients()?.mark(&world.lab)?;
+    let begun = Instant::now();
+    without::restart(world)?;
+    let replicas = REPLICAS as usize;
+    world.quotas_follow(report, &step, replicas, QUOTAS_WITHIN, begun)?;
+    world.attached(report, &step, &BTreeMap::new())?;
+    world.all_connected(report, &step)?;
+    world.nobody_waited(report, &step, &mark)?;
+    world.counts_are_true(report, &step, Way::Exec)?;
+    world.spread(report, &step, headroom)
+}
+
 /// Changes the number of OAPs.
-pub fn scale(world: &mut World, report: &mut Report, replicas: u32) -> Result<()> {
-    let step = format!("3 {replicas} OAPs");
+pub fn scale(world: &mut World, report: &mut Report, chapter: &str, replicas: u32) -> Result<()> {
+    let step = format!("{chapter} {replicas} OAPs");
     let mark = world.clients()?.mark(&world.lab)?;
     let begun = Instant::now();
     let number = format!("--replicas={replicas}");

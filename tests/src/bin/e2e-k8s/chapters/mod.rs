@@ -19,12 +19,20 @@ use crate::world::World;
 /// # Errors
 /// When it can't go on. Differences are in the report.
 pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
-    without::play(world, report)?;
-    install::play(world, report)?;
-    change::play(world, report)?;
-    agents::play(world, report)?;
-    pods::play(world, report)?;
-    api::play(world, report)?;
-    node::play(world, report)?;
-    uninstall::play(world, report)
+    for chapter in [
+        without::play,
+        install::play,
+        change::play,
+        agents::play,
+        pods::play,
+        api::play,
+        node::play,
+        uninstall::play,
+    ] {
+        let played = chapter(world, report);
+        // Pods take their logs with them.
+        world.keep_logs();
+        played?;
+    }
+    Ok(())
 }

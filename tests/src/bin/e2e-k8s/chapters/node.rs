@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use balancer_tests::story::{Report, Sight};
 
 use crate::agents::Way;
-use crate::checks::PODS_START_WITHIN;
+use crate::checks::{PODS_START_WITHIN, wait};
 use crate::layout::{REPLICAS, VICTIM};
 use crate::world::World;
 
@@ -30,13 +30,11 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
     world.counts_are_true(report, "8 node killed", Way::Exec)?;
     world.lab.cluster.start_node(VICTIM);
     world.agents_ready(report, "8 node back", &BTreeSet::new())?;
-    report.wait("8 node back: OAPs ready", PODS_START_WITHIN, || {
-        let looked = world.look();
+    let step = "8 node back: OAPs ready";
+    wait(report, step, PODS_START_WITHIN, "all", || {
+        world.look()?;
         let ready = world.oaps.iter().filter(|oap| oap.ready).count();
-        Ok(Sight::new(
-            REPLICAS,
-            looked.map_or_else(|error| format!("{error:#}"), |()| ready.to_string()),
-        ))
+        Ok(Sight::new(REPLICAS, ready))
     })?;
     world.counts_are_true(report, "8 node back", Way::Exec)?;
     world.views_agree(report, "8 node back")

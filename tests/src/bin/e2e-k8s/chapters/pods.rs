@@ -8,7 +8,7 @@ use balancer_tests::story::{Report, Sight};
 
 use super::change;
 use crate::agents::Way;
-use crate::checks::{living, quotas};
+use crate::checks::{living, quotas, wait};
 use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM};
 use crate::world::World;
 
@@ -20,7 +20,10 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
     // They are of no pod.
     let clients = world.clients.as_mut().context("there are clients")?;
     clients.end_outside();
-    change::scale(world, report, REPLICAS)?;
+    change::scale(world, report, "5", REPLICAS)?;
+    // Quotas are lowered slowly. New OAPs begin with what is right.
+    change::restart(world, report, "5", TIGHT_HEADROOM)?;
+    by_pods(world, report, "5 OAPs restarted", Way::Exec)?;
     come_anew(world, report)?;
     world.spread(report, "5 all come anew", TIGHT_HEADROOM)
 }
@@ -34,14 +37,12 @@ pub fn quota() -> u32 {
 pub fn by_pods(world: &mut World, report: &mut Report, step: &str, way: Way) -> Result<()> {
     let words = format!("{CLIENT_PODS} pods × {CONNECTIONS}");
     let expected = format!("{words}: {}", quota());
-    report.wait(&format!("{step}: total, and quotas"), QUOTAS_WITHIN, || {
+    let step = format!("{step}: total, and quotas");
+    wait(report, &step, QUOTAS_WITHIN, &expected, || {
         if way == Way::Exec {
             world.look()?;
         }
-        let groups = match world.groups(way) {
-            Ok(groups) => groups,
-            Err(error) => return Ok(Sight::new(&expected, format!("{error:#}"))),
-        };
+        let groups = world.groups(way)?;
         let other = groups
             .iter()
             .find(|group| !group.sentence.contains(&words) || quotas(group) != quota().to_string());
