@@ -381,11 +381,12 @@ mod tests {
         ] {
             assert!(commands.contains(&word), "{word} is not in:\n{commands}");
         }
-        let fuzzer = format!("cargo-fuzz {}", crate::fuzz::VERSION);
-        assert!(
-            REQUIREMENTS
-                .iter()
-                .any(|requirement| requirement.name == fuzzer)
-        );
+        for name in [
+            format!("cargo-fuzz {}", crate::fuzz::VERSION),
+            format!("Go, 1.{} or newer", crate::kubernetes::GO_MINOR),
+        ] {
+            let mut names = REQUIREMENTS.iter().map(|requirement| requirement.name);
+            assert!(names.any(|known| known == name), "{name}");
+        }
     }
 }

@@ -137,7 +137,12 @@ impl Guarded {
         self.lost
             .retain(|_, since| now.duration_since(*since) < LOOK_AGAIN_AFTER);
         let slots = writer.slots()?;
-        let wanted: Vec<Wanted> = inhabited(&slots)
+        let inhabited = inhabited(&slots);
+        for cookie in inhabited.keys().filter(|cookie| writer.guards(**cookie)) {
+            // An earlier daemon found it.
+            self.found.entry(*cookie).or_insert(None);
+        }
+        let wanted: Vec<Wanted> = inhabited
             .into_iter()
             .filter(|(cookie, _)| !writer.guards(*cookie) && !self.lost.contains_key(cookie))
             .filter(|(cookie, _)| wanted(*cookie))

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use balancer_common::BackendState;
 use balancer_common::abi::UNLIMITED;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
@@ -18,7 +19,7 @@ use crate::cluster::{
     BackendReport, Cluster, ClusterReport, Endpoint, GroupId, GroupReport, Identity, Publication,
     Published, SCHEMA, View,
 };
-use crate::config::Kubernetes;
+use crate::config::{ClusterQuota, Kubernetes};
 use crate::dataplane::{Plan, SlotView, Writer};
 use crate::discover::source_towards;
 use crate::sys::netns;
@@ -29,6 +30,7 @@ const FIRST_VIEW: Duration = Duration::from_secs(5);
 /// The daemon's part in its cluster.
 pub struct InCluster {
     api: Cluster,
+    joined: Instant,
     identity: Identity,
     view: View,
     ports: Ports,
@@ -49,6 +51,7 @@ impl InCluster {
         let view = first_view(&mut api).await;
         Ok(Self {
             api,
+            joined: Instant::now(),
             identity,
             view,
             ports: Ports::default(),
@@ -175,9 +178,31 @@ impl InCluster {
             self.shares
                 .apply(config, &self.view, &self.ties, quotas, writer)?;
         }
-        let slots = writer.slots()?;
-        self.api.publish(self.publication(&slots));
+        if self.view.complete {
+            let slots = writer.slots()?;
+            self.api.publish(self.publication(&slots));
+            return Ok(());
+        }
+        if self.joined.elapsed() > config.hold_for {
+            self.open(config, quotas, writer)?;
+        }
         Ok(())
+    }
+
+    /// What an earlier daemon computed is too old, and this one has not been told anything.
+    fn open(&self, config: &Kubernetes, quotas: &Quotas, writer: &mut Writer) -> Result<()> {
+        let computed = |slot: &&SlotView| {
+            let entry = self.ports.entry(slot.member.backend.port, config);
+            slot.life().is(BackendState::Active)
+                && entry.is_some_and(|entry| matches!(entry.quota, ClusterQuota::Shared { .. }))
+        };
+        let slots = writer.slots()?;
+        let slots: Vec<&SlotView> = slots.iter().filter(computed).collect();
+        let why = format!(
+            "unlimited: the API server has told nothing since this daemon started, {} s ago at least",
+            config.hold_for.as_secs()
+        );
+        Shares::open(&slots, quotas, writer, &why)
     }
 
     /// Notes that a source was refused in a namespace, on a port.

@@ -130,6 +130,13 @@ impl Ports {
         }
     }
 
+    /// The entry of the configuration that a port belongs to.
+    pub fn entry<'a>(&self, port: u16, config: &'a Kubernetes) -> Option<&'a ClusterService> {
+        let named = self.0.get(&port)?;
+        let mut entries = config.services.iter();
+        entries.find(|entry| entry.name == named.entry)
+    }
+
     fn new_name(&self, entry: &str, port: u16) -> String {
         let taken = |name: &str| self.0.values().any(|named| named.name == name);
         if taken(entry) {

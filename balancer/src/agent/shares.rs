@@ -255,10 +255,37 @@ impl Shares {
                 }
             }
         }
-        if let Some(counted) = group.counted() {
-            window.add(now, counted + unserved);
+        let counted = group.counted();
+        if let Some(counted) = &counted {
+            window.add(now, counted.told + unserved);
         }
-        window.peak(now).map(|(connections, _)| connections)
+        let peak = window.peak(now).map(|(connections, _)| connections);
+        peak.max(counted.map(|counted| counted.estimated + unserved))
+    }
+
+    /// Nobody has a quota that was computed: too long nothing was heard that it could be computed from.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn open(
+        slots: &[&SlotView],
+        quotas: &Quotas,
+        writer: &mut Writer,
+        why: &str,
+    ) -> Result<()> {
+        for slot in slots {
+            let weight = writer.weight_of(slot);
+            quotas.settle(
+                writer,
+                slot,
+                Quota::Unlimited,
+                QuotaSource::Rule,
+                weight,
+                why,
+            )?;
+            writer.write_sentence(slot.member.backend.service, why)?;
+        }
+        Ok(())
     }
 
     /// A service of the kernel may have several groups: its sentence is all of theirs.
@@ -391,9 +418,8 @@ impl<'a> Group<'a> {
         self.ready().next().is_some() && self.ready().all(|(_, count)| full(count))
     }
 
-    /// All connections of the group; a ready backend that nobody has told of has as many as the others on average. `None`: nobody has told
-    /// anything.
-    fn counted(&self) -> Option<u64> {
+    /// All connections of the group; `None`: nobody has told anything.
+    fn counted(&self) -> Option<Counted> {
         let ready = self.ready().count() as u64;
         let known: Vec<u64> = self
             .ready()
@@ -403,9 +429,20 @@ impl<'a> Group<'a> {
             return None;
         }
         let sum: u64 = known.iter().sum();
-        let estimated = (sum * ready).div_ceil(known.len() as u64);
-        Some(estimated + self.established_elsewhere())
+        let elsewhere = self.established_elsewhere();
+        Some(Counted {
+            told: sum + elsewhere,
+            estimated: (sum * ready).div_ceil(known.len() as u64) + elsewhere,
+        })
     }
+}
+
+/// The connections of a group.
+struct Counted {
+    /// Those that somebody told of.
+    told: u64,
+    /// The same, with as many for each ready backend that nobody told of as the others have on average.
+    estimated: u64,
 }
 
 impl Count {

@@ -55,10 +55,13 @@ enum OnExit {
     Unload,
 }
 
+/// The Kubernetes client logs each attempt that fails; the daemon says once what is wrong, and once that it is over.
+const QUIET: &str = "kube_client=off,kube_runtime=off";
+
 impl Run {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
         tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::new(&self.log))
+            .with_env_filter(EnvFilter::new(format!("{QUIET},{}", self.log)))
             .with_ansi(stderr().is_terminal())
             .with_writer(stderr)
             // It would report a log that nobody reads any more to that same log, and panic.

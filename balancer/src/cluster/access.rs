@@ -38,7 +38,7 @@ impl fmt::Display for Missing {
             self.verb,
             self.resource,
             place(self.namespace.as_deref()),
-            role(self.resource),
+            role(self.verb, self.resource),
         )
     }
 }

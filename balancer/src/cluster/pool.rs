@@ -273,12 +273,12 @@ impl Pool {
         for pod in found {
             let known = listing
                 .items
-                .get(&pod.pod)
+                .get(&pod.name)
                 .filter(|known| known.uid == pod.uid);
             let weight = match known {
                 Some(known) if known.job => continue,
                 Some(known) => known.weight.clone().unwrap_or_else(|text| {
-                    problems.add(wrong_weight(&pod.pod, &text));
+                    problems.add(wrong_weight(&pod.name, &text));
                     1
                 }),
                 // Its slice is ahead of its metadata, or it is not what the Service's selector means.
@@ -355,7 +355,7 @@ fn classes(entry: &ClusterService) -> &[crate::config::PodClass] {
 
 fn endpoint(pod: slices::Pod, weight: u32) -> Endpoint {
     Endpoint {
-        pod: pod.pod,
+        pod: pod.name,
         uid: pod.uid,
         addresses: pod.addresses,
         node: pod.node,

@@ -67,6 +67,12 @@ fn name_of(node: &str) -> String {
     format!("balancer-{node}")
 }
 
+/// What every layout of a publication has.
+#[derive(serde::Deserialize)]
+struct Layout {
+    schema: u32,
+}
+
 /// Others wrote it, perhaps of another version, or by hand.
 fn parse(map: &ConfigMap) -> Result<Publication, String> {
     let name = map.name_any();
@@ -84,10 +90,6 @@ fn parse(map: &ConfigMap) -> Result<Publication, String> {
     let text = data.ok_or_else(|| wrong(&format!("it has no {KEY}")))?;
     if text.len() > MOST_BYTES {
         return Err(wrong(&format!("it has {} bytes", text.len())));
-    }
-    #[derive(serde::Deserialize)]
-    struct Layout {
-        schema: u32,
     }
     let layout = serde_json::from_str::<Layout>(text).map_err(|error| wrong(&error.to_string()))?;
     if layout.schema != SCHEMA {
@@ -419,7 +421,9 @@ mod tests {
             publication: said.clone(),
             at: Instant::now(),
         };
-        let step = |wanted, written, idle| step(Some(wanted), written, Some(true), idle, every);
+        let step = |wanted: &Publication, written, idle| {
+            step(Some(wanted), written, Some(true), idle, every)
+        };
         assert_eq!(step(&said, None, Duration::MAX), Step::Write);
         tokio::time::advance(ago(1)).await;
         let more = publication(8, &[(101, 4)]);

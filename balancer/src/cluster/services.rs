@@ -48,14 +48,14 @@ impl Key {
 pub(super) struct Facts {
     /// Its TCP ports.
     ports: Vec<Port>,
-    /// Which pods it means; `None`: its EndpointSlices are made by somebody else.
+    /// Which pods it means; `None`: its `EndpointSlices` are made by somebody else.
     pub(super) pods: Option<BTreeMap<String, String>>,
 }
 
 /// A TCP port of a Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Port {
-    /// Its name, by which EndpointSlices refer to it; empty where it has none.
+    /// Its name, by which `EndpointSlices` refer to it; empty where it has none.
     pub(super) name: String,
     number: u16,
     /// The port of the pods; `None`: it is a name, which may mean another number in each pod.

@@ -1,4 +1,4 @@
-//! EndpointSlices: which pods serve a port of a Service, and at which addresses.
+//! `EndpointSlices`: which pods serve a port of a Service, and at which addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -69,7 +69,7 @@ pub(super) struct Facts {
 /// A pod in a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pod {
-    pub(super) pod: Named,
+    pub(super) name: Named,
     pub(super) uid: String,
     pub(super) addresses: Vec<IpAddr>,
     pub(super) node: Option<String>,
@@ -112,7 +112,7 @@ impl Pod {
         let conditions = endpoint.conditions.clone().unwrap_or_default();
         let terminating = conditions.terminating.unwrap_or(false);
         Some(Self {
-            pod: Named {
+            name: Named {
                 namespace: target
                     .namespace
                     .clone()
@@ -162,7 +162,7 @@ pub(super) fn behind<'a>(
             let group = found.entry(*number).or_default();
             for pod in &facts.pods {
                 group
-                    .entry((pod.pod.clone(), pod.uid.clone()))
+                    .entry((pod.name.clone(), pod.uid.clone()))
                     .and_modify(|known| known.merge(pod))
                     .or_insert_with(|| pod.clone());
             }
@@ -288,7 +288,7 @@ mod tests {
         assert_eq!(found.keys().collect::<Vec<_>>(), [&11800], "UDP is none");
         let group = &found[&11800];
         assert_eq!(group.len(), 2);
-        assert_eq!(group[0].pod, named("oap-0"));
+        assert_eq!(group[0].name, named("oap-0"));
         assert_eq!(
             group[0].addresses,
             [

@@ -130,7 +130,7 @@ impl Trouble {
                     "the service account may not {verb} {} {}: the chart's {} allows it. Try `kubectl auth can-i {verb} {}",
                     target.resource,
                     place(target.namespace.as_deref()),
-                    role(target.resource),
+                    role(verb, target.resource),
                     target.resource,
                 );
                 match &target.namespace {
@@ -169,9 +169,11 @@ pub(super) fn place(namespace: Option<&str>) -> String {
 }
 
 /// Which object of the chart gives the permission.
-pub(super) fn role(resource: &str) -> &'static str {
-    match resource {
-        "configmaps" | "daemonsets.apps" => "Role in the balancer's namespace",
+pub(super) fn role(verb: &str, resource: &str) -> &'static str {
+    match (verb, resource) {
+        (_, "configmaps" | "daemonsets.apps") | ("get", "pods") => {
+            "Role in the balancer's namespace"
+        }
         _ => "ClusterRole",
     }
 }

@@ -66,7 +66,7 @@ pub enum ServiceChoice {
     Selected {
         /// In this namespace; `None`: in all.
         namespace: Option<String>,
-        /// Label selectors that [`selector`](super::selector) reads, of which one must select it; [`DEFAULT_SELECTORS`] where the file gives
+        /// Label selectors that [`selector`](super::selector()) reads, of which one must select it; [`DEFAULT_SELECTORS`] where the file gives
         /// none, else one.
         selectors: Vec<String>,
     },
@@ -157,7 +157,7 @@ impl fmt::Display for ClusterInput {
 pub struct PodClass {
     /// Only in this namespace; `None`: in all.
     pub namespace: Option<String>,
-    /// A label selector that [`selector`](super::selector) reads.
+    /// A label selector that [`selector`](super::selector()) reads.
     pub selector: String,
     /// How many connections each pod keeps; not 0, and 1 where the file gives none.
     pub connections: u32,

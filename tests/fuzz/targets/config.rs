@@ -3,10 +3,13 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use balancer::config::{Config, ConfigError, Namespaces, QuotaRule, Service};
+use balancer::config::{
+    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Kubernetes, Namespaces,
+    PodClass, PortChoice, QuotaRule, Service, ServiceChoice,
+};
 use balancer::config::{
     MAX_BACKENDS, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT,
-    MAX_NAME_BYTES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT,
+    MAX_NAME_BYTES, MAX_POD_CLASSES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, selector,
 };
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
@@ -48,7 +51,13 @@ fn lines(bytes: &[u8]) -> usize {
 
 /// What the documentation of [`Config`] promises to whoever holds one.
 fn is_as_documented(config: &Config) {
-    assert!((1..=MAX_SERVICES).contains(&config.services.len()));
+    match &config.kubernetes {
+        Some(kubernetes) => {
+            assert!(config.services.is_empty() && config.namespaces == Namespaces::Own);
+            kubernetes_is_as_documented(kubernetes);
+        }
+        None => assert!((1..=MAX_SERVICES).contains(&config.services.len())),
+    }
     assert!((1000..=3_600_000).contains(&config.fail_open_after.as_millis()));
     if let Namespaces::Paths(paths) = &config.namespaces {
         assert!(!paths.is_empty() && paths.iter().all(|path| path.is_absolute()));
@@ -70,9 +79,94 @@ fn is_as_documented(config: &Config) {
     services.iter().for_each(service_is_as_documented);
 }
 
-fn service_is_as_documented(service: &Service) {
+fn is_a_label(name: &str) {
     let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-    assert!((1..=MAX_NAME_BYTES).contains(&service.name.len()) && service.name.chars().all(word));
+    assert!((1..=MAX_NAME_BYTES).contains(&name.len()) && name.chars().all(word));
+}
+
+fn kubernetes_is_as_documented(kubernetes: &Kubernetes) {
+    assert!((1..=MAX_SERVICES).contains(&kubernetes.services.len()));
+    assert!((500..=60_000).contains(&kubernetes.publish_every.as_millis()));
+    assert!((10_000..=86_400_000).contains(&kubernetes.hold_for.as_millis()));
+    let services = &kubernetes.services;
+    assert_unique(services.iter().map(|service| &service.name));
+    services.iter().for_each(cluster_service_is_as_documented);
+}
+
+fn cluster_service_is_as_documented(service: &ClusterService) {
+    is_a_label(&service.name);
+    match &service.of {
+        ServiceChoice::Named { namespace, name } => {
+            is_a_label(namespace);
+            is_a_label(name);
+        }
+        ServiceChoice::Selected {
+            namespace,
+            selectors,
+        } => {
+            namespace.iter().for_each(|name| is_a_label(name));
+            assert!(!selectors.is_empty());
+            selectors.iter().for_each(|text| is_a_selector(text));
+        }
+    }
+    match &service.port {
+        PortChoice::Number(port) => assert_ne!(*port, 0),
+        PortChoice::Name(name) => is_a_label(name),
+    }
+    assert!(service.exempt.len() <= MAX_EXEMPT);
+    cluster_quota_is_as_documented(&service.quota);
+}
+
+fn is_a_selector(text: &str) {
+    let read = selector(text).expect("a selector that is valid");
+    assert!(!read.selects_all());
+    assert_eq!(selector(&read.to_string()).expect("the same again"), read);
+}
+
+fn cluster_quota_is_as_documented(quota: &ClusterQuota) {
+    let shown = quota.to_string();
+    assert!(
+        shown.len() < 128 && !shown.contains(char::is_control),
+        "{shown}"
+    );
+    let connections = 1..=MAX_CONNECTIONS;
+    match quota {
+        ClusterQuota::Unlimited => {}
+        ClusterQuota::Fixed(limit) => assert!(connections.contains(limit)),
+        ClusterQuota::Shared {
+            input,
+            headroom_percent,
+            min_quota,
+        } => {
+            assert!(*headroom_percent <= MAX_HEADROOM_PERCENT && connections.contains(min_quota));
+            match input {
+                ClusterInput::Clients {
+                    clients,
+                    connections_per_client,
+                } => {
+                    assert!(connections.contains(clients));
+                    assert!((1..=MAX_CONNECTIONS_PER_CLIENT).contains(connections_per_client));
+                }
+                ClusterInput::Pods(classes) => {
+                    assert!((1..=MAX_POD_CLASSES).contains(&classes.len()));
+                    classes.iter().for_each(class_is_as_documented);
+                }
+                ClusterInput::Observed { window } => {
+                    assert!((60_000..=86_400_000).contains(&window.as_millis()));
+                }
+            }
+        }
+    }
+}
+
+fn class_is_as_documented(class: &PodClass) {
+    is_a_selector(&class.selector);
+    class.namespace.iter().for_each(|name| is_a_label(name));
+    assert!((1..=MAX_CONNECTIONS_PER_CLIENT).contains(&class.connections));
+}
+
+fn service_is_as_documented(service: &Service) {
+    is_a_label(&service.name);
     assert_ne!(service.port, 0);
     service.address.into_iter().for_each(is_plain);
     if let Some(backends) = &service.backends {
@@ -138,16 +232,92 @@ fn reads_the_same_when_written(config: &Config) {
         Namespaces::All => json!("all"),
         Namespaces::Paths(paths) => json!(paths),
     };
-    let file = json!({
+    let file = match &config.kubernetes {
+        Some(kubernetes) => json!({
+            "kubernetes": {
+                "services": kubernetes.services.iter().map(written_of_cluster).collect::<Vec<_>>(),
+                "publish_every": format!("{}ms", kubernetes.publish_every.as_millis()),
+                "hold_for": format!("{}ms", kubernetes.hold_for.as_millis()),
+            },
+            "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
+        }),
+        None => json!({
         "services": config.services.iter().map(written).collect::<Vec<_>>(),
         "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
         "namespaces": namespaces,
-    });
+        }),
+    };
     let file = file.to_string();
     // JSON leaves characters as they are that YAML wants escaped.
     if file.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         assert_eq!(Config::parse(&file).as_ref(), Ok(config), "{file}");
     }
+}
+
+fn written_of_cluster(service: &ClusterService) -> Value {
+    let mut written = json!({
+        "name": service.name,
+        "policy": service.policy.name(),
+        "exempt": service.exempt.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "port": match &service.port {
+            PortChoice::Number(port) => json!(port),
+            PortChoice::Name(name) => json!(name),
+        },
+    });
+    match &service.of {
+        ServiceChoice::Named { namespace, name } => {
+            written["service"] = json!(format!("{namespace}/{name}"));
+        }
+        ServiceChoice::Selected {
+            namespace,
+            selectors,
+        } => {
+            // Several are the default, which has no spelling.
+            if let [selector] = &selectors[..] {
+                written["selector"] = json!(selector);
+            }
+            if let Some(namespace) = namespace {
+                written["namespace"] = json!(namespace);
+            }
+        }
+    }
+    match &service.quota {
+        ClusterQuota::Unlimited => {}
+        ClusterQuota::Fixed(limit) => written["quota"] = json!({"per_backend": limit}),
+        ClusterQuota::Shared {
+            input,
+            headroom_percent,
+            min_quota,
+        } => {
+            written["quota"] = written_input(input);
+            written["quota"]["headroom"] = json!(format!("{headroom_percent}%"));
+            written["quota"]["min_quota"] = json!(min_quota);
+        }
+    }
+    written
+}
+
+fn written_input(input: &ClusterInput) -> Value {
+    match input {
+        ClusterInput::Clients {
+            clients,
+            connections_per_client,
+        } => json!({"clients": clients, "connections_per_client": connections_per_client}),
+        ClusterInput::Pods(classes) => {
+            json!({"pods": classes.iter().map(written_class).collect::<Vec<_>>()})
+        }
+        ClusterInput::Observed { window } => {
+            json!({"observed": format!("{}ms", window.as_millis())})
+        }
+    }
+}
+
+fn written_class(class: &PodClass) -> Value {
+    let mut written = json!({"selector": class.selector, "connections": class.connections});
+    if let Some(namespace) = &class.namespace {
+        written["namespace"] = json!(namespace);
+    }
+    written
 }
 
 fn written(service: &Service) -> Value {

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, ensure};
+use anyhow::Context as _;
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -20,8 +20,12 @@ use crate::fixtures::{Finished, Netns, eventually, preflight, remove_tree, sweep
 
 /// Ready in about ten seconds on two idle processors.
 const STARTS_WITHIN: &str = "--timeout=150s";
+const STARTS_AGAIN_WITHIN: Duration = Duration::from_secs(120);
 /// The kernel ends what is on a node in well under a second.
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
+
+/// Its own default.
+const KUBELET_HEALTHZ_PORT: u16 = 10248;
 
 /// What nodes are called.
 const NODES: [&str; 3] = ["node1", "node2", "node3"];
@@ -195,9 +199,9 @@ impl Cluster {
         self.boot(node);
         self.tell_that_the_api_is_ready(node);
         // Until the new kubelet says something else, the node is what the old one said last.
-        eventually(ENDS_WITHIN, || {
-            let run = self.enter(node, &["pgrep", "-f", "kubeall kubelet"]);
-            ensure!(run.code == 0, "no kubelet yet");
+        eventually(STARTS_AGAIN_WITHIN, || {
+            let healthz = (Ipv4Addr::LOCALHOST, KUBELET_HEALTHZ_PORT);
+            self.nodes[node].run(|| TcpStream::connect(healthz))?;
             Ok(())
         });
         self.wait_ready(node);
