@@ -10,7 +10,7 @@ use balancer_tests::story::{Report, Sight, interrupt};
 use crate::agents::{self, Backend, Group, Way};
 use crate::clients::Mark;
 use crate::kernel;
-use crate::layout::{NODES, WITHOUT_CONNECTION};
+use crate::layout::NODES;
 use crate::world::{World, slashed, unevenness};
 
 /// Refused clients pause for up to five seconds, several times.
@@ -50,14 +50,17 @@ impl World {
         }
     }
 
-    /// No client was without a connection for too long since then.
-    pub fn nobody_waited(&self, report: &mut Report, step: &str, mark: &Mark) -> Result<()> {
+    /// No client was without a connection for longer since then.
+    pub fn nobody_waited(
+        &self,
+        report: &mut Report,
+        step: &str,
+        mark: &Mark,
+        longest: Duration,
+    ) -> Result<()> {
         let tally = self.clients()?.tally(&self.lab)?;
         let step = format!("{step}: longest time of a client without one");
-        report.check(
-            &step,
-            &Sight::within(WITHOUT_CONNECTION, mark.longest_outage(&tally)),
-        )
+        report.check(&step, &Sight::within(longest, mark.longest_outage(&tally)))
     }
 
     /// No client has lost its connection since then.

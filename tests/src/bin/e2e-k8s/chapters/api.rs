@@ -10,7 +10,7 @@ use serde_json::json;
 use super::pods;
 use crate::agents::{Cluster, Way};
 use crate::checks::wait;
-use crate::layout::{API_DOWN, HOLD_FOR, RELEASE, SYSTEM};
+use crate::layout::{API_DOWN, HOLD_FOR, RELEASE, SYSTEM, WITHOUT_CONNECTION};
 use crate::world::{World, slashed};
 
 /// Watches are opened again with growing pauses.
@@ -96,7 +96,7 @@ fn outage(world: &mut World, report: &mut Report) -> Result<()> {
         &Sight::new(before, identities(world)),
     )?;
     world.all_connected(report, "6 API server back")?;
-    world.nobody_waited(report, "6 API server back", &mark)?;
+    world.nobody_waited(report, "6 API server back", &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, "6 API server back", Way::Exec)?;
     world.views_agree(report, "6 API server back")
 }

@@ -8,7 +8,7 @@ use balancer_tests::story::Report;
 
 use super::without;
 use crate::agents::Way;
-use crate::layout::{HEADROOM, OAPS, REPLICAS};
+use crate::layout::{HEADROOM, OAPS, REPLICAS, WITHOUT_CONNECTION};
 use crate::world::World;
 
 /// From `kubectl scale` to the quotas: pods start or end, endpoints change.
@@ -32,7 +32,7 @@ pub fn restart(world: &mut World, report: &mut Report, chapter: &str, headroom: 
     world.quotas_follow(report, &step, replicas, QUOTAS_WITHIN, begun)?;
     world.attached(report, &step, &BTreeMap::new())?;
     world.all_connected(report, &step)?;
-    world.nobody_waited(report, &step, &mark)?;
+    world.nobody_waited(report, &step, &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, &step, Way::Exec)?;
     world.spread(report, &step, headroom)
 }
@@ -49,7 +49,7 @@ pub fn scale(world: &mut World, report: &mut Report, chapter: &str, replicas: u3
     world.wait_oaps(replicas)?;
     world.attached(report, &step, &BTreeMap::new())?;
     world.all_connected(report, &step)?;
-    world.nobody_waited(report, &step, &mark)?;
+    world.nobody_waited(report, &step, &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, &step, Way::Exec)?;
     world.views_agree(report, &step)
 }

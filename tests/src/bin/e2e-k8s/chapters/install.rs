@@ -12,6 +12,7 @@ use balancer_tests::story::{Report, Sight};
 use crate::agents::{Named, Way};
 use crate::layout::{
     self, CLIENT_PODS, CONNECTIONS, ENTRY, HEADROOM, OAPS, OUTSIDE, PORT, REPLICAS,
+    WITHOUT_CONNECTION,
 };
 use crate::oaps::Oap;
 use crate::stamp;
@@ -120,7 +121,7 @@ fn reconnect(world: &mut World, report: &mut Report) -> Result<()> {
         .reconnect(&world.lab, Duration::from_secs(3))?;
     world.reconnected(begun)?;
     world.all_connected(report, "2 all come anew")?;
-    world.nobody_waited(report, "2 all come anew", &mark)?;
+    world.nobody_waited(report, "2 all come anew", &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, "2 all come anew", Way::Exec)?;
     world.spread(report, "2 all come anew", HEADROOM)
 }

@@ -9,7 +9,7 @@ use balancer_tests::story::{Report, Sight};
 use super::change;
 use crate::agents::Way;
 use crate::checks::{living, quotas, wait};
-use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM};
+use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM, WITHOUT_CONNECTION};
 use crate::world::World;
 
 const QUOTAS_WITHIN: Duration = Duration::from_secs(15);
@@ -81,7 +81,7 @@ fn come_anew(world: &mut World, report: &mut Report) -> Result<()> {
     )?;
     let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
     report.tell("5 all come anew: all connected", &took);
-    world.nobody_waited(report, "5 all come anew", &mark)?;
+    world.nobody_waited(report, "5 all come anew", &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, "5 all come anew", Way::Exec)?;
     let groups = world.groups(Way::OnNode)?;
     let over = groups.iter().flat_map(living).filter(|backend| {
