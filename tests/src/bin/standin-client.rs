@@ -26,7 +26,7 @@ struct Arguments {
     #[arg(long, default_value = "[::]:9000")]
     answer: SocketAddr,
     /// No pause between two connects is longer than so many seconds. gRPC's own bound is two minutes.
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, default_value_t = 3)]
     longest_pause: u64,
     /// End when standard input ends, so that it does not outlive the program that started it.
     #[arg(long)]

@@ -61,6 +61,7 @@ pub struct Backend {
     pub pod: Named,
     pub terminating: bool,
     pub established: Option<u32>,
+    pub exempt: Option<u32>,
     pub quota: Option<u32>,
 }
 

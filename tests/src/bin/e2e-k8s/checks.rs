@@ -11,10 +11,11 @@ use crate::agents::{self, Backend, Group, Way};
 use crate::clients::Mark;
 use crate::kernel;
 use crate::layout::NODES;
+use crate::oaps::Held;
 use crate::world::{World, slashed, unevenness};
 
-/// Refused clients pause for up to five seconds, several times.
-pub const CLIENTS_CONNECT_WITHIN: Duration = Duration::from_secs(40);
+/// Refused clients pause for up to three seconds, several times.
+pub const CLIENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
 /// What happened in the kernel is in the status at once, and with the other agents two seconds later.
 const AGENTS_FOLLOW_WITHIN: Duration = Duration::from_secs(15);
 /// From the listener until the kernel half is in its namespace.
@@ -72,13 +73,13 @@ impl World {
 
     /// The agents count what the socket tables of the pods hold.
     pub fn counts_are_true(&mut self, report: &mut Report, step: &str, way: Way) -> Result<()> {
-        let step = format!("{step}: counts, and the pods' sockets");
+        let step = format!("{step}: sockets of the pods (exempt), and counts");
         wait(report, &step, AGENTS_FOLLOW_WITHIN, "as many", || {
             if way == Way::Exec {
                 self.look()?;
             }
             let counted = self.counted(way)?;
-            let held = slashed(self.held().iter().map(|held| held.established));
+            let held = slashed(self.held());
             Ok(Sight::new(held, slashed(counted)))
         })
     }
@@ -183,7 +184,7 @@ impl World {
     /// No OAP has more than its quota, and the fullest not more than the mean by more than the headroom, in percent.
     pub fn spread(&mut self, report: &mut Report, step: &str, headroom: u32) -> Result<()> {
         self.look()?;
-        let held: Vec<u32> = self.held().iter().map(|held| held.established).collect();
+        let held: Vec<u32> = self.held().iter().map(Held::admitted).collect();
         let group = self.groups(Way::OnNode)?.into_iter().next();
         let quota = group.as_ref().map_or_else(String::new, quotas);
         let seen = unevenness(&held);

@@ -1,5 +1,6 @@
 //! What is where, and how much of it.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -8,6 +9,14 @@ use serde_json::{Value, json};
 pub const NODES: [&str; 3] = ["node1", "node2", "node3"];
 /// The node that is killed.
 pub const VICTIM: &str = "node3";
+
+/// The addresses that a node sends from to its own pods.
+pub fn addresses(node: &str) -> Vec<IpAddr> {
+    let place = NODES.iter().position(|other| *other == node);
+    let number = u8::try_from(place.unwrap_or(NODES.len()) + 1).unwrap_or(u8::MAX);
+    let of_pods = Ipv4Addr::new(10, 244, number, 1);
+    vec![of_pods.into(), Ipv4Addr::new(10, 89, 0, 10 + number).into()]
+}
 
 /// Where the OAPs are.
 pub const OAPS: &str = "skywalking";
@@ -46,8 +55,9 @@ pub const HOLD_FOR: Duration = Duration::from_secs(30);
 /// How long the API server is down.
 pub const API_DOWN: Duration = Duration::from_secs(60);
 
-/// No client may be without a connection for longer. Clients pause for at most 5 s between two connects; that is several refusals in a row.
-pub const WITHOUT_CONNECTION: Duration = Duration::from_secs(30);
+/// No client may be without a connection for longer. Clients pause for at most 3 s between two connects, and where two of three OAPs are full
+/// the Service sends them to a full one twenty times in a row about three times in ten thousand.
+pub const WITHOUT_CONNECTION: Duration = Duration::from_secs(60);
 
 /// The OAPs as `SkyWalking`'s Helm chart labels them, release `skywalking`.
 pub fn oaps(replicas: u32) -> Value {

@@ -1,8 +1,8 @@
 //! The OAP pods, and the truth about their connections: the socket tables of their network namespaces.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::net::IpAddr;
+use std::{fmt, fs};
 
 use anyhow::{Context, Result};
 use balancer::sys::netns;
@@ -10,7 +10,7 @@ use balancer_tests::fixtures::{Netns, diag};
 use serde_json::Value;
 
 use crate::lab::Lab;
-use crate::layout::{OAPS, PORT};
+use crate::layout::{self, OAPS, PORT};
 use crate::stamp;
 
 /// A pod that runs, and is not being ended.
@@ -29,8 +29,25 @@ pub struct Oap {
 pub struct Held {
     /// All of them.
     pub established: u32,
-    /// Those of other OAPs among them.
-    pub of_peers: u32,
+    /// Those among them that no quota is for: of other OAPs, and from the addresses of the pod's own node. These are probes of its kubelet, and
+    /// what its kube-proxy translates: clients from outside that come in at this node.
+    pub exempt: u32,
+}
+
+impl Held {
+    /// Those that the quota is for.
+    pub const fn admitted(&self) -> u32 {
+        self.established - self.exempt
+    }
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.exempt {
+            0 => write!(f, "{}", self.established),
+            exempt => write!(f, "{} ({exempt})", self.established),
+        }
+    }
 }
 
 /// The OAPs that run on nodes that run, by name.
@@ -74,9 +91,13 @@ impl Oap {
     pub fn held(&self, peers: &BTreeSet<IpAddr>) -> Held {
         let rows = self.netns.run(|| diag::accepted(PORT));
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let of_peers = rows.iter().filter(|row| peers.contains(&row.remote.ip()));
+        let node = layout::addresses(&self.node);
+        let exempt = rows.iter().filter(|row| {
+            let source = row.remote.ip();
+            peers.contains(&source) || node.contains(&source)
+        });
         Held {
-            of_peers: number(of_peers.count()),
+            exempt: number(exempt.count()),
             established: number(rows.len()),
         }
     }

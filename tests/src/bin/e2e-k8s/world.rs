@@ -70,12 +70,14 @@ impl World {
     ///
     /// # Errors
     /// With what they complain about.
-    pub fn counted(&self, way: Way) -> Result<Vec<u32>> {
-        let mut by_cookie: BTreeMap<u64, u32> = BTreeMap::new();
+    pub fn counted(&self, way: Way) -> Result<Vec<Held>> {
+        let mut by_cookie: BTreeMap<u64, Held> = BTreeMap::new();
         for agent in self.agents.values() {
             let status = agent.status(&self.lab, way)?;
             for backend in status.services.iter().flat_map(|service| &service.backends) {
-                *by_cookie.entry(backend.netns).or_default() += backend.established;
+                let counted = by_cookie.entry(backend.netns).or_default();
+                counted.established += backend.established;
+                counted.exempt += backend.exempt;
             }
         }
         let counted = self.oaps.iter().map(|oap| {

@@ -10,11 +10,9 @@ use balancer_tests::standin;
 use balancer_tests::story::{Report, Sight};
 
 use crate::agents::{Named, Way};
-use crate::layout::{
-    self, CLIENT_PODS, CONNECTIONS, ENTRY, HEADROOM, OAPS, OUTSIDE, PORT, REPLICAS,
-    WITHOUT_CONNECTION,
-};
-use crate::oaps::Oap;
+use crate::checks::wait;
+use crate::layout::{self, ENTRY, HEADROOM, OAPS, PORT, REPLICAS, WITHOUT_CONNECTION};
+use crate::oaps::{Held, Oap};
 use crate::stamp;
 use crate::world::World;
 
@@ -64,18 +62,23 @@ fn observed(world: &mut World, report: &mut Report) -> Result<()> {
             format!("{} {namespace}/{name} {}", group.entry, group.port),
         ),
     )?;
-    let total = CLIENT_PODS * CONNECTIONS + OUTSIDE;
-    let quota = (total * (100 + HEADROOM)).div_ceil(100 * REPLICAS);
-    let sentence =
-        format!("ceil({total} connections (observed) × 1.{HEADROOM} / {REPLICAS} ready) = {quota}");
     let agent = world.agents.values().next().context("there is an agent")?;
-    let said = agent.ask(&world.lab, Way::Exec, &["quota", "show"])?;
-    let seen = if said.contains(&sentence) {
-        sentence.clone()
-    } else {
-        said.trim().to_owned()
-    };
-    report.check("2 quota show", &Sight::new(sentence, seen))
+    let total: u32 = world.held().iter().map(Held::admitted).sum();
+    let quota = (total * (100 + HEADROOM)).div_ceil(100 * REPLICAS);
+    let expected =
+        format!("ceil({total} connections (observed) × 1.{HEADROOM} / {REPLICAS} ready) = {quota}");
+    wait(report, "2 quota show", QUOTAS_WITHIN, &expected, || {
+        let said = agent.ask(&world.lab, Way::Exec, &["quota", "show"])?;
+        let now = said.split("Now:").nth(1).unwrap_or(&said);
+        let now: Vec<_> = now.split_whitespace().collect();
+        let now = now.join(" ");
+        let seen = if now.starts_with(&expected) {
+            &expected
+        } else {
+            &now
+        };
+        Ok(Sight::new(&expected, seen))
+    })
 }
 
 /// Over quota a stranger is refused, another OAP and the node's kubelet are not.

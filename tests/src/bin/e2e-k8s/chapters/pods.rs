@@ -87,8 +87,8 @@ fn come_anew(world: &mut World, report: &mut Report) -> Result<()> {
     let over = groups.iter().flat_map(living).filter(|backend| {
         backend
             .quota
-            .zip(backend.established)
-            .is_some_and(|(quota, established)| established > quota)
+            .zip(backend.established.zip(backend.exempt))
+            .is_some_and(|(quota, (established, exempt))| established - exempt > quota)
     });
     report.check(
         "5 all come anew: OAPs over their quota",

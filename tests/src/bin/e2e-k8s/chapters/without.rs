@@ -6,6 +6,7 @@ use balancer_tests::story::Report;
 use crate::checks::PODS_START_WITHIN;
 use crate::clients::Clients;
 use crate::layout::{self, OAPS, REPLICAS, SHOP};
+use crate::oaps::Held;
 use crate::world::{World, slashed, unevenness};
 
 pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
@@ -42,7 +43,7 @@ pub fn restart(world: &mut World) -> Result<()> {
 
 fn look(world: &mut World, report: &mut Report, step: &str) -> Result<()> {
     world.look()?;
-    let held: Vec<u32> = world.held().iter().map(|held| held.established).collect();
+    let held: Vec<u32> = world.held().iter().map(Held::admitted).collect();
     world.uneven = unevenness(&held);
     let seen = format!("{}, max/mean {:.2}", slashed(&held), world.uneven);
     report.tell(step, &seen);
