@@ -80,8 +80,7 @@ impl World {
                 self.look()?;
             }
             let counted = self.counted(way)?;
-            let held = slashed(self.held());
-            Ok(Sight::new(held, slashed(counted)))
+            Ok(Sight::new(self.show(self.held()), self.show(counted)))
         })
     }
 

@@ -21,6 +21,8 @@ pub struct World {
     /// The agents as of the last look, by node.
     pub agents: BTreeMap<String, Agent>,
     pub lab: Lab,
+    /// Addresses of pods have come to mean others, so that they no longer tell which connections were exempt when they were accepted.
+    pub reused: bool,
     /// The largest number of connections that an OAP held, by the mean, without the balancer.
     pub uneven: f64,
 }
@@ -33,6 +35,7 @@ impl World {
             oaps: Vec::new(),
             agents: BTreeMap::new(),
             lab,
+            reused: false,
             uneven: 1.0,
         }
     }
@@ -59,6 +62,14 @@ impl World {
     pub fn held(&self) -> Vec<Held> {
         let peers = self.peers();
         self.oaps.iter().map(|oap| oap.held(&peers)).collect()
+    }
+
+    /// How connections are shown: with those that are exempt, where that can be told.
+    pub fn show(&self, held: Vec<Held>) -> String {
+        slashed(held.into_iter().map(|held| Held {
+            exempt: if self.reused { 0 } else { held.exempt },
+            ..held
+        }))
     }
 
     /// The addresses of the OAPs.

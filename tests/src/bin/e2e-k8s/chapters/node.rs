@@ -46,6 +46,8 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
     )?;
     world.counts_are_true(report, "8 node killed", Way::Exec)?;
     world.lab.cluster.start_node(VICTIM);
+    // Its pods get their addresses anew, and connections of those before it are still in the other nodes' socket tables.
+    world.reused = true;
     world.agents_ready(report, "8 node back", &BTreeSet::new())?;
     let step = "8 node back: OAPs ready";
     wait(report, step, PODS_START_WITHIN, "all", || {
