@@ -4,6 +4,7 @@
 pub mod fixtures;
 pub mod kubernetes;
 pub mod standin;
+pub mod story;
 
 #[cfg(test)]
 mod readme;

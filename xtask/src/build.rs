@@ -39,6 +39,20 @@ pub fn everything(profile: Profile) -> Result<()> {
     command::run(&mut build)
 }
 
+/// Builds the kernel half and the balancer, and nothing of the tests.
+///
+/// # Errors
+/// Those of [`everything`].
+pub fn balancer(profile: Profile) -> Result<()> {
+    kernel_half(profile)?;
+    let mut build = cargo("build");
+    build.args(["--package", "balancer", "--bin", "balancer"]);
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    command::run(&mut build)
+}
+
 /// Builds the kernel half and puts it where balancer's build script looks: `<target>/bpf/<profile>/balancer.o`, and beside it
 /// `balancer.d`, cargo's list of the sources that went into it.
 ///

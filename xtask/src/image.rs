@@ -27,15 +27,34 @@ const CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const INDEX: &str = "application/vnd.oci.image.index.v1+json";
 
+/// Makes the image of [`make`], and says what it is.
+///
+/// # Errors
+/// Those of [`make`].
+pub fn image(output: Option<PathBuf>, name: Option<&str>) -> Result<ExitCode> {
+    make(output, name)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An image that was made.
+pub struct Made {
+    /// What it is called once it is loaded.
+    pub name: String,
+    /// The archive.
+    pub archive: PathBuf,
+    /// The balancer that is in it.
+    pub program: PathBuf,
+}
+
 /// Builds the balancer, optimised, and writes its image to `output`, by default below the target directory. `name` is what the image is
 /// called once it is loaded; one without a tag gets the version.
 ///
 /// # Errors
 /// When the build fails, a library is missing, the image is too large, or the balancer does not run in it.
-pub fn image(output: Option<PathBuf>, name: Option<&str>) -> Result<ExitCode> {
+pub fn make(output: Option<PathBuf>, name: Option<&str>) -> Result<Made> {
     let name = with_tag(name.unwrap_or("localhost/balancer"))?;
     setup::ensure(&[Need::Build])?;
-    build::everything(Profile::Release)?;
+    build::balancer(Profile::Release)?;
     let directory = places::target()?.join("image");
     std::fs::create_dir_all(&directory)
         .with_context(|| format!("cannot make {}", directory.display()))?;
@@ -60,7 +79,11 @@ pub fn image(output: Option<PathBuf>, name: Option<&str>) -> Result<ExitCode> {
         megabytes(archive.len())
     );
     println!("{tried}");
-    Ok(ExitCode::SUCCESS)
+    Ok(Made {
+        name,
+        archive: output,
+        program,
+    })
 }
 
 #[expect(clippy::cast_precision_loss, reason = "one decimal is shown")]

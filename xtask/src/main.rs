@@ -103,6 +103,14 @@ enum Verb {
 enum EndToEnd {
     /// Three clustered Apache SkyWalking OAPs with Java and Python agents and an Envoy. Fetches them first.
     Oap,
+    /// The image and the Helm chart on a real Kubernetes of three nodes: stand-in OAPs, several hundred clients, and all that may happen.
+    ///
+    /// The cluster is made of namespaces on this machine, and is gone afterwards. The first time, Kubernetes and helm are built.
+    K8s {
+        /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to reach it.
+        #[arg(long)]
+        keep: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -153,6 +161,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Manifests { check } => helm::manifests(check),
         Verb::Demo => verbs::demo(),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
+        Verb::E2e(EndToEnd::K8s { keep }) => verbs::end_to_end_kubernetes(keep),
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 
 use crate::build::{self, Profile};
 use crate::setup::{self, Need};
-use crate::{command, fuzz, kubernetes, machine, places};
+use crate::{command, fuzz, helm, image, kubernetes, machine, places};
 
 /// Formatting, the kernel half's warnings, and clippy on everything that the host can compile.
 pub fn lint() -> Result<ExitCode> {
@@ -89,6 +89,31 @@ pub fn end_to_end_oap() -> Result<ExitCode> {
     setup::ensure(&[Need::Build, Need::Kernel, Need::RealOap])?;
     build::everything(Profile::Debug)?;
     become_program("e2e-oap", &[])
+}
+
+/// The balancer's image and chart on a real Kubernetes; `keep`: it stays up at the end.
+pub fn end_to_end_kubernetes(keep: bool) -> Result<ExitCode> {
+    machine::check()?;
+    setup::ensure(&[Need::Build, Need::Kernel, Need::Kubernetes, Need::Cluster])?;
+    let kubernetes = kubernetes::program()?;
+    let helm = helm::program()?;
+    let image = image::make(None, None)?;
+    build::everything(Profile::Debug)?;
+    let program = places::target()?.join("debug/e2e-k8s");
+    let mut play = Command::new(&program);
+    play.env(KUBEALL, kubernetes)
+        .arg("--helm")
+        .arg(helm)
+        .arg("--image")
+        .arg(image.archive)
+        .args(["--name", &image.name])
+        .arg("--balancer")
+        .arg(image.program);
+    if keep {
+        play.arg("--keep");
+    }
+    let error = play.exec();
+    Err(error).with_context(|| format!("cannot start {}", program.display()))
 }
 
 /// Becomes a program that was just built: the signals of the terminal and the exit code are its own.

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, bail};
 use balancer_tests::standin;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
 
 /// A stand-in for an OAP.
 #[derive(Parser)]
@@ -41,16 +40,6 @@ async fn main() -> Result<()> {
         // As an OAP does, without a GOAWAY.
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-        () = stdin_ends(), if arguments.until_stdin_ends => Ok(()),
+        () = standin::stdin_ends(), if arguments.until_stdin_ends => Ok(()),
     }
-}
-
-async fn stdin_ends() {
-    let (ended, wait) = oneshot::channel();
-    // A thread, because a read of standard input can't be given up: it ends with the process.
-    std::thread::spawn(move || {
-        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
-        let _ = ended.send(());
-    });
-    let _ = wait.await;
 }

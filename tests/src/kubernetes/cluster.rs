@@ -149,6 +149,20 @@ impl Cluster {
         enter
     }
 
+    /// Whether the node runs: it was not killed, or was started again.
+    pub fn runs(&self, node: &str) -> bool {
+        self.nodes.contains_key(node)
+    }
+
+    /// The root directory of a node, with all that is mounted there, as it is seen from here.
+    ///
+    /// # Panics
+    /// When the node does not run.
+    #[track_caller]
+    pub fn root(&self, node: &str) -> PathBuf {
+        format!("/proc/{}/root", self.first_process(node)).into()
+    }
+
     /// Brings an image (an archive) onto a node, or a new one of the same name.
     ///
     /// # Panics

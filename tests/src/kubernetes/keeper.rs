@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 
 use nix::sched::{CloneFlags, setns, unshare};
@@ -46,6 +47,7 @@ impl Keeper {
             unshare(CloneFlags::CLONE_NEWPID).expect("a process namespace can be made");
             let mut first = Command::new("cat");
             first.stdin(Stdio::piped()).stdout(Stdio::null());
+            first.process_group(0);
             process::spawn(&mut first).expect("`cat` can be started")
         });
         let namespace = File::open(format!("/proc/{}/ns/pid", first.id()));
@@ -69,6 +71,8 @@ impl Keeper {
     #[track_caller]
     pub(super) fn start(&mut self, name: &'static str, netns: &Netns, command: &mut Command) {
         assert!(!self.runs(name), "{name} runs already");
+        // A terminal's Ctrl-C is not for it: whoever holds this guard ends it.
+        command.process_group(0);
         let namespace = &self.namespace;
         let child = netns.run(|| {
             namespace.enter();

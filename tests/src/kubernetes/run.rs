@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ pub(super) fn to_its_end(command: &mut Command, input: &[u8]) -> Finished {
 
 #[track_caller]
 fn wait(command: &mut Command) -> i32 {
+    // A terminal's Ctrl-C is not for it: it would be a failure, and this process may have more to do before it ends.
+    command.process_group(0);
     let child = process::spawn(command);
     let mut child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
     let deadline = Instant::now() + ENDS_WITHIN;

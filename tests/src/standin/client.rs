@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tonic::Request;
 use tonic::client::Grpc;
@@ -68,6 +69,29 @@ impl Client {
             attempts,
         });
         (client, tried)
+    }
+
+    /// Speaks on this connection. When it ends, every call fails.
+    ///
+    /// # Errors
+    /// When it ends at once.
+    pub async fn over(
+        instance: String,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    ) -> io::Result<Self> {
+        let mut stream = Some(stream);
+        let connector = tower::service_fn(move |_| {
+            let taken = stream.take().map(TokioIo::new);
+            std::future::ready(taken.ok_or(io::Error::from(ErrorKind::NotConnected)))
+        });
+        let channel = Endpoint::from_static("http://oap.invalid")
+            .connect_with_connector(connector)
+            .await;
+        Ok(Self {
+            channel: Grpc::new(channel.map_err(io::Error::other)?),
+            instance,
+            attempts: Arc::default(),
+        })
     }
 
     /// The connects so far: more than at first means that the connection was lost.

@@ -5,8 +5,21 @@
 //! written by hand, which saves a compiler for `.proto` files.
 
 mod client;
+mod crowd;
 mod protocol;
 mod server;
 
 pub use client::{Attempt, Client, Ending};
+pub use crowd::{Cause, Crowd, Habits, Outage, Tally, ask, now};
 pub use server::{listen, serve};
+
+/// Waits until standard input ends: until the process is gone that has the other end.
+pub async fn stdin_ends() {
+    let (ended, wait) = tokio::sync::oneshot::channel();
+    // A thread, because a read of standard input can't be given up: it ends with the process.
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        let _ = ended.send(());
+    });
+    let _ = wait.await;
+}

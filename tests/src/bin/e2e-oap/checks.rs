@@ -10,8 +10,8 @@ use crate::access_logs::Envoy;
 use crate::agents::Agent;
 use crate::graphql::Segments;
 use crate::layout::{AGENTS, ALS, NODES, Service};
-use crate::report::{Report, Sight};
 use crate::world::{World, link, slashed};
+use balancer_tests::story::{Report, Sight};
 
 /// A Java agent that is cut off in the middle of a call is silent for a minute and a half.
 const DATA_COMES_BACK_WITHIN: Duration = Duration::from_secs(150);

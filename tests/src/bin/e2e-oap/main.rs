@@ -11,10 +11,8 @@ mod checks;
 mod cluster;
 mod graphql;
 mod http;
-mod interrupt;
 mod layout;
 mod process;
-mod report;
 mod scenario;
 mod sockets;
 mod world;
@@ -23,8 +21,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use balancer_tests::story::{Report, interrupt};
 use cache::Cache;
-use report::Report;
 
 fn main() -> ExitCode {
     match run() {
@@ -41,6 +39,5 @@ fn run() -> Result<()> {
     let cache = Cache::prepare()?;
     let mut report = Report::begin();
     scenario::play(&cache, &mut report)?;
-    report.end();
-    Ok(())
+    report.end()
 }

@@ -10,9 +10,9 @@ use crate::agents::Kind;
 use crate::cache::Cache;
 use crate::checks::{AGENTS_CONNECT_WITHIN, DAEMON_FOLLOWS_WITHIN, DATA_IS_STORED_WITHIN};
 use crate::layout::{self, AGENTS, ALS, NODES, VIRTUAL};
-use crate::report::{Report, Sight};
 use crate::sockets;
 use crate::world::{Traces, World, slashed};
+use balancer_tests::story::{Report, Sight};
 
 /// Three JVMs start at once on what may be two busy CPUs.
 const OAPS_START_WITHIN: Duration = Duration::from_secs(150);

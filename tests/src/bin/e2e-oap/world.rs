@@ -13,8 +13,8 @@ use crate::cache::Cache;
 use crate::cluster::Cluster;
 use crate::graphql::{self, Segments};
 use crate::layout::{self, AGENTS, NODES, Service};
-use crate::report::Sight;
 use crate::sockets::{self, Connection};
+use balancer_tests::story::Sight;
 
 /// All that runs. Its parts are dropped in this order.
 pub struct World<'a> {

@@ -1,0 +1,178 @@
+//! All that runs, and what can be seen of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::fs;
+use std::net::IpAddr;
+
+use anyhow::{Context, Result};
+
+use crate::agents::{self, Agent, Group, Way};
+use crate::clients::Clients;
+use crate::kernel;
+use crate::lab::Lab;
+use crate::oaps::{self, Held, Oap};
+
+/// All that runs. Its parts are dropped in this order.
+pub struct World {
+    pub clients: Option<Clients>,
+    /// The OAPs as of the last look.
+    pub oaps: Vec<Oap>,
+    /// The agents as of the last look, by node.
+    pub agents: BTreeMap<String, Agent>,
+    pub lab: Lab,
+    /// Addresses of pods have come to mean others, so that they no longer tell which connections were exempt when they were accepted.
+    pub reused: bool,
+    /// The largest number of connections that an OAP held, by the mean, without the balancer.
+    pub uneven: f64,
+}
+
+impl World {
+    /// The cluster, and nothing in it yet.
+    pub fn new(lab: Lab) -> Self {
+        Self {
+            clients: None,
+            oaps: Vec::new(),
+            agents: BTreeMap::new(),
+            lab,
+            reused: false,
+            uneven: 1.0,
+        }
+    }
+
+    /// The clients, once they were started.
+    ///
+    /// # Errors
+    /// Before.
+    pub fn clients(&self) -> Result<&Clients> {
+        self.clients.as_ref().context("the clients do not run yet")
+    }
+
+    /// Looks which pods there are.
+    ///
+    /// # Errors
+    /// When the API server does not answer.
+    pub fn look(&mut self) -> Result<()> {
+        self.oaps = oaps::look(&self.lab)?;
+        self.agents = agents::look(&self.lab)?;
+        Ok(())
+    }
+
+    /// What each OAP holds, by the socket tables.
+    pub fn held(&self) -> Vec<Held> {
+        let peers = self.peers();
+        self.oaps.iter().map(|oap| oap.held(&peers)).collect()
+    }
+
+    /// How connections are shown: with those that are exempt, where that can be told.
+    pub fn show(&self, held: Vec<Held>) -> String {
+        slashed(held.into_iter().map(|held| Held {
+            exempt: if self.reused { 0 } else { held.exempt },
+            ..held
+        }))
+    }
+
+    /// The addresses of the OAPs.
+    pub fn peers(&self) -> BTreeSet<IpAddr> {
+        self.oaps.iter().map(|oap| oap.address).collect()
+    }
+
+    /// What each OAP holds, by the agents' word; an OAP that none of them knows is an error.
+    ///
+    /// # Errors
+    /// With what they complain about.
+    pub fn counted(&self, way: Way) -> Result<Vec<Held>> {
+        let mut by_cookie: BTreeMap<u64, Held> = BTreeMap::new();
+        for agent in self.agents.values() {
+            let status = agent.status(&self.lab, way)?;
+            for backend in status.services.iter().flat_map(|service| &service.backends) {
+                let counted = by_cookie.entry(backend.netns).or_default();
+                counted.established += backend.established;
+                counted.exempt += backend.exempt;
+            }
+        }
+        let counted = self.oaps.iter().map(|oap| {
+            let counted = by_cookie.get(&oap.cookie).copied();
+            counted.with_context(|| format!("no agent knows {}", oap.name))
+        });
+        counted.collect()
+    }
+
+    /// What the agent of each node knows of the OAPs of all nodes.
+    ///
+    /// # Errors
+    /// With what they complain about.
+    pub fn groups(&self, way: Way) -> Result<Vec<Group>> {
+        let groups = self.agents.values().map(|agent| {
+            let cluster = agent.cluster(&self.lab, way)?;
+            cluster.group().cloned()
+        });
+        groups.collect()
+    }
+
+    /// The programs in the kernel, of all nodes.
+    pub fn programs(&self) -> BTreeSet<u32> {
+        let nodes = self.agents.keys();
+        nodes
+            .flat_map(|node| kernel::programs(&self.lab, node))
+            .collect()
+    }
+
+    /// Writes down what the agents have logged, as far as they are still there.
+    pub fn keep_logs(&self) {
+        let directory = self.lab.logs();
+        for agent in self.agents.values() {
+            let log = either(agent.log(&self.lab, &[]));
+            let file = directory.join(format!("{}-{}.log", agent.node, agent.name));
+            if let Err(error) = fs::write(&file, log) {
+                eprintln!("cannot write {}: {error}", file.display());
+            }
+        }
+    }
+
+    /// What helps to understand a failure.
+    pub fn explain(&mut self) {
+        if let Err(error) = self.look() {
+            eprintln!("{error:#}");
+        }
+        let held: Vec<_> = self.held();
+        for (oap, held) in self.oaps.iter().zip(held) {
+            eprintln!("{} on {}: {held:?}", oap.name, oap.node);
+        }
+        for (node, agent) in &self.agents {
+            for arguments in [&["status"][..], &["status", "--cluster"]] {
+                let said = agent.ask(&self.lab, Way::OnNode, arguments);
+                eprintln!(
+                    "--- balancer {} on {node} ---\n{}",
+                    arguments.join(" "),
+                    either(said)
+                );
+            }
+        }
+        eprintln!(
+            "--- the logs of the agents are in {} ---",
+            self.lab.logs().display()
+        );
+    }
+}
+
+fn either(said: Result<String>) -> String {
+    said.unwrap_or_else(|error| format!("{error:#}"))
+}
+
+/// The largest by the mean.
+pub fn unevenness(held: &[u32]) -> f64 {
+    let sum: u32 = held.iter().sum();
+    let largest = held.iter().max().copied().unwrap_or(0);
+    let number = u32::try_from(held.len()).unwrap_or(u32::MAX);
+    if sum == 0 {
+        return 1.0;
+    }
+    f64::from(largest) * f64::from(number) / f64::from(sum)
+}
+
+/// `a/b/c`
+pub fn slashed<T: Display>(items: impl IntoIterator<Item = T>) -> String {
+    let items: Vec<_> = items.into_iter().map(|item| item.to_string()).collect();
+    items.join("/")
+}
