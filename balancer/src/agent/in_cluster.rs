@@ -197,8 +197,10 @@ impl InCluster {
                 .apply(config, &self.view, &self.ties, quotas, writer)?;
         }
         if self.view.complete {
-            let slots = writer.slots()?;
-            self.api.publish(self.publication(&slots));
+            if !self.dismissed {
+                let slots = writer.slots()?;
+                self.api.publish(self.publication(&slots));
+            }
             return Ok(());
         }
         if self.joined.elapsed() > config.hold_for {

@@ -27,6 +27,10 @@ const TELLS_WITHIN: Duration = Duration::from_secs(20);
 /// The most sources of a group that are told to the others.
 const MOST_PUBLISHED: usize = 64;
 
+/// A pod that is not ready, on a node that is about to be given up for dead, has clients that have moved long since: what was told of it counts only
+/// for a little longer than it takes to be told again.
+const TOLD_AGAIN_WITHIN: Duration = Duration::from_secs(35);
+
 /// What is known of the shares, and since when.
 #[derive(Debug)]
 pub struct Shares {
@@ -56,6 +60,8 @@ struct Group<'a> {
 struct Count {
     /// Those that count against the quota.
     established: u32,
+    /// How long ago it was told; zero for those of this node.
+    age: Duration,
     /// How many more it takes; `None`: as many as come.
     room: Option<u32>,
 }
@@ -449,11 +455,14 @@ impl<'a> Group<'a> {
         all.filter(|(endpoint, _)| endpoint.ready)
     }
 
+    /// Those of a pod that is being ended are not among them: its clients are moving, and would be counted here and there.
     fn established_elsewhere(&self) -> u64 {
         self.all
             .iter()
-            .filter(|(endpoint, _)| !endpoint.ready)
-            .filter_map(|(_, count)| count.map(|count| u64::from(count.established)))
+            .filter(|(endpoint, _)| !endpoint.ready && !endpoint.terminating)
+            .filter_map(|(_, count)| *count)
+            .filter(|count| count.age < TOLD_AGAIN_WITHIN)
+            .map(|count| u64::from(count.established))
             .sum()
     }
 
@@ -498,13 +507,15 @@ impl Count {
         let taken = established.saturating_add(slot.expected());
         Self {
             established,
+            age: Duration::ZERO,
             room: (quota != UNLIMITED).then(|| quota.saturating_sub(taken)),
         }
     }
 
-    fn told(published: &Published) -> Self {
+    fn told(published: &Published, age: Duration) -> Self {
         Self {
             established: published.established.saturating_sub(published.exempt),
+            age,
             room: published.room,
         }
     }
@@ -514,6 +525,7 @@ impl Count {
         let room = self.room.zip(other.room);
         Self {
             established: self.established.saturating_add(other.established),
+            age: self.age.max(other.age),
             room: room.map(|(one, other)| one.saturating_add(other)),
         }
     }
@@ -529,7 +541,7 @@ fn heard<'a>(id: &GroupId, view: &'a View) -> BTreeMap<&'a str, Count> {
             .iter()
             .filter(|published| published.group == *id)
         {
-            let count = Count::told(published);
+            let count = Count::told(published, heard.age);
             told.entry(&published.uid)
                 .and_modify(|known| *known = known.and(count))
                 .or_insert(count);

@@ -209,7 +209,9 @@ impl Writer {
         let mut last = None::<Instant>;
         let mut failures = 0;
         loop {
+            // What belonged to it is being collected: written now, it would be left over.
             let wanted = self.outbox.borrow_and_update().clone();
+            let wanted = wanted.filter(|_| !self.owner.is_gone());
             let every = *self.every.borrow_and_update();
             let idle = last.map_or(Duration::MAX, |last| last.elapsed());
             let step = step(wanted.as_ref(), written.as_ref(), self.there(), idle, every);

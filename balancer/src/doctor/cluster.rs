@@ -76,9 +76,7 @@ fn unreachable(error: &anyhow::Error) -> Check {
 
 /// Clients behind address translation look like the node itself, which is never refused.
 pub(super) fn translated(snapshot: &Snapshot) -> Option<Check> {
-    let suspicious = |backend: &&BackendSnapshot| {
-        backend.exempt > FEW && backend.exempt > backend.established / 2
-    };
+    let suspicious = |backend: &BackendSnapshot| backend.exempt > FEW;
     let backends: Vec<String> = snapshot
         .services
         .iter()
@@ -100,7 +98,7 @@ pub(super) fn translated(snapshot: &Snapshot) -> Option<Check> {
         Check::warn(
             "exempt connections",
             listing(&backends),
-            "most connections come from sources that are never refused: the other servers and this node itself are few. Clients that come through \
+            "many connections come from sources that are never refused: the other servers and this node's own probes are few. Clients that come through \
              a NodePort or a load balancer have the address of a node where address translation hides theirs, and so have pods of the node's own \
              network: quotas do not hold for them",
             "let clients connect to the Service's own address, or set `externalTrafficPolicy: Local` on it",
