@@ -9,4 +9,4 @@ mod protocol;
 mod server;
 
 pub use client::{Attempt, Client, Ending};
-pub use server::{listen, serve};
+pub use server::{listen, serve, serve_counting};
