@@ -193,7 +193,9 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
 fn missing(needs: &[Need]) -> Vec<&'static Requirement> {
     REQUIREMENTS
         .iter()
-        .filter(|requirement| requirement.needs.iter().any(|need| needs.contains(need)) && !(requirement.is_there)())
+        .filter(|requirement| {
+            requirement.needs.iter().any(|need| needs.contains(need)) && !(requirement.is_there)()
+        })
         .collect()
 }
 

@@ -142,12 +142,7 @@ impl<'a> Subject<'a> {
     }
 }
 
-fn round(
-    settings: &Settings,
-    name: &str,
-    rates: &[f64],
-    window: Duration,
-) -> Result<[Seen; 2]> {
+fn round(settings: &Settings, name: &str, rates: &[f64], window: Duration) -> Result<[Seen; 2]> {
     let machine = Machine::new();
     let mut servers = Vec::new();
     start_servers(&machine, &mut servers, SERVERS[0])?;
@@ -161,7 +156,11 @@ fn round(
         }
         let connections = connections(&machine, servers)?;
         let before = calls(servers)?;
-        clients = inside(&machine, &runtime, talk(std::mem::take(&mut clients), window))?;
+        clients = inside(
+            &machine,
+            &runtime,
+            talk(std::mem::take(&mut clients), window),
+        )?;
         let messages: Vec<_> = calls(servers)?
             .iter()
             .zip(&before)
@@ -211,7 +210,8 @@ fn inside<T: Send>(
 
 async fn arrive(number: usize) -> Result<Client> {
     let (client, attempts) = Client::connect(format!("client-{number}"), vec![FRONT]).await;
-    let mut client = client.with_context(|| format!("client {number} was not let in: {attempts:?}"))?;
+    let mut client =
+        client.with_context(|| format!("client {number} was not let in: {attempts:?}"))?;
     client.ping().await.context("the first call")?;
     Ok(client)
 }
@@ -302,14 +302,25 @@ fn row(subject: &'static str, servers: u16, seen: impl Iterator<Item = Seen> + C
 fn section(rows: &[Row]) -> Section {
     let mut table = Rows::new(
         1,
-        &["subject", "servers", "connections, max/mean", "messages, max/mean"],
+        &[
+            "subject",
+            "servers",
+            "connections, max/mean",
+            "messages, max/mean",
+        ],
     );
     for row in rows {
         table.add([
             row.subject.to_owned(),
             row.servers.to_string(),
-            format!("{:.3} ± {:.3}", row.connections_max_over_mean, row.connections_spread),
-            format!("{:.3} ± {:.3}", row.messages_max_over_mean, row.messages_spread),
+            format!(
+                "{:.3} ± {:.3}",
+                row.connections_max_over_mean, row.connections_spread
+            ),
+            format!(
+                "{:.3} ± {:.3}",
+                row.messages_max_over_mean, row.messages_spread
+            ),
         ]);
     }
     Section {

@@ -27,6 +27,7 @@ mod statistics;
 mod storm;
 mod syn_cost;
 mod traffic;
+mod usage;
 
 use std::process::ExitCode;
 use std::time::Instant;

@@ -82,6 +82,9 @@ impl Series {
     }
 }
 
+/// A subject, its policy where it has one, and what its clients saw.
+type Outcome = (&'static str, Option<&'static str>, Visits);
+
 /// All series, found by what they are.
 #[derive(Default)]
 struct Table(Vec<Series>);
@@ -112,6 +115,16 @@ impl Table {
         });
         &mut self.0[place]
     }
+
+    /// Adds what one round saw.
+    fn take(&mut self, round: Self) {
+        for series in round.0 {
+            let all = self.of(series.subject, series.policy, series.backends, series.full);
+            all.rates.extend(series.rates);
+            all.ratios.extend(series.ratios);
+            all.refused = series.refused;
+        }
+    }
 }
 
 /// Measures.
@@ -121,7 +134,10 @@ impl Table {
 pub fn measure(settings: &Settings) -> Result<Section> {
     let rounds = settings.pick(3, 15);
     let slice = settings.pick(Duration::from_millis(120), Duration::from_millis(700));
-    let machines: Vec<_> = BACKENDS.iter().map(|_| [Machine::new(), Machine::new()]).collect();
+    let machines: Vec<_> = BACKENDS
+        .iter()
+        .map(|_| [Machine::new(), Machine::new()])
+        .collect();
     let mut pairs = Vec::new();
     for (machines, backends) in machines.iter().zip(BACKENDS) {
         pairs.push(Pair::start(machines, backends)?);
@@ -133,30 +149,16 @@ pub fn measure(settings: &Settings) -> Result<Section> {
     let mut table = Table::default();
     // The first round warms up.
     for round in 0..=rounds {
-        let mut now = Table::default();
+        let mut now = Vec::new();
         for pair in &mut pairs {
-            pair.round(slice, &mut now, &mut peers)?;
+            now.push(pair.round(round % 2 == 0, slice, &mut peers)?);
         }
-        full.round(slice, &mut now)?;
+        now.push(full.round(slice)?);
         if round > 0 {
-            merge(&mut table, now);
+            now.into_iter().for_each(|seen| table.take(seen));
         }
     }
     Ok(section(&table))
-}
-
-fn merge(table: &mut Table, round: Table) {
-    for series in round.0 {
-        let all = table.of(
-            series.subject,
-            series.policy,
-            series.backends,
-            series.full,
-        );
-        all.rates.extend(series.rates);
-        all.ratios.extend(series.ratios);
-        all.refused = series.refused;
-    }
 }
 
 /// The same servers twice: without and with a balancer in front.
@@ -186,21 +188,30 @@ impl<'a> Pair<'a> {
         })
     }
 
-    fn round(&mut self, slice: Duration, table: &mut Table, peers: &mut Peers<'_>) -> Result<()> {
-        let direct = self.servers[0].addresses();
-        let bare = drive(&self.bare.netns, direct, slice).context("bare")?;
-        table.of("bare", None, self.backends, false).add(&bare, &bare);
+    /// Bare comes first and last in turns, so that being first is nobody's advantage.
+    fn round(&mut self, first: bool, slice: Duration, peers: &mut Peers<'_>) -> Result<Table> {
+        let early = first.then(|| self.bare(slice)).transpose()?;
+        let mut seen = Vec::new();
         if self.backends == USUAL {
-            peers.round(slice, &bare, table)?;
+            seen.extend(peers.round(slice)?);
         }
         for policy in POLICIES {
             set_policy(&self.balancer, policy, self.backends);
             let visits =
                 drive(&self.balanced.netns, &[FRONT], slice).with_context(|| policy.to_owned())?;
-            let series = table.of("balancer", Some(policy), self.backends, false);
+            seen.push(("balancer", Some(policy), visits));
+        }
+        let bare = early.map_or_else(|| self.bare(slice), Ok)?;
+        let mut table = Table::default();
+        for (subject, policy, visits) in [("bare", None, bare)].into_iter().chain(seen) {
+            let series = table.of(subject, policy, self.backends, false);
             series.add(&visits, &bare);
         }
-        Ok(())
+        Ok(table)
+    }
+
+    fn bare(&self, slice: Duration) -> Result<Visits> {
+        drive(&self.bare.netns, self.servers[0].addresses(), slice).context("bare")
     }
 }
 
@@ -232,19 +243,22 @@ impl<'a> Peers<'a> {
         Ok(peers)
     }
 
-    fn round(&mut self, slice: Duration, bare: &Visits, table: &mut Table) -> Result<()> {
+    fn round(&mut self, slice: Duration) -> Result<Vec<Outcome>> {
         self.haproxy.check()?;
         self.envoy.check()?;
         let direct = self.servers[0].addresses();
-        for (subject, machine, to) in [
-            ("nft", &self.machines[0], direct),
-            ("haproxy", &self.machines[1], &[FRONT][..]),
-            ("envoy", &self.machines[2], &[FRONT][..]),
-        ] {
+        let [nft, haproxy, envoy] = self.machines;
+        let turns = [
+            ("nft", nft, direct),
+            ("haproxy", haproxy, &[FRONT][..]),
+            ("envoy", envoy, &[FRONT][..]),
+        ];
+        let mut seen = Vec::new();
+        for (subject, machine, to) in turns {
             let visits = drive(&machine.netns, to, slice).context(subject)?;
-            table.of(subject, None, USUAL, false).add(&visits, bare);
+            seen.push((subject, None, visits));
         }
-        Ok(())
+        Ok(seen)
     }
 }
 
@@ -294,7 +308,8 @@ impl<'a> Full<'a> {
         })
     }
 
-    fn round(&self, slice: Duration, table: &mut Table) -> Result<()> {
+    fn round(&self, slice: Duration) -> Result<Table> {
+        let mut table = Table::default();
         let [bare, nft, balanced] = self.machines;
         let full = serve::backends(USUAL);
         let turns = [
@@ -311,7 +326,7 @@ impl<'a> Full<'a> {
                 .of(subject, policy, USUAL, true)
                 .add(&visits, reference);
         }
-        Ok(())
+        Ok(table)
     }
 }
 
@@ -330,7 +345,14 @@ fn section(table: &Table) -> Section {
     rows.sort_by_key(|row| (row.refused > 0.0, row.backends));
     let mut shown = Rows::new(
         2,
-        &["subject", "policy", "backends", "refused", "connects/s", "ratio to bare"],
+        &[
+            "subject",
+            "policy",
+            "backends",
+            "refused",
+            "connects/s",
+            "ratio to bare",
+        ],
     );
     for row in &rows {
         shown.add([

@@ -1,9 +1,7 @@
 //! Measurement 4: very many established connections.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -19,6 +17,7 @@ use crate::serve::{FIRST_PORT, Servers};
 use crate::settings::{POLICIES, Settings};
 use crate::slab::Slab;
 use crate::statistics::{as_f64, median};
+use crate::usage::{processor_time, resident};
 
 /// What a connection may cost on top, and the daemon.
 const BYTES_BOUND: f64 = 300.0;
@@ -26,7 +25,7 @@ const MEGABYTES_BOUND: f64 = 15.0;
 /// Memory that is freed a little later (RCU) has been by then.
 const SETTLES: Duration = Duration::from_millis(1500);
 /// A cache whose part is smaller is not listed, in bytes a connection.
-const WORTH_LISTING: f64 = 4.0;
+const WORTH_LISTING: f64 = 16.0;
 const COMPARISONS_LOG: [&str; 2] = ["--log", "info,balancer::agent=debug"];
 
 #[derive(Serialize)]
@@ -75,8 +74,7 @@ struct Round {
 /// # Errors
 /// When connections can't be opened, or the system does not say what they cost.
 pub fn measure(settings: &Settings) -> Result<Section> {
-    let plan: Vec<(usize, u32)> =
-        settings.pick(vec![(10_000, 1)], vec![(50_000, 3), (200_000, 2)]);
+    let plan: Vec<(usize, u32)> = settings.pick(vec![(10_000, 1)], vec![(50_000, 3), (200_000, 2)]);
     let window = settings.pick(Duration::from_secs(3), Duration::from_secs(30));
     let mut rows = Vec::new();
     for (connections, rounds) in &plan {
@@ -210,13 +208,15 @@ fn is_exact(
     let truth = servers.loads()?;
     let total: usize = usize::try_from(counted.iter().sum::<u64>())?;
     if total != table || counted != truth {
-        eprintln!("counts differ: {counted:?} counted, {truth:?} accepted, {table} in the socket table");
+        eprintln!(
+            "counts differ: {counted:?} counted, {truth:?} accepted, {table} in the socket table"
+        );
     }
     Ok(total == table && counted == truth)
 }
 
 fn observe(balancer: &Balancer<'_>, window: Duration) -> Result<Daemon> {
-    let pid = balancer.pid().as_raw();
+    let pid = u32::try_from(balancer.pid().as_raw())?;
     let (began, before) = (Instant::now(), processor_time(pid)?);
     while began.elapsed() < window {
         interrupt::pause(Duration::from_millis(200))?;
@@ -227,30 +227,6 @@ fn observe(balancer: &Balancer<'_>, window: Duration) -> Result<Daemon> {
         processor_percent: used.as_secs_f64() / began.elapsed().as_secs_f64() * 100.0,
         comparison_ms: comparison_time(&balancer.logs())?,
     })
-}
-
-/// Of all its threads (`/proc/PID/task/TID/schedstat`, nanoseconds first).
-fn processor_time(pid: i32) -> Result<Duration> {
-    let mut sum = 0;
-    let tasks = Path::new("/proc").join(pid.to_string()).join("task");
-    for task in fs::read_dir(&tasks).context("the daemon runs")? {
-        let text = fs::read_to_string(task?.path().join("schedstat"))
-            .context("cannot read schedstat: the kernel lacks CONFIG_SCHED_INFO")?;
-        let first = text.split_whitespace().next().unwrap_or_default();
-        sum += first.parse::<u64>().context("schedstat begins with a number")?;
-    }
-    Ok(Duration::from_nanos(sum))
-}
-
-/// Megabytes of 10^6 bytes.
-fn resident(pid: i32) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).context("the daemon runs")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kilobytes = line.and_then(|line| line.trim().strip_suffix(" kB"));
-    let kilobytes: f64 = kilobytes
-        .and_then(|text| text.trim().parse().ok())
-        .context("/proc/PID/status says VmRSS")?;
-    Ok(kilobytes * 1024.0 / 1e6)
 }
 
 /// The last comparisons' processor time, as the daemon logs it.
@@ -288,9 +264,7 @@ fn milliseconds(began: Instant) -> f64 {
 }
 
 fn row(connections: usize, backends: u16, rounds: &[Round]) -> Row {
-    let of = |value: &dyn Fn(&Round) -> f64| {
-        median(&rounds.iter().map(value).collect::<Vec<_>>())
-    };
+    let of = |value: &dyn Fn(&Round) -> f64| median(&rounds.iter().map(value).collect::<Vec<_>>());
     let daemon = |pick: fn(&Round) -> &Daemon| Daemon {
         rss_megabytes: of(&|round| pick(round).rss_megabytes),
         processor_percent: of(&|round| pick(round).processor_percent),
@@ -334,8 +308,12 @@ fn section(rows: &[Row]) -> Section {
     let mut line = |title: &str, cell: &dyn Fn(&Row) -> String| {
         table.add(std::iter::once(title.to_owned()).chain(rows.iter().map(cell)));
     };
-    line("slab bytes of both ends, bare", &|row| format!("{:.0}", row.bare_bytes));
-    line("slab bytes that the balancer adds", &|row| format!("{:.0}", row.own_bytes));
+    line("slab bytes of both ends, bare", &|row| {
+        format!("{:.0}", row.bare_bytes)
+    });
+    line("slab bytes that the balancer adds", &|row| {
+        format!("{:.0}", row.own_bytes)
+    });
     line("of them", &|row| {
         let caches = row.own_bytes_by_cache.iter();
         let caches: Vec<_> = caches
@@ -343,16 +321,34 @@ fn section(rows: &[Row]) -> Section {
             .collect();
         caches.join(", ")
     });
-    line("counts exact", &|row| if row.counts_exact { "yes" } else { "NO" }.to_owned());
+    line("counts exact", &|row| {
+        if row.counts_exact { "yes" } else { "NO" }.to_owned()
+    });
     line("`status`, ms", &|row| format!("{:.1}", row.status_ms));
-    line("next daemon ready, ms", &|row| format!("{:.0}", row.takeover_ms));
-    line("daemon: RSS, MB", &|row| format!("{:.1}", row.counted.rss_megabytes));
-    line("daemon: processor, %", &|row| format!("{:.2}", row.counted.processor_percent));
-    line("daemon: comparison, ms", &|row| format!("{:.1}", row.counted.comparison_ms));
-    line("adopting: first daemon ready, ms", &|row| format!("{:.0}", row.adopt_ms));
-    line("adopted: RSS, MB", &|row| format!("{:.1}", row.adopted.rss_megabytes));
-    line("adopted: processor, %", &|row| format!("{:.2}", row.adopted.processor_percent));
-    line("adopted: comparison, ms", &|row| format!("{:.1}", row.adopted.comparison_ms));
+    line("next daemon ready, ms", &|row| {
+        format!("{:.0}", row.takeover_ms)
+    });
+    line("daemon: RSS, MB", &|row| {
+        format!("{:.1}", row.counted.rss_megabytes)
+    });
+    line("daemon: processor, %", &|row| {
+        format!("{:.2}", row.counted.processor_percent)
+    });
+    line("daemon: comparison, ms", &|row| {
+        format!("{:.1}", row.counted.comparison_ms)
+    });
+    line("adopting: first daemon ready, ms", &|row| {
+        format!("{:.0}", row.adopt_ms)
+    });
+    line("adopted: RSS, MB", &|row| {
+        format!("{:.1}", row.adopted.rss_megabytes)
+    });
+    line("adopted: processor, %", &|row| {
+        format!("{:.2}", row.adopted.processor_percent)
+    });
+    line("adopted: comparison, ms", &|row| {
+        format!("{:.1}", row.adopted.comparison_ms)
+    });
     Section {
         key: "scale",
         title: "Very many connections",

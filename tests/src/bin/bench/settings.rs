@@ -78,6 +78,7 @@ impl Settings {
             .context("this program is not in a target directory: start it as `cargo xtask bench`")?
             .to_owned();
         let settings = Self { quick, target };
+        let _ = fs::remove_dir_all(settings.logs());
         fs::create_dir_all(settings.logs())
             .with_context(|| format!("cannot make {}", settings.logs().display()))?;
         Ok(settings)

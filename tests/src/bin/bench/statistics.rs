@@ -24,11 +24,6 @@ impl Summary {
             rounds: values.len(),
         }
     }
-
-    /// As `12.3 ± 0.4`.
-    pub fn show(&self, decimals: usize) -> String {
-        format!("{:.decimals$} ± {:.decimals$}", self.median, self.spread)
-    }
 }
 
 /// The middle value; of an even number the mean of the two in the middle.
@@ -63,10 +58,7 @@ fn sorted(values: &[f64]) -> Vec<f64> {
 }
 
 /// A count as a number to calculate with.
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "counts here are far below 2^52"
-)]
+#[expect(clippy::cast_precision_loss, reason = "counts here are far below 2^52")]
 pub fn as_f64(count: impl TryInto<u64>) -> f64 {
     count.try_into().unwrap_or(u64::MAX) as f64
 }

@@ -22,6 +22,7 @@ use crate::report::{Rows, Section};
 use crate::serve::{self, Servers};
 use crate::settings::{POLICIES, Settings, processors};
 use crate::statistics::{Summary, as_f64, max_over_mean, percentile};
+use crate::usage::resident;
 
 const CLIENTS: usize = 5_000;
 /// One that dies, and those that take its clients.
@@ -49,6 +50,8 @@ struct Row {
     max_over_mean: f64,
     /// Connects that were refused or cut off before they were served.
     failed_attempts: f64,
+    /// Memory of the subject's process with all of them connected.
+    rss_megabytes: f64,
     rounds: usize,
 }
 
@@ -58,6 +61,7 @@ struct Seen {
     all: f64,
     evenness: f64,
     failed: f64,
+    megabytes: f64,
 }
 
 /// Measures.
@@ -133,6 +137,15 @@ impl<'a> Subject<'a> {
         }
     }
 
+    /// Memory of its process in megabytes.
+    fn resident(&self) -> Result<f64> {
+        resident(match self {
+            Self::Balancer(balancer) => u32::try_from(balancer.pid().as_raw())?,
+            Self::Haproxy(haproxy) => haproxy.id(),
+            Self::Envoy(envoy) => envoy.id(),
+        })
+    }
+
     fn check(&mut self) -> Result<()> {
         match self {
             Self::Balancer(_) => Ok(()),
@@ -167,6 +180,7 @@ fn round(settings: &Settings, name: &'static str) -> Result<Seen> {
         all: percentile(&times, 100),
         evenness: max_over_mean(&loads),
         failed: as_f64(clients.book.failed.load(Ordering::Relaxed)),
+        megabytes: subject.resident()?,
     })
 }
 
@@ -228,10 +242,7 @@ impl Clients {
 
     fn came_back(&self) -> Vec<Instant> {
         let times = &self.book.came_back;
-        times
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        times.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -290,6 +301,7 @@ fn row(subject: &'static str, seen: &[Seen]) -> Row {
         all_spread: all.spread,
         max_over_mean: of(|seen| seen.evenness).median,
         failed_attempts: of(|seen| seen.failed).median,
+        rss_megabytes: of(|seen| seen.megabytes).median,
         rounds: all.rounds,
     }
 }
@@ -297,7 +309,14 @@ fn row(subject: &'static str, seen: &[Seen]) -> Row {
 fn section(rows: &[Row]) -> Section {
     let mut table = Rows::new(
         1,
-        &["subject", "half back, ms", "all back, ms", "max/mean", "failed attempts"],
+        &[
+            "subject",
+            "half back, ms",
+            "all back, ms",
+            "max/mean",
+            "failed attempts",
+            "RSS, MB",
+        ],
     );
     for row in rows {
         table.add([
@@ -306,6 +325,7 @@ fn section(rows: &[Row]) -> Section {
             format!("{:.0} ± {:.0}", row.all_ms, row.all_spread),
             format!("{:.3}", row.max_over_mean),
             format!("{:.0}", row.failed_attempts),
+            format!("{:.0}", row.rss_megabytes),
         ]);
     }
     Section {

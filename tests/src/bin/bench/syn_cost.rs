@@ -129,7 +129,16 @@ fn floor(rounds: usize, slice: Duration) -> Result<Row> {
 }
 
 fn section(rows: &[Row]) -> Section {
-    let mut table = Rows::new(2, &["program", "policy", "backends", "ns a run", "runs a connection"]);
+    let mut table = Rows::new(
+        2,
+        &[
+            "program",
+            "policy",
+            "backends",
+            "ns a run",
+            "runs a connection",
+        ],
+    );
     for row in rows {
         table.add([
             row.program.to_owned(),

@@ -78,17 +78,17 @@ impl Envoy {
         fs::rename(&new, &self.endpoints).context("cannot move the list of endpoints")
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Fails if it has ended.
     ///
     /// # Errors
     /// Then, with the tail of its log.
     pub fn check(&mut self) -> Result<()> {
         self.process.check()
-    }
-
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.process.id()
     }
 }
 
@@ -130,30 +130,30 @@ static_resources:
 
 fn tcp_filters() -> String {
     format!(
-        "    - name: envoy.filters.network.connection_limit
-      typed_config: {{ {TYPE}.filters.network.connection_limit.v3.ConnectionLimit, stat_prefix: limit, max_connections: 100000 }}
-    - name: envoy.filters.network.tcp_proxy
-      typed_config: {{ {TYPE}.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: proxy, cluster: backends, max_connect_attempts: 3 }}"
+        "      - name: envoy.filters.network.connection_limit
+        typed_config: {{ {TYPE}.filters.network.connection_limit.v3.ConnectionLimit, stat_prefix: limit, max_connections: 100000 }}
+      - name: envoy.filters.network.tcp_proxy
+        typed_config: {{ {TYPE}.filters.network.tcp_proxy.v3.TcpProxy, stat_prefix: proxy, cluster: backends, max_connect_attempts: 3 }}"
     )
 }
 
 fn http_filters() -> String {
     format!(
-        "    - name: envoy.filters.network.http_connection_manager
-      typed_config:
-        {TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager
-        stat_prefix: proxy
-        codec_type: HTTP2
-        http_filters:
-        - name: envoy.filters.http.router
-          typed_config: {{ {TYPE}.filters.http.router.v3.Router }}
-        route_config:
-          virtual_hosts:
-          - name: all
-            domains: [\"*\"]
-            routes:
-            - match: {{ prefix: \"/\" }}
-              route: {{ cluster: backends, timeout: 10s }}"
+        "      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          {TYPE}.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: proxy
+          codec_type: HTTP2
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config: {{ {TYPE}.filters.http.router.v3.Router }}
+          route_config:
+            virtual_hosts:
+            - name: all
+              domains: [\"*\"]
+              routes:
+              - match: {{ prefix: \"/\" }}
+                route: {{ cluster: backends, timeout: 10s }}"
     )
 }
 

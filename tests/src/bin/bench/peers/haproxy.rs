@@ -48,17 +48,17 @@ impl Haproxy {
         Ok(Self(process))
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// Fails if it has ended.
     ///
     /// # Errors
     /// Then, with the tail of its log.
     pub fn check(&mut self) -> Result<()> {
         self.0.check()
-    }
-
-    /// Its process id.
-    pub fn id(&self) -> u32 {
-        self.0.id()
     }
 }
 

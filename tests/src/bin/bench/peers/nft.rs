@@ -20,7 +20,7 @@ pub fn limit(machine: &Machine, ports: std::ops::RangeInclusive<u16>, limit: u32
     nft(
         machine,
         &format!(
-            "table ip limit {{\n\
+            "table ip connections {{\n\
              set backends {{ type inet_service; size 1024; flags dynamic; }}\n\
              chain input {{\n\
              type filter hook input priority 0\n\

@@ -20,13 +20,18 @@ mod tests {
 
     #[test]
     fn only_what_is_between_the_marks_changes() {
-        let page = "a\n<!-- bench: one -->\nold\n<!-- end -->\nb\n<!-- bench: two -->\n<!-- end -->\n";
+        let page =
+            "a\n<!-- bench: one -->\nold\n<!-- end -->\nb\n<!-- bench: two -->\n<!-- end -->\n";
         let one = replace(page, "one", "new\n").unwrap();
         assert_eq!(
             one,
             "a\n<!-- bench: one -->\nnew\n<!-- end -->\nb\n<!-- bench: two -->\n<!-- end -->\n"
         );
-        assert!(replace(&one, "two", "2\n").unwrap().contains("two -->\n2\n<!--"));
+        assert!(
+            replace(&one, "two", "2\n")
+                .unwrap()
+                .contains("two -->\n2\n<!--")
+        );
         assert!(replace(page, "three", "").is_err());
     }
 }

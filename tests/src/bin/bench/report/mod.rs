@@ -167,8 +167,8 @@ impl<'a> Report<'a> {
     /// When the page or one of the marks is missing.
     pub fn write_docs(&self) -> Result<()> {
         let path = Settings::docs();
-        let mut page = fs::read_to_string(&path)
-            .with_context(|| format!("cannot read {}", path.display()))?;
+        let mut page =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         let text = |key: &str| match self.machine.get(key) {
             Some(Value::String(text)) => text.clone(),
             other => other.map(Value::to_string).unwrap_or_default(),
