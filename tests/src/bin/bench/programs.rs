@@ -61,6 +61,12 @@ impl Programs {
         Ok(Self { ids })
     }
 
+    /// The id of `steer`.
+    pub fn steer(&self) -> u32 {
+        let found = self.ids.iter().find(|(name, _)| name == NAMES[0]);
+        found.map_or(0, |(_, id)| *id)
+    }
+
     /// What each has done so far, in the order of [`NAMES`].
     ///
     /// # Errors

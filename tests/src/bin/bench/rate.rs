@@ -155,7 +155,9 @@ pub fn measure(settings: &Settings) -> Result<Section> {
         }
         now.push(full.round(slice)?);
         if round > 0 {
-            now.into_iter().for_each(|seen| table.take(seen));
+            for seen in now {
+                table.take(seen);
+            }
         }
     }
     Ok(section(&table))
@@ -165,24 +167,24 @@ pub fn measure(settings: &Settings) -> Result<Section> {
 struct Pair<'a> {
     backends: u16,
     bare: &'a Machine,
-    balanced: &'a Machine,
+    steered: &'a Machine,
     balancer: Balancer<'a>,
     servers: [Servers; 2],
 }
 
 impl<'a> Pair<'a> {
-    fn start([bare, balanced]: &'a [Machine; 2], backends: u16) -> Result<Self> {
+    fn start([bare, steered]: &'a [Machine; 2], backends: u16) -> Result<Self> {
         // First: listeners register themselves as they appear.
-        let balancer = Balancer::start(balanced, &balancer_file(POLICIES[0], backends, None));
+        let balancer = Balancer::start(steered, &balancer_file(POLICIES[0], backends, None));
         let servers = [
             Servers::together(bare, backends)?,
-            Servers::together(balanced, backends)?,
+            Servers::together(steered, backends)?,
         ];
         balancer.wait_active(usize::from(backends));
         Ok(Self {
             backends,
             bare,
-            balanced,
+            steered,
             balancer,
             servers,
         })
@@ -198,7 +200,7 @@ impl<'a> Pair<'a> {
         for policy in POLICIES {
             set_policy(&self.balancer, policy, self.backends);
             let visits =
-                drive(&self.balanced.netns, &[FRONT], slice).with_context(|| policy.to_owned())?;
+                drive(&self.steered.netns, &[FRONT], slice).with_context(|| policy.to_owned())?;
             seen.push(("balancer", Some(policy), visits));
         }
         let bare = early.map_or_else(|| self.bare(slice), Ok)?;
@@ -273,13 +275,13 @@ struct Full<'a> {
 
 impl<'a> Full<'a> {
     fn start(machines: &'a [Machine; 3]) -> Result<Self> {
-        let [bare, nft, balanced] = machines;
+        let [bare, nft, steered] = machines;
         let quoted: Vec<_> = serve::backends(USUAL)
             .iter()
             .map(|address| format!("\"{address}\""))
             .collect();
         let balancer = Balancer::start(
-            balanced,
+            steered,
             &format!(
                 "services:\n  - name: full\n    port: {FULL_PORT}\n    backends: [{}]\n    quota: {{ per_backend: {FULL} }}\n  \
                  - name: agents\n    port: {}\n    backends: [\"{}\"]\n",
@@ -291,14 +293,14 @@ impl<'a> Full<'a> {
         let servers = [
             Servers::together(bare, USUAL + 1)?,
             Servers::together(nft, USUAL + 1)?,
-            Servers::together(balanced, USUAL + 1)?,
+            Servers::together(steered, USUAL + 1)?,
         ];
         balancer.wait_active(usize::from(USUAL));
         nft::limit(nft, FIRST_PORT..=FIRST_PORT + USUAL - 1, FULL)?;
         let held = usize::try_from(FULL)? * usize::from(USUAL);
         let held = [
             Crowd::gather(nft, held, &serve::backends(USUAL))?,
-            Crowd::gather(balanced, held, &[local(FULL_PORT)])?,
+            Crowd::gather(steered, held, &[local(FULL_PORT)])?,
         ];
         Ok(Self {
             machines,
@@ -310,12 +312,12 @@ impl<'a> Full<'a> {
 
     fn round(&self, slice: Duration) -> Result<Table> {
         let mut table = Table::default();
-        let [bare, nft, balanced] = self.machines;
+        let [bare, nft, steered] = self.machines;
         let full = serve::backends(USUAL);
         let turns = [
             ("bare", bare, mix(&[local(FULL_PORT)], local(ROOM))),
             ("nft", nft, mix(&full, local(ROOM))),
-            ("balancer", balanced, mix(&[local(FULL_PORT)], FRONT)),
+            ("balancer", steered, mix(&[local(FULL_PORT)], FRONT)),
         ];
         let mut reference = None;
         for (subject, machine, to) in turns {

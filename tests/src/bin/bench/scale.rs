@@ -371,7 +371,7 @@ fn goals(row: &Row) -> Vec<Goal> {
         ),
         Goal::at_most(&with("daemon's memory"), MEGABYTES_BOUND, "MB", largest),
         Goal {
-            goal: with("counts are those of the socket table"),
+            claim: with("counts are those of the socket table"),
             seen: if row.counts_exact { "all" } else { "not all" }.to_owned(),
             met: row.counts_exact,
         },

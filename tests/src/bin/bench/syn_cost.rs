@@ -1,8 +1,11 @@
 //! Measurement 2: nanoseconds a run of the kernel programs, while connections come as fast as they can.
 
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use balancer::sys::bpf::{prog_by_id, prog_test_run};
 use balancer_tests::fixtures::foreign::{Answer, SkLookup};
 use balancer_tests::fixtures::{Balancer, Machine};
 use serde::Serialize;
@@ -14,8 +17,11 @@ use crate::programs::{self, NAMES, Programs, Runs};
 use crate::report::{Chart, Goal, Rows, Section};
 use crate::serve::Servers;
 use crate::settings::{BACKENDS, POLICIES, Settings, USUAL};
-use crate::statistics::{Summary, as_f64};
+use crate::statistics::{Summary, as_f64, median};
 
+/// Runs in a row, and how often so many.
+const ALONE_TIMES: u32 = 2_000;
+const ALONE_BATCHES: usize = 21;
 /// What steer may cost with the usual number of backends and with the most, in nanoseconds.
 const BOUNDS: [(u16, f64); 2] = [(USUAL, 200.0), (256, 600.0)];
 
@@ -26,6 +32,8 @@ struct Row {
     backends: u16,
     ns: f64,
     ns_spread: f64,
+    /// The same in a tight loop, where everything is in the processor's caches; only what decides look-ups can be run so.
+    ns_alone: Option<f64>,
     runs_per_connection: f64,
 }
 
@@ -33,6 +41,7 @@ struct Row {
 struct Series {
     costs: Vec<f64>,
     runs: Vec<f64>,
+    alone: Vec<f64>,
 }
 
 impl Series {
@@ -44,6 +53,7 @@ impl Series {
             backends,
             ns: cost.median,
             ns_spread: cost.spread,
+            ns_alone: (!self.alone.is_empty()).then(|| median(&self.alone)),
             runs_per_connection: Summary::of(&self.runs).median,
         }
     }
@@ -107,7 +117,45 @@ fn one(
         series.costs.push(runs.nanoseconds());
         series.runs.push(as_f64(runs.count) / as_f64(visits.served));
     }
+    let program = prog_by_id(programs.steer()).context("steer is gone")?;
+    series[0].alone.push(alone(machine, program)?);
     Ok(())
+}
+
+/// Nanoseconds a run of a program that decides look-ups, for the same SYN over and over.
+fn alone(machine: &Machine, program: impl AsFd + Send + Sync) -> Result<f64> {
+    let syn = syn();
+    let batch = || prog_test_run(&program, &syn, ALONE_TIMES);
+    let mut times = Vec::new();
+    for _ in 0..ALONE_BATCHES {
+        // The kernel takes the namespace of the caller.
+        let time = machine.netns.run(batch);
+        let time = time.context("cannot run steer on trial (BPF_PROG_TEST_RUN)")?;
+        times.push(time.as_secs_f64() * 1e9);
+    }
+    Ok(median(&times))
+}
+
+/// `struct bpf_sk_lookup` (`include/uapi/linux/bpf.h`) of a SYN for the virtual port.
+fn syn() -> Vec<u8> {
+    const AF_INET: u32 = 2;
+    const TCP: u32 = 6;
+    const SOURCE_PORT: u16 = 40_000;
+    let host = Ipv4Addr::LOCALHOST.octets();
+    let mut syn = vec![0; 8];
+    syn.extend(AF_INET.to_ne_bytes());
+    syn.extend(TCP.to_ne_bytes());
+    syn.extend(host);
+    syn.extend([0; 16]);
+    syn.extend(SOURCE_PORT.to_be_bytes());
+    syn.extend([0; 2]);
+    syn.extend(host);
+    syn.extend([0; 16]);
+    // The only port in the byte order of the host.
+    syn.extend(u32::from(FRONT.port()).to_ne_bytes());
+    syn.extend([0; 4]);
+    syn.extend([0; 4]);
+    syn
 }
 
 /// What the kernel's clock makes of an `sk_lookup` program that looks at one field and passes: the part of every figure that is not ours.
@@ -136,6 +184,7 @@ fn section(rows: &[Row]) -> Section {
             "policy",
             "backends",
             "ns a run",
+            "ns alone",
             "runs a connection",
         ],
     );
@@ -145,6 +194,8 @@ fn section(rows: &[Row]) -> Section {
             row.policy.unwrap_or("").to_owned(),
             row.backends.to_string(),
             format!("{:.0} ± {:.0}", row.ns, row.ns_spread),
+            row.ns_alone
+                .map_or_else(String::new, |alone| format!("{alone:.0}")),
             format!("{:.2}", row.runs_per_connection),
         ]);
     }

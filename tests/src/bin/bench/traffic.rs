@@ -294,7 +294,7 @@ fn goals(rows: &[Row]) -> Vec<Goal> {
     };
     // As far as bare is from itself.
     let explained = |what: &str, ratio: f64, itself: f64, spread: f64| Goal {
-        goal: format!("{what}: no difference from bare that the spread can't explain"),
+        claim: format!("{what}: no difference from bare that the spread can't explain"),
         seen: format!("{ratio:.3} of bare; bare again {itself:.3} ± {spread:.3}"),
         met: (ratio - 1.0).abs() <= (itself - 1.0).abs() + (2.0 * spread).max(0.01),
     };
@@ -313,7 +313,7 @@ fn goals(rows: &[Row]) -> Vec<Goal> {
             again.gigabits_ratio_spread,
         ),
         Goal {
-            goal: "no program of ours runs for established traffic".to_owned(),
+            claim: "no program of ours runs for established traffic".to_owned(),
             seen: format!("{runs} runs"),
             met: runs == 0,
         },

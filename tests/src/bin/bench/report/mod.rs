@@ -34,7 +34,7 @@ pub struct Section {
 #[derive(Serialize)]
 pub struct Goal {
     /// What was to be reached.
-    pub goal: String,
+    pub claim: String,
     /// What was seen.
     pub seen: String,
     /// Whether it was.
@@ -45,7 +45,7 @@ impl Goal {
     /// At least so much.
     pub fn at_least(what: &str, bound: f64, seen: f64) -> Self {
         Self {
-            goal: format!("{what} ≥ {bound}"),
+            claim: format!("{what} ≥ {bound}"),
             seen: format!("{seen:.3}"),
             met: seen >= bound,
         }
@@ -54,7 +54,7 @@ impl Goal {
     /// At most so much.
     pub fn at_most(what: &str, bound: f64, unit: &str, seen: f64) -> Self {
         Self {
-            goal: format!("{what} ≤ {bound} {unit}"),
+            claim: format!("{what} ≤ {bound} {unit}"),
             seen: format!("{seen:.1} {unit}"),
             met: seen <= bound,
         }
@@ -62,7 +62,7 @@ impl Goal {
 
     fn line(&self) -> String {
         let verdict = if self.met { "met" } else { "MISSED" };
-        format!("{}: {} ({verdict})", self.goal, self.seen)
+        format!("{}: {} ({verdict})", self.claim, self.seen)
     }
 }
 
@@ -181,13 +181,12 @@ impl<'a> Report<'a> {
             self.settings.pick(" (quick run: coarse)", "")
         );
         for section in &self.sections {
-            let goals: String = section
-                .goals
-                .iter()
-                .map(|goal| format!("- {}\n", goal.line()))
-                .collect();
-            let gap = if goals.is_empty() { "" } else { "\n" };
-            let body = format!("{made}\n\n{}\n{gap}{goals}", section.table.0);
+            let mut body = format!("{made}\n\n{}\n", section.table.0);
+            for (index, goal) in section.goals.iter().enumerate() {
+                body += if index == 0 { "\n- " } else { "- " };
+                body += &goal.line();
+                body.push('\n');
+            }
             page = docs::replace(&page, section.key, &body)
                 .with_context(|| format!("in {}", path.display()))?;
         }
