@@ -38,8 +38,8 @@ use clap::{Parser, Subcommand};
 use crate::report::Report;
 use crate::settings::{Measurement, Settings};
 
-/// Measure this build side by side with the kernel, nft, `HAProxy` and Envoy.
 #[derive(Parser)]
+#[command(about = "Measure this build side by side with the kernel, nft, HAProxy and Envoy")]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 struct Arguments {
     /// Fewer and shorter rounds: under two minutes in all, to see that it works. The figures are coarse.

@@ -20,8 +20,8 @@ use crate::settings::{BACKENDS, POLICIES, Settings, USUAL};
 use crate::statistics::{Summary, as_f64, median};
 
 /// Runs in a row, and how often so many.
-const ALONE_TIMES: u32 = 2_000;
-const ALONE_BATCHES: usize = 21;
+const ALONE_TIMES: u32 = 1_000;
+const ALONE_BATCHES: usize = 11;
 /// What steer may cost with the usual number of backends and with the most, in nanoseconds.
 const BOUNDS: [(u16, f64); 2] = [(USUAL, 200.0), (256, 600.0)];
 
