@@ -1,16 +1,19 @@
 //! What is measured, how long, and where results go.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
+use nix::fcntl::{Flock, FlockArg};
 
 /// The numbers of backends that a cost is measured for.
 pub const BACKENDS: [u16; 5] = [1, 3, 8, 64, 256];
 /// The number of backends wherever one is enough.
 pub const USUAL: u16 = 8;
+/// Where results go in the target directory.
+const RESULTS: &str = "bench";
 /// The balancer's policies.
 pub const POLICIES: [&str; 3] = ["least-connections", "round-robin", "source-hash"];
 
@@ -63,13 +66,15 @@ impl Measurement {
 pub struct Settings {
     quick: bool,
     target: PathBuf,
+    /// Two runs at a time would measure each other.
+    _lock: Flock<File>,
 }
 
 impl Settings {
     /// Where this program was built is where results go.
     ///
     /// # Errors
-    /// When the directory for them can't be made.
+    /// When the directory for them can't be made, or another run is under way.
     pub fn new(quick: bool) -> Result<Self> {
         let own = std::env::current_exe().context("cannot tell where this program is")?;
         let target = own
@@ -77,9 +82,20 @@ impl Settings {
             .nth(2)
             .context("this program is not in a target directory: start it as `cargo xtask bench`")?
             .to_owned();
-        let settings = Self { quick, target };
+        let results = target.join(RESULTS);
+        fs::create_dir_all(&results)
+            .with_context(|| format!("cannot make {}", results.display()))?;
+        let lock = File::create(results.join("lock")).context("cannot make the lock file")?;
+        let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, error)| anyhow!("another run uses {} ({error})", results.display()))?;
+        let settings = Self {
+            quick,
+            target,
+            _lock: lock,
+        };
+        // Those of the last run.
         let _ = fs::remove_dir_all(settings.logs());
-        fs::create_dir_all(settings.logs())
+        fs::create_dir(settings.logs())
             .with_context(|| format!("cannot make {}", settings.logs().display()))?;
         Ok(settings)
     }
@@ -96,7 +112,7 @@ impl Settings {
 
     /// Where results go.
     pub fn results(&self) -> PathBuf {
-        self.target.join("bench")
+        self.target.join(RESULTS)
     }
 
     /// Where peers log, and have their configuration.

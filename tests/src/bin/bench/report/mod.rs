@@ -14,6 +14,9 @@ use serde_json::{Map, Value, json};
 pub use self::plot::Chart;
 use crate::settings::{Settings, processors};
 
+/// A load above this disturbs.
+const BUSY: f64 = 1.0;
+
 /// The outcome of one measurement.
 pub struct Section {
     /// Its name in the JSON, in the documentation and of its plot.
@@ -106,6 +109,7 @@ impl<'a> Report<'a> {
         machine.insert("date".into(), date().into());
         machine.insert("kernel".into(), kernel.trim().into());
         machine.insert("processors".into(), processors().into());
+        machine.insert("load_before".into(), load()?.into());
         machine.insert("quick".into(), settings.is_quick().into());
         Ok(Self {
             settings,
@@ -174,10 +178,11 @@ impl<'a> Report<'a> {
             other => other.map(Value::to_string).unwrap_or_default(),
         };
         let made = format!(
-            "Measured on {} with Linux {} and {} processors{}.",
+            "Measured on {} with Linux {} and {} processors, load {} before{}.",
             text("date"),
             text("kernel"),
             text("processors"),
+            text("load_before"),
             self.settings.pick(" (quick run: coarse)", "")
         );
         for section in &self.sections {
@@ -192,6 +197,17 @@ impl<'a> Report<'a> {
         }
         fs::write(&path, page).with_context(|| format!("cannot write {}", path.display()))
     }
+}
+
+/// How many threads wanted a processor during the last minute. Says so where it is many: figures are noise then.
+fn load() -> Result<f64> {
+    let text = fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
+    let load = text.split_whitespace().next().unwrap_or_default();
+    let load: f64 = load.parse().context("/proc/loadavg begins with a number")?;
+    if load > BUSY {
+        eprintln!("this machine is busy (load {load}): what follows is mostly noise");
+    }
+    Ok(load)
 }
 
 /// The day in UTC, as `2026-11-25` (Howard Hinnant's `civil_from_days`).
