@@ -133,7 +133,7 @@ impl Table {
 /// When a subject can't be started, or a client isn't served.
 pub fn measure(settings: &Settings) -> Result<Section> {
     let rounds = settings.pick(3, 15);
-    let slice = settings.pick(Duration::from_millis(120), Duration::from_millis(700));
+    let slice = settings.pick(Duration::from_millis(80), Duration::from_millis(700));
     let machines: Vec<_> = BACKENDS
         .iter()
         .map(|_| [Machine::new(), Machine::new()])

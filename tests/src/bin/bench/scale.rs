@@ -75,7 +75,7 @@ struct Round {
 /// When connections can't be opened, or the system does not say what they cost.
 pub fn measure(settings: &Settings) -> Result<Section> {
     let plan: Vec<(usize, u32)> = settings.pick(vec![(10_000, 1)], vec![(50_000, 3), (200_000, 2)]);
-    let window = settings.pick(Duration::from_secs(3), Duration::from_secs(30));
+    let window = settings.pick(Duration::from_secs(2), Duration::from_secs(30));
     let mut rows = Vec::new();
     for (connections, rounds) in &plan {
         let backends = u16::try_from(connections.div_ceil(MOST))?.max(4);

@@ -65,7 +65,7 @@ struct Subject {
 /// # Errors
 /// When a subject can't be started, or a connection breaks.
 pub fn measure(settings: &Settings) -> Result<Section> {
-    let rounds = settings.pick(4, 25);
+    let rounds = settings.pick(3, 25);
     let slice = settings.pick(Duration::from_millis(150), Duration::from_millis(700));
     let machines: [Machine; 5] = std::array::from_fn(|_| Machine::new());
     let balancer = Balancer::start(&machines[1], &balancer_file(POLICIES[0], USUAL, None));
