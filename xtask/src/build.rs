@@ -18,7 +18,8 @@ pub enum Profile {
 }
 
 impl Profile {
-    fn name(self) -> &'static str {
+    /// The directory that cargo builds it into.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Debug => "debug",
             Self::Release => "release",

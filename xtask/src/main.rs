@@ -3,6 +3,7 @@
 
 mod build;
 mod command;
+mod envoy;
 mod fuzz;
 mod helm;
 mod image;
@@ -94,6 +95,15 @@ enum Verb {
     },
     /// Watch it balance: stand-in servers, several hundred gRPC clients and the daemon, in a network namespace of their own.
     Demo,
+    /// Measure this build side by side with the bare kernel, nft, `HAProxy` and Envoy; docs/performance.md says what and how.
+    ///
+    /// Prints tables, and writes `target/bench/latest.json` and plots beside it. `bench --help` after `--` lists the measurements.
+    Bench {
+        /// Passed on to `bench`: `--quick` takes under two minutes, `--only rate,syn` measures only these, `--docs` puts the tables
+        /// into docs/performance.md.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Run the balancer in front of the real thing.
     #[command(subcommand)]
     E2e(EndToEnd),
@@ -160,6 +170,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Image { output, name } => image::image(output, name.as_deref()),
         Verb::Manifests { check } => helm::manifests(check),
         Verb::Demo => verbs::demo(),
+        Verb::Bench { arguments } => verbs::bench(&arguments),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
         Verb::E2e(EndToEnd::K8s { keep }) => verbs::end_to_end_kubernetes(keep),
     }

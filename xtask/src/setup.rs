@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 use crate::kernel_half::Compiler;
-use crate::{command, fuzz, kubernetes, linker};
+use crate::{command, envoy, fuzz, kubernetes, linker};
 
 /// What somebody is about to do. Each requirement names what it is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -25,11 +25,13 @@ pub enum Need {
     RealOap,
     /// The fuzz targets.
     Fuzz,
+    /// What the measurements compare with.
+    Bench,
 }
 
 impl Need {
     /// Everything.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Build,
         Self::Lint,
         Self::Kernel,
@@ -37,6 +39,7 @@ impl Need {
         Self::Cluster,
         Self::RealOap,
         Self::Fuzz,
+        Self::Bench,
     ];
 }
 
@@ -44,7 +47,7 @@ impl Need {
 struct Requirement {
     name: &'static str,
     reason: &'static str,
-    need: Need,
+    needs: &'static [Need],
     is_there: fn() -> bool,
     remedy: fn() -> Remedy,
 }
@@ -62,70 +65,70 @@ const REQUIREMENTS: &[Requirement] = &[
     Requirement {
         name: "a compiler for BPF",
         reason: "compiles the kernel half; instead: rustup toolchain install nightly --component rust-src",
-        need: Need::Build,
+        needs: &[Need::Build],
         is_there: || Compiler::find().is_some(),
         remedy: || Remedy::Packages(&["rustc-web", "libstd-rust-web-dev-bpf"]),
     },
     Requirement {
         name: "LLVM 22",
         reason: "bpf-linker is built on it",
-        need: Need::Build,
+        needs: &[Need::Build],
         is_there: || linker::find().is_some() || llvm_is_there(),
         remedy: || Remedy::Packages(&["llvm-22-dev", "libpolly-22-dev"]),
     },
     Requirement {
         name: "bpf-linker 0.13.0 on LLVM 22",
         reason: "links the kernel half",
-        need: Need::Build,
+        needs: &[Need::Build],
         is_there: || linker::find().is_some(),
         remedy: || Remedy::Command(linker::install().map(Box::new), linker::install_by_hand()),
     },
     Requirement {
         name: "rustfmt",
         reason: "checks the formatting",
-        need: Need::Lint,
+        needs: &[Need::Lint],
         is_there: || command::find("cargo-fmt").is_some(),
         remedy: || component("rustfmt", &["rustfmt-web"]),
     },
     Requirement {
         name: "clippy",
         reason: "checks the code",
-        need: Need::Lint,
+        needs: &[Need::Lint],
         is_there: || command::find("cargo-clippy").is_some(),
         remedy: || component("clippy", &["rust-web-clippy"]),
     },
     Requirement {
         name: "ip and ss",
         reason: "make network namespaces; show the socket table that results are compared with",
-        need: Need::Kernel,
+        needs: &[Need::Kernel],
         is_there: || are_there(&["ip", "ss"]),
         remedy: || Remedy::Packages(&["iproute2"]),
     },
     Requirement {
         name: "nft",
-        reason: "makes the Kubernetes Service that the demo compares with",
-        need: Need::Kernel,
+        reason: "makes the Kubernetes Service that the demo compares with, and limits of connections",
+        needs: &[Need::Kernel, Need::Bench],
         is_there: || command::find("nft").is_some(),
         remedy: || Remedy::Packages(&["nftables"]),
     },
     Requirement {
         name: "Go, 1.24 or newer",
         reason: "builds the Kubernetes that the tests run, once",
-        need: Need::Kubernetes,
+        needs: &[Need::Kubernetes],
         is_there: || kubernetes::needs_no_go() || kubernetes::go().is_some(),
         remedy: || Remedy::Command(kubernetes::go_install(), kubernetes::go_by_hand()),
     },
     Requirement {
         name: "containerd and runc",
         reason: "run the containers of the tests' Kubernetes nodes",
-        need: Need::Cluster,
+        needs: &[Need::Cluster],
         is_there: || are_there(&["containerd", "containerd-shim-runc-v2", "ctr", "runc"]),
         remedy: || Remedy::Packages(&["containerd", "runc"]),
     },
     Requirement {
         name: "the CNI plugins bridge, host-local and loopback",
         reason: "give pods of the tests' Kubernetes their addresses",
-        need: Need::Cluster,
+        needs: &[Need::Cluster],
         is_there: || {
             ["bridge", "host-local", "loopback"]
                 .iter()
@@ -136,21 +139,21 @@ const REQUIREMENTS: &[Requirement] = &[
     Requirement {
         name: "a busybox that needs no libraries",
         reason: "is what is in the tests' container images",
-        need: Need::Cluster,
+        needs: &[Need::Cluster],
         is_there: busybox_is_static,
         remedy: || Remedy::Packages(&["busybox-static"]),
     },
     Requirement {
         name: "nsenter, unshare and mount",
         reason: "make nodes of namespaces",
-        need: Need::Cluster,
+        needs: &[Need::Cluster],
         is_there: || are_there(&["nsenter", "unshare", "mount"]),
         remedy: || Remedy::Packages(&["util-linux", "mount"]),
     },
     Requirement {
         name: "a JDK, 17 or newer",
         reason: "runs the OAPs and the Java agents",
-        need: Need::RealOap,
+        needs: &[Need::RealOap],
         is_there: || {
             command::find("javac").is_some_and(|compiler| {
                 java_version(&compiler).is_some_and(|version| version >= 17)
@@ -161,28 +164,42 @@ const REQUIREMENTS: &[Requirement] = &[
     Requirement {
         name: "Maven",
         reason: "fetches the OAP and the Java agent from Maven Central",
-        need: Need::RealOap,
+        needs: &[Need::RealOap],
         is_there: || command::find("mvn").is_some(),
         remedy: || Remedy::Packages(&["maven"]),
     },
     Requirement {
         name: "python3 with venv",
         reason: "runs the Python agents; its packages bring Envoy",
-        need: Need::RealOap,
+        needs: &[Need::RealOap, Need::Bench],
         is_there: python_is_there,
         remedy: || Remedy::Packages(&["python3", "python3-venv"]),
     },
     Requirement {
+        name: "HAProxy",
+        reason: "is measured beside the balancer",
+        needs: &[Need::Bench],
+        is_there: || command::find("haproxy").is_some(),
+        remedy: || Remedy::Packages(&["haproxy"]),
+    },
+    Requirement {
+        name: "Envoy",
+        reason: "is measured beside the balancer",
+        needs: &[Need::Bench],
+        is_there: envoy::is_there,
+        remedy: || Remedy::Command(envoy::install().map(Box::new), envoy::install_by_hand()),
+    },
+    Requirement {
         name: "a C++ compiler",
         reason: "compiles libFuzzer",
-        need: Need::Fuzz,
+        needs: &[Need::Fuzz],
         is_there: || command::find("c++").is_some(),
         remedy: || Remedy::Packages(&["g++"]),
     },
     Requirement {
         name: "cargo-fuzz 0.13.2",
         reason: "builds the fuzz targets",
-        need: Need::Fuzz,
+        needs: &[Need::Fuzz],
         is_there: || fuzz::tool().is_some(),
         remedy: || Remedy::Command(fuzz::install().map(Box::new), fuzz::install_by_hand()),
     },
@@ -217,7 +234,9 @@ pub fn ensure(needs: &[Need]) -> Result<()> {
 fn missing(needs: &[Need]) -> Vec<&'static Requirement> {
     REQUIREMENTS
         .iter()
-        .filter(|requirement| needs.contains(&requirement.need) && !(requirement.is_there)())
+        .filter(|requirement| {
+            requirement.needs.iter().any(|need| needs.contains(need)) && !(requirement.is_there)()
+        })
         .collect()
 }
 
@@ -372,7 +391,7 @@ mod tests {
     fn the_names_follow_the_versions_that_are_looked_for() {
         let build: Vec<_> = REQUIREMENTS
             .iter()
-            .filter(|requirement| requirement.need == Need::Build)
+            .filter(|requirement| requirement.needs.contains(&Need::Build))
             .collect();
         let commands = by_hand(&build);
         for word in [

@@ -72,7 +72,7 @@ fn names_a_package(argument: &str) -> bool {
 pub fn run(arguments: &[String]) -> Result<ExitCode> {
     setup::ensure(&[Need::Build])?;
     build::everything(Profile::Debug)?;
-    become_program("balancer", arguments)
+    become_program(Profile::Debug, "balancer", arguments)
 }
 
 /// The demonstration.
@@ -80,7 +80,7 @@ pub fn demo() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     build::everything(Profile::Debug)?;
-    become_program("demo", &[])
+    become_program(Profile::Debug, "demo", &[])
 }
 
 /// The balancer in front of real OAPs.
@@ -88,7 +88,15 @@ pub fn end_to_end_oap() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::RealOap])?;
     build::everything(Profile::Debug)?;
-    become_program("e2e-oap", &[])
+    become_program(Profile::Debug, "e2e-oap", &[])
+}
+
+/// The measurements, of an optimised build.
+pub fn bench(arguments: &[String]) -> Result<ExitCode> {
+    machine::check()?;
+    setup::ensure(&[Need::Build, Need::Kernel, Need::Bench])?;
+    build::everything(Profile::Release)?;
+    become_program(Profile::Release, "bench", arguments)
 }
 
 /// The balancer's image and chart on a real Kubernetes; `keep`: it stays up at the end.
@@ -117,8 +125,8 @@ pub fn end_to_end_kubernetes(keep: bool) -> Result<ExitCode> {
 }
 
 /// Becomes a program that was just built: the signals of the terminal and the exit code are its own.
-fn become_program(name: &str, arguments: &[String]) -> Result<ExitCode> {
-    let program = places::target()?.join("debug").join(name);
+fn become_program(profile: Profile, name: &str, arguments: &[String]) -> Result<ExitCode> {
+    let program = places::target()?.join(profile.name()).join(name);
     let error = Command::new(&program).args(arguments).exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

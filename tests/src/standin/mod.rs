@@ -11,7 +11,7 @@ mod server;
 
 pub use client::{Attempt, Client, Ending};
 pub use crowd::{Cause, Crowd, Habits, Outage, Tally, ask, now};
-pub use server::{listen, serve};
+pub use server::{listen, serve, serve_counting};
 
 /// Waits until standard input ends: until the process is gone that has the other end.
 pub async fn stdin_ends() {

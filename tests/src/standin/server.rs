@@ -3,6 +3,8 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::net::{TcpListener, TcpSocket};
@@ -37,12 +39,26 @@ pub fn listen(address: SocketAddr, backlog: u32) -> io::Result<TcpListener> {
 /// # Errors
 /// When connections can't be accepted any more.
 pub async fn serve(listener: TcpListener) -> Result<(), tonic::transport::Error> {
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    Server::builder().serve_with_incoming(Oap, incoming).await
+    serve_counting(listener, Arc::default()).await
 }
 
-#[derive(Clone, Copy)]
-struct Oap;
+/// The same, and counts the calls.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_counting(
+    listener: TcpListener,
+    calls: Arc<AtomicU64>,
+) -> Result<(), tonic::transport::Error> {
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let oap = Oap { calls };
+    Server::builder().serve_with_incoming(oap, incoming).await
+}
+
+#[derive(Clone)]
+struct Oap {
+    calls: Arc<AtomicU64>,
+}
 
 impl Service<http::Request<Body>> for Oap {
     type Response = http::Response<Body>;
@@ -54,16 +70,18 @@ impl Service<http::Request<Body>> for Oap {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        let oap = self.clone();
         Box::pin(async move {
             Ok(match request.uri().path() {
                 KEEP_ALIVE => {
                     Grpc::new(ProstCodec::<Commands, InstancePing>::default())
-                        .unary(Oap, request)
+                        .unary(oap, request)
                         .await
                 }
                 COLLECT => {
                     Grpc::new(ProstCodec::<Commands, Segment>::default())
-                        .client_streaming(Oap, request)
+                        .client_streaming(oap, request)
                         .await
                 }
                 path => Status::unimplemented(format!("the stand-in has no {path}")).into_http(),
