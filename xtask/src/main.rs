@@ -33,7 +33,7 @@ enum Verb {
     ///
     /// Changes nothing when nothing is missing. Without apt-get, or without root, it prints the commands and fails.
     Setup,
-    /// Build the kernel half, then everything else.
+    /// Build the kernel half, then everything else, and say what the kernel half costs the kernel.
     Build {
         /// An optimised build, without log lines from the kernel programs.
         #[arg(long)]
@@ -108,11 +108,13 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Build { release } => {
             setup::ensure(&[Need::Build])?;
-            build::everything(if release {
+            let profile = if release {
                 build::Profile::Release
             } else {
                 build::Profile::Debug
-            })?;
+            };
+            build::everything(profile)?;
+            build::print_cost(profile)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Lint => verbs::lint(),

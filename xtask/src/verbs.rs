@@ -37,6 +37,8 @@ const LONG: &str = "BALANCER_TEST_LONG";
 pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
+    // Tests bound what either kernel half costs the kernel.
+    build::kernel_half(Profile::Release)?;
     build::everything(Profile::Debug)?;
     let mut test = build::cargo("test");
     if long {
