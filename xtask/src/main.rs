@@ -10,6 +10,7 @@ mod machine;
 mod places;
 mod setup;
 mod verbs;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -74,6 +75,21 @@ enum Verb {
     },
     /// Watch it balance: stand-in servers, several hundred gRPC clients and the daemon, in a network namespace of their own.
     Demo,
+    /// Run the tests on other kernels: Debian's, in QEMU, which emulates a machine. Prints a table of what passed where.
+    ///
+    /// Kernels: 5.10 (bullseye; too old, so the balancer must say so), 6.1 (bookworm), 6.12 (trixie), backports, sid, or a version that
+    /// trixie-backports has, as in 7.0. They are fetched from Debian's archive once, and kept in target/vm.
+    Vm {
+        /// On which ones, in this order.
+        #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = vm::DEFAULT, value_parser = vm::Kernel::parse)]
+        kernel: Vec<vm::Kernel>,
+        /// Fetch these kernels anew.
+        #[arg(long)]
+        refresh: bool,
+        /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given, those in tests/vm/default.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Run the balancer in front of the real thing.
     #[command(subcommand)]
     E2e(EndToEnd),
@@ -132,6 +148,15 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Run { arguments } => verbs::run(&arguments),
         Verb::Demo => verbs::demo(),
+        Verb::Vm {
+            kernel,
+            refresh,
+            arguments,
+        } => vm::run(&vm::Options {
+            kernels: kernel,
+            refresh,
+            arguments,
+        }),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
     }
 }

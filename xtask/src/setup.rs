@@ -21,16 +21,19 @@ pub enum Need {
     RealOap,
     /// The fuzz targets.
     Fuzz,
+    /// Guests with other kernels.
+    Vm,
 }
 
 impl Need {
     /// Everything.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Build,
         Self::Lint,
         Self::Kernel,
         Self::RealOap,
         Self::Fuzz,
+        Self::Vm,
     ];
 }
 
@@ -92,11 +95,7 @@ const REQUIREMENTS: &[Requirement] = &[
         name: "ip and ss",
         reason: "make network namespaces; show the socket table that results are compared with",
         need: Need::Kernel,
-        is_there: || {
-            ["ip", "ss"]
-                .iter()
-                .all(|program| command::find(program).is_some())
-        },
+        is_there: || are_there(&["ip", "ss"]),
         remedy: || Remedy::Packages(&["iproute2"]),
     },
     Requirement {
@@ -144,6 +143,42 @@ const REQUIREMENTS: &[Requirement] = &[
         need: Need::Fuzz,
         is_there: || fuzz::tool().is_some(),
         remedy: || Remedy::Command(fuzz::install().map(Box::new), fuzz::install_by_hand()),
+    },
+    Requirement {
+        name: "QEMU for x86-64",
+        reason: "runs other kernels, emulated",
+        need: Need::Vm,
+        is_there: || are_there(&["qemu-system-x86_64"]),
+        remedy: || Remedy::Packages(&["qemu-system-x86"]),
+    },
+    Requirement {
+        name: "what packs the files of a guest",
+        reason: "a guest boots from one file; kernel modules are compressed",
+        need: Need::Vm,
+        is_there: || {
+            let tools = ["cpio", "ldd", "strip", "xz", "zstd"];
+            are_there(&tools) && is_static("busybox")
+        },
+        remedy: || {
+            Remedy::Packages(&[
+                "binutils",
+                "busybox-static",
+                "cpio",
+                "libc-bin",
+                "xz-utils",
+                "zstd",
+            ])
+        },
+    },
+    Requirement {
+        name: "apt with the keys of Debian's archive",
+        reason: "fetches Debian's kernels",
+        need: Need::Vm,
+        is_there: || {
+            are_there(&["apt-get", "apt-cache", "dpkg-deb"])
+                && Path::new("/usr/share/keyrings/debian-archive-keyring.gpg").is_file()
+        },
+        remedy: || Remedy::Packages(&["apt", "debian-archive-keyring"]),
     },
 ];
 
@@ -268,6 +303,20 @@ fn component(name: &str, packages: &'static [&'static str]) -> Remedy {
     let mut add = Command::new(rustup);
     add.args(["component", "add", name]);
     Remedy::Command(Ok(Box::new(add)), format!("rustup component add {name}"))
+}
+
+fn are_there(programs: &[&str]) -> bool {
+    programs
+        .iter()
+        .all(|program| command::find(program).is_some())
+}
+
+/// A guest begins without libraries.
+fn is_static(program: &str) -> bool {
+    command::find(program).is_some_and(|path| {
+        command::output(Command::new("ldd").arg(path))
+            .is_none_or(|libraries| libraries.contains("statically linked"))
+    })
 }
 
 fn llvm_is_there() -> bool {
