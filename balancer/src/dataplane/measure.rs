@@ -76,7 +76,9 @@ impl Stack {
             .iter()
             .map(|called| self.deepest_from(*called));
         let (bytes, chain) = below.max().unwrap_or_default();
-        let own = self.frames[function].max(1).next_multiple_of(Self::ROUNDING);
+        let own = self.frames[function]
+            .max(1)
+            .next_multiple_of(Self::ROUNDING);
         (bytes + own, [vec![function], chain].concat())
     }
 
@@ -177,8 +179,13 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
     let types = object
         .fixup_and_sanitize_btf(types)?
         .context("the kernel half has no type information")?;
-    let types = bpf::btf_load(&types.to_bytes()).context("the kernel refused the type information")?;
-    let sections: HashSet<_> = object.functions.keys().map(|(section, _)| *section).collect();
+    let types =
+        bpf::btf_load(&types.to_bytes()).context("the kernel refused the type information")?;
+    let sections: HashSet<_> = object
+        .functions
+        .keys()
+        .map(|(section, _)| *section)
+        .collect();
     object.relocate_maps(maps.into_iter(), &sections)?;
     object.relocate_calls(&sections)?;
     object.sanitize_functions(features);
@@ -187,7 +194,7 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
         .iter()
         .map(|(name, program)| {
             let function = &object.functions[&program.function_key()];
-            let instructions: Vec<_> = function.instructions.iter().map(plain).collect();
+            let instructions: Vec<_> = function.instructions.iter().copied().map(plain).collect();
             let starts = function.func_info.func_info.iter();
             let starts: Vec<_> = starts.map(|info| [info.insn_off, info.type_id]).collect();
             let (kind, attach_type) = match program.section {
@@ -225,7 +232,7 @@ fn measure_program(spec: &ProgramSpec<'_>) -> Result<ProgramCost> {
     })
 }
 
-fn plain(instruction: &bpf_insn) -> Instruction {
+fn plain(instruction: bpf_insn) -> Instruction {
     Instruction {
         code: instruction.code,
         registers: instruction.src_reg() << 4 | instruction.dst_reg(),
@@ -258,13 +265,18 @@ fn maps(object: &Ebpf, directory: &Path) -> Result<Vec<(String, u64)>> {
     let mut maps: Vec<_> = object
         .maps()
         .map(|(name, map)| {
-            let data = data(map).with_context(|| format!("the map {name} is of an unknown type"))?;
+            let data =
+                data(map).with_context(|| format!("the map {name} is of an unknown type"))?;
             Ok((name.to_owned(), map_bytes(data)?))
         })
         .collect::<Result<_>>()?;
     maps.sort();
     let pinned = fs::read_dir(directory)?.count();
-    ensure!(maps.len() >= pinned, "{pinned} maps are pinned, but only {} known", maps.len());
+    ensure!(
+        maps.len() >= pinned,
+        "{pinned} maps are pinned, but only {} known",
+        maps.len()
+    );
     Ok(maps)
 }
 
@@ -311,7 +323,8 @@ mod tests {
             NOTHING,
             NOTHING,
         ];
-        let log = "verification time 5 usec\nstack depth 57+0+264\nprocessed 9 insns (limit 1000000)\n";
+        let log =
+            "verification time 5 usec\nstack depth 57+0+264\nprocessed 9 insns (limit 1000000)\n";
         let stack = Stack::read(log, &instructions).expect("understood");
         assert_eq!(stack.frames, [33, 0, 264]);
         assert_eq!(stack.calls, [vec![1, 2], vec![2], vec![]]);

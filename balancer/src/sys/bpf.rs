@@ -549,10 +549,8 @@ pub fn prog_load(spec: &ProgramSpec<'_>) -> Result<OwnedFd, LoadError> {
 ///
 /// # Errors
 /// What the kernel returned. The verifier doesn't say why: for that, [`prog_load`].
-pub fn prog_load_with_statistics(
-    spec: &ProgramSpec<'_>,
-) -> Result<(OwnedFd, String), LoadError> {
-    /// `BPF_LOG_STATS` (include/linux/bpf_verifier.h).
+pub fn prog_load_with_statistics(spec: &ProgramSpec<'_>) -> Result<(OwnedFd, String), LoadError> {
+    /// `BPF_LOG_STATS` (`include/linux/bpf_verifier.h`).
     const STATISTICS: u32 = 4;
     let mut attr = program_attr(spec);
     let mut log = vec![0_u8; LOG_BYTES];

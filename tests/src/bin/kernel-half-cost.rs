@@ -30,7 +30,8 @@ fn cost(object: &Path) -> Result<Cost> {
         nix::unistd::geteuid().is_root(),
         "its programs are loaded for that, which takes root (or CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN)"
     );
-    let object = std::fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
+    let object =
+        std::fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
     measure(&Paths::new(Path::new("/sys/fs/bpf/balancer-cost")), &object)
 }
 

@@ -47,14 +47,18 @@ pub fn cache() -> Result<PathBuf> {
 pub fn fetch(kernel: &Kernel, refresh: bool) -> Result<Files> {
     let directory = cache()?.join("kernels").join(&kernel.name);
     if refresh || !directory.join(RELEASE).is_file() {
-        eprintln!("fetching the kernel {} from Debian's {}", kernel.name, kernel.suite);
+        eprintln!(
+            "fetching the kernel {} from Debian's {}",
+            kernel.name, kernel.suite
+        );
         unpack(kernel, &directory)?;
     }
     files(&directory)
 }
 
 fn files(directory: &Path) -> Result<Files> {
-    let read = fs::read_to_string(directory.join(RELEASE)).context("cannot read what was unpacked")?;
+    let read =
+        fs::read_to_string(directory.join(RELEASE)).context("cannot read what was unpacked")?;
     let (release, package) = read
         .trim()
         .split_once('\n')
@@ -86,7 +90,12 @@ fn unpack(kernel: &Kernel, directory: &Path) -> Result<()> {
     let archives = directory.join("archives");
     fs::create_dir_all(&archives).with_context(|| format!("cannot make {}", archives.display()))?;
     let mut download = apt.command("apt-get");
-    command::run(download.arg("download").args(&packages).current_dir(&archives))?;
+    command::run(
+        download
+            .arg("download")
+            .args(&packages)
+            .current_dir(&archives),
+    )?;
     for entry in fs::read_dir(&archives)?.flatten() {
         let mut extract = Command::new("dpkg-deb");
         command::run(extract.arg("--extract").arg(entry.path()).arg(&root))?;
@@ -104,11 +113,23 @@ fn release(root: &Path) -> Result<String> {
     let entries = fs::read_dir(&boot).with_context(|| format!("cannot list {}", boot.display()))?;
     let names: Vec<_> = entries
         .flatten()
-        .filter_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("vmlinuz-")?.to_owned()))
+        .filter_map(|entry| {
+            Some(
+                entry
+                    .file_name()
+                    .to_str()?
+                    .strip_prefix("vmlinuz-")?
+                    .to_owned(),
+            )
+        })
         .collect();
     match &names[..] {
         [name] => Ok(name.clone()),
-        _ => bail!("{} holds {} kernels instead of one", boot.display(), names.len()),
+        _ => bail!(
+            "{} holds {} kernels instead of one",
+            boot.display(),
+            names.len()
+        ),
     }
 }
 
@@ -134,13 +155,20 @@ impl Apt {
         }
         let at = |name: &str| directory.join(name);
         fs::write(at("status"), "")?;
-        let sources = format!("deb [arch=amd64 signed-by={KEYRING}] {} {suite} main\n", archive());
+        let sources = format!(
+            "deb [arch=amd64 signed-by={KEYRING}] {} {suite} main\n",
+            archive()
+        );
         fs::write(at("sources.list"), sources)?;
         let configuration = at("apt.conf");
         fs::write(&configuration, settings(&directory))?;
         let apt = Self { configuration };
-        command::run(apt.command("apt-get").args(["--quiet", "update"]))
-            .with_context(|| format!("cannot read what Debian's {suite} holds (in {})", directory.display()))?;
+        command::run(apt.command("apt-get").args(["--quiet", "update"])).with_context(|| {
+            format!(
+                "cannot read what Debian's {suite} holds (in {})",
+                directory.display()
+            )
+        })?;
         Ok(apt)
     }
 
@@ -218,9 +246,16 @@ fn settings(directory: &Path) -> String {
 /// The archive that this machine's apt uses, so that a mirror is used here as well.
 fn archive() -> String {
     let mut query = Command::new("apt-get");
-    query.args(["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]);
+    query.args([
+        "indextargets",
+        "--format",
+        "$(REPO_URI)",
+        "Created-By: Packages",
+    ]);
     let used = command::output(&mut query).unwrap_or_default();
-    let archive = used.lines().find(|line| line.trim_end_matches('/').ends_with("/debian"));
+    let archive = used
+        .lines()
+        .find(|line| line.trim_end_matches('/').ends_with("/debian"));
     archive.unwrap_or(ARCHIVE).to_owned()
 }
 

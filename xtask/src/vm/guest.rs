@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
+use super::Kernel;
 use super::debian::{self, Files};
 use super::report::Report;
-use super::Kernel;
 use crate::command;
 
 /// How long a guest may say nothing: an emulated processor is ten to twenty times slower than this one, and shares it with others.
@@ -19,7 +19,8 @@ const SILENCE: Duration = Duration::from_secs(15 * 60);
 const PROCESSORS: &str = "2";
 const MEMORY_MIB: &str = "3072";
 
-/// Runs the tests on a kernel. Everything that the guest says is printed, and kept in `target/vm/logs`.
+/// Runs the tests on a kernel. Everything that the guest says is printed, after the seconds since its
+/// start, and kept in `target/vm/logs`.
 ///
 /// # Errors
 /// When QEMU can't be started.
@@ -47,7 +48,13 @@ impl Guest {
         // Emulated in software: a machine of a CI is mostly a guest itself, in which nothing else is reliable.
         qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
         qemu.args(["-smp", PROCESSORS, "-m", MEMORY_MIB]);
-        qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]);
+        qemu.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+        ]);
         qemu.args(["-serial", "stdio"]);
         qemu.arg("-kernel").arg(&files.image);
         qemu.arg("-initrd").arg(initramfs);
@@ -62,11 +69,13 @@ impl Guest {
     fn listen(&mut self, report: &mut Report, mut log: File) -> Result<()> {
         let output = self.0.stdout.take().context("the guest has no output")?;
         let lines = lines(output);
+        let began = Instant::now();
         loop {
             match lines.recv_timeout(SILENCE) {
                 Ok(line) => {
-                    println!("{line}");
-                    writeln!(log, "{line}").context("cannot write the log")?;
+                    let timed = format!("{:6.1} {line}", began.elapsed().as_secs_f64());
+                    println!("{timed}");
+                    writeln!(log, "{timed}").context("cannot write the log")?;
                     report.read(&line);
                 }
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),

@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::debian::{self, Files};
 use super::Kernel;
+use super::debian::{self, Files};
 use crate::build::{self, Profile};
 use crate::{command, places};
 
@@ -118,8 +118,9 @@ impl Tree {
     fn libraries(&self, programs: &[PathBuf]) -> Result<()> {
         let mut libraries = BTreeSet::new();
         for program in programs {
-            let list = command::output(Command::new("ldd").arg(program))
-                .with_context(|| format!("cannot tell which libraries {} needs", program.display()))?;
+            let list = command::output(Command::new("ldd").arg(program)).with_context(|| {
+                format!("cannot tell which libraries {} needs", program.display())
+            })?;
             libraries.extend(paths_of(&list).map(PathBuf::from));
         }
         for library in libraries {
@@ -186,7 +187,13 @@ fn pack(root: &Path, image: &Path) -> Result<()> {
         .context("cannot start `find`")?;
     let names = list.stdout.take().context("`find` has no output")?;
     let mut cpio = Command::new(tool("cpio")?);
-    cpio.args(["--create", "--format=newc", "--null", "--quiet", "--owner=0:0"]);
+    cpio.args([
+        "--create",
+        "--format=newc",
+        "--null",
+        "--quiet",
+        "--owner=0:0",
+    ]);
     let written = command::run(
         cpio.current_dir(root)
             .stdin(names)

@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::debian::Files;
 use super::Kernel;
+use super::debian::Files;
 
 /// Begins what the guest itself says, and not a test.
 const GUEST: &str = "guest: ";
@@ -79,7 +79,9 @@ impl Report {
 
 /// The kernels as a table in Markdown, and below it what failed on which.
 pub fn table(reports: &[Report]) -> String {
-    let mut text = String::from("| kernel | Debian's package | outcome | the programs, as this kernel's verifier reports them | time |\n|---|---|---|---|--:|\n");
+    let mut text = String::from(
+        "| kernel | Debian's package | outcome | the programs, as this kernel's verifier reports them | time |\n|---|---|---|---|--:|\n",
+    );
     for report in reports {
         let costs = if report.costs.is_empty() {
             "—".to_owned()
