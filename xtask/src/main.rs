@@ -86,6 +86,9 @@ enum Verb {
         /// Fetch these kernels anew.
         #[arg(long)]
         refresh: bool,
+        /// Run one test of each thing, which takes two or three minutes a kernel: those in tests/vm/quick.
+        #[arg(long, conflicts_with = "arguments")]
+        quick: bool,
         /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given, those in tests/vm/default.
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -151,10 +154,12 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Vm {
             kernel,
             refresh,
+            quick,
             arguments,
         } => vm::run(&vm::Options {
             kernels: kernel,
             refresh,
+            quick,
             arguments,
         }),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),

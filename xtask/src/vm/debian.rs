@@ -16,8 +16,8 @@ const ARCHIVE: &str = "http://deb.debian.org/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// The kernel for virtual machines, which is smaller than the other one and as complete for what the balancer needs.
 const FLAVOUR: &str = "-cloud-amd64";
-/// Written last, so that a directory without it is not complete.
-const RELEASE: &str = "release";
+/// Written last, so that a directory without it is not complete: the package and its version.
+const COMPLETE: &str = "package";
 
 /// An unpacked kernel.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ pub fn cache() -> Result<PathBuf> {
 /// When apt fails, or the packages do not hold what is expected.
 pub fn fetch(kernel: &Kernel, refresh: bool) -> Result<Files> {
     let directory = cache()?.join("kernels").join(&kernel.name);
-    if refresh || !directory.join(RELEASE).is_file() {
+    if refresh || !directory.join(COMPLETE).is_file() {
         eprintln!(
             "fetching the kernel {} from Debian's {}",
             kernel.name, kernel.suite
@@ -57,25 +57,48 @@ pub fn fetch(kernel: &Kernel, refresh: bool) -> Result<Files> {
 }
 
 fn files(directory: &Path) -> Result<Files> {
-    let read =
-        fs::read_to_string(directory.join(RELEASE)).context("cannot read what was unpacked")?;
-    let (release, package) = read
-        .trim()
-        .split_once('\n')
-        .context("what was unpacked is not understood: fetch it anew with --refresh")?;
-    let modules = ["lib/modules", "usr/lib/modules"]
-        .map(|parent| directory.join("root").join(parent).join(release));
+    let package =
+        fs::read_to_string(directory.join(COMPLETE)).context("cannot read what was unpacked")?;
+    let root = directory.join("root");
+    let modules = modules(&root)?;
+    let release = modules
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
+    // Since Linux 7.3 it is beside the modules.
+    let images = [
+        root.join("boot").join(format!("vmlinuz-{release}")),
+        modules.join("vmlinuz"),
+    ];
+    let image = images.into_iter().find(|path| path.is_file());
     Ok(Files {
-        image: directory
-            .join("root/boot")
-            .join(format!("vmlinuz-{release}")),
-        modules: modules
-            .into_iter()
-            .find(|path| path.is_dir())
-            .with_context(|| format!("{} has no modules", directory.display()))?,
-        release: release.to_owned(),
-        package: package.to_owned(),
+        image: image.with_context(|| format!("no kernel {release} is in {}", root.display()))?,
+        modules,
+        release,
+        package: package.trim().to_owned(),
     })
+}
+
+/// The directory of the modules, which is named after the kernel: the only one there.
+fn modules(root: &Path) -> Result<PathBuf> {
+    let parents = ["lib/modules", "usr/lib/modules"].map(|parent| root.join(parent));
+    let entries = parents
+        .iter()
+        .filter_map(|parent| fs::read_dir(parent).ok());
+    let found: Vec<_> = entries
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    match &found[..] {
+        [modules] => Ok(modules.clone()),
+        _ => bail!(
+            "{} holds the modules of {} kernels instead of one",
+            root.display(),
+            found.len()
+        ),
+    }
 }
 
 fn unpack(kernel: &Kernel, directory: &Path) -> Result<()> {
@@ -100,37 +123,10 @@ fn unpack(kernel: &Kernel, directory: &Path) -> Result<()> {
         let mut extract = Command::new("dpkg-deb");
         command::run(extract.arg("--extract").arg(entry.path()).arg(&root))?;
     }
-    let release = release(&root)?;
     let version = apt.version(&package)?;
     remove(&archives)?;
-    let text = format!("{release}\n{package} {version}\n");
-    fs::write(directory.join(RELEASE), text).context("cannot write down what was unpacked")
-}
-
-/// The name of the kernel in `boot`: the only one there.
-fn release(root: &Path) -> Result<String> {
-    let boot = root.join("boot");
-    let entries = fs::read_dir(&boot).with_context(|| format!("cannot list {}", boot.display()))?;
-    let names: Vec<_> = entries
-        .flatten()
-        .filter_map(|entry| {
-            Some(
-                entry
-                    .file_name()
-                    .to_str()?
-                    .strip_prefix("vmlinuz-")?
-                    .to_owned(),
-            )
-        })
-        .collect();
-    match &names[..] {
-        [name] => Ok(name.clone()),
-        _ => bail!(
-            "{} holds {} kernels instead of one",
-            boot.display(),
-            names.len()
-        ),
-    }
+    fs::write(directory.join(COMPLETE), format!("{package} {version}\n"))
+        .context("cannot write down what was unpacked")
 }
 
 fn remove(directory: &Path) -> Result<()> {

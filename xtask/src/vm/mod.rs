@@ -85,7 +85,9 @@ pub struct Options {
     pub kernels: Vec<Kernel>,
     /// Fetch the kernels anew, also those that are there.
     pub refresh: bool,
-    /// Arguments of the test program, a filter mostly; none: those in `tests/vm/default`.
+    /// Run only one test of each thing.
+    pub quick: bool,
+    /// Arguments of the test program, a filter mostly; none: those in `tests/vm/default` or `tests/vm/quick`.
     pub arguments: Vec<String>,
 }
 
@@ -112,7 +114,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let test = test_program()?;
     let mut reports = Vec::new();
     for (kernel, files) in options.kernels.iter().zip(&kernels) {
-        let arguments = arguments(kernel, &options.arguments)?;
+        let arguments = arguments(kernel, options)?;
         let image = initramfs::make(kernel, files, &test, &arguments)?;
         println!("\n=== {}: {}", kernel.name, files.release);
         let report = guest::run(kernel, files, &image)?;
@@ -128,11 +130,12 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 }
 
 /// What the test program is started with in the guest.
-fn arguments(kernel: &Kernel, given: &[String]) -> Result<Vec<String>> {
-    if !kernel.supported || !given.is_empty() {
-        return Ok(given.to_vec());
+fn arguments(kernel: &Kernel, options: &Options) -> Result<Vec<String>> {
+    if !kernel.supported || !options.arguments.is_empty() {
+        return Ok(options.arguments.clone());
     }
-    let path = places::workspace().join("tests/vm/default");
+    let list = if options.quick { "quick" } else { "default" };
+    let path = places::workspace().join("tests/vm").join(list);
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))?;
     let lines = text.lines().map(str::trim);
