@@ -44,7 +44,9 @@ impl Report {
             if let Some(code) = said.strip_prefix("the tests ended with ") {
                 self.code = code.trim().parse().ok();
             } else if let Some(cost) = said.strip_prefix("costs ") {
-                self.costs.push(cost.trim().to_owned());
+                // The frames of the stack are in the log.
+                let sum = cost.split_once(" (").map_or(cost, |(sum, _)| sum);
+                self.costs.push(sum.trim().to_owned());
             }
             return;
         }
