@@ -84,22 +84,13 @@ impl Stack {
 
     /// From the verifier's statistics and the instructions that it was given.
     fn read(log: &str, instructions: &[Instruction]) -> Option<Self> {
-        let line = log
-            .lines()
-            .find_map(|line| line.strip_prefix("stack depth "))?;
-        let frames: Vec<u32> = line
-            .split_whitespace()
-            .next()?
-            .split('+')
-            .map(|frame| frame.parse().ok())
-            .collect::<Option<_>>()?;
+        let mut frames = frames(log)?;
         let starts = starts(instructions);
         // A function that the verifier found to be out of reach is gone.
         if starts.len() != frames.len() {
             return None;
         }
         let owner = |at: usize| starts.partition_point(|start| *start <= at) - 1;
-        let mut frames = frames;
         let mut loops: Vec<_> = loops(instructions).map(owner).collect();
         loops.dedup();
         for function in loops {
@@ -114,6 +105,24 @@ impl Stack {
         }
         Some(Self { frames, calls })
     }
+}
+
+/// The bytes of each function's frame, in the order of the functions: `stack depth 192+48+0`; since Linux 7.3 a line for each,
+/// `subprog 1 (account_rule) global insns_self 303 insns_total 716 stack 48`.
+fn frames(log: &str) -> Option<Vec<u32>> {
+    let each: Vec<_> = log
+        .lines()
+        .filter(|line| line.starts_with("subprog "))
+        .map(|line| line.rsplit_once(" stack ")?.1.trim().parse().ok())
+        .collect::<Option<_>>()?;
+    if !each.is_empty() {
+        return Some(each);
+    }
+    let sum = log
+        .lines()
+        .find_map(|line| line.strip_prefix("stack depth "))?;
+    let frames = sum.split_whitespace().next()?.split('+');
+    frames.map(|frame| frame.parse().ok()).collect()
 }
 
 /// What a function's frame grows by when the verifier puts `bpf_loop` in its place (`optimize_bpf_loop`, kernel/bpf/verifier.c): three
@@ -329,6 +338,18 @@ mod tests {
         assert_eq!(stack.frames, [33, 0, 264]);
         assert_eq!(stack.calls, [vec![1, 2], vec![2], vec![]]);
         assert_eq!(stack.deepest(), (64 + 32 + 288, vec![0, 1, 2]));
+    }
+
+    #[test]
+    fn the_frames_are_read_as_either_kernel_prints_them() {
+        let older = "verification time 5 usec\nstack depth 192+48+0\nprocessed 9 insns\n";
+        assert_eq!(frames(older), Some(vec![192, 48, 0]));
+        let newer = "verification time 5 usec\nstack depth max 240\n\
+                     subprog 0 (account) main insns_self 1577 insns_total 1768 stack 192\n\
+                     subprog 1 (account_rule) global insns_self 303 insns_total 716 stack 48\n\
+                     processed 9 insns\n";
+        assert_eq!(frames(newer), Some(vec![192, 48]));
+        assert_eq!(frames("stack depth max 240\n"), None);
     }
 
     #[test]
