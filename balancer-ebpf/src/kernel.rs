@@ -126,7 +126,11 @@ impl TcpSocket {
     #[inline(always)]
     pub fn observe(&self) -> Observation {
         let hz = constant!(HZ);
-        let age = (unsafe { bpf_jiffies64() } as u32).wrapping_sub(self.overflow());
+        let overflow = self.overflow();
+        let age = (unsafe { bpf_jiffies64() } as u32).wrapping_sub(overflow);
+        // 0 is never. It would be a moment ago when the low half of jiffies wraps around, which is also five minutes after each boot
+        // (`INITIAL_JIFFIES`, include/linux/jiffies.h).
+        let unknown = hz == 0 || overflow == 0;
         Observation {
             half_open: field!(self.0, AT_HALF_OPEN as u32),
             young: field!(self.0, AT_YOUNG as u32),
@@ -134,7 +138,7 @@ impl TcpSocket {
             queue: field!(self.0, AT_QUEUE as u32),
             backlog: field!(self.0, AT_BACKLOG as u32),
             syncookies: self.syncookies(),
-            overflow_age: if hz == 0 { u32::MAX } else { age / hz },
+            overflow_age: if unknown { u32::MAX } else { age / hz },
         }
     }
 

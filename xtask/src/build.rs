@@ -54,20 +54,42 @@ pub fn balancer(profile: Profile) -> Result<()> {
     command::run(&mut build)
 }
 
+/// Says what the kernel half costs: size, the verifier's work, stack and maps, for which its programs are loaded. Where that is not
+/// possible it is said, and no failure: what was built is as good as before.
+///
+/// # Errors
+/// When the program that measures it can't be started.
+pub fn print_cost(profile: Profile) -> Result<()> {
+    let program = places::target()?
+        .join(profile.name())
+        .join("kernel-half-cost");
+    command::run_for_code(Command::new(program).arg(object(profile)?)).map(drop)
+}
+
+/// Where the kernel half is that [`kernel_half`] built.
+///
+/// # Errors
+/// When the target directory can't be told.
+pub fn object(profile: Profile) -> Result<PathBuf> {
+    Ok(places::target()?
+        .join("bpf")
+        .join(profile.name())
+        .join("balancer.o"))
+}
+
 /// Builds the kernel half and puts it where balancer's build script looks: `<target>/bpf/<profile>/balancer.o`, and beside it
 /// `balancer.d`, cargo's list of the sources that went into it.
 ///
 /// # Errors
 /// When there is no compiler for it, or the compiler fails.
 pub fn kernel_half(profile: Profile) -> Result<()> {
-    let bpf = places::target()?.join("bpf");
     let mut cargo = kernel_half_cargo("build", &[])?;
     if profile == Profile::Debug {
         cargo.args(["--features", "log"]);
     }
     command::run(&mut cargo).context("the kernel half was not built")?;
     let outcome = scratch_directory()?.join(TARGET).join("bpf");
-    let object = bpf.join(profile.name()).join("balancer.o");
+    let object = object(profile)?;
     let sources = object.with_extension("d");
     // Only what is new, so that the host's programs are built again only then. cargo writes its list anew each time.
     if !sources.is_file() || is_older(&object, &outcome.join("balancer-bpf"))? {

@@ -14,6 +14,7 @@ mod machine;
 mod places;
 mod setup;
 mod verbs;
+mod vm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -37,7 +38,7 @@ enum Verb {
     ///
     /// Changes nothing when nothing is missing. Without apt-get, or without root, it prints the commands and fails.
     Setup,
-    /// Build the kernel half, then everything else.
+    /// Build the kernel half, then everything else, and say what the kernel half costs the kernel.
     Build {
         /// An optimised build, without log lines from the kernel programs.
         #[arg(long)]
@@ -104,6 +105,24 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run the tests on other kernels: Debian's, in QEMU, which emulates a machine. Prints a table of what passed where.
+    ///
+    /// Kernels: 5.10 (bullseye; too old, so the balancer must say so), 6.1 (bookworm), 6.12 (trixie), backports, sid, or a version that
+    /// trixie-backports has, as in 7.0. They are fetched from Debian's archive once, and kept in target/vm.
+    Vm {
+        /// On which ones, in this order.
+        #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = vm::DEFAULT, value_parser = vm::Kernel::parse)]
+        kernel: Vec<vm::Kernel>,
+        /// Fetch these kernels anew.
+        #[arg(long)]
+        refresh: bool,
+        /// Run one test of each thing, which takes two or three minutes a kernel: those in tests/vm/quick.
+        #[arg(long, conflicts_with = "arguments")]
+        quick: bool,
+        /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given, those in tests/vm/default.
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
     /// Run the balancer in front of the real thing.
     #[command(subcommand)]
     E2e(EndToEnd),
@@ -146,11 +165,13 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Build { release } => {
             setup::ensure(&[Need::Build])?;
-            build::everything(if release {
+            let profile = if release {
                 build::Profile::Release
             } else {
                 build::Profile::Debug
-            })?;
+            };
+            build::everything(profile)?;
+            build::print_cost(profile)?;
             Ok(ExitCode::SUCCESS)
         }
         Verb::Lint => verbs::lint(),
@@ -171,6 +192,17 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Manifests { check } => helm::manifests(check),
         Verb::Demo => verbs::demo(),
         Verb::Bench { arguments } => verbs::bench(&arguments),
+        Verb::Vm {
+            kernel,
+            refresh,
+            quick,
+            arguments,
+        } => vm::run(&vm::Options {
+            kernels: kernel,
+            refresh,
+            quick,
+            arguments,
+        }),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
         Verb::E2e(EndToEnd::K8s { keep }) => verbs::end_to_end_kubernetes(keep),
     }

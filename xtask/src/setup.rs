@@ -27,11 +27,13 @@ pub enum Need {
     Fuzz,
     /// What the measurements compare with.
     Bench,
+    /// Guests with other kernels.
+    Vm,
 }
 
 impl Need {
     /// Everything.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Build,
         Self::Lint,
         Self::Kernel,
@@ -40,6 +42,7 @@ impl Need {
         Self::RealOap,
         Self::Fuzz,
         Self::Bench,
+        Self::Vm,
     ];
 }
 
@@ -140,7 +143,7 @@ const REQUIREMENTS: &[Requirement] = &[
         name: "a busybox that needs no libraries",
         reason: "is what is in the tests' container images",
         needs: &[Need::Cluster],
-        is_there: busybox_is_static,
+        is_there: || is_static("busybox"),
         remedy: || Remedy::Packages(&["busybox-static"]),
     },
     Requirement {
@@ -202,6 +205,42 @@ const REQUIREMENTS: &[Requirement] = &[
         needs: &[Need::Fuzz],
         is_there: || fuzz::tool().is_some(),
         remedy: || Remedy::Command(fuzz::install().map(Box::new), fuzz::install_by_hand()),
+    },
+    Requirement {
+        name: "QEMU for x86-64",
+        reason: "runs other kernels, emulated",
+        needs: &[Need::Vm],
+        is_there: || are_there(&["qemu-system-x86_64"]),
+        remedy: || Remedy::Packages(&["qemu-system-x86"]),
+    },
+    Requirement {
+        name: "what packs the files of a guest",
+        reason: "a guest boots from one file; kernel modules are compressed",
+        needs: &[Need::Vm],
+        is_there: || {
+            let tools = ["cpio", "ldd", "strip", "xz", "zstd"];
+            are_there(&tools) && is_static("busybox")
+        },
+        remedy: || {
+            Remedy::Packages(&[
+                "binutils",
+                "busybox-static",
+                "cpio",
+                "libc-bin",
+                "xz-utils",
+                "zstd",
+            ])
+        },
+    },
+    Requirement {
+        name: "apt with the keys of Debian's archive",
+        reason: "fetches Debian's kernels",
+        needs: &[Need::Vm],
+        is_there: || {
+            are_there(&["apt-get", "apt-cache", "dpkg-deb"])
+                && Path::new("/usr/share/keyrings/debian-archive-keyring.gpg").is_file()
+        },
+        remedy: || Remedy::Packages(&["apt", "debian-archive-keyring"]),
     },
 ];
 
@@ -337,10 +376,12 @@ fn are_there(programs: &[&str]) -> bool {
         .all(|program| command::find(program).is_some())
 }
 
-/// `ldd` fails where there is nothing to load.
-fn busybox_is_static() -> bool {
-    command::find("busybox")
-        .is_some_and(|busybox| command::output(Command::new("ldd").arg(busybox)).is_none())
+/// A guest begins without libraries.
+fn is_static(program: &str) -> bool {
+    command::find(program).is_some_and(|path| {
+        command::output(Command::new("ldd").arg(path))
+            .is_none_or(|libraries| libraries.contains("statically linked"))
+    })
 }
 
 fn llvm_is_there() -> bool {

@@ -48,6 +48,8 @@ pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
         .take_while(|argument| *argument != "--")
         .collect();
     let some_packages = to_cargo.iter().any(|argument| names_a_package(argument));
+    // Tests bound what either kernel half costs the kernel.
+    build::kernel_half(Profile::Release)?;
     let mut test = build::cargo("test");
     if !some_packages || to_cargo.iter().any(|argument| argument.contains(TESTS)) {
         setup::ensure(&[Need::Kubernetes, Need::Cluster])?;

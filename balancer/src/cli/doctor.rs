@@ -105,13 +105,24 @@ pub(super) fn text(report: &Report) -> String {
             Status::Warn => "WARN",
             Status::Fail => "FAIL",
         };
-        text += &wrapped(&format!("{mark}  {}: ", check.name), &check.found);
+        text += &found(&format!("{mark}  {}: ", check.name), &check.found);
         text += &wrapped("      ", &check.means);
         if let Some(advice) = &check.advice {
             text += &wrapped("      -> ", advice);
         }
     }
     text + "\n" + &summary(report)
+}
+
+/// What was found; a log that follows it in lines of its own, as the verifier's does, stays in them.
+fn found(first: &str, text: &str) -> String {
+    let (sentence, log) = text.split_once('\n').unwrap_or((text, ""));
+    let log = log
+        .lines()
+        .map(|line| format!("{}\n", format!("      {line}").trim_end()));
+    std::iter::once(wrapped(first, sentence))
+        .chain(log)
+        .collect()
 }
 
 fn summary(report: &Report) -> String {

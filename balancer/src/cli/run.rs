@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
-use crate::agent;
+use crate::{agent, config::ConfigError, doctor};
 
 /// Balance what a configuration file says, until told to stop (changes the kernel)
 ///
@@ -83,6 +83,15 @@ impl Run {
             .build()
             .context("can't start the daemon's runtime")?
             .block_on(agent::run(options))
+            .map_err(on_this_kernel)
+    }
+}
+
+/// Whatever went wrong on a kernel that is too old: it is the likely cause, unless the file is.
+fn on_this_kernel(error: anyhow::Error) -> anyhow::Error {
+    match doctor::kernel_too_old() {
+        Some(sentence) if !error.is::<ConfigError>() => error.context(sentence),
+        _ => error,
     }
 }
 

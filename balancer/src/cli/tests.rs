@@ -557,6 +557,28 @@ The balancer can't work here as it should: 1 of 3 checks fail, 1 warn.
 }
 
 #[test]
+fn doctor_leaves_the_lines_of_a_log_as_they_are() {
+    let mut report = report();
+    report.checks.drain(..2);
+    report.checks[0].found =
+        "refused, with this log:\n0: (bf) r6 = r1   ; R1=ctx()\n\nprocessed 1 insns".to_owned();
+    assert_text(
+        &doctor::text(&report),
+        "\
+FAIL  btf: refused, with this log:
+      0: (bf) r6 = r1   ; R1=ctx()
+
+      processed 1 insns
+      every connection is judged again at its ACK, so a refusal may come after the client's connect
+      has succeeded
+      -> boot a kernel with CONFIG_DEBUG_INFO_BTF
+
+The balancer can't work here as it should: 1 of 1 checks fail, 0 warn.
+",
+    );
+}
+
+#[test]
 fn doctor_as_json_is_as_contracted() {
     let mut report = report();
     report.checks.drain(..2);

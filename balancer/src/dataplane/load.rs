@@ -40,6 +40,11 @@ impl Kernel {
 
     /// Creates or opens every map in the directory and makes the programs ready to be loaded for a namespace.
     pub fn open_object(&self, directory: &Path, netns: u64) -> Result<Ebpf> {
+        self.open(OBJECT, directory, netns)
+    }
+
+    /// The same with another object than the one that is built in.
+    pub(super) fn open(&self, object: &[u8], directory: &Path, netns: u64) -> Result<Ebpf> {
         let at = &self.offsets;
         let mask = at.ipv6only_mask;
         let constants: [(&str, &u32); 16] = [
@@ -66,7 +71,7 @@ impl Kernel {
         for (name, value) in constants {
             loader.override_global(name, value, true);
         }
-        loader.load(OBJECT).with_context(|| {
+        loader.load(object).with_context(|| {
             format!(
                 "cannot create the maps under {} (is it on a BPF file system? are we root?)",
                 directory.display()
@@ -127,6 +132,16 @@ fn say_loaded(program: &str, took: Duration, info: Result<ProgramInfo, ProgramEr
 /// # Errors
 /// When the kernel half is not built in, the place is not on a BPF file system, or the kernel refuses something.
 pub fn trial(paths: &Paths) -> Result<()> {
+    on_trial(paths, |directory| {
+        let mut object = Kernel::read()?.open_object(directory, 0)?;
+        account(&mut object)?;
+        steer(&mut object)?;
+        Ok(())
+    })
+}
+
+/// Does something in a directory for pins that is there for as long as that takes, beside the state directory.
+pub(super) fn on_trial<T>(paths: &Paths, work: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let directory = paths.trial();
     ensure!(
         is_bpffs(&directory)?,
@@ -134,16 +149,9 @@ pub fn trial(paths: &Paths) -> Result<()> {
         directory.display()
     );
     pins::make_directory(&directory)?;
-    let loaded = load_both(&directory);
+    let outcome = work(&directory);
     pins::remove_directory(&directory)?;
-    loaded
-}
-
-fn load_both(directory: &Path) -> Result<()> {
-    let mut object = Kernel::read()?.open_object(directory, 0)?;
-    account(&mut object)?;
-    steer(&mut object)?;
-    Ok(())
+    outcome
 }
 
 /// The verifier's log in full: without it nobody can tell what it minded.

@@ -138,7 +138,7 @@ pub(super) fn checks() -> Vec<Check> {
     checks
 }
 
-fn release() -> String {
+pub(super) fn release() -> String {
     nix::sys::utsname::uname()
         .map(|names| names.release().to_string_lossy().into_owned())
         .unwrap_or_default()
@@ -147,7 +147,7 @@ fn release() -> String {
 fn version(release: &str) -> Check {
     const NAME: &str = "kernel";
     let found = format!("Linux {release}");
-    if parse(release).is_some_and(|version| version >= OLDEST) {
+    if is_new_enough(release) {
         return Check::ok(
             NAME,
             found,
@@ -163,6 +163,20 @@ fn version(release: &str) -> Check {
         ),
         format!("use a kernel of Linux {major}.{minor} or newer"),
     )
+}
+
+/// What to say of the running kernel where it is older than any on which the balancer is tried.
+pub(super) fn too_old(release: &str) -> Option<String> {
+    let (major, minor) = OLDEST;
+    (!is_new_enough(release)).then(|| {
+        format!(
+            "Linux {release} is too old for this: use Linux {major}.{minor} or newer (`balancer doctor` says what this one lacks)"
+        )
+    })
+}
+
+fn is_new_enough(release: &str) -> bool {
+    parse(release).is_some_and(|version| version >= OLDEST)
 }
 
 /// `6.1.0-18-amd64`: the first two numbers.
@@ -277,6 +291,9 @@ mod tests {
         assert_eq!(status("5.15.0"), Status::Warn);
         assert_eq!(status("5.100"), Status::Warn);
         assert_eq!(status("nonsense"), Status::Warn);
+        assert_eq!(too_old("6.1.0-18-amd64"), None);
+        let said = too_old("5.10.0-32-amd64").expect("it is");
+        assert!(said.contains("5.10.0") && said.contains("Linux 6.1 or newer"));
     }
 
     #[test]

@@ -108,6 +108,11 @@ impl Report {
     }
 }
 
+/// What to say of the running kernel where it is older than any on which the balancer is tried.
+pub fn kernel_too_old() -> Option<String> {
+    features::too_old(&features::release())
+}
+
 /// Looks at everything. What can't be looked at is a finding, too.
 pub fn run(options: &Options) -> Report {
     let mut checks = features::checks();

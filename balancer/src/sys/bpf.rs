@@ -529,8 +529,49 @@ impl std::error::Error for LoadError {
 /// # Errors
 /// What the kernel returned and what its verifier said.
 pub fn prog_load(spec: &ProgramSpec<'_>) -> Result<OwnedFd, LoadError> {
+    let mut attr = program_attr(spec);
+    if let Ok(fd) = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr) {
+        return owned(fd).map_err(|source| LoadError {
+            source,
+            log: String::new(),
+        });
+    }
+    let mut log = vec![0_u8; LOG_BYTES];
+    log_to(&mut attr, &mut log, 1);
+    bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr)
+        .and_then(owned)
+        .map_err(|source| LoadError {
+            source,
+            log: last_words(&log),
+        })
+}
+
+/// Loads a program, and returns with it the verifier's statistics: how long it took, the stack of each function, its work.
+///
+/// # Errors
+/// What the kernel returned. The verifier doesn't say why: for that, [`prog_load`].
+pub fn prog_load_with_statistics(spec: &ProgramSpec<'_>) -> Result<(OwnedFd, String), LoadError> {
+    /// `BPF_LOG_STATS` (`include/linux/bpf_verifier.h`).
+    const STATISTICS: u32 = 4;
+    let mut attr = program_attr(spec);
+    let mut log = vec![0_u8; LOG_BYTES];
+    log_to(&mut attr, &mut log, STATISTICS);
+    let loaded = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr).and_then(owned);
+    match loaded {
+        Ok(program) => Ok((program, log_text(&log))),
+        Err(source) => Err(LoadError {
+            source,
+            log: log_text(&log),
+        }),
+    }
+}
+
+/// Room for the verifier's log of a small program, or for its statistics.
+const LOG_BYTES: usize = 64 * 1024;
+
+/// The attributes of `BPF_PROG_LOAD`: they hold addresses of what `spec` borrows.
+fn program_attr(spec: &ProgramSpec<'_>) -> bpf_attr {
     const LICENSE: &CStr = c"GPL";
-    let mut log = vec![0_u8; 64 * 1024];
     let mut attr = zeroed();
     attr.__bindgen_anon_3.prog_type = spec.kind as u32;
     attr.__bindgen_anon_3.expected_attach_type =
@@ -545,22 +586,21 @@ pub fn prog_load(spec: &ProgramSpec<'_>) -> Result<OwnedFd, LoadError> {
         attr.__bindgen_anon_3.func_info = address(functions.starts.as_ptr());
         attr.__bindgen_anon_3.func_info_cnt = length(functions.starts);
     }
-    let first = bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr);
-    if let Ok(fd) = first {
-        return owned(fd).map_err(|source| LoadError {
-            source,
-            log: String::new(),
-        });
-    }
-    attr.__bindgen_anon_3.log_level = 1;
+    attr
+}
+
+/// Makes the verifier write what `level` asks for to `log`.
+fn log_to(attr: &mut bpf_attr, log: &mut [u8], level: u32) {
+    attr.__bindgen_anon_3.log_level = level;
     attr.__bindgen_anon_3.log_buf = address(log.as_mut_ptr());
-    attr.__bindgen_anon_3.log_size = length(&log);
-    bpf(bpf_cmd::BPF_PROG_LOAD, &mut attr)
-        .and_then(owned)
-        .map_err(|source| LoadError {
-            source,
-            log: last_words(&log),
-        })
+    attr.__bindgen_anon_3.log_size = length(log);
+}
+
+fn log_text(log: &[u8]) -> String {
+    CStr::from_bytes_until_nul(log)
+        .map(CStr::to_string_lossy)
+        .unwrap_or_default()
+        .into_owned()
 }
 
 /// Runs a program that reads its context alone, and nothing of a packet, so many times in a row (`BPF_PROG_TEST_RUN`); returns how long
@@ -582,9 +622,7 @@ pub fn prog_test_run(program: impl AsFd, context: &[u8], times: u32) -> io::Resu
 
 /// The end of the verifier's log: its verdict stands before the line of statistics.
 fn last_words(log: &[u8]) -> String {
-    let text = CStr::from_bytes_until_nul(log)
-        .map(CStr::to_string_lossy)
-        .unwrap_or_default();
+    let text = log_text(log);
     let lines: Vec<&str> = text
         .lines()
         .filter(|line| !line.starts_with("processed ") && !line.is_empty())
