@@ -11,11 +11,7 @@ mod drive;
 mod evenness;
 mod grpc;
 mod hold;
-#[path = "../e2e-oap/interrupt.rs"]
-mod interrupt;
 mod peers;
-#[path = "../e2e-oap/process.rs"]
-mod process;
 mod programs;
 mod rate;
 mod report;
@@ -33,6 +29,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Result;
+use balancer_tests::story::{interrupt, process};
 use clap::{Parser, Subcommand};
 
 use crate::report::Report;

@@ -12,7 +12,6 @@ mod cluster;
 mod graphql;
 mod http;
 mod layout;
-mod process;
 mod scenario;
 mod sockets;
 mod world;
@@ -21,7 +20,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use balancer_tests::story::{Report, interrupt};
+use balancer_tests::story::{Report, interrupt, process};
 use cache::Cache;
 
 fn main() -> ExitCode {
