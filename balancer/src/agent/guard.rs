@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use crate::config::Namespaces;
 use crate::dataplane::{SlotView, Writer};
 use crate::discover::{Wanted, find, namespaces};
-use crate::sys::netns;
+use crate::sys::{memory, netns};
 
 /// A namespace that can't be found is looked for again only after so long: that takes a look at every thread.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(2);
@@ -163,6 +163,9 @@ impl Guarded {
 
     /// Attaches `steer` to newcomers.
     pub fn guard(&mut self, newcomers: &[Open], writer: &mut Writer) {
+        if newcomers.is_empty() {
+            return;
+        }
         for (cookie, file) in newcomers {
             match writer.guard(file.as_fd(), *cookie) {
                 Ok(()) => {
@@ -176,6 +179,7 @@ impl Guarded {
                 }
             }
         }
+        memory::give_back();
     }
 
     /// Takes `steer` off the namespaces that are gone or not wanted any more.

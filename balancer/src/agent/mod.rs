@@ -24,7 +24,7 @@ use crate::admin::{Reply, Request, Response, Server};
 use crate::config::{Config, Namespaces};
 use crate::dataplane::{Events, Paths, Plan, Writer};
 use crate::discover::cgroup2_mount;
-use crate::sys::clock;
+use crate::sys::{clock, memory};
 use crate::sys::privileges::{Kept, drop_to, suffice_for};
 
 /// The longest time between two ticks; shorter where `fail_open_after` is short.
@@ -114,6 +114,7 @@ pub async fn run(options: Options) -> Result<()> {
             return Err(error);
         }
     };
+    memory::give_back();
     info!("ready");
     let end = agent.serve(events, admin, signals).await?;
     agent.finish(end)

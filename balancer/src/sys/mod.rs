@@ -4,6 +4,7 @@
 
 pub mod bpf;
 pub mod clock;
+pub mod memory;
 pub mod netns;
 pub mod pidfd;
 pub mod privileges;
