@@ -24,8 +24,8 @@ use crate::admin::{Reply, Request, Response, Server};
 use crate::config::{Config, Namespaces};
 use crate::dataplane::{Events, Paths, Plan, Writer};
 use crate::discover::cgroup2_mount;
-use crate::sys::{clock, memory};
 use crate::sys::privileges::{Kept, drop_to, suffice_for};
+use crate::sys::{clock, memory};
 
 /// The longest time between two ticks; shorter where `fail_open_after` is short.
 const TICK: Duration = Duration::from_secs(1);

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use balancer::admin::{Request, Response, ask};
+use balancer::admin::{ANSWERS_WITHIN, Request, Response, ask};
 use balancer_tests::fixtures::{Balancer, Machine, Netns, Signal};
 use serde::Serialize;
 use serde_json::json;
@@ -168,7 +168,12 @@ fn set(balancer: &Balancer<'_>, quota: u32) -> Result<Instant> {
         quota,
     };
     let asked = Instant::now();
-    match ask(&balancer.socket(), balancer.state(), &request)? {
+    match ask(
+        &balancer.socket(),
+        balancer.state(),
+        &request,
+        ANSWERS_WITHIN,
+    )? {
         Some(Response::Done { .. }) => Ok(asked),
         other => bail!("the daemon did not set a quota: {other:?}"),
     }
