@@ -33,6 +33,7 @@ pub struct InCluster {
     joined: Instant,
     identity: Identity,
     view: View,
+    dismissed: bool,
     ports: Ports,
     ties: Ties,
     shares: Shares,
@@ -54,6 +55,7 @@ impl InCluster {
             joined: Instant::now(),
             identity,
             view,
+            dismissed: false,
             ports: Ports::default(),
             ties,
             shares: Shares::new(),
@@ -67,6 +69,10 @@ impl InCluster {
 
     /// Takes in what is known now.
     pub fn refresh(&mut self) {
+        if self.api.dismissed() != self.dismissed {
+            self.dismissed = !self.dismissed;
+            self.tell_dismissal();
+        }
         let mut view = self.api.view();
         view.groups = distinct(view.groups);
         // What was known is better than a list that is not complete yet.
@@ -76,6 +82,18 @@ impl InCluster {
             self.view.silent_for = view.silent_for;
             self.view.problems = view.problems;
             self.view.nodes = view.nodes;
+        }
+    }
+
+    fn tell_dismissal(&self) {
+        if self.dismissed {
+            info!(
+                "the DaemonSet of this daemon is gone, or about to go: at TERM everything is taken out of the kernel"
+            );
+        } else {
+            info!(
+                "there is a DaemonSet of this daemon again: at TERM the data plane stays for the next one"
+            );
         }
     }
 

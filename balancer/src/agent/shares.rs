@@ -1,7 +1,7 @@
 //! The quotas of the backends of a cluster: each group's total, shared out among its pods that are ready.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,9 @@ use crate::quota::{Known, Outcome, Quota, Ready, Total, compute_cluster};
 /// What an agent published longer ago than this says nothing about now.
 pub const STALE: Duration = Duration::from_secs(60);
 
+/// For so long it is waited for the word of the agent of a pod that has become ready. Then it has none, or that one is not well.
+const TELLS_WITHIN: Duration = Duration::from_secs(20);
+
 /// The most sources of a group that are told to the others.
 const MOST_PUBLISHED: usize = 64;
 
@@ -34,6 +37,8 @@ pub struct Shares {
     refusals: Refusals<GroupId>,
     /// Why the quotas are as they are.
     sentences: BTreeMap<GroupId, String>,
+    /// Pods of which no agent has told yet, by uid, and since when they have been ready.
+    awaited: BTreeMap<String, Instant>,
 }
 
 /// The backends of one group at one moment.
@@ -64,6 +69,7 @@ impl Shares {
             windows: BTreeMap::new(),
             refusals: Refusals::default(),
             sentences: BTreeMap::new(),
+            awaited: BTreeMap::new(),
         }
     }
 
@@ -161,6 +167,12 @@ impl Shares {
     fn forget(&mut self, groups: &Groups) {
         let now = self.started.elapsed();
         self.refusals.tidy(now, |id| groups.contains_key(id));
+        let uids: HashSet<&str> = groups
+            .values()
+            .flatten()
+            .map(|endpoint| endpoint.uid.as_str())
+            .collect();
+        self.awaited.retain(|uid, _| uids.contains(uid.as_str()));
         self.windows.retain(|id, _| groups.contains_key(id));
         self.sentences.retain(|id, _| groups.contains_key(id));
         self.waits.retain(|id| groups.contains_key(id));
@@ -183,16 +195,41 @@ impl Shares {
             silent_for: view.silent_for,
             hold_for: config.hold_for,
         };
-        let outcome = compute_cluster(
-            &group.entry.quota,
-            &known,
-            &inputs,
-            self.waits.waited(group.id),
-        );
+        let waited = self.waits.waited(group.id);
+        let outcome = match self.awaited(group) {
+            0 => compute_cluster(&group.entry.quota, &known, &inputs, waited),
+            awaited => as_before(&inputs, awaited),
+        };
         self.waits.heed(group.id, &outcome);
         self.settle(group, &ready, &outcome, quotas, writer)?;
         self.sentences.insert(group.id.clone(), outcome.sentence);
         Ok(())
+    }
+
+    /// How many pods that are ready nobody has told of yet, where what they hold matters.
+    fn awaited(&mut self, group: &Group<'_>) -> usize {
+        let observed = matches!(
+            group.entry.quota,
+            ClusterQuota::Shared {
+                input: ClusterInput::Observed { .. },
+                ..
+            }
+        );
+        if !observed {
+            return 0;
+        }
+        let mut awaited = 0;
+        for (endpoint, count) in group.ready() {
+            if count.is_some() {
+                self.awaited.remove(&endpoint.uid);
+                continue;
+            }
+            let since = self.awaited.entry(endpoint.uid.clone());
+            if since.or_insert_with(Instant::now).elapsed() < TELLS_WITHIN {
+                awaited += 1;
+            }
+        }
+        awaited
     }
 
     fn settle(
@@ -311,6 +348,21 @@ impl Shares {
             writer.write_sentence(service, &words)?;
         }
         Ok(())
+    }
+}
+
+/// Quotas stay, where there are any, until all agents have told what there is to be shared out.
+fn as_before(ready: &[Ready], awaited: usize) -> Outcome {
+    Outcome {
+        quotas: ready
+            .iter()
+            .map(|ready| ready.previous.unwrap_or(Quota::Unlimited))
+            .collect(),
+        sentence: format!(
+            "as before: the agents of {awaited} of {} ready pods have not told yet",
+            ready.len()
+        ),
+        lowering: false,
     }
 }
 

@@ -16,6 +16,10 @@ use crate::sys::netns;
 /// A listener that belongs to no pod that is looked for is looked at again only after so long.
 const LOOK_AGAIN_AFTER: Duration = Duration::from_secs(2);
 
+/// For so long `steer` stays where somebody listens on a port of ours and no pod is known yet: the listener is there before its pod's address has
+/// gone from the kubelet through the API server into an `EndpointSlice`.
+const BELIEVED_FOR: Duration = Duration::from_secs(60);
+
 /// The groups of the cluster with their pods.
 pub type Groups = BTreeMap<GroupId, Vec<Endpoint>>;
 
@@ -36,6 +40,7 @@ pub struct Ties {
 struct Seen {
     addresses: HashSet<IpAddr>,
     at: Instant,
+    first: Instant,
 }
 
 #[derive(Debug)]
@@ -100,12 +105,11 @@ impl Ties {
             return false;
         }
         self.seen.get(&cookie).is_none_or(|seen| {
-            seen.at.elapsed() >= LOOK_AGAIN_AFTER
-                || self.local(groups).any(|(_, endpoint)| seen.is_of(endpoint))
+            seen.is_young() || seen.at.elapsed() >= LOOK_AGAIN_AFTER || self.is_pod(seen, groups)
         })
     }
 
-    /// Looks at the addresses of a namespace. True: a pod that is looked for has it.
+    /// Looks at the addresses of a namespace. True: a pod that is looked for has it, or may turn out to.
     pub fn look(&mut self, cookie: u64, file: &OwnedFd, groups: &Groups) -> bool {
         let addresses = match addresses(file) {
             Ok(addresses) => addresses,
@@ -114,13 +118,20 @@ impl Ties {
                 HashSet::new()
             }
         };
+        let now = Instant::now();
+        let before = self.seen.get(&cookie);
         let seen = Seen {
             addresses,
-            at: Instant::now(),
+            at: now,
+            first: before.map_or(now, |seen| seen.first),
         };
-        let wanted = self.local(groups).any(|(_, endpoint)| seen.is_of(endpoint));
+        let wanted = seen.is_young() || self.is_pod(&seen, groups);
         self.seen.insert(cookie, seen);
         wanted
+    }
+
+    fn is_pod(&self, seen: &Seen, groups: &Groups) -> bool {
+        self.local(groups).any(|(_, endpoint)| seen.is_of(endpoint))
     }
 
     /// Looks for the pods of listeners in the node's own namespace, and forgets what is gone.
@@ -153,12 +164,13 @@ impl Ties {
         }
     }
 
-    /// The namespaces of the listeners that belong to pods.
+    /// The namespaces of the listeners that belong to pods, or may turn out to.
     pub fn namespaces(&self, slots: &[SlotView], groups: &Groups) -> HashSet<u64> {
-        slots
-            .iter()
-            .filter(|view| self.pod(view, groups).is_some())
-            .map(|view| view.member.backend.netns)
+        let of_slots = slots.iter().map(|view| (view, view.member.backend.netns));
+        let young = |cookie: u64| self.seen.get(&cookie).is_some_and(Seen::is_young);
+        of_slots
+            .filter(|(view, cookie)| young(*cookie) || self.pod(view, groups).is_some())
+            .map(|(_, cookie)| cookie)
             .collect()
     }
 
@@ -172,6 +184,10 @@ impl Ties {
 }
 
 impl Seen {
+    fn is_young(&self) -> bool {
+        self.first.elapsed() < BELIEVED_FOR
+    }
+
     fn is_of(&self, endpoint: &Endpoint) -> bool {
         let mut addresses = endpoint.addresses.iter();
         addresses.any(|address| self.addresses.contains(address))
