@@ -1,9 +1,10 @@
 //! Checks that come up more than once in the story.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZero;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use balancer_tests::standin::Cause;
 use balancer_tests::story::{Report, Sight, interrupt};
 
@@ -181,22 +182,51 @@ impl World {
         Ok(())
     }
 
-    /// No OAP has more than its quota, and the fullest not more than the mean by more than the headroom, in percent.
+    /// The fullest OAP has not more than the mean by more than the headroom, in percent, of the total that is shared out. Of what was observed
+    /// that is the most of the last minutes, which may be a little more than there is now.
     pub fn spread(&mut self, report: &mut Report, step: &str, headroom: u32) -> Result<()> {
         self.look()?;
-        let held: Vec<u32> = self.held().iter().map(Held::admitted).collect();
+        let held: Vec<u32> = self.held().into_iter().map(Held::admitted).collect();
+        let admitted = f64::from(held.iter().sum::<u32>().max(1));
         let group = self.groups(Way::OnNode)?.into_iter().next();
-        let quota = group.as_ref().map_or_else(String::new, quotas);
+        let group = group.context("there is an agent")?;
+        let total = total(&group).with_context(|| group.sentence.clone())?;
+        report.check(
+            &format!("{step}: total that is shared out"),
+            &Sight::judged(
+                format!("{admitted}, or a tenth more"),
+                total,
+                (admitted..=admitted * 1.1).contains(&total),
+            ),
+        )?;
         let seen = unevenness(&held);
-        let most = 1.0 + f64::from(headroom) / 100.0;
+        let most = (1.0 + f64::from(headroom) / 100.0) * total.max(admitted) / admitted;
+        let quotas = quotas(&group);
         let step = format!("{step}: max/mean (without: {:.2})", self.uneven);
         let sight = Sight::judged(
             format!("at most {most:.2}"),
-            format!("{seen:.3}: {} of {quota}", slashed(&held)),
+            format!("{seen:.3}: {} of {quotas}", slashed(&held)),
             // A quota is rounded up.
             seen <= most + 1.0 / mean(&held),
         );
         report.check(&step, &sight)
+    }
+
+    /// No OAP has more than its quota, but for connections that opened at the same moment on several processors.
+    pub fn within_quotas(&self, report: &mut Report, step: &str) -> Result<()> {
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let more = 2 * u32::try_from(processors).unwrap_or(1);
+        let groups = self.groups(Way::OnNode)?;
+        let over = groups.iter().flat_map(living).filter(|backend| {
+            let counts = backend.established.zip(backend.exempt);
+            let admitted = counts.map(|(established, exempt)| established - exempt);
+            let over = backend.quota.zip(admitted);
+            over.is_some_and(|(quota, admitted)| admitted > quota + more)
+        });
+        report.check(
+            &format!("{step}: OAPs over their quota"),
+            &Sight::new(0, over.count()),
+        )
     }
 
     /// Every node that runs has an agent that is ready, none of the ones that are told.
@@ -269,6 +299,12 @@ pub fn quotas(group: &Group) -> String {
         quota => quota.to_string(),
     });
     slashed(shown)
+}
+
+/// The connections that the sentence shares out: those of `ceil(400 connections (observed) …`.
+fn total(group: &Group) -> Option<f64> {
+    let (_, rest) = group.sentence.split_once("ceil(")?;
+    rest.split(' ').next()?.parse().ok()
 }
 
 fn mean(held: &[u32]) -> f64 {

@@ -36,7 +36,7 @@ pub struct Held {
 
 impl Held {
     /// Those that the quota is for.
-    pub const fn admitted(&self) -> u32 {
+    pub const fn admitted(self) -> u32 {
         self.established - self.exempt
     }
 }

@@ -109,34 +109,22 @@ fn outage(world: &mut World, report: &mut Report) -> Result<()> {
 
 fn permission(world: &mut World, report: &mut Report) -> Result<()> {
     let mark = world.clients()?.mark(&world.lab)?;
-    let role = format!("{SYSTEM}:{RELEASE}");
-    let rules = |verbs: &[&str]| {
-        json!({"rules": [
-            {"apiGroups": [""], "resources": ["services", "pods"], "verbs": ["list", "watch"]},
-            {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs},
-        ]})
-        .to_string()
-    };
-    let patch = |rules: &str| {
-        let patch = ["patch", "clusterrole", &role, "--type=merge", "--patch"];
-        world.lab.kubectl(&[&patch[..], &[rules]].concat())
-    };
-    patch(&rules(&["list"]))?;
+    allow(world, &["list"])?;
     // A watch that is open stays allowed: only new ones are asked for.
     let api = world.lab.cluster.api_mut();
     api.stop();
     api.start_again();
     let step = "7 watch endpointslices forbidden";
-    let names = |text: &str| text.contains("watch") && text.contains("endpointslices");
+    let tells = |text: &str| text.contains("watch") && text.contains("endpointslices");
     report.wait(
         &format!("{step}: status --cluster that name it"),
         RECOVERS_WITHIN,
         || {
             let views = views(world, Way::OnNode);
-            let name = views
+            let telling = views
                 .iter()
-                .filter(|view| view.problems.iter().any(|problem| names(problem)));
-            Ok(Sight::new(world.agents.len(), name.count()))
+                .filter(|view| view.problems.iter().any(|problem| tells(problem)));
+            Ok(Sight::new(world.agents.len(), telling.count()))
         },
     )?;
     let views = views(world, Way::OnNode);
@@ -144,7 +132,7 @@ fn permission(world: &mut World, report: &mut Report) -> Result<()> {
     report.tell(step, problem.map_or("", String::as_str));
     let agent = world.agents.values().next().context("there is an agent")?;
     let log = agent.log(&world.lab, &["--tail=200"])?;
-    let logged = log.lines().any(|line| line.contains("WARN") && names(line));
+    let logged = log.lines().any(|line| line.contains("WARN") && tells(line));
     report.check(
         &format!("{step}: the log names it"),
         &Sight::new(true, logged),
@@ -155,7 +143,7 @@ fn permission(world: &mut World, report: &mut Report) -> Result<()> {
     let arguments = [&exec[..], &doctor].concat();
     let doctor = world.lab.cluster.admin().attempt(&arguments);
     let said = doctor.stdout + &doctor.stderr;
-    let named = said.lines().any(names);
+    let named = said.lines().any(tells);
     report.check(
         &format!("{step}: doctor names it"),
         &Sight::new(
@@ -164,11 +152,22 @@ fn permission(world: &mut World, report: &mut Report) -> Result<()> {
         ),
     )?;
     world.counts_are_true(report, step, Way::Exec)?;
-    let role_back = rules(&["list", "watch"]);
-    let patch = ["patch", "clusterrole", &role, "--type=merge", "--patch"];
-    world.lab.kubectl(&[&patch[..], &[&role_back]].concat())?;
+    allow(world, &["list", "watch"])?;
     recovers(world, report, "7 allowed again")?;
     world.nothing_lost(report, "7 allowed again", &mark)
+}
+
+/// What the `ClusterRole` of the chart lets agents do with `EndpointSlice`s.
+fn allow(world: &World, verbs: &[&str]) -> Result<()> {
+    let role = format!("{SYSTEM}:{RELEASE}");
+    let rules = json!({"rules": [
+        {"apiGroups": [""], "resources": ["services", "pods"], "verbs": ["list", "watch"]},
+        {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": verbs},
+    ]});
+    let patch = ["patch", "clusterrole", &role, "--type=merge", "--patch"];
+    let rules = rules.to_string();
+    let arguments = [&patch[..], &[&rules]].concat();
+    world.lab.kubectl(&arguments).map(drop)
 }
 
 /// Nothing is wrong any more.

@@ -63,7 +63,7 @@ fn observed(world: &mut World, report: &mut Report) -> Result<()> {
         ),
     )?;
     let agent = world.agents.values().next().context("there is an agent")?;
-    let total: u32 = world.held().iter().map(Held::admitted).sum();
+    let total: u32 = world.held().into_iter().map(Held::admitted).sum();
     let quota = (total * (100 + HEADROOM)).div_ceil(100 * REPLICAS);
     let expected =
         format!("ceil({total} connections (observed) × 1.{HEADROOM} / {REPLICAS} ready) = {quota}");
@@ -126,7 +126,7 @@ fn reconnect(world: &mut World, report: &mut Report) -> Result<()> {
     world.all_connected(report, "2 all come anew")?;
     world.nobody_waited(report, "2 all come anew", &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, "2 all come anew", Way::Exec)?;
-    world.spread(report, "2 all come anew", HEADROOM)
+    world.within_quotas(report, "2 all come anew")
 }
 
 fn name(oap: &Oap) -> String {

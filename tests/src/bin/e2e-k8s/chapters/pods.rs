@@ -8,7 +8,7 @@ use balancer_tests::story::{Report, Sight};
 
 use super::change;
 use crate::agents::Way;
-use crate::checks::{living, quotas, wait};
+use crate::checks::{quotas, wait};
 use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM, WITHOUT_CONNECTION};
 use crate::world::World;
 
@@ -83,15 +83,5 @@ fn come_anew(world: &mut World, report: &mut Report) -> Result<()> {
     report.tell("5 all come anew: all connected", &took);
     world.nobody_waited(report, "5 all come anew", &mark, WITHOUT_CONNECTION)?;
     world.counts_are_true(report, "5 all come anew", Way::Exec)?;
-    let groups = world.groups(Way::OnNode)?;
-    let over = groups.iter().flat_map(living).filter(|backend| {
-        backend
-            .quota
-            .zip(backend.established.zip(backend.exempt))
-            .is_some_and(|(quota, (established, exempt))| established - exempt > quota)
-    });
-    report.check(
-        "5 all come anew: OAPs over their quota",
-        &Sight::new(0, over.count()),
-    )
+    world.within_quotas(report, "5 all come anew")
 }

@@ -43,7 +43,7 @@ pub fn restart(world: &mut World) -> Result<()> {
 
 fn look(world: &mut World, report: &mut Report, step: &str) -> Result<()> {
     world.look()?;
-    let held: Vec<u32> = world.held().iter().map(Held::admitted).collect();
+    let held: Vec<u32> = world.held().into_iter().map(Held::admitted).collect();
     world.uneven = unevenness(&held);
     let seen = format!("{}, max/mean {:.2}", slashed(&held), world.uneven);
     report.tell(step, &seen);
