@@ -6,13 +6,9 @@
 
 mod access_logs;
 mod agents;
-mod cache;
 mod checks;
 mod cluster;
-mod graphql;
-mod http;
 mod layout;
-mod process;
 mod scenario;
 mod sockets;
 mod world;
@@ -21,8 +17,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use balancer_tests::oap::cache::Cache;
 use balancer_tests::story::{Report, interrupt};
-use cache::Cache;
 
 fn main() -> ExitCode {
     match run() {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use balancer_tests::story::interrupt;
+use crate::story::interrupt;
 
 const TAIL_LINES: usize = 25;
 
