@@ -97,13 +97,16 @@ impl Lab {
         serde_json::from_str(&text).context("kubectl does not print JSON")
     }
 
-    /// Whether all that belongs to a Deployment or `DaemonSet` is as it says.
+    /// Whether all that belongs to a Deployment, `DaemonSet` or `StatefulSet` is as it says.
     ///
     /// # Errors
     /// When there is none, or no API server.
     pub fn rolled_out(&self, namespace: &str, what: &str) -> Result<bool> {
         let status = ["rollout", "status", what, "-n", namespace, "--watch=false"];
-        Ok(self.kubectl(&status)?.contains("successfully rolled out"))
+        let said = self.kubectl(&status)?;
+        // The second is what it says of a StatefulSet.
+        let complete = ["successfully rolled out", "rolling update complete"];
+        Ok(complete.iter().any(|words| said.contains(words)))
     }
 
     /// Waits until that is so.
