@@ -105,7 +105,7 @@ impl Lab {
         let status = ["rollout", "status", what, "-n", namespace, "--watch=false"];
         let said = self.kubectl(&status)?;
         // The second is what it says of a StatefulSet.
-        let complete = ["successfully rolled out", "rolling update complete"];
+        let complete = ["successfully rolled out", "roll out complete"];
         Ok(complete.iter().any(|words| said.contains(words)))
     }
 
