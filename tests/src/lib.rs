@@ -3,6 +3,7 @@
 
 pub mod fixtures;
 pub mod kubernetes;
+pub mod oap;
 pub mod standin;
 pub mod story;
 

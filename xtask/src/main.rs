@@ -136,6 +136,9 @@ enum EndToEnd {
     ///
     /// The cluster is made of namespaces on this machine, and is gone afterwards. The first time, Kubernetes and helm are built.
     K8s {
+        /// Instead: two nodes, two clustered Apache SkyWalking OAPs and Java agents as pods. Fetches them first.
+        #[arg(long)]
+        real_oap: bool,
         /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to reach it.
         #[arg(long)]
         keep: bool,
@@ -204,7 +207,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             arguments,
         }),
         Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
-        Verb::E2e(EndToEnd::K8s { keep }) => verbs::end_to_end_kubernetes(keep),
+        Verb::E2e(EndToEnd::K8s { real_oap, keep }) => verbs::end_to_end_kubernetes(real_oap, keep),
     }
 }
 

@@ -101,10 +101,13 @@ pub fn bench(arguments: &[String]) -> Result<ExitCode> {
     become_program(Profile::Release, "bench", arguments)
 }
 
-/// The balancer's image and chart on a real Kubernetes; `keep`: it stays up at the end.
-pub fn end_to_end_kubernetes(keep: bool) -> Result<ExitCode> {
+/// The balancer's image and chart on a real Kubernetes; `real_oap`: with real OAPs, too; `keep`: it stays up at the end.
+pub fn end_to_end_kubernetes(real_oap: bool, keep: bool) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::Kubernetes, Need::Cluster])?;
+    if real_oap {
+        setup::ensure(&[Need::RealOap])?;
+    }
     let kubernetes = kubernetes::program()?;
     let helm = helm::program()?;
     let image = image::make(None, None)?;
@@ -119,6 +122,9 @@ pub fn end_to_end_kubernetes(keep: bool) -> Result<ExitCode> {
         .args(["--name", &image.name])
         .arg("--balancer")
         .arg(image.program);
+    if real_oap {
+        play.arg("--real-oap");
+    }
     if keep {
         play.arg("--keep");
     }

@@ -2,7 +2,7 @@
 //!
 //! The layer is not compressed: it is unpacked on the same machine right away.
 
-use std::fs::{self, File};
+use std::fs::{self, DirEntry, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -106,20 +106,54 @@ impl Image {
         self
     }
 
+    /// Adds the files of a directory of this machine, those in directories below too. A symbolic link becomes what it leads to.
+    ///
+    /// # Panics
+    /// When something can't be read.
+    #[must_use]
+    pub fn directory(self, inside: &str, from: &Path) -> Self {
+        let entries = fs::read_dir(from).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let mut entries =
+            entries.unwrap_or_else(|error| panic!("cannot read {}: {error}", from.display()));
+        entries.sort_by_key(DirEntry::file_name);
+        entries.iter().fold(self, |image, entry| {
+            let inside = format!("{inside}/{}", entry.file_name().to_string_lossy());
+            if entry.path().is_dir() {
+                image.directory(&inside, &entry.path())
+            } else {
+                image.file(&inside, &entry.path())
+            }
+        })
+    }
+
     /// Adds a program of this machine, and the shared libraries that it is loaded with, where they are here.
     ///
     /// # Panics
     /// When it can't be read.
     #[must_use]
     pub fn program(self, inside: &str, from: &Path) -> Self {
-        let output = process::output(Command::new("ldd").arg(from));
+        self.file(inside, from).libraries(from, |_| true)
+    }
+
+    /// Adds the shared libraries of this machine that a program, or a library, is loaded with, but for those in this directory.
+    ///
+    /// # Panics
+    /// When one can't be read.
+    #[must_use]
+    pub fn libraries_outside(self, directory: &Path, of: &Path) -> Self {
+        self.libraries(of, |library| !library.starts_with(directory))
+    }
+
+    fn libraries(self, of: &Path, wanted: impl Fn(&Path) -> bool) -> Self {
+        let output = process::output(Command::new("ldd").arg(of));
         // It fails for a static program.
         let libraries = output.expect("`ldd` can be started").stdout;
         let libraries = String::from_utf8_lossy(&libraries).into_owned();
         let libraries = libraries
             .lines()
-            .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
-        libraries.fold(self.file(inside, from), |image, library| {
+            .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+            .filter(|library| wanted(Path::new(library)));
+        libraries.fold(self, |image, library| {
             image.file(library.trim_start_matches('/'), Path::new(library))
         })
     }

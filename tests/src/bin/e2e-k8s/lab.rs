@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::fixtures::{Finished, binary, process};
-use balancer_tests::kubernetes::{Cluster, Image, objects};
+use balancer_tests::kubernetes::{Cluster, objects};
 use balancer_tests::story::interrupt;
 use clap::Args;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::layout::{NODES, OAPS, RELEASE, SHOP, STANDINS, SYSTEM};
+use crate::layout::{NODES, OAPS, RELEASE, SHOP, SYSTEM};
 
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/helm/balancer");
 
@@ -43,20 +43,20 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Starts three nodes that have the balancer's image and the stand-ins', and makes the namespaces.
+    /// Starts so many nodes that have the balancer's image and that of its peers, which is written for it, and makes the namespaces.
     ///
     /// # Errors
     /// When files can't be written.
-    pub fn start(product: Product) -> Result<Self> {
+    pub fn start(
+        product: Product,
+        nodes: usize,
+        write_image: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
         let directory = tempfile::tempdir().context("cannot make a directory")?;
-        let standins = directory.path().join("standins.tar");
-        let built = |name: &str| binary().with_file_name(name);
-        Image::new(STANDINS)
-            .program("bin/standin-oap", &built("standin-oap"))
-            .program("bin/standin-client", &built("standin-client"))
-            .write(&standins);
-        println!("Starting three nodes");
-        let cluster = Cluster::start(NODES.len(), &[&product.image, &standins]);
+        let image = directory.path().join("image.tar");
+        write_image(&image)?;
+        println!("Starting {nodes} nodes");
+        let cluster = Cluster::start(nodes, &[&product.image, &image]);
         for namespace in [OAPS, SHOP, SYSTEM] {
             cluster.admin().apply(&objects::namespace(namespace));
         }
@@ -97,13 +97,16 @@ impl Lab {
         serde_json::from_str(&text).context("kubectl does not print JSON")
     }
 
-    /// Whether all that belongs to a Deployment or `DaemonSet` is as it says.
+    /// Whether all that belongs to a Deployment, `DaemonSet` or `StatefulSet` is as it says.
     ///
     /// # Errors
     /// When there is none, or no API server.
     pub fn rolled_out(&self, namespace: &str, what: &str) -> Result<bool> {
         let status = ["rollout", "status", what, "-n", namespace, "--watch=false"];
-        Ok(self.kubectl(&status)?.contains("successfully rolled out"))
+        let said = self.kubectl(&status)?;
+        // The second is what it says of a StatefulSet.
+        let complete = ["successfully rolled out", "roll out complete"];
+        Ok(complete.iter().any(|words| said.contains(words)))
     }
 
     /// Waits until that is so.

@@ -1,5 +1,5 @@
 //! The balancer's image and its Helm chart on a real Kubernetes: three nodes, stand-in OAPs behind a Service, several hundred clients in
-//! pods and outside, and what may happen to all of them.
+//! pods and outside, and what may happen to all of them. Or, with `--real-oap`, two nodes, real OAPs and real Java agents.
 //!
 //! Each row of the table that it prints is a check. It goes on after a difference; the exit code is 1 then. The counts are held against
 //! the socket tables of the pods. The cluster is made of namespaces and ends with this program, however that ends.
@@ -13,18 +13,23 @@ mod kernel;
 mod lab;
 mod layout;
 mod oaps;
+mod real_oap;
 mod stamp;
 mod world;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow};
+use balancer_tests::fixtures::binary;
+use balancer_tests::kubernetes::Image;
 use balancer_tests::story::{Report, interrupt};
 use clap::Parser;
 
 use lab::{Lab, Product};
+use layout::{NODES, STANDINS};
 use world::World;
 
 /// The balancer on a real Kubernetes.
@@ -32,6 +37,9 @@ use world::World;
 struct Arguments {
     #[command(flatten)]
     product: Product,
+    /// Real OAPs and Java agents, as pods of two nodes.
+    #[arg(long)]
+    real_oap: bool,
     /// Leave the cluster up at the end, also after a failure, until Ctrl-C.
     #[arg(long)]
     keep: bool,
@@ -51,10 +59,20 @@ fn run(arguments: Arguments) -> Result<()> {
     interrupt::watch()?;
     // Fixtures panic where the machine lacks something. What was made is removed all the same while that unwinds.
     caught(|| {
-        let lab = Lab::start(arguments.product)?;
+        let lab = if arguments.real_oap {
+            real_oap::start(arguments.product)?
+        } else {
+            Lab::start(arguments.product, NODES.len(), standins)?
+        };
         let mut world = World::new(lab);
         let mut report = Report::begin_and_go_on();
-        let played = caught(|| chapters::play(&mut world, &mut report));
+        let played = caught(|| {
+            if arguments.real_oap {
+                real_oap::play(&mut world, &mut report)
+            } else {
+                chapters::play(&mut world, &mut report)
+            }
+        });
         if let Err(error) = &played {
             eprintln!("the story ended early: {error:#}");
             world.explain();
@@ -65,6 +83,20 @@ fn run(arguments: Arguments) -> Result<()> {
         }
         played.and_then(|()| report.end())
     })
+}
+
+/// Writes the image of stand-in OAPs and clients.
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "others that write an image may fail"
+)]
+fn standins(to: &Path) -> Result<()> {
+    let built = |name: &str| binary().with_file_name(name);
+    Image::new(STANDINS)
+        .program("bin/standin-oap", &built("standin-oap"))
+        .program("bin/standin-client", &built("standin-client"))
+        .write(to);
+    Ok(())
 }
 
 /// A panic as an error; what it says is printed already.

@@ -1,11 +1,11 @@
 //! An Envoy that reports each request it serves to the OAPs.
 
 use anyhow::Result;
+use balancer_tests::oap::cache::{Cache, asset};
+use balancer_tests::oap::http;
+use balancer_tests::story::process::{Process, command};
 
-use crate::cache::{Cache, asset};
-use crate::http;
 use crate::layout::ENVOY;
-use crate::process::{Process, command};
 
 /// Envoy's worker threads; each has its own connection to an OAP once it has served a request.
 const WORKERS: &str = "2";

@@ -1,11 +1,11 @@
 //! `SkyWalking` agents that make numbered segments.
 
 use anyhow::Result;
+use balancer_tests::oap::cache::{Cache, asset};
+use balancer_tests::story::process::{Process, command};
 
-use crate::cache::{Cache, asset};
 use crate::cluster::java;
 use crate::layout::{AGENTS, VIRTUAL};
-use crate::process::{Process, command};
 
 const HEAP_MEGABYTES: u32 = 64;
 

@@ -5,16 +5,15 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use balancer_tests::fixtures::Service as ServiceStatus;
+use balancer_tests::oap::graphql::Segments;
+use balancer_tests::oap::segments::{DATA_COMES_BACK_WITHIN, ENOUGH, has_run};
 
 use crate::access_logs::Envoy;
 use crate::agents::Agent;
-use crate::graphql::Segments;
 use crate::layout::{AGENTS, ALS, NODES, Service};
 use crate::world::{World, link, slashed};
 use balancer_tests::story::{Report, Sight};
 
-/// A Java agent that is cut off in the middle of a call is silent for a minute and a half.
-const DATA_COMES_BACK_WITHIN: Duration = Duration::from_secs(150);
 /// An OAP opens a connection to another when it first has data for it, and after a failure backs off for up to two minutes.
 const LINKS_STAND_WITHIN: Duration = Duration::from_secs(150);
 /// Clients start, and find an OAP, so soon.
@@ -23,9 +22,6 @@ pub const AGENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
 pub const DATA_IS_STORED_WITHIN: Duration = Duration::from_secs(40);
 /// The daemon shows so soon what has happened in the kernel.
 pub const DAEMON_FOLLOWS_WITHIN: Duration = Duration::from_secs(10);
-
-/// So many segments show that an agent reports; after it was cut off, so many in a row with none missing.
-const ENOUGH: u32 = 20;
 
 impl World<'_> {
     /// A bounded wait in which all processes must live.
@@ -172,43 +168,10 @@ fn counts(status: &ServiceStatus, service: Service, index: usize) -> String {
     format!("{established} ({exempt})")
 }
 
-/// Whether there are [`ENOUGH`] numbers in a row after `since`.
-fn has_run(numbers: &BTreeSet<u32>, since: u32) -> bool {
-    let mut run = 0;
-    let mut previous = None;
-    for number in numbers.range(since + 1..) {
-        run = if previous == number.checked_sub(1) {
-            run + 1
-        } else {
-            1
-        };
-        previous = Some(*number);
-        if run >= ENOUGH {
-            return true;
-        }
-    }
-    false
-}
-
 /// All links of a full mesh, sorted.
 fn pairs() -> Vec<String> {
     let all = (0..NODES).flat_map(|from| (0..NODES).map(move |to| (from, to)));
     all.filter(|(from, to)| from != to)
         .map(|(from, to)| link(from, to))
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_gap_breaks_a_run() {
-        let whole: BTreeSet<u32> = (5..=5 + ENOUGH).collect();
-        assert!(has_run(&whole, 5));
-        assert!(!has_run(&whole, 6));
-        let mut broken = whole.clone();
-        broken.remove(&10);
-        assert!(!has_run(&broken, 5));
-    }
 }

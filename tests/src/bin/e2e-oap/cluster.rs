@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use balancer_tests::oap::cache::Cache;
+use balancer_tests::oap::graphql;
+use balancer_tests::story::process::{Process, command};
 
-use crate::cache::Cache;
-use crate::graphql;
 use crate::layout::{AGENTS, ALS, NODES, REST_PORT, ZOOKEEPER, node};
-use crate::process::{Process, command};
 
 /// The running servers.
 pub struct Cluster {

@@ -6,11 +6,8 @@
 
 mod access_logs;
 mod agents;
-mod cache;
 mod checks;
 mod cluster;
-mod graphql;
-mod http;
 mod layout;
 mod scenario;
 mod sockets;
@@ -20,8 +17,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use balancer_tests::story::{Report, interrupt, process};
-use cache::Cache;
+use balancer_tests::oap::cache::Cache;
+use balancer_tests::story::{Report, interrupt};
 
 fn main() -> ExitCode {
     match run() {

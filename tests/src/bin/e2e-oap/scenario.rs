@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use balancer_tests::fixtures::{Machine, Signal};
+use balancer_tests::oap::cache::Cache;
 
 use crate::agents::Kind;
-use crate::cache::Cache;
 use crate::checks::{AGENTS_CONNECT_WITHIN, DAEMON_FOLLOWS_WITHIN, DATA_IS_STORED_WITHIN};
 use crate::layout::{self, AGENTS, ALS, NODES, VIRTUAL};
 use crate::sockets;

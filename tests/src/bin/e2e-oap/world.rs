@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use balancer_tests::fixtures::{Balancer, Machine};
+use balancer_tests::oap::cache::Cache;
+use balancer_tests::oap::graphql::{self, Segments};
 
 use crate::access_logs::Envoy;
 use crate::agents::{Agent, Kind};
-use crate::cache::Cache;
 use crate::cluster::Cluster;
-use crate::graphql::{self, Segments};
 use crate::layout::{self, AGENTS, NODES, Service};
 use crate::sockets::{self, Connection};
 use balancer_tests::story::Sight;

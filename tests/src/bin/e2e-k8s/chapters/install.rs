@@ -40,7 +40,7 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
 }
 
 /// When the agent of each node was ready.
-fn ready_since(world: &World) -> Result<BTreeMap<String, u64>> {
+pub fn ready_since(world: &World) -> Result<BTreeMap<String, u64>> {
     let agents = world.agents.values().map(|agent| {
         let log = agent.log(&world.lab, &["--timestamps"])?;
         let line = log.lines().find(|line| line.trim_end().ends_with("ready"));

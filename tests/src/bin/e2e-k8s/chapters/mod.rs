@@ -3,10 +3,10 @@
 mod agents;
 mod api;
 mod change;
-mod install;
+pub mod install;
 mod node;
 mod pods;
-mod uninstall;
+pub mod uninstall;
 mod without;
 
 use anyhow::Result;

@@ -6,14 +6,21 @@ use anyhow::Result;
 use balancer_tests::story::{Report, Sight};
 
 use crate::kernel;
-use crate::layout::{NODES, RELEASE, SYSTEM};
+use crate::layout::{RELEASE, SYSTEM};
 use crate::world::World;
 
 const ENDS_WITHIN: Duration = Duration::from_secs(45);
 
 pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
-    world.look()?;
     let mark = world.clients()?.mark(&world.lab)?;
+    leaves_nothing(world, report)?;
+    world.nothing_lost(report, "9 helm uninstall", &mark)
+}
+
+/// Takes the balancer away, and looks for what is left of it.
+pub fn leaves_nothing(world: &mut World, report: &mut Report) -> Result<()> {
+    world.look()?;
+    let nodes: Vec<_> = world.agents.keys().cloned().collect();
     let programs = world.programs();
     let loaded = kernel::still_loaded(&programs)?;
     report.check(
@@ -21,7 +28,7 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
         &Sight::judged(
             "some",
             loaded,
-            loaded >= NODES.len() && loaded == programs.len(),
+            loaded >= nodes.len() && loaded == programs.len(),
         ),
     )?;
     world.lab.helm(&["uninstall", RELEASE])?;
@@ -30,7 +37,7 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
         let pods = lab.get(&["pods", "-n", SYSTEM])?;
         Ok(Sight::new(0, pods["items"].as_array().map_or(0, Vec::len)))
     })?;
-    let pinned = NODES.iter().filter(|node| kernel::is_there(lab, node));
+    let pinned = nodes.iter().filter(|node| kernel::is_there(lab, node));
     report.check(
         "9 helm uninstall: nodes with pins",
         &Sight::new(0, pinned.count()),
@@ -49,6 +56,5 @@ pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
             .lines()
             .filter(|name| *name != "configmap/kube-root-ca.crt");
         Ok(Sight::new("", left.collect::<Vec<_>>().join(" ")))
-    })?;
-    world.nothing_lost(report, "9 helm uninstall", &mark)
+    })
 }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::http;
+use super::http;
 
 /// More rows than any run makes.
 const ALL_ROWS: u32 = 100_000;

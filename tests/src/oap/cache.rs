@@ -1,5 +1,6 @@
 //! What a run needs from package registries, fetched once and kept under the target directory.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result, anyhow};
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::process::{self, command};
+use crate::story::process::{self, command};
 
 /// Where the project's own files for this run are.
 const ASSETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/oap");
@@ -15,6 +16,8 @@ const ASSETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/oap");
 const DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1";
 /// The agent's parent POM was never published; later versions of the plug-in insist on it.
 const LENIENT_DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:2.10";
+/// All of Java SE, and what an API server's certificate, the agents' metrics and Netty need besides.
+const JRE_MODULES: &str = "java.se,jdk.crypto.ec,jdk.management,jdk.unsupported";
 const JAVA_AGENT: &str = "org.apache.skywalking:apm-agent:9.4.0";
 const BOOT_SERVICE: &str =
     "META-INF/services/org.apache.skywalking.apm.agent.core.boot.BootService";
@@ -31,6 +34,26 @@ impl Cache {
     /// # Errors
     /// With the tail of the log of what failed, and when another run is under way.
     pub fn prepare() -> Result<Self> {
+        let cache = Self::lock()?;
+        cache.fetch_oap()?;
+        cache.build_java_agent()?;
+        cache.fetch_python()?;
+        Ok(cache)
+    }
+
+    /// The same of what is written in Java, and a JRE to take along.
+    ///
+    /// # Errors
+    /// With the tail of the log of what failed, and when another run is under way.
+    pub fn prepare_java() -> Result<Self> {
+        let cache = Self::lock()?;
+        cache.fetch_oap()?;
+        cache.build_java_agent()?;
+        cache.link_jre()?;
+        Ok(cache)
+    }
+
+    fn lock() -> Result<Self> {
         let directory = directory()?;
         fs::create_dir_all(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
@@ -44,9 +67,6 @@ impl Cache {
         let logs = cache.logs();
         let _ = fs::remove_dir_all(&logs);
         fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
-        cache.fetch_oap()?;
-        cache.build_java_agent()?;
-        cache.fetch_python()?;
         Ok(cache)
     }
 
@@ -65,8 +85,32 @@ impl Cache {
     /// # Errors
     /// When the cache was damaged.
     pub fn oap_class_path(&self) -> Result<String> {
+        let jars = self.oap_jars()?.into_iter().map(PathBuf::into_os_string);
+        let jars: Vec<_> = [asset("conf").into_os_string()]
+            .into_iter()
+            .chain(jars)
+            .collect();
+        let path = jars.join(OsStr::new(":")).into_string();
+        path.map_err(|path| anyhow!("{} is not UTF-8", path.display()))
+    }
+
+    /// The jars of that class path, in its order.
+    ///
+    /// # Errors
+    /// When the cache was damaged.
+    pub fn oap_jars(&self) -> Result<Vec<PathBuf>> {
         let jars = fs::read_to_string(self.jars()).context("cannot read the cached class path")?;
-        Ok(format!("{}:{}", asset("conf").display(), jars.trim()))
+        Ok(jars.trim().split(':').map(PathBuf::from).collect())
+    }
+
+    /// The directory of the JRE, from [`prepare_java`](Self::prepare_java).
+    pub fn jre(&self) -> PathBuf {
+        self.directory.join("jre")
+    }
+
+    /// The directory of the agent, with its configuration and plug-ins, and of the application.
+    pub fn java(&self) -> PathBuf {
+        self.directory.join("java-agent")
     }
 
     /// The agent, in a directory with its configuration and plug-ins.
@@ -86,10 +130,6 @@ impl Cache {
 
     fn jars(&self) -> PathBuf {
         self.directory.join("oap-jars")
-    }
-
-    fn java(&self) -> PathBuf {
-        self.directory.join("java-agent")
     }
 
     fn python(&self) -> PathBuf {
@@ -149,11 +189,33 @@ impl Cache {
         write(&self.java().join(name), &read(&[file])?)
     }
 
+    /// The JDK's own modules and what makes a JVM of them, without the tools; with a class data archive, so that it starts sooner.
+    fn link_jre(&self) -> Result<()> {
+        let jdk = command_output("java", &["-version"])?;
+        once("a JRE", &self.jre(), &jdk, || {
+            let mut link = command("jlink");
+            link.args(["--add-modules", JRE_MODULES]).args([
+                "--strip-java-debug-attributes",
+                "--no-header-files",
+                "--no-man-pages",
+            ]);
+            link.arg("--output").arg(self.jre());
+            process::run("jlink", &self.logs(), link)?;
+            let mut dump = command(self.jre().join("bin/java"));
+            dump.args(["-XX:+UseSerialGC", "-Xshare:dump"]);
+            process::run("share-classes", &self.logs(), dump)
+        })
+    }
+
     fn fetch_python(&self) -> Result<()> {
         let list = asset("requirements.txt");
         let what = "the Python agent and Envoy (50 MB)";
         // An environment does not outlive the interpreter that it was made with.
-        let inputs = read(&[&list])? + &interpreter()?;
+        let interpreter = command_output(
+            "python3",
+            &["-c", "import sys; print(sys.base_prefix, sys.version)"],
+        )?;
+        let inputs = read(&[&list])? + &interpreter;
         once(what, &self.python(), &inputs, || {
             let mut venv = command("python3");
             venv.args(["-m", "venv", "--clear"]).arg(self.python());
@@ -203,13 +265,12 @@ fn read(files: &[&Path]) -> Result<String> {
     files.iter().map(read).collect()
 }
 
-/// Which `python3` there is.
-fn interpreter() -> Result<String> {
-    let output = Command::new("python3")
-        .args(["-c", "import sys; print(sys.base_prefix, sys.version)"])
-        .output()
-        .context("cannot start python3")?;
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+/// What a program prints, by which another version of it is known.
+fn command_output(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.with_context(|| format!("cannot start {program}"))?;
+    let printed = [output.stdout, output.stderr].concat();
+    Ok(String::from_utf8_lossy(&printed).into_owned())
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
