@@ -46,7 +46,8 @@ pub fn write(cache: &Cache, name: &str, to: &Path) -> Result<()> {
         let name = jar.file_name().context("a jar has a name")?;
         let inside = format!("opt/oap/lib/{}", name.to_string_lossy());
         image = image.file(&inside, &jar);
-        class_path += &format!(":/{inside}");
+        class_path.push_str(":/");
+        class_path.push_str(&inside);
     }
     // java reads options from such a file (@argfile).
     image
