@@ -65,6 +65,15 @@ impl Shop {
             .next();
         Ok(last.map_or(0, |last| last + 1))
     }
+
+    /// Whether it has seen a refusal.
+    ///
+    /// # Errors
+    /// When its log can't be read.
+    pub fn was_refused(&self, lab: &Lab) -> Result<bool> {
+        let log = lab.kubectl(&["logs", "-n", SHOP, &self.pod])?;
+        Ok(log.contains("Connection refused"))
+    }
 }
 
 /// A watch over the connections of agents, until it is told to end.
