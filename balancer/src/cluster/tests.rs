@@ -576,7 +576,7 @@ async fn what_others_wrote_is_heard_with_its_age_or_told_to_be_garbage() {
         json!({"metadata": {"name": format!("balancer-{node}"), "namespace": "balancer", "resourceVersion": "4"},
             "data": {"publication.json": text}})
     };
-    let said = json!({"schema": 1, "node": "node-b", "backends": [], "peaks": [], "unserved": []});
+    let said = json!({"schema": 1, "node": "node-b", "backends": [], "peaks": [], "refused": []});
     server.put(
         "configmaps",
         json!([map("node-b", &said.to_string()), map("node-c", "{]")]),
