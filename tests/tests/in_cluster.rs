@@ -274,6 +274,22 @@ fn group(balancer: &Balancer) -> anyhow::Result<Value> {
     group.with_context(|| format!("no group: {status}"))
 }
 
+/// The `ConfigMap` of this node's daemon.
+fn publication(cluster: &Cluster) -> anyhow::Result<Value> {
+    let get = [
+        "get",
+        "-o",
+        "json",
+        "configmap",
+        "balancer-node1",
+        "-n",
+        HOME,
+    ];
+    let got = cluster.api.admin().attempt(&get);
+    ensure!(got.code == 0, "{}", got.stderr);
+    Ok(serde_json::from_str(&got.stdout)?)
+}
+
 /// Waits until the quota of the only backend of this node is this, and its sentence has these words.
 fn wait_for_quota(balancer: &Balancer, quota: Option<u32>, words: &str) {
     eventually(SETTLES_WITHIN, || {
@@ -420,10 +436,7 @@ fn what_all_agents_counted_is_shared_out() {
         });
         // And what this one counted is told to the others.
         eventually(SETTLES_WITHIN, || {
-            let own = cluster
-                .api
-                .admin()
-                .get(&["configmap", "balancer-node1", "-n", HOME]);
+            let own = publication(cluster)?;
             let text = own["data"]["publication.json"]
                 .as_str()
                 .context("no publication")?;
@@ -638,10 +651,7 @@ fn who_is_dismissed_takes_everything_along() {
         balancer.launch();
         let _listener = cluster.listen(&pod);
         eventually(SETTLES_WITHIN, || {
-            let own = cluster
-                .api
-                .admin()
-                .get(&["configmap", "balancer-node1", "-n", HOME]);
+            let own = publication(cluster)?;
             ensure!(
                 own["metadata"]["ownerReferences"][0]["name"] == "balancer",
                 "{own}"
