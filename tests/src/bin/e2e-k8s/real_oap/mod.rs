@@ -19,7 +19,7 @@ use crate::checks::{living, quotas, wait};
 use crate::kernel;
 use crate::lab::{Lab, Product};
 use crate::layout::{OAPS, RELEASE, SHOP, SYSTEM};
-use crate::oaps::Oap;
+use crate::oaps::{Held, Oap};
 use crate::world::{World, slashed};
 use layout::{IMAGE, NODES, QUOTA, REPLICAS, WITHOUT_CONNECTION};
 use shops::Watch;
@@ -211,7 +211,7 @@ fn restart_shops(world: &mut World, report: &mut Report, step: &str) -> Result<(
     let agents = world.refused_shops()?.len().to_string();
     report.tell(&format!("{step}: agents that were, by their logs"), &agents);
     let even = slashed([QUOTA; REPLICAS as usize]);
-    let held = world.held().into_iter().map(|held| held.admitted());
+    let held = world.held().into_iter().map(Held::admitted);
     report.check(
         &format!("{step}: agents of each OAP"),
         &Sight::new(even, slashed(held)),

@@ -59,10 +59,8 @@ impl Shop {
     /// When its log can't be read.
     pub fn made(&self, lab: &Lab) -> Result<u32> {
         let log = lab.kubectl(&["logs", "-n", SHOP, &self.pod, "--tail=50"])?;
-        let numbers = log.lines().rev();
-        let last = numbers
-            .filter_map(|line| line.strip_prefix("made ")?.parse::<u32>().ok())
-            .next();
+        let mut lines = log.lines().rev();
+        let last = lines.find_map(|line| line.strip_prefix("made ")?.parse::<u32>().ok());
         Ok(last.map_or(0, |last| last + 1))
     }
 
