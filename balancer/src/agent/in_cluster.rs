@@ -235,6 +235,7 @@ impl InCluster {
     /// Follows a new configuration.
     pub fn reconfigure(&mut self, config: &Kubernetes) {
         self.api.reconfigure(config);
+        self.shares.reconfigure();
     }
 
     /// Whether this daemon was told to go for good: its `DaemonSet` is gone.

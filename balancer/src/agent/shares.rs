@@ -85,6 +85,11 @@ impl Shares {
         self.refusals.refused(group, source, now);
     }
 
+    /// Windows may have other lengths from now on; what was observed comes back with the others' publications.
+    pub fn reconfigure(&mut self) {
+        self.windows.clear();
+    }
+
     /// Why the quotas of a group are as they are.
     pub fn sentence(&self, group: &GroupId) -> &str {
         self.sentences.get(group).map_or("", String::as_str)
