@@ -53,7 +53,7 @@ fn lines(bytes: &[u8]) -> usize {
 fn is_as_documented(config: &Config) {
     match &config.kubernetes {
         Some(kubernetes) => {
-            assert!(config.services.is_empty() && config.namespaces == Namespaces::Own);
+            assert!(config.services.is_empty() && config.namespaces == Namespaces::Pods);
             kubernetes_is_as_documented(kubernetes);
         }
         None => assert!((1..=MAX_SERVICES).contains(&config.services.len())),
