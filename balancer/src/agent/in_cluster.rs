@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use balancer_common::BackendState;
-use balancer_common::abi::UNLIMITED;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
@@ -267,14 +266,7 @@ impl InCluster {
 
     fn published(&self, slot: &SlotView) -> Option<Published> {
         let (group, endpoint) = self.ties.pod(slot, &self.view.groups)?;
-        let member = &slot.member;
-        let counts = &member.counts;
-        let quota = member.quota(UNLIMITED);
-        let taken = counts
-            .established()
-            .saturating_sub(counts.exempt())
-            .saturating_add(slot.expected());
-        let limited = (quota != UNLIMITED).then_some(quota);
+        let counts = &slot.member.counts;
         Some(Published {
             group: group.clone(),
             pod: endpoint.pod.clone(),
@@ -285,8 +277,8 @@ impl InCluster {
             established: counts.established(),
             exempt: counts.exempt(),
             pending: Some(slot.expected()),
-            quota: limited,
-            room: limited.map(|quota| quota.saturating_sub(taken)),
+            quota: slot.limit(),
+            room: slot.room(),
         })
     }
 

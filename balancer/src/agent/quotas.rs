@@ -113,13 +113,12 @@ impl Quotas {
 
     /// What the quota of a backend that is ready depends on.
     pub fn input(&mut self, view: &SlotView, weight: u32) -> Ready {
-        let counts = &view.member.counts;
         let policy = &view.member.policy;
         let fresh = self.cleared.remove(&view.slot());
         let computed_before = !fresh && policy.is_for(view.life()) && !policy.is_by_hand();
         Ready {
             weight,
-            established: counts.established().saturating_sub(counts.exempt()),
+            established: view.counted(),
             previous: computed_before
                 .then(|| present(view).map_or(Quota::Unlimited, Quota::Limited)),
         }

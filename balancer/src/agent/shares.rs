@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use balancer_common::BackendState;
-use balancer_common::abi::UNLIMITED;
 
 use super::quotas::{Quotas, Waits, settle};
 use super::ties::{Groups, Ties};
@@ -506,14 +505,10 @@ struct Counted {
 
 impl Count {
     fn of(slot: &SlotView) -> Self {
-        let (member, counts) = (&slot.member, &slot.member.counts);
-        let established = counts.established().saturating_sub(counts.exempt());
-        let quota = member.quota(UNLIMITED);
-        let taken = established.saturating_add(slot.expected());
         Self {
-            established,
+            established: slot.counted(),
             age: Duration::ZERO,
-            room: (quota != UNLIMITED).then(|| quota.saturating_sub(taken)),
+            room: slot.room(),
         }
     }
 

@@ -11,7 +11,7 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, Ri
 use balancer_common::abi::{
     Address, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
     MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
-    ServicePort, ServiceState, SlotPolicy, Totals, Truth, ticks,
+    ServicePort, ServiceState, SlotPolicy, Totals, Truth, UNLIMITED, ticks,
 };
 use balancer_common::choice::Member;
 use balancer_common::{Reason, admission};
@@ -187,6 +187,23 @@ impl SlotView {
     /// The state as it is shown.
     pub const fn state(&self) -> BackendState {
         self.member.state()
+    }
+
+    /// Connections in ESTABLISHED that count against the quota.
+    pub fn counted(&self) -> u32 {
+        let counts = &self.member.counts;
+        counts.established().saturating_sub(counts.exempt())
+    }
+
+    /// The quota that was given to it; `None`: unlimited, or none yet.
+    pub fn limit(&self) -> Option<u32> {
+        Some(self.member.quota(UNLIMITED)).filter(|quota| *quota != UNLIMITED)
+    }
+
+    /// How many more connections it takes; `None`: as many as come.
+    pub fn room(&self) -> Option<u32> {
+        let taken = self.counted().saturating_add(self.expected());
+        self.limit().map(|limit| limit.saturating_sub(taken))
     }
 
     /// SYNs sent to it in the last second that have not become established.
