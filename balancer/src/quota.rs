@@ -107,6 +107,7 @@ pub fn compute(rule: &QuotaRule, backends: &[Ready], since_previous: Duration) -
             headroom_percent,
             min_quota,
             elsewhere: 0,
+            more: 0,
         }
         .share(backends, since_previous),
     }

@@ -292,7 +292,7 @@ impl InCluster {
         let groups = self.view.groups.iter().map(|(id, endpoints)| GroupReport {
             id: id.clone(),
             sentence: self.sentence(id),
-            unserved: self.shares.unserved(id, &self.view),
+            unserved: self.shares.unserved(id, &self.view).sources,
             backends: endpoints
                 .iter()
                 .map(|endpoint| self.backend(id, endpoint, &own))

@@ -13,7 +13,7 @@ use super::ties::{Groups, Ties};
 use crate::cluster::{Endpoint, GroupId, Peak, Published, RefusedSource, View};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, Kubernetes};
 use crate::dataplane::{QuotaSource, SlotView, Writer};
-use crate::quota::unserved::{self, Refusals, Refused};
+use crate::quota::unserved::{self, Refusals, Refused, Unserved};
 use crate::quota::window::Window;
 use crate::quota::{Known, Outcome, Quota, Ready, Total, compute_cluster};
 
@@ -95,7 +95,7 @@ impl Shares {
     }
 
     /// How many sources are served by nobody, by all agents' word.
-    pub fn unserved(&self, group: &GroupId, view: &View) -> u64 {
+    pub fn unserved(&self, group: &GroupId, view: &View) -> Unserved {
         let now = self.started.elapsed();
         let told = view.nodes.values().filter(|heard| heard.age < STALE);
         let told = told.flat_map(|heard| {
@@ -198,9 +198,11 @@ impl Shares {
     ) -> Result<()> {
         let ready: Vec<(&SlotView, &Endpoint)> = group.own_ready().collect();
         let inputs = group.inputs(&ready, quotas);
+        let unserved = self.unserved(group.id, view);
         let known = Known {
-            total: self.total(group, view),
+            total: self.total(group, view, unserved),
             established_elsewhere: group.established_elsewhere(),
+            refused_for_long: unserved.long,
             all_full: group.all_full(),
             silent_for: view.silent_for,
             hold_for: config.hold_for,
@@ -243,7 +245,7 @@ impl Shares {
     }
 
     /// The connections to make room for.
-    fn total(&mut self, group: &Group<'_>, view: &View) -> Option<Total> {
+    fn total(&mut self, group: &Group<'_>, view: &View, unserved: Unserved) -> Option<Total> {
         let ClusterQuota::Shared { input, .. } = &group.entry.quota else {
             return None;
         };
@@ -254,9 +256,10 @@ impl Shares {
                 Some(demand) => (Some(demand.connections), demand.words.clone()),
                 None => (None, String::new()),
             },
-            ClusterInput::Observed { window } => {
-                (self.observed(group, *window, view), "observed".to_owned())
-            }
+            ClusterInput::Observed { window } => (
+                self.observed(group, *window, view, unserved),
+                "observed".to_owned(),
+            ),
         };
         Some(Total {
             connections: expected?,
@@ -265,9 +268,15 @@ impl Shares {
     }
 
     /// The most that all agents together have counted within a time, those that nobody serves included.
-    fn observed(&mut self, group: &Group<'_>, length: Duration, view: &View) -> Option<u64> {
+    fn observed(
+        &mut self,
+        group: &Group<'_>,
+        length: Duration,
+        view: &View,
+        unserved: Unserved,
+    ) -> Option<u64> {
         let now = self.started.elapsed();
-        let unserved = self.unserved(group.id, view);
+        let unserved = u64::from(unserved.sources);
         let window = self
             .windows
             .entry(group.id.clone())

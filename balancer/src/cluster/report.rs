@@ -34,7 +34,7 @@ pub struct GroupReport {
     /// Why the quotas of this node's backends are as they are.
     pub sentence: String,
     /// Sources that are refused again and again, and served by nobody.
-    pub unserved: u64,
+    pub unserved: u32,
     /// Its pods on all nodes.
     pub backends: Vec<BackendReport>,
 }

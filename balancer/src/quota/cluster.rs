@@ -28,6 +28,8 @@ pub struct Known {
     pub total: Option<Total>,
     /// What is established on backends that are not ready: their clients need room on those that are.
     pub established_elsewhere: u64,
+    /// How many sources have been [refused for long](super::unserved::ROOM_AFTER), wherever they went.
+    pub refused_for_long: u32,
     /// No ready backend of the whole cluster would take another connection under the quotas in force.
     pub all_full: bool,
     /// How long the API server has not been heard of.
@@ -40,7 +42,7 @@ pub struct Known {
 ///
 /// Shared out as [`compute`](super::compute) does it, whose words on `since_previous` apply, and with the same numbers on every node:
 /// `ceil(total × (1 + headroom) / ready backends)` in proportion to weight, at least `min_quota`, and never so low that the sum is less than what
-/// is established now, on backends that are not ready too. Raised at once and lowered by at most 10 % a minute. A backend of another node has no
+/// is established now, on backends that are not ready too. Each has room for one more for every source that has been refused for long. Raised at once and lowered by at most 10 % a minute. A backend of another node has no
 /// `previous`: what comes out for it is where its quota should be, and of no further use here.
 ///
 /// Unlimited while nothing is known, with one ready backend, and once the API server has been silent for longer than `hold_for`. Before that,
@@ -88,6 +90,7 @@ pub fn compute_cluster(
                 headroom_percent: *headroom_percent,
                 min_quota: *min_quota,
                 elsewhere: known.established_elsewhere,
+                more: known.refused_for_long,
             };
             if let Some(why) = why_open(input, known, &demand, ready) {
                 return all(Quota::Unlimited, ready, why);

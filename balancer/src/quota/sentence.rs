@@ -101,10 +101,11 @@ impl Explained<'_> {
 
     /// What makes the targets differ from the formula.
     fn targets(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Shares { formula, targets } = self.shares;
+        let Shares { formula, held, .. } = self.shares;
         let Demand {
             min_quota,
             elsewhere,
+            more,
             ..
         } = self.demand;
         if formula.iter().any(|share| share < min_quota) {
@@ -116,11 +117,14 @@ impl Explained<'_> {
             .sum();
         let established = self.demand.established(self.backends);
         if unheld < established {
-            let held = Spread(targets);
+            let held = Spread(held);
             write!(f, "; held at {held} because {established} are established")?;
             if *elsewhere > 0 {
                 write!(f, " ({elsewhere} on backends not ready)")?;
             }
+        }
+        if *more > 0 {
+            write!(f, "; {more} more each for as many sources refused for long")?;
         }
         Ok(())
     }

@@ -24,13 +24,17 @@ pub(super) struct Demand<'a> {
     pub(super) min_quota: u32,
     /// What is established on backends that are not ready: it needs room on those that are.
     pub(super) elsewhere: u64,
+    /// Room that each backend has on top of its share, for clients that are sent to a full one again and again.
+    pub(super) more: u32,
 }
 
 /// The parts of a demand, a number for each backend.
 pub(super) struct Shares {
     /// By the formula alone.
     pub(super) formula: Vec<u32>,
-    /// With `min_quota` and what is established: where the quotas should be.
+    /// With `min_quota` and what is established.
+    pub(super) held: Vec<u32>,
+    /// With the room on top: where the quotas should be.
     pub(super) targets: Vec<u32>,
 }
 
@@ -59,8 +63,13 @@ impl Demand<'_> {
             .iter()
             .map(|share| (*share).max(self.min_quota))
             .collect();
-        let targets = hold(least, self.established(backends), backends);
-        Shares { formula, targets }
+        let held = hold(least, self.established(backends), backends);
+        let more = |target: u32| target.saturating_add(self.more).min(MAX_CONNECTIONS);
+        Shares {
+            targets: held.iter().copied().map(more).collect(),
+            formula,
+            held,
+        }
     }
 
     /// The connections to make room for, in hundredths of one.

@@ -7,6 +7,8 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 /// For how long a source must have been refused, from the first time to the last: who finds another backend at the next try is served.
 pub const UNSERVED_AFTER: Duration = Duration::from_secs(5);
+/// Who has been refused for this long is not left to the Service's choice, which may fall on a full backend again and again: there is room on every one.
+pub const ROOM_AFTER: Duration = Duration::from_secs(20);
 /// How long after it was refused last a source counts: by then it has found a backend or given up.
 pub const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
 /// The most sources of a group that are remembered.
@@ -24,10 +26,19 @@ pub struct Refused {
 }
 
 impl Refused {
-    /// Whether it is served by nobody.
-    pub fn is_unserved(&self) -> bool {
-        self.last <= FORGOTTEN_AFTER && self.first.saturating_sub(self.last) >= UNSERVED_AFTER
+    /// Whether it was refused for so long, and of late.
+    fn for_as_long_as(&self, time: Duration) -> bool {
+        self.last <= FORGOTTEN_AFTER && self.first.saturating_sub(self.last) >= time
     }
+}
+
+/// How many sources are served by nobody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unserved {
+    /// All of them, refused for [`UNSERVED_AFTER`] or longer.
+    pub sources: u32,
+    /// Those for which every backend gets room, refused for [`ROOM_AFTER`] or longer.
+    pub long: u32,
 }
 
 /// The sources that were refused of late, by group.
@@ -132,7 +143,11 @@ pub fn merge(refused: impl IntoIterator<Item = Refused>) -> BTreeMap<IpAddr, Ref
 }
 
 /// How many sources are served by nobody, by what several agents say of one group.
-pub fn count(refused: impl IntoIterator<Item = Refused>) -> u64 {
-    let unserved = |refused: &&Refused| refused.is_unserved();
-    merge(refused).values().filter(unserved).count() as u64
+pub fn count(refused: impl IntoIterator<Item = Refused>) -> Unserved {
+    let mut unserved = Unserved::default();
+    for refused in merge(refused).values() {
+        unserved.sources += u32::from(refused.for_as_long_as(UNSERVED_AFTER));
+        unserved.long += u32::from(refused.for_as_long_as(ROOM_AFTER));
+    }
+    unserved
 }

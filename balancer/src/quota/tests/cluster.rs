@@ -20,6 +20,7 @@ fn known(connections: u64, words: &str) -> Known {
             words: words.to_owned(),
         }),
         established_elsewhere: 0,
+        refused_for_long: 0,
         all_full: false,
         silent_for: Duration::ZERO,
         hold_for: Duration::from_secs(300),
@@ -292,6 +293,42 @@ fn those_on_backends_that_leave_have_room_on_the_others() {
 }
 
 #[test]
+fn who_was_refused_for_long_finds_room_on_every_backend() {
+    let refused = Known {
+        refused_for_long: 2,
+        ..known(202, "observed")
+    };
+    let backends = [
+        ready(1, 78, Some(78)),
+        ready(1, 78, Some(78)),
+        ready(1, 40, None),
+    ];
+    let outcome = compute_cluster(&observed(15), &refused, &backends, NOW);
+    assert_eq!(limits(&outcome), [80; 3]);
+    assert_eq!(
+        outcome.sentence,
+        "ceil(202 connections (observed) × 1.15 / 3 ready) = 78; 2 more each for as many sources refused for long"
+    );
+    assert!(!outcome.lowering);
+
+    let held = [ready(1, 120, Some(80)), ready(1, 80, Some(80))];
+    let outcome = compute_cluster(
+        &observed(0),
+        &Known {
+            refused_for_long: 2,
+            ..known(160, "observed")
+        },
+        &held,
+        NOW,
+    );
+    assert_eq!(limits(&outcome), [102; 2]);
+    assert_eq!(
+        outcome.sentence,
+        "ceil(160 connections (observed) / 2 ready) = 80; held at 100 because 200 are established; 2 more each for as many sources refused for long"
+    );
+}
+
+#[test]
 fn long_words_lose_their_end_and_the_numbers_stay() {
     let classes: Vec<String> = (1..=40)
         .map(|each| format!("{each}000 pods × {each}"))
@@ -353,12 +390,13 @@ prop_compose! {
     fn any_known()(
         total in proptest::option::of((any::<u64>(), "\\PC{0,300}")),
         established_elsewhere: u64,
+        refused_for_long in prop_oneof![0..10u32, any::<u32>()],
         all_full in proptest::bool::weighted(0.1),
         silent_for in prop_oneof![Just(Duration::ZERO), any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
         hold_for in prop_oneof![any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
     ) -> Known {
         let total = total.map(|(connections, words)| Total { connections, words });
-        Known { total, established_elsewhere, all_full, silent_for, hold_for }
+        Known { total, established_elsewhere, refused_for_long, all_full, silent_for, hold_for }
     }
 }
 
@@ -370,8 +408,8 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn sane_known()(connections in 1..100_000u64, established_elsewhere in 0..100_000u64, silent in 0..=300u64) -> Known {
-        Known { established_elsewhere, silent_for: Duration::from_secs(silent), ..known(connections, "observed") }
+    fn sane_known()(connections in 1..100_000u64, established_elsewhere in 0..100_000u64, refused_for_long in 0..10u32, silent in 0..=300u64) -> Known {
+        Known { established_elsewhere, refused_for_long, silent_for: Duration::from_secs(silent), ..known(connections, "observed") }
     }
 }
 

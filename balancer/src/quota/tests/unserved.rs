@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::*;
-use crate::quota::unserved::{MAX_SOURCES, Refusals, Refused, count, merge};
+use crate::quota::unserved::{MAX_SOURCES, Refusals, Refused, Unserved, count, merge};
 
 const fn seconds(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
@@ -32,11 +32,20 @@ fn is_who_was_refused_for_five_seconds_and_within_the_last_minute() {
     refusals.refused(&"als", source(3), seconds(15));
     let of = |group, at| refusals.of(&group, seconds(at));
     assert_eq!(of("agents", 20), [refused(1, 10, 5), refused(2, 10, 6)]);
-    assert_eq!(count(of("agents", 20)), 1, "the second for 4 seconds only");
-    assert_eq!(count(of("als", 20)), 0);
+    let sources = |group, at| count(of(group, at)).sources;
+    assert_eq!(sources("agents", 20), 1, "the second for 4 seconds only");
+    assert_eq!(sources("als", 20), 0);
     assert_eq!(of("other", 20), []);
-    assert_eq!(count(of("agents", 75)), 1);
+    assert_eq!(sources("agents", 75), 1);
     assert_eq!(of("agents", 76), []);
+}
+
+#[test]
+fn for_long_is_from_twenty_seconds_on() {
+    let at = |first| count([refused(1, first, 1)]);
+    assert_eq!((at(20).sources, at(20).long), (1, 0));
+    assert_eq!((at(21).sources, at(21).long), (1, 1));
+    assert_eq!(count([refused(1, 90, 61)]), Unserved::default());
 }
 
 #[test]
@@ -91,8 +100,14 @@ fn agents_together_know_more_than_each() {
         merged,
         [refused(1, 9, 1), refused(2, 30, 1), refused(4, 3, 3)]
     );
-    assert_eq!((count(one), count(other)), (1, 1));
-    assert_eq!(count(one.into_iter().chain(other)), 2, "once each");
+    let unserved = |sources, long| Unserved { sources, long };
+    assert_eq!(count(one), unserved(1, 1));
+    assert_eq!(count(other), unserved(1, 0));
+    assert_eq!(
+        count(one.into_iter().chain(other)),
+        unserved(2, 1),
+        "once each"
+    );
 }
 
 fn any_refused() -> impl Strategy<Value = Refused> {
@@ -134,7 +149,9 @@ proptest! {
         let together = merge(list.iter().chain(&more).copied());
         prop_assert_eq!(&together, &merge(more.iter().chain(&list).copied()));
         prop_assert_eq!(&together, &merge(together.values().copied()));
-        prop_assert!(count(together.values().copied()) >= count(list));
+        let (all, fewer) = (count(together.values().copied()), count(list));
+        prop_assert!(all.sources >= fewer.sources && all.long >= fewer.long);
+        prop_assert!(all.sources >= all.long);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use balancer_tests::story::{Report, Sight, interrupt};
 use crate::agents::{self, Backend, Group, Way};
 use crate::clients::Mark;
 use crate::kernel;
-use crate::layout::NODES;
+use crate::layout::{CLIENT_PODS, NODES};
 use crate::oaps::Held;
 use crate::world::{World, slashed, unevenness};
 
@@ -34,13 +34,16 @@ impl World {
         })
     }
 
-    /// Waits until every client has begun to open a new connection, as it was told at that moment.
+    /// Waits until every client has begun to open a new connection, as it was told at that moment; or was doing so.
     pub fn reconnected(&self, told: u64) -> Result<()> {
         let deadline = Instant::now() + CLIENTS_CONNECT_WITHIN;
         loop {
             let tally = self.clients()?.tally(&self.lab)?;
             let outages = tally.outages.iter();
-            let new = outages.filter(|outage| outage.began >= told && outage.cause == Cause::Told);
+            let new = outages.filter(|outage| {
+                let without_one = outage.began < told && outage.ended.is_none_or(|at| at >= told);
+                without_one || (outage.began >= told && outage.cause == Cause::Told)
+            });
             if u32::try_from(new.count()) == Ok(tally.clients) {
                 return Ok(());
             }
@@ -181,8 +184,9 @@ impl World {
         Ok(())
     }
 
-    /// The fullest OAP has not more than the mean by more than the headroom, in percent, of the total that is shared out. Of what was observed
-    /// that is the most of the last minutes, which may be a little more than there is now.
+    /// The fullest OAP has not more than the mean by more than the headroom, in percent, of the total that is shared out, and by one connection
+    /// for each source that was refused for long. Of what was observed that is the most of the last minutes, which may be a little more than there
+    /// is now.
     pub fn spread(&mut self, report: &mut Report, step: &str, headroom: u32) -> Result<()> {
         self.look()?;
         let held: Vec<u32> = self.held().into_iter().map(Held::admitted).collect();
@@ -200,13 +204,14 @@ impl World {
         )?;
         let seen = unevenness(&held);
         let most = (1.0 + f64::from(headroom) / 100.0) * total.max(admitted) / admitted;
-        let quotas = quotas(&group);
+        // A quota is rounded up.
+        let share = (most * mean(&held)).ceil();
+        let more = most_over(&group, share);
         let step = format!("{step}: max/mean (without: {:.2})", self.uneven);
         let sight = Sight::judged(
-            format!("at most {most:.2}"),
-            format!("{seen:.3}: {} of {quotas}", slashed(&held)),
-            // A quota is rounded up.
-            seen <= most + 1.0 / mean(&held),
+            format!("at most {most:.2} (and {more} more)"),
+            format!("{seen:.3}: {} of {}", slashed(&held), quotas(&group)),
+            more <= f64::from(CLIENT_PODS) && seen * mean(&held) <= share + more,
         );
         report.check(&step, &sight)
     }
@@ -304,6 +309,13 @@ pub fn quotas(group: &Group) -> String {
 fn total(group: &Group) -> Option<f64> {
     let (_, rest) = group.sentence.split_once("ceil(")?;
     rest.split(' ').next()?.parse().ok()
+}
+
+/// By how much the largest quota is more than a share.
+fn most_over(group: &Group, share: f64) -> f64 {
+    let limits = living(group).filter_map(|backend| backend.quota);
+    let largest = limits.max().map_or(0.0, f64::from);
+    (largest - share).max(0.0)
 }
 
 fn mean(held: &[u32]) -> f64 {

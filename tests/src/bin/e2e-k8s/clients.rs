@@ -128,9 +128,14 @@ impl Mark {
         now.refused - self.before.refused
     }
 
-    /// Connects since that nothing answered, or that failed in another way than by a refusal.
+    /// Connects since that nothing answered.
+    pub fn timed_out(&self, now: &Tally) -> u64 {
+        now.timed_out - self.before.timed_out
+    }
+
+    /// Connects since that failed in another way, the first call on the connection included.
     pub fn failed(&self, now: &Tally) -> u64 {
-        now.timed_out + now.failed - self.before.timed_out - self.before.failed
+        now.failed - self.before.failed
     }
 
     /// How long a client was without a connection since, at most.
