@@ -6,10 +6,17 @@ use crate::abi::{
     Policy, ServicePort, SlotPolicy,
 };
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
+use crate::apart;
 use crate::hash::{self, rendezvous_score};
 
 /// Most backends that are tried for one SYN though their counters say that it is in vain, or that turn out to be gone.
 pub const MAX_LOOKS: usize = 6;
+
+/// Backends drawn by lot from a roster for one SYN.
+///
+/// The fullest of n backends then holds about ln ln n / ln 4 connections more than the mean, however many there are (Azar et al., Balanced
+/// Allocations, 1994): two with 256.
+pub const DRAWN: u32 = 4;
 
 const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
@@ -64,6 +71,25 @@ pub struct Arrival {
 }
 
 impl Request {
+    /// Whether a few backends of a roster may stand for all: not where the own port's socket must fit best, nor where every backend has its own
+    /// sources.
+    #[inline(always)]
+    pub const fn may_draw(&self) -> bool {
+        self.virtual_port && !matches!(self.policy, Policy::SourceHash)
+    }
+
+    /// The place in a roster of so many backends that is drawn at that turn of [`DRAWN`]: by lot, or in round-robin the one whose turn it
+    /// is and those after it.
+    #[inline(always)]
+    pub const fn drawn(&self, turn: u32, len: u32) -> u32 {
+        if matches!(self.policy, Policy::RoundRobin) {
+            return ((self.ticket.wrapping_add(turn as u64)) % (len as u64 + (len == 0) as u64))
+                as u32;
+        }
+        let lot = (self.tuple >> (turn % DRAWN * 16)) as u32 & 0xffff;
+        (lot * len) >> 16
+    }
+
     /// What a SYN for a service's port asks.
     #[inline(always)]
     pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, now: u32) -> Self {
@@ -176,31 +202,28 @@ pub struct Cursor {
 pub enum Step {
     /// This slot is a member.
     Member(u32),
-    /// A word was loaded.
-    Loaded,
     /// There is no more.
     End,
 }
 
 impl Cursor {
     /// Most steps of a walk.
-    pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
+    pub const STEPS: u32 = crate::abi::MAX_MEMBERS as u32 + 1;
     const START: Self = Self { word: 0, next: 0 };
 
     /// The next step; `load` reads a word of the bitmap.
     #[inline(always)]
-    pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
-        if self.word != 0 {
-            let bit = self.word.trailing_zeros();
-            self.word &= self.word - 1;
-            return Step::Member(((self.next - 1) * 64 + bit) & (MAX_SLOTS as u32 - 1));
+    pub fn step(&mut self, load: impl Fn(u32) -> u64) -> Step {
+        while self.word == 0 {
+            if self.next >= MEMBER_WORDS as u32 {
+                return Step::End;
+            }
+            self.word = load(self.next);
+            self.next += 1;
         }
-        if self.next >= MEMBER_WORDS as u32 {
-            return Step::End;
-        }
-        self.word = load(self.next);
-        self.next += 1;
-        Step::Loaded
+        let bit = self.word.trailing_zeros();
+        self.word &= self.word - 1;
+        Step::Member(((self.next - 1) * 64 + bit) & (MAX_SLOTS as u32 - 1))
     }
 }
 
@@ -248,6 +271,21 @@ impl Tally {
         established: 0,
         quotas: 0,
     };
+
+    #[inline(always)]
+    fn clear(&mut self) {
+        let zero = apart(0);
+        *self = Self {
+            members: zero,
+            over: zero,
+            closed: zero,
+            over_with_cookies: zero,
+            cookies: zero,
+            computed: zero,
+            established: zero.into(),
+            quotas: zero.into(),
+        };
+    }
 
     /// Whether computed quotas are contradicted by what stands: quotas are never computed so low. A burst may exceed
     /// them by a few connections for each CPU, which is no contradiction.
@@ -331,10 +369,23 @@ impl Scan {
         self.start_over(0, 0);
     }
 
+    /// Starts with a few members that stand for all.
+    #[inline(always)]
+    pub fn draw(&mut self) {
+        self.total = 0;
+        self.start_over(0, 0);
+    }
+
+    /// Whether one of those that were drawn is as good a choice as any: it may take the SYN, and no cookies are about.
+    #[inline(always)]
+    pub const fn has_drawn_well(&self) -> bool {
+        self.best < DOUBTFUL && self.tally.cookies == 0
+    }
+
     /// Forgets which members were tried.
     #[inline(always)]
     pub fn forget_tried(&mut self) {
-        self.tried = [NOT_TRIED; MAX_LOOKS];
+        self.tried = [apart(NOT_TRIED); MAX_LOOKS];
     }
 
     /// Never choose that one again for this request.
@@ -347,7 +398,7 @@ impl Scan {
 
     #[inline(always)]
     fn start_over(&mut self, fit: u32, uid: u32) {
-        self.tally = Tally::NONE;
+        self.tally.clear();
         self.sum = 0;
         self.best = NONE;
         self.fit = fit;
@@ -511,8 +562,13 @@ impl Scan {
         }
         match self.request.policy {
             Policy::LeastConnections => {
-                ((u64::from(member.counts.established()) + u64::from(expected)) << 16)
-                    / u64::from(weight)
+                let load = (u64::from(member.counts.established()) + u64::from(expected)) << 16;
+                // A division takes as long as all the rest.
+                if weight == 1 {
+                    load
+                } else {
+                    load / u64::from(weight)
+                }
             }
             Policy::SourceHash => Self::rendezvous(self.request.source, member, weight),
             Policy::RoundRobin => self.turns_away(before, u64::from(weight)),

@@ -1,9 +1,9 @@
 //! The decision for one look-up, in two phases: scan the packed numbers, then look at a few sockets in order.
 
-use crate::Reason;
 use crate::abi::Cookies;
 use crate::admission::{Judgement, QUEUE_GRACE};
 use crate::choice::{Enforce, MAX_LOOKS, Request, Scan};
+use crate::{Reason, apart};
 
 /// How one attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +64,9 @@ impl Attempt {
 pub trait World {
     /// Feeds every member of the service to the scan, in ascending order of slots.
     fn scan(&mut self, scan: &mut Scan);
+    /// Feeds a few members to the scan, [drawn](crate::choice::Request::drawn) from the service's roster; false: it has none that is
+    /// of its members.
+    fn draw(&mut self, scan: &mut Scan) -> bool;
     /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
     /// out must show in the counters of the next scan (see [`full_word`](crate::admission::full_word), [`over_word`](crate::admission::over_word)).
     fn attempt(&mut self, slot: u32, deliberation: &Deliberation) -> Attempt;
@@ -124,6 +127,8 @@ pub struct Deliberation {
     pub yielding: bool,
     /// The backend at hand is taken although its accept queue is full.
     pub last_resort: bool,
+    /// A few members of a roster may still stand for all.
+    drawing: bool,
     /// What the first passes are for is known: whether cookies are in use, and the sum of the weights.
     cookies_known: bool,
     total_known: bool,
@@ -148,6 +153,7 @@ impl Deliberation {
             circumstances,
             yielding: true,
             last_resort: false,
+            drawing: false,
             cookies_known: false,
             total_known: false,
             looks: 0,
@@ -175,14 +181,16 @@ impl Deliberation {
         self.circumstances = circumstances;
         self.yielding = true;
         self.last_resort = false;
-        self.cookies_known = false;
-        self.total_known = false;
+        self.drawing = request.may_draw();
+        let no = apart(false);
+        self.cookies_known = no;
+        self.total_known = no;
         self.looks = 0;
         self.rounds = 0;
-        self.over = false;
-        self.over_with_cookies = false;
-        self.full = false;
-        self.failed = false;
+        self.over = no;
+        self.over_with_cookies = no;
+        self.full = no;
+        self.failed = no;
         self.excuse = Excuse::None;
         self.momentary = NOBODY;
     }
@@ -199,6 +207,11 @@ impl Deliberation {
         None
     }
 
+    /// Whether the choice was made among a few that were drawn by lot.
+    pub const fn has_drawn(&self) -> bool {
+        self.drawing
+    }
+
     /// The decision when nothing is left to try.
     #[inline(always)]
     pub fn failure(&self) -> Decision {
@@ -206,6 +219,17 @@ impl Deliberation {
             reason: self.reason_of_failure(),
             slot: None,
         }
+    }
+
+    /// Chooses among a few members where they may stand for all. A full scan would only find one that is a little better.
+    #[inline(always)]
+    fn draw<W: World>(&mut self, world: &mut W) -> bool {
+        if !self.drawing {
+            return false;
+        }
+        self.scan.draw();
+        self.drawing = world.draw(&mut self.scan) && self.scan.has_drawn_well();
+        self.drawing
     }
 
     /// Whether another pass is needed before the best of the scan means something.
@@ -377,10 +401,12 @@ impl Deliberation {
 #[inline(always)]
 pub fn advance<W: World>(world: &mut W, state: &mut Deliberation) -> Option<Decision> {
     state.rounds += 1;
-    state.scan.again();
-    world.scan(&mut state.scan);
-    if state.needs_another_pass() {
-        return None;
+    if !state.draw(world) {
+        state.scan.again();
+        world.scan(&mut state.scan);
+        if state.needs_another_pass() {
+            return None;
+        }
     }
     let Some(slot) = state.next() else {
         return if state.relent(world) {
@@ -390,7 +416,9 @@ pub fn advance<W: World>(world: &mut W, state: &mut Deliberation) -> Option<Deci
         };
     };
     state.yielding &= state.rounds < YIELDING_ROUNDS && !state.last_resort;
-    match world.attempt(slot, state) {
+    let attempt = world.attempt(slot, state);
+    state.drawing &= matches!(attempt, Attempt::Assigned | Attempt::Raced);
+    match attempt {
         Attempt::Assigned => {
             return Some(Decision {
                 reason: state.reason_of_success(),
@@ -440,9 +468,12 @@ pub const fn must_choose_by_tuple(cookies: Cookies, state: &Deliberation) -> boo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{Address, Backend, BackendState, Counts, Life, Policy, SlotPolicy, UNLIMITED};
+    use crate::abi::{
+        Address, Backend, BackendState, Counts, Life, MEMBER_WORDS, Policy, Roster, SlotPolicy,
+        UNLIMITED,
+    };
     use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
-    use crate::choice::Member;
+    use crate::choice::{DRAWN, Member};
     use crate::{Verdict, hash};
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -457,6 +488,7 @@ mod tests {
         /// The kernel refuses to assign these.
         broken: Vec<u32>,
         unregistered: bool,
+        roster: Option<Roster>,
     }
 
     fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
@@ -497,7 +529,14 @@ mod tests {
                 sockets,
                 broken: Vec::new(),
                 unregistered: false,
+                roster: None,
             }
+        }
+
+        fn with_roster(mut self) -> Self {
+            let slots = self.members.iter().map(|member| member.slot);
+            self.roster = Some(Roster::new([0; MEMBER_WORDS], slots));
+            self
         }
 
         fn index(&self, slot: u32) -> usize {
@@ -538,6 +577,19 @@ mod tests {
             for member in &self.members {
                 scan.consider(member);
             }
+        }
+
+        fn draw(&mut self, scan: &mut Scan) -> bool {
+            let Some(roster) = self.roster else {
+                return false;
+            };
+            for turn in 0..DRAWN {
+                let place = scan.request.drawn(turn, u32::try_from(roster.len).unwrap());
+                let word = roster.slots[place as usize / Roster::A_WORD];
+                let index = self.index(Roster::slot_in(word, place));
+                scan.consider(&self.members[index]);
+            }
+            true
         }
 
         fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
@@ -665,6 +717,27 @@ mod tests {
         }
 
         #[test]
+        fn lots_change_who_is_chosen_and_never_whether(
+            members in any_members(), policy in any_policy(), sources in prop::collection::vec(any::<u64>(), 1..200), virtual_port: bool,
+        ) {
+            let mut model = Model::of(members).with_roster();
+            for source in sources {
+                let request = Request { virtual_port, ..from_source(policy, source) };
+                let mut plain = Model::of(model.members.clone());
+                let before = model.established();
+                let (drawn, scanned) = (model.connect(request), plain.decide(request));
+                prop_assert_eq!(drawn.reason, scanned.reason);
+                prop_assert_eq!(drawn.slot.is_some(), scanned.slot.is_some());
+                if let Some(slot) = drawn.slot {
+                    prop_assert!(before[slot as usize] < model.members[slot as usize].quota(UNLIMITED));
+                }
+                if !request.may_draw() {
+                    prop_assert_eq!(drawn.slot, scanned.slot);
+                }
+            }
+        }
+
+        #[test]
         fn least_loaded_wins(members in any_members()) {
             let mut model = Model::of(members);
             let load = |member: &Member| f64::from(member.counts.established()) / f64::from(member.weight());
@@ -726,6 +799,35 @@ mod tests {
                 model.decide(Request { ticket, ..from_source(policy, source) }).slot
             };
             prop_assert_eq!(choose(&at_syn, 1), choose(&at_ack, 2));
+        }
+    }
+
+    #[test]
+    fn of_many_backends_the_fullest_of_those_drawn_is_not_far_from_the_mean() {
+        for (policy, most) in [(Policy::LeastConnections, 2), (Policy::RoundRobin, 0)] {
+            let members = (0..256).map(|slot| member(slot, 0, UNLIMITED, 1));
+            let mut model = Model::of(members).with_roster();
+            for source in 0..256 * 100 {
+                model.connect(from_source(policy, source));
+            }
+            let fullest = model.established().into_iter().max().unwrap();
+            assert!(fullest <= 100 + most, "{}: {fullest}", policy.name());
+        }
+    }
+
+    #[test]
+    fn nobody_is_drawn_while_cookies_are_about() {
+        let members = (0..64).map(|slot| member(slot, 0, UNLIMITED, 1));
+        let mut model = Model::of(members).with_roster();
+        for member in &mut model.members {
+            member.counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+        }
+        for source in 0..100 {
+            let request = from_source(Policy::LeastConnections, source);
+            let chosen = model.decide(request);
+            model.roster = None;
+            assert_eq!(chosen, model.decide(request));
+            model = model.with_roster();
         }
     }
 

@@ -16,10 +16,12 @@
 
 pub mod abi;
 pub mod admission;
+mod apart;
 pub mod choice;
 pub mod decide;
 pub mod hash;
 mod reason;
 
 pub use abi::{BackendState, Policy};
+pub use apart::apart;
 pub use reason::{Reason, Verdict};

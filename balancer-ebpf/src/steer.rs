@@ -6,22 +6,22 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, NO_SERVICE, Policy, PortKey,
-    REASON_SLOTS, ServicePort, ticks,
+    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, MAX_MEMBERS, MEMBER_WORDS,
+    NO_SERVICE, Policy, PortKey, REASON_SLOTS, Roster, ServicePort, ticks,
 };
 use balancer_common::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
 };
-use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
 };
-use balancer_common::{Reason, Verdict};
+use balancer_common::{Reason, Verdict, apart};
 use core::ffi::c_void;
 
 use crate::kernel::{TcpSocket, constant, context, listens};
 use crate::maps::{
-    BACKENDS, COUNTS, DESKS, DESKS_TAKEN, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY,
+    BACKENDS, COUNTS, DESKS, DESKS_TAKEN, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, ROSTERS,
     SERVICE_STATE, SERVICES, VERDICTS,
 };
 use crate::{atomic, events};
@@ -107,7 +107,8 @@ fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
 /// The service of a port: an exact address wins over any.
 #[inline(always)]
 fn service_of(to: Address, port: u16) -> Option<ServicePort> {
-    let any = *unsafe { SERVICES.get(PortKey::new(ANY_NETNS, Address::ANY, port)) }?;
+    let key = PortKey::new(apart(ANY_NETNS), Address([apart(0); 4]), port);
+    let any = *unsafe { SERVICES.get(key) }?;
     if any.flags & ServicePort::EXACT_ADDRESSES != 0
         && let Some(exact) = unsafe { SERVICES.get(PortKey::new(ANY_NETNS, to, port)) }
     {
@@ -244,17 +245,16 @@ struct Sockets {
 impl World for Sockets {
     #[inline(always)]
     fn scan(&mut self, scan: &mut Scan) {
-        let walk = visit as unsafe extern "C" fn(u32, *mut c_void) -> i64;
-        // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
-        let mut scan = core::ptr::from_mut(scan);
-        unsafe {
-            bpf_loop(
-                Cursor::STEPS,
-                walk as *mut c_void,
-                (&raw mut scan).cast(),
-                0,
-            )
-        };
+        repeat(Cursor::STEPS, visit, scan);
+    }
+
+    #[inline(always)]
+    fn draw(&mut self, scan: &mut Scan) -> bool {
+        if !has_roster(u32::from(scan.request.service)) {
+            return false;
+        }
+        repeat(DRAWN, draw, scan);
+        true
     }
 
     #[inline(always)]
@@ -268,6 +268,45 @@ impl World for Sockets {
             .get(u32::from(service))
             .is_some_and(|state| state.unregistered != 0)
     }
+}
+
+/// Calls `step` so many times, or until it returns 1.
+#[inline(always)]
+fn repeat(times: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> i64, scan: &mut Scan) {
+    // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
+    let mut scan = core::ptr::from_mut(scan);
+    unsafe { bpf_loop(times, step as *mut c_void, (&raw mut scan).cast(), 0) };
+}
+
+/// Whether a service has a roster, drawn up of the members that it has now.
+#[inline(always)]
+fn has_roster(service: u32) -> bool {
+    let (Some(members), Some(roster)) = (MEMBERS.get_ptr(service), ROSTERS.get_ptr(service)) else {
+        return false;
+    };
+    let len = unsafe { core::ptr::read_volatile(&raw const (*roster).len) };
+    let mut differences = 0;
+    for word in 0..MEMBER_WORDS {
+        differences |= unsafe {
+            core::ptr::read_volatile(&raw const (*members).words[word])
+                ^ core::ptr::read_volatile(&raw const (*roster).words[word])
+        };
+    }
+    len != 0 && differences == 0
+}
+
+/// Considers one backend of the roster; the callback of `bpf_loop`. 1 ends the loop.
+unsafe extern "C" fn draw(turn: u32, scan: *mut c_void) -> i64 {
+    let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
+    let Some(roster) = ROSTERS.get_ptr(u32::from(scan.request.service)) else {
+        return 1;
+    };
+    let len = unsafe { core::ptr::read_volatile(&raw const (*roster).len) } as u32;
+    let place = scan.request.drawn(turn, len) & (MAX_MEMBERS as u32 - 1);
+    let word = place as usize / Roster::A_WORD;
+    let word = unsafe { core::ptr::read_volatile(&raw const (*roster).slots[word]) };
+    steer_consider(scan, Roster::slot_in(word, place));
+    0
 }
 
 /// Global like [`steer_round`].
@@ -313,42 +352,28 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
         return 1;
     };
-    match scan.cursor.step(|word| unsafe {
-        core::ptr::read_volatile(&raw const (*members).words[word as usize & 15])
-    }) {
-        Step::End => return 1,
-        Step::Loaded => {}
-        // One after the other, not one in the other: Linux 6.1 rounds each frame up to 32 bytes, and a chain of calls may
-        // take 512.
+    // The verifier must not lose the bound on the way.
+    let load = |word| unsafe {
+        let word = core::hint::black_box(word) as usize & (MEMBER_WORDS - 1);
+        core::ptr::read_volatile(&raw const (*members).words[word])
+    };
+    match scan.cursor.step(load) {
+        Step::End => 1,
         Step::Member(slot) => {
-            if steer_consider(scan, slot) != 0 {
-                steer_rank(scan, slot);
-            }
+            steer_consider(scan, slot);
+            0
         }
     }
-    0
 }
 
 /// Global like [`steer_round`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn steer_consider(scan: *mut Scan, slot: u32) -> u32 {
-    if let Some(state) = unsafe { scan.as_mut() }
-        && let Some(member) = member(slot)
-    {
-        return u32::from(state.qualifies(&member));
-    }
-    0
-}
-
-/// Global like [`steer_round`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn steer_rank(scan: *mut Scan, slot: u32) -> u32 {
     if let Some(scan) = unsafe { scan.as_mut() }
         && let Some(member) = member(slot)
     {
-        scan.rank(&member);
+        scan.consider(&member);
     }
     0
 }
@@ -399,7 +424,7 @@ fn attempt_socket(
     };
     let now = state.scan.request.now;
     let seen = tcp.observe();
-    note_cookies(counts, &seen, now);
+    note_cookies(counts, state.scan.request.service, &seen, now);
     if must_choose_by_tuple(seen.cookies(), state) {
         return Attempt::Cookies;
     }
@@ -450,11 +475,15 @@ fn announce(counts: *mut Counts, word: u64, state: &Deliberation) -> bool {
     true
 }
 
+/// While cookies are about nobody draws: all choose by four-tuple among all members.
 #[inline(always)]
-fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
+fn note_cookies(counts: *mut Counts, service: u16, seen: &Observation, now: u32) {
     let before = unsafe { core::ptr::read_volatile(&raw const (*counts).cookies) };
     if let Some(word) = cookies_word(seen, before, now) {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
+        if let Some(roster) = ROSTERS.get_ptr_mut(u32::from(service)) {
+            unsafe { atomic::store(&raw mut (*roster).len, 0) };
+        }
     }
 }
 

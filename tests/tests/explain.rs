@@ -10,7 +10,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use crate::support::{agents, farm, group, landing, own_port, virtual_port};
 
-/// Of the 1,000 in all.
+/// Of the 1,200 in all.
 const SOURCES_EACH: usize = 200;
 
 fn random_sources(number: usize) -> Vec<SocketAddr> {
@@ -85,6 +85,22 @@ fn with_least_connections() {
             || farm(4),
             machine,
         );
+    });
+}
+
+#[test]
+fn with_lots() {
+    Machine::with(|machine| {
+        let explanations = explained(
+            &virtual_port("least-connections", 40, &[]),
+            || farm(40),
+            machine,
+        );
+        // Not until the daemon has seen all listeners.
+        let drawn = explanations
+            .iter()
+            .filter(|explanation| explanation.sentence.contains("drawn by lot"));
+        assert!(drawn.count() > SOURCES_EACH / 2);
     });
 }
 

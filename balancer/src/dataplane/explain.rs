@@ -6,13 +6,13 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result};
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, Cookies, Counts, NO_SERVICE, Policy, PortKey, ServicePort,
-    UNLIMITED, ticks,
+    ANY_NETNS, Address, Backend, Cookies, Counts, MEMBER_WORDS, NO_SERVICE, Policy, PortKey,
+    Roster, ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::admission::{
     Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
 };
-use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
 use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
 use balancer_common::{Reason, Verdict};
 
@@ -118,7 +118,8 @@ fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServiceP
 
 /// The maps and listening sockets of one service as they were a moment ago.
 struct Picture {
-    words: [u64; balancer_common::abi::MEMBER_WORDS],
+    words: [u64; MEMBER_WORDS],
+    roster: Roster,
     members: HashMap<u32, Member>,
     /// Connections that wait in the accept queue, and the backlog, by slot.
     queues: HashMap<u32, (u32, u32)>,
@@ -136,6 +137,7 @@ impl Picture {
         }
         Ok(Self {
             words,
+            roster: tables.roster(port.service),
             members,
             queues: queues(tables)?,
             unregistered: tables
@@ -251,7 +253,12 @@ fn choice(member: &Member, deliberation: &Deliberation) -> String {
     }
     match scan.request.policy {
         Policy::LeastConnections => format!(
-            "of those that may take it, it has the fewest connections for its weight ({}, weight {})",
+            "of {}, it has the fewest connections for its weight ({}, weight {})",
+            if deliberation.has_drawn() {
+                format!("{DRAWN} drawn by lot, as there are so many")
+            } else {
+                "those that may take it".to_owned()
+            },
             load(member, &scan.request),
             member.weight()
         ),
@@ -279,7 +286,6 @@ impl World for Picture {
         for _ in 0..Cursor::STEPS {
             match scan.cursor.step(|word| self.words[word as usize]) {
                 Step::End => return,
-                Step::Loaded => {}
                 Step::Member(slot) => {
                     if let Some(member) = self.members.get(&slot) {
                         scan.consider(member);
@@ -287,6 +293,23 @@ impl World for Picture {
                 }
             }
         }
+    }
+
+    fn draw(&mut self, scan: &mut Scan) -> bool {
+        let roster = &self.roster;
+        if roster.len == 0 || roster.words != self.words {
+            return false;
+        }
+        for turn in 0..DRAWN {
+            let place = scan
+                .request
+                .drawn(turn, u32::try_from(roster.len).unwrap_or_default());
+            let word = roster.slots[place as usize / Roster::A_WORD % roster.slots.len()];
+            if let Some(member) = self.members.get(&Roster::slot_in(word, place)) {
+                scan.consider(member);
+            }
+        }
+        true
     }
 
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {

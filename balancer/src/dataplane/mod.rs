@@ -14,6 +14,7 @@ mod migrated;
 mod paths;
 mod pins;
 mod plan;
+mod rosters;
 mod services;
 mod slots;
 mod snapshot;

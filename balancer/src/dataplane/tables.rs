@@ -10,7 +10,7 @@ use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
     Address, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
-    MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
+    MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, Roster, ServiceInfo,
     ServicePort, ServiceState, SlotPolicy, Totals, Truth, UNLIMITED, ticks,
 };
 use balancer_common::choice::Member;
@@ -42,6 +42,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         },
     ),
     ("MEMBERS", MapShape::shared::<Members>(MAX_SERVICES)),
+    ("ROSTERS", MapShape::shared::<Roster>(MAX_SERVICES)),
     (
         "SERVICE_STATE",
         MapShape::shared::<ServiceState>(MAX_SERVICES),
@@ -161,6 +162,7 @@ pub struct Tables {
     counts: SharedArray,
     totals: SharedArray,
     members: SharedArray,
+    rosters: SharedArray,
     states: SharedArray,
     heartbeat: SharedArray,
     truth: SharedArray,
@@ -224,6 +226,9 @@ fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
         .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))
 }
 
+/// Which word of a [`Roster`] is its length.
+const ROSTER_LEN: usize = MEMBER_WORDS;
+
 /// What a look-up in a map found.
 pub fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
     match found {
@@ -281,6 +286,7 @@ impl Tables {
             counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
             totals: shared::<Totals>(directory, "TOTALS", MAX_SLOTS)?,
             members: shared::<Members>(directory, "MEMBERS", MAX_SERVICES)?,
+            rosters: shared::<Roster>(directory, "ROSTERS", MAX_SERVICES)?,
             states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
             heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
             truth: shared::<Truth>(directory, "TRUTH", 1)?,
@@ -425,6 +431,37 @@ impl Tables {
                 .word(u32::from(service), word)
                 .load(Ordering::Acquire)
         })
+    }
+
+    /// The roster of a service.
+    pub fn roster(&self, service: u16) -> Roster {
+        let word = |word| {
+            self.rosters
+                .word(u32::from(service), word)
+                .load(Ordering::Acquire)
+        };
+        Roster {
+            words: std::array::from_fn(word),
+            len: word(ROSTER_LEN),
+            slots: std::array::from_fn(|place| word(ROSTER_LEN + 1 + place)),
+        }
+    }
+
+    /// Gives a service another roster, which counts from its length on: that is none meanwhile.
+    pub fn write_roster(&self, service: u16, roster: &Roster) {
+        let store = |word, value| {
+            self.rosters
+                .word(u32::from(service), word)
+                .store(value, Ordering::SeqCst);
+        };
+        store(ROSTER_LEN, 0);
+        for (word, value) in roster.words.iter().enumerate() {
+            store(word, *value);
+        }
+        for (place, value) in roster.slots.iter().enumerate() {
+            store(ROSTER_LEN + 1 + place, *value);
+        }
+        store(ROSTER_LEN, roster.len);
     }
 
     /// Takes a slot out of a service's bitmap.
