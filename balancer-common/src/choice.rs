@@ -83,8 +83,11 @@ impl Request {
     #[inline(always)]
     pub const fn drawn(&self, turn: u32, len: u32) -> u32 {
         if matches!(self.policy, Policy::RoundRobin) {
-            return ((self.ticket.wrapping_add(turn as u64)) % (len as u64 + (len == 0) as u64))
-                as u32;
+            let turn = self.ticket.wrapping_add(turn as u64);
+            return match turn.checked_rem(len as u64) {
+                Some(place) => place as u32,
+                None => 0,
+            };
         }
         let lot = (self.tuple >> (turn % DRAWN * 16)) as u32 & 0xffff;
         (lot * len) >> 16
@@ -193,8 +196,12 @@ impl Member {
 /// Where a walk over a service's bitmap of slots stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Cursor {
+    /// The words that are still to be looked at, a bit each.
+    words: u32,
+    /// What is left of the word at hand.
     word: u64,
-    next: u32,
+    /// The first slot of the word at hand.
+    first: u32,
 }
 
 /// One step of a walk over a bitmap.
@@ -202,28 +209,54 @@ pub struct Cursor {
 pub enum Step {
     /// This slot is a member.
     Member(u32),
+    /// The last member of a word has gone meanwhile.
+    Nobody,
     /// There is no more.
     End,
 }
 
 impl Cursor {
     /// Most steps of a walk.
-    pub const STEPS: u32 = crate::abi::MAX_MEMBERS as u32 + 1;
-    const START: Self = Self { word: 0, next: 0 };
+    pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
+    const END: Self = Self {
+        words: 0,
+        word: 0,
+        first: 0,
+    };
+
+    /// At the beginning; `load` reads a word of the bitmap.
+    #[inline(always)]
+    pub fn new(load: impl Fn(u32) -> u64) -> Self {
+        let mut words = 0;
+        let mut index = 0;
+        while index < MEMBER_WORDS as u32 {
+            let word = load(index);
+            // The top bit says whether it is not 0, without a branch, after which the verifier would follow both ways for each word.
+            let top = apart(word | word.wrapping_neg());
+            words |= (top >> 63 << index) as u32;
+            index += 1;
+        }
+        Self { words, ..Self::END }
+    }
 
     /// The next step; `load` reads a word of the bitmap.
     #[inline(always)]
-    pub fn step(&mut self, load: impl Fn(u32) -> u64) -> Step {
-        while self.word == 0 {
-            if self.next >= MEMBER_WORDS as u32 {
+    pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
+        if self.word == 0 {
+            if self.words == 0 {
                 return Step::End;
             }
-            self.word = load(self.next);
-            self.next += 1;
+            let next = self.words.trailing_zeros() & (MEMBER_WORDS as u32 - 1);
+            self.words &= self.words - 1;
+            self.first = next * 64;
+            self.word = load(next);
+            if self.word == 0 {
+                return Step::Nobody;
+            }
         }
         let bit = self.word.trailing_zeros();
         self.word &= self.word - 1;
-        Step::Member(((self.next - 1) * 64 + bit) & (MAX_SLOTS as u32 - 1))
+        Step::Member((self.first + bit) & (MAX_SLOTS as u32 - 1))
     }
 }
 
@@ -342,7 +375,7 @@ impl Scan {
             best: NONE,
             best_expected: 0,
             best_has_no_hint: false,
-            cursor: Cursor::START,
+            cursor: Cursor::END,
             fit: 0,
             uid: 0,
             tried: [NOT_TRIED; MAX_LOOKS],
@@ -356,7 +389,6 @@ impl Scan {
         self.enforce = enforce;
         self.cookies = false;
         self.total = 0;
-        self.cursor = Cursor::START;
         self.start_over(0, 0);
         self.forget_tried();
     }
@@ -365,7 +397,6 @@ impl Scan {
     #[inline(always)]
     pub fn again(&mut self) {
         self.total = self.sum;
-        self.cursor = Cursor::START;
         self.start_over(0, 0);
     }
 

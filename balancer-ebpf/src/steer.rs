@@ -7,7 +7,7 @@ use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
     ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, MAX_MEMBERS, MEMBER_WORDS,
-    NO_SERVICE, Policy, PortKey, REASON_SLOTS, Roster, ServicePort, ticks,
+    Members, NO_SERVICE, Policy, PortKey, REASON_SLOTS, Roster, ServicePort, ticks,
 };
 use balancer_common::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
@@ -18,6 +18,7 @@ use balancer_common::decide::{
 };
 use balancer_common::{Reason, Verdict, apart};
 use core::ffi::c_void;
+use core::ptr::read_volatile;
 
 use crate::kernel::{TcpSocket, constant, context, listens};
 use crate::maps::{
@@ -75,9 +76,8 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
 /// include/linux/filter.h).
 #[inline(always)]
 fn has_chosen(lookup: *const bpf_sk_lookup) -> bool {
-    let chosen = unsafe {
-        core::ptr::read_volatile(&raw const (*lookup).__bindgen_anon_1.__bindgen_anon_1.sk)
-    };
+    let chosen =
+        unsafe { read_volatile(&raw const (*lookup).__bindgen_anon_1.__bindgen_anon_1.sk) };
     !chosen.is_null()
 }
 
@@ -107,14 +107,20 @@ fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
 /// The service of a port: an exact address wins over any.
 #[inline(always)]
 fn service_of(to: Address, port: u16) -> Option<ServicePort> {
-    let key = PortKey::new(apart(ANY_NETNS), Address([apart(0); 4]), port);
-    let any = *unsafe { SERVICES.get(key) }?;
+    let any = *service_of_any(port)?;
     if any.flags & ServicePort::EXACT_ADDRESSES != 0
         && let Some(exact) = unsafe { SERVICES.get(PortKey::new(ANY_NETNS, to, port)) }
     {
         return Some(*exact);
     }
     (any.service != NO_SERVICE).then_some(any)
+}
+
+/// What is said of a port at any address. A function of its own: the key would crowd the caller's stack.
+#[inline(never)]
+fn service_of_any(port: u16) -> Option<&'static ServicePort> {
+    let key = PortKey::new(apart(ANY_NETNS), Address([apart(0); 4]), port);
+    unsafe { SERVICES.get(key) }
 }
 
 /// A look-up's own ticket, so that no two CPUs have the same turn.
@@ -164,7 +170,7 @@ impl Desk<'_> {
     #[inline(always)]
     fn take() -> Option<Self> {
         let taken = DESKS_TAKEN.get_ptr_mut(0)?;
-        let level = unsafe { core::ptr::read_volatile(taken) };
+        let level = unsafe { read_volatile(taken) };
         let state = DESKS.get_ptr_mut(level as u32)?;
         unsafe { core::ptr::write_volatile(taken, level + 1) };
         Some(Self {
@@ -177,7 +183,7 @@ impl Desk<'_> {
 impl Drop for Desk<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        let level = unsafe { core::ptr::read_volatile(self.taken) };
+        let level = unsafe { read_volatile(self.taken) };
         unsafe { core::ptr::write_volatile(self.taken, level.saturating_sub(1)) };
     }
 }
@@ -212,7 +218,7 @@ fn decide(ctx: &SkLookupContext, state: &mut Deliberation) -> Reason {
             0,
         )
     };
-    let reason = unsafe { core::ptr::read_volatile(&raw const rounds.reason) };
+    let reason = unsafe { read_volatile(&raw const rounds.reason) };
     Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError)
 }
 
@@ -245,12 +251,13 @@ struct Sockets {
 impl World for Sockets {
     #[inline(always)]
     fn scan(&mut self, scan: &mut Scan) {
+        steer_begin(scan);
         repeat(Cursor::STEPS, visit, scan);
     }
 
     #[inline(always)]
     fn draw(&mut self, scan: &mut Scan) -> bool {
-        if !has_roster(u32::from(scan.request.service)) {
+        if !steer_has_roster(u32::from(scan.request.service)) {
             return false;
         }
         repeat(DRAWN, draw, scan);
@@ -278,19 +285,18 @@ fn repeat(times: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> i64, scan:
     unsafe { bpf_loop(times, step as *mut c_void, (&raw mut scan).cast(), 0) };
 }
 
-/// Whether a service has a roster, drawn up of the members that it has now.
-#[inline(always)]
-fn has_roster(service: u32) -> bool {
+/// Whether a service has a roster, drawn up of the members that it has now. Global like [`steer_round`], with a frame of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_has_roster(service: u32) -> bool {
     let (Some(members), Some(roster)) = (MEMBERS.get_ptr(service), ROSTERS.get_ptr(service)) else {
         return false;
     };
-    let len = unsafe { core::ptr::read_volatile(&raw const (*roster).len) };
+    let len = unsafe { read_volatile(&raw const (*roster).len) };
     let mut differences = 0;
-    for word in 0..MEMBER_WORDS {
-        differences |= unsafe {
-            core::ptr::read_volatile(&raw const (*members).words[word])
-                ^ core::ptr::read_volatile(&raw const (*roster).words[word])
-        };
+    for word in 0..MEMBER_WORDS as u32 {
+        let drawn_up = unsafe { read_volatile(&raw const (*roster).words[word as usize]) };
+        differences = apart(differences | (unsafe { load(members, word) } ^ drawn_up));
     }
     len != 0 && differences == 0
 }
@@ -301,12 +307,21 @@ unsafe extern "C" fn draw(turn: u32, scan: *mut c_void) -> i64 {
     let Some(roster) = ROSTERS.get_ptr(u32::from(scan.request.service)) else {
         return 1;
     };
-    let len = unsafe { core::ptr::read_volatile(&raw const (*roster).len) } as u32;
+    let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
     let place = scan.request.drawn(turn, len) & (MAX_MEMBERS as u32 - 1);
     let word = place as usize / Roster::A_WORD;
-    let word = unsafe { core::ptr::read_volatile(&raw const (*roster).slots[word]) };
-    steer_consider(scan, Roster::slot_in(word, place));
+    let word = unsafe { read_volatile(&raw const (*roster).slots[word]) };
+    consider(scan, Roster::slot_in(word, place));
     0
+}
+
+/// `Scan::consider` in two calls, one after the other and not one in the other: Linux 6.1 rounds each frame up to 32 bytes, and a chain of
+/// calls may take 512.
+#[inline(always)]
+fn consider(scan: &mut Scan, slot: u32) {
+    if steer_consider(scan, slot) != 0 {
+        steer_rank(scan, slot);
+    }
 }
 
 /// Global like [`steer_round`].
@@ -346,21 +361,35 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &Deliberation) -> Att
     attempt
 }
 
+/// Puts a walk over the members at its beginning. Global like [`steer_round`], with a frame of its own.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_begin(scan: *mut Scan) -> u32 {
+    if let Some(scan) = unsafe { scan.as_mut() }
+        && let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service))
+    {
+        scan.cursor = Cursor::new(|word| unsafe { load(members, word) });
+    }
+    0
+}
+
+/// A word of a bitmap.
+#[inline(always)]
+unsafe fn load(members: *const Members, word: u32) -> u64 {
+    unsafe { read_volatile(&raw const (*members).words[word as usize & (MEMBER_WORDS - 1)]) }
+}
+
 /// One step over the members; the callback of `bpf_loop`. 1 ends the loop.
 unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
     let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
         return 1;
     };
-    // The verifier must not lose the bound on the way.
-    let load = |word| unsafe {
-        let word = core::hint::black_box(word) as usize & (MEMBER_WORDS - 1);
-        core::ptr::read_volatile(&raw const (*members).words[word])
-    };
-    match scan.cursor.step(load) {
+    match scan.cursor.step(|word| unsafe { load(members, word) }) {
         Step::End => 1,
+        Step::Nobody => 0,
         Step::Member(slot) => {
-            steer_consider(scan, slot);
+            consider(scan, slot);
             0
         }
     }
@@ -373,7 +402,19 @@ pub extern "C" fn steer_consider(scan: *mut Scan, slot: u32) -> u32 {
     if let Some(scan) = unsafe { scan.as_mut() }
         && let Some(member) = member(slot)
     {
-        scan.consider(&member);
+        return u32::from(scan.qualifies(&member));
+    }
+    0
+}
+
+/// Global like [`steer_round`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_rank(scan: *mut Scan, slot: u32) -> u32 {
+    if let Some(scan) = unsafe { scan.as_mut() }
+        && let Some(member) = member(slot)
+    {
+        scan.rank(&member);
     }
     0
 }
@@ -478,7 +519,7 @@ fn announce(counts: *mut Counts, word: u64, state: &Deliberation) -> bool {
 /// While cookies are about nobody draws: all choose by four-tuple among all members.
 #[inline(always)]
 fn note_cookies(counts: *mut Counts, service: u16, seen: &Observation, now: u32) {
-    let before = unsafe { core::ptr::read_volatile(&raw const (*counts).cookies) };
+    let before = unsafe { read_volatile(&raw const (*counts).cookies) };
     if let Some(word) = cookies_word(seen, before, now) {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
         if let Some(roster) = ROSTERS.get_ptr_mut(u32::from(service)) {

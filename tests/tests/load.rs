@@ -78,7 +78,7 @@ const RELEASE: [Budget; 2] = [
     },
     Budget {
         program: "steer",
-        size: 3_100,
+        size: 3_500,
         verified: 14_000,
         verified_before_6_12: 39_000,
         stack: 480,
@@ -96,7 +96,7 @@ const DEBUG: [Budget; 2] = [
     },
     Budget {
         program: "steer",
-        size: 3_600,
+        size: 3_950,
         verified: 17_500,
         verified_before_6_12: 46_000,
         stack: 480,

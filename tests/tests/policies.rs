@@ -81,7 +81,7 @@ fn of_many_backends_the_fullest_of_those_drawn_is_not_far_from_the_mean() {
         clients.extend(tcp::connect_many(agents(), 2 * MANY));
         assert_eq!(clients.len(), 12 * MANY);
         assert_eq!(agree(&balancer, &mut listeners), [12; MANY]);
-        assert_eq!(tcp::connect(agents()), Outcome::Refused);
+        assert!(matches!(tcp::connect(agents()), Outcome::Refused));
     });
 }
 
@@ -236,11 +236,7 @@ fn source_hash_minds_weights() {
 
 #[test]
 fn each_policy_reaches_every_one_of_256_backends() {
-    for (policy, exact) in [
-        ("least-connections", true),
-        ("round-robin", true),
-        ("source-hash", false),
-    ] {
+    for policy in ["least-connections", "round-robin", "source-hash"] {
         Machine::with(|machine| {
             let balancer = Balancer::start(machine, &virtual_port(policy, 256, &[]));
             let mut listeners = farm(256);
@@ -250,12 +246,15 @@ fn each_policy_reaches_every_one_of_256_backends() {
                 .collect();
             let loads = agree(&balancer, &mut listeners);
             assert_eq!(loads.iter().sum::<usize>(), clients.len());
-            if exact {
-                assert_eq!(loads, vec![2; 256], "{policy}");
-            } else {
-                let reached = loads.iter().filter(|load| **load > 0).count();
+            let reached = loads.iter().filter(|load| **load > 0).count();
+            match policy {
+                "round-robin" => assert_eq!(loads, vec![2; 256]),
                 // 221 expected: 256 × (1 - e^-2).
-                assert!(reached > 200, "{policy}: {reached} of 256 reached");
+                "source-hash" => assert!(reached > 200, "{reached} of 256 reached"),
+                _ => {
+                    assert!(reached > 250, "{reached} of 256 reached");
+                    assert!(loads.iter().all(|load| *load <= 5), "{loads:?}");
+                }
             }
         });
     }

@@ -283,9 +283,11 @@ fn load(member: &Member, request: &Request) -> String {
 
 impl World for Picture {
     fn scan(&mut self, scan: &mut Scan) {
+        scan.cursor = Cursor::new(|word| self.words[word as usize]);
         for _ in 0..Cursor::STEPS {
             match scan.cursor.step(|word| self.words[word as usize]) {
                 Step::End => return,
+                Step::Nobody => {}
                 Step::Member(slot) => {
                     if let Some(member) = self.members.get(&slot) {
                         scan.consider(member);
