@@ -11,73 +11,73 @@ use tracing::info;
 
 use super::tables::{LAYOUT, MapShape};
 use super::{Paths, pins};
-use crate::discover::{KernelOffsets, is_bpffs, kernel_offsets};
+use crate::discover::{is_bpffs, kernel_offsets};
 use crate::sys::{bpf, clock};
 
 /// The object that `cargo xtask build` made; empty when it was not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/balancer.o"));
 
-/// What the kernel half must be told of the running kernel.
-#[derive(Debug)]
-pub struct Kernel {
-    offsets: KernelOffsets,
-    hz: u32,
-}
+/// What loads the kernel half, told of the running kernel.
+pub struct Kernel(EbpfLoader<'static>);
 
 impl Kernel {
-    /// Reads it from the running kernel.
+    /// Reads what the kernel half must be told from the running kernel, once for all objects: that takes longer than loading one.
     pub fn read() -> Result<Self> {
         ensure!(
             !OBJECT.is_empty(),
             "this program was built without its kernel half: build it with `cargo xtask build`"
         );
         let hz = clock::jiffies_per_second().context("cannot find out the kernel's tick rate")?;
-        Ok(Self {
-            offsets: kernel_offsets()?,
-            hz,
-        })
+        let at = kernel_offsets()?;
+        let constants: [(&str, u32); 16] = [
+            ("HZ", hz),
+            ("AT_HALF_OPEN", at.accept_qlen),
+            ("AT_YOUNG", at.accept_young),
+            ("AT_FAST_OPEN", at.fastopen_qlen),
+            ("AT_QUEUE", at.ack_backlog),
+            ("AT_BACKLOG", at.max_ack_backlog),
+            ("AT_OVERFLOW", at.ts_recent_stamp),
+            ("AT_REUSEPORT", at.reuseport_cb),
+            ("AT_GROUP_OVERFLOW", at.synq_overflow_ts),
+            ("AT_NET", at.netns),
+            ("AT_SYNCOOKIES", at.sysctl_tcp_syncookies),
+            ("AT_UID", at.uid),
+            ("AT_V6_ONLY", at.ipv6only),
+            ("V6_ONLY_BIT", at.ipv6only_mask),
+            ("AT_TGID", at.task_tgid),
+            ("AT_PID", at.task_pid),
+        ];
+        let mut loader = EbpfLoader::new();
+        // Tens of megabytes that nothing in the kernel half is relocated by.
+        loader.btf(None);
+        for (name, value) in constants {
+            loader.override_global(name, forever(value), true);
+        }
+        Ok(Self(loader))
     }
 
     /// Creates or opens every map in the directory and makes the programs ready to be loaded for a namespace.
-    pub fn open_object(&self, directory: &Path, netns: u64) -> Result<Ebpf> {
+    pub fn open_object(&mut self, directory: &Path, netns: u64) -> Result<Ebpf> {
         self.open(OBJECT, directory, netns)
     }
 
     /// The same with another object than the one that is built in.
-    pub(super) fn open(&self, object: &[u8], directory: &Path, netns: u64) -> Result<Ebpf> {
-        let at = &self.offsets;
-        let mask = at.ipv6only_mask;
-        let constants: [(&str, &u32); 16] = [
-            ("HZ", &self.hz),
-            ("AT_HALF_OPEN", &at.accept_qlen),
-            ("AT_YOUNG", &at.accept_young),
-            ("AT_FAST_OPEN", &at.fastopen_qlen),
-            ("AT_QUEUE", &at.ack_backlog),
-            ("AT_BACKLOG", &at.max_ack_backlog),
-            ("AT_OVERFLOW", &at.ts_recent_stamp),
-            ("AT_REUSEPORT", &at.reuseport_cb),
-            ("AT_GROUP_OVERFLOW", &at.synq_overflow_ts),
-            ("AT_NET", &at.netns),
-            ("AT_SYNCOOKIES", &at.sysctl_tcp_syncookies),
-            ("AT_UID", &at.uid),
-            ("AT_V6_ONLY", &at.ipv6only),
-            ("V6_ONLY_BIT", &mask),
-            ("AT_TGID", &at.task_tgid),
-            ("AT_PID", &at.task_pid),
-        ];
-        let mut loader = EbpfLoader::new();
-        loader.default_map_pin_directory(directory);
-        loader.override_global("NETNS", &netns, true);
-        for (name, value) in constants {
-            loader.override_global(name, value, true);
-        }
-        loader.load(object).with_context(|| {
+    pub(super) fn open(&mut self, object: &[u8], directory: &Path, netns: u64) -> Result<Ebpf> {
+        self.0
+            .default_map_pin_directory(directory)
+            .override_global("NETNS", forever(netns), true);
+        self.0.load(object).with_context(|| {
             format!(
                 "cannot create the maps under {} (is it on a BPF file system? are we root?)",
                 directory.display()
             )
         })
     }
+}
+
+/// The loader borrows its constants: a few bytes for each namespace that is ever guarded.
+fn forever<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
 }
 
 /// Loads `account`.

@@ -66,7 +66,7 @@ impl Writer {
     /// When the pins are not what they should be, or the kernel refuses something. Nothing is
     /// left behind then that was not there before.
     pub fn start(paths: Paths, lock: Lock, cgroup: &Path) -> Result<Self> {
-        let kernel = Kernel::read()?;
+        let mut kernel = Kernel::read()?;
         for remains in [paths.removed(), paths.staging()] {
             pins::remove_directory(&remains)?;
         }
@@ -74,9 +74,9 @@ impl Writer {
         let adopted = directory.exists();
         let (object, tables) = if adopted {
             load::check(&directory)?;
-            attach_account(&kernel, &directory, cgroup)?
+            attach_account(&mut kernel, &directory, cgroup)?
         } else {
-            make(&kernel, &paths, cgroup)?
+            make(&mut kernel, &paths, cgroup)?
         };
         info!(
             "{} the data plane in {}",
@@ -275,7 +275,7 @@ impl Writer {
 }
 
 /// Builds a data plane aside and puts it in its place whole.
-fn make(kernel: &Kernel, paths: &Paths, cgroup: &Path) -> Result<(Ebpf, Tables)> {
+fn make(kernel: &mut Kernel, paths: &Paths, cgroup: &Path) -> Result<(Ebpf, Tables)> {
     let staging = paths.staging();
     pins::make_directory(&staging)?;
     let made = attach_account(kernel, &staging, cgroup)
@@ -286,7 +286,7 @@ fn make(kernel: &Kernel, paths: &Paths, cgroup: &Path) -> Result<(Ebpf, Tables)>
     made
 }
 
-fn attach_account(kernel: &Kernel, directory: &Path, cgroup: &Path) -> Result<(Ebpf, Tables)> {
+fn attach_account(kernel: &mut Kernel, directory: &Path, cgroup: &Path) -> Result<(Ebpf, Tables)> {
     let mut object = kernel.open_object(directory, 0)?;
     let tables = Tables::open(directory)?;
     let target = fs::File::open(cgroup)
