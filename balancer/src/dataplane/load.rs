@@ -161,9 +161,9 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
             io_error,
             verifier_log,
         } => anyhow::anyhow!(
-            "the kernel refused the program `{program}`: {io_error}. A helper that is missing means that the kernel is too \
-             old (6.1 is the oldest supported; `balancer doctor` tells), anything else is a defect of this build: please \
-             report it with this log of the verifier:\n{verifier_log}"
+            "the kernel refused the program `{program}`: {io_error}. `balancer doctor` tells whether a capability is missing \
+             (without CAP_PERFMON the verifier takes less) or the kernel is too old (6.1 is the oldest supported). Anything else \
+             is a defect of this build: please report it with this log of the verifier:\n{verifier_log}"
         ),
         other => anyhow::anyhow!("cannot load the program `{program}`: {other}"),
     }

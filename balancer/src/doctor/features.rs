@@ -192,7 +192,7 @@ fn feature(name: &'static str, purpose: &str, needs: &str, outcome: Result<(), R
             name,
             "can't be tried: not permitted",
             format!("without it nothing {purpose}"),
-            "run as root, or with the capabilities that the check \"capabilities\" names; in a container, allow bpf(2) in its seccomp profile",
+            "run as root, or with the capabilities that the check \"capabilities\" names; in a container, allow bpf(2) in its seccomp profile; before Linux 5.11 maps count as locked memory (`ulimit -l unlimited`)",
         ),
         Err(Refused::Kernel(why)) => Check::fail(
             name,
