@@ -44,11 +44,12 @@ impl Writer {
         let mut slots = self.slots()?;
         slots.retain(|view| view.member.backend.netns == netns);
         let before = slots.iter().map(|view| self.read_before(view)).collect();
-        let sockets = sockets(self.tables.connection_map())?;
+        let mut connections = sockets(self.tables.connection_map())?;
         let after = slots.iter().map(|view| self.read_after(view)).collect();
-        let (listeners, connections) = sockets
-            .into_iter()
-            .partition(|socket| socket.state == State::Listen);
+        // They may be very many: none is copied.
+        let listeners = connections
+            .extract_if(.., |socket| socket.state == State::Listen)
+            .collect();
         Ok(Census {
             slots,
             before,

@@ -11,11 +11,14 @@ use tracing::{info, warn};
 use super::census::Census;
 use super::tables::{SlotView, connection_of};
 use super::writer::Writer;
-use crate::sys::clock;
 use crate::sys::sock_diag::Socket;
+use crate::sys::{clock, memory};
 
 /// So many comparisons in a row must find a count off before that is more than a socket on its way.
 const LASTING: u32 = 3;
+
+/// So many connections take megabytes while they are compared, which the process must not keep until the next time.
+const MANY: usize = 10_000;
 
 /// By how much a count is too low (or, negative, too high), as far as the table can tell while connections come and go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,7 +206,12 @@ impl Writer {
         let tally = self.tally(&census);
         self.compare(&census, &tally);
         self.note_unseen(&census, &tally);
-        self.recount(&census, tally)
+        self.recount(&census, tally)?;
+        if census.connections.len() >= MANY {
+            drop(census);
+            memory::give_back();
+        }
+        Ok(())
     }
 
     /// Whether the last comparison saw something that only the next one can tell from a socket on its way.

@@ -6,7 +6,7 @@ use std::{
     os::fd::AsRawFd as _,
 };
 
-use super::{Family, Query, Socket, State};
+use super::{Family, Query, Socket, State, Storage};
 
 /// "Any socket" as a cookie (`INET_DIAG_NOCOOKIE`, twice): never to be sent.
 pub(super) const NO_COOKIE: u64 = u64::MAX;
@@ -173,11 +173,11 @@ fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
 }
 
 /// The first value found: one map is asked for.
-fn storage(storages: &[u8]) -> Result<Option<Vec<u8>>, &'static str> {
+fn storage(storages: &[u8]) -> Result<Option<Storage>, &'static str> {
     let Some(first) = find(storages, SK_DIAG_BPF_STORAGE)? else {
         return Ok(None);
     };
-    Ok(find(first, SK_DIAG_BPF_STORAGE_MAP_VALUE)?.map(<[u8]>::to_vec))
+    Ok(find(first, SK_DIAG_BPF_STORAGE_MAP_VALUE)?.map(Storage::from_slice))
 }
 
 fn find(attributes: &[u8], kind: u16) -> Result<Option<&[u8]>, &'static str> {
@@ -426,7 +426,7 @@ mod tests {
             v6only: Some(true),
             cgroup: Some(77),
             mptcp: true,
-            storage: Some(vec![9; 24]),
+            storage: Some(Storage::from_slice(&[9; 24])),
         };
         assert_eq!(sockets, [expected]);
     }

@@ -22,6 +22,7 @@ use nix::{
 };
 
 pub use message::{Malformed, Progress, parse};
+use smallvec::SmallVec;
 
 /// Larger than anything the kernel puts into one datagram of a dump (32 KiB, more only for huge storage).
 const DATAGRAM: usize = 256 * 1024;
@@ -111,6 +112,9 @@ impl Query<'_> {
     }
 }
 
+/// What a storage map holds for a socket. Of very many sockets each one's few bytes must not be an allocation of their own.
+pub type Storage = SmallVec<[u8; 16]>;
+
 /// A TCP socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socket {
@@ -141,7 +145,7 @@ pub struct Socket {
     /// Belongs to an MPTCP socket. Known only with [`Query::protocol`].
     pub mptcp: bool,
     /// What the storage map of the query holds for it.
-    pub storage: Option<Vec<u8>>,
+    pub storage: Option<Storage>,
 }
 
 /// Lists TCP sockets. Sockets that come and go meanwhile may or may not be in it; no other is missed.
@@ -554,7 +558,7 @@ pub(crate) mod tests {
                 .filter(|socket| socket.local.port() == port)
                 .map(|socket| socket.storage.clone())
                 .collect();
-            let expected = expected.map(|value| value.to_ne_bytes().to_vec());
+            let expected = expected.map(|value| Storage::from_slice(&value.to_ne_bytes()));
             assert_eq!(
                 values,
                 [expected.clone(), expected],
