@@ -17,6 +17,8 @@ pub const MAX_LOOKS: usize = 6;
 /// The fullest of n backends then holds about ln ln n / ln 4 connections more than the mean, however many there are (Azar et al., Balanced
 /// Allocations, 1994): two with 256.
 pub const DRAWN: u32 = 4;
+/// With fewer backends all of them are looked at, but for round-robin, whose turn it is can be told without.
+pub const DRAWN_FROM: u32 = 32;
 
 const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
@@ -76,6 +78,12 @@ impl Request {
     #[inline(always)]
     pub const fn may_draw(&self) -> bool {
         self.virtual_port && !matches!(self.policy, Policy::SourceHash)
+    }
+
+    /// The same, for a roster of so many backends.
+    #[inline(always)]
+    pub const fn draws_from(&self, len: u32) -> bool {
+        len >= DRAWN_FROM || (len > 0 && matches!(self.policy, Policy::RoundRobin))
     }
 
     /// The place in a roster of so many backends that is drawn at that turn of [`DRAWN`]: by lot, or in round-robin the one whose turn it

@@ -583,8 +583,12 @@ mod tests {
             let Some(roster) = self.roster else {
                 return false;
             };
+            let len = u32::try_from(roster.len).unwrap();
+            if !scan.request.draws_from(len) {
+                return false;
+            }
             for turn in 0..DRAWN {
-                let place = scan.request.drawn(turn, u32::try_from(roster.len).unwrap());
+                let place = scan.request.drawn(turn, len);
                 let word = roster.slots[place as usize / Roster::A_WORD];
                 let index = self.index(Roster::slot_in(word, place));
                 scan.consider(&self.members[index]);

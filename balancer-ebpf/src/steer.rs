@@ -257,7 +257,7 @@ impl World for Sockets {
 
     #[inline(always)]
     fn draw(&mut self, scan: &mut Scan) -> bool {
-        if !steer_has_roster(u32::from(scan.request.service)) {
+        if steer_has_roster(scan) == 0 {
             return false;
         }
         repeat(DRAWN, draw, scan);
@@ -285,20 +285,27 @@ fn repeat(times: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> i64, scan:
     unsafe { bpf_loop(times, step as *mut c_void, (&raw mut scan).cast(), 0) };
 }
 
-/// Whether a service has a roster, drawn up of the members that it has now. Global like [`steer_round`], with a frame of its own.
+/// Whether a service has a roster to draw from, drawn up of the members that it has now. Global like [`steer_round`], with a frame of its own.
 #[unsafe(no_mangle)]
 #[inline(never)]
-pub extern "C" fn steer_has_roster(service: u32) -> bool {
-    let (Some(members), Some(roster)) = (MEMBERS.get_ptr(service), ROSTERS.get_ptr(service)) else {
-        return false;
+pub extern "C" fn steer_has_roster(scan: *const Scan) -> u32 {
+    let Some(scan) = (unsafe { scan.as_ref() }) else {
+        return 0;
     };
-    let len = unsafe { read_volatile(&raw const (*roster).len) };
+    let service = u32::from(scan.request.service);
+    let (Some(members), Some(roster)) = (MEMBERS.get_ptr(service), ROSTERS.get_ptr(service)) else {
+        return 0;
+    };
+    let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
+    if !scan.request.draws_from(len) {
+        return 0;
+    }
     let mut differences = 0;
     for word in 0..MEMBER_WORDS as u32 {
         let drawn_up = unsafe { read_volatile(&raw const (*roster).words[word as usize]) };
         differences = apart(differences | (unsafe { load(members, word) } ^ drawn_up));
     }
-    len != 0 && differences == 0
+    u32::from(differences == 0)
 }
 
 /// Considers one backend of the roster; the callback of `bpf_loop`. 1 ends the loop.

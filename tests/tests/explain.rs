@@ -10,7 +10,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use crate::support::{agents, farm, group, landing, own_port, virtual_port};
 
-/// Of the 1,200 in all.
+/// Of the 1,400 in all.
 const SOURCES_EACH: usize = 200;
 
 fn random_sources(number: usize) -> Vec<SocketAddr> {
@@ -101,6 +101,13 @@ fn with_lots() {
             .iter()
             .filter(|explanation| explanation.sentence.contains("drawn by lot"));
         assert!(drawn.count() > SOURCES_EACH / 2);
+    });
+}
+
+#[test]
+fn with_round_robin() {
+    Machine::with(|machine| {
+        explained(&virtual_port("round-robin", 5, &[]), || farm(5), machine);
     });
 }
 

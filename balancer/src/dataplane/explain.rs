@@ -299,13 +299,12 @@ impl World for Picture {
 
     fn draw(&mut self, scan: &mut Scan) -> bool {
         let roster = &self.roster;
-        if roster.len == 0 || roster.words != self.words {
+        let len = u32::try_from(roster.len).unwrap_or_default();
+        if !scan.request.draws_from(len) || roster.words != self.words {
             return false;
         }
         for turn in 0..DRAWN {
-            let place = scan
-                .request
-                .drawn(turn, u32::try_from(roster.len).unwrap_or_default());
+            let place = scan.request.drawn(turn, len);
             let word = roster.slots[place as usize / Roster::A_WORD % roster.slots.len()];
             if let Some(member) = self.members.get(&Roster::slot_in(word, place)) {
                 scan.consider(member);

@@ -16,6 +16,8 @@ pub struct Report {
     release: String,
     package: String,
     supported: bool,
+    /// Our own first program has said something.
+    booted: bool,
     passed: usize,
     failed: Vec<String>,
     /// The exit code of the tests; none: they did not come to their end.
@@ -41,6 +43,7 @@ impl Report {
     /// Takes a line that the guest has said.
     pub fn read(&mut self, line: &str) {
         if let Some(said) = line.strip_prefix(GUEST) {
+            self.booted = true;
             if let Some(code) = said.strip_prefix("the tests ended with ") {
                 self.code = code.trim().parse().ok();
             } else if let Some(cost) = said.strip_prefix("costs ") {
@@ -58,6 +61,11 @@ impl Report {
             Some((name, "FAILED")) => self.failed.push(name.to_owned()),
             _ => {}
         }
+    }
+
+    /// Whether its kernel came as far as our own first program.
+    pub const fn has_booted(&self) -> bool {
+        self.booted
     }
 
     /// Whether all tests passed. None at all is no success.
@@ -131,7 +139,7 @@ mod tests {
             "test c ... FAILED",
             "guest: the tests ended with 101",
         ]);
-        assert!(!report.passed());
+        assert!(report.has_booted() && !report.passed());
         assert_eq!(report.outcome(), "1 of 2 failed (exit code 101)");
         assert!(table(&[report]).contains("  c\n"));
     }
@@ -142,5 +150,6 @@ mod tests {
         assert!(after(&["test a ... ok", end]).passed());
         assert!(!after(&["test a ... ok"]).passed());
         assert!(!after(&[end]).passed());
+        assert!(!after(&["Kernel panic - not syncing"]).has_booted());
     }
 }

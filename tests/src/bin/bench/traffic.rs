@@ -27,6 +27,8 @@ const CONNECTIONS: usize = 64;
 const MESSAGE: usize = 128;
 /// Bytes handed over at a time when as many as possible are sent.
 const BULK: usize = 64 << 10;
+/// In every kernel, and without an opinion of its own on each connection: BBR would pace it by an estimate, one for better and one for worse.
+const CONGESTION_CONTROL: &str = "reno";
 /// Connections that send as much as they can.
 const STREAMS: usize = 2;
 
@@ -68,6 +70,11 @@ pub fn measure(settings: &Settings) -> Result<Section> {
     let rounds = settings.pick(3, 25);
     let slice = settings.pick(Duration::from_millis(150), Duration::from_millis(700));
     let machines: [Machine; 5] = std::array::from_fn(|_| Machine::new());
+    for machine in &machines {
+        machine
+            .netns
+            .sysctl("net.ipv4.tcp_congestion_control", CONGESTION_CONTROL);
+    }
     let balancer = Balancer::start(&machines[1], &balancer_file(POLICIES[0], USUAL, None));
     let mut servers = Vec::new();
     for machine in &machines {
