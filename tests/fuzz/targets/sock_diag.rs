@@ -5,7 +5,7 @@
 
 use std::io;
 
-use balancer::sys::sock_diag::{Family, Socket, parse, read_answer};
+use balancer::sys::sock_diag::{Family, Socket, Storage, parse, read_answer};
 use libfuzzer_sys::fuzz_target;
 
 /// The sequence number of the request, which the seeds answer.
@@ -70,7 +70,7 @@ fn are_in(sockets: &[Socket], bytes: usize) {
     let stored: usize = sockets
         .iter()
         .filter_map(|socket| socket.storage.as_ref())
-        .map(Vec::len)
+        .map(Storage::len)
         .sum();
     assert!(sockets.len() * LEAST + stored <= bytes);
     for socket in sockets {
