@@ -17,7 +17,7 @@ pub const MAX_LOOKS: usize = 6;
 /// The fullest of n backends then holds about ln ln n / ln 4 connections more than the mean, however many there are (Azar et al., Balanced
 /// Allocations, 1994): two with 256.
 pub const DRAWN: u32 = 4;
-/// With fewer backends all of them are looked at, but for round-robin, whose turn it is can be told without.
+/// With fewer backends all of them are looked at.
 pub const DRAWN_FROM: u32 = 32;
 
 const SLOT_BITS: u32 = 10;
@@ -80,19 +80,12 @@ impl Request {
         self.virtual_port && !matches!(self.policy, Policy::SourceHash)
     }
 
-    /// The same, for a roster of so many backends.
-    #[inline(always)]
-    pub const fn draws_from(&self, len: u32) -> bool {
-        len >= DRAWN_FROM || (len > 0 && matches!(self.policy, Policy::RoundRobin))
-    }
-
-    /// The place in a roster of so many backends that is drawn at that turn of [`DRAWN`]: by lot, or in round-robin the one whose turn it
-    /// is and those after it.
+    /// The place in a roster of so many backends that is drawn at that turn of [`DRAWN`]: by lot, but in round-robin first the one whose turn
+    /// it is. Where that one can't, its turns must not all be its neighbour's.
     #[inline(always)]
     pub const fn drawn(&self, turn: u32, len: u32) -> u32 {
-        if matches!(self.policy, Policy::RoundRobin) {
-            let turn = self.ticket.wrapping_add(turn as u64);
-            return match turn.checked_rem(len as u64) {
+        if turn == 0 && matches!(self.policy, Policy::RoundRobin) {
+            return match self.ticket.checked_rem(len as u64) {
                 Some(place) => place as u32,
                 None => 0,
             };

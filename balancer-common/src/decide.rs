@@ -473,7 +473,7 @@ mod tests {
         UNLIMITED,
     };
     use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
-    use crate::choice::{DRAWN, Member};
+    use crate::choice::{DRAWN, DRAWN_FROM, Member};
     use crate::{Verdict, hash};
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -584,7 +584,7 @@ mod tests {
                 return false;
             };
             let len = u32::try_from(roster.len).unwrap();
-            if !scan.request.draws_from(len) {
+            if len < DRAWN_FROM {
                 return false;
             }
             for turn in 0..DRAWN {
@@ -817,6 +817,19 @@ mod tests {
             let fullest = model.established().into_iter().max().unwrap();
             assert!(fullest <= 100 + most, "{}: {fullest}", policy.name());
         }
+    }
+
+    #[test]
+    fn the_turns_of_one_that_is_full_are_not_all_its_neighbours() {
+        let members = (0..64).map(|slot| member(slot, 0, if slot == 7 { 0 } else { UNLIMITED }, 1));
+        let mut model = Model::of(members).with_roster();
+        for source in 0..64 * 100 {
+            model.connect(from_source(Policy::RoundRobin, source));
+        }
+        let established = model.established();
+        assert_eq!(established[7], 0);
+        let fullest = established.into_iter().max().unwrap();
+        assert!((101..115).contains(&fullest), "{fullest}");
     }
 
     #[test]

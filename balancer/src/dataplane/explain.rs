@@ -12,7 +12,7 @@ use balancer_common::abi::{
 use balancer_common::admission::{
     Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
 };
-use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, DRAWN, DRAWN_FROM, Member, Request, Scan, Step};
 use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
 use balancer_common::{Reason, Verdict};
 
@@ -300,7 +300,7 @@ impl World for Picture {
     fn draw(&mut self, scan: &mut Scan) -> bool {
         let roster = &self.roster;
         let len = u32::try_from(roster.len).unwrap_or_default();
-        if !scan.request.draws_from(len) || roster.words != self.words {
+        if len < DRAWN_FROM || roster.words != self.words {
             return false;
         }
         for turn in 0..DRAWN {
