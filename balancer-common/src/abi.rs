@@ -578,6 +578,12 @@ impl Roster {
         roster
     }
 
+    /// The slot at a place.
+    pub const fn slot(&self, place: u32) -> u32 {
+        let word = place as usize / Self::A_WORD % self.slots.len();
+        Self::slot_in(self.slots[word], place)
+    }
+
     /// The slot at a place, of the word that holds it.
     #[inline(always)]
     pub const fn slot_in(word: u64, place: u32) -> u32 {

@@ -3,7 +3,7 @@
 
 use crate::abi::{
     Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS,
-    Policy, ServicePort, SlotPolicy,
+    Policy, Roster, ServicePort, SlotPolicy,
 };
 use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
 use crate::apart;
@@ -17,9 +17,6 @@ pub const MAX_LOOKS: usize = 6;
 /// The fullest of n backends then holds about ln ln n / ln 4 connections more than the mean, however many there are (Azar et al., Balanced
 /// Allocations, 1994): two with 256.
 pub const DRAWN: u32 = 4;
-/// With fewer backends all of them are looked at.
-pub const DRAWN_FROM: u32 = 32;
-
 const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
 const SIBLINGS: u64 = 0xfff;
@@ -92,6 +89,12 @@ impl Request {
         }
         let lot = (self.tuple >> (turn % DRAWN * 16)) as u32 & 0xffff;
         (lot * len) >> 16
+    }
+
+    /// The slots that are drawn from a roster; none where it holds nobody.
+    pub fn lots(self, roster: &Roster) -> impl Iterator<Item = u32> {
+        let turns = if roster.len == 0 { 0 } else { DRAWN };
+        (0..turns).map(move |turn| roster.slot(self.drawn(turn, roster.len as u32)))
     }
 
     /// What a SYN for a service's port asks.

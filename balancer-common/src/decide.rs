@@ -473,7 +473,7 @@ mod tests {
         UNLIMITED,
     };
     use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
-    use crate::choice::{DRAWN, DRAWN_FROM, Member};
+    use crate::choice::Member;
     use crate::{Verdict, hash};
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -583,14 +583,8 @@ mod tests {
             let Some(roster) = self.roster else {
                 return false;
             };
-            let len = u32::try_from(roster.len).unwrap();
-            if len < DRAWN_FROM {
-                return false;
-            }
-            for turn in 0..DRAWN {
-                let place = scan.request.drawn(turn, len);
-                let word = roster.slots[place as usize / Roster::A_WORD];
-                let index = self.index(Roster::slot_in(word, place));
+            for slot in scan.request.lots(&roster) {
+                let index = self.index(slot);
                 scan.consider(&self.members[index]);
             }
             true

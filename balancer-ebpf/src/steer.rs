@@ -12,7 +12,7 @@ use balancer_common::abi::{
 use balancer_common::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
 };
-use balancer_common::choice::{Arrival, Cursor, DRAWN, DRAWN_FROM, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
 };
@@ -297,7 +297,7 @@ pub extern "C" fn steer_has_roster(scan: *const Scan) -> u32 {
         return 0;
     };
     let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
-    if len < DRAWN_FROM {
+    if len == 0 {
         return 0;
     }
     let mut differences = 0;

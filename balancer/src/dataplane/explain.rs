@@ -12,7 +12,7 @@ use balancer_common::abi::{
 use balancer_common::admission::{
     Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
 };
-use balancer_common::choice::{Arrival, Cursor, DRAWN, DRAWN_FROM, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
 use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
 use balancer_common::{Reason, Verdict};
 
@@ -298,15 +298,11 @@ impl World for Picture {
     }
 
     fn draw(&mut self, scan: &mut Scan) -> bool {
-        let roster = &self.roster;
-        let len = u32::try_from(roster.len).unwrap_or_default();
-        if len < DRAWN_FROM || roster.words != self.words {
+        if self.roster.len == 0 || self.roster.words != self.words {
             return false;
         }
-        for turn in 0..DRAWN {
-            let place = scan.request.drawn(turn, len);
-            let word = roster.slots[place as usize / Roster::A_WORD % roster.slots.len()];
-            if let Some(member) = self.members.get(&Roster::slot_in(word, place)) {
+        for slot in scan.request.lots(&self.roster) {
+            if let Some(member) = self.members.get(&slot) {
                 scan.consider(member);
             }
         }

@@ -1,4 +1,4 @@
-//! Rosters: the backends of a service of which a few may stand for all.
+//! Rosters: where a service has so many backends that a few, drawn by lot, may stand for all.
 
 use anyhow::Result;
 use balancer_common::abi::{Backend, Cookies, Roster, ticks};
@@ -8,6 +8,9 @@ use balancer_common::choice::Member;
 use super::tables::SlotView;
 use super::writer::Writer;
 use crate::sys::clock;
+
+/// With fewer backends all of them are looked at for each SYN.
+const DRAWN_FROM: usize = 32;
 
 impl Writer {
     /// Draws up the rosters of all services anew where anything has changed. The kernel half gives one up by itself as soon as its
@@ -46,11 +49,12 @@ fn is_in(words: &[u64], slot: u32) -> bool {
 
 /// Lots are even: so must the weights be. While SYN cookies are about, all backends are looked at.
 fn may_be_drawn(members: &[&Member], now: u32) -> bool {
-    members.iter().all(|member| {
-        member.weight() == members[0].weight()
-            && member.backend.flags & Backend::UNSTEERABLE == 0
-            && cookies_state(member.counts.cookies, now) == Cookies::Off
-    })
+    members.len() >= DRAWN_FROM
+        && members.iter().all(|member| {
+            member.weight() == members[0].weight()
+                && member.backend.flags & Backend::UNSTEERABLE == 0
+                && cookies_state(member.counts.cookies, now) == Cookies::Off
+        })
 }
 
 #[cfg(test)]
@@ -76,7 +80,9 @@ mod tests {
     }
 
     #[test]
-    fn only_those_that_are_alike_are_drawn_from() {
+    fn only_many_that_are_alike_are_drawn_from() {
+        assert!(!drawn(&[]));
+        assert!(!drawn(&members(31)));
         let alike = members(32);
         assert!(drawn(&alike));
         let with = |change: fn(&mut Member)| {

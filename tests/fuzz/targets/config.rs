@@ -127,12 +127,17 @@ fn is_a_selector(text: &str) {
     assert_eq!(selector(&read.to_string()).expect("the same again"), read);
 }
 
-fn cluster_quota_is_as_documented(quota: &ClusterQuota) {
-    let shown = quota.to_string();
+/// A rule as it is shown.
+fn fits_a_line(rule: &impl std::fmt::Display) {
+    let shown = rule.to_string();
     assert!(
         shown.len() < 128 && !shown.contains(char::is_control),
         "{shown}"
     );
+}
+
+fn cluster_quota_is_as_documented(quota: &ClusterQuota) {
+    fits_a_line(quota);
     let connections = 1..=MAX_CONNECTIONS;
     match quota {
         ClusterQuota::Unlimited => {}
@@ -195,11 +200,7 @@ fn service_is_as_documented(service: &Service) {
 }
 
 fn quota_is_as_documented(quota: &QuotaRule) {
-    let shown = quota.to_string();
-    assert!(
-        shown.len() < 128 && !shown.contains(char::is_control),
-        "{shown}"
-    );
+    fits_a_line(quota);
     let connections = 1..=MAX_CONNECTIONS;
     match quota {
         QuotaRule::Unlimited => {}

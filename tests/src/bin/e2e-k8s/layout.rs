@@ -75,12 +75,7 @@ pub fn oaps(replicas: u32) -> Value {
             "strategy": {"rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": {"metadata": {"labels": labels}, "spec": {
                 "terminationGracePeriodSeconds": 5,
-                "topologySpreadConstraints": [{
-                    "maxSkew": 1,
-                    "topologyKey": "kubernetes.io/hostname",
-                    "whenUnsatisfiable": "ScheduleAnyway",
-                    "labelSelector": {"matchLabels": labels},
-                }],
+                "topologySpreadConstraints": [over_nodes(&labels)],
                 "containers": [{
                     "name": "oap",
                     "image": STANDINS,
@@ -103,6 +98,16 @@ pub fn oaps(replicas: u32) -> Value {
         },
     });
     json!({"apiVersion": "v1", "kind": "List", "items": [service, deployment]})
+}
+
+/// Pods of these labels go to different nodes, where they can.
+pub fn over_nodes(labels: &Value) -> Value {
+    json!({
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": labels},
+    })
 }
 
 /// Pods with clients, which are monitored workloads.

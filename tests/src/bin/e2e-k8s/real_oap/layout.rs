@@ -5,7 +5,7 @@ use std::time::Duration;
 use balancer_tests::oap::image;
 use serde_json::{Value, json};
 
-use crate::layout::{ENTRY, OAPS, PORT, SERVICE, SHOP};
+use crate::layout::{ENTRY, OAPS, PORT, SERVICE, SHOP, over_nodes};
 
 pub const NODES: usize = 2;
 pub const REPLICAS: u32 = 2;
@@ -83,12 +83,7 @@ fn oap(labels: &Value) -> Value {
     json!({
         "serviceAccountName": "skywalking-oap",
         "terminationGracePeriodSeconds": 10,
-        "topologySpreadConstraints": [{
-            "maxSkew": 1,
-            "topologyKey": "kubernetes.io/hostname",
-            "whenUnsatisfiable": "ScheduleAnyway",
-            "labelSelector": {"matchLabels": labels},
-        }],
+        "topologySpreadConstraints": [over_nodes(labels)],
         "containers": [{
             "name": "oap",
             "image": IMAGE,
