@@ -5,7 +5,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Most services.
 pub const MAX_SERVICES: usize = 64;
 /// Most backends of all services together.
@@ -58,6 +58,9 @@ impl Address {
     /// Any address: what a wildcard listener is bound to.
     pub const ANY: Self = Self([0; 4]);
 
+    /// Any IPv4 address, as a packet would have it.
+    pub const ANY_V4: Self = Self::from_v4_be(0);
+
     /// An IPv4 address given as in the packet (network byte order).
     #[inline(always)]
     pub const fn from_v4_be(address: u32) -> Self {
@@ -77,6 +80,15 @@ impl Address {
     #[inline(always)]
     pub const fn is_v4(&self) -> bool {
         self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0x0000_ffff_u32.to_be()
+    }
+
+    /// The two halves as they stand in memory, for comparing.
+    #[inline(always)]
+    pub const fn words(&self) -> (u64, u64) {
+        (
+            (self.0[1] as u64) << 32 | self.0[0] as u64,
+            (self.0[3] as u64) << 32 | self.0[2] as u64,
+        )
     }
 
     /// The upper and the lower half as numbers, for hashing.
@@ -597,6 +609,8 @@ impl Roster {
 pub struct ServiceState {
     /// The next ticket of round-robin. Atomic.
     pub turn: u64,
+    /// The sum of the weights of those that could be chosen when round-robin last added it up: it says nothing of now. Atomic.
+    pub weights: u64,
     /// Tick of the last refusal event. Atomic.
     pub last_event: u64,
     /// Listeners of the service that could not be registered: while there are any, nobody is refused because the registered
@@ -781,7 +795,7 @@ const _: () = {
     assert!(size_of::<SlotPolicy>() == 24);
     assert!(size_of::<Counts>() == 48);
     assert!(size_of::<Members>() == 128);
-    assert!(size_of::<ServiceState>() == 24);
+    assert!(size_of::<ServiceState>() == 32);
     assert!(size_of::<Totals>() == 8);
     assert!(size_of::<Truth>() == 40);
     assert!(size_of::<Connection>() == 8);

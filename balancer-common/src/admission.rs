@@ -1,6 +1,6 @@
 //! Admission: may this backend take one connection more?
 
-use crate::abi::{Backend, Cookies, Counts, UNLIMITED, ticks_of_ms, ticks_of_us};
+use crate::abi::{Backend, Cookies, Counts, ticks_of_ms, ticks_of_us};
 
 /// How long a queue may be full without a pause before connections are refused because of it, in ticks.
 pub const QUEUE_GRACE: u32 = ticks_of_ms(1_000);
@@ -152,10 +152,26 @@ pub const fn handshake_word(word: u64, micros: u32, now: u32) -> Option<u64> {
     Some((now as u64) << 32 | micros as u64)
 }
 
+/// More than there can be connections: added to a quota that does not count.
+pub const LIFTED: u64 = 1 << 40;
+
 /// The rule: established (without the exempt ones) + pending < quota.
 #[inline(always)]
 pub const fn admits(established: u32, exempt: u32, pending: u32, quota: u32) -> bool {
-    quota == UNLIMITED || established.saturating_sub(exempt).saturating_add(pending) < quota
+    used(established, exempt, pending) < limit(quota)
+}
+
+/// What counts against a quota.
+#[inline(always)]
+pub const fn used(established: u32, exempt: u32, pending: u32) -> u64 {
+    established.saturating_sub(exempt) as u64 + pending as u64
+}
+
+/// What must be more than [`used`]. Without a branch, after which the verifier would follow both ways through all that comes.
+#[inline(always)]
+pub const fn limit(quota: u32) -> u64 {
+    let quota = quota as u64;
+    quota + ((quota + 1) >> 32) * LIFTED
 }
 
 /// One look at a backend.
@@ -250,15 +266,28 @@ pub const fn over_word(pending: u32, now: u32) -> u64 {
 /// What the word says of SYN cookies.
 #[inline(always)]
 pub const fn cookies_state(word: u64, now: u32) -> Cookies {
-    let until = word as u32;
-    if word == 0 || (until.wrapping_sub(now) as i32) < 0 {
-        return Cookies::Off;
-    }
-    if (word >> 32) as u32 == Cookies::InUse as u32 {
-        Cookies::InUse
-    } else {
+    if cookies_near(word, now) == 0 {
+        Cookies::Off
+    } else if cookies_in_use(word, now) == 0 {
         Cookies::Soon
+    } else {
+        Cookies::InUse
     }
+}
+
+/// 1 where the word says that SYN cookies are in use or soon will be, else 0; without a branch.
+#[inline(always)]
+pub const fn cookies_near(word: u64, now: u32) -> u64 {
+    let is_set = (word | word.wrapping_neg()) >> 63;
+    let is_past = (word as u32).wrapping_sub(now) >> 31;
+    is_set & !(is_past as u64)
+}
+
+/// 1 where the word says that SYN cookies are in use, else 0; without a branch.
+#[inline(always)]
+pub const fn cookies_in_use(word: u64, now: u32) -> u64 {
+    const { assert!(Cookies::Soon as u32 == 1 && Cookies::InUse as u32 == 2) };
+    cookies_near(word, now) & word >> 33
 }
 
 /// The word after a look: until when the choice must be stable for cookies. `None`: leave it as it is.
@@ -297,6 +326,7 @@ pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi::UNLIMITED;
     use proptest::prelude::*;
     use std::vec::Vec;
 
@@ -602,6 +632,18 @@ mod tests {
             if admits(established, exempt, pending, quota) {
                 prop_assert!(u64::from(established.saturating_sub(exempt)) + u64::from(pending) < u64::from(quota));
             }
+            prop_assert!(admits(established, exempt, pending, UNLIMITED));
+        }
+
+        #[test]
+        fn what_is_told_of_cookies_without_a_branch_is_their_state(kind in 0..=2_u32, until: u32, now: u32) {
+            let kind = [Cookies::Off, Cookies::Soon, Cookies::InUse][kind as usize];
+            let word = if kind == Cookies::Off { 0 } else { (kind as u64) << 32 | u64::from(until) };
+            let is_past = until.wrapping_sub(now).cast_signed() < 0;
+            let expected = if is_past { Cookies::Off } else { kind };
+            prop_assert_eq!(cookies_state(word, now), expected);
+            prop_assert_eq!(cookies_near(word, now) == 1, expected != Cookies::Off);
+            prop_assert_eq!(cookies_in_use(word, now) == 1, expected == Cookies::InUse);
         }
 
         #[test]

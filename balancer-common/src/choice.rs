@@ -2,10 +2,12 @@
 //! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
 
 use crate::abi::{
-    Address, Backend, BackendState, Cookies, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS,
-    Policy, Roster, ServicePort, SlotPolicy,
+    Address, Backend, BackendState, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS, Policy,
+    Roster, ServicePort, SlotPolicy,
 };
-use crate::admission::{admits, cookies_state, expected, fits_family, is_full};
+use crate::admission::{
+    LIFTED, cookies_in_use, cookies_near, expected, fits_family, is_full, limit, used,
+};
 use crate::apart;
 use crate::hash::{self, rendezvous_score};
 
@@ -48,6 +50,8 @@ pub struct Request {
     pub tuple: u64,
     /// Ticket of round-robin.
     pub ticket: u64,
+    /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass where it is still that.
+    pub weights: u64,
     /// The time, in ticks.
     pub now: u32,
 }
@@ -91,15 +95,14 @@ impl Request {
         (lot * len) >> 16
     }
 
-    /// The slots that are drawn from a roster; none where it holds nobody.
-    pub fn lots(self, roster: &Roster) -> impl Iterator<Item = u32> {
-        let turns = if roster.len == 0 { 0 } else { DRAWN };
-        (0..turns).map(move |turn| roster.slot(self.drawn(turn, roster.len as u32)))
+    /// The slot that is drawn from a roster at that turn.
+    pub const fn draw_from(&self, roster: &Roster, turn: u32) -> u32 {
+        roster.slot(self.drawn(turn, roster.len as u32))
     }
 
     /// What a SYN for a service's port asks.
     #[inline(always)]
-    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, now: u32) -> Self {
+    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, weights: u64, now: u32) -> Self {
         let (high, low) = arrival.from.halves();
         let source = hash::of_source(high, low);
         let (to_high, to_low) = arrival.to.halves();
@@ -115,6 +118,7 @@ impl Request {
             source,
             tuple: hash::of_tuple(source, arrival.from_port, to_high ^ to_low, arrival.to_port),
             ticket,
+            weights,
             now,
         }
     }
@@ -142,6 +146,12 @@ impl Member {
         } else {
             default
         }
+    }
+
+    /// What it has that counts against its quota.
+    #[inline(always)]
+    const fn used(&self) -> u64 {
+        used(self.counts.established(), self.counts.exempt(), 0)
     }
 
     /// Its weight, at least 1.
@@ -186,20 +196,29 @@ impl Member {
         if request.virtual_port {
             return Some(0);
         }
-        let exact = !self.backend.address.is_any();
-        let bound = self.backend.device != 0;
-        if (exact && self.backend.address != request.to)
-            || (bound && self.backend.device != request.device)
-        {
-            return None;
-        }
-        Some(u32::from(exact) * 2 + u32::from(bound))
+        let (high, low) = self.backend.address.words();
+        let (to_high, to_low) = request.to.words();
+        let device = u64::from(self.backend.device);
+        let exact = differ(high, 0) | differ(low, 0) & differ(low, Address::ANY_V4.words().1);
+        let bound = differ(device, 0);
+        let elsewhere = exact & (differ(high, to_high) | differ(low, to_low))
+            | bound & differ(device, request.device.into());
+        (elsewhere == 0).then_some((exact * 2 + bound) as u32)
     }
 }
 
-/// Where a walk over a service's bitmap of slots stands.
+/// 1 where the two are not the same, else 0; without a branch.
+#[inline(always)]
+const fn differ(one: u64, other: u64) -> u64 {
+    let bits = one ^ other;
+    (bits | bits.wrapping_neg()) >> 63
+}
+
+/// Where a walk over a service's bitmap of slots stands, or one over a few that were drawn.
 #[derive(Clone, Copy, Debug)]
 pub struct Cursor {
+    /// What is left of those that were drawn, 16 bits each, marked with [`Cursor::LOT`].
+    lots: u64,
     /// The words that are still to be looked at, a bit each.
     words: u32,
     /// What is left of the word at hand.
@@ -222,11 +241,23 @@ pub enum Step {
 impl Cursor {
     /// Most steps of a walk.
     pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
+    const LOT: u64 = 1 << 15;
     const END: Self = Self {
+        lots: 0,
         words: 0,
         word: 0,
         first: 0,
     };
+
+    #[inline(always)]
+    fn nowhere() -> Self {
+        Self {
+            lots: apart(0),
+            words: 0,
+            word: apart(0),
+            first: 0,
+        }
+    }
 
     /// At the beginning; `load` reads a word of the bitmap.
     #[inline(always)]
@@ -240,12 +271,36 @@ impl Cursor {
             words |= (top >> 63 << index) as u32;
             index += 1;
         }
-        Self { words, ..Self::END }
+        Self {
+            words,
+            ..Self::nowhere()
+        }
+    }
+
+    /// At the first of [`DRAWN`] slots; `draw` tells which one is drawn at that turn.
+    #[inline(always)]
+    pub fn of_lots(draw: impl Fn(u32) -> u32) -> Self {
+        const { assert!(DRAWN <= 4 && MAX_SLOTS as u64 <= Self::LOT) };
+        let mut lots = 0;
+        let mut turn = 0;
+        while turn < DRAWN {
+            lots |= (u64::from(draw(turn)) | Self::LOT) << (turn * 16);
+            turn += 1;
+        }
+        Self {
+            lots,
+            ..Self::nowhere()
+        }
     }
 
     /// The next step; `load` reads a word of the bitmap.
     #[inline(always)]
     pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
+        if self.lots != 0 {
+            let slot = self.lots as u32 & (MAX_SLOTS as u32 - 1);
+            self.lots >>= 16;
+            return Step::Member(slot);
+        }
         if self.word == 0 {
             if self.words == 0 {
                 return Step::End;
@@ -350,17 +405,21 @@ pub struct Scan {
     pub tally: Tally,
     /// Sum of the weights of those that can be chosen, of the pass before.
     total: u64,
+    /// Whose turn it is in round-robin, below `total`.
+    turn: u64,
     /// The same, growing in this pass.
     sum: u64,
     best: u64,
     /// `Counts::expected` of the best, as the choice saw it.
     best_expected: u64,
     /// The best was chosen without its `expected`: a look at it that fails does not put it behind others.
-    best_has_no_hint: bool,
+    best_has_no_hint: u64,
     /// Where the walk over the members stands.
     pub cursor: Cursor,
     fit: u32,
     uid: u32,
+    /// Whether any is in there.
+    has_tried: bool,
     tried: [u16; MAX_LOOKS],
 }
 
@@ -375,13 +434,15 @@ impl Scan {
             cookies: false,
             tally: Tally::NONE,
             total: 0,
-            sum: 0,
+            turn: 0,
+            sum: request.weights,
             best: NONE,
             best_expected: 0,
-            best_has_no_hint: false,
+            best_has_no_hint: 0,
             cursor: Cursor::END,
             fit: 0,
             uid: 0,
+            has_tried: false,
             tried: [NOT_TRIED; MAX_LOOKS],
         }
     }
@@ -392,8 +453,7 @@ impl Scan {
         self.request = request;
         self.enforce = enforce;
         self.cookies = false;
-        self.total = 0;
-        self.start_over(0, 0);
+        self.sum = request.weights;
         self.forget_tried();
     }
 
@@ -401,6 +461,7 @@ impl Scan {
     #[inline(always)]
     pub fn again(&mut self) {
         self.total = self.sum;
+        self.turn = self.request.ticket.checked_rem(self.total).unwrap_or(0);
         self.start_over(0, 0);
     }
 
@@ -408,6 +469,7 @@ impl Scan {
     #[inline(always)]
     pub fn draw(&mut self) {
         self.total = 0;
+        self.turn = 0;
         self.start_over(0, 0);
     }
 
@@ -420,13 +482,17 @@ impl Scan {
     /// Forgets which members were tried.
     #[inline(always)]
     pub fn forget_tried(&mut self) {
-        self.tried = [apart(NOT_TRIED); MAX_LOOKS];
+        self.has_tried = false;
     }
 
     /// Never choose that one again for this request.
     #[inline(always)]
     pub fn mark_tried(&mut self, look: usize, slot: u32) {
         if look < MAX_LOOKS {
+            if !self.has_tried {
+                self.has_tried = true;
+                self.tried = [apart(NOT_TRIED); MAX_LOOKS];
+            }
             self.tried[look] = slot as u16;
         }
     }
@@ -465,60 +531,49 @@ impl Scan {
     /// Whether [`Scan::best`] was chosen without regard to what is expected there.
     #[inline(always)]
     pub const fn best_has_no_hint(&self) -> bool {
-        self.best_has_no_hint
+        self.best_has_no_hint != 0
     }
 
-    /// Whether a second pass is needed before [`Scan::best`] means something: round-robin needs the sum of the weights.
+    /// The sum of the weights, where another pass is needed before [`Scan::best`] means something: round-robin took another one for it.
     #[inline(always)]
-    pub const fn needs_total(&self) -> bool {
-        matches!(self.request.policy, Policy::RoundRobin) && !self.cookies
+    pub const fn other_total(&self) -> Option<u64> {
+        let matters = matches!(self.request.policy, Policy::RoundRobin) && !self.cookies;
+        if matters && self.sum != self.total {
+            Some(self.sum)
+        } else {
+            None
+        }
     }
 
     /// Takes one member into account.
-    pub fn consider(&mut self, member: &Member) {
-        if self.qualifies(member) {
-            self.rank(member);
-        }
-    }
-
-    /// Whether a member can be chosen at all; if not, the tally says why. The kernel calls the two halves of
-    /// [`Scan::consider`] as two functions, so that the verifier does not multiply the paths through them.
     #[inline(always)]
-    pub fn qualifies(&mut self, member: &Member) -> bool {
+    pub fn consider(&mut self, member: &Member) {
         if !member.is_ready() {
-            return false;
+            return;
         }
         let Some(fit) = member.fit(&self.request) else {
-            return false;
+            return;
         };
-        if self.tally.members == 0 || fit > self.fit {
+        if self.tally.members == 0 {
+            self.fit = fit;
+            self.uid = member.backend.uid;
+        } else if fit > self.fit {
             self.start_over(fit, member.backend.uid);
         } else if fit < self.fit || (!self.request.virtual_port && member.backend.uid != self.uid) {
-            return false;
+            return;
         }
-        self.tally.members += 1;
-        self.tally_quota(member);
-        let cookies = cookies_state(member.counts.cookies, self.request.now);
         let quota = member.quota(self.request.quota);
-        if self.enforces(quota)
-            && !admits(
-                member.counts.established(),
-                member.counts.exempt(),
-                0,
-                quota,
-            )
-        {
-            self.tally.closed += u32::from(quota == 0);
-            self.tally.over += u32::from(quota != 0);
-            self.tally.over_with_cookies +=
-                u32::from(quota != 0 && matches!(cookies, Cookies::InUse));
-            return false;
+        let limit = self.limit(quota);
+        let cookies = apart(cookies_near(member.counts.cookies, self.request.now));
+        let used = member.used();
+        self.tally.members += 1;
+        self.tally_quota(member, used, quota);
+        if used >= limit {
+            self.tally_over(member, quota);
+        } else if !self.request.virtual_port || member.is_steerable() {
+            self.tally.cookies += cookies as u32;
+            self.rank(member, used, limit, cookies);
         }
-        if self.request.virtual_port && !member.is_steerable() {
-            return false;
-        }
-        self.tally.cookies += u32::from(!matches!(cookies, Cookies::Off));
-        true
     }
 
     /// Whether that quota counts.
@@ -531,41 +586,55 @@ impl Scan {
         }
     }
 
+    /// What must be more than is used, where that quota counts. Without a branch, like [`limit`].
     #[inline(always)]
-    fn tally_quota(&mut self, member: &Member) {
+    fn limit(&self, quota: u32) -> u64 {
+        const {
+            assert!(
+                Enforce::Quotas as u8 == 0
+                    && Enforce::Closed as u8 == 1
+                    && Enforce::Nothing as u8 == 2
+            );
+        };
+        let enforce = apart(self.enforce as u64);
+        let is_not_0 = u64::from(quota).wrapping_neg() >> 63;
+        limit(quota) + (enforce >> 1 | enforce & is_not_0) * LIFTED
+    }
+
+    #[inline(always)]
+    fn tally_quota(&mut self, member: &Member, used: u64, quota: u32) {
         let computed = member.policy.is_for(member.backend.life())
             && member.policy.flags() & SlotPolicy::COMPUTED != 0;
         self.tally.computed += u32::from(computed);
-        let counted = member
-            .counts
-            .established()
-            .saturating_sub(member.counts.exempt());
-        self.tally.established += u64::from(counted);
-        self.tally.quotas += u64::from(member.quota(self.request.quota));
+        self.tally.established += used;
+        self.tally.quotas += u64::from(quota);
     }
 
-    /// Compares a member that qualifies with the best so far.
     #[inline(always)]
-    pub fn rank(&mut self, member: &Member) {
+    fn tally_over(&mut self, member: &Member, quota: u32) {
+        let in_use = apart(cookies_in_use(member.counts.cookies, self.request.now));
+        if quota == 0 {
+            self.tally.closed += 1;
+        } else {
+            self.tally.over += 1;
+            self.tally.over_with_cookies += in_use as u32;
+        }
+    }
+
+    /// Compares a member that can be chosen with the best so far.
+    #[inline(always)]
+    fn rank(&mut self, member: &Member, used: u64, limit: u64, cookies: u64) {
         let weight = member.weight();
-        let quota = member.quota(self.request.quota);
         let before = self.sum;
         self.sum += u64::from(weight);
-        if self.was_tried(member.slot) {
+        if self.has_tried && self.was_tried(member.slot) {
             return;
         }
         let expected = expected(member.counts.expected, self.request.now);
         // What is expected may be the very client whose ACK this is: with it counted, the ACK of a cookie would go elsewhere.
-        let cookies = cookies_state(member.counts.cookies, self.request.now);
-        let no_hint = self.cookies && !matches!(cookies, Cookies::Off);
-        let doubtful = is_full(member.counts.full, self.request.now)
-            || (self.enforces(quota)
-                && !admits(
-                    member.counts.established(),
-                    member.counts.exempt(),
-                    if no_hint { 0 } else { expected },
-                    quota,
-                ));
+        let no_hint = cookies & u64::from(self.cookies);
+        let hint = u64::from(expected) & no_hint.wrapping_sub(1);
+        let doubtful = is_full(member.counts.full, self.request.now) || used + hint >= limit;
         let key =
             self.metric(member, weight, expected, before) << SLOT_BITS | u64::from(member.slot);
         let key = if doubtful { key | DOUBTFUL } else { key };
@@ -592,47 +661,137 @@ impl Scan {
     /// The smaller, the better; below 2⁵².
     #[inline(always)]
     fn metric(&self, member: &Member, weight: u32, expected: u32, before: u64) -> u64 {
-        if self.cookies {
-            return Self::rendezvous(self.request.tuple, member, weight);
+        if self.cookies || matches!(self.request.policy, Policy::SourceHash) {
+            let key = if self.cookies {
+                self.request.tuple
+            } else {
+                self.request.source
+            };
+            return self.rendezvous(key, member, weight);
         }
-        match self.request.policy {
-            Policy::LeastConnections => {
-                let load = (u64::from(member.counts.established()) + u64::from(expected)) << 16;
-                // A division takes as long as all the rest.
-                if weight == 1 {
-                    load
-                } else {
-                    load / u64::from(weight)
-                }
-            }
-            Policy::SourceHash => Self::rendezvous(self.request.source, member, weight),
-            Policy::RoundRobin => self.turns_away(before, u64::from(weight)),
+        if matches!(self.request.policy, Policy::RoundRobin) {
+            return self.turns_away(before, u64::from(weight));
+        }
+        let load = (u64::from(member.counts.established()) + u64::from(expected)) << 16;
+        // A division takes as long as all the rest.
+        if weight == 1 {
+            load
+        } else {
+            load / u64::from(weight)
         }
     }
 
     /// By the backend's address, so that one that comes back under another slot gets its own clients again; the slot
     /// decides only among the listeners of one address (a `SO_REUSEPORT` group).
     #[inline(always)]
-    fn rendezvous(key: u64, member: &Member, weight: u32) -> u64 {
+    fn rendezvous(&self, key: u64, member: &Member, weight: u32) -> u64 {
         let (high, low) = member.backend.address.halves();
         let address = hash::of_source(high ^ u64::from(member.backend.port), low);
+        let score = rendezvous_score(key, address, weight) & !SIBLINGS;
+        // Another address is better: nothing depends on the rest.
+        if score << SLOT_BITS > self.best {
+            return score;
+        }
         let among_siblings = hash::mix(key ^ hash::mix(u64::from(member.slot) + 1)) & SIBLINGS;
-        rendezvous_score(key, address, weight) & !SIBLINGS | among_siblings
+        score | among_siblings
     }
 
     /// How many tickets after the one at hand it is this member's turn, its turns being `before..before + weight`.
     #[inline(always)]
     fn turns_away(&self, before: u64, weight: u64) -> u64 {
-        if self.total == 0 {
-            return before;
-        }
-        let turn = self.request.ticket % self.total;
+        let turn = self.turn;
         if turn < before {
             before - turn
         } else if turn < before + weight {
             0
         } else {
             self.total + before - turn
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::{Life, UNLIMITED};
+    use crate::admission::admits;
+    use proptest::prelude::*;
+
+    const SERVICE: ServicePort = ServicePort {
+        service: 0,
+        policy: 0,
+        flags: 0,
+        quota: UNLIMITED,
+    };
+
+    fn request(to: Address, device: u32) -> Request {
+        let arrival = Arrival {
+            netns: 1,
+            device,
+            from: Address::from_v4_be(1),
+            from_port: 1,
+            to,
+            to_port: 11_800,
+        };
+        Request::new(&SERVICE, &arrival, 0, 0, 0)
+    }
+
+    fn member(address: Address, device: u32) -> Member {
+        Member {
+            slot: 0,
+            backend: Backend {
+                life: Life::new(1, BackendState::Active).0,
+                netns: 1,
+                address,
+                device,
+                ..Backend::EMPTY
+            },
+            policy: SlotPolicy::new(1, UNLIMITED, 1, 0),
+            counts: Counts::ZERO,
+        }
+    }
+
+    fn any_enforce() -> impl Strategy<Value = Enforce> {
+        prop_oneof![
+            Just(Enforce::Quotas),
+            Just(Enforce::Closed),
+            Just(Enforce::Nothing)
+        ]
+    }
+
+    /// Few of each word, so that two are often the same.
+    fn any_address() -> impl Strategy<Value = Address> {
+        let mapped = 0x0000_ffff_u32.to_be();
+        let word = || prop_oneof![Just(0), Just(mapped), Just(7)];
+        [word(), word(), word(), word()].prop_map(Address)
+    }
+
+    proptest! {
+        #[test]
+        fn a_quota_that_does_not_count_is_lifted(
+            enforce in any_enforce(), used in 0..1_u64 << 33, quota in prop_oneof![Just(0), Just(UNLIMITED), any::<u32>()],
+        ) {
+            let mut scan = Scan::new(request(Address::ANY_V4, 0));
+            scan.enforce = enforce;
+            let refuses = scan.enforces(quota) && quota != UNLIMITED && used >= u64::from(quota);
+            prop_assert_eq!(used >= scan.limit(quota), refuses);
+            if let Ok(used) = u32::try_from(used) {
+                prop_assert_eq!(refuses, scan.enforces(quota) && !admits(used, 0, 0, quota));
+            }
+        }
+
+        #[test]
+        fn a_socket_fits_as_the_kernel_would_score_it(
+            bound in any_address(), to in any_address(), device in 0..3_u32, arrived in 0..3_u32,
+        ) {
+            let fit = member(bound, device).fit(&request(to, arrived));
+            let exact = !bound.is_any();
+            let expected = if exact && bound != to || device != 0 && device != arrived {
+                None
+            } else {
+                Some(u32::from(exact) * 2 + u32::from(device != 0))
+            };
+            prop_assert_eq!(fit, expected);
         }
     }
 }

@@ -62,14 +62,18 @@ impl Attempt {
 
 /// The maps and the sockets, or a picture of them.
 pub trait World {
-    /// Feeds every member of the service to the scan, in ascending order of slots.
-    fn scan(&mut self, scan: &mut Scan);
-    /// Feeds a few members to the scan, [drawn](crate::choice::Request::drawn) from the service's roster; false: it has none that is
-    /// of its members.
+    /// Puts the scan's cursor before every member of the service, in ascending order of slots.
+    fn begin(&mut self, scan: &mut Scan);
+    /// Puts it before a few members, [drawn](crate::choice::Request::drawn) from the service's roster; false: it has none that is of
+    /// its members.
     fn draw(&mut self, scan: &mut Scan) -> bool;
+    /// Feeds to the scan what its cursor leads to.
+    fn walk(&mut self, scan: &mut Scan);
     /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
     /// out must show in the counters of the next scan (see [`full_word`](crate::admission::full_word), [`over_word`](crate::admission::over_word)).
     fn attempt(&mut self, slot: u32, deliberation: &Deliberation) -> Attempt;
+    /// Keeps the sum of the weights for [`Request::weights`] of later look-ups.
+    fn remember_weights(&mut self, service: u16, weights: u64);
     /// Whether listeners of the service serve without being registered, because a map was full.
     fn has_unregistered(&self, service: u16) -> bool;
 }
@@ -221,20 +225,29 @@ impl Deliberation {
         }
     }
 
-    /// Chooses among a few members where they may stand for all. A full scan would only find one that is a little better.
+    /// Scans a few members where they may stand for all, else all of them. Whether there must be another pass before the best of the scan
+    /// means something: a full scan where those few are not good enough, which otherwise would only find one that is a little better.
     #[inline(always)]
-    fn draw<W: World>(&mut self, world: &mut W) -> bool {
-        if !self.drawing {
-            return false;
+    fn scan<W: World>(&mut self, world: &mut W) -> bool {
+        self.drawing = self.drawing && world.draw(&mut self.scan);
+        if self.drawing {
+            self.scan.draw();
+        } else {
+            self.scan.again();
+            world.begin(&mut self.scan);
         }
-        self.scan.draw();
-        self.drawing = world.draw(&mut self.scan) && self.scan.has_drawn_well();
-        self.drawing
+        world.walk(&mut self.scan);
+        if self.drawing {
+            self.drawing = self.scan.has_drawn_well();
+            !self.drawing
+        } else {
+            self.needs_another_pass(world)
+        }
     }
 
     /// Whether another pass is needed before the best of the scan means something.
     #[inline(always)]
-    fn needs_another_pass(&mut self) -> bool {
+    fn needs_another_pass<W: World>(&mut self, world: &mut W) -> bool {
         if !self.cookies_known {
             self.cookies_known = true;
             if self.scan.tally.cookies > 0 {
@@ -242,9 +255,12 @@ impl Deliberation {
                 return true;
             }
         }
-        if self.scan.needs_total() && !self.total_known {
+        if let Some(total) = self.scan.other_total() {
+            world.remember_weights(self.scan.request.service, total);
+            // Whoever comes or goes between two passes changes it again.
+            let known = self.total_known;
             self.total_known = true;
-            return true;
+            return !known;
         }
         false
     }
@@ -401,12 +417,8 @@ impl Deliberation {
 #[inline(always)]
 pub fn advance<W: World>(world: &mut W, state: &mut Deliberation) -> Option<Decision> {
     state.rounds += 1;
-    if !state.draw(world) {
-        state.scan.again();
-        world.scan(&mut state.scan);
-        if state.needs_another_pass() {
-            return None;
-        }
+    if state.scan(world) {
+        return None;
     }
     let Some(slot) = state.next() else {
         return if state.relent(world) {
@@ -473,7 +485,7 @@ mod tests {
         UNLIMITED,
     };
     use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
-    use crate::choice::Member;
+    use crate::choice::{Cursor, Member, Step};
     use crate::{Verdict, hash};
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -489,6 +501,8 @@ mod tests {
         broken: Vec<u32>,
         unregistered: bool,
         roster: Option<Roster>,
+        /// What round-robin added up last.
+        weights: u64,
     }
 
     fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
@@ -530,6 +544,7 @@ mod tests {
                 broken: Vec::new(),
                 unregistered: false,
                 roster: None,
+                weights: 0,
             }
         }
 
@@ -551,6 +566,10 @@ mod tests {
         }
 
         fn decide_in(&mut self, request: Request, circumstances: Circumstances) -> Decision {
+            let request = Request {
+                weights: self.weights,
+                ..request
+            };
             decide(self, &mut Deliberation::new(request, circumstances))
         }
 
@@ -564,6 +583,14 @@ mod tests {
             decision
         }
 
+        fn bitmap(&self) -> [u64; MEMBER_WORDS] {
+            let mut words = [0; MEMBER_WORDS];
+            for member in &self.members {
+                words[member.slot as usize / 64] |= 1 << (member.slot % 64);
+            }
+            words
+        }
+
         fn established(&self) -> Vec<u32> {
             self.members
                 .iter()
@@ -573,21 +600,28 @@ mod tests {
     }
 
     impl World for Model {
-        fn scan(&mut self, scan: &mut Scan) {
-            for member in &self.members {
-                scan.consider(member);
-            }
+        fn begin(&mut self, scan: &mut Scan) {
+            let members = self.bitmap();
+            scan.cursor = Cursor::new(|word| members[word as usize]);
         }
 
         fn draw(&mut self, scan: &mut Scan) -> bool {
             let Some(roster) = self.roster else {
                 return false;
             };
-            for slot in scan.request.lots(&roster) {
-                let index = self.index(slot);
-                scan.consider(&self.members[index]);
-            }
+            scan.cursor = Cursor::of_lots(|turn| scan.request.draw_from(&roster, turn));
             true
+        }
+
+        fn walk(&mut self, scan: &mut Scan) {
+            let members = self.bitmap();
+            for _ in 0..Cursor::STEPS {
+                match scan.cursor.step(|word| members[word as usize]) {
+                    Step::End => return,
+                    Step::Nobody => {}
+                    Step::Member(slot) => scan.consider(&self.members[self.index(slot)]),
+                }
+            }
         }
 
         fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
@@ -616,6 +650,10 @@ mod tests {
             }
         }
 
+        fn remember_weights(&mut self, _service: u16, weights: u64) {
+            self.weights = weights;
+        }
+
         fn has_unregistered(&self, _service: u16) -> bool {
             self.unregistered
         }
@@ -639,6 +677,7 @@ mod tests {
             source: 7,
             tuple: 9,
             ticket: 0,
+            weights: 0,
             now: NOW,
         }
     }
@@ -697,6 +736,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_sum_of_weights_from_before_changes_no_choice(members in any_members(), ticket: u64, weights: u64) {
+            let choose = |weights| {
+                let mut model = Model::of(members.clone());
+                model.weights = weights;
+                let decision = model.decide(Request { ticket, ..request(Policy::RoundRobin) });
+                (decision, model.weights)
+            };
+            let (fresh, sum) = choose(0);
+            prop_assert_eq!(choose(weights).0, fresh);
+            prop_assert_eq!(choose(sum), (fresh, sum));
+        }
+
         #[test]
         fn never_over_quota_and_refused_only_when_all_are(
             members in any_members(), policy in any_policy(), sources in prop::collection::vec(any::<u64>(), 1..200),

@@ -91,11 +91,7 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     if backend.life().generation() != connection.generation {
         return;
     }
-    let class = if is_exempt(backend.service, &remote(ctx)) {
-        Connection::EXEMPT
-    } else {
-        Connection::COUNTED
-    };
+    let class = class_of(backend.service, &remote(ctx));
     connection.class = class;
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
     // After the count: who reads it before the count is read never misses an entry that the count has.
@@ -109,6 +105,16 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     // Exempt ones are let in whatever the room: they say nothing of those that hold it.
     if class == Connection::COUNTED {
         completed(ctx, counts);
+    }
+}
+
+/// How a connection from there counts. A function of its own: the key would crowd the caller's stack.
+#[inline(never)]
+fn class_of(service: u16, source: &Address) -> u16 {
+    if is_exempt(service, source) {
+        Connection::EXEMPT
+    } else {
+        Connection::COUNTED
     }
 }
 

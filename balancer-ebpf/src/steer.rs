@@ -12,7 +12,7 @@ use balancer_common::abi::{
 use balancer_common::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
 };
-use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, Member, Request, Scan, Step};
 use balancer_common::decide::{
     Attempt, Circumstances, Deliberation, MAX_ROUNDS, World, advance, must_choose_by_tuple,
 };
@@ -41,8 +41,7 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     if context!(lookup, protocol) != TCP {
         return SK_PASS;
     }
-    let arrival = arrival_of(lookup);
-    let Some(port) = service_of(arrival.to, arrival.to_port) else {
+    let Some(port) = service_of(lookup) else {
         return SK_PASS;
     };
     if has_chosen(lookup) {
@@ -50,14 +49,9 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         return SK_PASS;
     }
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    let circumstances = Circumstances {
-        exempt: is_exempt(port.service, &arrival.from),
-        stale: HEARTBEAT.get(0).is_none_or(|beat| beat.is_stale(now_ns)),
-    };
     let reason = match Desk::take() {
         Some(desk) => {
-            let request = Request::new(&port, &arrival, next_ticket(&port), ticks(now_ns));
-            desk.state.start(request, circumstances);
+            start(desk.state, lookup, port, now_ns);
             decide(ctx, desk.state)
         }
         None => Reason::FailOpenError,
@@ -70,6 +64,19 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
             SK_DROP
         }
     }
+}
+
+/// Writes down what is asked. A function of its own: what it needs would crowd the stack of the chain of calls that decides.
+#[inline(never)]
+fn start(state: &mut Deliberation, lookup: *const bpf_sk_lookup, port: ServicePort, now_ns: u64) {
+    let arrival = arrival_of(lookup);
+    let circumstances = Circumstances {
+        exempt: is_exempt(port.service, &arrival.from),
+        stale: HEARTBEAT.get(0).is_none_or(|beat| beat.is_stale(now_ns)),
+    };
+    let (ticket, weights) = next_ticket(&port);
+    let request = Request::new(&port, &arrival, ticket, weights, ticks(now_ns));
+    state.start(request, circumstances);
 }
 
 /// Whether a program that ran before has chosen a socket: its choice stands, whatever this one says (`bpf_sk_lookup_run_v4`,
@@ -106,37 +113,38 @@ fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
 
 /// The service of a port: an exact address wins over any.
 #[inline(always)]
-fn service_of(to: Address, port: u16) -> Option<ServicePort> {
-    let any = *service_of_any(port)?;
-    if any.flags & ServicePort::EXACT_ADDRESSES != 0
-        && let Some(exact) = unsafe { SERVICES.get(PortKey::new(ANY_NETNS, to, port)) }
-    {
-        return Some(*exact);
+fn service_of(lookup: *const bpf_sk_lookup) -> Option<ServicePort> {
+    let port = context!(lookup, local_port) as u16;
+    let key = PortKey::new(apart(ANY_NETNS), Address([apart(0); 4]), port);
+    let any = *unsafe { SERVICES.get(key) }?;
+    if any.flags & ServicePort::EXACT_ADDRESSES != 0 {
+        let key = PortKey::new(ANY_NETNS, arrival_of(lookup).to, port);
+        if let Some(exact) = unsafe { SERVICES.get(key) } {
+            return Some(*exact);
+        }
     }
     (any.service != NO_SERVICE).then_some(any)
 }
 
-/// What is said of a port at any address. A function of its own: the key would crowd the caller's stack.
-#[inline(never)]
-fn service_of_any(port: u16) -> Option<&'static ServicePort> {
-    let key = PortKey::new(apart(ANY_NETNS), Address([apart(0); 4]), port);
-    unsafe { SERVICES.get(key) }
-}
-
-/// A look-up's own ticket, so that no two CPUs have the same turn.
+/// For round-robin a look-up's own ticket, so that no two CPUs have the same turn, and what the weights added up to.
 #[inline(always)]
-fn next_ticket(port: &ServicePort) -> u64 {
-    if !matches!(Policy::from_number(port.policy), Policy::RoundRobin) {
-        return 0;
-    }
-    match SERVICE_STATE.get_ptr_mut(u32::from(port.service)) {
-        Some(state) => unsafe { atomic::add(&raw mut (*state).turn, 1) },
-        None => 0,
+fn next_ticket(port: &ServicePort) -> (u64, u64) {
+    if matches!(Policy::from_number(port.policy), Policy::RoundRobin)
+        && let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(port.service))
+    {
+        unsafe {
+            (
+                atomic::add(&raw mut (*state).turn, 1),
+                read_volatile(&raw const (*state).weights),
+            )
+        }
+    } else {
+        (0, 0)
     }
 }
 
-/// Whether a source is exempt for a service. A function of its own: the key would crowd the caller's stack.
-#[inline(never)]
+/// Whether a source is exempt for a service.
+#[inline(always)]
 pub fn is_exempt(service: u16, source: &Address) -> bool {
     EXEMPT
         .get(Key::new(ExemptKey::BITS, ExemptKey::new(service, *source)))
@@ -204,6 +212,11 @@ fn decide(ctx: &SkLookupContext, state: &mut Deliberation) -> Reason {
     if let Some(decision) = state.without_looking() {
         return decision.reason;
     }
+    // Most end with the first. Apart, because the compiler knows what values there are and would leave out the check that the verifier wants.
+    let reason = apart(steer_round(ctx.lookup, state));
+    if reason != UNDECIDED {
+        return Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError);
+    }
     let mut rounds = Rounds {
         ctx: ctx.lookup,
         state,
@@ -212,7 +225,7 @@ fn decide(ctx: &SkLookupContext, state: &mut Deliberation) -> Reason {
     let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
     unsafe {
         bpf_loop(
-            MAX_ROUNDS,
+            MAX_ROUNDS - 1,
             round as *mut c_void,
             (&raw mut rounds).cast(),
             0,
@@ -250,23 +263,40 @@ struct Sockets {
 
 impl World for Sockets {
     #[inline(always)]
-    fn scan(&mut self, scan: &mut Scan) {
-        steer_begin(scan);
-        repeat(Cursor::STEPS, visit, scan);
+    fn begin(&mut self, scan: &mut Scan) {
+        if let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) {
+            scan.cursor = Cursor::new(|word| unsafe { load(members, word) });
+        }
     }
 
     #[inline(always)]
     fn draw(&mut self, scan: &mut Scan) -> bool {
-        if steer_has_roster(scan) == 0 {
+        let Some(roster) = roster_of(scan.request.service) else {
             return false;
-        }
-        repeat(DRAWN, draw, scan);
+        };
+        scan.cursor = Cursor::of_lots(|turn| unsafe { drawn(&scan.request, roster, turn) });
         true
+    }
+
+    #[inline(always)]
+    fn walk(&mut self, scan: &mut Scan) {
+        // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
+        let mut scan = core::ptr::from_mut(scan);
+        let visit = visit as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+        let calls = Cursor::STEPS.div_ceil(STEPS_A_CALL);
+        unsafe { bpf_loop(calls, visit as *mut c_void, (&raw mut scan).cast(), 0) };
     }
 
     #[inline(always)]
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
         Attempt::decode(steer_attempt(self.ctx, state, slot))
+    }
+
+    #[inline(always)]
+    fn remember_weights(&mut self, service: u16, weights: u64) {
+        if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) {
+            unsafe { atomic::store(&raw mut (*state).weights, weights) };
+        }
     }
 
     #[inline(always)]
@@ -277,58 +307,36 @@ impl World for Sockets {
     }
 }
 
-/// Calls `step` so many times, or until it returns 1.
-#[inline(always)]
-fn repeat(times: u32, step: unsafe extern "C" fn(u32, *mut c_void) -> i64, scan: &mut Scan) {
-    // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
-    let mut scan = core::ptr::from_mut(scan);
-    unsafe { bpf_loop(times, step as *mut c_void, (&raw mut scan).cast(), 0) };
-}
+/// Steps over the members for one call. Returns are dear: where the kernel mitigates Speculative Return Stack Overflow (AMD), none is predicted.
+/// More steps are more work for the verifier, which goes through each.
+const STEPS_A_CALL: u32 = 4;
 
-/// Whether a service has a roster to draw from, drawn up of the members that it has now. Global like [`steer_round`], with a frame of its own.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn steer_has_roster(scan: *const Scan) -> u32 {
-    let Some(scan) = (unsafe { scan.as_ref() }) else {
-        return 0;
-    };
-    let service = u32::from(scan.request.service);
-    let (Some(members), Some(roster)) = (MEMBERS.get_ptr(service), ROSTERS.get_ptr(service)) else {
-        return 0;
-    };
-    let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
-    if len == 0 {
-        return 0;
+/// The roster of a service, where it has one that was drawn up of the members that it has now.
+#[inline(always)]
+fn roster_of(service: u16) -> Option<*const Roster> {
+    let (members, roster) = (
+        MEMBERS.get_ptr(service.into())?,
+        ROSTERS.get_ptr(service.into())?,
+    );
+    if unsafe { read_volatile(&raw const (*roster).len) } == 0 {
+        return None;
     }
     let mut differences = 0;
     for word in 0..MEMBER_WORDS as u32 {
         let drawn_up = unsafe { read_volatile(&raw const (*roster).words[word as usize]) };
         differences = apart(differences | (unsafe { load(members, word) } ^ drawn_up));
     }
-    u32::from(differences == 0)
+    (differences == 0).then_some(roster)
 }
 
-/// Considers one backend of the roster; the callback of `bpf_loop`. 1 ends the loop.
-unsafe extern "C" fn draw(turn: u32, scan: *mut c_void) -> i64 {
-    let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
-    let Some(roster) = ROSTERS.get_ptr(u32::from(scan.request.service)) else {
-        return 1;
-    };
+/// The slot that is drawn from a roster at that turn.
+#[inline(always)]
+unsafe fn drawn(request: &Request, roster: *const Roster, turn: u32) -> u32 {
     let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
-    let place = scan.request.drawn(turn, len) & (MAX_MEMBERS as u32 - 1);
+    let place = request.drawn(turn, len) & (MAX_MEMBERS as u32 - 1);
     let word = place as usize / Roster::A_WORD;
     let word = unsafe { read_volatile(&raw const (*roster).slots[word]) };
-    consider(scan, Roster::slot_in(word, place));
-    0
-}
-
-/// `Scan::consider` in two calls, one after the other and not one in the other: Linux 6.1 rounds each frame up to 32 bytes, and a chain of
-/// calls may take 512.
-#[inline(always)]
-fn consider(scan: &mut Scan, slot: u32) {
-    if steer_consider(scan, slot) != 0 {
-        steer_rank(scan, slot);
-    }
+    Roster::slot_in(word, place)
 }
 
 /// Global like [`steer_round`].
@@ -368,62 +376,37 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &Deliberation) -> Att
     attempt
 }
 
-/// Puts a walk over the members at its beginning. Global like [`steer_round`], with a frame of its own.
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn steer_begin(scan: *mut Scan) -> u32 {
-    if let Some(scan) = unsafe { scan.as_mut() }
-        && let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service))
-    {
-        scan.cursor = Cursor::new(|word| unsafe { load(members, word) });
-    }
-    0
-}
-
 /// A word of a bitmap.
 #[inline(always)]
 unsafe fn load(members: *const Members, word: u32) -> u64 {
     unsafe { read_volatile(&raw const (*members).words[word as usize & (MEMBER_WORDS - 1)]) }
 }
 
-/// One step over the members; the callback of `bpf_loop`. 1 ends the loop.
+/// A few steps over the members; the callback of `bpf_loop`. 1 ends the loop.
 unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
     let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
         return 1;
     };
-    match scan.cursor.step(|word| unsafe { load(members, word) }) {
-        Step::End => 1,
-        Step::Nobody => 0,
-        Step::Member(slot) => {
-            consider(scan, slot);
-            0
+    // Apart, so that it stays a loop.
+    let mut left = apart(u64::from(STEPS_A_CALL));
+    while left > 0 {
+        match scan.cursor.step(|word| unsafe { load(members, word) }) {
+            Step::End => return 1,
+            Step::Nobody => {}
+            Step::Member(slot) => consider(scan, slot),
         }
-    }
-}
-
-/// Global like [`steer_round`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn steer_consider(scan: *mut Scan, slot: u32) -> u32 {
-    if let Some(scan) = unsafe { scan.as_mut() }
-        && let Some(member) = member(slot)
-    {
-        return u32::from(scan.qualifies(&member));
+        left -= 1;
     }
     0
 }
 
-/// Global like [`steer_round`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn steer_rank(scan: *mut Scan, slot: u32) -> u32 {
-    if let Some(scan) = unsafe { scan.as_mut() }
-        && let Some(member) = member(slot)
-    {
-        scan.rank(&member);
+/// Takes a backend into account.
+#[inline(always)]
+fn consider(scan: &mut Scan, slot: u32) {
+    if let Some(member) = member(slot) {
+        scan.consider(&member);
     }
-    0
 }
 
 /// A slot as the maps show it.

@@ -68,7 +68,7 @@ pub fn explain(
         to: Address::of_packet(to),
         to_port,
     };
-    let request = Request::new(&port, &arrival, tables.turn(port.service), ticks(now_ns));
+    let request = Request::new(&port, &arrival, tables.turn(port.service), 0, ticks(now_ns));
     let mut picture = Picture::take(tables, port)?;
     let mut deliberation = Deliberation::new(request, circumstances);
     let decision = decide(&mut picture, &mut deliberation);
@@ -282,8 +282,19 @@ fn load(member: &Member, request: &Request) -> String {
 }
 
 impl World for Picture {
-    fn scan(&mut self, scan: &mut Scan) {
+    fn begin(&mut self, scan: &mut Scan) {
         scan.cursor = Cursor::new(|word| self.words[word as usize]);
+    }
+
+    fn draw(&mut self, scan: &mut Scan) -> bool {
+        if self.roster.len == 0 || self.roster.words != self.words {
+            return false;
+        }
+        scan.cursor = Cursor::of_lots(|turn| scan.request.draw_from(&self.roster, turn));
+        true
+    }
+
+    fn walk(&mut self, scan: &mut Scan) {
         for _ in 0..Cursor::STEPS {
             match scan.cursor.step(|word| self.words[word as usize]) {
                 Step::End => return,
@@ -295,18 +306,6 @@ impl World for Picture {
                 }
             }
         }
-    }
-
-    fn draw(&mut self, scan: &mut Scan) -> bool {
-        if self.roster.len == 0 || self.roster.words != self.words {
-            return false;
-        }
-        for slot in scan.request.lots(&self.roster) {
-            if let Some(member) = self.members.get(&slot) {
-                scan.consider(member);
-            }
-        }
-        true
     }
 
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
@@ -332,6 +331,8 @@ impl World for Picture {
             }
         }
     }
+
+    fn remember_weights(&mut self, _service: u16, _weights: u64) {}
 
     fn has_unregistered(&self, _service: u16) -> bool {
         self.unregistered

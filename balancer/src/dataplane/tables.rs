@@ -23,6 +23,13 @@ use crate::sys::clock;
 use crate::sys::shared::SharedArray;
 use crate::sys::sock_diag::Socket;
 
+/// Which word of a map's value a field is.
+macro_rules! word {
+    ($value:ident . $field:ident) => {
+        std::mem::offset_of!($value, $field) / size_of::<u64>()
+    };
+}
+
 /// Every map by the name of its pin, with what the kernel must say of it: (type, key size, value size, entries, flags).
 pub const LAYOUT: &[(&str, MapShape)] = &[
     ("SERVICES", MapShape::hash::<PortKey, ServicePort>(4096)),
@@ -325,61 +332,64 @@ impl Tables {
 
     /// Generation and state of a slot, to compare and swap.
     pub fn life(&self, slot: u32) -> &AtomicU64 {
-        self.lives.word(slot, 0)
+        self.lives.word(slot, word!(Backend.life))
     }
 
     /// The quota word of a slot.
     pub fn quota_word(&self, slot: u32) -> &AtomicU64 {
-        self.policies.word(slot, 0)
+        self.policies.word(slot, word!(SlotPolicy.quota))
     }
 
     /// The weight word of a slot.
     pub fn weight_word(&self, slot: u32) -> &AtomicU64 {
-        self.policies.word(slot, 1)
+        self.policies.word(slot, word!(SlotPolicy.weight))
     }
 
     /// The adopted connections of a slot.
     pub fn adopted_word(&self, slot: u32) -> &AtomicU64 {
-        self.policies.word(slot, 2)
+        self.policies.word(slot, word!(SlotPolicy.adopted))
     }
 
     /// The kernel half's count of a slot, as `Counts::established` packs it.
     pub fn established_word(&self, slot: u32) -> &AtomicU64 {
-        self.counts.word(slot, 0)
+        self.counts.word(slot, word!(Counts.established))
     }
 
     /// Connections of a slot that have entered ESTABLISHED, ever.
     pub fn entered(&self, slot: u32) -> u64 {
-        self.totals.word(slot, 0).load(Ordering::SeqCst)
+        self.totals
+            .word(slot, word!(Totals.entered))
+            .load(Ordering::SeqCst)
     }
 
     /// Listeners of a service that could not be registered.
     pub fn unregistered_word(&self, service: u16) -> &AtomicU64 {
-        self.states.word(u32::from(service), 2)
+        self.states
+            .word(u32::from(service), word!(ServiceState.unregistered))
     }
 
     /// How COUNTS compared with the socket table last.
     pub fn truth(&self) -> Truth {
         let word = |index| self.truth.word(0, index).load(Ordering::Acquire);
         Truth {
-            checks: word(0),
-            drift: word(1),
-            repairs: word(2),
-            last_ns: word(3),
-            cost_ns: word(4),
+            checks: word(word!(Truth.checks)),
+            drift: word(word!(Truth.drift)),
+            repairs: word(word!(Truth.repairs)),
+            last_ns: word(word!(Truth.last_ns)),
+            cost_ns: word(word!(Truth.cost_ns)),
         }
     }
 
     /// Says how COUNTS compares with the socket table.
     pub fn set_truth(&self, truth: Truth) {
         let words = [
-            truth.checks,
-            truth.drift,
-            truth.repairs,
-            truth.last_ns,
-            truth.cost_ns,
+            (word!(Truth.checks), truth.checks),
+            (word!(Truth.drift), truth.drift),
+            (word!(Truth.repairs), truth.repairs),
+            (word!(Truth.last_ns), truth.last_ns),
+            (word!(Truth.cost_ns), truth.cost_ns),
         ];
-        for (index, value) in words.into_iter().enumerate() {
+        for (index, value) in words {
             self.truth.word(0, index).store(value, Ordering::Release);
         }
     }
@@ -415,12 +425,12 @@ impl Tables {
     pub fn counts(&self, slot: u32) -> Counts {
         let word = |index| self.counts.word(slot, index).load(Ordering::Acquire);
         Counts {
-            established: word(0),
-            expected: word(1),
-            full: word(2),
-            cookies: word(3),
-            stalled: word(4),
-            handshake: word(5),
+            established: word(word!(Counts.established)),
+            expected: word(word!(Counts.expected)),
+            full: word(word!(Counts.full)),
+            cookies: word(word!(Counts.cookies)),
+            stalled: word(word!(Counts.stalled)),
+            handshake: word(word!(Counts.handshake)),
         }
     }
 
@@ -475,25 +485,31 @@ impl Tables {
     /// The next ticket of round-robin.
     pub fn turn(&self, service: u16) -> u64 {
         self.states
-            .word(u32::from(service), 0)
+            .word(u32::from(service), word!(ServiceState.turn))
             .load(Ordering::Acquire)
     }
 
     /// When the daemon last lived, and for how long the kernel believes it.
     pub fn heartbeat(&self) -> Heartbeat {
         Heartbeat {
-            last_ns: self.heartbeat.word(0, 0).load(Ordering::Acquire),
-            limit_ns: self.heartbeat.word(0, 1).load(Ordering::Acquire),
+            last_ns: self
+                .heartbeat
+                .word(0, word!(Heartbeat.last_ns))
+                .load(Ordering::Acquire),
+            limit_ns: self
+                .heartbeat
+                .word(0, word!(Heartbeat.limit_ns))
+                .load(Ordering::Acquire),
         }
     }
 
     /// The daemon lives.
     pub fn beat(&self, beat: Heartbeat) {
         self.heartbeat
-            .word(0, 1)
+            .word(0, word!(Heartbeat.limit_ns))
             .store(beat.limit_ns, Ordering::Release);
         self.heartbeat
-            .word(0, 0)
+            .word(0, word!(Heartbeat.last_ns))
             .store(beat.last_ns, Ordering::Release);
     }
 
@@ -550,7 +566,7 @@ impl Tables {
                 .set(u32::from(service) * u32_of(REASON_SLOTS) + reason, zeros, 0)?;
         }
         self.states
-            .word(u32::from(service), 0)
+            .word(u32::from(service), word!(ServiceState.turn))
             .store(0, Ordering::Release);
         self.unregistered_word(service).store(0, Ordering::Release);
         Ok(())
