@@ -14,7 +14,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use socket2::{Domain, Socket, Type};
 
 use crate::children::{self, Helper, Place};
-use crate::settings::processors;
+use crate::settings::{Processor, keep_to, processors};
 
 /// The port of the first backend; the others follow.
 pub const FIRST_PORT: u16 = 21801;
@@ -34,6 +34,9 @@ pub struct Arguments {
     first_port: u16,
     #[arg(long)]
     listeners: u16,
+    /// One thread, on the last processor, instead of one for each.
+    #[arg(long)]
+    one_thread: bool,
 }
 
 /// Serves until standard input ends; a line asks for the number of open connections.
@@ -46,7 +49,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let listeners = (arguments.first_port..last).map(listen);
     // Leaked: threads have them until the process ends.
     let listeners: &'static [TcpListener] = listeners.collect::<Result<Vec<_>>>()?.leak();
-    for _ in 0..processors() {
+    let threads = if arguments.one_thread {
+        keep_to(Processor::Last)?;
+        1
+    } else {
+        processors()
+    };
+    for _ in 0..threads {
         let epoll = waiting_for(listeners)?;
         thread::spawn(move || serve(&epoll, listeners));
     }
@@ -157,6 +166,17 @@ impl Servers {
         Ok(servers)
     }
 
+    /// One process with so many listeners and one thread, which has a processor to itself where there are several: all subjects' messages wake
+    /// a thread on another processor then, and not some of them one on the same.
+    ///
+    /// # Errors
+    /// When it can't listen.
+    pub fn in_one_thread(machine: &Machine, number: u16) -> Result<Self> {
+        let mut servers = Self::none();
+        servers.start_with(machine, number, &["--one-thread"])?;
+        Ok(servers)
+    }
+
     /// A process for each listener.
     ///
     /// # Errors
@@ -181,10 +201,15 @@ impl Servers {
     /// # Errors
     /// When it can't listen.
     pub fn start(&mut self, machine: &Machine, listeners: u16) -> Result<()> {
+        self.start_with(machine, listeners, &[])
+    }
+
+    fn start_with(&mut self, machine: &Machine, listeners: u16, more: &[&str]) -> Result<()> {
         let all = backends(u16::try_from(self.addresses.len())? + listeners);
         let new = &all[self.addresses.len()..];
         let (first, number) = (new[0].port().to_string(), listeners.to_string());
         let arguments = ["serve", "--first-port", &first, "--listeners", &number];
+        let arguments = arguments.iter().chain(more);
         let (helper, _) = Helper::start(Place::Inside(machine), arguments)?;
         self.helpers.push(helper);
         self.addresses = all;

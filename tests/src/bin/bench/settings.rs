@@ -7,6 +7,8 @@ use std::thread::available_parallelism;
 use anyhow::{Context, Result, anyhow};
 use clap::ValueEnum;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 
 /// The numbers of backends that a cost is measured for.
 pub const BACKENDS: [u16; 5] = [1, 3, 8, 64, 256];
@@ -129,6 +131,31 @@ impl Settings {
     pub fn docs() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md")
     }
+}
+
+/// One of the processors that a thread may use.
+#[derive(Clone, Copy)]
+pub enum Processor {
+    First,
+    Last,
+}
+
+/// Keeps the calling thread, and those that it starts from now on, on one processor.
+///
+/// # Errors
+/// When the kernel refuses it.
+pub fn keep_to(which: Processor) -> Result<()> {
+    let this_thread = Pid::from_raw(0);
+    let allowed = sched_getaffinity(this_thread).context("cannot read the processors")?;
+    let mut numbers =
+        (0..CpuSet::count()).filter(|number| allowed.is_set(*number).unwrap_or(false));
+    let number = match which {
+        Processor::First => numbers.next(),
+        Processor::Last => numbers.next_back(),
+    };
+    let mut only = CpuSet::new();
+    only.set(number.context("no processor may be used")?)?;
+    sched_setaffinity(this_thread, &only).context("cannot choose a processor")
 }
 
 /// Processors that this program may use.

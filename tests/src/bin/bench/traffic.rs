@@ -18,7 +18,7 @@ use crate::peers::{FRONT, balancer_file};
 use crate::programs::{self, Programs};
 use crate::report::{Goal, Rows, Section};
 use crate::serve::{self, SWALLOW, Servers};
-use crate::settings::{POLICIES, Settings, USUAL};
+use crate::settings::{POLICIES, Processor, Settings, USUAL, keep_to};
 use crate::statistics::{Summary, as_f64, percentile};
 
 /// Open connections of each subject.
@@ -78,7 +78,7 @@ pub fn measure(settings: &Settings) -> Result<Section> {
     let balancer = Balancer::start(&machines[1], &balancer_file(POLICIES[0], USUAL, None));
     let mut servers = Vec::new();
     for machine in &machines {
-        servers.push(Servers::together(machine, USUAL)?);
+        servers.push(Servers::in_one_thread(machine, USUAL)?);
     }
     balancer.wait_active(usize::from(USUAL));
     let backends = serve::backends(USUAL);
@@ -140,7 +140,12 @@ impl Subject {
     }
 
     fn round(&mut self, slice: Duration) -> Result<()> {
-        let latencies = self.ask(slice)?;
+        let asking = || {
+            keep_to(Processor::First)?;
+            self.ask(slice)
+        };
+        let latencies = thread::scope(|scope| scope.spawn(asking).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         let gigabits = self.pour(slice)?;
         self.rounds.push(Seen {
             p50: percentile(&latencies, 50),
