@@ -239,16 +239,16 @@ pub const fn is_full(word: u64, now: u32) -> bool {
     word != 0 && now.wrapping_sub((word >> 32) as u32) <= QUEUE_GRACE
 }
 
-/// SYNs that were sent to a backend and may still become established.
+/// SYNs that were sent to a backend and may still become established. Without a branch, like [`limit`].
 #[inline(always)]
 pub const fn expected(word: u64, now: u32) -> u32 {
     let count = word as u32;
+    let age = now.wrapping_sub((word >> 32) as u32);
     // Completions that no SYN announced (exempt ones on an own port) make it negative.
-    if count as i32 <= 0 || now.wrapping_sub((word >> 32) as u32) > EXPECTED_FOR {
-        0
-    } else {
-        count
-    }
+    let is_none = (count | count.wrapping_sub(1)) >> 31;
+    let is_young = (age as u64).wrapping_sub(EXPECTED_FOR as u64 + 1) >> 63;
+    let counts = is_young & !(is_none as u64);
+    (count as u64 * counts) as u32
 }
 
 /// The word after a SYN was sent to a backend that has `pending` half-open ones.
@@ -633,6 +633,13 @@ mod tests {
                 prop_assert!(u64::from(established.saturating_sub(exempt)) + u64::from(pending) < u64::from(quota));
             }
             prop_assert!(admits(established, exempt, pending, UNLIMITED));
+        }
+
+        #[test]
+        fn only_young_syns_are_expected(count: u32, age in 0..=2 * EXPECTED_FOR, now: u32) {
+            let word = u64::from(now.wrapping_sub(age)) << 32 | u64::from(count);
+            let is_expected = count.cast_signed() > 0 && age <= EXPECTED_FOR;
+            prop_assert_eq!(expected(word, now), if is_expected { count } else { 0 });
         }
 
         #[test]

@@ -631,12 +631,13 @@ impl Scan {
             return;
         }
         let expected = expected(member.counts.expected, self.request.now);
+        // Before what else there is to decide: the verifier would follow every decision through it.
+        let metric = self.metric(member, weight, expected, before);
+        let key = apart(metric << SLOT_BITS | u64::from(member.slot));
         // What is expected may be the very client whose ACK this is: with it counted, the ACK of a cookie would go elsewhere.
         let no_hint = cookies & u64::from(self.cookies);
         let hint = u64::from(expected) & no_hint.wrapping_sub(1);
         let doubtful = is_full(member.counts.full, self.request.now) || used + hint >= limit;
-        let key =
-            self.metric(member, weight, expected, before) << SLOT_BITS | u64::from(member.slot);
         let key = if doubtful { key | DOUBTFUL } else { key };
         if key < self.best {
             self.best = key;

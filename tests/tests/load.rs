@@ -78,9 +78,9 @@ const RELEASE: [Budget; 2] = [
     },
     Budget {
         program: "steer",
-        size: 2_900,
-        verified: 35_000,
-        verified_before_6_12: 42_000,
+        size: 2_750,
+        verified: 62_000,
+        verified_before_6_12: 52_000,
         stack: 384,
     },
 ];
@@ -96,9 +96,9 @@ const DEBUG: [Budget; 2] = [
     },
     Budget {
         program: "steer",
-        size: 3_400,
-        verified: 39_000,
-        verified_before_6_12: 48_000,
+        size: 3_250,
+        verified: 66_000,
+        verified_before_6_12: 58_000,
         stack: 384,
     },
 ];
