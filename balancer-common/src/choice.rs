@@ -407,7 +407,7 @@ pub struct Scan {
     total: u64,
     /// Whose turn it is in round-robin, below `total`.
     turn: u64,
-    /// The same, growing in this pass.
+    /// What becomes `total`, growing in this pass.
     sum: u64,
     best: u64,
     /// `Counts::expected` of the best, as the choice saw it.
@@ -573,6 +573,26 @@ impl Scan {
         } else if !self.request.virtual_port || member.is_steerable() {
             self.tally.cookies += cookies as u32;
             self.rank(member, used, limit, cookies);
+        }
+    }
+
+    /// Takes all into account that the cursor leads to; `load` reads a word of the bitmap, `member` finds who is in a slot. The kernel does the
+    /// same with `bpf_loop`.
+    pub fn walk<'a>(
+        &mut self,
+        load: impl Fn(u32) -> u64,
+        member: impl Fn(u32) -> Option<&'a Member>,
+    ) {
+        for _ in 0..Cursor::STEPS {
+            match self.cursor.step(&load) {
+                Step::End => return,
+                Step::Nobody => {}
+                Step::Member(slot) => {
+                    if let Some(member) = member(slot) {
+                        self.consider(member);
+                    }
+                }
+            }
         }
     }
 

@@ -485,7 +485,7 @@ mod tests {
         UNLIMITED,
     };
     use crate::admission::{Observation, cookies_word, expected_word, full_word, judge, over_word};
-    use crate::choice::{Cursor, Member, Step};
+    use crate::choice::{Cursor, Member};
     use crate::{Verdict, hash};
     use proptest::prelude::*;
     use std::vec::Vec;
@@ -615,13 +615,10 @@ mod tests {
 
         fn walk(&mut self, scan: &mut Scan) {
             let members = self.bitmap();
-            for _ in 0..Cursor::STEPS {
-                match scan.cursor.step(|word| members[word as usize]) {
-                    Step::End => return,
-                    Step::Nobody => {}
-                    Step::Member(slot) => scan.consider(&self.members[self.index(slot)]),
-                }
-            }
+            scan.walk(
+                |word| members[word as usize],
+                |slot| Some(&self.members[self.index(slot)]),
+            );
         }
 
         fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {

@@ -12,7 +12,7 @@ use balancer_common::abi::{
 use balancer_common::admission::{
     Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
 };
-use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan, Step};
+use balancer_common::choice::{Arrival, Cursor, DRAWN, Member, Request, Scan};
 use balancer_common::decide::{Attempt, Circumstances, Decision, Deliberation, World, decide};
 use balancer_common::{Reason, Verdict};
 
@@ -295,17 +295,10 @@ impl World for Picture {
     }
 
     fn walk(&mut self, scan: &mut Scan) {
-        for _ in 0..Cursor::STEPS {
-            match scan.cursor.step(|word| self.words[word as usize]) {
-                Step::End => return,
-                Step::Nobody => {}
-                Step::Member(slot) => {
-                    if let Some(member) = self.members.get(&slot) {
-                        scan.consider(member);
-                    }
-                }
-            }
-        }
+        scan.walk(
+            |word| self.words[word as usize],
+            |slot| self.members.get(&slot),
+        );
     }
 
     fn attempt(&mut self, slot: u32, state: &Deliberation) -> Attempt {
