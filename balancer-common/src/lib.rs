@@ -15,13 +15,10 @@
 )]
 
 pub mod abi;
-pub mod admission;
-mod apart;
-pub mod choice;
-pub mod decide;
+pub mod decision;
 pub mod hash;
-mod reason;
+mod opaque;
 
 pub use abi::{BackendState, Policy};
-pub use apart::apart;
-pub use reason::{Reason, Verdict};
+pub use decision::reason::{Reason, Verdict};
+pub use opaque::opaque;

@@ -2,9 +2,9 @@
 
 use balancer_common::Reason;
 use balancer_common::abi::{Backend, Event, EventKind, ticks_of_ms};
-use balancer_common::choice::Arrival;
+use balancer_common::decision::scan::Arrival;
 
-use crate::atomic;
+use crate::kernel::atomic;
 use crate::maps::{EVENTS, SERVICE_STATE};
 
 /// Refusal events of one service are at least so many ticks apart.

@@ -8,34 +8,30 @@
 )]
 
 #[cfg(target_arch = "bpf")]
-mod account;
-#[cfg(target_arch = "bpf")]
-mod atomic;
-#[cfg(target_arch = "bpf")]
 mod events;
 #[cfg(target_arch = "bpf")]
 mod kernel;
 #[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
-mod steer;
+mod programs;
 
 #[cfg(target_arch = "bpf")]
-mod programs {
+mod entry_points {
     use aya_ebpf::macros::{sk_lookup, sock_ops};
     use aya_ebpf::programs::{SkLookupContext, SockOpsContext};
 
     /// Counts established connections and registers listeners; attached to a cgroup.
     #[sock_ops]
     pub fn account(ctx: SockOpsContext) -> u32 {
-        crate::account::run(&ctx);
+        crate::programs::account::run(&ctx);
         1
     }
 
     /// Decides each look-up for a service's port; attached to a network namespace.
     #[sk_lookup]
     pub fn steer(ctx: SkLookupContext) -> u32 {
-        crate::steer::run(&ctx)
+        crate::programs::steer::run(&ctx)
     }
 
     #[panic_handler]

@@ -5,11 +5,11 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS,
-    Members, PortKey, REASON_SLOTS, Roster, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
-    Totals, Truth,
+    AuditTotals, Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES,
+    MAX_SLOTS, Members, PortKey, REASON_SLOTS, Roster, ServiceInfo, ServicePort, ServiceState,
+    SlotPolicy, Totals,
 };
-use balancer_common::decide::Deliberation;
+use balancer_common::decision::DecisionState;
 
 const SLOTS: u32 = MAX_SLOTS as u32;
 const SERVICE_IDS: u32 = MAX_SERVICES as u32;
@@ -50,17 +50,17 @@ pub static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
 #[map]
 pub static HEARTBEAT: Array<Heartbeat> = Array::pinned(1, MMAPABLE);
 #[map]
-pub static TRUTH: Array<Truth> = Array::pinned(1, MMAPABLE);
+pub static AUDIT: Array<AuditTotals> = Array::pinned(1, MMAPABLE);
 
 /// Look-ups that can be under way on one CPU at a time.
-const DESK_LEVELS: u32 = 3;
+const SCRATCH_LEVELS: u32 = 3;
 
 // Not pinned: scratch of one program instance. Levels are taken per CPU.
 #[map]
-pub static DESKS: PerCpuArray<MaybeUninit<Deliberation>> =
-    PerCpuArray::with_max_entries(DESK_LEVELS, 0);
+pub static SCRATCH: PerCpuArray<MaybeUninit<DecisionState>> =
+    PerCpuArray::with_max_entries(SCRATCH_LEVELS, 0);
 #[map]
-pub static DESKS_TAKEN: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+pub static SCRATCH_DEPTH: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// A BTF definition of a socket storage, as libbpf's `__type` and `__uint` macros make it: numbers are array lengths.
 #[repr(C)]

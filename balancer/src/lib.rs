@@ -1,16 +1,16 @@
 //! The user half of the balancer: the daemon, the command line, and what both are made of.
 #![deny(unsafe_code)]
 
-pub mod admin;
-pub mod agent;
+pub mod api;
 pub mod cli;
-pub mod cluster;
 pub mod config;
+pub mod daemon;
 pub mod dataplane;
 pub mod discover;
 pub mod doctor;
+pub mod kubernetes;
 pub mod quota;
-mod quote;
+mod sanitize;
 #[expect(
     unsafe_code,
     reason = "the one place for system calls that no safe crate offers"
@@ -20,7 +20,7 @@ pub mod sys;
 /// The readers of untrusted bytes that only the fuzz targets need from outside.
 #[doc(hidden)]
 pub mod fuzzing {
-    pub use crate::admin::{
+    pub use crate::api::{
         client::{answer, question},
         server::{line, understand},
     };

@@ -11,7 +11,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::{Place, output::print};
-use crate::dataplane::{AgentSnapshot, BackendSnapshot, ServiceSnapshot, Snapshot};
+use crate::dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapshot};
 
 /// Print what `status` shows as metrics, in the `OpenMetrics` text format (changes nothing)
 ///
@@ -77,7 +77,7 @@ fn connections() -> Unit {
     Unit::Other("connections".to_owned())
 }
 
-fn daemon(registry: &mut Registry, agent: &AgentSnapshot) {
+fn daemon(registry: &mut Registry, agent: &DaemonSnapshot) {
     let alive = Gauge::<i64>::default();
     alive.set(i64::from(agent.alive));
     let help = "Whether the daemon's last sign of life is recent: 1, and refusing is possible";
@@ -89,13 +89,13 @@ fn daemon(registry: &mut Registry, agent: &AgentSnapshot) {
         registry.register_with_unit("heartbeat_age", help, Unit::Seconds, gauge);
     }
     let drift = Gauge::<i64>::default();
-    drift.set(i64::try_from(agent.truth.drift).unwrap_or(i64::MAX));
+    drift.set(i64::try_from(agent.audit_totals.drift).unwrap_or(i64::MAX));
     let help = "By how much counts lastingly differed from the socket table at the last comparison";
     registry.register_with_unit("drift", help, connections(), drift);
     let help = "Comparisons of the counts with the socket table";
-    registry.register("checks", help, counter(agent.truth.checks));
+    registry.register("checks", help, counter(agent.audit_totals.checks));
     let help = "Counts that were put right after comparisons with the socket table";
-    registry.register("repairs", help, counter(agent.truth.repairs));
+    registry.register("repairs", help, counter(agent.audit_totals.repairs));
 }
 
 fn counter(value: u64) -> Counter {

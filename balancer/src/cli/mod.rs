@@ -21,9 +21,9 @@ use clap::{Args, Parser, Subcommand};
 use nix::unistd::geteuid;
 
 use crate::{
-    admin::{self, Request, Response},
-    cluster::ClusterReport,
+    api::{self, Request, Response},
     dataplane::{self, Paths, Reader},
+    kubernetes::ClusterReport,
 };
 
 /// Balances long-lived gRPC connections over their servers, in the kernel and without a hop.
@@ -167,12 +167,12 @@ impl Place {
 
     /// Has the daemon do this. Its answer for the operator; `None` when there is no daemon.
     fn ask(&self, request: &Request) -> Result<Option<String>> {
-        self.ask_within(request, admin::ANSWERS_WITHIN)
+        self.ask_within(request, api::ANSWERS_WITHIN)
     }
 
     /// The same, for those who can't wait long.
     fn ask_within(&self, request: &Request, within: Duration) -> Result<Option<String>> {
-        match admin::ask(&self.admin_socket, &self.state_dir, request, within)? {
+        match api::ask(&self.admin_socket, &self.state_dir, request, within)? {
             Some(Response::Done { message }) => Ok(Some(message)),
             Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
             Some(Response::Cluster { .. }) => bail!("the daemon answered something else"),
@@ -182,11 +182,11 @@ impl Place {
 
     /// What the daemon knows of its cluster.
     fn ask_for_cluster(&self) -> Result<ClusterReport> {
-        match admin::ask(
+        match api::ask(
             &self.admin_socket,
             &self.state_dir,
             &Request::Cluster,
-            admin::ANSWERS_WITHIN,
+            api::ANSWERS_WITHIN,
         )? {
             Some(Response::Cluster { cluster }) => Ok(*cluster),
             Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),

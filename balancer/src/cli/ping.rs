@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use super::{Place, output::print};
-use crate::admin::Request;
+use crate::api::Request;
 
 /// Ask the daemon whether it lives (changes nothing)
 ///

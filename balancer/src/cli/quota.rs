@@ -11,7 +11,7 @@ use super::{
     output::{Output, or, print, table, wrapped},
 };
 use crate::{
-    admin::Request,
+    api::Request,
     config::MAX_CONNECTIONS,
     dataplane::{BackendSnapshot, ServiceSnapshot},
 };

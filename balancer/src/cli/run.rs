@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
-use crate::{agent, config::ConfigError, doctor};
+use crate::{config::ConfigError, daemon, doctor};
 
 /// Balance what a configuration file says, until told to stop (changes the kernel)
 ///
@@ -42,7 +42,7 @@ pub(super) struct Run {
     /// What becomes of the state in the kernel at the end, whichever signal ends it [default: INT unloads, TERM keeps]
     #[arg(long, value_name = "WHAT", value_enum)]
     on_exit: Option<OnExit>,
-    /// What to log to standard error: error, warn, info, debug, trace, or by module as in `info,balancer::agent=debug`
+    /// What to log to standard error: error, warn, info, debug, trace, or by module as in `info,balancer::daemon=debug`
     #[arg(long, value_name = "FILTER", env = "BALANCER_LOG", default_value = "info", value_parser = log_filter)]
     log: String,
 }
@@ -67,14 +67,14 @@ impl Run {
             // It would report a log that nobody reads any more to that same log, and panic.
             .log_internal_errors(false)
             .init();
-        let options = agent::Options {
+        let options = daemon::Options {
             config: self.config.clone(),
             cgroup: self.cgroup.clone(),
             state_dir: place.state_dir.clone(),
             admin_socket: place.admin_socket.clone(),
             on_exit: self.on_exit.map(|on_exit| match on_exit {
-                OnExit::Keep => agent::OnExit::Keep,
-                OnExit::Unload => agent::OnExit::Unload,
+                OnExit::Keep => daemon::OnExit::Keep,
+                OnExit::Unload => daemon::OnExit::Unload,
             }),
         };
         // One thread: it gives up its capabilities, which a thread that runs already would keep.
@@ -82,7 +82,7 @@ impl Run {
             .enable_all()
             .build()
             .context("can't start the daemon's runtime")?
-            .block_on(agent::run(options))
+            .block_on(daemon::run(options))
             .map_err(on_this_kernel)
     }
 }
@@ -100,7 +100,7 @@ fn log_filter(filter: &str) -> Result<String, String> {
     match EnvFilter::try_new(filter) {
         Ok(_) => Ok(filter.to_owned()),
         Err(error) => Err(format!(
-            "{error}; write for example debug, or info,balancer::agent=debug"
+            "{error}; write for example debug, or info,balancer::daemon=debug"
         )),
     }
 }

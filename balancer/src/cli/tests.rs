@@ -1,12 +1,12 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use balancer_common::abi::Truth;
+use balancer_common::abi::AuditTotals;
 use balancer_common::{BackendState, Policy, Reason, Verdict};
 use clap::CommandFactory;
 
 use super::*;
 use crate::{
-    dataplane::{AgentSnapshot, BackendSnapshot, Explanation, ServiceSnapshot, Snapshot},
+    dataplane::{BackendSnapshot, DaemonSnapshot, Explanation, ServiceSnapshot, Snapshot},
     doctor::{Check, Report, Status},
 };
 
@@ -86,14 +86,14 @@ fn als() -> ServiceSnapshot {
     }
 }
 
-fn alive() -> AgentSnapshot {
-    AgentSnapshot {
+fn alive() -> DaemonSnapshot {
+    DaemonSnapshot {
         alive: true,
         heartbeat_age: Some(Duration::from_millis(412)),
         fail_open_after: Duration::from_secs(30),
-        truth: Truth {
+        audit_totals: AuditTotals {
             checks: 7,
-            ..Truth::default()
+            ..AuditTotals::default()
         },
     }
 }
@@ -209,11 +209,11 @@ fn status_says_when_nobody_listens() {
 #[test]
 fn status_says_what_a_dead_daemon_means() {
     let with = |alive: bool, seconds: Option<u64>| {
-        let agent = AgentSnapshot {
+        let agent = DaemonSnapshot {
             alive,
             heartbeat_age: seconds.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
-            truth: Truth::default(),
+            audit_totals: AuditTotals::default(),
         };
         status::text(&Snapshot {
             services: Vec::new(),
@@ -338,7 +338,10 @@ fn metrics_are_what_status_shows() {
         services: vec![agents()],
         agent: alive(),
     };
-    (snapshot.agent.truth.drift, snapshot.agent.truth.repairs) = (3, 2);
+    (
+        snapshot.agent.audit_totals.drift,
+        snapshot.agent.audit_totals.repairs,
+    ) = (3, 2);
     snapshot.services[0].backends.truncate(2);
     snapshot.services[0].backends[1].quota = None;
     let text = metrics::text(&snapshot).unwrap();

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::{Place, hint_of_user, output::print};
-use crate::{admin::Request, dataplane};
+use crate::{api::Request, dataplane};
 
 /// Take everything out of the kernel (changes the kernel)
 ///

@@ -2,13 +2,13 @@
 //!
 //! A [`Config`] that exists is valid: whoever holds one need not check it again.
 
+mod conflicts;
 mod error;
 mod fields;
 mod kubernetes;
 mod read;
 mod read_kubernetes;
 mod selector;
-mod together;
 mod values;
 mod yaml;
 
@@ -69,15 +69,15 @@ pub struct Config {
     pub services: Vec<Service>,
     /// How long after the daemon last lived the kernel stops refusing; between a second and an hour.
     pub fail_open_after: Duration,
-    /// Which network namespaces are guarded; [`Namespaces::Pods`] where there is `kubernetes`.
-    pub namespaces: Namespaces,
+    /// Which network namespaces are guarded; [`NetnsScope::Pods`] where there is `kubernetes`.
+    pub namespaces: NetnsScope,
     /// What is balanced in a Kubernetes cluster, where the pods' namespaces are guarded; `None`: what `services` lists.
     pub kubernetes: Option<Kubernetes>,
 }
 
 /// Which network namespaces are guarded.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Namespaces {
+pub enum NetnsScope {
     /// The one that the daemon was started in.
     Own,
     /// Every one on the machine, also those that come later.

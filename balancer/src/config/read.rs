@@ -10,11 +10,11 @@ use balancer_common::Policy;
 
 use super::{
     Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, DEFAULT_MIN_QUOTA, MAX_SERVICE_BACKENDS,
-    MAX_WEIGHT, Namespaces, QuotaRule, Service,
+    MAX_WEIGHT, NetnsScope, QuotaRule, Service,
+    conflicts::{Located, check_conflicts},
     error::at_line,
     fields::{Fields, Result, list, number, scalar},
     read_kubernetes::kubernetes,
-    together::{Located, check_together},
     values::{
         Time, clients, entries, exempt, headroom, min_quota, nothing_computed, per_backend,
         per_client, policy, port, service_name,
@@ -51,7 +51,7 @@ pub(super) fn config(text: &str) -> Result<Config> {
             ));
         }
     };
-    check_together(&services)?;
+    check_conflicts(&services)?;
     Ok(Config {
         services: services
             .into_iter()
@@ -61,10 +61,10 @@ pub(super) fn config(text: &str) -> Result<Config> {
             .optional("fail_open_after", |node| FAIL_OPEN_AFTER.read(node))?
             .unwrap_or(DEFAULT_FAIL_OPEN_AFTER),
         namespaces: match &kubernetes {
-            Some(_) => Namespaces::Pods,
+            Some(_) => NetnsScope::Pods,
             None => file
                 .optional("namespaces", namespaces)?
-                .unwrap_or(Namespaces::Own),
+                .unwrap_or(NetnsScope::Own),
         },
         kubernetes,
     })
@@ -312,11 +312,11 @@ fn quota(node: &Node) -> Result<QuotaRule> {
     })
 }
 
-fn namespaces(node: &Node) -> Result<Namespaces> {
+fn namespaces(node: &Node) -> Result<NetnsScope> {
     const ADVICE: &str = "write own, all, or a list of absolute paths such as [/run/netns/blue]";
     let nodes = match &*node.value {
-        Value::Scalar(word) if word == "own" => return Ok(Namespaces::Own),
-        Value::Scalar(word) if word == "all" => return Ok(Namespaces::All),
+        Value::Scalar(word) if word == "own" => return Ok(NetnsScope::Own),
+        Value::Scalar(word) if word == "all" => return Ok(NetnsScope::All),
         Value::List(nodes) if !nodes.is_empty() => nodes,
         Value::List(_) => {
             return Err(at_line(
@@ -366,5 +366,5 @@ fn namespaces(node: &Node) -> Result<Namespaces> {
         }
         paths.push(path);
     }
-    Ok(Namespaces::Paths(paths))
+    Ok(NetnsScope::Paths(paths))
 }

@@ -7,10 +7,10 @@ use super::{
     ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_MIN_QUOTA, DEFAULT_PORT,
     DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, PodClass, PortChoice,
     ServiceChoice,
+    conflicts::{LocatedChoice, check_choices},
     error::at_line,
     fields::{Fields, Result, list, scalar},
     selector::selector,
-    together::{LocatedChoice, check_choices},
     values::{
         Time, clients, connections_each, entries, exempt, headroom, label, min_quota,
         nothing_computed, per_backend, per_client, policy, port, service_name,

@@ -53,7 +53,7 @@ fn the_smallest_file() {
                 exempt: Vec::new(),
             }],
             fail_open_after: Duration::from_secs(30),
-            namespaces: Namespaces::Own,
+            namespaces: NetnsScope::Own,
             kubernetes: None,
         }
     );
@@ -124,7 +124,7 @@ namespaces: [/run/netns/blue, /proc/1/ns/net]
     assert_eq!(config.fail_open_after, Duration::from_millis(1500));
     assert_eq!(
         config.namespaces,
-        Namespaces::Paths(vec!["/run/netns/blue".into(), "/proc/1/ns/net".into()])
+        NetnsScope::Paths(vec!["/run/netns/blue".into(), "/proc/1/ns/net".into()])
     );
 }
 

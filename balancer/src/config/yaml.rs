@@ -9,7 +9,7 @@ use std::{collections::HashMap, rc::Rc};
 use granit_parser::{Event, Parser, ScalarStyle};
 
 use super::error::{ConfigError, at_line};
-use crate::quote;
+use crate::sanitize;
 
 /// More nested than any setting is; a deeper file is a mistake or an attack.
 const MAX_DEPTH: usize = 16;
@@ -222,5 +222,5 @@ fn lines(text: &str) -> usize {
 
 /// `text` as it may stand in a message, not longer than a line of an error should be.
 pub(super) fn shown(text: &str) -> String {
-    quote::shown(text, 60)
+    sanitize::shown(text, 60)
 }

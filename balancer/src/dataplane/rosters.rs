@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use balancer_common::abi::{Backend, Cookies, Roster, ticks};
-use balancer_common::admission::cookies_state;
-use balancer_common::choice::Member;
+use balancer_common::decision::admission::cookies_state;
+use balancer_common::decision::scan::Member;
 
 use super::tables::SlotView;
 use super::writer::Writer;

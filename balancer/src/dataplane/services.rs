@@ -8,10 +8,10 @@ use aya::maps::lpm_trie::Key;
 use balancer_common::abi::{BackendState, MAX_SERVICES, ServiceInfo, ServicePort, UNLIMITED};
 use tracing::{info, warn};
 
+use super::plain::Plain;
 use super::plan::{Plan, ServicePlan, rule_of};
-use super::snapshot::{services, text};
+use super::read::snapshot::{services, text};
 use super::tables::SlotView;
-use super::wire::Wire;
 use super::writer::Writer;
 
 /// How many ids there are for services.
@@ -131,7 +131,7 @@ impl Writer {
     fn set_info(&mut self, id: u16, info: &ServiceInfo) -> Result<()> {
         self.tables
             .info
-            .set(u32::from(id), Wire(*info), 0)
+            .set(u32::from(id), Plain(*info), 0)
             .context("cannot write the services")
     }
 
@@ -260,7 +260,7 @@ impl Writer {
         for ((bits, key), class) in &wanted {
             self.tables
                 .exempt
-                .insert(&Key::new(*bits, Wire(*key)), class, 0)
+                .insert(&Key::new(*bits, Plain(*key)), class, 0)
                 .context("cannot add an exempt network")?;
         }
         for key in present {
@@ -304,7 +304,7 @@ impl Writer {
         for view in self.slots()? {
             let backend = &view.member.backend;
             let rule = rule_of(&self.rules, backend.netns, backend.address, backend.port);
-            if view.life().is(BackendState::Active)
+            if view.slot_state().is(BackendState::Active)
                 && rule.is_none_or(|rule| rule.service != backend.service)
             {
                 warn!(
@@ -332,22 +332,22 @@ fn padded<const N: usize>(text: &str) -> [u8; N] {
 
 /// Makes a hash map hold exactly what is wanted: adds and changes first, removes last.
 fn sync<K, V>(
-    map: &mut aya::maps::HashMap<MapData, Wire<K>, Wire<V>>,
+    map: &mut aya::maps::HashMap<MapData, Plain<K>, Plain<V>>,
     wanted: &BTreeMap<K, V>,
     name: &str,
 ) -> Result<()>
 where
     K: Copy + Ord,
     V: Copy + PartialEq,
-    Wire<K>: aya::Pod,
-    Wire<V>: aya::Pod,
+    Plain<K>: aya::Pod,
+    Plain<V>: aya::Pod,
 {
-    let present: Vec<Wire<K>> = map
+    let present: Vec<Plain<K>> = map
         .keys()
         .collect::<Result<_, _>>()
         .with_context(|| format!("cannot read {name}"))?;
     for (key, value) in wanted {
-        map.insert(Wire(*key), Wire(*value), 0)
+        map.insert(Plain(*key), Plain(*value), 0)
             .with_context(|| format!("cannot write {name} (is it full?)"))?;
     }
     for key in present {

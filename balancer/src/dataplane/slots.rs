@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
-use balancer_common::abi::{BackendState, Life, SlotPolicy, UNLIMITED};
+use balancer_common::abi::{BackendState, SlotPolicy, SlotState, UNLIMITED};
 use tracing::{debug, info};
 
 use super::tables::{SlotView, every_slot};
@@ -86,11 +86,11 @@ impl Writer {
     }
 
     pub(super) fn close(&mut self, view: &SlotView) {
-        let life = view.life();
-        let closed = life.with(BackendState::Closed).0;
-        let word = self.tables.life(view.slot());
+        let slot_state = view.slot_state();
+        let closed = slot_state.with(BackendState::Closed).0;
+        let word = self.tables.slot_state(view.slot());
         if word
-            .compare_exchange(life.0, closed, Ordering::SeqCst, Ordering::SeqCst)
+            .compare_exchange(slot_state.0, closed, Ordering::SeqCst, Ordering::SeqCst)
             .is_ok()
         {
             self.tables.leave(view.member.backend.service, view.slot());
@@ -107,14 +107,14 @@ impl Writer {
             .slots()?
             .into_iter()
             .filter(|view| {
-                view.life().is(BackendState::Closed) && view.member.counts.established == 0
+                view.slot_state().is(BackendState::Closed) && view.member.counts.established == 0
             })
             .collect();
         let slots: HashSet<u32> = empty.iter().map(SlotView::slot).collect();
         self.empty_since.retain(|slot, _| slots.contains(slot));
         let mut freed = Vec::new();
         for view in empty {
-            let generation = view.life().generation();
+            let generation = view.slot_state().generation();
             let (seen, since) = *self
                 .empty_since
                 .entry(view.slot())
@@ -131,23 +131,23 @@ impl Writer {
 
     /// Claims the slot first: from then on a socket that listens again takes another one.
     fn free(&mut self, view: &SlotView) -> Result<bool> {
-        let life = view.life();
-        let held = life.with(BackendState::Held).0;
-        let word = self.tables.life(view.slot());
+        let slot_state = view.slot_state();
+        let held = slot_state.with(BackendState::Held).0;
+        let word = self.tables.slot_state(view.slot());
         if word
-            .compare_exchange(life.0, held, Ordering::SeqCst, Ordering::SeqCst)
+            .compare_exchange(slot_state.0, held, Ordering::SeqCst, Ordering::SeqCst)
             .is_err()
         {
             return Ok(false);
         }
-        self.give_back(view.slot(), life)?;
+        self.give_back(view.slot(), slot_state)?;
         Ok(true)
     }
 
-    fn give_back(&mut self, slot: u32, life: Life) -> Result<()> {
+    fn give_back(&mut self, slot: u32, slot_state: SlotState) -> Result<()> {
         self.clear_listener(slot)?;
-        let free = Life::new(life.generation().wrapping_add(1), BackendState::Free);
-        self.tables.life(slot).store(free.0, Ordering::SeqCst);
+        let free = SlotState::new(slot_state.generation().wrapping_add(1), BackendState::Free);
+        self.tables.slot_state(slot).store(free.0, Ordering::SeqCst);
         Ok(())
     }
 
@@ -157,16 +157,16 @@ impl Writer {
     /// When a map can't be changed.
     pub fn give_back_held(&mut self) -> Result<()> {
         for slot in every_slot() {
-            let life = Life(self.tables.life(slot).load(Ordering::SeqCst));
-            if !life.is(BackendState::Held) {
+            let slot_state = SlotState(self.tables.slot_state(slot).load(Ordering::SeqCst));
+            if !slot_state.is(BackendState::Held) {
                 continue;
             }
             info!("slot {slot}: giving back what the last daemon died over");
             if self.tables.counts(slot).established == 0 {
-                self.give_back(slot, life)?;
+                self.give_back(slot, slot_state)?;
             } else {
-                let closed = life.with(BackendState::Closed).0;
-                self.tables.life(slot).store(closed, Ordering::SeqCst);
+                let closed = slot_state.with(BackendState::Closed).0;
+                self.tables.slot_state(slot).store(closed, Ordering::SeqCst);
             }
         }
         Ok(())

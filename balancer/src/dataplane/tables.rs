@@ -8,17 +8,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use anyhow::{Context as _, Result, anyhow};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
+use balancer_common::Reason;
 use balancer_common::abi::{
-    Address, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat, Life, ListenRule,
-    MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, Roster, ServiceInfo,
-    ServicePort, ServiceState, SlotPolicy, Totals, Truth, UNLIMITED, ticks,
+    Address, AuditTotals, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat,
+    ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, Roster,
+    ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
-use balancer_common::choice::Member;
-use balancer_common::{Reason, admission};
+use balancer_common::decision::admission;
+use balancer_common::decision::scan::Member;
 
 use bytes::Buf as _;
 
-use super::wire::Wire;
+use super::plain::Plain;
 use crate::sys::clock;
 use crate::sys::shared::SharedArray;
 use crate::sys::sock_diag::Socket;
@@ -86,7 +87,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         },
     ),
     ("HEARTBEAT", MapShape::shared::<Heartbeat>(1)),
-    ("TRUTH", MapShape::shared::<Truth>(1)),
+    ("TRUTH", MapShape::shared::<AuditTotals>(1)),
     (
         "CONNECTION",
         MapShape {
@@ -156,13 +157,13 @@ impl MapShape {
 
 /// All maps of one data plane.
 pub struct Tables {
-    pub services: HashMap<MapData, Wire<PortKey>, Wire<ServicePort>>,
-    pub rules: HashMap<MapData, Wire<PortKey>, Wire<ListenRule>>,
-    pub info: Array<MapData, Wire<ServiceInfo>>,
-    pub exempt: LpmTrie<MapData, Wire<ExemptKey>, u32>,
+    pub services: HashMap<MapData, Plain<PortKey>, Plain<ServicePort>>,
+    pub rules: HashMap<MapData, Plain<PortKey>, Plain<ListenRule>>,
+    pub info: Array<MapData, Plain<ServiceInfo>>,
+    pub exempt: LpmTrie<MapData, Plain<ExemptKey>, u32>,
     pub listeners: SockMap<MapData>,
     connections: MapData,
-    backends: Array<MapData, Wire<Backend>>,
+    backends: Array<MapData, Plain<Backend>>,
     verdicts: PerCpuArray<MapData, u64>,
     lives: SharedArray,
     policies: SharedArray,
@@ -172,7 +173,7 @@ pub struct Tables {
     rosters: SharedArray,
     states: SharedArray,
     heartbeat: SharedArray,
-    truth: SharedArray,
+    audit_totals: SharedArray,
 }
 
 /// One slot that is not free.
@@ -189,8 +190,8 @@ impl SlotView {
     }
 
     /// Generation and stored state.
-    pub const fn life(&self) -> Life {
-        self.member.backend.life()
+    pub const fn slot_state(&self) -> SlotState {
+        self.member.backend.slot_state()
     }
 
     /// The state as it is shown.
@@ -296,7 +297,7 @@ impl Tables {
             rosters: shared::<Roster>(directory, "ROSTERS", MAX_SERVICES)?,
             states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
             heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
-            truth: shared::<Truth>(directory, "TRUTH", 1)?,
+            audit_totals: shared::<AuditTotals>(directory, "TRUTH", 1)?,
         })
     }
 
@@ -318,7 +319,7 @@ impl Tables {
     pub fn is_exempt(&self, service: u16, source: IpAddr) -> Result<bool> {
         let key = Key::new(
             ExemptKey::BITS,
-            Wire(ExemptKey::new(service, Address::of_packet(source))),
+            Plain(ExemptKey::new(service, Address::of_packet(source))),
         );
         Ok(lookup(self.exempt.get(&key, 0))?.is_some())
     }
@@ -331,8 +332,8 @@ impl Tables {
     }
 
     /// Generation and state of a slot, to compare and swap.
-    pub fn life(&self, slot: u32) -> &AtomicU64 {
-        self.lives.word(slot, word!(Backend.life))
+    pub fn slot_state(&self, slot: u32) -> &AtomicU64 {
+        self.lives.word(slot, word!(Backend.slot_state))
     }
 
     /// The quota word of a slot.
@@ -369,28 +370,30 @@ impl Tables {
     }
 
     /// How COUNTS compared with the socket table last.
-    pub fn truth(&self) -> Truth {
-        let word = |index| self.truth.word(0, index).load(Ordering::Acquire);
-        Truth {
-            checks: word(word!(Truth.checks)),
-            drift: word(word!(Truth.drift)),
-            repairs: word(word!(Truth.repairs)),
-            last_ns: word(word!(Truth.last_ns)),
-            cost_ns: word(word!(Truth.cost_ns)),
+    pub fn audit_totals(&self) -> AuditTotals {
+        let word = |index| self.audit_totals.word(0, index).load(Ordering::Acquire);
+        AuditTotals {
+            checks: word(word!(AuditTotals.checks)),
+            drift: word(word!(AuditTotals.drift)),
+            repairs: word(word!(AuditTotals.repairs)),
+            last_ns: word(word!(AuditTotals.last_ns)),
+            cost_ns: word(word!(AuditTotals.cost_ns)),
         }
     }
 
     /// Says how COUNTS compares with the socket table.
-    pub fn set_truth(&self, truth: Truth) {
+    pub fn set_audit_totals(&self, audit_totals: AuditTotals) {
         let words = [
-            (word!(Truth.checks), truth.checks),
-            (word!(Truth.drift), truth.drift),
-            (word!(Truth.repairs), truth.repairs),
-            (word!(Truth.last_ns), truth.last_ns),
-            (word!(Truth.cost_ns), truth.cost_ns),
+            (word!(AuditTotals.checks), audit_totals.checks),
+            (word!(AuditTotals.drift), audit_totals.drift),
+            (word!(AuditTotals.repairs), audit_totals.repairs),
+            (word!(AuditTotals.last_ns), audit_totals.last_ns),
+            (word!(AuditTotals.cost_ns), audit_totals.cost_ns),
         ];
         for (index, value) in words {
-            self.truth.word(0, index).store(value, Ordering::Release);
+            self.audit_totals
+                .word(0, index)
+                .store(value, Ordering::Release);
         }
     }
 
@@ -400,7 +403,7 @@ impl Tables {
             self.counts.word(slot, hint).store(0, Ordering::SeqCst);
         }
         self.backends
-            .set(slot, Wire(backend), 0)
+            .set(slot, Plain(backend), 0)
             .with_context(|| format!("cannot write slot {slot}"))
     }
 
@@ -515,8 +518,11 @@ impl Tables {
 
     /// A slot, if it is taken.
     pub fn slot(&self, slot: u32) -> Result<Option<SlotView>> {
-        let life = Life(self.life(slot).load(Ordering::Acquire));
-        if !matches!(life.state(), BackendState::Active | BackendState::Closed) {
+        let slot_state = SlotState(self.slot_state(slot).load(Ordering::Acquire));
+        if !matches!(
+            slot_state.state(),
+            BackendState::Active | BackendState::Closed
+        ) {
             return Ok(None);
         }
         let backend = self

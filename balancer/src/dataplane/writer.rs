@@ -14,14 +14,14 @@ use aya::programs::links::FdLink;
 use balancer_common::abi::{Heartbeat, ListenRule, PortKey};
 use tracing::info;
 
+use super::audit::Audit;
+use super::audit::handover::Handover;
+use super::audit::migrated::Migrated;
 use super::events::{self, Events, LogFollower};
-use super::heritage::Heritage;
-use super::load::{self, Kernel};
 use super::lock::Lock;
-use super::migrated::Migrated;
 use super::paths::{Attachment, Link};
+use super::programs::{self, Kernel};
 use super::tables::Tables;
-use super::truth::Audit;
 use super::{Paths, pins};
 use crate::sys::bpf::{self, LinkTarget};
 use crate::sys::clock;
@@ -38,7 +38,7 @@ pub struct Writer {
     pub(super) empty_since: BTreeMap<u32, (u32, Instant)>,
     /// What the comparisons with the socket table have found so far.
     pub(super) audit: Audit,
-    pub(super) heritage: Heritage,
+    pub(super) handover: Handover,
     /// By the cookie of their namespace.
     pub(super) migrated: BTreeMap<u64, Migrated>,
     /// Links of this build's `steer`, by the cookie of their namespace.
@@ -73,7 +73,7 @@ impl Writer {
         let directory = paths.current();
         let adopted = directory.exists();
         let (object, tables) = if adopted {
-            load::check(&directory)?;
+            programs::check(&directory)?;
             attach_account(&mut kernel, &directory, cgroup)?
         } else {
             make(&mut kernel, &paths, cgroup)?
@@ -83,8 +83,8 @@ impl Writer {
             if adopted { "adopted" } else { "made" },
             directory.display()
         );
-        let audit = Audit::of(tables.truth());
-        let heritage = Heritage::of(&paths)?;
+        let audit = Audit::of(tables.audit_totals());
+        let handover = Handover::of(&paths)?;
         Ok(Self {
             paths,
             kernel,
@@ -93,7 +93,7 @@ impl Writer {
             rules: BTreeMap::new(),
             empty_since: BTreeMap::new(),
             audit,
-            heritage,
+            handover,
             migrated: BTreeMap::new(),
             steers: BTreeMap::new(),
             objects: vec![(None, object)],
@@ -131,7 +131,7 @@ impl Writer {
             );
             pins::remove_directory(&directory)?;
         }
-        self.heritage.close();
+        self.handover.close();
         Ok(())
     }
 
@@ -148,7 +148,7 @@ impl Writer {
             return Ok(());
         }
         let mut object = self.kernel.open_object(&self.paths.current(), cookie)?;
-        let file = pins::replace(link, load::steer(&mut object)?.fd()?.as_fd())?;
+        let file = pins::replace(link, programs::steer(&mut object)?.fd()?.as_fd())?;
         if link.pin != pin {
             pins::move_link(&file, &link.pin, &pin)?;
         }
@@ -171,7 +171,7 @@ impl Writer {
         }
         let directory = self.paths.current();
         let mut object = self.kernel.open_object(&directory, cookie)?;
-        let program = load::steer(&mut object)?;
+        let program = programs::steer(&mut object)?;
         let link = program.attach(netns).with_context(|| {
             format!("cannot attach `steer` to the network namespace with cookie {cookie} (at most 64 programs a namespace)")
         })?;
@@ -295,7 +295,7 @@ fn attach_account(kernel: &mut Kernel, directory: &Path, cgroup: &Path) -> Resul
         .metadata()
         .with_context(|| format!("cannot query the cgroup {}", cgroup.display()))?
         .ino();
-    let program = load::account(&mut object)?;
+    let program = programs::account(&mut object)?;
     let link = Link {
         pin: Paths::account(directory, id),
         what: Attachment::Account(id),

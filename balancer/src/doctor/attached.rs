@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Check, Options, guarded::Guarded, listing};
+use super::{Check, Options, guarded::GuardedNetns, listing};
 use crate::{
     discover::{cgroup2_mount, is_cgroup2},
     sys::bpf::{self, Attached, Object},
@@ -26,7 +26,7 @@ const MOST_CGROUPS: usize = 20_000;
 /// Pins lie at most this deep below the state directory.
 const PIN_DEPTH: usize = 3;
 
-pub(super) fn checks(options: &Options, namespaces: &[Guarded]) -> Vec<Check> {
+pub(super) fn checks(options: &Options, namespaces: &[GuardedNetns]) -> Vec<Check> {
     let ours = pinned_programs(&options.state_dir, PIN_DEPTH);
     let mut checks = Vec::new();
     match cgroup(options.cgroup.as_deref()) {
@@ -207,7 +207,7 @@ fn blocking(levels: &[(PathBuf, Attached)]) -> Option<&(PathBuf, Attached)> {
         .filter(|level| level.1.flags & (BPF_F_ALLOW_MULTI | BPF_F_ALLOW_OVERRIDE) == 0)
 }
 
-fn sk_lookup(namespaces: &[Guarded], ours: &HashSet<u32>) -> Check {
+fn sk_lookup(namespaces: &[GuardedNetns], ours: &HashSet<u32>) -> Check {
     const NAME: &str = "other sk_lookup";
     let mut others = Vec::new();
     let mut full = Vec::new();
@@ -353,8 +353,8 @@ mod tests {
         (program, id)
     }
 
-    fn guarded(label: &str) -> Guarded {
-        Guarded {
+    fn guarded(label: &str) -> GuardedNetns {
+        GuardedNetns {
             label: label.to_owned(),
             file: netns::tests::fresh(),
         }

@@ -4,9 +4,9 @@ use anyhow::{Context as _, Result};
 
 use super::{Check, listing};
 use crate::{
-    cluster::{self, Connection, Identity},
     config::Kubernetes,
     dataplane::{BackendSnapshot, Snapshot},
+    kubernetes::{self, Connection, Identity},
 };
 
 /// Peers and probes are fewer than this; those whom address translation makes look like them are not.
@@ -30,8 +30,8 @@ fn look(config: &Kubernetes) -> Result<Vec<Check>> {
 
 async fn ask(config: &Kubernetes) -> Result<Vec<Check>> {
     let identity = Identity::from_env()?;
-    let connection = cluster::connection()?;
-    let version = cluster::reachable(&connection).await?;
+    let connection = kubernetes::connection()?;
+    let version = kubernetes::reachable(&connection).await?;
     let reached = Check::ok(
         "API server",
         format!("{} answers, {version}", connection.server),
@@ -45,7 +45,7 @@ async fn ask(config: &Kubernetes) -> Result<Vec<Check>> {
 
 async fn permissions(connection: &Connection, config: &Kubernetes, identity: &Identity) -> Check {
     const NAME: &str = "permissions";
-    match cluster::permissions(connection, config, identity).await {
+    match kubernetes::permissions(connection, config, identity).await {
         Ok(missing) if missing.is_empty() => Check::ok(
             NAME,
             "everything that the daemon asks of the API server is allowed",

@@ -8,19 +8,19 @@ use std::{
 
 use super::Check;
 use crate::{
-    config::{Config, Namespaces},
+    config::{Config, NetnsScope},
     discover,
     sys::netns,
 };
 
 /// A network namespace with what to call it.
 #[derive(Debug)]
-pub(super) struct Guarded {
+pub(super) struct GuardedNetns {
     pub(super) label: String,
     pub(super) file: OwnedFd,
 }
 
-impl AsFd for Guarded {
+impl AsFd for GuardedNetns {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
@@ -31,14 +31,14 @@ const NAME: &str = "network namespaces";
 pub(super) const OWN: &str = "this network namespace";
 
 /// The namespaces, and a finding where one can't be reached.
-pub(super) fn namespaces(config: Option<&Config>) -> (Vec<Guarded>, Option<Check>) {
-    match config.map_or(&Namespaces::Own, |config| &config.namespaces) {
-        Namespaces::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| OWN.to_owned()),
-        Namespaces::Paths(paths) => {
+pub(super) fn namespaces(config: Option<&Config>) -> (Vec<GuardedNetns>, Option<Check>) {
+    match config.map_or(&NetnsScope::Own, |config| &config.namespaces) {
+        NetnsScope::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| OWN.to_owned()),
+        NetnsScope::Paths(paths) => {
             let paths: Vec<&Path> = paths.iter().map(AsRef::as_ref).collect();
             named(&paths, |path| path.display().to_string())
         }
-        Namespaces::All | Namespaces::Pods => {
+        NetnsScope::All | NetnsScope::Pods => {
             let (found, check) = all();
             (
                 found.into_iter().map(|(_, namespace)| namespace).collect(),
@@ -48,13 +48,13 @@ pub(super) fn namespaces(config: Option<&Config>) -> (Vec<Guarded>, Option<Check
     }
 }
 
-fn named(paths: &[&Path], label: impl Fn(&Path) -> String) -> (Vec<Guarded>, Option<Check>) {
+fn named(paths: &[&Path], label: impl Fn(&Path) -> String) -> (Vec<GuardedNetns>, Option<Check>) {
     let mut found = Vec::new();
     let mut failed = Vec::new();
     let mut permitted = true;
     for path in paths {
         match reachable(path) {
-            Ok(file) => found.push(Guarded {
+            Ok(file) => found.push(GuardedNetns {
                 label: label(path),
                 file,
             }),
@@ -90,12 +90,12 @@ fn reachable(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Every namespace that a process lives in, with its cookie.
-pub(super) fn all() -> (Vec<(u64, Guarded)>, Option<Check>) {
-    match discover::namespaces() {
+pub(super) fn all() -> (Vec<(u64, GuardedNetns)>, Option<Check>) {
+    match discover::live_netns() {
         Ok(found) => (
             found
                 .into_iter()
-                .map(|namespace| (namespace.cookie, Guarded::from(namespace)))
+                .map(|namespace| (namespace.cookie, GuardedNetns::from(namespace)))
                 .collect(),
             None,
         ),
@@ -111,8 +111,8 @@ pub(super) fn all() -> (Vec<(u64, Guarded)>, Option<Check>) {
     }
 }
 
-impl From<discover::Namespace> for Guarded {
-    fn from(namespace: discover::Namespace) -> Self {
+impl From<discover::Netns> for GuardedNetns {
+    fn from(namespace: discover::Netns) -> Self {
         Self {
             label: format!("the namespace of process {}", namespace.pid),
             file: namespace.into(),

@@ -4,10 +4,10 @@ use std::{collections::HashSet, fs, path::Path};
 
 use super::{
     Check,
-    guarded::{self, Guarded},
+    guarded::{self, GuardedNetns},
 };
 use crate::{
-    dataplane::{self, AgentSnapshot, Paths, Snapshot},
+    dataplane::{self, DaemonSnapshot, Paths, Snapshot},
     sys::netns,
 };
 
@@ -44,7 +44,7 @@ pub(super) fn look(state_dir: &Path) -> (Option<Snapshot>, Check) {
     }
 }
 
-fn loaded(services: usize, agent: &AgentSnapshot) -> Check {
+fn loaded(services: usize, agent: &DaemonSnapshot) -> Check {
     const NAME: &str = "data plane";
     let found = match services {
         1 => "loaded, with one service".to_owned(),
@@ -70,15 +70,15 @@ fn loaded(services: usize, agent: &AgentSnapshot) -> Check {
 }
 
 /// What the comparisons of the counts with the socket table have found; nothing where nothing is loaded.
-pub(super) fn counts(agent: &AgentSnapshot) -> Check {
+pub(super) fn counts(agent: &DaemonSnapshot) -> Check {
     const NAME: &str = "counts";
-    let truth = &agent.truth;
-    if truth.repairs == 0 && truth.drift == 0 {
+    let audit_totals = &agent.audit_totals;
+    if audit_totals.repairs == 0 && audit_totals.drift == 0 {
         return Check::ok(
             NAME,
             format!(
                 "right in each of {} comparisons with the socket table",
-                truth.checks
+                audit_totals.checks
             ),
             "the counts are those of the socket table",
         );
@@ -87,7 +87,7 @@ pub(super) fn counts(agent: &AgentSnapshot) -> Check {
         NAME,
         format!(
             "put right {} times in {} comparisons with the socket table; {} connections off at the last one",
-            truth.repairs, truth.checks, truth.drift
+            audit_totals.repairs, audit_totals.checks, audit_totals.drift
         ),
         "something keeps the kernel half from seeing connections come or go: they are miscounted until a comparison puts that right",
         "see the check `other sock_ops`: a program that sets the callback flags of sockets without keeping those that are set does it. \
@@ -96,14 +96,14 @@ pub(super) fn counts(agent: &AgentSnapshot) -> Check {
 }
 
 /// The network namespaces that the loaded data plane is attached to.
-pub(super) fn namespaces(state_dir: &Path) -> (Vec<Guarded>, Option<Check>) {
+pub(super) fn namespaces(state_dir: &Path) -> (Vec<GuardedNetns>, Option<Check>) {
     let cookies = attached(&Paths::new(state_dir).current());
     let own = netns::cookie().ok();
     let (mut found, check) = guarded::all();
     found.retain(|(cookie, _)| cookies.contains(cookie));
     let named = found.into_iter().map(|(cookie, namespace)| {
         if Some(cookie) == own {
-            Guarded {
+            GuardedNetns {
                 label: guarded::OWN.to_owned(),
                 ..namespace
             }
@@ -126,15 +126,15 @@ fn attached(directory: &Path) -> HashSet<u64> {
 mod tests {
     use super::*;
     use crate::doctor::Status;
-    use balancer_common::abi::Truth;
+    use balancer_common::abi::AuditTotals;
     use std::time::Duration;
 
-    fn agent(alive: bool, age: Option<u64>) -> AgentSnapshot {
-        AgentSnapshot {
+    fn agent(alive: bool, age: Option<u64>) -> DaemonSnapshot {
+        DaemonSnapshot {
             alive,
             heartbeat_age: age.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
-            truth: Truth::default(),
+            audit_totals: AuditTotals::default(),
         }
     }
 

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::{Check, guarded::Guarded, listing};
+use super::{Check, guarded::GuardedNetns, listing};
 use crate::{discover::is_bpffs, sys::netns};
 
 /// Fewer files than this may not do for one link a network namespace, the maps and the daemon's clients.
@@ -220,7 +220,7 @@ fn migrate_req(value: &str) -> Meaning {
     }
 }
 
-pub(super) fn namespace_checks(namespaces: &[Guarded]) -> Vec<Check> {
+pub(super) fn namespace_checks(namespaces: &[GuardedNetns]) -> Vec<Check> {
     if namespaces.is_empty() {
         return Vec::new();
     }
@@ -232,7 +232,7 @@ pub(super) fn namespace_checks(namespaces: &[Guarded]) -> Vec<Check> {
 
 impl Setting {
     /// One finding for all namespaces: the ones that need attention, or else what they have in common.
-    fn check(&self, namespaces: &[Guarded]) -> Check {
+    fn check(&self, namespaces: &[GuardedNetns]) -> Check {
         let values: Vec<_> = namespaces
             .iter()
             .map(|namespace| (namespace, self.value(namespace)))
@@ -276,7 +276,7 @@ impl Setting {
         )
     }
 
-    fn value(&self, namespace: &Guarded) -> Option<String> {
+    fn value(&self, namespace: &GuardedNetns) -> Option<String> {
         let text = netns::inside(namespace, || fs::read_to_string(self.path))
             .ok()?
             .ok()?;
@@ -284,7 +284,7 @@ impl Setting {
     }
 }
 
-fn places(values: &[(&Guarded, Option<String>)]) -> String {
+fn places(values: &[(&GuardedNetns, Option<String>)]) -> String {
     listing(
         &values
             .iter()
@@ -298,14 +298,14 @@ mod tests {
     use super::*;
     use crate::doctor::Status;
 
-    fn namespace(label: &str) -> Guarded {
-        Guarded {
+    fn namespace(label: &str) -> GuardedNetns {
+        GuardedNetns {
             label: label.to_owned(),
             file: netns::tests::fresh(),
         }
     }
 
-    fn set(namespace: &Guarded, path: &str, value: &str) {
+    fn set(namespace: &GuardedNetns, path: &str, value: &str) {
         netns::inside(namespace, || fs::write(path, value))
             .expect("inside")
             .expect("written");
@@ -354,11 +354,11 @@ mod tests {
         let [first, second] = ["first", "second"].map(namespace);
         let by_name = |name| {
             let checks = namespace_checks(&[
-                Guarded {
+                GuardedNetns {
                     label: "first".into(),
                     file: first.file.try_clone().expect("clone"),
                 },
-                Guarded {
+                GuardedNetns {
                     label: "second".into(),
                     file: second.file.try_clone().expect("clone"),
                 },

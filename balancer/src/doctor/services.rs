@@ -11,7 +11,7 @@ use balancer_common::abi::BackendState;
 use ipnet::IpNet;
 use nix::sys::stat::stat;
 
-use super::{Check, guarded::Guarded, listing};
+use super::{Check, guarded::GuardedNetns, listing};
 use crate::{
     config::{Backend, QuotaRule, Service},
     dataplane::ServiceSnapshot,
@@ -87,7 +87,7 @@ struct Listener<'a> {
 /// The services' listeners; `cgroup` is where sockets are counted.
 pub(super) fn checks(
     services: &[Watched],
-    namespaces: &[Guarded],
+    namespaces: &[GuardedNetns],
     cgroup: Option<&Path>,
 ) -> Vec<Check> {
     if services.is_empty() {
@@ -123,7 +123,10 @@ pub(super) fn checks(
 }
 
 /// All listeners on a port that a service has to do with.
-fn listeners<'a>(services: &[Watched], namespaces: &'a [Guarded]) -> io::Result<Vec<Listener<'a>>> {
+fn listeners<'a>(
+    services: &[Watched],
+    namespaces: &'a [GuardedNetns],
+) -> io::Result<Vec<Listener<'a>>> {
     let ports: HashSet<u16> = services
         .iter()
         .flat_map(|service| {
@@ -468,14 +471,14 @@ mod tests {
     use balancer_common::Policy;
     use std::net::TcpListener;
 
-    fn guarded() -> Guarded {
-        Guarded {
+    fn guarded() -> GuardedNetns {
+        GuardedNetns {
             label: "the test's namespace".to_owned(),
             file: netns::tests::fresh(),
         }
     }
 
-    fn listen(namespace: &Guarded, addresses: &[&str]) -> Vec<TcpListener> {
+    fn listen(namespace: &GuardedNetns, addresses: &[&str]) -> Vec<TcpListener> {
         let bind = |address: &&str| TcpListener::bind(address).expect("bind");
         netns::inside(namespace, || addresses.iter().map(bind).collect()).expect("inside")
     }
@@ -485,7 +488,7 @@ mod tests {
         config.services.iter().map(Watched::from).collect()
     }
 
-    fn check(services: &[Watched], namespace: &Guarded, name: &str) -> Check {
+    fn check(services: &[Watched], namespace: &GuardedNetns, name: &str) -> Check {
         let all = checks(services, std::slice::from_ref(namespace), None);
         all.into_iter()
             .find(|check| check.name == name)

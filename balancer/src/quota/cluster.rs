@@ -28,7 +28,7 @@ pub struct Known {
     pub total: Option<Total>,
     /// What is established on backends that are not ready: their clients need room on those that are.
     pub established_elsewhere: u64,
-    /// How many sources have been [refused for long](super::unserved::ROOM_AFTER), wherever they went.
+    /// How many sources have been [refused for long](super::starved::ROOM_AFTER), wherever they went.
     pub refused_for_long: u32,
     /// No ready backend of the whole cluster would take another connection under the quotas in force.
     pub all_full: bool,

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 mod cluster;
-mod unserved;
+mod starved;
 mod window;
 
 const NOW: Duration = Duration::ZERO;

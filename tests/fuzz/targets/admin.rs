@@ -7,7 +7,7 @@ use std::path::Path;
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
-use balancer::admin::{MAX_REQUEST_BYTES, Request, Response};
+use balancer::api::{MAX_REQUEST_BYTES, Request, Response};
 use balancer::fuzzing::{answer, line, question, understand};
 use libfuzzer_sys::fuzz_target;
 

@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use balancer::config::{
-    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Kubernetes, Namespaces,
+    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Kubernetes, NetnsScope,
     PodClass, PortChoice, QuotaRule, Service, ServiceChoice,
 };
 use balancer::config::{
@@ -53,13 +53,13 @@ fn lines(bytes: &[u8]) -> usize {
 fn is_as_documented(config: &Config) {
     match &config.kubernetes {
         Some(kubernetes) => {
-            assert!(config.services.is_empty() && config.namespaces == Namespaces::Pods);
+            assert!(config.services.is_empty() && config.namespaces == NetnsScope::Pods);
             kubernetes_is_as_documented(kubernetes);
         }
         None => assert!((1..=MAX_SERVICES).contains(&config.services.len())),
     }
     assert!((1000..=3_600_000).contains(&config.fail_open_after.as_millis()));
-    if let Namespaces::Paths(paths) = &config.namespaces {
+    if let NetnsScope::Paths(paths) = &config.namespaces {
         assert!(!paths.is_empty() && paths.iter().all(|path| path.is_absolute()));
         assert_unique(paths);
     }
@@ -235,11 +235,11 @@ fn assert_unique<T: std::fmt::Debug + Eq + std::hash::Hash>(items: impl IntoIter
 /// JSON is YAML, and so a way to write a configuration that shares nothing with the parser.
 fn reads_the_same_when_written(config: &Config) {
     let namespaces = match &config.namespaces {
-        Namespaces::Own => json!("own"),
-        Namespaces::All => json!("all"),
-        Namespaces::Paths(paths) => json!(paths),
+        NetnsScope::Own => json!("own"),
+        NetnsScope::All => json!("all"),
+        NetnsScope::Paths(paths) => json!(paths),
         // Not written: it follows from `kubernetes`.
-        Namespaces::Pods => json!(null),
+        NetnsScope::Pods => json!(null),
     };
     let file = match &config.kubernetes {
         Some(kubernetes) => json!({

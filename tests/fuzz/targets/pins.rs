@@ -4,11 +4,11 @@
 //! missing at the end is zero.
 #![no_main]
 
-use balancer::dataplane::{Image, ServiceImage, Snapshot};
+use balancer::dataplane::{MapContents, ServiceContents, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
-use balancer_common::abi::{Address, Backend, Counts, Heartbeat, ServiceInfo, SlotPolicy, Truth};
-use balancer_common::choice::Member;
+use balancer_common::abi::{Address, Backend, Counts, Heartbeat, ServiceInfo, SlotPolicy, AuditTotals};
+use balancer_common::decision::scan::Member;
 use bytes::Buf;
 use libfuzzer_sys::fuzz_target;
 
@@ -63,14 +63,14 @@ impl Bytes<'_> {
     }
 }
 
-fn image(input: &[u8]) -> Image {
+fn image(input: &[u8]) -> MapContents {
     let mut bytes = Bytes(input);
     let services = (0..bytes.u8() % 4).map(|_| service(&mut bytes)).collect();
     let heartbeat = Heartbeat {
         last_ns: bytes.u64(),
         limit_ns: bytes.u64(),
     };
-    let truth = Truth {
+    let audit_totals = AuditTotals {
         checks: bytes.u64(),
         drift: bytes.u64(),
         repairs: bytes.u64(),
@@ -82,16 +82,16 @@ fn image(input: &[u8]) -> Image {
     while bytes.0.has_remaining() {
         slots.push(member(&mut bytes));
     }
-    Image {
+    MapContents {
         services,
         slots,
         heartbeat,
-        truth,
+        audit_totals,
         now_ns,
     }
 }
 
-fn service(bytes: &mut Bytes<'_>) -> ServiceImage {
+fn service(bytes: &mut Bytes<'_>) -> ServiceContents {
     let id = bytes.u16();
     let info = ServiceInfo {
         name: bytes.take(),
@@ -109,14 +109,14 @@ fn service(bytes: &mut Bytes<'_>) -> ServiceImage {
         .iter()
         .map(|reason| (*reason, bytes.u64()))
         .collect();
-    ServiceImage { id, info, verdicts }
+    ServiceContents { id, info, verdicts }
 }
 
 fn member(bytes: &mut Bytes<'_>) -> Member {
     Member {
         slot: bytes.u32(),
         backend: Backend {
-            life: bytes.u64(),
+            slot_state: bytes.u64(),
             netns: bytes.u64(),
             address: bytes.address(),
             port: bytes.u16(),

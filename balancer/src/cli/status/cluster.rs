@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::{
     cli::output::{or, span, table, wrapped},
-    cluster::{BackendReport, ClusterReport, GroupReport},
+    kubernetes::{BackendReport, ClusterReport, GroupReport},
 };
 
 /// What was told longer ago than this is marked: its agent, or its node, may be gone.
@@ -48,10 +48,10 @@ fn group_text(group: &GroupReport) -> String {
         id.entry, id.service, id.port
     );
     text += &wrapped("  Quota: ", &group.sentence);
-    if group.unserved > 0 {
+    if group.starved > 0 {
         let words = format!(
             "{} sources are refused again and again, and served by nobody.",
-            group.unserved
+            group.starved
         );
         text += &wrapped("  ! ", &words);
     }

@@ -65,9 +65,9 @@ impl<'a> Json<'a> {
             agent: JsonAgent {
                 alive: snapshot.agent.alive,
                 heartbeat_age_ms: snapshot.agent.heartbeat_age.map(|age| age.as_millis()),
-                checks: snapshot.agent.truth.checks,
-                drift: snapshot.agent.truth.drift,
-                repairs: snapshot.agent.truth.repairs,
+                checks: snapshot.agent.audit_totals.checks,
+                drift: snapshot.agent.audit_totals.drift,
+                repairs: snapshot.agent.audit_totals.repairs,
             },
         }
     }

@@ -3,11 +3,11 @@
 use std::{net::SocketAddr, time::Duration};
 
 use balancer_common::BackendState;
-use balancer_common::abi::Truth;
+use balancer_common::abi::AuditTotals;
 
 use crate::{
     cli::output::{or, span, table, wrapped},
-    dataplane::{AgentSnapshot, BackendSnapshot, ServiceSnapshot, Snapshot},
+    dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapshot},
 };
 
 /// A daemon beats every second; one that has not for so long has something the matter, even if the kernel still waits for it.
@@ -25,7 +25,7 @@ pub(in crate::cli) fn text(snapshot: &Snapshot) -> String {
     text
 }
 
-fn daemon(agent: &AgentSnapshot) -> String {
+fn daemon(agent: &DaemonSnapshot) -> String {
     let limit = span(agent.fail_open_after);
     let words = match agent.heartbeat_age {
         Some(age) if agent.alive && age < SILENT => {
@@ -43,22 +43,22 @@ fn daemon(agent: &AgentSnapshot) -> String {
         ),
         None => "has not lived since the balancer was loaded: nobody is refused. Start it with `balancer run --config FILE`.".to_owned(),
     };
-    wrapped("Daemon: ", &words) + &counts(&agent.truth)
+    wrapped("Daemon: ", &words) + &counts(&agent.audit_totals)
 }
 
 /// Nothing to be said where the counts have always been those of the socket table.
-fn counts(truth: &Truth) -> String {
-    if truth.drift == 0 && truth.repairs == 0 {
+fn counts(audit_totals: &AuditTotals) -> String {
+    if audit_totals.drift == 0 && audit_totals.repairs == 0 {
         return String::new();
     }
-    let now = match truth.drift {
+    let now = match audit_totals.drift {
         0 => "they agree with the socket table now".to_owned(),
         drift => format!("{drift} connections were put right at the last comparison"),
     };
     let words = format!(
         "put right {} times in {} comparisons with the socket table, which should never be needed; {now}. See the daemon's log and \
          `balancer doctor`.",
-        truth.repairs, truth.checks
+        audit_totals.repairs, audit_totals.checks
     );
     wrapped("Counts: ", &words)
 }

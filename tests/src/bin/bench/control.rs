@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use balancer::admin::{ANSWERS_WITHIN, Request, Response, ask};
+use balancer::api::{ANSWERS_WITHIN, Request, Response, ask};
 use balancer_tests::fixtures::{Balancer, Machine, Netns, Signal};
 use serde::Serialize;
 use serde_json::json;

@@ -26,7 +26,7 @@ const MEGABYTES_BOUND: f64 = 15.0;
 const SETTLES: Duration = Duration::from_millis(1500);
 /// A cache whose part is smaller is not listed, in bytes a connection.
 const WORTH_LISTING: f64 = 16.0;
-const COMPARISONS_LOG: [&str; 2] = ["--log", "info,balancer::agent=debug"];
+const COMPARISONS_LOG: [&str; 2] = ["--log", "info,balancer::daemon=debug"];
 
 #[derive(Serialize)]
 struct Row {

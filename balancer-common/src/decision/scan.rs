@@ -1,0 +1,818 @@
+//! Choice, first phase: which of a service's backends should be looked at, from packed numbers alone. No socket is
+//! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
+
+use crate::abi::{
+    Address, Backend, BackendState, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS, Policy,
+    Roster, ServicePort, SlotPolicy,
+};
+use crate::decision::admission::{
+    LIFTED, cookies_in_use, cookies_near, expected, fits_family, is_full, limit, used,
+};
+use crate::hash::{self, rendezvous_score};
+use crate::opaque;
+
+/// Most backends that are tried for one SYN though their counters say that it is in vain, or that turn out to be gone.
+pub const MAX_LOOKS: usize = 6;
+
+/// Backends drawn by lot from a roster for one SYN.
+///
+/// The fullest of n backends then holds about ln ln n / ln 4 connections more than the mean, however many there are (Azar et al., Balanced
+/// Allocations, 1994): two with 256.
+pub const DRAWN: u32 = 4;
+const SLOT_BITS: u32 = 10;
+/// The low bits of a rendezvous score, given to the choice among listeners of one address.
+const SIBLINGS: u64 = 0xfff;
+const DOUBTFUL: u64 = 1 << 62;
+const NONE: u64 = u64::MAX;
+
+/// What is asked: one SYN (or what looks like one) for a service.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// The service.
+    pub service: u16,
+    /// The namespace it arrived in (cookie).
+    pub netns: u64,
+    /// The address it was sent to.
+    pub to: Address,
+    /// The interface it arrived on.
+    pub device: u32,
+    /// Whether it is IPv4.
+    pub v4: bool,
+    /// Whether the service's port is virtual.
+    pub virtual_port: bool,
+    /// How to choose.
+    pub policy: Policy,
+    /// Quota of backends that the daemon has not seen yet.
+    pub quota: u32,
+    /// Hash of the source address.
+    pub source: u64,
+    /// Hash of the four-tuple.
+    pub tuple: u64,
+    /// Ticket of round-robin.
+    pub ticket: u64,
+    /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass where it is still that.
+    pub weights: u64,
+    /// The time, in ticks.
+    pub now: u32,
+}
+
+/// Where a SYN comes from and goes to.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// The namespace it arrived in (cookie).
+    pub netns: u64,
+    /// The interface it arrived on.
+    pub device: u32,
+    /// The client's address.
+    pub from: Address,
+    /// Its port.
+    pub from_port: u16,
+    /// The address it was sent to.
+    pub to: Address,
+    /// Its port.
+    pub to_port: u16,
+}
+
+impl Request {
+    /// Whether a few backends of a roster may stand for all: not where the own port's socket must fit best, nor where every backend has its own
+    /// sources.
+    #[inline(always)]
+    pub const fn may_draw(&self) -> bool {
+        self.virtual_port && !matches!(self.policy, Policy::SourceHash)
+    }
+
+    /// The place in a roster of so many backends that is drawn at that turn of [`DRAWN`]: by lot, but in round-robin first the one whose turn
+    /// it is. Where that one can't, its turns must not all be its neighbour's.
+    #[inline(always)]
+    pub const fn drawn(&self, turn: u32, len: u32) -> u32 {
+        if turn == 0 && matches!(self.policy, Policy::RoundRobin) {
+            return match self.ticket.checked_rem(len as u64) {
+                Some(place) => place as u32,
+                None => 0,
+            };
+        }
+        let lot = (self.tuple >> (turn % DRAWN * 16)) as u32 & 0xffff;
+        (lot * len) >> 16
+    }
+
+    /// The slot that is drawn from a roster at that turn.
+    pub const fn draw_from(&self, roster: &Roster, turn: u32) -> u32 {
+        roster.slot(self.drawn(turn, roster.len as u32))
+    }
+
+    /// What a SYN for a service's port asks.
+    #[inline(always)]
+    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, weights: u64, now: u32) -> Self {
+        let (high, low) = arrival.from.halves();
+        let source = hash::of_source(high, low);
+        let (to_high, to_low) = arrival.to.halves();
+        Self {
+            service: port.service,
+            netns: arrival.netns,
+            to: arrival.to,
+            device: arrival.device,
+            v4: arrival.from.is_v4(),
+            virtual_port: port.flags & ServicePort::VIRTUAL != 0,
+            policy: Policy::from_number(port.policy),
+            quota: port.quota,
+            source,
+            tuple: hash::of_tuple(source, arrival.from_port, to_high ^ to_low, arrival.to_port),
+            ticket,
+            weights,
+            now,
+        }
+    }
+}
+
+/// One backend as the maps show it.
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    /// Its slot.
+    pub slot: u32,
+    /// Who it is.
+    pub backend: Backend,
+    /// What the daemon wants of it.
+    pub policy: SlotPolicy,
+    /// Its numbers.
+    pub counts: Counts,
+}
+
+impl Member {
+    /// Its quota: the daemon's, if it was meant for this tenant of the slot.
+    #[inline(always)]
+    pub const fn quota(&self, default: u32) -> u32 {
+        if self.policy.is_for(self.backend.slot_state()) {
+            self.policy.quota()
+        } else {
+            default
+        }
+    }
+
+    /// What it has that counts against its quota.
+    #[inline(always)]
+    const fn used(&self) -> u64 {
+        used(self.counts.established(), self.counts.exempt(), 0)
+    }
+
+    /// Its weight, at least 1.
+    #[inline(always)]
+    pub const fn weight(&self) -> u32 {
+        let weight = if self.policy.is_for(self.backend.slot_state()) {
+            self.policy.weight()
+        } else {
+            self.backend.weight
+        };
+        if weight == 0 { DEFAULT_WEIGHT } else { weight }
+    }
+
+    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks for that.
+    #[inline(always)]
+    pub const fn is_ready(&self) -> bool {
+        self.backend.slot_state().is(BackendState::Active)
+            && (self.backend.flags & Backend::CANDIDATE == 0
+                || self.policy.is_for(self.backend.slot_state()))
+    }
+
+    /// The state as it is shown.
+    pub const fn state(&self) -> BackendState {
+        match self.backend.slot_state().state() {
+            BackendState::Active if !self.is_ready() => BackendState::Candidate,
+            state => state,
+        }
+    }
+
+    #[inline(always)]
+    const fn is_steerable(&self) -> bool {
+        self.backend.flags & Backend::UNSTEERABLE == 0
+    }
+
+    /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
+    /// `net/ipv4/inet_hashtables.c`): an exact address before the wildcard, a bound device before none. `None`: not at all.
+    #[inline(always)]
+    fn fit(&self, request: &Request) -> Option<u32> {
+        if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
+            return None;
+        }
+        if request.virtual_port {
+            return Some(0);
+        }
+        let (high, low) = self.backend.address.words();
+        let (to_high, to_low) = request.to.words();
+        let device = u64::from(self.backend.device);
+        let exact = differ(high, 0) | differ(low, 0) & differ(low, Address::ANY_V4.words().1);
+        let bound = differ(device, 0);
+        let elsewhere = exact & (differ(high, to_high) | differ(low, to_low))
+            | bound & differ(device, request.device.into());
+        (elsewhere == 0).then_some((exact * 2 + bound) as u32)
+    }
+}
+
+/// 1 where the two are not the same, else 0; without a branch.
+#[inline(always)]
+const fn differ(one: u64, other: u64) -> u64 {
+    let bits = one ^ other;
+    (bits | bits.wrapping_neg()) >> 63
+}
+
+/// Where a walk over a service's bitmap of slots stands, or one over a few that were drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor {
+    /// What is left of those that were drawn, 16 bits each, marked with [`Cursor::LOT`].
+    lots: u64,
+    /// The words that are still to be looked at, a bit each.
+    words: u32,
+    /// What is left of the word at hand.
+    word: u64,
+    /// The first slot of the word at hand.
+    first: u32,
+}
+
+/// One step of a walk over a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// This slot is a member.
+    Member(u32),
+    /// The last member of a word has gone meanwhile.
+    Nobody,
+    /// There is no more.
+    End,
+}
+
+impl Cursor {
+    /// Most steps of a walk.
+    pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
+    const LOT: u64 = 1 << 15;
+    const END: Self = Self {
+        lots: 0,
+        words: 0,
+        word: 0,
+        first: 0,
+    };
+
+    #[inline(always)]
+    fn nowhere() -> Self {
+        Self {
+            lots: opaque(0),
+            words: 0,
+            word: opaque(0),
+            first: 0,
+        }
+    }
+
+    /// At the beginning; `load` reads a word of the bitmap.
+    #[inline(always)]
+    pub fn new(load: impl Fn(u32) -> u64) -> Self {
+        let mut words = 0;
+        let mut index = 0;
+        while index < MEMBER_WORDS as u32 {
+            let word = load(index);
+            // The top bit says whether it is not 0, without a branch, after which the verifier would follow both ways for each word.
+            let top = opaque(word | word.wrapping_neg());
+            words |= (top >> 63 << index) as u32;
+            index += 1;
+        }
+        Self {
+            words,
+            ..Self::nowhere()
+        }
+    }
+
+    /// At the first of [`DRAWN`] slots; `draw` tells which one is drawn at that turn.
+    #[inline(always)]
+    pub fn of_lots(draw: impl Fn(u32) -> u32) -> Self {
+        const { assert!(DRAWN <= 4 && MAX_SLOTS as u64 <= Self::LOT) };
+        let mut lots = 0;
+        let mut turn = 0;
+        while turn < DRAWN {
+            lots |= (u64::from(draw(turn)) | Self::LOT) << (turn * 16);
+            turn += 1;
+        }
+        Self {
+            lots,
+            ..Self::nowhere()
+        }
+    }
+
+    /// The next step; `load` reads a word of the bitmap.
+    #[inline(always)]
+    pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
+        if self.lots != 0 {
+            let slot = self.lots as u32 & (MAX_SLOTS as u32 - 1);
+            self.lots >>= 16;
+            return Step::Member(slot);
+        }
+        if self.word == 0 {
+            if self.words == 0 {
+                return Step::End;
+            }
+            let next = self.words.trailing_zeros() & (MEMBER_WORDS as u32 - 1);
+            self.words &= self.words - 1;
+            self.first = next * 64;
+            self.word = load(next);
+            if self.word == 0 {
+                return Step::Nobody;
+            }
+        }
+        let bit = self.word.trailing_zeros();
+        self.word &= self.word - 1;
+        Step::Member((self.first + bit) & (MAX_SLOTS as u32 - 1))
+    }
+}
+
+/// Which quotas count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Enforce {
+    /// All.
+    Quotas,
+    /// Only those of 0: somebody closed these backends.
+    Closed,
+    /// None.
+    Nothing,
+}
+
+/// What the members that can't be chosen were like, to name the reason of a refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
+    /// Members that fit at all.
+    pub members: u32,
+    /// Of them: at their quota by established connections alone.
+    pub over: u32,
+    /// Of them: closed by hand.
+    pub closed: u32,
+    /// At their quota while SYN cookies are in use.
+    pub over_with_cookies: u32,
+    /// Members for which SYN cookies are, or are about to be, in use.
+    pub cookies: u32,
+    /// Members whose quotas were computed.
+    pub computed: u32,
+    /// What is established and counts against quotas.
+    pub established: u64,
+    /// The sum of the quotas.
+    pub quotas: u64,
+}
+
+impl Tally {
+    const NONE: Self = Self {
+        members: 0,
+        over: 0,
+        closed: 0,
+        over_with_cookies: 0,
+        cookies: 0,
+        computed: 0,
+        established: 0,
+        quotas: 0,
+    };
+
+    #[inline(always)]
+    fn clear(&mut self) {
+        let zero = opaque(0);
+        *self = Self {
+            members: zero,
+            over: zero,
+            closed: zero,
+            over_with_cookies: zero,
+            cookies: zero,
+            computed: zero,
+            established: zero.into(),
+            quotas: zero.into(),
+        };
+    }
+
+    /// Whether computed quotas are contradicted by what stands: quotas are never computed so low. A burst may exceed
+    /// them by a few connections for each CPU, which is no contradiction.
+    #[inline(always)]
+    pub const fn quotas_are_nonsense(&self) -> bool {
+        let slack = if self.quotas / 8 > 16 {
+            self.quotas / 8
+        } else {
+            16
+        };
+        self.computed > 0 && self.computed == self.members && self.established > self.quotas + slack
+    }
+}
+
+/// The first phase for one request.
+#[derive(Clone, Copy, Debug)]
+pub struct Scan {
+    /// What is asked.
+    pub request: Request,
+    /// Which quotas count.
+    pub enforce: Enforce,
+    /// SYN cookies are in use, or about to be: choose by four-tuple, so that the ACK finds the same listener.
+    pub cookies: bool,
+    /// What was seen in this pass.
+    pub tally: Tally,
+    /// Sum of the weights of those that can be chosen, of the pass before.
+    total: u64,
+    /// Whose turn it is in round-robin, below `total`.
+    turn: u64,
+    /// What becomes `total`, growing in this pass.
+    sum: u64,
+    best: u64,
+    /// `Counts::expected` of the best, as the choice saw it.
+    best_expected: u64,
+    /// The best was chosen without its `expected`: a look at it that fails does not put it behind others.
+    best_has_no_hint: u64,
+    /// Where the walk over the members stands.
+    pub cursor: Cursor,
+    fit: u32,
+    uid: u32,
+    /// Whether any is in there.
+    has_tried: bool,
+    tried: [u16; MAX_LOOKS],
+}
+
+const NOT_TRIED: u16 = u16::MAX;
+
+impl Scan {
+    /// A scan that has seen nobody.
+    pub const fn new(request: Request) -> Self {
+        Self {
+            request,
+            enforce: Enforce::Quotas,
+            cookies: false,
+            tally: Tally::NONE,
+            total: 0,
+            turn: 0,
+            sum: request.weights,
+            best: NONE,
+            best_expected: 0,
+            best_has_no_hint: 0,
+            cursor: Cursor::END,
+            fit: 0,
+            uid: 0,
+            has_tried: false,
+            tried: [NOT_TRIED; MAX_LOOKS],
+        }
+    }
+
+    /// Makes a used scan new, in place.
+    #[inline(always)]
+    pub fn start(&mut self, request: Request, enforce: Enforce) {
+        self.request = request;
+        self.enforce = enforce;
+        self.cookies = false;
+        self.sum = request.weights;
+        self.forget_tried();
+    }
+
+    /// Starts another pass over the members.
+    #[inline(always)]
+    pub fn again(&mut self) {
+        self.total = self.sum;
+        self.turn = self.request.ticket.checked_rem(self.total).unwrap_or(0);
+        self.start_over(0, 0);
+    }
+
+    /// Starts with a few members that stand for all.
+    #[inline(always)]
+    pub fn draw(&mut self) {
+        self.total = 0;
+        self.turn = 0;
+        self.start_over(0, 0);
+    }
+
+    /// Whether one of those that were drawn is as good a choice as any: it may take the SYN, and no cookies are about.
+    #[inline(always)]
+    pub const fn has_drawn_well(&self) -> bool {
+        self.best < DOUBTFUL && self.tally.cookies == 0
+    }
+
+    /// Forgets which members were tried.
+    #[inline(always)]
+    pub fn forget_tried(&mut self) {
+        self.has_tried = false;
+    }
+
+    /// Never choose that one again for this request.
+    #[inline(always)]
+    pub fn mark_tried(&mut self, look: usize, slot: u32) {
+        if look < MAX_LOOKS {
+            if !self.has_tried {
+                self.has_tried = true;
+                self.tried = [opaque(NOT_TRIED); MAX_LOOKS];
+            }
+            self.tried[look] = slot as u16;
+        }
+    }
+
+    #[inline(always)]
+    fn start_over(&mut self, fit: u32, uid: u32) {
+        self.tally.clear();
+        self.sum = 0;
+        self.best = NONE;
+        self.fit = fit;
+        self.uid = uid;
+    }
+
+    /// The member to look at next.
+    #[inline(always)]
+    pub const fn best(&self) -> Option<u32> {
+        if self.best == NONE {
+            None
+        } else {
+            Some(self.best as u32 & (MAX_SLOTS as u32 - 1))
+        }
+    }
+
+    /// Whether the counters of [`Scan::best`] say that a look at it will be in vain.
+    #[inline(always)]
+    pub const fn best_is_doubtful(&self) -> bool {
+        self.best & DOUBTFUL != 0
+    }
+
+    /// `Counts::expected` of [`Scan::best`] when it was chosen.
+    #[inline(always)]
+    pub const fn best_expected(&self) -> u64 {
+        self.best_expected
+    }
+
+    /// Whether [`Scan::best`] was chosen without regard to what is expected there.
+    #[inline(always)]
+    pub const fn best_has_no_hint(&self) -> bool {
+        self.best_has_no_hint != 0
+    }
+
+    /// The sum of the weights, where another pass is needed before [`Scan::best`] means something: round-robin took another one for it.
+    #[inline(always)]
+    pub const fn other_total(&self) -> Option<u64> {
+        let matters = matches!(self.request.policy, Policy::RoundRobin) && !self.cookies;
+        if matters && self.sum != self.total {
+            Some(self.sum)
+        } else {
+            None
+        }
+    }
+
+    /// Takes one member into account.
+    #[inline(always)]
+    pub fn consider(&mut self, member: &Member) {
+        if !member.is_ready() {
+            return;
+        }
+        let Some(fit) = member.fit(&self.request) else {
+            return;
+        };
+        if self.tally.members == 0 {
+            self.fit = fit;
+            self.uid = member.backend.uid;
+        } else if fit > self.fit {
+            self.start_over(fit, member.backend.uid);
+        } else if fit < self.fit || (!self.request.virtual_port && member.backend.uid != self.uid) {
+            return;
+        }
+        let quota = member.quota(self.request.quota);
+        let limit = self.limit(quota);
+        let cookies = opaque(cookies_near(member.counts.cookies, self.request.now));
+        let used = member.used();
+        self.tally.members += 1;
+        self.tally_quota(member, used, quota);
+        if used >= limit {
+            self.tally_over(member, quota);
+        } else if !self.request.virtual_port || member.is_steerable() {
+            self.tally.cookies += cookies as u32;
+            self.rank(member, used, limit, cookies);
+        }
+    }
+
+    /// Takes all into account that the cursor leads to; `load` reads a word of the bitmap, `member` finds who is in a slot. The kernel does the
+    /// same with `bpf_loop`.
+    pub fn walk<'a>(
+        &mut self,
+        load: impl Fn(u32) -> u64,
+        member: impl Fn(u32) -> Option<&'a Member>,
+    ) {
+        for _ in 0..Cursor::STEPS {
+            match self.cursor.step(&load) {
+                Step::End => return,
+                Step::Nobody => {}
+                Step::Member(slot) => {
+                    if let Some(member) = member(slot) {
+                        self.consider(member);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether that quota counts.
+    #[inline(always)]
+    pub const fn enforces(&self, quota: u32) -> bool {
+        match self.enforce {
+            Enforce::Quotas => true,
+            Enforce::Closed => quota == 0,
+            Enforce::Nothing => false,
+        }
+    }
+
+    /// What must be more than is used, where that quota counts. Without a branch, like [`limit`].
+    #[inline(always)]
+    fn limit(&self, quota: u32) -> u64 {
+        const {
+            assert!(
+                Enforce::Quotas as u8 == 0
+                    && Enforce::Closed as u8 == 1
+                    && Enforce::Nothing as u8 == 2
+            );
+        };
+        let enforce = opaque(self.enforce as u64);
+        let is_not_0 = u64::from(quota).wrapping_neg() >> 63;
+        limit(quota) + (enforce >> 1 | enforce & is_not_0) * LIFTED
+    }
+
+    #[inline(always)]
+    fn tally_quota(&mut self, member: &Member, used: u64, quota: u32) {
+        let computed = member.policy.is_for(member.backend.slot_state())
+            && member.policy.flags() & SlotPolicy::COMPUTED != 0;
+        self.tally.computed += u32::from(computed);
+        self.tally.established += used;
+        self.tally.quotas += u64::from(quota);
+    }
+
+    #[inline(always)]
+    fn tally_over(&mut self, member: &Member, quota: u32) {
+        let in_use = opaque(cookies_in_use(member.counts.cookies, self.request.now));
+        if quota == 0 {
+            self.tally.closed += 1;
+        } else {
+            self.tally.over += 1;
+            self.tally.over_with_cookies += in_use as u32;
+        }
+    }
+
+    /// Compares a member that can be chosen with the best so far.
+    #[inline(always)]
+    fn rank(&mut self, member: &Member, used: u64, limit: u64, cookies: u64) {
+        let weight = member.weight();
+        let before = self.sum;
+        self.sum += u64::from(weight);
+        if self.has_tried && self.was_tried(member.slot) {
+            return;
+        }
+        let expected = expected(member.counts.expected, self.request.now);
+        // Before what else there is to decide: the verifier would follow every decision through it.
+        let metric = self.metric(member, weight, expected, before);
+        let key = opaque(metric << SLOT_BITS | u64::from(member.slot));
+        // What is expected may be the very client whose ACK this is: with it counted, the ACK of a cookie would go elsewhere.
+        let no_hint = cookies & u64::from(self.cookies);
+        let hint = u64::from(expected) & no_hint.wrapping_sub(1);
+        let doubtful = is_full(member.counts.full, self.request.now) || used + hint >= limit;
+        let key = if doubtful { key | DOUBTFUL } else { key };
+        if key < self.best {
+            self.best = key;
+            self.best_expected = member.counts.expected;
+            self.best_has_no_hint = no_hint;
+        }
+    }
+
+    /// Without branches: each would double what the verifier has to follow.
+    #[inline(always)]
+    fn was_tried(&self, slot: u32) -> bool {
+        let mut hits = 0;
+        let mut look = 0;
+        while look < MAX_LOOKS {
+            // The top bit of x - 1 is set for x = 0 alone.
+            hits |= (u64::from(self.tried[look]) ^ u64::from(slot)).wrapping_sub(1);
+            look += 1;
+        }
+        hits >> 63 != 0
+    }
+
+    /// The smaller, the better; below 2⁵².
+    #[inline(always)]
+    fn metric(&self, member: &Member, weight: u32, expected: u32, before: u64) -> u64 {
+        if self.cookies || matches!(self.request.policy, Policy::SourceHash) {
+            let key = if self.cookies {
+                self.request.tuple
+            } else {
+                self.request.source
+            };
+            return self.rendezvous(key, member, weight);
+        }
+        if matches!(self.request.policy, Policy::RoundRobin) {
+            return self.turns_away(before, u64::from(weight));
+        }
+        let load = (u64::from(member.counts.established()) + u64::from(expected)) << 16;
+        // A division takes as long as all the rest.
+        if weight == 1 {
+            load
+        } else {
+            load / u64::from(weight)
+        }
+    }
+
+    /// By the backend's address, so that one that comes back under another slot gets its own clients again; the slot
+    /// decides only among the listeners of one address (a `SO_REUSEPORT` group).
+    #[inline(always)]
+    fn rendezvous(&self, key: u64, member: &Member, weight: u32) -> u64 {
+        let (high, low) = member.backend.address.halves();
+        let address = hash::of_source(high ^ u64::from(member.backend.port), low);
+        let score = rendezvous_score(key, address, weight) & !SIBLINGS;
+        // Another address is better: nothing depends on the rest.
+        if score << SLOT_BITS > self.best {
+            return score;
+        }
+        let among_siblings = hash::mix(key ^ hash::mix(u64::from(member.slot) + 1)) & SIBLINGS;
+        score | among_siblings
+    }
+
+    /// How many tickets after the one at hand it is this member's turn, its turns being `before..before + weight`.
+    #[inline(always)]
+    fn turns_away(&self, before: u64, weight: u64) -> u64 {
+        let turn = self.turn;
+        if turn < before {
+            before - turn
+        } else if turn < before + weight {
+            0
+        } else {
+            self.total + before - turn
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::{SlotState, UNLIMITED};
+    use crate::decision::admission::admits;
+    use proptest::prelude::*;
+
+    const SERVICE: ServicePort = ServicePort {
+        service: 0,
+        policy: 0,
+        flags: 0,
+        quota: UNLIMITED,
+    };
+
+    fn request(to: Address, device: u32) -> Request {
+        let arrival = Arrival {
+            netns: 1,
+            device,
+            from: Address::from_v4_be(1),
+            from_port: 1,
+            to,
+            to_port: 11_800,
+        };
+        Request::new(&SERVICE, &arrival, 0, 0, 0)
+    }
+
+    fn member(address: Address, device: u32) -> Member {
+        Member {
+            slot: 0,
+            backend: Backend {
+                slot_state: SlotState::new(1, BackendState::Active).0,
+                netns: 1,
+                address,
+                device,
+                ..Backend::EMPTY
+            },
+            policy: SlotPolicy::new(1, UNLIMITED, 1, 0),
+            counts: Counts::ZERO,
+        }
+    }
+
+    fn any_enforce() -> impl Strategy<Value = Enforce> {
+        prop_oneof![
+            Just(Enforce::Quotas),
+            Just(Enforce::Closed),
+            Just(Enforce::Nothing)
+        ]
+    }
+
+    /// Few of each word, so that two are often the same.
+    fn any_address() -> impl Strategy<Value = Address> {
+        let mapped = 0x0000_ffff_u32.to_be();
+        let word = || prop_oneof![Just(0), Just(mapped), Just(7)];
+        [word(), word(), word(), word()].prop_map(Address)
+    }
+
+    proptest! {
+        #[test]
+        fn a_quota_that_does_not_count_is_lifted(
+            enforce in any_enforce(), used in 0..1_u64 << 33, quota in prop_oneof![Just(0), Just(UNLIMITED), any::<u32>()],
+        ) {
+            let mut scan = Scan::new(request(Address::ANY_V4, 0));
+            scan.enforce = enforce;
+            let refuses = scan.enforces(quota) && quota != UNLIMITED && used >= u64::from(quota);
+            prop_assert_eq!(used >= scan.limit(quota), refuses);
+            if let Ok(used) = u32::try_from(used) {
+                prop_assert_eq!(refuses, scan.enforces(quota) && !admits(used, 0, 0, quota));
+            }
+        }
+
+        #[test]
+        fn a_socket_fits_as_the_kernel_would_score_it(
+            bound in any_address(), to in any_address(), device in 0..3_u32, arrived in 0..3_u32,
+        ) {
+            let fit = member(bound, device).fit(&request(to, arrived));
+            let exact = !bound.is_any();
+            let expected = if exact && bound != to || device != 0 && device != arrived {
+                None
+            } else {
+                Some(u32::from(exact) * 2 + u32::from(device != 0))
+            };
+            prop_assert_eq!(fit, expected);
+        }
+    }
+}

@@ -1,0 +1,522 @@
+//! sock_ops: registers the listeners of services and counts their established connections.
+
+use aya_ebpf::bindings::{bpf_sock, bpf_sock_ops};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_loop, bpf_sk_storage_get, bpf_sock_map_update,
+};
+use aya_ebpf::programs::SockOpsContext;
+use balancer_common::abi::{
+    Address, Backend, BackendState, Connection, Counts, EventKind, ListenRule, MAX_MEMBERS,
+    MAX_SLOTS, MEMBER_WORDS, SlotState, ticks,
+};
+use balancer_common::decision::admission::{handshake_word, is_held};
+use core::ffi::c_void;
+use core::ptr::read_volatile;
+
+use super::steer::is_exempt;
+use crate::events;
+use crate::kernel::atomic;
+use crate::kernel::{TcpSocket, context, current_task};
+use crate::maps::{
+    BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
+};
+
+// Operations and states: include/uapi/linux/bpf.h, include/net/tcp_states.h.
+const PASSIVE_ESTABLISHED: u32 = 5;
+const STATE_CHANGED: u32 = 10;
+const LISTENED: u32 = 11;
+const STATE_CB: u32 = 1 << 2;
+const ESTABLISHED: u32 = 1;
+const LISTEN: u32 = 10;
+const AF_INET: u32 = 2;
+/// `BPF_SK_STORAGE_GET_F_CREATE`.
+const CREATE: u64 = 1;
+/// Compare-and-swaps that may be lost to other CPUs before a listener is given up.
+const CLAIMS: u32 = 4;
+
+#[inline(always)]
+pub fn run(ctx: &SockOpsContext) {
+    match ctx.op() {
+        STATE_CHANGED => state_changed(ctx),
+        PASSIVE_ESTABLISHED => accepted(ctx),
+        LISTENED => listened(ctx),
+        _ => {}
+    }
+}
+
+/// A child of a listener of ours: ask for its state changes, next to what other programs ask for.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext) {
+    if storage(ctx).is_some() {
+        watch_states(ctx);
+    }
+}
+
+#[inline(always)]
+fn watch_states(ctx: &SockOpsContext) {
+    let _ = ctx.set_cb_flags((ctx.cb_flags() | STATE_CB) as i32);
+}
+
+#[inline(always)]
+fn state_changed(ctx: &SockOpsContext) {
+    let (old, new) = (ctx.arg(0), ctx.arg(1));
+    let Some(connection) = storage(ctx) else {
+        return;
+    };
+    if old == LISTEN {
+        closed(connection);
+    } else if new == ESTABLISHED {
+        entered(ctx, connection);
+    } else if old == ESTABLISHED {
+        left(connection);
+    }
+}
+
+/// What a counted connection adds to the word of its slot.
+#[inline(always)]
+fn share(class: u16) -> u64 {
+    if class == Connection::EXEMPT {
+        Counts::ONE_EXEMPT
+    } else {
+        1
+    }
+}
+
+#[inline(always)]
+fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
+    let slot = u32::from(connection.slot);
+    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
+        return;
+    };
+    if backend.slot_state().generation() != connection.generation {
+        return;
+    }
+    let class = class_of(backend.service, &remote(ctx));
+    connection.class = class;
+    unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
+    // After the count: who reads it before the count is read never misses an entry that the count has.
+    if let Some(totals) = TOTALS.get_ptr_mut(slot) {
+        unsafe { atomic::add(&raw mut (*totals).entered, 1) };
+    }
+    // It is no longer expected. Counted first, so that it is never missing from both.
+    if unsafe { (*counts).expected } as u32 as i32 > 0 {
+        unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
+    }
+    // Exempt ones are let in whatever the room: they say nothing of those that hold it.
+    if class == Connection::COUNTED {
+        completed(ctx, counts);
+    }
+}
+
+/// How a connection from there counts. A function of its own: the key would crowd the caller's stack.
+#[inline(never)]
+fn class_of(service: u16, source: &Address) -> u16 {
+    if is_exempt(service, source) {
+        Connection::EXEMPT
+    } else {
+        Connection::COUNTED
+    }
+}
+
+/// A handshake was completed: those under way are no flood, and this is how long one takes.
+#[inline(always)]
+fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
+    let stalled = unsafe { read_volatile(&raw const (*counts).stalled) };
+    let now = ticks(unsafe { bpf_ktime_get_ns() });
+    if is_held(stalled, now) {
+        unsafe { atomic::replace(&raw mut (*counts).stalled, stalled, 0) };
+    }
+    // Eighths of a microsecond; 0 where the SYN-ACK was sent again or was a cookie, and nothing was measured.
+    let ops: *const bpf_sock_ops = ctx.ops;
+    let eighths = context!(ops, srtt_us);
+    let word = unsafe { read_volatile(&raw const (*counts).handshake) };
+    if eighths != 0
+        && let Some(word) = handshake_word(word, eighths >> 3, now)
+    {
+        unsafe { atomic::store(&raw mut (*counts).handshake, word) };
+    }
+}
+
+#[inline(always)]
+fn left(connection: &mut Connection) {
+    let slot = u32::from(connection.slot);
+    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
+        return;
+    };
+    let counted = connection.class == Connection::COUNTED || connection.class == Connection::EXEMPT;
+    if !counted || backend.slot_state().generation() != connection.generation {
+        return;
+    }
+    unsafe {
+        atomic::add(
+            &raw mut (*counts).established,
+            share(connection.class).wrapping_neg(),
+        )
+    };
+    connection.class = Connection::UNCOUNTED;
+}
+
+#[inline(always)]
+fn closed(connection: &Connection) {
+    let slot = u32::from(connection.slot);
+    let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
+        return;
+    };
+    let slot_state = unsafe { (*backend).slot_state() };
+    if slot_state.generation() != connection.generation
+        || !slot_state.is(BackendState::Active)
+        || !unsafe {
+            atomic::replace(
+                &raw mut (*backend).slot_state,
+                slot_state.0,
+                slot_state.with(BackendState::Closed).0,
+            )
+        }
+    {
+        return;
+    }
+    let backend = unsafe { &*backend };
+    change_membership(backend.service, slot, false);
+    events::listener(EventKind::ListenerDown, slot, backend);
+}
+
+#[inline(always)]
+fn change_membership(service: u16, slot: u32, member: bool) {
+    let Some(members) = MEMBERS.get_ptr_mut(u32::from(service)) else {
+        return;
+    };
+    let bit = 1u64 << (slot & 63);
+    let word = unsafe { &raw mut (*members).words[(slot / 64) as usize & (MEMBER_WORDS - 1)] };
+    if member {
+        unsafe { atomic::or(word, bit) };
+    } else {
+        unsafe { atomic::and(word, !bit) };
+    }
+}
+
+#[inline(always)]
+fn listened(ctx: &SockOpsContext) {
+    let netns = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
+    let address = local(ctx);
+    let port = ctx.local_port() as u16;
+    let Some(rule) = rule_of(netns, address, port) else {
+        return;
+    };
+    if let Some(connection) = storage(ctx)
+        && listens_again(ctx, connection, rule.service)
+    {
+        return;
+    }
+    let backend = backend_of(ctx, netns, address, port, &rule);
+    match claim(rule.service) {
+        Some((slot, slot_state)) => register(ctx, slot, slot_state, backend),
+        None => unregistered(EventKind::NoSlot, &backend),
+    }
+}
+
+/// A listener serves without the balancer: until the daemon has mended that, nobody is refused for its service.
+#[inline(always)]
+fn unregistered(kind: EventKind, backend: &Backend) {
+    if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(backend.service)) {
+        unsafe { atomic::add(&raw mut (*state).unregistered, 1) };
+    }
+    events::listener(kind, u32::MAX, backend);
+}
+
+/// No rule, no slot.
+const NONE: u64 = u64::MAX;
+
+/// The rule for a listener: the more specific one wins.
+#[inline(always)]
+fn rule_of(netns: u64, address: Address, port: u16) -> Option<ListenRule> {
+    let packed = account_rule(netns, &address, u32::from(port));
+    (packed != NONE).then_some(ListenRule {
+        service: packed as u16,
+        flags: (packed >> 16) as u16,
+        weight: (packed >> 32) as u32,
+    })
+}
+
+/// A packed rule, or [`NONE`]. Global functions are looked at by the verifier once, by themselves, and not on every path
+/// that leads to them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -> u64 {
+    let Some(address) = (unsafe { address.as_ref() }) else {
+        return NONE;
+    };
+    let read = |key| unsafe { LISTEN_RULES.get(key) }.copied();
+    match ListenRule::most_specific(netns, *address, port as u16, read) {
+        Some(rule) => {
+            u64::from(rule.weight) << 32 | u64::from(rule.flags) << 16 | u64::from(rule.service)
+        }
+        None => NONE,
+    }
+}
+
+/// The same socket was shut down and listens again: its slot is still its own, with the connections that it has. An
+/// adopted one's end went unseen.
+#[inline(always)]
+fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) -> bool {
+    let slot = u32::from(connection.slot);
+    let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
+        return false;
+    };
+    let slot_state = unsafe { (*backend).slot_state() };
+    if slot_state.generation() != connection.generation
+        || !(slot_state.is(BackendState::Closed) || slot_state.is(BackendState::Active))
+        || unsafe { (*backend).service } != service
+    {
+        return false;
+    }
+    if !unsafe {
+        atomic::replace(
+            &raw mut (*backend).slot_state,
+            slot_state.0,
+            slot_state.with(BackendState::Claimed).0,
+        )
+    } {
+        return false;
+    }
+    publish(ctx, slot, slot_state, backend);
+    true
+}
+
+#[inline(always)]
+fn backend_of(
+    ctx: &SockOpsContext,
+    netns: u64,
+    address: Address,
+    port: u16,
+    rule: &ListenRule,
+) -> Backend {
+    let (pid, tid) = current_task();
+    let mut backend = Backend {
+        netns,
+        address,
+        port,
+        service: rule.service,
+        weight: rule.weight,
+        pid,
+        tid,
+        ..Backend::EMPTY
+    };
+    if rule.flags & ListenRule::CANDIDATE != 0 {
+        backend.flags |= Backend::CANDIDATE;
+    }
+    if ctx.family() != AF_INET {
+        backend.flags |= Backend::V6;
+    }
+    let socket: *mut bpf_sock = unsafe { socket(ctx) };
+    if !socket.is_null() {
+        backend.device = unsafe { (*socket).bound_dev_if };
+        if let Some(tcp) = TcpSocket::of(socket) {
+            backend.uid = tcp.uid();
+            if backend.flags & Backend::V6 != 0 && tcp.is_v6_only() {
+                backend.flags |= Backend::V6_ONLY;
+            }
+        }
+    }
+    backend
+}
+
+/// Claims the first free slot.
+#[inline(always)]
+fn claim(service: u16) -> Option<(u32, SlotState)> {
+    let packed = account_claim(u32::from(service));
+    (packed != NONE).then(|| {
+        (
+            packed as u32,
+            SlotState::new((packed >> 32) as u32, BackendState::Free),
+        )
+    })
+}
+
+/// Slot and generation, or [`NONE`]. Global like [`account_rule`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_claim(service: u32) -> u64 {
+    if is_crowded(service as u16) {
+        return NONE;
+    }
+    for _ in 0..CLAIMS {
+        let mut found = NONE;
+        let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+        unsafe {
+            bpf_loop(
+                MAX_SLOTS as u32,
+                visit as *mut c_void,
+                (&raw mut found).cast(),
+                0,
+            )
+        };
+        let slot = unsafe { read_volatile(&raw const found) };
+        let Some(place) = BACKENDS.get_ptr_mut(slot as u32) else {
+            return NONE;
+        };
+        let slot_state = unsafe { (*place).slot_state() };
+        if slot_state.is(BackendState::Free)
+            && unsafe {
+                atomic::replace(
+                    &raw mut (*place).slot_state,
+                    slot_state.0,
+                    slot_state.with(BackendState::Claimed).0,
+                )
+            }
+        {
+            return u64::from(slot_state.generation()) << 32 | slot;
+        }
+    }
+    NONE
+}
+
+/// Whether a service has all the backends that it may have.
+#[inline(always)]
+fn is_crowded(service: u16) -> bool {
+    let Some(members) = MEMBERS.get(u32::from(service)) else {
+        return true;
+    };
+    let mut count = 0;
+    for word in &members.words {
+        // Volatile, so that the words are not all loaded first and kept on the stack: Linux 6.1 rounds each frame up to 32
+        // bytes, and a chain of calls may take 512.
+        count += unsafe { read_volatile(word) }.count_ones();
+    }
+    count >= MAX_MEMBERS as u32
+}
+
+/// The callback of `bpf_loop` over all slots; 1 ends the loop.
+unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
+    let Some(backend) = BACKENDS.get(slot) else {
+        return 1;
+    };
+    if !backend.slot_state().is(BackendState::Free) {
+        return 0;
+    }
+    unsafe { *found.cast::<u64>() = u64::from(slot) };
+    1
+}
+
+#[inline(always)]
+fn register(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, mut backend: Backend) {
+    let Some(place) = BACKENDS.get_ptr_mut(slot) else {
+        return;
+    };
+    let mut value = Connection {
+        slot: slot as u16,
+        class: Connection::UNCOUNTED,
+        generation: slot_state.generation(),
+    };
+    let socket = unsafe { socket(ctx) };
+    let stored = if socket.is_null() {
+        core::ptr::null_mut()
+    } else {
+        unsafe {
+            bpf_sk_storage_get(
+                (&raw const CONNECTION).cast_mut().cast(),
+                socket.cast(),
+                (&raw mut value).cast(),
+                CREATE,
+            )
+        }
+        .cast::<Connection>()
+    };
+    if stored.is_null() {
+        unsafe {
+            atomic::store(
+                &raw mut (*place).slot_state,
+                slot_state.with(BackendState::Free).0,
+            )
+        };
+        unregistered(EventKind::NoStorage, &backend);
+        return;
+    }
+    // A socket whose old slot was given away has a storage already, with the old value.
+    unsafe { *stored = value };
+    backend.slot_state = slot_state.with(BackendState::Claimed).0;
+    unsafe { *place = backend };
+    if let Some(counts) = COUNTS.get_ptr_mut(slot) {
+        unsafe {
+            atomic::store(&raw mut (*counts).expected, 0);
+            atomic::store(&raw mut (*counts).full, 0);
+            atomic::store(&raw mut (*counts).cookies, 0);
+            atomic::store(&raw mut (*counts).stalled, 0);
+            atomic::store(&raw mut (*counts).handshake, 0);
+        }
+    }
+    publish(ctx, slot, slot_state, place);
+}
+
+/// Makes a claimed slot one that SYNs may go to.
+#[inline(always)]
+fn publish(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, place: *mut Backend) {
+    let mut key = slot;
+    let error = unsafe {
+        bpf_sock_map_update(
+            ctx.ops,
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw mut key).cast(),
+            0,
+        )
+    };
+    unsafe {
+        if error == 0 {
+            (*place).flags &= !Backend::UNSTEERABLE;
+        } else {
+            (*place).flags |= Backend::UNSTEERABLE;
+        }
+        (*place).map_error = error.wrapping_neg() as u32;
+        atomic::store(
+            &raw mut (*place).slot_state,
+            slot_state.with(BackendState::Active).0,
+        );
+    }
+    watch_states(ctx);
+    let backend = unsafe { &*place };
+    change_membership(backend.service, slot, true);
+    events::listener(EventKind::ListenerUp, slot, backend);
+}
+
+#[inline(always)]
+unsafe fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    unsafe { (*ctx.ops).__bindgen_anon_2.sk }
+}
+
+/// The storage of the socket, inherited from its listener.
+#[inline(always)]
+fn storage<'a>(ctx: &SockOpsContext) -> Option<&'a mut Connection> {
+    let socket = unsafe { socket(ctx) };
+    if socket.is_null() {
+        return None;
+    }
+    let map = (&raw const CONNECTION).cast_mut().cast();
+    let value = unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0) };
+    unsafe { value.cast::<Connection>().as_mut() }
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> Address {
+    let ops: *const bpf_sock_ops = ctx.ops;
+    let address = either(ctx, context!(ops, local_ip4), context!(ops, local_ip6));
+    if address.is_any() {
+        Address::ANY
+    } else {
+        address
+    }
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> Address {
+    let ops: *const bpf_sock_ops = ctx.ops;
+    either(ctx, context!(ops, remote_ip4), context!(ops, remote_ip6))
+}
+
+#[inline(always)]
+fn either(ctx: &SockOpsContext, v4: u32, v6: [u32; 4]) -> Address {
+    if ctx.family() == AF_INET {
+        Address::from_v4_be(v4)
+    } else {
+        Address(v6)
+    }
+}

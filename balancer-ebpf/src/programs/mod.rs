@@ -1,0 +1,4 @@
+//! The programs, one file each.
+
+pub mod account;
+pub mod steer;

@@ -1,0 +1,528 @@
+//! sk_lookup: decides each look-up for a listener of a service's port.
+
+use aya_ebpf::bindings::{bpf_sk_lookup, bpf_sock};
+use aya_ebpf::helpers::bpf_ktime_get_ns;
+use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::programs::SkLookupContext;
+use balancer_common::abi::{
+    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, MAX_MEMBERS, MEMBER_WORDS,
+    Members, NO_SERVICE, Policy, PortKey, REASON_SLOTS, Roster, ServicePort, ticks,
+};
+use balancer_common::decision::admission::{
+    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
+};
+use balancer_common::decision::scan::{Arrival, Cursor, Member, Request, Scan, Step};
+use balancer_common::decision::{
+    Attempt, BackendAccess, DecisionState, LookupFlags, MAX_ROUNDS, advance, must_choose_by_tuple,
+};
+use balancer_common::{Reason, Verdict, opaque};
+use core::ffi::c_void;
+use core::ptr::read_volatile;
+
+use crate::events;
+use crate::kernel::atomic;
+use crate::kernel::{TcpSocket, constant, context, listens};
+use crate::maps::{
+    BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, ROSTERS, SCRATCH,
+    SCRATCH_DEPTH, SERVICE_STATE, SERVICES, VERDICTS,
+};
+
+const SK_DROP: u32 = 0;
+const SK_PASS: u32 = 1;
+const TCP: u32 = 6;
+const AF_INET: u32 = 2;
+/// `BPF_SK_LOOKUP_F_NO_REUSEPORT`: otherwise the kernel chooses again inside a SO_REUSEPORT group.
+const NO_REUSEPORT: u64 = 2;
+const EEXIST: i64 = -17;
+
+#[inline(always)]
+pub fn run(ctx: &SkLookupContext) -> u32 {
+    let lookup: *const bpf_sk_lookup = ctx.lookup;
+    if context!(lookup, protocol) != TCP {
+        return SK_PASS;
+    }
+    let Some(port) = service_of(lookup) else {
+        return SK_PASS;
+    };
+    if has_chosen(lookup) {
+        count(port.service, Reason::ForeignSkLookup);
+        return SK_PASS;
+    }
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    let reason = match Scratch::take() {
+        Some(desk) => {
+            start(desk.state, lookup, port, now_ns);
+            decide(ctx, desk.state)
+        }
+        None => Reason::FailOpenError,
+    };
+    count(port.service, reason);
+    match reason.verdict() {
+        Verdict::Pass | Verdict::Steer => SK_PASS,
+        Verdict::Refuse => {
+            refused(lookup, port.service, reason, ticks(now_ns));
+            SK_DROP
+        }
+    }
+}
+
+/// Writes down what is asked. A function of its own: what it needs would crowd the stack of the chain of calls that decides.
+#[inline(never)]
+fn start(state: &mut DecisionState, lookup: *const bpf_sk_lookup, port: ServicePort, now_ns: u64) {
+    let arrival = arrival_of(lookup);
+    let flags = LookupFlags {
+        exempt: is_exempt(port.service, &arrival.from),
+        stale: HEARTBEAT.get(0).is_none_or(|beat| beat.is_stale(now_ns)),
+    };
+    let (ticket, weights) = next_ticket(&port);
+    let request = Request::new(&port, &arrival, ticket, weights, ticks(now_ns));
+    state.start(request, flags);
+}
+
+/// Whether a program that ran before has chosen a socket: its choice stands, whatever this one says (`bpf_sk_lookup_run_v4`,
+/// include/linux/filter.h).
+#[inline(always)]
+fn has_chosen(lookup: *const bpf_sk_lookup) -> bool {
+    let chosen =
+        unsafe { read_volatile(&raw const (*lookup).__bindgen_anon_1.__bindgen_anon_1.sk) };
+    !chosen.is_null()
+}
+
+#[inline(always)]
+fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
+    let (local, remote) = (context!(lookup, local_ip6), context!(lookup, remote_ip6));
+    let (local_v4, remote_v4) = (context!(lookup, local_ip4), context!(lookup, remote_ip4));
+    let (to, from) = if context!(lookup, family) == AF_INET {
+        (
+            Address::from_v4_be(local_v4),
+            Address::from_v4_be(remote_v4),
+        )
+    } else {
+        (Address(local), Address(remote))
+    };
+    Arrival {
+        netns: constant!(NETNS),
+        device: context!(lookup, ingress_ifindex),
+        from,
+        // Unlike the local one, the remote port stands in network byte order.
+        from_port: u16::from_be(context!(lookup, remote_port)),
+        to,
+        to_port: context!(lookup, local_port) as u16,
+    }
+}
+
+/// The service of a port: an exact address wins over any.
+#[inline(always)]
+fn service_of(lookup: *const bpf_sk_lookup) -> Option<ServicePort> {
+    let port = context!(lookup, local_port) as u16;
+    let key = PortKey::new(opaque(ANY_NETNS), Address([opaque(0); 4]), port);
+    let any = *unsafe { SERVICES.get(key) }?;
+    if any.flags & ServicePort::EXACT_ADDRESSES != 0 {
+        let key = PortKey::new(ANY_NETNS, arrival_of(lookup).to, port);
+        if let Some(exact) = unsafe { SERVICES.get(key) } {
+            return Some(*exact);
+        }
+    }
+    (any.service != NO_SERVICE).then_some(any)
+}
+
+/// For round-robin a look-up's own ticket, so that no two CPUs have the same turn, and what the weights added up to.
+#[inline(always)]
+fn next_ticket(port: &ServicePort) -> (u64, u64) {
+    if matches!(Policy::from_number(port.policy), Policy::RoundRobin)
+        && let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(port.service))
+    {
+        unsafe {
+            (
+                atomic::add(&raw mut (*state).turn, 1),
+                read_volatile(&raw const (*state).weights),
+            )
+        }
+    } else {
+        (0, 0)
+    }
+}
+
+/// Whether a source is exempt for a service.
+#[inline(always)]
+pub fn is_exempt(service: u16, source: &Address) -> bool {
+    EXEMPT
+        .get(Key::new(ExemptKey::BITS, ExemptKey::new(service, *source)))
+        .is_some()
+}
+
+/// Tells the daemon, from a stack frame of its own.
+#[inline(never)]
+fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason, now: u32) {
+    let arrival = arrival_of(lookup);
+    events::refused(service, &arrival, reason, now);
+}
+
+#[inline(always)]
+fn count(service: u16, reason: Reason) {
+    let index = u32::from(service) * REASON_SLOTS as u32 + reason as u32;
+    if let Some(counter) = VERDICTS.get_ptr_mut(index) {
+        // Per CPU: only a SYN that interrupts a process's look-up right here can make a count get lost.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// A place for the state of one decision, of the CPU's few. A look-up by a process (of a socket-destroying tool, of
+/// another program) can be interrupted by a SYN on the same CPU: each takes the next place and gives it back.
+struct Scratch<'a> {
+    state: &'a mut DecisionState,
+    taken: *mut u64,
+}
+
+impl Scratch<'_> {
+    #[inline(always)]
+    fn take() -> Option<Self> {
+        let taken = SCRATCH_DEPTH.get_ptr_mut(0)?;
+        let level = unsafe { read_volatile(taken) };
+        let state = SCRATCH.get_ptr_mut(level as u32)?;
+        unsafe { core::ptr::write_volatile(taken, level + 1) };
+        Some(Self {
+            state: unsafe { (*state).assume_init_mut() },
+            taken,
+        })
+    }
+}
+
+impl Drop for Scratch<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        let level = unsafe { read_volatile(self.taken) };
+        unsafe { core::ptr::write_volatile(self.taken, level.saturating_sub(1)) };
+    }
+}
+
+/// What the rounds of a decision need, on the stack of the program.
+struct Rounds {
+    ctx: *mut bpf_sk_lookup,
+    state: *mut DecisionState,
+    reason: u64,
+}
+
+/// No reason yet.
+const UNDECIDED: u64 = u64::MAX;
+
+/// `balancer_common::decision::decide`, with `bpf_loop` for its loop.
+#[inline(always)]
+fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
+    if let Some(decision) = state.without_looking() {
+        return decision.reason;
+    }
+    // Most end with the first. Apart, because the compiler knows what values there are and would leave out the check that the verifier wants.
+    let reason = opaque(steer_round(ctx.lookup, state));
+    if reason != UNDECIDED {
+        return Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError);
+    }
+    let mut rounds = Rounds {
+        ctx: ctx.lookup,
+        state,
+        reason: UNDECIDED,
+    };
+    let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+    unsafe {
+        bpf_loop(
+            MAX_ROUNDS - 1,
+            round as *mut c_void,
+            (&raw mut rounds).cast(),
+            0,
+        )
+    };
+    let reason = unsafe { read_volatile(&raw const rounds.reason) };
+    Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError)
+}
+
+/// One round; the callback of `bpf_loop`. 1 ends the loop.
+unsafe extern "C" fn round(_index: u32, rounds: *mut c_void) -> i64 {
+    let rounds = unsafe { &mut *rounds.cast::<Rounds>() };
+    rounds.reason = steer_round(rounds.ctx, rounds.state);
+    i64::from(rounds.reason != UNDECIDED)
+}
+
+/// One round; the reason, or [`UNDECIDED`]. Global functions are looked at by the verifier once, by themselves, and not
+/// on every path that leads to them.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_round(ctx: *mut bpf_sk_lookup, state: *mut DecisionState) -> u64 {
+    let Some(state) = (unsafe { state.as_mut() }) else {
+        return Reason::FailOpenError as u64;
+    };
+    match advance(&mut Sockets { ctx }, state) {
+        Some(decision) => decision.reason as u64,
+        None => UNDECIDED,
+    }
+}
+
+/// The real world: the pinned maps and the listening sockets in them.
+struct Sockets {
+    ctx: *mut bpf_sk_lookup,
+}
+
+impl BackendAccess for Sockets {
+    #[inline(always)]
+    fn begin(&mut self, scan: &mut Scan) {
+        if let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) {
+            scan.cursor = Cursor::new(|word| unsafe { load(members, word) });
+        }
+    }
+
+    #[inline(always)]
+    fn draw(&mut self, scan: &mut Scan) -> bool {
+        let Some(roster) = roster_of(scan.request.service) else {
+            return false;
+        };
+        scan.cursor = Cursor::of_lots(|turn| unsafe { drawn(&scan.request, roster, turn) });
+        true
+    }
+
+    #[inline(always)]
+    fn walk(&mut self, scan: &mut Scan) {
+        // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
+        let mut scan = core::ptr::from_mut(scan);
+        let visit = visit as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+        let calls = Cursor::STEPS.div_ceil(STEPS_A_CALL);
+        unsafe { bpf_loop(calls, visit as *mut c_void, (&raw mut scan).cast(), 0) };
+    }
+
+    #[inline(always)]
+    fn attempt(&mut self, slot: u32, state: &DecisionState) -> Attempt {
+        Attempt::decode(steer_attempt(self.ctx, state, slot))
+    }
+
+    #[inline(always)]
+    fn remember_weights(&mut self, service: u16, weights: u64) {
+        if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) {
+            unsafe { atomic::store(&raw mut (*state).weights, weights) };
+        }
+    }
+
+    #[inline(always)]
+    fn has_unregistered(&self, service: u16) -> bool {
+        SERVICE_STATE
+            .get(u32::from(service))
+            .is_some_and(|state| state.unregistered != 0)
+    }
+}
+
+/// Steps over the members for one call. Returns are dear: where the kernel mitigates Speculative Return Stack Overflow (AMD), none is predicted.
+/// More steps are more work for the verifier, which goes through each.
+const STEPS_A_CALL: u32 = 4;
+
+/// The roster of a service, where it has one that was drawn up of the members that it has now.
+#[inline(always)]
+fn roster_of(service: u16) -> Option<*const Roster> {
+    let (members, roster) = (
+        MEMBERS.get_ptr(service.into())?,
+        ROSTERS.get_ptr(service.into())?,
+    );
+    if unsafe { read_volatile(&raw const (*roster).len) } == 0 {
+        return None;
+    }
+    let mut differences = 0;
+    for word in 0..MEMBER_WORDS as u32 {
+        let drawn_up = unsafe { read_volatile(&raw const (*roster).words[word as usize]) };
+        differences = opaque(differences | (unsafe { load(members, word) } ^ drawn_up));
+    }
+    (differences == 0).then_some(roster)
+}
+
+/// The slot that is drawn from a roster at that turn.
+#[inline(always)]
+unsafe fn drawn(request: &Request, roster: *const Roster, turn: u32) -> u32 {
+    let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
+    let place = request.drawn(turn, len) & (MAX_MEMBERS as u32 - 1);
+    let word = place as usize / Roster::A_WORD;
+    let word = unsafe { read_volatile(&raw const (*roster).slots[word]) };
+    Roster::slot_in(word, place)
+}
+
+/// Global like [`steer_round`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_attempt(
+    ctx: *mut bpf_sk_lookup,
+    state: *const DecisionState,
+    slot: u32,
+) -> u64 {
+    let Some(state) = (unsafe { state.as_ref() }) else {
+        return Attempt::Gone.encode();
+    };
+    attempt_slot(ctx, slot, state).encode()
+}
+
+#[inline(always)]
+fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> Attempt {
+    let Some(member) = member(slot) else {
+        return Attempt::Gone;
+    };
+    if member.backend.flags & Backend::UNSTEERABLE != 0 {
+        return attempt_blind(&member, state);
+    }
+    let socket: *mut bpf_sock = unsafe {
+        bpf_map_lookup_elem(
+            (&raw const LISTENERS).cast_mut().cast(),
+            (&raw const slot).cast(),
+        )
+    }
+    .cast();
+    if socket.is_null() {
+        return Attempt::Gone;
+    }
+    let attempt = attempt_socket(ctx, socket, &member, state);
+    unsafe { bpf_sk_release(socket.cast()) };
+    attempt
+}
+
+/// A word of a bitmap.
+#[inline(always)]
+unsafe fn load(members: *const Members, word: u32) -> u64 {
+    unsafe { read_volatile(&raw const (*members).words[word as usize & (MEMBER_WORDS - 1)]) }
+}
+
+/// A few steps over the members; the callback of `bpf_loop`. 1 ends the loop.
+unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
+    let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
+    let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
+        return 1;
+    };
+    // Apart, so that it stays a loop.
+    let mut left = opaque(u64::from(STEPS_A_CALL));
+    while left > 0 {
+        match scan.cursor.step(|word| unsafe { load(members, word) }) {
+            Step::End => return 1,
+            Step::Nobody => {}
+            Step::Member(slot) => consider(scan, slot),
+        }
+        left -= 1;
+    }
+    0
+}
+
+/// Takes a backend into account.
+#[inline(always)]
+fn consider(scan: &mut Scan, slot: u32) {
+    if let Some(member) = member(slot) {
+        scan.consider(&member);
+    }
+}
+
+/// A slot as the maps show it.
+#[inline(always)]
+fn member(slot: u32) -> Option<Member> {
+    let (backend, policy, counts) = (BACKENDS.get(slot)?, POLICY.get(slot)?, COUNTS.get(slot)?);
+    Some(Member {
+        slot,
+        backend: *backend,
+        policy: *policy,
+        counts: counts.with_adopted(policy),
+    })
+}
+
+/// An MPTCP listener can be neither looked at nor assigned; on its own port the kernel finds it without our help.
+#[inline(always)]
+fn attempt_blind(member: &Member, state: &DecisionState) -> Attempt {
+    let quota = member.quota(state.scan.request.quota);
+    match judge(
+        &Observation::BLIND,
+        &member.counts,
+        quota,
+        state.scan.enforces(quota),
+        state.scan.request.now,
+    ) {
+        Judgement::Take => Attempt::Assigned,
+        judgement => Attempt::Judged(judgement),
+    }
+}
+
+#[inline(always)]
+fn attempt_socket(
+    ctx: *mut bpf_sk_lookup,
+    socket: *mut bpf_sock,
+    member: &Member,
+    state: &DecisionState,
+) -> Attempt {
+    if !listens(socket) || !member.backend.slot_state().is(BackendState::Active) {
+        return Attempt::Gone;
+    }
+    let Some(tcp) = TcpSocket::of(socket) else {
+        return Attempt::Gone;
+    };
+    let Some(counts) = COUNTS.get_ptr_mut(member.slot) else {
+        return Attempt::Gone;
+    };
+    let now = state.scan.request.now;
+    let seen = tcp.observe();
+    note_cookies(counts, state.scan.request.service, &seen, now);
+    if must_choose_by_tuple(seen.cookies(), state) {
+        return Attempt::Cookies;
+    }
+    let quota = member.quota(state.scan.request.quota);
+    let pending = seen.pending(&member.counts, quota, now);
+    let enforce = state.scan.enforces(quota);
+    match judge(&seen, &member.counts, quota, enforce, now) {
+        Judgement::QueueFull { since } if !state.last_resort => {
+            unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
+            return Attempt::Judged(Judgement::QueueFull { since });
+        }
+        Judgement::OverQuota => {
+            // Corrects the hint that the look has found wrong.
+            let word = over_word(pending, now);
+            unsafe { atomic::store(&raw mut (*counts).expected, word) };
+            // By established connections alone it would not have been looked at: half-open ones hold the room.
+            note_stalled(counts, member, now);
+            return Attempt::Judged(Judgement::OverQuota);
+        }
+        Judgement::Take if member.counts.full != 0 => unsafe {
+            atomic::store(&raw mut (*counts).full, 0)
+        },
+        _ => {}
+    }
+    if !announce(counts, expected_word(pending, now), state) {
+        return Attempt::Raced;
+    }
+    match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
+        0 => Attempt::Assigned,
+        EEXIST => Attempt::Foreign,
+        _ => Attempt::Failed,
+    }
+}
+
+/// Tells the other CPUs of the SYN that goes there; false if one of them was faster and the choice stands no more.
+#[inline(always)]
+fn announce(counts: *mut Counts, word: u64, state: &DecisionState) -> bool {
+    if state.yielding {
+        return unsafe {
+            atomic::replace(
+                &raw mut (*counts).expected,
+                state.scan.best_expected(),
+                word,
+            )
+        };
+    }
+    unsafe { atomic::store(&raw mut (*counts).expected, word) };
+    true
+}
+
+/// While cookies are about nobody draws: all choose by four-tuple among all members.
+#[inline(always)]
+fn note_cookies(counts: *mut Counts, service: u16, seen: &Observation, now: u32) {
+    let before = unsafe { read_volatile(&raw const (*counts).cookies) };
+    if let Some(word) = cookies_word(seen, before, now) {
+        unsafe { atomic::store(&raw mut (*counts).cookies, word) };
+        if let Some(roster) = ROSTERS.get_ptr_mut(u32::from(service)) {
+            unsafe { atomic::store(&raw mut (*roster).len, 0) };
+        }
+    }
+}
+
+/// Only where the word is still the one that was judged by: a handshake completed on another CPU takes it back.
+#[inline(always)]
+fn note_stalled(counts: *mut Counts, member: &Member, now: u32) {
+    if let Some(word) = stalled_word(&member.counts, now) {
+        unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
+    }
+}

@@ -1,0 +1,11 @@
+//! The daemon's API for the verbs that change something, over a Unix stream socket.
+
+pub(crate) mod client;
+mod protocol;
+pub(crate) mod server;
+#[cfg(test)]
+mod tests;
+
+pub use self::client::{ANSWERS_WITHIN, ask};
+pub use self::protocol::{MAX_REQUEST_BYTES, Request, Response};
+pub use self::server::{Reply, Server};

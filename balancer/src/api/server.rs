@@ -1,0 +1,332 @@
+//! The daemon's side.
+
+use std::{
+    ffi::OsString,
+    fs::{self, DirBuilder, File, Permissions},
+    io::{ErrorKind, Write},
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+            net,
+        },
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
+    unistd::geteuid,
+};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+use super::protocol::{Envelope, MAX_REQUEST_BYTES, Request, Response, comparable};
+use crate::sanitize;
+
+/// How long a client may take to say what it wants.
+const ASKS_WITHIN: Duration = Duration::from_secs(5);
+/// How long it may take to read a long answer.
+const READS_WITHIN: Duration = Duration::from_secs(5);
+/// How many clients are read from at once; more wait in the backlog.
+const MAX_CLIENTS: usize = 256;
+/// How many clients may wait in the backlog.
+const BACKLOG: i32 = 128;
+/// How many requests may wait for the daemon; a client that asks while so many do waits longer.
+const MAX_WAITING: usize = 16;
+
+/// The socket that the daemon listens on. Removed when this is dropped, if it is still the one that was bound.
+pub struct Server {
+    requests: mpsc::Receiver<(Request, Reply)>,
+    accepting: JoinHandle<()>,
+    path: PathBuf,
+    identity: Identity,
+}
+
+impl Server {
+    /// Listens on `path` (made with its directory, mode 0600) for requests to the daemon that keeps its state in `state_dir`. A socket that nobody
+    /// listens on any more is replaced. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When another daemon listens there, something else than a socket is there, or the socket can't be made.
+    pub fn bind(path: &Path, state_dir: &Path) -> Result<Self> {
+        let (listener, identity) = claim(path)
+            .with_context(|| format!("can't listen for requests on {}", path.display()))?;
+        let listener = UnixListener::from_std(listener).context("can't watch the admin socket")?;
+        let (sender, requests) = mpsc::channel(MAX_WAITING);
+        let desk = Scratch {
+            state_dir: comparable(state_dir),
+            sender,
+        };
+        Ok(Self {
+            requests,
+            accepting: tokio::spawn(accept(listener, desk)),
+            path: path.to_owned(),
+            identity,
+        })
+    }
+
+    /// The next request. Cancel safe: nothing is lost when the future is dropped.
+    pub async fn next(&mut self) -> (Request, Reply) {
+        match self.requests.recv().await {
+            Some(request) => request,
+            // Nobody accepts any more (the runtime is ending): there is no next one.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        if Identity::of(&self.path).is_some_and(|identity| identity == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            tracing::warn!(socket = %self.path.display(), %error, "can't remove the admin socket");
+        }
+    }
+}
+
+/// Whom to answer. Dropped without an answer, it closes the connection.
+pub struct Reply(UnixStream);
+
+impl Reply {
+    /// Answers and closes. Returns at once: an answer fits into the socket's buffer, and reaches the client even if this process ends now. A client
+    /// that has gone away misses it.
+    pub fn send(self, response: &Response) {
+        let sent = serde_json::to_vec(response)
+            .map_err(Into::into)
+            .and_then(|mut line| {
+                line.push(b'\n');
+                self.0.into_std()?.write_all(&line)
+            });
+        if let Err(error) = sent {
+            tracing::debug!(%error, ?response, "an admin client missed its answer");
+        }
+    }
+
+    /// Answers with more than may fit into the socket's buffer: returns at once too, and a client that does not read it in time misses it.
+    pub fn send_long(mut self, response: &Response) {
+        let line = match serde_json::to_vec(response) {
+            Ok(mut line) => {
+                line.push(b'\n');
+                line
+            }
+            Err(error) => {
+                tracing::debug!(%error, "an answer can't be written as JSON");
+                return;
+            }
+        };
+        tokio::spawn(async move {
+            if !matches!(
+                timeout(READS_WITHIN, self.0.write_all(&line)).await,
+                Ok(Ok(()))
+            ) {
+                tracing::debug!("an admin client did not read its answer");
+            }
+        });
+    }
+}
+
+/// A file, told apart from another one that has taken its name since.
+#[derive(PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    fn of(path: &Path) -> Option<Self> {
+        let metadata = fs::symlink_metadata(path).ok()?;
+        Some(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        })
+    }
+}
+
+fn claim(path: &Path) -> Result<(net::UnixListener, Identity)> {
+    let path = std::path::absolute(path)?;
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        bail!("that is not the path of a file: give one with --admin-socket");
+    };
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(directory)
+        .with_context(|| format!("can't make the directory {}", directory.display()))?;
+    // Two daemons that start together must not both find a dead socket and replace each other's.
+    let _one_at_a_time = File::open(directory)
+        .and_then(|directory| {
+            Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
+        })
+        .with_context(|| format!("can't lock the directory {}", directory.display()))?;
+    refuse_if_taken(&path)?;
+
+    let mut aside = OsString::from(".");
+    aside.push(name);
+    aside.push(format!(".{}", std::process::id()));
+    let aside = directory.join(aside);
+    let listener = listen_aside(&aside).and_then(|listener| {
+        let identity = Identity::of(&aside).context("the socket that was just made is gone")?;
+        fs::rename(&aside, &path).context("can't put the socket in its place")?;
+        Ok((listener, identity))
+    });
+    if listener.is_err() {
+        // Best effort: the error that matters is the one above.
+        let _ = fs::remove_file(&aside);
+    }
+    listener
+}
+
+fn refuse_if_taken(path: &Path) -> Result<()> {
+    let kind = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata.file_type(),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).context("can't see what is there"),
+    };
+    if !kind.is_socket() {
+        bail!(
+            "there is something else than a socket: move it away, or give another --admin-socket"
+        );
+    }
+    match net::UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).context("can't tell whether a daemon lives there"),
+        Ok(_) => bail!(
+            "another daemon lives there: end it first, or give this one its own --admin-socket and --state-dir"
+        ),
+    }
+}
+
+/// A listener whose file had its mode before anybody could connect.
+fn listen_aside(path: &Path) -> Result<net::UnixListener> {
+    let address = UnixAddr::new(path).context(
+        "the path is too long for a socket: give one of at most 96 bytes with --admin-socket",
+    )?;
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != ErrorKind::NotFound
+    {
+        return Err(error).context("can't remove what an earlier start left");
+    }
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &address)
+        .context("can't make the socket's file")?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))
+        .context("can't set the socket's mode")?;
+    listen(&socket, Backlog::new(BACKLOG)?)?;
+    Ok(socket.into())
+}
+
+/// What every client is served with.
+#[derive(Clone)]
+struct Scratch {
+    state_dir: PathBuf,
+    sender: mpsc::Sender<(Request, Reply)>,
+}
+
+async fn accept(listener: UnixListener, desk: Scratch) {
+    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::spawn(serve(stream, desk.clone(), place));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "can't accept an admin client");
+                // Out of descriptors, most likely, which passes; without a pause this would spin.
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve(mut stream: UnixStream, desk: Scratch, _place: OwnedSemaphorePermit) {
+    match read(&mut stream, &desk.state_dir).await {
+        Ok(request) => {
+            // Nobody to take it: the daemon is ending, and dropping the stream says so.
+            let _ = desk.sender.send((request, Reply(stream))).await;
+        }
+        Err(refusal) => {
+            tracing::debug!(refusal, "refused an admin client");
+            Reply(stream).send(&Response::failed(refusal));
+        }
+    }
+}
+
+/// The request of a client that may make it, or why it is refused.
+async fn read(stream: &mut UnixStream, state_dir: &Path) -> Result<Request, String> {
+    let peer = stream
+        .peer_cred()
+        .map_err(|error| format!("can't tell who is asking: {error}"))?;
+    if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
+        return Err(format!(
+            "user {} may not change the balancer: ask as root",
+            peer.uid()
+        ));
+    }
+    let line = timeout(ASKS_WITHIN, line(stream))
+        .await
+        .map_err(|_| format!("no request within {} seconds", ASKS_WITHIN.as_secs()))??;
+    understand(&line, state_dir)
+}
+
+/// The request that `line` makes of the daemon that keeps its state in `state_dir`.
+///
+/// # Errors
+/// Why it is refused: it is no request, or one for another daemon.
+pub fn understand(line: &[u8], state_dir: &Path) -> Result<Request, String> {
+    let envelope: Envelope<Request> = serde_json::from_slice(line).map_err(|error| {
+        format!(
+            "the request is not understood ({}): is the asking program of another version?",
+            shown(&error.to_string())
+        )
+    })?;
+    if envelope.state_dir != state_dir {
+        return Err(format!(
+            "the request is meant for the balancer with its state in {}, this one has it in {}: give the --state-dir and --admin-socket that belong together",
+            shown(&envelope.state_dir.to_string_lossy()),
+            state_dir.display()
+        ));
+    }
+    Ok(envelope.request)
+}
+
+/// `text`, which the client may have chosen, as it may stand in an answer: no longer than fits into the socket's buffer.
+fn shown(text: &str) -> String {
+    sanitize::shown(text, 300)
+}
+
+/// The line that a client sends, with its end, and no more bytes than a request may have.
+///
+/// # Errors
+/// When the client ends before its line does, or its line does not end in time.
+pub async fn line(stream: impl AsyncRead + Unpin) -> Result<Vec<u8>, String> {
+    let mut line = Vec::new();
+    let limit = MAX_REQUEST_BYTES as u64;
+    BufReader::new(stream.take(limit))
+        .read_until(b'\n', &mut line)
+        .await
+        .map_err(|error| format!("the request can't be read: {error}"))?;
+    match line.last() {
+        Some(b'\n') => Ok(line),
+        _ if line.len() >= MAX_REQUEST_BYTES => Err(format!(
+            "the request is longer than {MAX_REQUEST_BYTES} bytes"
+        )),
+        _ => Err("the request ends before its line does".to_owned()),
+    }
+}

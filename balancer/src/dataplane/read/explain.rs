@@ -1,0 +1,347 @@
+//! `explain`: the kernel program's own functions, run on a picture of the maps.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context as _, Result};
+use balancer_common::abi::{
+    ANY_NETNS, Address, Backend, Cookies, Counts, MEMBER_WORDS, NO_SERVICE, Policy, PortKey,
+    Roster, ServicePort, UNLIMITED, ticks,
+};
+use balancer_common::decision::admission::{
+    Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
+};
+use balancer_common::decision::scan::{Arrival, Cursor, DRAWN, Member, Request, Scan};
+use balancer_common::decision::{
+    Attempt, BackendAccess, Decision, DecisionState, LookupFlags, decide,
+};
+use balancer_common::{Reason, Verdict};
+
+use super::super::plain::Plain;
+use super::super::tables::{Tables, lookup, slot_of};
+use super::snapshot::{services, text};
+use crate::sys::sock_diag::{Family, Query, State, States, tcp_sockets};
+use crate::sys::{clock, netns};
+
+/// Where a SYN would go, and why.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// The service of the port, if it is any's.
+    pub service: Option<String>,
+    /// Why.
+    pub reason: Reason,
+    /// What the kernel would do.
+    pub verdict: Verdict,
+    /// The backend that would have it.
+    pub backend: Option<(u32, SocketAddr)>,
+    /// All of it in one sentence.
+    pub sentence: String,
+}
+
+pub fn explain(
+    tables: &Tables,
+    from: SocketAddr,
+    to_address: Option<IpAddr>,
+    to_port: u16,
+) -> Result<Explanation> {
+    let to = to_address.unwrap_or_else(|| default_destination(from));
+    let Some(port) = service_of(tables, to.into(), to_port)? else {
+        return Ok(not_ours(from, to_port));
+    };
+    let name = services(tables)?
+        .into_iter()
+        .find(|(id, _)| *id == port.service)
+        .map_or_else(
+            || format!("service {}", port.service),
+            |(_, info)| text(&info.name),
+        );
+    let beat = tables.heartbeat();
+    let now_ns = clock::monotonic_ns();
+    let flags = LookupFlags {
+        exempt: tables.is_exempt(port.service, from.ip())?,
+        stale: beat.is_stale(now_ns),
+    };
+    let arrival = Arrival {
+        netns: netns::cookie().context("cannot read the cookie of this network namespace")?,
+        device: 0,
+        from: Address::of_packet(from.ip()),
+        from_port: from.port(),
+        to: Address::of_packet(to),
+        to_port,
+    };
+    let request = Request::new(&port, &arrival, tables.turn(port.service), 0, ticks(now_ns));
+    let mut model = Model::take(tables, port)?;
+    let mut state = DecisionState::new(request, flags);
+    let decision = decide(&mut model, &mut state);
+    Ok(model.describe(from, &name, decision, &state))
+}
+
+/// A SYN needs a destination of the source's family; which one matters only where backends are bound to addresses.
+fn default_destination(from: SocketAddr) -> IpAddr {
+    if from.is_ipv4() {
+        IpAddr::V4(std::net::Ipv4Addr::LOCALHOST)
+    } else {
+        IpAddr::V6(std::net::Ipv6Addr::LOCALHOST)
+    }
+}
+
+fn not_ours(from: SocketAddr, port: u16) -> Explanation {
+    Explanation {
+        service: None,
+        reason: Reason::NoBackend,
+        verdict: Verdict::Pass,
+        backend: None,
+        sentence: format!(
+            "port {port} belongs to no service: a SYN from {} is none of the balancer's business",
+            from.ip()
+        ),
+    }
+}
+
+fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServicePort>> {
+    let at = |address| {
+        lookup(
+            tables
+                .services
+                .get(&Plain(PortKey::new(ANY_NETNS, address, port)), 0),
+        )
+    };
+    let Some(Plain(any)) = at(Address::ANY)? else {
+        return Ok(None);
+    };
+    if any.flags & ServicePort::EXACT_ADDRESSES != 0
+        && let Some(Plain(exact)) = at(to)?
+    {
+        return Ok(Some(exact));
+    }
+    Ok((any.service != NO_SERVICE).then_some(any))
+}
+
+/// The maps and listening sockets of one service as they were a moment ago.
+struct Model {
+    words: [u64; MEMBER_WORDS],
+    roster: Roster,
+    members: HashMap<u32, Member>,
+    /// Connections that wait in the accept queue, and the backlog, by slot.
+    queues: HashMap<u32, (u32, u32)>,
+    unregistered: bool,
+}
+
+impl Model {
+    fn take(tables: &Tables, port: ServicePort) -> Result<Self> {
+        let words = tables.members(port.service);
+        let mut members = HashMap::new();
+        for view in tables.slots()? {
+            if view.member.backend.service == port.service {
+                members.insert(view.slot(), view.member);
+            }
+        }
+        Ok(Self {
+            words,
+            roster: tables.roster(port.service),
+            members,
+            queues: queues(tables)?,
+            unregistered: tables
+                .unregistered_word(port.service)
+                .load(Ordering::Acquire)
+                != 0,
+        })
+    }
+
+    fn observe(&self, member: &Member, now: u32) -> Observation {
+        if member.backend.flags & Backend::UNSTEERABLE != 0 {
+            return Observation::BLIND;
+        }
+        let (queue, backlog) = self
+            .queues
+            .get(&member.slot)
+            .copied()
+            .unwrap_or((0, u32::MAX));
+        let pending = expected(member.counts.expected, now);
+        let in_use = cookies_state(member.counts.cookies, now) == Cookies::InUse;
+        Observation {
+            half_open: pending,
+            young: pending,
+            fast_open: 0,
+            queue,
+            backlog,
+            syncookies: 1,
+            overflow_age: if in_use { 0 } else { u32::MAX },
+        }
+    }
+
+    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
+        if let Some(member) = self.members.get_mut(&slot) {
+            change(&mut member.counts);
+        }
+    }
+
+    fn describe(
+        &self,
+        from: SocketAddr,
+        service: &str,
+        decision: Decision,
+        state: &DecisionState,
+    ) -> Explanation {
+        let chosen = decision.slot.and_then(|slot| self.members.get(&slot));
+        let backend = chosen.map(|member| {
+            let backend = &member.backend;
+            (
+                member.slot,
+                SocketAddr::new(backend.address.into(), backend.port),
+            )
+        });
+        let verdict = if backend.is_some() {
+            Verdict::Steer
+        } else {
+            decision.reason.verdict()
+        };
+        let fate = match (verdict, backend) {
+            (Verdict::Steer, Some((slot, address))) => {
+                format!("would go to {address} (slot {slot})")
+            }
+            (Verdict::Refuse, _) => "would be refused (RST)".to_owned(),
+            _ => "would be left to the kernel".to_owned(),
+        };
+        let why = match (chosen, decision.reason) {
+            (Some(member), Reason::Exempt) => {
+                format!("its source is exempt, and {}", choice(member, state))
+            }
+            (Some(member), Reason::Admitted | Reason::Steered) => choice(member, state),
+            (None, Reason::OverQuota | Reason::OverQuotaCookie) => {
+                format!("nobody has room: {}", self.loads(&state.scan.request))
+            }
+            (_, reason) => reason.meaning().to_owned(),
+        };
+        Explanation {
+            service: Some(service.to_owned()),
+            reason: decision.reason,
+            verdict,
+            backend,
+            sentence: format!("a SYN from {} to {service} {fate}: {why}", from.ip()),
+        }
+    }
+
+    /// How full the backends are, the first few of them.
+    fn loads(&self, request: &Request) -> String {
+        const SHOWN: usize = 4;
+        let mut ready: Vec<&Member> = self
+            .members
+            .values()
+            .filter(|member| member.is_ready())
+            .collect();
+        ready.sort_by_key(|member| member.slot);
+        let mut words: Vec<String> = ready
+            .iter()
+            .take(SHOWN)
+            .map(|member| format!("slot {}: {}", member.slot, load(member, request)))
+            .collect();
+        if ready.len() > SHOWN {
+            words.push(format!("and {} more", ready.len() - SHOWN));
+        }
+        words.join(", ")
+    }
+}
+
+/// What made the choice fall on that backend.
+fn choice(member: &Member, state: &DecisionState) -> String {
+    let scan = &state.scan;
+    if scan.cookies {
+        return "while SYN cookies are in use, addresses and ports choose".to_owned();
+    }
+    match scan.request.policy {
+        Policy::LeastConnections => format!(
+            "of {}, it has the fewest connections for its weight ({}, weight {})",
+            if state.has_drawn() {
+                format!("{DRAWN} drawn by lot, as there are so many")
+            } else {
+                "those that may take it".to_owned()
+            },
+            load(member, &scan.request),
+            member.weight()
+        ),
+        Policy::RoundRobin => "it is its turn (round-robin)".to_owned(),
+        Policy::SourceHash => "the source's address belongs to it (source-hash)".to_owned(),
+    }
+}
+
+/// What a backend holds of its quota: exempt connections don't count.
+fn load(member: &Member, request: &Request) -> String {
+    let counts = &member.counts;
+    let held = counts.established().saturating_sub(counts.exempt());
+    let pending = match expected(counts.expected, request.now) {
+        0 => String::new(),
+        pending => format!(" + {pending} pending"),
+    };
+    match member.quota(request.quota) {
+        UNLIMITED => format!("{held}{pending}, no quota"),
+        quota => format!("{held}{pending} of {quota}"),
+    }
+}
+
+impl BackendAccess for Model {
+    fn begin(&mut self, scan: &mut Scan) {
+        scan.cursor = Cursor::new(|word| self.words[word as usize]);
+    }
+
+    fn draw(&mut self, scan: &mut Scan) -> bool {
+        if self.roster.len == 0 || self.roster.words != self.words {
+            return false;
+        }
+        scan.cursor = Cursor::of_lots(|turn| scan.request.draw_from(&self.roster, turn));
+        true
+    }
+
+    fn walk(&mut self, scan: &mut Scan) {
+        scan.walk(
+            |word| self.words[word as usize],
+            |slot| self.members.get(&slot),
+        );
+    }
+
+    fn attempt(&mut self, slot: u32, state: &DecisionState) -> Attempt {
+        let Some(member) = self.members.get(&slot).copied() else {
+            return Attempt::Gone;
+        };
+        let now = state.scan.request.now;
+        let quota = member.quota(state.scan.request.quota);
+        let seen = self.observe(&member, now);
+        let enforce = state.scan.enforces(quota);
+        let judgement = judge(&seen, &member.counts, quota, enforce, now);
+        match judgement {
+            Judgement::Take => Attempt::Assigned,
+            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
+            Judgement::QueueFull { since } => {
+                self.note(slot, |counts| counts.full = full_word(since, now));
+                Attempt::Judged(judgement)
+            }
+            Judgement::OverQuota => {
+                let pending = seen.pending(&member.counts, quota, now);
+                self.note(slot, |counts| counts.expected = over_word(pending, now));
+                Attempt::Judged(judgement)
+            }
+        }
+    }
+
+    fn remember_weights(&mut self, _service: u16, _weights: u64) {}
+
+    fn has_unregistered(&self, _service: u16) -> bool {
+        self.unregistered
+    }
+}
+
+/// The accept queues of the listeners of this namespace, by the slot that their storage names.
+fn queues(tables: &Tables) -> Result<HashMap<u32, (u32, u32)>> {
+    let mut queues = HashMap::new();
+    for family in [Family::V4, Family::V6] {
+        let mut query = Query::new(family, States::of(&[State::Listen]));
+        query.storage = Some(tables.connection_map());
+        let sockets =
+            tcp_sockets(&query).context("cannot list the listening sockets (sock_diag)")?;
+        queues.extend(sockets.iter().filter_map(|socket| {
+            Some((slot_of(socket)?, (socket.receive_queue, socket.send_queue)))
+        }));
+    }
+    Ok(queues)
+}

@@ -1,0 +1,333 @@
+//! What the maps say, read without the daemon.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use balancer_common::Reason;
+use balancer_common::abi::{
+    AuditTotals, Backend, BackendState, Heartbeat, MAX_SERVICES, Policy, ServiceInfo, ServicePort,
+    UNLIMITED, ticks,
+};
+use balancer_common::decision::admission;
+use balancer_common::decision::scan::Member;
+
+use super::super::programs::check_maps;
+use super::super::tables::Tables;
+use super::explain::{self, Explanation};
+use crate::dataplane::Paths;
+use crate::sys::clock;
+
+/// The data plane at one moment.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    /// The services, in the order of their ids.
+    pub services: Vec<ServiceSnapshot>,
+    /// The daemon.
+    pub agent: DaemonSnapshot,
+}
+
+/// Whether the daemon lives.
+#[derive(Clone, Copy, Debug)]
+pub struct DaemonSnapshot {
+    /// The kernel believes that it does, and refuses where it must.
+    pub alive: bool,
+    /// Since its last sign of life; `None`: there was none yet.
+    pub heartbeat_age: Option<Duration>,
+    /// After how long a silence nobody is refused any more.
+    pub fail_open_after: Duration,
+    /// How the counts compared with the socket table last.
+    pub audit_totals: AuditTotals,
+}
+
+/// One service.
+#[derive(Clone, Debug)]
+pub struct ServiceSnapshot {
+    /// Its index in the maps.
+    pub id: u16,
+    /// Its name.
+    pub name: String,
+    /// The port that clients connect to.
+    pub port: u16,
+    /// Only SYNs to this address; `None`: any.
+    pub address: Option<IpAddr>,
+    /// How it chooses.
+    pub policy: Policy,
+    /// Nothing listens on the port itself.
+    pub virtual_port: bool,
+    /// The quota rule in words.
+    pub rule: String,
+    /// Why the quotas are as they are.
+    pub sentence: String,
+    /// A quota set by hand for every backend.
+    pub quota_override: Option<u32>,
+    /// Its backends, in the order of their slots.
+    pub backends: Vec<BackendSnapshot>,
+    /// How often each reason was given; look-ups, not connections.
+    pub verdicts: Vec<(Reason, u64)>,
+}
+
+/// One backend.
+#[derive(Clone, Debug)]
+pub struct BackendSnapshot {
+    /// Its index in the maps.
+    pub slot: u32,
+    /// What its listener is bound to.
+    pub address: SocketAddr,
+    /// Cookie of its network namespace.
+    pub netns: u64,
+    /// Whether it takes connections.
+    pub state: BackendState,
+    /// Its share.
+    pub weight: u32,
+    /// The most connections that it should hold; `None`: unlimited.
+    pub quota: Option<u32>,
+    /// The quota was set by hand.
+    pub overridden: bool,
+    /// Connections in ESTABLISHED, the exempt ones among them.
+    pub established: u32,
+    /// The exempt ones of them.
+    pub exempt: u32,
+    /// SYNs sent to it in the last second that have not become established; `None`: can't be read.
+    pub pending: Option<u32>,
+    /// SYNs can be steered to it.
+    pub steerable: bool,
+    /// What is special about it.
+    pub note: Option<String>,
+}
+
+/// The pinned maps, for reading.
+pub struct Reader {
+    tables: Tables,
+}
+
+/// Opens the data plane of a state directory; `None`: there is none.
+///
+/// # Errors
+/// When the pins are of another build, or can't be opened.
+pub fn open(paths: &Paths) -> Result<Option<Reader>> {
+    let directory = paths.current();
+    match std::fs::metadata(&directory) {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return match paths.others() {
+                Ok(others) if !others.is_empty() => bail!(
+                    "the data plane there is of another build ({}; this one reads {}): ask the program that made it, or take it over with \
+                     `balancer run`",
+                    others[0].display(),
+                    directory.display()
+                ),
+                _ => Ok(None),
+            };
+        }
+        Err(error) => {
+            return Err(error).with_context(|| {
+                format!("cannot look into {} (are we root?)", directory.display())
+            });
+        }
+    }
+    check_maps(&directory)?;
+    Ok(Some(Reader {
+        tables: Tables::open(&directory)?,
+    }))
+}
+
+/// What the maps hold of a service.
+#[derive(Clone, Debug)]
+pub struct ServiceContents {
+    /// Its index in the maps.
+    pub id: u16,
+    /// What only user space reads.
+    pub info: ServiceInfo,
+    /// How often each reason was given.
+    pub verdicts: Vec<(Reason, u64)>,
+}
+
+/// What the maps hold at one moment, as it stands there: all that a [`Snapshot`] is made of.
+#[derive(Clone, Debug)]
+pub struct MapContents {
+    /// The services that have a name.
+    pub services: Vec<ServiceContents>,
+    /// The slots that are taken.
+    pub slots: Vec<Member>,
+    /// The daemon's last sign of life.
+    pub heartbeat: Heartbeat,
+    /// How the counts compared with the socket table last.
+    pub audit_totals: AuditTotals,
+    /// The time, ns of `CLOCK_MONOTONIC`.
+    pub now_ns: u64,
+}
+
+impl Snapshot {
+    /// Makes sense of what the maps hold, whatever that is.
+    pub fn of(image: &MapContents) -> Self {
+        let mut backends: HashMap<u16, Vec<&Member>> = HashMap::new();
+        for member in &image.slots {
+            backends
+                .entry(member.backend.service)
+                .or_default()
+                .push(member);
+        }
+        let service = |image_of: &ServiceContents| {
+            let members = backends.remove(&image_of.id).unwrap_or_default();
+            service(image_of, &members, ticks(image.now_ns))
+        };
+        Self {
+            services: image.services.iter().map(service).collect(),
+            agent: agent(image),
+        }
+    }
+}
+
+impl Reader {
+    /// The data plane now.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        let services = services(&self.tables)?
+            .into_iter()
+            .map(|(id, info)| {
+                let verdicts = self.tables.verdicts(id)?;
+                Ok(ServiceContents { id, info, verdicts })
+            })
+            .collect::<Result<_>>()?;
+        let slots = self.tables.slots()?;
+        Ok(Snapshot::of(&MapContents {
+            services,
+            slots: slots.into_iter().map(|view| view.member).collect(),
+            heartbeat: self.tables.heartbeat(),
+            audit_totals: self.tables.audit_totals(),
+            now_ns: clock::monotonic_ns(),
+        }))
+    }
+
+    /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the maps.
+    ///
+    /// # Errors
+    /// When a map or the socket table can't be read.
+    pub fn explain(
+        &self,
+        from: SocketAddr,
+        to_address: Option<IpAddr>,
+        to_port: u16,
+    ) -> Result<Explanation> {
+        explain::explain(&self.tables, from, to_address, to_port)
+    }
+}
+
+/// The services that have a name.
+pub fn services(tables: &Tables) -> Result<Vec<(u16, ServiceInfo)>> {
+    let mut found = Vec::new();
+    for id in 0..u16::try_from(MAX_SERVICES)? {
+        let info = tables
+            .info
+            .get(&u32::from(id), 0)
+            .context("cannot read the services")?
+            .0;
+        if info.name[0] != 0 && info.port != 0 {
+            found.push((id, info));
+        }
+    }
+    Ok(found)
+}
+
+fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
+    let info = &image.info;
+    let by_hand = info.by_hand == 1;
+    let quota = if by_hand {
+        info.quota_by_hand
+    } else {
+        info.quota
+    };
+    ServiceSnapshot {
+        id: image.id,
+        name: text(&info.name),
+        port: info.port,
+        address: (!info.address.is_any()).then(|| info.address.into()),
+        policy: Policy::from_number(info.policy),
+        virtual_port: info.flags & ServicePort::VIRTUAL != 0,
+        rule: text(&info.rule),
+        sentence: text(&info.sentence),
+        quota_override: by_hand.then_some(info.quota_by_hand),
+        backends: members
+            .iter()
+            .map(|member| backend(member, quota, by_hand, now))
+            .collect(),
+        verdicts: image.verdicts.clone(),
+    }
+}
+
+fn agent(image: &MapContents) -> DaemonSnapshot {
+    let beat = image.heartbeat;
+    let lived = beat.last_ns != 0;
+    DaemonSnapshot {
+        alive: lived && !beat.is_stale(image.now_ns),
+        heartbeat_age: lived
+            .then(|| Duration::from_nanos(image.now_ns.saturating_sub(beat.last_ns))),
+        fail_open_after: Duration::from_nanos(beat.limit_ns),
+        audit_totals: image.audit_totals,
+    }
+}
+
+fn backend(
+    member: &Member,
+    service_quota: u32,
+    service_by_hand: bool,
+    now: u32,
+) -> BackendSnapshot {
+    let quota = member.quota(service_quota);
+    let written = member.policy.is_for(member.backend.slot_state());
+    let steerable = member.backend.flags & Backend::UNSTEERABLE == 0;
+    BackendSnapshot {
+        slot: member.slot,
+        address: SocketAddr::new(listen_address(&member.backend), member.backend.port),
+        netns: member.backend.netns,
+        state: member.state(),
+        weight: member.weight(),
+        quota: (quota != UNLIMITED).then_some(quota),
+        overridden: if written {
+            member.policy.is_by_hand()
+        } else {
+            service_by_hand
+        },
+        established: member.counts.established(),
+        exempt: member.counts.exempt(),
+        pending: steerable.then(|| admission::expected(member.counts.expected, now)),
+        steerable,
+        note: note(&member.backend),
+    }
+}
+
+/// The address as the socket shows it: a wildcard of its own family.
+fn listen_address(backend: &Backend) -> IpAddr {
+    if backend.address.is_any() && backend.flags & Backend::V6 == 0 {
+        return IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+    }
+    backend.address.into()
+}
+
+fn note(backend: &Backend) -> Option<String> {
+    if backend.flags & Backend::UNSTEERABLE == 0 {
+        return None;
+    }
+    let errno = nix::errno::Errno::from_raw(i32::try_from(backend.map_error).unwrap_or(0));
+    Some(if errno == nix::errno::Errno::EOPNOTSUPP {
+        "an MPTCP listener: counted and limited on its own port, but nothing can be steered to it (Go servers: GODEBUG=multipathtcp=0)".into()
+    } else {
+        format!(
+            "nothing can be steered to it: the kernel refused its socket ({})",
+            errno.desc()
+        )
+    })
+}
+
+/// A zero-padded text of a map.
+pub fn text(bytes: &[u8]) -> String {
+    let end = bytes
+        .iter()
+        .position(|byte| *byte == 0)
+        .unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}

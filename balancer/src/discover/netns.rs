@@ -1,0 +1,251 @@
+//! The network namespaces in which processes live.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::stat::stat;
+
+use super::processes::{number, pids, sockets_of};
+use crate::sys::{
+    netns::{self, Identity},
+    socket,
+};
+
+/// A network namespace. It can't end while this is held.
+#[derive(Debug)]
+pub struct Netns {
+    /// The kernel gives this to no other namespace until it reboots.
+    pub cookie: u64,
+    /// Which one it is while it lives.
+    pub identity: Identity,
+    /// One of the processes in it.
+    pub pid: u32,
+    /// The thread of that process by which it was found.
+    pub tid: u32,
+    file: OwnedFd,
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl From<Netns> for OwnedFd {
+    fn from(namespace: Netns) -> Self {
+        namespace.file
+    }
+}
+
+/// All network namespaces that a thread lives in, each once, in the order of their processes' numbers.
+///
+/// Namespaces that only a file, a mount or a socket keeps alive are not among them.
+///
+/// # Errors
+/// Where `/proc` can't be read, or a namespace can't be entered (`CAP_SYS_ADMIN`).
+pub fn live_netns() -> Result<Vec<Netns>> {
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    let mut pids = pids().context("cannot list the processes in /proc: is it mounted?")?;
+    pids.sort_unstable();
+    for pid in pids {
+        for tid in threads(pid) {
+            let path = thread(pid, tid);
+            // A thread may end at any time, so whatever can't be read is passed over; another may stand for the same namespace.
+            let Ok(stat) = stat(&path) else { continue };
+            let identity = Identity {
+                device: stat.st_dev,
+                inode: stat.st_ino,
+            };
+            if seen.contains(&identity) {
+                continue;
+            }
+            let Some(file) = open(&path, identity) else {
+                continue;
+            };
+            let cookie = netns::cookie_of(&file).with_context(|| {
+                format!("cannot enter the network namespace of process {pid} (needs CAP_SYS_ADMIN)")
+            })?;
+            seen.insert(identity);
+            found.push(Netns {
+                cookie,
+                identity,
+                pid,
+                tid,
+                file,
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// The threads of a process, the main one first; that one alone where the others can't be listed.
+fn threads(pid: u32) -> Vec<u32> {
+    let mut threads = vec![pid];
+    if let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) {
+        let others = tasks
+            .flatten()
+            .filter_map(|task| number(&task.file_name()))
+            .filter(|tid: &u32| *tid != pid);
+        threads.extend(others);
+    }
+    threads
+}
+
+/// The namespace of a thread; of a process, where its thread is not known.
+fn thread(pid: u32, tid: u32) -> PathBuf {
+    match tid {
+        0 => format!("/proc/{pid}/ns/net").into(),
+        tid => format!("/proc/{pid}/task/{tid}/ns/net").into(),
+    }
+}
+
+/// A namespace that is looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetnsHint {
+    /// Its cookie.
+    pub cookie: u64,
+    /// Processes and threads (0: not known) that listened there.
+    pub listened: Vec<(u32, u32)>,
+}
+
+/// Finds namespaces: first by the threads that listened there, then by the sockets of their processes, which may have left it since, then
+/// among all that there are. Those that are not found are missing in the result.
+///
+/// # Errors
+/// Those of [`namespaces`].
+pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<(u64, OwnedFd)>> {
+    let mut found = Vec::new();
+    let mut lost = HashSet::new();
+    for wanted in wanted {
+        match wanted.by_thread().or_else(|| wanted.by_socket()) {
+            Some(file) => found.push((wanted.cookie, file)),
+            None => {
+                lost.insert(wanted.cookie);
+            }
+        }
+    }
+    if !lost.is_empty() {
+        let others = live_netns()?
+            .into_iter()
+            .filter(|namespace| lost.contains(&namespace.cookie))
+            .map(|namespace| (namespace.cookie, namespace.file));
+        found.extend(others);
+    }
+    Ok(found)
+}
+
+impl NetnsHint {
+    fn by_thread(&self) -> Option<OwnedFd> {
+        let fits =
+            |file: &OwnedFd| netns::cookie_of(file).is_ok_and(|cookie| cookie == self.cookie);
+        let open = |pid, tid| netns::open(&thread(pid, tid)).ok().filter(fits);
+        let mut tried = HashSet::new();
+        self.listened
+            .iter()
+            .flat_map(|(pid, tid)| [(*pid, *tid), (*pid, 0)])
+            .filter(|(pid, tid)| tried.insert((*pid, *tid)))
+            .find_map(|(pid, tid)| open(pid, tid))
+    }
+
+    fn by_socket(&self) -> Option<OwnedFd> {
+        let mut tried = HashSet::new();
+        self.listened
+            .iter()
+            .filter(|(pid, _)| tried.insert(*pid))
+            .flat_map(|(pid, _)| sockets_of(*pid))
+            .filter_map(|owner| owner.file().ok())
+            .find(|file| socket::netns_cookie(file).is_ok_and(|cookie| cookie == self.cookie))
+            .and_then(|file| socket::netns(&file).ok())
+    }
+}
+
+/// Opens a process's namespace, unless the process moved since it was looked at.
+fn open(path: &std::path::Path, expected: Identity) -> Option<OwnedFd> {
+    let open = || -> io::Result<Option<OwnedFd>> {
+        let file = netns::open(path)?;
+        Ok((netns::identity(&file)? == expected).then_some(file))
+    };
+    open().ok().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{os::unix::process::CommandExt as _, process::Command};
+
+    #[test]
+    fn our_own_and_a_childs_namespace_are_found_once() {
+        let netns = netns::tests::fresh();
+        // One process in this namespace and two in the other.
+        let mut children = netns::inside(&netns, || {
+            [(); 2].map(|()| {
+                Command::new("sleep")
+                    .arg("30")
+                    .process_group(0)
+                    .spawn()
+                    .expect("spawn")
+            })
+        })
+        .expect("inside");
+        let found = live_netns();
+        for child in &mut children {
+            child.kill().expect("kill");
+            child.wait().expect("wait");
+        }
+        let found = found.expect("namespaces");
+        let with = |cookie: u64| {
+            found
+                .iter()
+                .filter(|namespace| namespace.cookie == cookie)
+                .collect::<Vec<_>>()
+        };
+        let [other] = with(netns::cookie_of(&netns).expect("cookie"))[..] else {
+            panic!("once: {found:?}")
+        };
+        assert!(children.iter().any(|child| child.id() == other.pid));
+        assert_eq!(other.identity, netns::identity(&netns).expect("identity"));
+        assert_eq!(
+            netns::cookie_of(other).expect("it can be entered"),
+            other.cookie
+        );
+        assert_eq!(with(netns::cookie().expect("cookie")).len(), 1);
+    }
+
+    #[test]
+    fn a_namespace_is_found_by_what_listened_there() {
+        let netns = netns::tests::fresh();
+        let cookie = netns::cookie_of(&netns).expect("cookie");
+        let own = std::process::id();
+        let look = |listened: &[(u32, u32)]| {
+            let wanted = NetnsHint {
+                cookie,
+                listened: listened.to_vec(),
+            };
+            let found = find_netns(&[wanted]).expect("find");
+            found
+                .iter()
+                .map(|(found, file)| {
+                    assert_eq!(netns::cookie_of(file).expect("cookie"), *found);
+                    *found
+                })
+                .collect::<Vec<_>>()
+        };
+        // Only our file keeps it alive: there is nothing to find it by.
+        assert!(look(&[(own, 0)]).is_empty());
+        let listener = netns::inside(&netns, || {
+            let tid = nix::unistd::gettid().as_raw().cast_unsigned();
+            assert_eq!(look(&[(own, tid)]), [cookie], "by its thread");
+            assert_eq!(look(&[]), [cookie], "among all threads");
+            std::net::TcpListener::bind("127.0.0.1:0").expect("bind")
+        })
+        .expect("inside");
+        assert_eq!(look(&[(own, 0)]), [cookie], "by a socket of its process");
+        drop(listener);
+    }
+}

@@ -1,0 +1,26 @@
+//! What the API server of a Kubernetes cluster says, and what the daemons tell each other through it.
+//!
+//! Nothing here knows of maps or network namespaces: the daemon reads a [`View`] and hands in a [`NodeReport`].
+
+mod access;
+mod client;
+mod cluster;
+mod daemon_set;
+mod health;
+mod identity;
+mod model;
+mod node_report;
+mod status;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+pub use access::{Missing, permissions, reachable};
+pub use client::{Connection, connection};
+pub use cluster::Cluster;
+pub use identity::Identity;
+pub use model::{
+    Demand, Endpoint, GroupId, Heard, Named, NodeReport, Peak, RefusedSource, ReportedBackend,
+    SCHEMA, View,
+};
+pub use status::{BackendReport, ClusterReport, GroupReport};

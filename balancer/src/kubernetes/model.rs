@@ -1,0 +1,159 @@
+//! What the API server of a Kubernetes cluster says, and what the agents tell each other through it.
+//!
+//! Nothing here knows of maps or namespaces: the daemon reads a [`View`] and hands in a [`NodeReport`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// A name with its namespace.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Named {
+    /// The Kubernetes namespace.
+    pub namespace: String,
+    /// The name.
+    pub name: String,
+}
+
+impl fmt::Display for Named {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Backends that share out one total: those of one Service behind one target port, by one entry of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct GroupId {
+    /// The name of the entry of the configuration.
+    pub entry: String,
+    /// The Service.
+    pub service: Named,
+    /// The target port, which the pods listen on.
+    pub port: u16,
+}
+
+/// A pod that serves a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// Its pod.
+    pub pod: Named,
+    /// The pod's uid, which its cgroup is named after.
+    pub uid: String,
+    /// Its addresses, of either family; those of the node where it uses the node's network.
+    pub addresses: Vec<IpAddr>,
+    /// The node that it runs on.
+    pub node: Option<String>,
+    /// The Service sends it new connections.
+    pub ready: bool,
+    /// It is being ended.
+    pub terminating: bool,
+    /// Its share relative to the others.
+    pub weight: u32,
+}
+
+/// The pods that keep connections, counted for one entry of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Demand {
+    /// How many connections they keep together.
+    pub connections: u64,
+    /// How that comes about, as in `180 pods × 1 + 11 pods × 3`.
+    pub words: String,
+}
+
+/// What is known of the cluster at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// Everything has been listed at least once. Before that nothing may be concluded from what is missing.
+    pub complete: bool,
+    /// How long the API server has not been heard of, or has refused something that is needed; zero while all is well.
+    pub silent_for: Duration,
+    /// What is wrong, a sentence each, for the log, `status --cluster` and `doctor`.
+    pub problems: Vec<String>,
+    /// The groups with their pods.
+    pub groups: BTreeMap<GroupId, Vec<Endpoint>>,
+    /// By entry of the configuration, where its quota follows from pods.
+    pub demands: BTreeMap<String, Demand>,
+    /// What the agents published last, by node, this node's own among it.
+    pub nodes: BTreeMap<String, Heard>,
+}
+
+/// What an agent published, and how long ago it arrived here.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Heard {
+    /// Since it arrived. (Clocks of nodes are not compared.)
+    pub age: Duration,
+    /// What it says.
+    pub node_report: NodeReport,
+}
+
+/// What an agent tells the others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeReport {
+    /// The layout of this: [`SCHEMA`]. Another one is not read.
+    pub schema: u32,
+    /// The node it is about.
+    pub node: String,
+    /// The backends on that node.
+    pub backends: Vec<ReportedBackend>,
+    /// The most connections of each group that this agent knows of, by when that was.
+    pub peaks: Vec<Peak>,
+    /// Sources that were refused of late.
+    pub refused: Vec<RefusedSource>,
+}
+
+/// The layout of a [`NodeReport`].
+pub const SCHEMA: u32 = 1;
+
+/// A backend as its agent sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportedBackend {
+    /// The group that it belongs to.
+    pub group: GroupId,
+    /// Its pod.
+    pub pod: Named,
+    /// The pod's uid.
+    pub uid: String,
+    /// Its slot on that node.
+    pub slot: u32,
+    /// The pod's address.
+    pub address: IpAddr,
+    /// `active`, `candidate`, `closed`, as in `status`.
+    pub state: String,
+    /// Connections in ESTABLISHED, the exempt ones among them.
+    pub established: u32,
+    /// The exempt ones of them.
+    pub exempt: u32,
+    /// Handshakes under way; `null`: can't be read.
+    pub pending: Option<u32>,
+    /// The most connections that it should hold; `null`: unlimited.
+    pub quota: Option<u32>,
+    /// How many more it would take now; `null`: unlimited.
+    pub room: Option<u32>,
+}
+
+/// The most connections that a group had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peak {
+    /// The group.
+    pub group: GroupId,
+    /// How many connections.
+    pub connections: u64,
+    /// How long ago that was, in seconds, when this was published.
+    pub seconds_ago: u64,
+}
+
+/// A source that was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedSource {
+    /// The group that refuses it.
+    pub group: GroupId,
+    /// Its address.
+    pub source: IpAddr,
+    /// How long ago it was refused first, in seconds, when this was published.
+    pub first_seconds_ago: u64,
+    /// How long ago it was refused last.
+    pub last_seconds_ago: u64,
+}

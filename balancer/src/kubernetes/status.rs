@@ -1,0 +1,72 @@
+//! What one daemon knows of its cluster, as `status --cluster` shows it.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{GroupId, Named};
+
+/// The cluster as the daemon of one node sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterReport {
+    /// The layout of this; 1.
+    pub schema: u32,
+    /// The node whose daemon was asked.
+    pub node: String,
+    /// Everything has been listed at least once.
+    pub complete: bool,
+    /// How long the API server has been silent; 0 while it answers.
+    pub silent_seconds: u64,
+    /// What is wrong, a sentence each.
+    pub problems: Vec<String>,
+    /// The groups: backends that share out one total.
+    pub groups: Vec<GroupReport>,
+}
+
+/// The backends of one Service behind one target port.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupReport {
+    /// Which one.
+    #[serde(flatten)]
+    pub id: GroupId,
+    /// Why the quotas of this node's backends are as they are.
+    pub sentence: String,
+    /// Sources that are refused again and again, and served by nobody.
+    pub starved: u32,
+    /// Its pods on all nodes.
+    pub backends: Vec<BackendReport>,
+}
+
+/// One pod. What its agent tells of it is `null` until it has been heard.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackendReport {
+    /// The pod.
+    pub pod: Named,
+    /// The node that it runs on.
+    pub node: Option<String>,
+    /// Its first address.
+    pub address: Option<IpAddr>,
+    /// The Service sends it new connections.
+    pub ready: bool,
+    /// It is being ended.
+    pub terminating: bool,
+    /// Its share relative to the others.
+    pub weight: u32,
+    /// Its state as in `status`.
+    pub state: Option<String>,
+    /// Connections in ESTABLISHED, the exempt ones among them.
+    pub established: Option<u32>,
+    /// The exempt ones of them.
+    pub exempt: Option<u32>,
+    /// Handshakes under way.
+    pub pending: Option<u32>,
+    /// The most connections that it should hold; unlimited: `null` with a `state`.
+    pub quota: Option<u32>,
+    /// How many more it would take; unlimited: `null` with a `state`.
+    pub room: Option<u32>,
+    /// How long ago its agent told this, in seconds; 0 for those of the asked node.
+    pub seconds_ago: Option<u64>,
+}

@@ -1,0 +1,649 @@
+//! The whole of it against an API server that is a function.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use balancer_common::Policy;
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream, Stream, StreamExt as _};
+use http::{Method, Request, Response, StatusCode};
+use http_body::Frame;
+use http_body_util::StreamBody;
+use kube::Client;
+use kube::client::Body;
+use serde_json::{Value, json};
+use tokio::sync::Notify;
+use tower::BoxError;
+
+use super::*;
+use crate::config::{
+    ClusterInput, ClusterQuota, ClusterService, Kubernetes, PodClass, PortChoice, ServiceChoice,
+};
+
+/// The body of an answer.
+type Frames = StreamBody<BoxStream<'static, io::Result<Frame<Bytes>>>>;
+
+/// What the server does with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mood {
+    Well,
+    /// No connection.
+    Refuses,
+    /// 403 to all about this resource.
+    Forbids(&'static str),
+    /// It accepts requests and says nothing.
+    Stalls,
+    /// It ends watches with an error 410, once each.
+    Forgets,
+    /// It answers a watch with HTTP 410.
+    IsGone,
+}
+
+/// A server with a few objects, by resource. Watches say nothing and stay open until the server is shaken.
+struct Server {
+    mood: Mutex<Mood>,
+    objects: Mutex<BTreeMap<String, Vec<Value>>>,
+    requests: Mutex<Vec<(Method, String)>>,
+    shaken: Notify,
+}
+
+impl Server {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            mood: Mutex::new(Mood::Well),
+            objects: Mutex::default(),
+            requests: Mutex::default(),
+            shaken: Notify::new(),
+        })
+    }
+
+    fn put(&self, resource: &str, objects: Value) {
+        let Value::Array(objects) = objects else {
+            panic!("a list is expected")
+        };
+        self.objects
+            .lock()
+            .unwrap()
+            .insert(resource.to_owned(), objects);
+    }
+
+    /// From now on it is so; watches that are open end.
+    fn set(&self, mood: Mood) {
+        *self.mood.lock().unwrap() = mood;
+        self.shaken.notify_waiters();
+    }
+
+    fn count(&self, method: &Method, part: &str) -> usize {
+        let requests = self.requests.lock().unwrap();
+        let same = |(m, uri): &&(Method, String)| m == method && uri.contains(part);
+        requests.iter().filter(same).count()
+    }
+
+    async fn answer(self: Arc<Self>, request: Request<Body>) -> Result<Response<Frames>, BoxError> {
+        let (method, uri) = (request.method().clone(), request.uri().to_string());
+        self.requests
+            .lock()
+            .unwrap()
+            .push((method.clone(), uri.clone()));
+        let mood = *self.mood.lock().unwrap();
+        let path = uri.split('?').next().unwrap_or_default();
+        let resource = path
+            .split('/')
+            .find(|part| {
+                [
+                    "services",
+                    "endpointslices",
+                    "pods",
+                    "configmaps",
+                    "daemonsets",
+                ]
+                .contains(part)
+            })
+            .unwrap_or_default()
+            .to_owned();
+        let watches = uri.contains("watch=true");
+        match mood {
+            Mood::Refuses => return Err(io::Error::other("connection refused").into()),
+            Mood::Stalls => std::future::pending().await,
+            Mood::Forbids(what) if what == resource => {
+                let message = format!(
+                    "{resource} is forbidden: User \"system:serviceaccount:b:agent\" cannot"
+                );
+                return Ok(status(403, &message));
+            }
+            Mood::IsGone if watches => return Ok(status(410, "too old")),
+            _ => (),
+        }
+        if method == Method::POST || method == Method::PATCH {
+            return Ok(ok(
+                &json!({"metadata": {"name": "x"}, "spec": {}, "status": {"allowed": !path.contains("nothing")}}),
+            ));
+        }
+        if method == Method::DELETE {
+            return Ok(ok(&json!({"kind": "Status", "status": "Success"})));
+        }
+        if watches {
+            return Ok(self.watch(mood));
+        }
+        let objects = self.objects.lock().unwrap();
+        let items = objects.get(&resource).cloned().unwrap_or_default();
+        if path.ends_with(&resource) {
+            return Ok(ok(
+                &json!({"metadata": {"resourceVersion": "5"}, "items": items}),
+            ));
+        }
+        Ok(items.first().map_or_else(|| status(404, "not found"), ok))
+    }
+
+    fn watch(self: Arc<Self>, mood: Mood) -> Response<Frames> {
+        let gone = json!({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}});
+        let first = (mood == Mood::Forgets).then(|| format!("{gone}\n"));
+        let end = stream::once(async move {
+            self.shaken.notified().await;
+            Err(io::ErrorKind::ConnectionReset.into())
+        });
+        respond(stream::iter(first.map(|line| Ok(Bytes::from(line)))).chain(end))
+    }
+
+    fn cluster(self: &Arc<Self>, config: &Kubernetes) -> Cluster {
+        let connection = Connection {
+            client: self.client(),
+            server: "https://api".to_owned(),
+        };
+        Cluster::over(connection, config, identity())
+    }
+
+    fn client(self: &Arc<Self>) -> Client {
+        let server = Arc::clone(self);
+        let service = tower::service_fn(move |request| Arc::clone(&server).answer(request));
+        Client::new(service, "default")
+    }
+}
+
+fn ok(body: &Value) -> Response<Frames> {
+    let text = Bytes::from(body.to_string());
+    respond(stream::iter([Ok(text)]))
+}
+
+fn respond(chunks: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> Response<Frames> {
+    let frames = chunks.map(|chunk| chunk.map(Frame::data));
+    Response::new(StreamBody::new(frames.boxed()))
+}
+
+fn status(code: u16, message: &str) -> Response<Frames> {
+    let body = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": message,
+        "reason": match code { 403 => "Forbidden", 410 => "Expired", _ => "NotFound" }});
+    let mut response = ok(&body);
+    *response.status_mut() = StatusCode::from_u16(code).unwrap();
+    response
+}
+
+fn identity() -> Identity {
+    Identity {
+        node: "node-a".to_owned(),
+        pod: "balancer-x".to_owned(),
+        namespace: "balancer".to_owned(),
+        node_ips: vec!["192.0.2.1".parse().unwrap()],
+    }
+}
+
+fn config() -> Kubernetes {
+    let entry = |name: &str, port: &str| ClusterService {
+        name: name.to_owned(),
+        of: ServiceChoice::Selected {
+            namespace: None,
+            selectors: vec!["app=oap".to_owned()],
+        },
+        port: PortChoice::Name(port.to_owned()),
+        policy: Policy::LeastConnections,
+        quota: ClusterQuota::Shared {
+            input: ClusterInput::Pods(vec![PodClass {
+                namespace: None,
+                selector: "agent=java".to_owned(),
+                connections: 2,
+            }]),
+            headroom_percent: 10,
+            min_quota: 16,
+        },
+        exempt: Vec::new(),
+    };
+    Kubernetes {
+        services: vec![entry("agents", "grpc"), entry("als", "als")],
+        publish_every: Duration::from_secs(2),
+        hold_for: Duration::from_secs(300),
+    }
+}
+
+fn pod(name: &str, daemon_set: &str, weight: Option<&str>) -> Value {
+    let annotations =
+        weight.map_or_else(|| json!({}), |weight| json!({watch::pods::WEIGHT: weight}));
+    json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {"name": name, "namespace": "sw",
+        "uid": format!("uid-{name}"), "annotations": annotations,
+        "ownerReferences": [{"apiVersion": "apps/v1", "kind": daemon_set, "name": "balancer", "uid": "o"}]}})
+}
+
+fn service(name: &str) -> Value {
+    json!({"metadata": {"name": name, "namespace": "sw", "resourceVersion": "3"}, "spec": {"selector": {"app": "oap"},
+        "ports": [{"name": "grpc", "port": 11800}, {"name": "als", "port": 11802}]}})
+}
+
+fn slice(service: &str, pods: &[&str]) -> Value {
+    let endpoints = pods.iter().enumerate().map(|(index, pod)| {
+        json!({"addresses": [format!("10.0.0.{index}")], "nodeName": "node-a",
+        "targetRef": {"kind": "Pod", "name": pod, "namespace": "sw", "uid": format!("uid-{pod}")}})
+    });
+    json!({"metadata": {"name": format!("{service}-1"), "namespace": "sw", "labels": {"kubernetes.io/service-name": service}},
+        "addressType": "IPv4", "ports": [{"name": "grpc", "port": 11800}, {"name": "als", "port": 11802}],
+        "endpoints": endpoints.collect::<Vec<_>>()})
+}
+
+/// One Service with two pods that serve and one of a Job.
+fn populated() -> Arc<Server> {
+    let server = Server::new();
+    server.put("services", json!([service("oap")]));
+    server.put(
+        "endpointslices",
+        json!([slice("oap", &["oap-0", "oap-1", "init"])]),
+    );
+    server.put(
+        "pods",
+        json!([
+            pod("oap-0", "DaemonSet", Some("3")),
+            pod("oap-1", "StatefulSet", Some("heavy")),
+            pod("init", "Job", None)
+        ]),
+    );
+    server.put("configmaps", json!([]));
+    server.put(
+        "daemonsets",
+        json!([{"metadata": {"name": "balancer", "namespace": "balancer", "uid": "o"}}]),
+    );
+    server
+}
+
+/// Waits until it is so; with a clock that jumps, for no more than a quarter of an hour.
+async fn eventually(cluster: &mut Cluster, what: &str, is: impl Fn(&View) -> bool) -> View {
+    for _ in 0..9000 {
+        let view = cluster.view();
+        if is(&view) {
+            return view;
+        }
+        _ = tokio::time::timeout(Duration::from_millis(100), cluster.changed()).await;
+    }
+    panic!("not within 15 minutes: {what}: {:#?}", cluster.view())
+}
+
+fn group(entry: &str) -> GroupId {
+    GroupId {
+        entry: entry.to_owned(),
+        service: Named {
+            namespace: "sw".to_owned(),
+            name: "oap".to_owned(),
+        },
+        port: if entry == "als" { 11802 } else { 11800 },
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_listed_becomes_groups_and_entries_share_watches() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    assert!(!cluster.view().complete);
+    let view = eventually(&mut cluster, "complete", |view| view.complete).await;
+    assert_eq!(
+        view.groups.keys().collect::<Vec<_>>(),
+        [&group("agents"), &group("als")]
+    );
+    let pods = &view.groups[&group("agents")];
+    let weights = pods
+        .iter()
+        .map(|pod| (pod.pod.name.as_str(), pod.weight))
+        .collect::<Vec<_>>();
+    assert_eq!(
+        weights,
+        [("oap-0", 3), ("oap-1", 1)],
+        "not the pod of the Job"
+    );
+    assert_eq!(view.demands["agents"].words, "3 pods × 2");
+    assert_eq!(view.problems.len(), 1, "{:?}", view.problems);
+    assert!(
+        view.problems[0].contains("pod sw/oap-1 is \"heavy\""),
+        "{:?}",
+        view.problems
+    );
+    for (resource, watches) in [
+        ("/services?", 1),
+        ("/endpointslices?", 1),
+        ("/pods?", 2),
+        ("/configmaps?", 1),
+        ("/daemonsets?", 1),
+    ] {
+        assert_eq!(
+            server.count(&Method::GET, resource),
+            2 * watches,
+            "{resource}: a list and a watch each"
+        );
+    }
+    // The endings of watches are no failures: nothing else is asked for at rest.
+    let before = server.requests.lock().unwrap().len();
+    tokio::time::sleep(Duration::from_secs(300)).await;
+    assert_eq!(cluster.view().silent_for, Duration::ZERO);
+    let after = server.requests.lock().unwrap().len();
+    assert!(
+        (24..=36).contains(&(after - before)),
+        "{} requests in 5 minutes",
+        after - before
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_is_told_for_as_long_as_it_lasts() {
+    let server = populated();
+    server.set(Mood::Forbids("endpointslices"));
+    let mut cluster = server.cluster(&config());
+    let view = eventually(&mut cluster, "a problem", |view| {
+        view.problems.iter().any(|problem| {
+            problem.contains("may not list endpointslices.discovery.k8s.io in namespace sw")
+        })
+    })
+    .await;
+    assert!(!view.complete);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(cluster.view().silent_for >= Duration::from_secs(60));
+    server.set(Mood::Well);
+    let view = eventually(&mut cluster, "complete", |view| view.complete).await;
+    eventually(&mut cluster, "no longer silent", |view| {
+        view.silent_for.is_zero()
+    })
+    .await;
+    assert_eq!(view.groups.len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_keeps_what_was_known_and_ends_with_a_new_list() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    let before = eventually(&mut cluster, "complete", |view| view.complete).await;
+    server.set(Mood::Refuses);
+    let view = eventually(&mut cluster, "silence", |view| {
+        view.silent_for >= Duration::from_secs(30)
+    })
+    .await;
+    assert!(view.complete);
+    assert_eq!(view.groups, before.groups);
+    assert!(!cluster.dismissed(), "a failure is not a dismissal");
+    let unreachable = view
+        .problems
+        .iter()
+        .filter(|problem| problem.contains("does not answer"))
+        .count();
+    assert_eq!(
+        unreachable, 1,
+        "one sentence for all watches: {:?}",
+        view.problems
+    );
+    // It comes back from a backup: fewer pods, lower versions.
+    server.put("endpointslices", json!([slice("oap", &["oap-0"])]));
+    server.set(Mood::Well);
+    let view = eventually(&mut cluster, "the new list", |view| {
+        view.groups[&group("als")].len() == 1
+    })
+    .await;
+    assert!(view.complete);
+    eventually(&mut cluster, "no longer silent", |view| {
+        view.silent_for.is_zero()
+            && !view
+                .problems
+                .iter()
+                .any(|problem| problem.contains("does not answer"))
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn versions_that_are_gone_lead_to_a_new_list_and_are_no_problem() {
+    for mood in [Mood::Forgets, Mood::IsGone] {
+        let server = populated();
+        server.set(mood);
+        let mut cluster = server.cluster(&config());
+        eventually(&mut cluster, "complete", |view| view.complete).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let is_list = |uri: &str| uri.contains("/services?") && !uri.contains("watch=true");
+        let lists = server
+            .requests
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|(_, uri)| is_list(uri))
+            .count();
+        let view = cluster.view();
+        assert!(view.silent_for.is_zero(), "{mood:?}: {view:?}");
+        assert!(
+            (3..=20).contains(&lists),
+            "{mood:?}: {lists} lists a minute"
+        );
+        server.put("endpointslices", json!([slice("oap", &["oap-0"])]));
+        server.set(Mood::Well);
+        eventually(&mut cluster, "the new list", |view| {
+            view.groups[&group("als")].len() == 1
+        })
+        .await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_says_nothing_is_noticed() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await;
+    *server.mood.lock().unwrap() = Mood::Stalls;
+    let begun = tokio::time::Instant::now();
+    eventually(&mut cluster, "silence", |view| !view.silent_for.is_zero()).await;
+    assert!(
+        begun.elapsed() < Duration::from_secs(100),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_appears_is_served_without_an_incomplete_view() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await;
+    server.put("services", json!([service("oap"), service("oap2")]));
+    server.put(
+        "endpointslices",
+        json!([slice("oap", &["oap-0"]), slice("oap2", &["oap-1"])]),
+    );
+    server.set(Mood::Well);
+    for _ in 0..9000 {
+        let view = cluster.view();
+        assert!(view.complete);
+        assert!(
+            view.groups.contains_key(&group("agents")),
+            "the old one is lost: {view:?}"
+        );
+        if view.groups.len() == 4 {
+            return;
+        }
+        _ = tokio::time::timeout(Duration::from_millis(100), cluster.changed()).await;
+    }
+    panic!("no group of the new Service: {:?}", cluster.view());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_reload_replaces_what_has_changed() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await;
+    let lists = server.count(&Method::GET, "/services?");
+    let mut other = config();
+    other.services.truncate(1);
+    other.services[0].quota = ClusterQuota::Unlimited;
+    cluster.reconfigure(&other);
+    let view = cluster.view();
+    assert!(view.complete, "nothing new is needed");
+    assert!(view.demands.is_empty());
+    assert_eq!(view.groups.keys().collect::<Vec<_>>(), [&group("agents")]);
+    other.services[0].of = ServiceChoice::Named {
+        namespace: "sw".to_owned(),
+        name: "absent".to_owned(),
+    };
+    server.put("services", json!([]));
+    cluster.reconfigure(&other);
+    assert!(!cluster.view().complete);
+    let view = eventually(&mut cluster, "complete", |view| view.complete).await;
+    assert!(view.groups.is_empty());
+    assert!(
+        view.problems
+            .iter()
+            .any(|problem| problem.contains("no Service sw/absent")),
+        "{:?}",
+        view.problems
+    );
+    assert!(server.count(&Method::GET, "/services?") > lists);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_daemon_set_that_goes_dismisses_the_agent() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!cluster.dismissed());
+    server.put("daemonsets", json!([]));
+    server.set(Mood::Well);
+    for _ in 0..600 {
+        if cluster.dismissed() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("it is not dismissed");
+}
+
+#[tokio::test(start_paused = true)]
+async fn publications_are_paced_renewed_and_taken_away() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await;
+    let own = "/namespaces/balancer/configmaps/balancer-node-a";
+    cluster.publish(NodeReport::default());
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    assert_eq!(
+        server.count(&Method::PATCH, own),
+        0,
+        "nothing is said by who has nothing to say"
+    );
+    assert_eq!(server.count(&Method::DELETE, own), 0);
+    let said = |connections| NodeReport {
+        schema: SCHEMA,
+        node: "node-a".to_owned(),
+        peaks: vec![Peak {
+            group: group("agents"),
+            connections,
+            seconds_ago: 0,
+        }],
+        ..NodeReport::default()
+    };
+    for connections in 0..100 {
+        cluster.publish(said(connections));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let written = server.count(&Method::PATCH, own);
+    assert!(
+        (5..=6).contains(&written),
+        "{written} in ten seconds, one each two"
+    );
+    tokio::time::sleep(Duration::from_secs(121)).await;
+    let renewed = server.count(&Method::PATCH, own) - written;
+    assert!(
+        (4..=5).contains(&renewed),
+        "{renewed} in two minutes, one each 30 seconds"
+    );
+    cluster.publish(NodeReport::default());
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(server.count(&Method::DELETE, own), 1);
+    assert!(server.count(&Method::PATCH, "fieldManager=balancer") > 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_others_wrote_is_heard_with_its_age_or_told_to_be_garbage() {
+    let server = populated();
+    let map = |node: &str, text: &str| {
+        json!({"metadata": {"name": format!("balancer-{node}"), "namespace": "balancer", "resourceVersion": "4"},
+            "data": {"publication.json": text}})
+    };
+    let said = json!({"schema": 1, "node": "node-b", "backends": [], "peaks": [], "refused": []});
+    server.put(
+        "configmaps",
+        json!([map("node-b", &said.to_string()), map("node-c", "{]")]),
+    );
+    let mut cluster = server.cluster(&config());
+    let view = eventually(&mut cluster, "complete", |view| view.complete).await;
+    assert_eq!(view.nodes.keys().collect::<Vec<_>>(), ["node-b"]);
+    assert!(
+        view.problems
+            .iter()
+            .any(|problem| problem.contains("balancer/balancer-node-c")),
+        "{:?}",
+        view.problems
+    );
+    tokio::time::sleep(Duration::from_secs(100)).await;
+    assert!(
+        cluster.view().nodes["node-b"].age >= Duration::from_secs(100),
+        "old ones stay in the view"
+    );
+    // A new list is no news of what has not changed.
+    server.set(Mood::Well);
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(cluster.view().nodes["node-b"].age >= Duration::from_secs(130));
+}
+
+#[tokio::test(start_paused = true)]
+async fn changes_are_told_together() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    let begun = tokio::time::Instant::now();
+    let mut told = 0_u32;
+    while tokio::time::timeout(Duration::from_secs(2), cluster.changed())
+        .await
+        .is_ok()
+    {
+        told += 1;
+    }
+    let tenths = u32::try_from(begun.elapsed().as_millis() / 100).unwrap();
+    assert!(
+        (1..=tenths).contains(&told),
+        "{told} in {tenths} tenths of a second"
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn missing_permissions_are_listed() {
+    let server = populated();
+    let connection = Connection {
+        client: server.client(),
+        server: "https://api".to_owned(),
+    };
+    assert_eq!(
+        permissions(&connection, &config(), &identity())
+            .await
+            .unwrap(),
+        []
+    );
+    server.set(Mood::Refuses);
+    let error = permissions(&connection, &config(), &identity())
+        .await
+        .unwrap_err();
+    assert!(format!("{error:#}").contains("https://api"), "{error:#}");
+    server.set(Mood::Stalls);
+    let error = reachable(&connection).await.unwrap_err();
+    assert!(
+        format!("{error:#}").contains("does not answer within 5 s"),
+        "{error:#}"
+    );
+}
