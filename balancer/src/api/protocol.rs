@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::kubernetes::ClusterReport;
+use crate::kubernetes::ClusterStatus;
 
 /// The longest request, with its line end, in bytes.
 pub const MAX_REQUEST_BYTES: usize = 64 << 10;
@@ -51,7 +51,7 @@ pub enum Response {
     /// What was asked for.
     Cluster {
         /// What the daemon knows of its cluster.
-        cluster: Box<ClusterReport>,
+        cluster: Box<ClusterStatus>,
     },
     /// Nothing changed.
     Failed {

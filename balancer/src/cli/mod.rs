@@ -23,7 +23,7 @@ use nix::unistd::geteuid;
 use crate::{
     api::{self, Request, Response},
     dataplane::{self, Paths, Reader},
-    kubernetes::ClusterReport,
+    kubernetes::ClusterStatus,
 };
 
 /// Balances long-lived gRPC connections over their servers, in the kernel and without a hop.
@@ -181,7 +181,7 @@ impl Place {
     }
 
     /// What the daemon knows of its cluster.
-    fn ask_for_cluster(&self) -> Result<ClusterReport> {
+    fn ask_for_cluster(&self) -> Result<ClusterStatus> {
         match api::ask(
             &self.admin_socket,
             &self.state_dir,

@@ -197,7 +197,7 @@ fn listen(service: &Service) -> Vec<ListenAt> {
 mod tests {
     use super::*;
     use crate::config::{PortChoice, ServiceChoice};
-    use crate::kubernetes::{Endpoint, GroupId, Named as Object};
+    use crate::kubernetes::{Endpoint, GroupId, ObjectName as Object};
     use balancer_common::Policy;
 
     fn entry(name: &str) -> ClusterService {

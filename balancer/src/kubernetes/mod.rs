@@ -20,7 +20,7 @@ pub use client::{Connection, connection};
 pub use cluster::Cluster;
 pub use identity::Identity;
 pub use model::{
-    Demand, Endpoint, GroupId, Heard, Named, NodeReport, Peak, RefusedSource, ReportedBackend,
-    SCHEMA, View,
+    Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,
+    ReportedBackend, SCHEMA, View,
 };
-pub use status::{BackendReport, ClusterReport, GroupReport};
+pub use status::{BackendStatus, ClusterStatus, GroupStatus};

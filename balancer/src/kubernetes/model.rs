@@ -11,14 +11,14 @@ use serde::{Deserialize, Serialize};
 
 /// A name with its namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Named {
+pub struct ObjectName {
     /// The Kubernetes namespace.
     pub namespace: String,
     /// The name.
     pub name: String,
 }
 
-impl fmt::Display for Named {
+impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
@@ -30,7 +30,7 @@ pub struct GroupId {
     /// The name of the entry of the configuration.
     pub entry: String,
     /// The Service.
-    pub service: Named,
+    pub service: ObjectName,
     /// The target port, which the pods listen on.
     pub port: u16,
 }
@@ -39,7 +39,7 @@ pub struct GroupId {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Its pod.
-    pub pod: Named,
+    pub pod: ObjectName,
     /// The pod's uid, which its cgroup is named after.
     pub uid: String,
     /// Its addresses, of either family; those of the node where it uses the node's network.
@@ -77,12 +77,12 @@ pub struct View {
     /// By entry of the configuration, where its quota follows from pods.
     pub demands: BTreeMap<String, Demand>,
     /// What the agents published last, by node, this node's own among it.
-    pub nodes: BTreeMap<String, Heard>,
+    pub nodes: BTreeMap<String, ReceivedReport>,
 }
 
 /// What an agent published, and how long ago it arrived here.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Heard {
+pub struct ReceivedReport {
     /// Since it arrived. (Clocks of nodes are not compared.)
     pub age: Duration,
     /// What it says.
@@ -113,7 +113,7 @@ pub struct ReportedBackend {
     /// The group that it belongs to.
     pub group: GroupId,
     /// Its pod.
-    pub pod: Named,
+    pub pod: ObjectName,
     /// The pod's uid.
     pub uid: String,
     /// Its slot on that node.

@@ -15,7 +15,7 @@ use super::client::{observed, pause};
 use super::daemon_set::OwnDaemonSet;
 use super::health::{ApiError, Health, Notifier};
 use super::watch::{Store, Watch, start};
-use super::{Heard, Identity, Named, NodeReport, SCHEMA};
+use super::{Identity, NodeReport, ObjectName, ReceivedReport, SCHEMA};
 
 /// Who changes the `ConfigMap`, for the API server.
 const MANAGER: &str = "balancer";
@@ -53,9 +53,9 @@ impl StoredReport {
         }
     }
 
-    pub(super) fn heard(&self) -> Option<Heard> {
+    pub(super) fn heard(&self) -> Option<ReceivedReport> {
         let node_report = self.said.as_ref().ok()?.clone();
-        Some(Heard {
+        Some(ReceivedReport {
             age: self.at.elapsed(),
             node_report,
         })
@@ -76,7 +76,7 @@ struct Layout {
 /// Others wrote it, perhaps of another version, or by hand.
 fn parse(map: &ConfigMap) -> Result<NodeReport, String> {
     let name = map.name_any();
-    let whole = Named {
+    let whole = ObjectName {
         namespace: map.namespace().unwrap_or_default(),
         name: name.clone(),
     };
@@ -255,7 +255,7 @@ impl Writer {
     /// `None`: not known yet.
     fn there(&self) -> Option<bool> {
         let listing = self.known.listing();
-        let name = Named {
+        let name = ObjectName {
             namespace: self.identity.namespace.clone(),
             name: name_of(&self.identity.node),
         };
@@ -330,7 +330,7 @@ mod tests {
     }
 
     fn group() -> GroupId {
-        let service = Named {
+        let service = ObjectName {
             namespace: "sw".to_owned(),
             name: "oap".to_owned(),
         };

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{GroupId, Named};
+use super::{GroupId, ObjectName};
 
 /// The cluster as the daemon of one node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct ClusterReport {
+pub struct ClusterStatus {
     /// The layout of this; 1.
     pub schema: u32,
     /// The node whose daemon was asked.
@@ -21,13 +21,13 @@ pub struct ClusterReport {
     /// What is wrong, a sentence each.
     pub problems: Vec<String>,
     /// The groups: backends that share out one total.
-    pub groups: Vec<GroupReport>,
+    pub groups: Vec<GroupStatus>,
 }
 
 /// The backends of one Service behind one target port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct GroupReport {
+pub struct GroupStatus {
     /// Which one.
     #[serde(flatten)]
     pub id: GroupId,
@@ -36,15 +36,15 @@ pub struct GroupReport {
     /// Sources that are refused again and again, and served by nobody.
     pub starved: u32,
     /// Its pods on all nodes.
-    pub backends: Vec<BackendReport>,
+    pub backends: Vec<BackendStatus>,
 }
 
 /// One pod. What its agent tells of it is `null` until it has been heard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct BackendReport {
+pub struct BackendStatus {
     /// The pod.
-    pub pod: Named,
+    pub pod: ObjectName,
     /// The node that it runs on.
     pub node: Option<String>,
     /// Its first address.

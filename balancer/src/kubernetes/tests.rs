@@ -278,7 +278,7 @@ async fn eventually(cluster: &mut Cluster, what: &str, is: impl Fn(&View) -> boo
 fn group(entry: &str) -> GroupId {
     GroupId {
         entry: entry.to_owned(),
-        service: Named {
+        service: ObjectName {
             namespace: "sw".to_owned(),
             name: "oap".to_owned(),
         },

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use crate::{
     cli::output::{or, span, table, wrapped},
-    kubernetes::{BackendReport, ClusterReport, GroupReport},
+    kubernetes::{BackendStatus, ClusterStatus, GroupStatus},
 };
 
 /// What was told longer ago than this is marked: its agent, or its node, may be gone.
 const OLD: u64 = 60;
 
-pub(super) fn text(report: &ClusterReport) -> String {
+pub(super) fn text(report: &ClusterStatus) -> String {
     let mut text = wrapped("Cluster: ", &api(report));
     for problem in &report.problems {
         text += &wrapped("  ! ", problem);
@@ -25,7 +25,7 @@ pub(super) fn text(report: &ClusterReport) -> String {
     text
 }
 
-fn api(report: &ClusterReport) -> String {
+fn api(report: &ClusterStatus) -> String {
     let seen = format!("as node {} knows it", report.node);
     if !report.complete {
         return format!(
@@ -41,7 +41,7 @@ fn api(report: &ClusterReport) -> String {
     }
 }
 
-fn group_text(group: &GroupReport) -> String {
+fn group_text(group: &GroupStatus) -> String {
     let id = &group.id;
     let mut text = format!(
         "{}: Service {}, target port {}\n",
@@ -75,7 +75,7 @@ fn group_text(group: &GroupReport) -> String {
     )
 }
 
-fn row(backend: &BackendReport) -> Vec<String> {
+fn row(backend: &BackendStatus) -> Vec<String> {
     let heard = backend.state.is_some();
     let number =
         |value: Option<u32>, unlimited: &str| or(value, if heard { unlimited } else { "?" });
@@ -95,7 +95,7 @@ fn row(backend: &BackendReport) -> Vec<String> {
 }
 
 /// What Kubernetes says of the pod, and what its agent says where that is something else.
-fn state(backend: &BackendReport) -> String {
+fn state(backend: &BackendStatus) -> String {
     let pod = match (backend.terminating, backend.ready) {
         (true, _) => "terminating",
         (false, true) => "ready",
@@ -108,7 +108,7 @@ fn state(backend: &BackendReport) -> String {
     }
 }
 
-fn told(backend: &BackendReport) -> String {
+fn told(backend: &BackendStatus) -> String {
     match backend.seconds_ago {
         None => "never".to_owned(),
         Some(0) => "now".to_owned(),
@@ -117,8 +117,8 @@ fn told(backend: &BackendReport) -> String {
     }
 }
 
-fn total(group: &GroupReport) -> Vec<String> {
-    let sum = |value: fn(&BackendReport) -> Option<u32>| -> String {
+fn total(group: &GroupStatus) -> Vec<String> {
+    let sum = |value: fn(&BackendStatus) -> Option<u32>| -> String {
         let sum: u64 = group.backends.iter().filter_map(value).map(u64::from).sum();
         sum.to_string()
     };

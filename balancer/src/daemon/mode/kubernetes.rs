@@ -18,7 +18,7 @@ use crate::config::{ClusterQuota, Kubernetes};
 use crate::dataplane::{Plan, SlotView, Writer};
 use crate::discover::source_towards;
 use crate::kubernetes::{
-    BackendReport, Cluster, ClusterReport, Endpoint, GroupId, GroupReport, Identity, NodeReport,
+    BackendStatus, Cluster, ClusterStatus, Endpoint, GroupId, GroupStatus, Identity, NodeReport,
     ReportedBackend, SCHEMA, View,
 };
 use crate::sys::netns;
@@ -287,10 +287,10 @@ impl KubernetesMode {
     ///
     /// # Errors
     /// When the slots can't be read.
-    pub fn report(&self, writer: &Writer) -> Result<ClusterReport> {
+    pub fn report(&self, writer: &Writer) -> Result<ClusterStatus> {
         let slots = writer.slots()?;
         let own = self.node_report(&slots);
-        let groups = self.view.groups.iter().map(|(id, endpoints)| GroupReport {
+        let groups = self.view.groups.iter().map(|(id, endpoints)| GroupStatus {
             id: id.clone(),
             sentence: self.sentence(id),
             starved: self.shares.starved(id, &self.view).sources,
@@ -299,7 +299,7 @@ impl KubernetesMode {
                 .map(|endpoint| self.backend(id, endpoint, &own))
                 .collect(),
         });
-        Ok(ClusterReport {
+        Ok(ClusterStatus {
             schema: 1,
             node: self.identity.node.clone(),
             complete: self.view.complete,
@@ -316,7 +316,7 @@ impl KubernetesMode {
         }
     }
 
-    fn backend(&self, id: &GroupId, endpoint: &Endpoint, own: &NodeReport) -> BackendReport {
+    fn backend(&self, id: &GroupId, endpoint: &Endpoint, own: &NodeReport) -> BackendStatus {
         let of_pod = |node_report: &NodeReport| {
             let mut backends = node_report.backends.iter();
             backends
@@ -331,7 +331,7 @@ impl KubernetesMode {
         let told = of_pod(own).map(|backend| (backend, 0)).or_else(heard);
         let (told, seconds_ago) = told.unzip();
         let told = told.as_ref();
-        BackendReport {
+        BackendStatus {
             pod: endpoint.pod.clone(),
             node: endpoint.node.clone(),
             address: endpoint.addresses.first().copied(),

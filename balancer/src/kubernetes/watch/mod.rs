@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 
-use crate::kubernetes::Named;
+use crate::kubernetes::ObjectName;
 use crate::kubernetes::client::{WATCH_SECONDS, WATCH_SPREAD_SECONDS, jitter, observed, pause};
 use crate::kubernetes::health::{ApiError, Health, Notifier};
 
@@ -55,7 +55,7 @@ pub(in crate::kubernetes) struct Store<V> {
 pub(in crate::kubernetes) struct Listing<V> {
     /// All have been listed once. It stays so while the watch fails: then they are what they were.
     pub(in crate::kubernetes) complete: bool,
-    pub(in crate::kubernetes) items: BTreeMap<Named, V>,
+    pub(in crate::kubernetes) items: BTreeMap<ObjectName, V>,
 }
 
 impl<V> Store<V> {
@@ -84,7 +84,7 @@ impl<V> Store<V> {
 }
 
 impl<V: PartialEq> Store<V> {
-    fn replace(&self, items: BTreeMap<Named, V>) {
+    fn replace(&self, items: BTreeMap<ObjectName, V>) {
         let mut listing = self.listing();
         let changed = !listing.complete || listing.items != items;
         listing.complete = true;
@@ -96,7 +96,7 @@ impl<V: PartialEq> Store<V> {
     }
 
     /// `None`: it is gone, or is of no interest.
-    fn set(&self, name: Named, facts: Option<V>) {
+    fn set(&self, name: ObjectName, facts: Option<V>) {
         let mut listing = self.listing();
         let changed = listing.items.get(&name) != facts.as_ref();
         match facts {
@@ -205,9 +205,9 @@ where
     None
 }
 
-fn named(object: &impl Resource) -> Named {
+fn named(object: &impl Resource) -> ObjectName {
     let meta = object.meta();
-    Named {
+    ObjectName {
         namespace: meta.namespace.clone().unwrap_or_default(),
         name: meta.name.clone().unwrap_or_default(),
     }

@@ -10,7 +10,7 @@ use kube::{Api, Client, ResourceExt as _};
 use super::{Store, Watch, start};
 use crate::config::{MAX_WEIGHT, PodClass};
 use crate::kubernetes::health::Notifier;
-use crate::kubernetes::{Demand, Named};
+use crate::kubernetes::{Demand, ObjectName};
 
 /// The annotation that gives a pod's share relative to the others.
 pub(in crate::kubernetes) const WEIGHT: &str = "balancer.skywalking.apache.org/weight";
@@ -25,7 +25,7 @@ pub(in crate::kubernetes) struct Key {
 impl Key {
     /// The pods that a Service means.
     pub(in crate::kubernetes) fn of_service(
-        service: &Named,
+        service: &ObjectName,
         labels: &BTreeMap<String, String>,
     ) -> Self {
         let pairs = labels.iter().map(|(key, value)| format!("{key}={value}"));
@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn the_labels_of_a_service_become_a_selector() {
-        let service = Named {
+        let service = ObjectName {
             namespace: "sw".to_owned(),
             name: "oap".to_owned(),
         };

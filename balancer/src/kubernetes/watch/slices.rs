@@ -8,7 +8,7 @@ use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt as _};
 
 use super::{Store, Watch, start};
-use crate::kubernetes::Named;
+use crate::kubernetes::ObjectName;
 use crate::kubernetes::health::Notifier;
 
 /// The label that names the Service of a slice.
@@ -26,7 +26,7 @@ pub(in crate::kubernetes) struct Key {
 impl Key {
     /// For these Services; `None` if there are none.
     pub(in crate::kubernetes) fn of<'a>(
-        services: impl IntoIterator<Item = &'a Named>,
+        services: impl IntoIterator<Item = &'a ObjectName>,
     ) -> Option<Self> {
         let mut namespaces = BTreeSet::new();
         let mut names = BTreeSet::new();
@@ -42,7 +42,7 @@ impl Key {
     }
 
     /// Slices of this Service are among those that are watched.
-    pub(in crate::kubernetes) fn covers(&self, service: &Named) -> bool {
+    pub(in crate::kubernetes) fn covers(&self, service: &ObjectName) -> bool {
         self.services.contains(&service.name)
             && self
                 .namespace
@@ -71,7 +71,7 @@ pub(in crate::kubernetes) struct Facts {
 /// A pod in a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::kubernetes) struct Pod {
-    pub(in crate::kubernetes) name: Named,
+    pub(in crate::kubernetes) name: ObjectName,
     pub(in crate::kubernetes) uid: String,
     pub(in crate::kubernetes) addresses: Vec<IpAddr>,
     pub(in crate::kubernetes) node: Option<String>,
@@ -114,7 +114,7 @@ impl Pod {
         let conditions = endpoint.conditions.clone().unwrap_or_default();
         let terminating = conditions.terminating.unwrap_or(false);
         Some(Self {
-            name: Named {
+            name: ObjectName {
                 namespace: target
                     .namespace
                     .clone()
@@ -151,11 +151,11 @@ impl Pod {
 
 /// The pods behind the port that a Service calls `port`, by their own port, each once, in the order of their names.
 pub(in crate::kubernetes) fn behind<'a>(
-    slices: impl IntoIterator<Item = (&'a Named, &'a Facts)>,
-    service: &Named,
+    slices: impl IntoIterator<Item = (&'a ObjectName, &'a Facts)>,
+    service: &ObjectName,
     port: &str,
 ) -> BTreeMap<u16, Vec<Pod>> {
-    let mut found = BTreeMap::<u16, BTreeMap<(Named, String), Pod>>::new();
+    let mut found = BTreeMap::<u16, BTreeMap<(ObjectName, String), Pod>>::new();
     for (slice, facts) in slices {
         if slice.namespace != service.namespace || facts.service != service.name {
             continue;
@@ -204,14 +204,14 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    fn named(name: &str) -> Named {
-        Named {
+    fn named(name: &str) -> ObjectName {
+        ObjectName {
             namespace: "sw".to_owned(),
             name: name.to_owned(),
         }
     }
 
-    fn slice(name: &str, kind: &str, ports: &Value, endpoints: &Value) -> (Named, Facts) {
+    fn slice(name: &str, kind: &str, ports: &Value, endpoints: &Value) -> (ObjectName, Facts) {
         let slice = serde_json::from_value(json!({
             "metadata": {"name": name, "namespace": "sw", "labels": {SERVICE: "oap"}},
             "addressType": kind, "ports": ports, "endpoints": endpoints,
@@ -225,7 +225,7 @@ mod tests {
             "targetRef": {"kind": "Pod", "name": pod, "namespace": "sw", "uid": format!("uid-{pod}")}})
     }
 
-    fn pods(slices: &[(Named, Facts)], port: &str) -> BTreeMap<u16, Vec<Pod>> {
+    fn pods(slices: &[(ObjectName, Facts)], port: &str) -> BTreeMap<u16, Vec<Pod>> {
         behind(
             slices.iter().map(|(name, facts)| (name, facts)),
             &named("oap"),
@@ -351,7 +351,7 @@ mod tests {
 
     #[test]
     fn one_watch_covers_all_services_of_an_entry() {
-        let other = Named {
+        let other = ObjectName {
             namespace: "b".to_owned(),
             name: "oap2".to_owned(),
         };

@@ -13,7 +13,7 @@ use crate::config::{
 use crate::kubernetes::health::{Health, Notifier, Problems, place};
 use crate::kubernetes::node_report;
 use crate::kubernetes::node_report::StoredReport;
-use crate::kubernetes::{Demand, Endpoint, GroupId, Identity, Named, View};
+use crate::kubernetes::{Demand, Endpoint, GroupId, Identity, ObjectName, View};
 
 /// The watches of a configuration. Entries that mean the same share one.
 #[derive(Debug)]
@@ -239,7 +239,7 @@ impl Watches {
     }
 
     /// `None`: its slices have not been listed yet.
-    fn behind(&self, service: &Named, port: &str) -> Option<BTreeMap<u16, Vec<slices::Pod>>> {
+    fn behind(&self, service: &ObjectName, port: &str) -> Option<BTreeMap<u16, Vec<slices::Pod>>> {
         let covering = self.slices.iter().filter(|(key, _)| key.covers(service));
         for (_, running) in covering {
             let listing = running.store.listing();
@@ -253,7 +253,7 @@ impl Watches {
     /// The pods with what their metadata says; `None`: that is about to be listed.
     fn endpoints(
         &self,
-        service: &Named,
+        service: &ObjectName,
         facts: &services::Facts,
         found: Vec<slices::Pod>,
         problems: &mut Problems,
@@ -340,7 +340,7 @@ fn healths<'a, K: Ord, V>(
         .map(|running| &*running.store.health)
 }
 
-fn pods_of(service: &Named, facts: &services::Facts) -> Option<pods::Key> {
+fn pods_of(service: &ObjectName, facts: &services::Facts) -> Option<pods::Key> {
     let labels = facts.pods.as_ref()?;
     Some(pods::Key::of_service(service, labels))
 }
@@ -389,7 +389,7 @@ fn none_found(entry: &ClusterService) -> String {
     }
 }
 
-fn no_port(entry: &ClusterService, service: &Named, facts: &services::Facts) -> String {
+fn no_port(entry: &ClusterService, service: &ObjectName, facts: &services::Facts) -> String {
     let port = match &entry.port {
         PortChoice::Number(number) => number.to_string(),
         PortChoice::Name(name) => format!("called {name:?}"),
@@ -402,7 +402,7 @@ fn no_port(entry: &ClusterService, service: &Named, facts: &services::Facts) -> 
     )
 }
 
-fn wrong_weight(pod: &Named, text: &str) -> String {
+fn wrong_weight(pod: &ObjectName, text: &str) -> String {
     format!(
         "the annotation {} of the pod {pod} is {text:?}: a weight is a number from 1 to {}; until it is one, 1 is taken",
         pods::WEIGHT,
