@@ -1,10 +1,10 @@
 //! What the kernel half costs when it is loaded, in time and in the kernel's resources, and what is said where the kernel refuses it.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use balancer::dataplane::{Cost, Paths, ProgramCost, Stack, measure};
+use balancer::dataplane::{Cost, ProgramCost, Stack, measure};
 use balancer_tests::fixtures::{
     Balancer, Finished, Machine, binary, patiently, preflight, process,
 };
@@ -179,8 +179,7 @@ fn cost(profile: &str) -> Cost {
             object.display()
         )
     });
-    let paths = Paths::new(Path::new(&format!("/sys/fs/bpf/balancer-cost-{profile}")));
-    measure(&paths, &object).unwrap_or_else(|error| panic!("{error:#}"))
+    measure(&object).unwrap_or_else(|error| panic!("{error:#}"))
 }
 
 /// `target/bpf/release/balancer.o`; the daemon under test is `target/debug/balancer`.

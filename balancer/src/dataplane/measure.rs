@@ -15,8 +15,8 @@ use aya_obj::generated::{
 };
 use aya_obj::{Object, ProgramSection};
 
+use super::programs;
 use super::programs::Kernel;
-use super::{Paths, programs};
 use crate::sys::bpf::{self, Functions, Instruction, ProgramSpec};
 
 /// What a kernel half costs.
@@ -163,15 +163,14 @@ fn starts(instructions: &[Instruction]) -> Vec<usize> {
 ///
 /// # Errors
 /// As [`super::trial`]; also when the kernel's report isn't understood.
-pub fn measure(paths: &Paths, object: &[u8]) -> Result<Cost> {
-    programs::on_trial(paths, |directory| {
-        let made = Kernel::read()?.open(object, directory, 0)?;
-        let mut programs = programs(object, &made)?;
-        programs.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Cost {
-            programs,
-            maps: maps(&made, directory)?,
-        })
+pub fn measure(object: &[u8]) -> Result<Cost> {
+    let bpffs = programs::detached_bpffs()?;
+    let made = Kernel::read()?.open(object, bpffs.path(), 0)?;
+    let mut programs = programs(object, &made)?;
+    programs.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Cost {
+        programs,
+        maps: maps(&made, bpffs.path())?,
     })
 }
 

@@ -59,13 +59,6 @@ impl Paths {
         Ok(found)
     }
 
-    /// Where the programs are loaded on trial: beside the state directory, which a trial must not make.
-    pub fn trial(&self) -> PathBuf {
-        let name = self.state_dir.file_name().unwrap_or_default();
-        let name = format!("{}-trial-{}", name.to_string_lossy(), std::process::id());
-        self.state_dir.with_file_name(name)
-    }
-
     /// A pinned map.
     pub fn map(&self, name: &str) -> PathBuf {
         self.current().join(name)

@@ -11,8 +11,8 @@ use tracing::info;
 
 use super::tables::{LAYOUT, MapShape};
 use super::{Paths, pins};
-use crate::discover::{is_bpffs, kernel_offsets};
-use crate::sys::{bpf, clock};
+use crate::discover::kernel_offsets;
+use crate::sys::{bpf, bpffs::DetachedBpffs, clock};
 
 /// The object that `cargo xtask build` made; empty when it was not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/balancer.o"));
@@ -126,32 +126,22 @@ fn say_loaded(program: &str, took: Duration, info: Result<ProgramInfo, ProgramEr
     );
 }
 
-/// Loads both programs and lets go of them: whether this kernel takes them, without attaching anything. The maps are
-/// pinned for a moment in a directory beside the state directory.
+/// Loads both programs and lets go of them: whether this kernel takes them. Nothing is attached, and the maps are pinned where
+/// nobody sees them.
 ///
 /// # Errors
-/// When the kernel half is not built in, the place is not on a BPF file system, or the kernel refuses something.
-pub fn trial(paths: &Paths) -> Result<()> {
-    on_trial(paths, |directory| {
-        let mut object = Kernel::read()?.open_object(directory, 0)?;
-        account(&mut object)?;
-        steer(&mut object)?;
-        Ok(())
-    })
+/// When the kernel half is not built in, no BPF file system can be made, or the kernel refuses something.
+pub fn trial() -> Result<()> {
+    let bpffs = detached_bpffs()?;
+    let mut object = Kernel::read()?.open_object(bpffs.path(), 0)?;
+    account(&mut object)?;
+    steer(&mut object)?;
+    Ok(())
 }
 
-/// Does something in a directory for pins that is there for as long as that takes, beside the state directory.
-pub(super) fn on_trial<T>(paths: &Paths, work: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
-    let directory = paths.trial();
-    ensure!(
-        is_bpffs(&directory)?,
-        "{} is not on a BPF file system",
-        directory.display()
-    );
-    pins::make_directory(&directory)?;
-    let outcome = work(&directory);
-    pins::remove_directory(&directory)?;
-    outcome
+pub(super) fn detached_bpffs() -> Result<DetachedBpffs> {
+    DetachedBpffs::new()
+        .context("cannot make a BPF file system to try the programs in: is CAP_SYS_ADMIN there?")
 }
 
 /// The verifier's log in full: without it nobody can tell what it minded.

@@ -317,7 +317,7 @@ mod tests {
     use super::*;
     use crate::{
         doctor::{Status, trial::Hook},
-        sys::netns,
+        sys::{bpffs::DetachedBpffs, netns},
     };
     use std::{
         os::fd::OwnedFd,
@@ -537,7 +537,8 @@ mod tests {
 
     #[test]
     fn pinned_programs_and_links_are_ours() {
-        let state = Own::below(Path::new("/sys/fs/bpf"));
+        let bpffs = DetachedBpffs::new().expect("a BPF file system");
+        let state = Own::below(bpffs.path());
         let inner = Own::below(&state.0);
         let ((first, first_id), (second, second_id)) = (
             program(Hook::SkLookup, "first"),
@@ -553,7 +554,7 @@ mod tests {
             fs::remove_file(pin).expect("unpin");
         }
         assert_eq!(found, HashSet::from([first_id, second_id]));
-        assert!(pinned_programs(Path::new("/sys/fs/bpf/no-such-balancer"), PIN_DEPTH).is_empty());
+        assert!(pinned_programs(&bpffs.path().join("no-such-balancer"), PIN_DEPTH).is_empty());
     }
 
     #[test]

@@ -1,7 +1,5 @@
 //! What the kernel can do, seen by trying.
 
-use std::path::Path;
-
 use aya_obj::generated::bpf_func_id::{
     self, BPF_FUNC_get_current_task_btf, BPF_FUNC_get_netns_cookie, BPF_FUNC_jiffies64,
     BPF_FUNC_ktime_get_ns, BPF_FUNC_loop, BPF_FUNC_ringbuf_reserve, BPF_FUNC_sk_assign,
@@ -14,7 +12,7 @@ use super::{
     trial::{self, Hook, Refused},
 };
 use crate::{
-    dataplane::{self, Paths},
+    dataplane,
     discover::kernel_offsets,
     sys::{
         clock,
@@ -243,9 +241,9 @@ fn layout() -> Check {
 }
 
 /// The programs themselves: a kernel may have every feature and still refuse what is made of them.
-pub(super) fn programs(state_dir: &Path) -> Check {
+pub(super) fn programs() -> Check {
     const NAME: &str = "programs";
-    match dataplane::trial(&Paths::new(state_dir)) {
+    match dataplane::trial() {
         Ok(()) => Check::ok(
             NAME,
             "the kernel takes `account` and `steer`",

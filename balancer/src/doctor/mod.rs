@@ -116,7 +116,7 @@ pub fn kernel_too_old() -> Option<String> {
 /// Looks at everything. What can't be looked at is a finding, too.
 pub fn run(options: &Options) -> Report {
     let mut checks = features::checks();
-    checks.push(features::programs(&options.state_dir));
+    checks.push(features::programs());
     checks.extend(machine::checks(&options.state_dir));
     let (snapshot, loaded) = loaded::look(&options.state_dir);
     checks.push(loaded);

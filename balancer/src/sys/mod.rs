@@ -3,6 +3,7 @@
 //! This is the only module of the host side that contains `unsafe`.
 
 pub mod bpf;
+pub mod bpffs;
 pub mod clock;
 pub mod memory;
 pub mod netns;

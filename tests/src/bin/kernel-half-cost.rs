@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
-use balancer::dataplane::{Cost, Paths, ProgramCost, Stack, measure};
+use balancer::dataplane::{Cost, ProgramCost, Stack, measure};
 
 fn main() -> ExitCode {
     let Some(object) = std::env::args_os().nth(1) else {
@@ -32,7 +32,7 @@ fn cost(object: &Path) -> Result<Cost> {
     );
     let object =
         std::fs::read(object).with_context(|| format!("cannot read {}", object.display()))?;
-    measure(&Paths::new(Path::new("/sys/fs/bpf/balancer-cost")), &object)
+    measure(&object)
 }
 
 fn print(cost: &Cost) {
