@@ -116,7 +116,7 @@ impl GuardedNetns {
     /// When the kernel refuses it.
     pub fn attach(&self, writer: &mut Writer) -> Result<()> {
         for (cookie, file) in self.open_named()? {
-            writer.guard(file.as_fd(), cookie)?;
+            writer.loader.guard(file.as_fd(), cookie)?;
         }
         Ok(())
     }
@@ -138,13 +138,16 @@ impl GuardedNetns {
             .retain(|_, since| now.duration_since(*since) < LOOK_AGAIN_AFTER);
         let slots = writer.slots()?;
         let inhabited = inhabited(&slots);
-        for cookie in inhabited.keys().filter(|cookie| writer.guards(**cookie)) {
+        for cookie in inhabited
+            .keys()
+            .filter(|cookie| writer.loader.guards(**cookie))
+        {
             // An earlier daemon found it.
             self.found.entry(*cookie).or_insert(None);
         }
         let wanted: Vec<NetnsHint> = inhabited
             .into_iter()
-            .filter(|(cookie, _)| !writer.guards(*cookie) && !self.lost.contains_key(cookie))
+            .filter(|(cookie, _)| !writer.loader.guards(*cookie) && !self.lost.contains_key(cookie))
             .filter(|(cookie, _)| wanted(*cookie))
             .map(|(cookie, listened)| NetnsHint { cookie, listened })
             .collect();
@@ -167,7 +170,7 @@ impl GuardedNetns {
             return;
         }
         for (cookie, file) in newcomers {
-            match writer.guard(file.as_fd(), *cookie) {
+            match writer.loader.guard(file.as_fd(), *cookie) {
                 Ok(()) => {
                     self.found.entry(*cookie).or_insert(None);
                     info!("guarding the network namespace with cookie {cookie}");
@@ -189,7 +192,7 @@ impl GuardedNetns {
     pub fn release(&mut self, writer: &mut Writer) -> Result<()> {
         let named = self.named_cookies();
         let mut wanted: HashSet<u64> = named.iter().copied().collect();
-        for (cookie, inode) in writer.guarded()? {
+        for (cookie, inode) in writer.loader.guarded()? {
             if inode.is_none() {
                 writer.drop_netns(cookie)?;
                 self.found.remove(&cookie);
@@ -203,7 +206,7 @@ impl GuardedNetns {
             let found = self.found.keys().copied();
             wanted.extend(found.filter(|cookie| self.may_guard(*cookie)));
         }
-        writer.unguard_others(&wanted)
+        writer.loader.unguard_others(&wanted)
     }
 
     /// Compares the guarded namespaces with the socket table, and registers what listens there unregistered; the `first` time in all

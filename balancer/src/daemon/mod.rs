@@ -22,7 +22,7 @@ use self::mode::kubernetes::KubernetesMode;
 use self::quotas::Quotas;
 use crate::api::{Reply, Request, Response, Server};
 use crate::config::{Config, NetnsScope};
-use crate::dataplane::{Events, Paths, Plan, Writer};
+use crate::dataplane::{Events, Lock, Paths, Plan, Writer};
 use crate::discover::cgroup2_mount;
 use crate::sys::privileges::{Kept, drop_to, suffice_for};
 use crate::sys::{clock, memory};
@@ -85,7 +85,7 @@ pub async fn run(options: Options) -> Result<()> {
         None => cgroup2_mount()?,
     };
     let paths = Paths::new(&options.state_dir);
-    let lock = Writer::lock(&paths)?;
+    let lock = Lock::for_daemon(&paths)?;
     let admin = Server::bind(&options.admin_socket, &options.state_dir)?;
     let signals = Signals::new()?;
     let cluster = match &config.kubernetes {
@@ -105,12 +105,12 @@ pub async fn run(options: Options) -> Result<()> {
     };
     let started = agent
         .start()
-        .and_then(|()| agent.writer.events())
+        .and_then(|()| agent.writer.loader.events())
         .and_then(|events| drop_to(kept(&agent.config)).map(|()| events));
     let events = match started {
         Ok(events) => events,
         Err(error) => {
-            agent.writer.withdraw()?;
+            agent.writer.loader.withdraw()?;
             return Err(error);
         }
     };
@@ -187,7 +187,7 @@ impl Daemon {
         self.writer.beat(self.config.fail_open_after);
         self.writer.switch()?;
         self.guarded.attach(&mut self.writer)?;
-        self.writer.follow_logs();
+        self.writer.loader.follow_logs();
         self.update()?;
         self.writer.beat(self.config.fail_open_after);
         Ok(())
@@ -322,7 +322,7 @@ impl Daemon {
         }
         self.share()?;
         self.guarded.release(&mut self.writer)?;
-        self.writer.follow_logs();
+        self.writer.loader.follow_logs();
         Ok(())
     }
 
@@ -476,7 +476,7 @@ impl Daemon {
             }
             Request::Unload => {
                 // The answer must come after the deed, and the deed ends the daemon.
-                let response = match self.writer.remove() {
+                let response = match self.writer.loader.remove() {
                     Ok(()) => Response::Done {
                         message: "the data plane is out of the kernel; the daemon ends".into(),
                     },
@@ -555,7 +555,7 @@ impl Daemon {
             (End::Terminated, None) => self.is_dismissed(),
         };
         if unload {
-            self.writer.remove()?;
+            self.writer.loader.remove()?;
             info!("the data plane is out of the kernel");
         } else {
             info!(

@@ -1,14 +1,17 @@
 //! One writer at a time: a flock on the state directory, and a file that names its holder.
 
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
+use tracing::info;
 
-use super::Paths;
+use super::paths::Paths;
+use crate::discover::ensure_bpffs;
 
 const HOLDERS: &str = "/run/balancer";
 
@@ -29,6 +32,32 @@ pub enum Held {
 }
 
 impl Lock {
+    /// Takes the lock for a daemon, making the state directory where it is missing.
+    ///
+    /// # Errors
+    /// When another process has it, or the directory can't be made or is open to others.
+    pub fn for_daemon(paths: &Paths) -> Result<Self> {
+        if ensure_bpffs(paths.state_dir())? {
+            info!("mounted the BPF file system");
+        }
+        make_directory(paths.state_dir())?;
+        close_to_others(paths.state_dir()).with_context(|| {
+            format!(
+                "cannot use the state directory {}",
+                paths.state_dir().display()
+            )
+        })?;
+        match Self::take(paths)? {
+            Held::Mine(lock) => Ok(lock),
+            Held::ByOther(pid) => bail!(
+                "the data plane in {} already has a daemon: {} (a second one needs a --state-dir \
+                 of its own)",
+                paths.state_dir().display(),
+                holder(pid)
+            ),
+        }
+    }
+
     /// Takes the lock without waiting. The state directory must exist.
     ///
     /// # Errors
@@ -66,6 +95,49 @@ impl Drop for Lock {
         // The directory is still locked here, so the file can't be another's yet.
         let _ = fs::remove_file(&self.holder);
     }
+}
+
+pub(super) fn make_directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| {
+            format!(
+                "cannot make the directory {} (are we root?)",
+                path.display()
+            )
+        })
+}
+
+/// A directory that was there already may be open to others. The sticky bit means that it is meant
+/// to be, as the root of a BPF file system is.
+fn close_to_others(state_dir: &Path) -> Result<()> {
+    let directory = File::open(state_dir)?;
+    let found = directory.metadata()?;
+    ensure!(
+        [0, geteuid().as_raw()].contains(&found.uid()),
+        "it belongs to user {}, who could replace what is pinned there",
+        found.uid()
+    );
+    if found.mode() & 0o077 != 0 {
+        ensure!(
+            found.mode() & 0o1000 == 0,
+            "it is shared with others (mode {:o}): give one of its own below it",
+            found.mode() & 0o7777
+        );
+        directory.set_permissions(fs::Permissions::from_mode(0o700))?;
+        info!("closed {} to other users", state_dir.display());
+    }
+    Ok(())
+}
+
+/// How a message calls the process that has the lock.
+pub(super) fn holder(pid: Option<u32>) -> String {
+    pid.map_or_else(
+        || "another process".to_owned(),
+        |pid| format!("process {pid}"),
+    )
 }
 
 /// Whoever had the lock may have removed the directory before giving it up: then it is the lock of nothing.

@@ -8,15 +8,11 @@ use std::path::Path;
 use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
 use aya::maps::{Map, MapData};
-use aya_obj::generated::{
-    bpf_attach_type::BPF_SK_LOOKUP,
-    bpf_func_id, bpf_insn,
-    bpf_prog_type::{BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS},
-};
-use aya_obj::{Object, ProgramSection};
+use aya_obj::Object;
+use aya_obj::generated::{bpf_func_id, bpf_insn};
 
-use super::programs;
-use super::programs::Kernel;
+use super::object::{ObjectLoader, detached_bpffs};
+use super::programs::Program;
 use crate::sys::bpf::{self, Functions, Instruction, ProgramSpec};
 
 /// What a kernel half costs.
@@ -164,8 +160,8 @@ fn starts(instructions: &[Instruction]) -> Vec<usize> {
 /// # Errors
 /// As [`super::trial`]; also when the kernel's report isn't understood.
 pub fn measure(object: &[u8]) -> Result<Cost> {
-    let bpffs = programs::detached_bpffs()?;
-    let made = Kernel::read()?.open(object, bpffs.path(), 0)?;
+    let bpffs = detached_bpffs()?;
+    let made = ObjectLoader::new()?.open_other(object, bpffs.path(), 0)?;
     let mut programs = programs(object, &made)?;
     programs.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Cost {
@@ -205,13 +201,11 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
             let instructions: Vec<_> = function.instructions.iter().copied().map(plain).collect();
             let starts = function.func_info.func_info.iter();
             let starts: Vec<_> = starts.map(|info| [info.insn_off, info.type_id]).collect();
-            let (kind, attach_type) = match program.section {
-                ProgramSection::SkLookup => (BPF_PROG_TYPE_SK_LOOKUP, Some(BPF_SK_LOOKUP)),
-                _ => (BPF_PROG_TYPE_SOCK_OPS, None),
-            };
+            let row = Program::named(name)
+                .with_context(|| format!("the program `{name}` is not in the table of programs"))?;
             measure_program(&ProgramSpec {
-                kind,
-                attach_type,
+                kind: row.hook.program_type(),
+                attach_type: Some(row.hook.attach_type()),
                 name,
                 instructions: &instructions,
                 functions: Some(Functions {

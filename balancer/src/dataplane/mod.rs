@@ -4,8 +4,10 @@
 
 mod audit;
 mod events;
+mod loader;
 mod lock;
 mod measure;
+mod object;
 mod paths;
 mod pins;
 mod plain;
@@ -19,12 +21,13 @@ mod tables;
 mod writer;
 
 pub use events::Events;
-pub use lock::{Held, Lock};
+pub use lock::Lock;
 pub use measure::{Cost, ProgramCost, Stack, measure};
-pub use paths::Paths;
+pub use object::trial;
+pub use paths::{Link, Paths};
 pub use pins::unload;
 pub use plan::{ListenAt, Plan, ServicePlan};
-pub use programs::trial;
+pub use programs::{Hook, PROGRAMS, Program, Target};
 pub use read::explain::Explanation;
 pub use read::snapshot::{
     BackendSnapshot, DaemonSnapshot, MapContents, Reader, ServiceContents, ServiceSnapshot,

@@ -5,8 +5,7 @@ use std::{fs, io};
 
 use balancer_common::abi::VERSION;
 
-const ACCOUNT: &str = "link_account_";
-const STEER: &str = "link_steer_";
+use super::programs::{PROGRAMS, Program, Target};
 
 /// Where the pins of one data plane are. Names hold no dots: the BPF file system refuses them (`bpf_lookup`,
 /// kernel/bpf/inode.c).
@@ -64,40 +63,16 @@ impl Paths {
         self.current().join(name)
     }
 
-    /// The link of `account` to the cgroup with that id.
-    pub fn account(directory: &Path, cgroup: u64) -> PathBuf {
-        directory.join(format!("{ACCOUNT}{cgroup}"))
-    }
-
-    /// The link of `steer` to the network namespace with that cookie.
-    pub fn steer(directory: &Path, netns: u64) -> PathBuf {
-        directory.join(format!("{STEER}{netns}"))
-    }
-
-    /// The programs' links that are pinned in a directory, of both kinds.
+    /// The programs' links that are pinned in a directory.
     ///
     /// # Errors
     /// When the directory can't be read.
     pub fn links(directory: &Path) -> io::Result<Vec<Link>> {
         let mut links = Vec::new();
         for entry in fs::read_dir(directory)? {
-            links.extend(Link::at(entry?.path()));
+            links.extend(Link::at(&entry?.path()));
         }
         Ok(links)
-    }
-
-    /// The cgroup of a link's pin, if it is one of `account`.
-    pub fn cgroup_of(pin: &Path) -> Option<u64> {
-        pin.file_name()?
-            .to_str()?
-            .strip_prefix(ACCOUNT)?
-            .parse()
-            .ok()
-    }
-
-    /// The namespace of a link's pin, if it is one of `steer`.
-    pub fn netns_of(pin: &Path) -> Option<u64> {
-        pin.file_name()?.to_str()?.strip_prefix(STEER)?.parse().ok()
     }
 }
 
@@ -112,32 +87,47 @@ fn layout_of(directory: &Path) -> Option<u32> {
 }
 
 /// A pin that by its name is one of our links.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Link {
-    /// The pin.
+    /// Where it is pinned.
     pub pin: PathBuf,
-    /// What it attaches, to what.
-    pub what: Attachment,
-}
-
-/// What a link attaches, to what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attachment {
-    /// `account`, to the cgroup with that id.
-    Account(u64),
-    /// `steer`, to the network namespace with that cookie.
-    Steer(u64),
+    /// The program that it attaches.
+    pub program: &'static Program,
+    /// The number of what it is attached to: see [`Target`].
+    pub target: u64,
 }
 
 impl Link {
+    /// The link of a program to that target, pinned in that directory.
+    pub fn new(directory: &Path, program: &'static Program, target: u64) -> Self {
+        Self {
+            pin: directory.join(format!("{}{target}", program.pin_prefix())),
+            program,
+            target,
+        }
+    }
+
     /// What a pin must be by its name; nothing where that isn't a link's.
-    pub fn at(pin: PathBuf) -> Option<Self> {
-        let what = match (Paths::cgroup_of(&pin), Paths::netns_of(&pin)) {
-            (Some(cgroup), _) => Attachment::Account(cgroup),
-            (None, Some(netns)) => Attachment::Steer(netns),
-            (None, None) => return None,
-        };
-        Some(Self { pin, what })
+    pub fn at(pin: &Path) -> Option<Self> {
+        let name = pin.file_name()?.to_str()?;
+        PROGRAMS.iter().find_map(|program| {
+            let target = name.strip_prefix(&program.pin_prefix())?.parse().ok()?;
+            Some(Self {
+                pin: pin.to_owned(),
+                program,
+                target,
+            })
+        })
+    }
+
+    /// The cookie of the netns that it is attached to; `None`: it is attached to something else.
+    pub fn netns(&self) -> Option<u64> {
+        (self.program.hook.target() == Target::Netns).then_some(self.target)
+    }
+
+    /// The link of this program to this target, pinned in another directory.
+    pub fn within(&self, directory: &Path) -> Self {
+        Self::new(directory, self.program, self.target)
     }
 }
 
@@ -156,12 +146,12 @@ mod tests {
         ] {
             assert!(!path.to_str().unwrap().contains('.'));
         }
-        assert_eq!(Paths::netns_of(&Paths::steer(&paths.current(), 7)), Some(7));
-        assert_eq!(
-            Paths::cgroup_of(&Paths::account(&paths.current(), 9)),
-            Some(9)
-        );
-        assert_eq!(Paths::cgroup_of(&paths.map("COUNTS")), None);
+        for program in &PROGRAMS {
+            let link = Link::new(&paths.current(), program, 7);
+            let found = Link::at(&link.pin).expect("the pin of a link");
+            assert_eq!((found.program.name, found.target), (program.name, 7));
+        }
+        assert!(Link::at(&paths.map("COUNTS")).is_none());
     }
 
     #[test]

@@ -1,21 +1,17 @@
-//! Making, replacing and removing what is pinned.
+//! Making, replacing and removing what is pinned: all of it with the lock in hand.
 
 use std::fs;
 use std::io::ErrorKind;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-use nix::unistd::geteuid;
 use tracing::{info, warn};
 
-use super::Paths;
-use super::lock::{Held, Lock};
-use super::paths::{Attachment, Link};
-use crate::discover::ensure_bpffs;
+use super::lock::{Held, Lock, holder};
+use super::paths::{Link, Paths};
+use super::programs::Target;
 use crate::sys::bpf::{self, LinkTarget, Object};
 
 /// Takes the data plane of a state directory out of the kernel; false: there was none.
@@ -29,40 +25,12 @@ pub fn unload(paths: &Paths) -> Result<bool> {
     match Lock::take(paths)? {
         Held::Mine(lock) => {
             let there = !all_directories(paths)?.is_empty();
-            remove_data_plane(paths)?;
-            drop(lock);
+            remove_data_plane(&lock, paths)?;
             Ok(there)
         }
         Held::ByOther(pid) => bail!(
-            "the data plane in {} is held by {}, which does not answer on its admin socket: end that process first",
-            paths.state_dir().display(),
-            holder(pid)
-        ),
-    }
-}
-
-fn holder(pid: Option<u32>) -> String {
-    pid.map_or_else(
-        || "another process".to_owned(),
-        |pid| format!("process {pid}"),
-    )
-}
-
-pub(super) fn lock(paths: &Paths) -> Result<Lock> {
-    if ensure_bpffs(paths.state_dir())? {
-        info!("mounted the BPF file system");
-    }
-    make_directory(paths.state_dir())?;
-    close_to_others(paths.state_dir()).with_context(|| {
-        format!(
-            "cannot use the state directory {}",
-            paths.state_dir().display()
-        )
-    })?;
-    match Lock::take(paths)? {
-        Held::Mine(lock) => Ok(lock),
-        Held::ByOther(pid) => bail!(
-            "the data plane in {} already has a daemon: {} (a second one needs a --state-dir of its own)",
+            "the data plane in {} is held by {}, which does not answer on its admin socket: end \
+             that process first",
             paths.state_dir().display(),
             holder(pid)
         ),
@@ -72,7 +40,8 @@ pub(super) fn lock(paths: &Paths) -> Result<Lock> {
 /// Opens a pinned link of ours.
 ///
 /// # Errors
-/// When something else is pinned under its name: a link must never be changed that somebody else has made.
+/// When something else is pinned under its name: a link must never be changed that somebody else
+/// has made.
 pub(super) fn open_link(link: &Link) -> Result<OwnedFd> {
     let file = bpf::obj_get(&link.pin).with_context(|| {
         format!(
@@ -86,12 +55,13 @@ pub(super) fn open_link(link: &Link) -> Result<OwnedFd> {
     );
     let info =
         bpf::link_info(&file).with_context(|| format!("cannot query {}", link.pin.display()))?;
-    let fits = match (link.what, info.target) {
-        (Attachment::Account(cgroup), LinkTarget::Cgroup { id, attach_type }) => {
-            attach_type == BPF_CGROUP_SOCK_OPS as u32 && (id == cgroup || id == 0)
+    let hook = link.program.hook;
+    let fits = match (hook.target(), info.target) {
+        (Target::Cgroup, LinkTarget::Cgroup { id, attach_type }) => {
+            attach_type == hook.attach_type() as u32 && (id == link.target || id == 0)
         }
-        (Attachment::Steer(_), LinkTarget::Netns { attach_type, .. }) => {
-            attach_type == BPF_SK_LOOKUP as u32
+        (Target::Netns, LinkTarget::Netns { attach_type, .. }) => {
+            attach_type == hook.attach_type() as u32
         }
         _ => false,
     };
@@ -99,8 +69,8 @@ pub(super) fn open_link(link: &Link) -> Result<OwnedFd> {
     Ok(file)
 }
 
-/// Opens a pinned link whose program is ours too, to put another one under it. Only `CAP_SYS_ADMIN` can find out about the
-/// program; without it the link has to do.
+/// Opens a pinned link whose program is ours too, to put another one under it. Only
+/// `CAP_SYS_ADMIN` can find out about the program; without it the link has to do.
 ///
 /// # Errors
 /// As [`open_link`].
@@ -109,34 +79,33 @@ pub(super) fn open_own_link(link: &Link) -> Result<OwnedFd> {
     let program = bpf::link_program(&file)
         .and_then(bpf::prog_by_id)
         .and_then(bpf::prog_info);
-    let name = match program {
-        Ok(program) => program.name,
-        Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(file),
+    match program {
+        Ok(program) => {
+            let name = program.name;
+            ensure!(
+                name == link.program.name,
+                strange(link, &format!("its program is called {name}"))
+            );
+        }
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {}
         Err(error) => {
             return Err(error)
                 .with_context(|| format!("cannot query the program of {}", link.pin.display()));
         }
-    };
-    let expected = match link.what {
-        Attachment::Account(_) => "account",
-        Attachment::Steer(_) => "steer",
-    };
-    ensure!(
-        name == expected,
-        strange(link, &format!("its program is called {name}"))
-    );
+    }
     Ok(file)
 }
 
 fn strange(link: &Link, what: &str) -> String {
     format!(
-        "{} is not what the balancer has pinned there ({what}): look who made it; `balancer unload` removes the pin",
+        "{} is not what the balancer has pinned there ({what}): look who made it; `balancer \
+         unload` removes the pin",
         link.pin.display()
     )
 }
 
 /// Whether what a link was attached to is gone.
-pub(super) fn is_dead(link: impl std::os::fd::AsFd) -> Result<bool> {
+pub(super) fn is_dead(link: impl AsFd) -> Result<bool> {
     let info = bpf::link_info(link).context("cannot query a link")?;
     Ok(matches!(
         info.target,
@@ -144,12 +113,36 @@ pub(super) fn is_dead(link: impl std::os::fd::AsFd) -> Result<bool> {
     ))
 }
 
+/// Attaches a program to a target, and pins the link. `place` names the target for an error.
+pub(super) fn attach(
+    _: &Lock,
+    link: &Link,
+    program: impl AsFd,
+    target: impl AsFd,
+    place: &str,
+) -> Result<OwnedFd> {
+    let hook = link.program.hook;
+    let file = bpf::link_create(program, target, hook.attach_type()).with_context(|| {
+        let hint = match hook.target() {
+            Target::Cgroup => {
+                "is it a cgroup2 directory? EPERM: an older program sits there that allows no \
+                 other; `balancer doctor` names it"
+            }
+            Target::Netns => "at most 64 programs a namespace",
+        };
+        format!("cannot attach `{}` to {place} ({hint})", link.program.name)
+    })?;
+    bpf::obj_pin(&file, &link.pin).with_context(|| format!("cannot pin {}", link.pin.display()))?;
+    Ok(file)
+}
+
 /// Replaces the program of a pinned link, without a moment in which there is none.
-pub(super) fn replace(link: &Link, program: BorrowedFd<'_>) -> Result<OwnedFd> {
+pub(super) fn replace(_: &Lock, link: &Link, program: impl AsFd) -> Result<OwnedFd> {
     let file = open_own_link(link)?;
     bpf::link_update(&file, program).with_context(|| {
         format!(
-            "cannot replace the program of {} (the namespace or cgroup may be gone: `balancer unload` clears it)",
+            "cannot replace the program of {} (the namespace or cgroup may be gone: `balancer \
+             unload` clears it)",
             link.pin.display()
         )
     })?;
@@ -157,66 +150,44 @@ pub(super) fn replace(link: &Link, program: BorrowedFd<'_>) -> Result<OwnedFd> {
 }
 
 /// Gives a link that is pinned elsewhere its pin here, and takes the other one away.
-pub(super) fn move_link(link: &OwnedFd, from: &Path, to: &Path) -> Result<()> {
+pub(super) fn move_link(_: &Lock, link: &OwnedFd, from: &Path, to: &Path) -> Result<()> {
     bpf::obj_pin(link, to).with_context(|| format!("cannot pin {}", to.display()))?;
     remove_pin(from)
 }
 
-/// Takes a link's other pin away that a daemon has left which died over [`move_link`]; a link of its own that has the same purpose as the one
-/// at `to` goes with its pin.
-pub(super) fn finish_move(link: &Link, file: &OwnedFd, to: &Path) -> Result<()> {
+/// Takes away a link's other pin that a daemon has left which died over [`move_link`]. A link of
+/// its own with the purpose of the one at `to` goes with its pin.
+pub(super) fn finish_move(lock: &Lock, link: &Link, file: &OwnedFd, to: &Path) -> Result<()> {
     let there = bpf::obj_get(to).with_context(|| format!("cannot open {}", to.display()))?;
     let id = |file: &OwnedFd| bpf::link_info(file).map(|info| info.id);
     if id(file)? == id(&there)? {
         remove_pin(&link.pin)
     } else {
-        remove_link(link)
+        remove_link(lock, link)
     }
 }
 
-pub(super) fn make_directory(path: &Path) -> Result<()> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .with_context(|| {
-            format!(
-                "cannot make the directory {} (are we root?)",
-                path.display()
-            )
-        })
-}
-
 /// Puts a directory in its place, where there must be none.
-pub(super) fn rename(from: &Path, to: &Path) -> Result<()> {
+pub(super) fn rename(_: &Lock, from: &Path, to: &Path) -> Result<()> {
     renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE)
         .with_context(|| format!("cannot rename {} to {}", from.display(), to.display()))
 }
 
-/// A directory that was there already may be open to others. The sticky bit means that it is meant to be, as the root of a BPF file
-/// system is.
-fn close_to_others(state_dir: &Path) -> Result<()> {
-    let directory = fs::File::open(state_dir)?;
-    let found = directory.metadata()?;
-    ensure!(
-        [0, geteuid().as_raw()].contains(&found.uid()),
-        "it belongs to user {}, who could replace what is pinned there",
-        found.uid()
-    );
-    if found.mode() & 0o077 != 0 {
-        ensure!(
-            found.mode() & 0o1000 == 0,
-            "it is shared with others (mode {:o}): give one of its own below it",
-            found.mode() & 0o7777
-        );
-        directory.set_permissions(fs::Permissions::from_mode(0o700))?;
-        info!("closed {} to other users", state_dir.display());
+/// The outcome of a work and of the clean-up after it: its own error comes first.
+pub(super) fn cleaned_up<T>(outcome: Result<T>, cleaning: Result<()>) -> Result<T> {
+    match (outcome, cleaning) {
+        (Ok(value), cleaning) => cleaning.map(|()| value),
+        (Err(error), Ok(())) => Err(error),
+        (Err(error), Err(left)) => {
+            warn!("what a failed step has made could not be removed: {left:#}");
+            Err(error)
+        }
     }
-    Ok(())
 }
 
-/// Removes a directory with everything in it: first what attaches something, so that nothing runs on half of its maps.
-pub(super) fn remove_directory(directory: &Path) -> Result<()> {
+/// Removes a directory with everything in it: links first, so that nothing runs on half of its
+/// maps.
+pub(super) fn remove_directory(lock: &Lock, directory: &Path) -> Result<()> {
     let mut entries: Vec<PathBuf> = match fs::read_dir(directory) {
         Ok(entries) => entries
             .map(|entry| Ok(entry?.path()))
@@ -225,17 +196,17 @@ pub(super) fn remove_directory(directory: &Path) -> Result<()> {
         Err(error) => Err(error),
     }
     .with_context(|| format!("cannot list {}", directory.display()))?;
-    entries.sort_by_key(|path| {
-        (
-            Paths::netns_of(path).is_none(),
-            Paths::cgroup_of(path).is_none(),
-        )
+    // Those to network namespaces before those to cgroups, then all else.
+    entries.sort_by_key(|path| match Link::at(path) {
+        Some(link) if link.netns().is_some() => 0,
+        Some(_) => 1,
+        None => 2,
     });
     for entry in entries {
         if entry.is_dir() {
-            remove_directory(&entry)?;
+            remove_directory(lock, &entry)?;
         } else {
-            if let Some(link) = Link::at(entry.clone()) {
+            if let Some(link) = Link::at(&entry) {
                 detach(&link)?;
             }
             remove_pin(&entry)?;
@@ -258,14 +229,15 @@ fn all_directories(paths: &Paths) -> Result<Vec<PathBuf>> {
         .collect())
 }
 
-pub(super) fn remove_data_plane(paths: &Paths) -> Result<()> {
-    remove_directory(&paths.removed())?;
+/// Takes everything out of the kernel that a state directory holds, and removes it.
+pub(super) fn remove_data_plane(lock: &Lock, paths: &Paths) -> Result<()> {
+    remove_directory(lock, &paths.removed())?;
     if paths.current().exists() {
         // In one step: a daemon that is killed over this leaves nothing that looks whole and isn't.
-        rename(&paths.current(), &paths.removed())?;
+        rename(lock, &paths.current(), &paths.removed())?;
     }
     for directory in all_directories(paths)? {
-        remove_directory(&directory)?;
+        remove_directory(lock, &directory)?;
     }
     match fs::remove_dir(paths.state_dir()) {
         Ok(()) => Ok(()),
@@ -284,7 +256,8 @@ pub(super) fn remove_data_plane(paths: &Paths) -> Result<()> {
     }
 }
 
-pub(super) fn remove_link(link: &Link) -> Result<()> {
+/// Detaches a link and removes its pin.
+pub(super) fn remove_link(_: &Lock, link: &Link) -> Result<()> {
     info!("detaching {}", link.pin.display());
     detach(link)?;
     remove_pin(&link.pin)

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use balancer_common::Reason;
@@ -20,9 +20,9 @@ use balancer_common::decision::scan::Member;
 use bytes::Buf as _;
 
 use super::plain::Plain;
-use crate::sys::clock;
 use crate::sys::shared::SharedArray;
 use crate::sys::sock_diag::Socket;
+use crate::sys::{bpf, clock};
 
 /// Which word of a map's value a field is.
 macro_rules! word {
@@ -153,6 +153,52 @@ impl MapShape {
             ..Self::array::<V>(entries)
         }
     }
+}
+
+impl From<bpf::MapInfo> for MapShape {
+    fn from(info: bpf::MapInfo) -> Self {
+        Self {
+            kind: info.kind,
+            key: info.key_size,
+            value: info.value_size,
+            entries: info.max_entries,
+            flags: info.flags,
+        }
+    }
+}
+
+/// Compares every map that is pinned in a directory with the shape that this build expects.
+///
+/// # Errors
+/// Names the map that is missing or different.
+pub fn check_maps(directory: &Path) -> Result<()> {
+    for (name, expected) in LAYOUT {
+        let path = directory.join(name);
+        let map = bpf::obj_get(&path).with_context(|| {
+            format!(
+                "cannot open the pinned map {} (missing, or no pin): `balancer unload` clears the \
+                 rest, with its counters",
+                path.display()
+            )
+        })?;
+        let strange = |found: String| {
+            format!(
+                "the pinned map {} was made by something else (it is {found}, this build needs \
+                 {expected:?}): `balancer unload` removes it, with its counters",
+                path.display()
+            )
+        };
+        if bpf::Object::of(&map)? != Some(bpf::Object::Map) {
+            bail!(strange("no map".to_owned()));
+        }
+        let found = bpf::map_info(&map);
+        let found = found.with_context(|| format!("cannot query {}", path.display()))?;
+        let found = MapShape::from(found);
+        if found != *expected {
+            bail!(strange(format!("{found:?}")));
+        }
+    }
+    Ok(())
 }
 
 /// All maps of one data plane.

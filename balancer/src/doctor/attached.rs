@@ -9,6 +9,7 @@ use std::{
 
 use super::{Check, Options, guarded::GuardedNetns, listing};
 use crate::{
+    dataplane::Program,
     discover::{cgroup2_mount, is_cgroup2},
     sys::bpf::{self, Attached, Object},
 };
@@ -17,8 +18,6 @@ use aya_obj::generated::{
     bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP},
 };
 
-/// The names that our own programs have in the kernel.
-const OUR_NAMES: [&str; 2] = ["account", "steer"];
 /// As many links as the kernel allows at one network namespace (`NETNS_BPF_MAX_PROGS`, `kernel/bpf/net_namespace.c`).
 const MOST_SK_LOOKUPS: usize = 64;
 /// As many cgroups below are looked at: hundreds of pods have fewer, and a look takes microseconds.
@@ -275,7 +274,7 @@ fn described(id: u32, own: bool) -> String {
         .and_then(bpf::prog_info)
         .map(|info| info.name)
         .unwrap_or_default();
-    let another = if !own && OUR_NAMES.contains(&name.as_str()) {
+    let another = if !own && Program::named(&name).is_some() {
         "another balancer's "
     } else {
         ""
@@ -316,7 +315,8 @@ fn pinned_program(pin: &Path) -> io::Result<Option<u32>> {
 mod tests {
     use super::*;
     use crate::{
-        doctor::{Status, trial::Hook},
+        dataplane::Hook,
+        doctor::{Status, trial},
         sys::{bpffs::DetachedBpffs, netns},
     };
     use std::{
@@ -348,7 +348,7 @@ mod tests {
     }
 
     fn program(hook: Hook, name: &str) -> (OwnedFd, u32) {
-        let program = hook.idle(name).expect("a program");
+        let program = trial::idle(hook, name).expect("a program");
         let id = bpf::prog_info(&program).expect("info").id;
         (program, id)
     }

@@ -1,18 +1,11 @@
 //! What the kernel can do, seen by trying.
 
-use aya_obj::generated::bpf_func_id::{
-    self, BPF_FUNC_get_current_task_btf, BPF_FUNC_get_netns_cookie, BPF_FUNC_jiffies64,
-    BPF_FUNC_ktime_get_ns, BPF_FUNC_loop, BPF_FUNC_ringbuf_reserve, BPF_FUNC_sk_assign,
-    BPF_FUNC_sk_release, BPF_FUNC_sk_storage_get, BPF_FUNC_skc_to_tcp_sock,
-    BPF_FUNC_sock_map_update, BPF_FUNC_sock_ops_cb_flags_set,
-};
-
 use super::{
     Check, listing,
-    trial::{self, Hook, Refused},
+    trial::{self, Refused},
 };
 use crate::{
-    dataplane,
+    dataplane::{self, PROGRAMS},
     discover::kernel_offsets,
     sys::{
         clock,
@@ -31,19 +24,7 @@ type Feature = (
     fn() -> Result<(), Refused>,
 );
 
-const FEATURES: [Feature; 11] = [
-    (
-        "sk_lookup",
-        "chooses the backend of each new connection",
-        "Linux 5.9, CONFIG_BPF_SYSCALL and CONFIG_INET",
-        || trial::program(Hook::SkLookup),
-    ),
-    (
-        "sock_ops",
-        "registers listeners and counts connections",
-        "CONFIG_CGROUP_BPF",
-        || trial::program(Hook::SockOps),
-    ),
+const FEATURES: [Feature; 9] = [
     (
         "bpf_loop",
         "looks through up to 256 backends",
@@ -100,35 +81,12 @@ const FEATURES: [Feature; 11] = [
     ),
 ];
 
-const HELPERS: [(Hook, &[bpf_func_id]); 2] = [
-    (
-        Hook::SkLookup,
-        &[
-            BPF_FUNC_ktime_get_ns,
-            BPF_FUNC_jiffies64,
-            BPF_FUNC_loop,
-            BPF_FUNC_sk_assign,
-            BPF_FUNC_sk_release,
-            BPF_FUNC_skc_to_tcp_sock,
-            BPF_FUNC_ringbuf_reserve,
-        ],
-    ),
-    (
-        Hook::SockOps,
-        &[
-            BPF_FUNC_get_netns_cookie,
-            BPF_FUNC_get_current_task_btf,
-            BPF_FUNC_loop,
-            BPF_FUNC_sk_storage_get,
-            BPF_FUNC_sock_map_update,
-            BPF_FUNC_sock_ops_cb_flags_set,
-            BPF_FUNC_ringbuf_reserve,
-        ],
-    ),
-];
-
 pub(super) fn checks() -> Vec<Check> {
     let mut checks = vec![version(&release())];
+    checks.extend(PROGRAMS.iter().map(|program| {
+        let outcome = trial::program(program.hook);
+        feature(program.hook.name(), program.purpose, program.needs, outcome)
+    }));
     checks.extend(
         FEATURES.map(|(name, purpose, needs, attempt)| feature(name, purpose, needs, attempt())),
     );
@@ -208,12 +166,13 @@ fn socket_table() -> Result<(), Refused> {
 
 fn helpers() -> Result<(), Refused> {
     let mut missing = Vec::new();
-    for (hook, helpers) in HELPERS {
-        for helper in helpers {
-            match trial::helper(hook, *helper) {
+    for program in &PROGRAMS {
+        for helper in program.helpers {
+            match trial::helper(program.hook, *helper) {
                 Ok(()) => {}
                 Err(Refused::Kernel(_)) => {
-                    missing.push(format!("{helper:?} in {hook:?}").replace("BPF_FUNC_", "bpf_"));
+                    let missed = format!("{helper:?} in {}", program.hook.name());
+                    missing.push(missed.replace("BPF_FUNC_", "bpf_"));
                 }
                 Err(privilege) => return Err(privilege),
             }

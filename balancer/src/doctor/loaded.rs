@@ -1,13 +1,13 @@
 //! The data plane that is loaded already, if one is.
 
-use std::{collections::HashSet, fs, path::Path};
+use std::{collections::HashSet, path::Path};
 
 use super::{
     Check,
     guarded::{self, GuardedNetns},
 };
 use crate::{
-    dataplane::{self, DaemonSnapshot, Paths, Snapshot},
+    dataplane::{self, DaemonSnapshot, Link, Paths, Snapshot},
     sys::netns,
 };
 
@@ -116,10 +116,8 @@ pub(super) fn namespaces(state_dir: &Path) -> (Vec<GuardedNetns>, Option<Check>)
 
 /// The cookies in the names of the links' pins.
 fn attached(directory: &Path) -> HashSet<u64> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| Paths::netns_of(&entry.path()))
-        .collect()
+    let links = Paths::links(directory).unwrap_or_default();
+    links.iter().filter_map(Link::netns).collect()
 }
 
 #[cfg(test)]
@@ -127,7 +125,7 @@ mod tests {
     use super::*;
     use crate::doctor::Status;
     use balancer_common::abi::AuditTotals;
-    use std::time::Duration;
+    use std::{fs, time::Duration};
 
     fn agent(alive: bool, age: Option<u64>) -> DaemonSnapshot {
         DaemonSnapshot {

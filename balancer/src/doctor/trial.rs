@@ -3,40 +3,22 @@
 use std::{io, os::fd::AsFd as _};
 
 use aya_obj::generated::{
-    BPF_F_CLONE, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC,
-    bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP},
-    bpf_func_id,
+    BPF_F_CLONE, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_func_id,
     bpf_map_type::{
         self, BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_LPM_TRIE, BPF_MAP_TYPE_RINGBUF,
         BPF_MAP_TYPE_SK_STORAGE, BPF_MAP_TYPE_SOCKMAP,
     },
-    bpf_prog_type::{self, BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS},
 };
 
+use crate::dataplane::Hook;
 use crate::sys::bpf::{
     Functions, Instruction, LoadError, MapSpec, MapTypes, PLAIN_FUNCTION, PLAIN_U32, PLAIN_U64,
     ProgramSpec, map_create, plain_types, prog_load,
 };
 
-/// The place in the kernel that a program is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hook {
-    SkLookup,
-    SockOps,
-}
-
-impl Hook {
-    fn types(self) -> (bpf_prog_type, aya_obj::generated::bpf_attach_type) {
-        match self {
-            Self::SkLookup => (BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP),
-            Self::SockOps => (BPF_PROG_TYPE_SOCK_OPS, BPF_CGROUP_SOCK_OPS),
-        }
-    }
-
-    /// A program that does nothing: passes every look-up, acknowledges every event.
-    pub(super) fn idle(self, name: &str) -> Result<std::os::fd::OwnedFd, LoadError> {
-        load(self, name, &[set(0, 1), EXIT], None)
-    }
+/// A program that does nothing: passes every look-up, acknowledges every event.
+pub(super) fn idle(hook: Hook, name: &str) -> Result<std::os::fd::OwnedFd, LoadError> {
+    load(hook, name, &[set(0, 1), EXIT], None)
 }
 
 /// Why a trial failed.
@@ -95,7 +77,7 @@ const fn call(helper: bpf_func_id) -> Instruction {
 }
 
 pub(super) fn program(hook: Hook) -> Outcome {
-    hook.idle("doctor_idle")?;
+    idle(hook, "doctor_idle")?;
     Ok(())
 }
 
@@ -246,10 +228,9 @@ fn load(
     instructions: &[Instruction],
     functions: Option<Functions<'_>>,
 ) -> Result<std::os::fd::OwnedFd, LoadError> {
-    let (kind, attach_type) = hook.types();
     prog_load(&ProgramSpec {
-        kind,
-        attach_type: Some(attach_type),
+        kind: hook.program_type(),
+        attach_type: Some(hook.attach_type()),
         name,
         instructions,
         functions,

@@ -174,7 +174,7 @@ impl KubernetesMode {
             guarded.strangers(writer, |cookie| pod_resolver.wants(cookie, groups))?;
         newcomers.retain(|(cookie, file)| pod_resolver.look(*cookie, file, groups));
         let namespaces = pod_resolver.namespaces(&writer.slots()?, groups);
-        if namespaces.contains(&pod_resolver.host()) && !writer.guards(pod_resolver.host()) {
+        if namespaces.contains(&pod_resolver.host()) && !writer.loader.guards(pod_resolver.host()) {
             let host = netns::current().context("cannot open the node's own network namespace")?;
             newcomers.push((pod_resolver.host(), host));
         }

@@ -13,8 +13,7 @@ use balancer_common::abi::{
 use balancer_common::decision::admission;
 use balancer_common::decision::scan::Member;
 
-use super::super::programs::check_maps;
-use super::super::tables::Tables;
+use super::super::tables::{Tables, check_maps};
 use super::explain::{self, Explanation};
 use crate::dataplane::Paths;
 use crate::sys::clock;

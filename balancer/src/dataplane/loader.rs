@@ -1,0 +1,291 @@
+//! Loads the programs, and keeps them attached to the cgroup and to the guarded netns.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use aya::Ebpf;
+use tracing::info;
+
+use super::events::{self, Events, LogFollower};
+use super::lock::{Lock, make_directory};
+use super::object::{self, ObjectLoader};
+use super::paths::{Link, Paths};
+use super::pins;
+use super::programs::Target;
+use super::tables::{Tables, check_maps};
+use crate::sys::bpf::{self, LinkTarget};
+
+/// The programs of one data plane.
+pub struct Loader {
+    paths: Paths,
+    objects: ObjectLoader,
+    /// This build's links to guarded netns, by the netns' cookie and the program's name.
+    links: BTreeMap<(u64, &'static str), (Link, OwnedFd)>,
+    /// The loaded objects whose logs nobody follows yet: they own the buffers.
+    unfollowed: Vec<(NetnsCookie, Ebpf)>,
+    logs: Vec<(NetnsCookie, LogFollower)>,
+    /// The data plane was there before this daemon.
+    adopted: bool,
+    lock: Lock,
+}
+
+/// The netns that an object was loaded for; `None`: for the cgroup.
+type NetnsCookie = Option<u64>;
+
+impl Loader {
+    /// Makes a data plane, or adopts the one that is there, and attaches what counts to the cgroup.
+    /// A data plane of another layout stays in force beside a new one until [`Loader::switch`].
+    ///
+    /// # Errors
+    /// When the pins are not what they should be, or the kernel refuses something. Nothing is left
+    /// behind then that was not there before.
+    pub fn start(paths: Paths, lock: Lock, cgroup: &Path) -> Result<(Self, Tables)> {
+        let objects = ObjectLoader::new()?;
+        for remains in [paths.removed(), paths.staging()] {
+            pins::remove_directory(&lock, &remains)?;
+        }
+        let directory = paths.current();
+        let mut loader = Self {
+            adopted: directory.exists(),
+            paths,
+            objects,
+            links: BTreeMap::new(),
+            unfollowed: Vec::new(),
+            logs: Vec::new(),
+            lock,
+        };
+        let (tables, how) = if loader.adopted {
+            check(&directory)?;
+            (loader.attach_to_cgroup(&directory, cgroup)?, "adopted")
+        } else {
+            (loader.make(cgroup)?, "made")
+        };
+        info!("{how} the data plane in {}", directory.display());
+        Ok((loader, tables))
+    }
+
+    /// Builds a data plane aside and puts it in its place whole.
+    fn make(&mut self, cgroup: &Path) -> Result<Tables> {
+        let staging = self.paths.staging();
+        make_directory(&staging)?;
+        let made = self.attach_to_cgroup(&staging, cgroup).and_then(|tables| {
+            pins::rename(&self.lock, &staging, &self.paths.current())?;
+            Ok(tables)
+        });
+        if made.is_ok() {
+            return made;
+        }
+        pins::cleaned_up(made, pins::remove_directory(&self.lock, &staging))
+    }
+
+    fn attach_to_cgroup(&mut self, directory: &Path, cgroup: &Path) -> Result<Tables> {
+        let mut object = self.objects.open(directory, 0)?;
+        let tables = Tables::open(directory)?;
+        let place = format!("the cgroup {}", cgroup.display());
+        let target = File::open(cgroup).with_context(|| format!("cannot open {place}"))?;
+        let metadata = target.metadata();
+        let id = metadata
+            .with_context(|| format!("cannot query {place}"))?
+            .ino();
+        for program in Target::Cgroup.programs() {
+            let link = Link::new(directory, program, id);
+            let loaded = object::load(&mut object, program)?.fd()?;
+            if link.pin.exists() {
+                pins::replace(&self.lock, &link, loaded)?;
+            } else {
+                pins::attach(&self.lock, &link, loaded, &target, &place)?;
+            }
+        }
+        self.unfollowed.push((None, object));
+        for link in links(directory)? {
+            if link.program.hook.target() == Target::Cgroup && link.target != id {
+                pins::remove_link(&self.lock, &link)?;
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Puts this build's programs under every link to a netns that is there. Links of another
+    /// layout become this data plane's, those of netns that are gone are removed, then what is left
+    /// of other layouts. From here on this data plane alone decides.
+    ///
+    /// # Errors
+    /// When the kernel refuses a program, or a pin can't be moved or removed.
+    pub fn switch(&mut self) -> Result<()> {
+        let others = self.others()?;
+        let current = self.paths.current();
+        for directory in others.iter().chain([&current]) {
+            for link in links(directory)? {
+                if let Some(cookie) = link.netns() {
+                    self.take_over(&link, cookie)?;
+                }
+            }
+        }
+        for directory in others {
+            info!(
+                "removing the data plane of another build in {}: this one has its listeners and \
+                 connections",
+                directory.display()
+            );
+            pins::remove_directory(&self.lock, &directory)?;
+        }
+        Ok(())
+    }
+
+    fn take_over(&mut self, from: &Link, cookie: u64) -> Result<()> {
+        let file = pins::open_link(from)?;
+        if pins::is_dead(&file)? {
+            return pins::remove_link(&self.lock, from);
+        }
+        let directory = self.paths.current();
+        let link = from.within(&directory);
+        let elsewhere = from.pin != link.pin;
+        if elsewhere && link.pin.exists() {
+            return pins::finish_move(&self.lock, from, &file, &link.pin);
+        }
+        if self.links.contains_key(&(cookie, link.program.name)) {
+            return Ok(());
+        }
+        let mut object = self.objects.open(&directory, cookie)?;
+        let loaded = object::load(&mut object, link.program)?.fd()?;
+        let file = pins::replace(&self.lock, from, loaded)?;
+        if elsewhere {
+            pins::move_link(&self.lock, &file, &from.pin, &link.pin)?;
+        }
+        self.remember(cookie, link, file);
+        self.unfollowed.push((Some(cookie), object));
+        Ok(())
+    }
+
+    fn remember(&mut self, cookie: u64, link: Link, file: OwnedFd) {
+        self.links.insert((cookie, link.program.name), (link, file));
+    }
+
+    /// Attaches to a netns the programs that aren't yet.
+    ///
+    /// # Errors
+    /// When the kernel refuses one.
+    pub fn guard(&mut self, netns: BorrowedFd<'_>, cookie: u64) -> Result<()> {
+        if self.guards(cookie) {
+            return Ok(());
+        }
+        let directory = self.paths.current();
+        let place = format!("the network namespace with cookie {cookie}");
+        let mut object = self.objects.open(&directory, cookie)?;
+        for program in Target::Netns.programs() {
+            if self.links.contains_key(&(cookie, program.name)) {
+                continue;
+            }
+            let link = Link::new(&directory, program, cookie);
+            let loaded = object::load(&mut object, program)?.fd()?;
+            let file = pins::attach(&self.lock, &link, loaded, netns, &place)?;
+            self.remember(cookie, link, file);
+        }
+        self.unfollowed.push((Some(cookie), object));
+        Ok(())
+    }
+
+    /// Whether all of this build's programs for a netns are attached to it.
+    pub fn guards(&self, cookie: u64) -> bool {
+        Target::Netns
+            .programs()
+            .all(|program| self.links.contains_key(&(cookie, program.name)))
+    }
+
+    /// The guarded netns: cookie, and inode while they live.
+    ///
+    /// # Errors
+    /// When a link can't be queried.
+    pub fn guarded(&self) -> Result<Vec<(u64, Option<u32>)>> {
+        let inode = |((cookie, _), (_, file)): (&(u64, &str), &(Link, OwnedFd))| {
+            let info = bpf::link_info(file).context("cannot query a link")?;
+            Ok(match info.target {
+                LinkTarget::Netns { inode, .. } if inode != 0 => (*cookie, Some(inode)),
+                _ => (*cookie, None),
+            })
+        };
+        let mut found = self.links.iter().map(inode).collect::<Result<Vec<_>>>()?;
+        found.dedup_by_key(|(cookie, _)| *cookie);
+        Ok(found)
+    }
+
+    /// Detaches the programs from every netns that is not wanted.
+    ///
+    /// # Errors
+    /// When a pin can't be removed.
+    pub fn unguard_others(&mut self, wanted: &HashSet<u64>) -> Result<()> {
+        let unwanted = |(cookie, _): &(u64, &str)| !wanted.contains(cookie);
+        let keys: Vec<_> = self.links.keys().copied().filter(unwanted).collect();
+        for key in keys {
+            pins::remove_link(&self.lock, &self.links[&key].0)?;
+            self.links.remove(&key);
+        }
+        self.logs
+            .retain(|(netns, _)| netns.is_none_or(|cookie| wanted.contains(&cookie)));
+        Ok(())
+    }
+
+    /// Passes on what the programs loaded since the last call log. Must be called inside a runtime.
+    pub fn follow_logs(&mut self) {
+        for (netns, object) in self.unfollowed.drain(..) {
+            let follower = events::follow_log(object);
+            self.logs.extend(follower.map(|follower| (netns, follower)));
+        }
+    }
+
+    /// The events of the kernel half. Must be called inside a runtime.
+    ///
+    /// # Errors
+    /// When the ring can't be opened.
+    pub fn events(&self) -> Result<Events> {
+        Events::open(&self.paths.current())
+    }
+
+    /// Takes out of the kernel what this daemon has put there, after a start that failed. One that
+    /// was to take over another build's data plane takes nothing back: that one is in force as
+    /// before, or this one is for the netns whose links it has moved, and the next start goes on.
+    ///
+    /// # Errors
+    /// When a pin can't be removed.
+    pub fn withdraw(&self) -> Result<()> {
+        if self.adopted || !self.others()?.is_empty() {
+            return Ok(());
+        }
+        self.remove()
+    }
+
+    /// Takes everything out of the kernel.
+    ///
+    /// # Errors
+    /// When a pin can't be removed.
+    pub fn remove(&self) -> Result<()> {
+        pins::remove_data_plane(&self.lock, &self.paths)
+    }
+
+    fn others(&self) -> Result<Vec<PathBuf>> {
+        let others = self.paths.others();
+        others.context("cannot list the state directory")
+    }
+}
+
+/// The links that are pinned in a directory.
+fn links(directory: &Path) -> Result<Vec<Link>> {
+    Paths::links(directory).with_context(|| format!("cannot list {}", directory.display()))
+}
+
+/// Compares what is pinned in a directory with what this build expects: the shape of every map, and
+/// of every link what it attaches to what.
+///
+/// # Errors
+/// Names the pin that is missing or different: nothing that this build does not know is ever used.
+fn check(directory: &Path) -> Result<()> {
+    check_maps(directory)?;
+    for link in links(directory)? {
+        pins::open_own_link(&link)?;
+    }
+    Ok(())
+}

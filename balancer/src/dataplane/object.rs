@@ -1,0 +1,157 @@
+//! Loading the kernel half: what it is told of the running kernel, its maps, its programs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use aya::programs::{Program as Loaded, ProgramError};
+use aya::{Ebpf, EbpfLoader};
+use nix::time::{ClockId, clock_gettime};
+use tracing::info;
+
+use super::programs::{PROGRAMS, Program};
+use crate::discover::kernel_offsets;
+use crate::sys::bpffs::DetachedBpffs;
+use crate::sys::clock;
+
+/// The object that `cargo xtask build` made; empty when it was not built.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/balancer.o"));
+
+/// What loads the kernel half, told of the running kernel.
+pub struct ObjectLoader(EbpfLoader<'static>);
+
+impl ObjectLoader {
+    /// Reads from the running kernel what the kernel half must be told. Once for all objects: that
+    /// takes longer than loading one.
+    pub fn new() -> Result<Self> {
+        ensure!(
+            !OBJECT.is_empty(),
+            "this program was built without its kernel half: build it with `cargo xtask build`"
+        );
+        let mut loader = EbpfLoader::new();
+        // Tens of megabytes that nothing in the kernel half is relocated by.
+        loader.btf(None);
+        for (name, value) in constants()? {
+            loader.override_global(name, forever(value), true);
+        }
+        Ok(Self(loader))
+    }
+
+    /// Creates or opens every map in the directory and makes the programs ready to be loaded for a
+    /// netns; 0 for those that are not attached to one.
+    pub fn open(&mut self, directory: &Path, netns: u64) -> Result<Ebpf> {
+        self.open_other(OBJECT, directory, netns)
+    }
+
+    /// As [`Self::open`], with another object than the one that is built in.
+    pub(super) fn open_other(
+        &mut self,
+        object: &[u8],
+        directory: &Path,
+        netns: u64,
+    ) -> Result<Ebpf> {
+        self.0
+            .default_map_pin_directory(directory)
+            .override_global("NETNS", forever(netns), true);
+        self.0.load(object).with_context(|| {
+            format!(
+                "cannot create the maps under {} (is it on a BPF file system? are we root?)",
+                directory.display()
+            )
+        })
+    }
+}
+
+fn constants() -> Result<[(&'static str, u32); 16]> {
+    let hz = clock::jiffies_per_second().context("cannot find out the kernel's tick rate")?;
+    let at = kernel_offsets()?;
+    Ok([
+        ("HZ", hz),
+        ("AT_HALF_OPEN", at.accept_qlen),
+        ("AT_YOUNG", at.accept_young),
+        ("AT_FAST_OPEN", at.fastopen_qlen),
+        ("AT_QUEUE", at.ack_backlog),
+        ("AT_BACKLOG", at.max_ack_backlog),
+        ("AT_OVERFLOW", at.ts_recent_stamp),
+        ("AT_REUSEPORT", at.reuseport_cb),
+        ("AT_GROUP_OVERFLOW", at.synq_overflow_ts),
+        ("AT_NET", at.netns),
+        ("AT_SYNCOOKIES", at.sysctl_tcp_syncookies),
+        ("AT_UID", at.uid),
+        ("AT_V6_ONLY", at.ipv6only),
+        ("V6_ONLY_BIT", at.ipv6only_mask),
+        ("AT_TGID", at.task_tgid),
+        ("AT_PID", at.task_pid),
+    ])
+}
+
+/// The loader borrows its constants: a few bytes for each netns that is ever guarded.
+fn forever<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
+/// Loads one program of an object, and says what that took.
+pub fn load<'a>(object: &'a mut Ebpf, program: &Program) -> Result<&'a Loaded> {
+    let name = program.name;
+    let loaded = object
+        .program_mut(name)
+        .with_context(|| format!("the kernel half has no program `{name}`"))?;
+    let before = processor_time()?;
+    match loaded {
+        Loaded::SkLookup(program) => program.load(),
+        Loaded::SockOps(program) => program.load(),
+        _ => bail!("the program `{name}` of the kernel half has a type that no hook here takes"),
+    }
+    .map_err(|error| rejected(name, &error))?;
+    let took = processor_time()?.saturating_sub(before);
+    let verified = loaded.info().ok();
+    let verified = verified.and_then(|info| info.verified_instruction_count());
+    info!(
+        "loaded {name} in {:.1} ms ({} instructions verified)",
+        took.as_secs_f64() * 1e3,
+        verified.unwrap_or(0)
+    );
+    Ok(loaded)
+}
+
+/// This thread's: a busy machine must not look like a slow load.
+fn processor_time() -> Result<Duration> {
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .context("cannot read the thread's processor time")?;
+    Ok(Duration::from(time))
+}
+
+/// The verifier's log in full: without it nobody can tell what it minded.
+fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
+    match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => anyhow::anyhow!(
+            "the kernel refused the program `{program}`: {io_error}. `balancer doctor` tells \
+             whether a capability is missing (without CAP_PERFMON the verifier takes less) or the \
+             kernel is too old (6.1 is the oldest supported). Anything else is a defect of this \
+             build: please report it with this log of the verifier:\n{verifier_log}"
+        ),
+        other => anyhow::anyhow!("cannot load the program `{program}`: {other}"),
+    }
+}
+
+/// Loads every program and lets go of them: whether this kernel takes them. Nothing is attached, and
+/// the maps are pinned where nobody sees them.
+///
+/// # Errors
+/// When the kernel half is not built in, no BPF file system can be made, or the kernel refuses
+/// something.
+pub fn trial() -> Result<()> {
+    let bpffs = detached_bpffs()?;
+    let mut object = ObjectLoader::new()?.open(bpffs.path(), 0)?;
+    PROGRAMS
+        .iter()
+        .try_for_each(|program| load(&mut object, program).map(drop))
+}
+
+pub(super) fn detached_bpffs() -> Result<DetachedBpffs> {
+    DetachedBpffs::new()
+        .context("cannot make a BPF file system to try the programs in: is CAP_SYS_ADMIN there?")
+}
