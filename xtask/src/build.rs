@@ -18,6 +18,11 @@ pub enum Profile {
 }
 
 impl Profile {
+    /// The optimised one, or the other.
+    pub fn of(release: bool) -> Self {
+        if release { Self::Release } else { Self::Debug }
+    }
+
     /// The directory that cargo builds it into.
     pub fn name(self) -> &'static str {
         match self {
@@ -27,43 +32,51 @@ impl Profile {
     }
 }
 
-/// Builds the kernel half and every host program.
+/// Builds the kernel half and the balancer, and nothing else.
 ///
 /// # Errors
 /// When a compiler fails or there is none for the kernel half.
-pub fn everything(profile: Profile) -> Result<()> {
-    kernel_half(profile)?;
+pub fn product(profile: Profile) -> Result<()> {
+    match profile {
+        Profile::Debug => debug_programs(&[PRODUCT]),
+        Profile::Release => {
+            kernel_half(profile)?;
+            release(&["--package", PRODUCT])
+        }
+    }
+}
+
+/// Builds these programs of the workspace, with the kernel half of the same profile.
+///
+/// The whole workspace is selected, so that dependencies have the same features whatever is built,
+/// and are compiled once.
+///
+/// # Errors
+/// Those of [`product`].
+pub fn debug_programs(names: &[&str]) -> Result<()> {
+    kernel_half(Profile::Debug)?;
     let mut build = cargo("build");
-    if profile == Profile::Release {
-        build.arg("--release");
+    build.arg("--workspace");
+    for name in names {
+        build.args(["--bin", name]);
     }
     command::run(&mut build)
 }
 
-/// Builds the kernel half and the balancer, and nothing of the tests.
+/// Builds the product and the program that measures it, both optimised.
 ///
 /// # Errors
-/// Those of [`everything`].
-pub fn balancer(profile: Profile) -> Result<()> {
-    kernel_half(profile)?;
-    let mut build = cargo("build");
-    build.args(["--package", "balancer", "--bin", "balancer"]);
-    if profile == Profile::Release {
-        build.arg("--release");
-    }
-    command::run(&mut build)
+/// Those of [`product`].
+pub fn measurements() -> Result<()> {
+    product(Profile::Release)?;
+    release(&["--package", "bench"])
 }
 
-/// Says what the kernel half costs: size, the verifier's work, stack and maps, for which its programs are loaded. Where that is not
-/// possible it is said, and no failure: what was built is as good as before.
-///
-/// # Errors
-/// When the program that measures it can't be started.
-pub fn print_cost(profile: Profile) -> Result<()> {
-    let program = places::target()?
-        .join(profile.name())
-        .join("kernel-half-cost");
-    command::run_for_code(Command::new(program).arg(object(profile)?)).map(drop)
+/// The package of the balancer, and its program.
+pub const PRODUCT: &str = "balancer";
+
+fn release(selection: &[&str]) -> Result<()> {
+    command::run(cargo("build").arg("--release").args(selection))
 }
 
 /// Where the kernel half is that [`kernel_half`] built.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::{command, places};
 
 /// Names the version, for the measurements and for the run with real OAPs alike.
-const REQUIREMENTS: &str = "tests/oap/requirements.txt";
+const REQUIREMENTS: &str = "tests/e2e/oap/requirements.txt";
 
 /// Whether it was installed, in the version that is asked for.
 pub fn is_there() -> bool {

@@ -79,12 +79,12 @@ pub fn manifests(check: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// The real helm, built from `tests/kubernetes/helm/go.mod` the first time. That takes minutes.
+/// The real helm, built from `tests/kit/kubernetes/helm/go.mod` the first time. That takes minutes.
 ///
 /// # Errors
 /// When there is no Go, or the build fails.
 pub fn program() -> Result<PathBuf> {
-    let module = places::workspace().join("tests/kubernetes/helm");
+    let module = places::workspace().join("tests/kit/kubernetes/helm");
     let sums = std::fs::read(module.join("go.sum"))
         .with_context(|| format!("cannot read go.sum in {}", module.display()))?;
     let hash = image::hex(&Sha256::digest(&sums)[..8]);

@@ -54,7 +54,7 @@ pub struct Made {
 pub fn make(output: Option<PathBuf>, name: Option<&str>) -> Result<Made> {
     let name = with_tag(name.unwrap_or("localhost/balancer"))?;
     setup::ensure(&[Need::Build])?;
-    build::balancer(Profile::Release)?;
+    build::product(Profile::Release)?;
     let directory = places::target()?.join("image");
     std::fs::create_dir_all(&directory)
         .with_context(|| format!("cannot make {}", directory.display()))?;

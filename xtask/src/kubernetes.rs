@@ -1,4 +1,4 @@
-//! The real Kubernetes that the tests run: all of its programs in one, `kubeall`, built from `tests/kubernetes/programs`.
+//! The real Kubernetes that the tests run: all of its programs in one, `kubeall`, built from `tests/kit/kubernetes/programs`.
 //!
 //! It takes Go and about ten minutes of a processor, once: it is kept in `<target>/kubernetes`. A directory with a packed copy of
 //! what would be built saves even that ([`CACHE`]).
@@ -99,7 +99,7 @@ fn kept() -> Result<PathBuf> {
 }
 
 fn sources() -> PathBuf {
-    places::workspace().join("tests/kubernetes/programs")
+    places::workspace().join("tests/kit/kubernetes/programs")
 }
 
 /// The version of Kubernetes that `go.mod` names: `v1.34.4`.

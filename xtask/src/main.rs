@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+use crate::build::Profile;
 use crate::setup::Need;
 
 /// Set up, build, test and demonstrate the balancer.
@@ -38,9 +39,17 @@ enum Verb {
     ///
     /// Changes nothing when nothing is missing. Without apt-get, or without root, it prints the commands and fails.
     Setup,
-    /// Build the kernel half, then everything else, and say what the kernel half costs the kernel.
+    /// Build the kernel half, then the balancer, which embeds it.
     Build {
         /// An optimised build, without log lines from the kernel programs.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Say what the kernel half costs the kernel: size, the verifier's work, stack and maps. Needs root.
+    ///
+    /// Its programs are loaded for that, and attached to nothing.
+    Cost {
+        /// Of the kernel half without log lines, which an optimised build has.
         #[arg(long)]
         release: bool,
     },
@@ -116,10 +125,10 @@ enum Verb {
         /// Fetch these kernels anew.
         #[arg(long)]
         refresh: bool,
-        /// Run one test of each thing, which takes two or three minutes a kernel: those in tests/vm/quick.
+        /// Run one test of each thing, which takes two or three minutes a kernel: those in tests/kernel/vm/quick.
         #[arg(long, conflicts_with = "arguments")]
         quick: bool,
-        /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given, those in tests/vm/default.
+        /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given, those in tests/kernel/vm/default.
         #[arg(last = true)]
         arguments: Vec<String>,
     },
@@ -168,15 +177,10 @@ fn run(verb: Verb) -> Result<ExitCode> {
         }
         Verb::Build { release } => {
             setup::ensure(&[Need::Build])?;
-            let profile = if release {
-                build::Profile::Release
-            } else {
-                build::Profile::Debug
-            };
-            build::everything(profile)?;
-            build::print_cost(profile)?;
+            build::product(Profile::of(release))?;
             Ok(ExitCode::SUCCESS)
         }
+        Verb::Cost { release } => verbs::cost(Profile::of(release)),
         Verb::Lint => verbs::lint(),
         Verb::Test { long, arguments } => verbs::test(long, &with_leading_dashes(arguments)),
         Verb::Fuzz {

@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 
-use crate::build::{self, Profile};
+use crate::build::{self, PRODUCT, Profile};
 use crate::setup::{self, Need};
 use crate::{command, fuzz, helm, image, kubernetes, machine, places};
 
@@ -39,6 +39,9 @@ const KUBEALL: &str = "BALANCER_KUBEALL";
 /// The package of the tests on the running kernel and on Kubernetes.
 const TESTS: &str = "balancer-tests";
 
+/// What these tests start, beside Kubernetes.
+pub const TEST_PROGRAMS: [&str; 4] = [PRODUCT, "kill-before", "kernel-half-cost", "standin-oap"];
+
 /// All tests; `long`: those that are shortened otherwise at their full length.
 pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
@@ -50,12 +53,12 @@ pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     let some_packages = to_cargo.iter().any(|argument| names_a_package(argument));
     // Tests bound what either kernel half costs the kernel.
     build::kernel_half(Profile::Release)?;
+    build::debug_programs(&TEST_PROGRAMS)?;
     let mut test = build::cargo("test");
     if !some_packages || to_cargo.iter().any(|argument| argument.contains(TESTS)) {
         setup::ensure(&[Need::Kubernetes, Need::Cluster])?;
         test.env(KUBEALL, kubernetes::program()?);
     }
-    build::everything(Profile::Debug)?;
     if long {
         test.env(LONG, "1");
     }
@@ -73,15 +76,24 @@ fn names_a_package(argument: &str) -> bool {
 /// `balancer` itself.
 pub fn run(arguments: &[String]) -> Result<ExitCode> {
     setup::ensure(&[Need::Build])?;
-    build::everything(Profile::Debug)?;
-    become_program(Profile::Debug, "balancer", arguments)
+    build::product(Profile::Debug)?;
+    become_program(Profile::Debug, PRODUCT, arguments)
+}
+
+/// What the kernel half costs.
+pub fn cost(profile: Profile) -> Result<ExitCode> {
+    setup::ensure(&[Need::Build])?;
+    build::kernel_half(profile)?;
+    build::debug_programs(&["kernel-half-cost"])?;
+    let object = build::object(profile)?.display().to_string();
+    become_program(Profile::Debug, "kernel-half-cost", &[object])
 }
 
 /// The demonstration.
 pub fn demo() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
-    build::everything(Profile::Debug)?;
+    build::debug_programs(&[PRODUCT, "standin-oap", "demo"])?;
     become_program(Profile::Debug, "demo", &[])
 }
 
@@ -89,7 +101,7 @@ pub fn demo() -> Result<ExitCode> {
 pub fn end_to_end_oap() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::RealOap])?;
-    build::everything(Profile::Debug)?;
+    build::debug_programs(&[PRODUCT, "e2e-oap"])?;
     become_program(Profile::Debug, "e2e-oap", &[])
 }
 
@@ -97,7 +109,7 @@ pub fn end_to_end_oap() -> Result<ExitCode> {
 pub fn bench(arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::Bench])?;
-    build::everything(Profile::Release)?;
+    build::measurements()?;
     become_program(Profile::Release, "bench", arguments)
 }
 
@@ -111,7 +123,7 @@ pub fn end_to_end_kubernetes(real_oap: bool, keep: bool) -> Result<ExitCode> {
     let kubernetes = kubernetes::program()?;
     let helm = helm::program()?;
     let image = image::make(None, None)?;
-    build::everything(Profile::Debug)?;
+    build::debug_programs(&[PRODUCT, "standin-oap", "standin-client", "e2e-k8s"])?;
     let program = places::target()?.join("debug/e2e-k8s");
     let mut play = Command::new(&program);
     play.env(KUBEALL, kubernetes)

@@ -17,8 +17,8 @@ use crate::{command, places};
 const MODULES: [&str; 4] = ["inet_diag", "tcp_diag", "udp_diag", "veth"];
 /// Programs that the tests start, of this machine.
 const TOOLS: [&str; 2] = ["ip", "ss"];
-/// Programs of ours that the tests start, beside their own.
-const PROGRAMS: [&str; 3] = ["balancer", "kill-before", "kernel-half-cost"];
+/// Programs of ours that the tests start. Those that need a Kubernetes do not run there.
+pub const PROGRAMS: [&str; 3] = ["balancer", "kill-before", "kernel-half-cost"];
 /// Where busybox must not put a program of its own over one of this machine.
 const REAL: &str = "usr/bin";
 
@@ -73,7 +73,7 @@ impl Tree {
     /// The layout of the target directory is kept: the tests look for programs beside themselves.
     fn programs(&self, test: &Path) -> Result<()> {
         let target = places::target()?;
-        let vm = places::workspace().join("tests/vm");
+        let vm = places::workspace().join("tests/kernel/vm");
         self.copy(&vm.join("init"), "init")?;
         self.copy(&vm.join("unsupported"), "bin/unsupported")?;
         self.copy(&tool("busybox")?, "bin/busybox")?;

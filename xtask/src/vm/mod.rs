@@ -87,7 +87,7 @@ pub struct Options {
     pub refresh: bool,
     /// Run only one test of each thing.
     pub quick: bool,
-    /// Arguments of the test program, a filter mostly; none: those in `tests/vm/default` or `tests/vm/quick`.
+    /// Arguments of the test program, a filter mostly; none: those in `tests/kernel/vm/default` or `tests/kernel/vm/quick`.
     pub arguments: Vec<String>,
 }
 
@@ -110,7 +110,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         })
         .collect::<Result<_>>()?;
     build::kernel_half(Profile::Release)?;
-    build::everything(Profile::Debug)?;
+    build::debug_programs(&initramfs::PROGRAMS)?;
     let test = test_program()?;
     let mut reports = Vec::new();
     for (kernel, files) in options.kernels.iter().zip(&kernels) {
@@ -135,7 +135,7 @@ fn arguments(kernel: &Kernel, options: &Options) -> Result<Vec<String>> {
         return Ok(options.arguments.clone());
     }
     let list = if options.quick { "quick" } else { "default" };
-    let path = places::workspace().join("tests/vm").join(list);
+    let path = places::workspace().join("tests/kernel/vm").join(list);
     let text = std::fs::read_to_string(&path)
         .with_context(|| format!("cannot read {}", path.display()))?;
     let lines = text.lines().map(str::trim);
@@ -148,7 +148,7 @@ fn arguments(kernel: &Kernel, options: &Options) -> Result<Vec<String>> {
 /// Builds the integration tests and says where their program is.
 fn test_program() -> Result<PathBuf> {
     let mut build = build::cargo("test");
-    build.args(["--package", "balancer-tests", "--test", "kernel"]);
+    build.args(["--workspace", "--test", "kernel"]);
     build.args(["--no-run", "--message-format", "json"]);
     build.stderr(std::process::Stdio::inherit());
     let messages = command::output(&mut build).context("the tests do not compile")?;

@@ -1,0 +1,155 @@
+//! The balancer's pods, and what they say.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+use testkit::fixtures::Status;
+
+use crate::lab::Lab;
+use crate::layout::{RELEASE, SYSTEM};
+use crate::oaps::{is_ready, text};
+
+/// A pod that is not being ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Agent {
+    pub name: String,
+    pub uid: String,
+    pub node: String,
+    pub ready: bool,
+    pub restarts: u64,
+}
+
+/// How an agent is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// With `kubectl exec`, as people do.
+    Exec,
+    /// With a program on its node, which works without an API server.
+    OnNode,
+}
+
+/// What `status --cluster` says, as far as it is looked at.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Cluster {
+    pub node: String,
+    pub complete: bool,
+    pub silent_seconds: u64,
+    pub problems: Vec<String>,
+    pub groups: Vec<Group>,
+}
+
+/// The backends of one Service.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Group {
+    pub entry: String,
+    pub service: Named,
+    pub port: u16,
+    pub sentence: String,
+    pub backends: Vec<Backend>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub struct Named {
+    pub namespace: String,
+    pub name: String,
+}
+
+/// A pod on any node.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Backend {
+    pub pod: Named,
+    pub terminating: bool,
+    pub established: Option<u32>,
+    pub exempt: Option<u32>,
+    pub quota: Option<u32>,
+}
+
+/// The agents on nodes that run, by node.
+///
+/// # Errors
+/// When the API server does not answer.
+pub fn look(lab: &Lab) -> Result<BTreeMap<String, Agent>> {
+    let instance = format!("app.kubernetes.io/instance={RELEASE}");
+    let list = lab.get(&["pods", "-n", SYSTEM, "-l", &instance])?;
+    let items = list["items"].as_array().context("a list has items")?;
+    let mut agents = BTreeMap::new();
+    for pod in items {
+        let node = text(&pod["spec"]["nodeName"])?;
+        if !pod["metadata"]["deletionTimestamp"].is_null() || !lab.cluster.runs(&node) {
+            continue;
+        }
+        let container = &pod["status"]["containerStatuses"][0];
+        let agent = Agent {
+            name: text(&pod["metadata"]["name"])?,
+            uid: text(&pod["metadata"]["uid"])?,
+            node: node.clone(),
+            ready: is_ready(pod),
+            restarts: container["restartCount"].as_u64().unwrap_or(0),
+        };
+        agents.insert(node, agent);
+    }
+    Ok(agents)
+}
+
+impl Agent {
+    /// Asks it.
+    ///
+    /// # Errors
+    /// With what it complains about.
+    pub fn ask(&self, lab: &Lab, way: Way, arguments: &[&str]) -> Result<String> {
+        match way {
+            Way::Exec => {
+                let exec = ["exec", "-n", SYSTEM, &self.name, "--", "balancer"];
+                lab.kubectl(&[&exec[..], arguments].concat())
+            }
+            Way::OnNode => lab.balancer(&self.node, arguments),
+        }
+    }
+
+    /// `balancer status`
+    ///
+    /// # Errors
+    /// With what it complains about.
+    pub fn status(&self, lab: &Lab, way: Way) -> Result<Status> {
+        let text = self.ask(lab, way, &["status", "-o", "json"])?;
+        serde_json::from_str(&text).with_context(|| format!("cannot read this status: {text}"))
+    }
+
+    /// `balancer status --cluster`
+    ///
+    /// # Errors
+    /// With what it complains about, and when it knows of another group than that of the OAPs.
+    pub fn cluster(&self, lab: &Lab, way: Way) -> Result<Cluster> {
+        let text = self.ask(lab, way, &["status", "--cluster", "-o", "json"])?;
+        let cluster: Cluster = serde_json::from_str(&text)
+            .with_context(|| format!("cannot read this status: {text}"))?;
+        ensure!(
+            cluster.groups.len() < 2 && cluster.node == self.node,
+            "it is not of {}, or of several groups: {text}",
+            self.node
+        );
+        Ok(cluster)
+    }
+
+    /// What it has logged; `options` are those of `kubectl logs`.
+    ///
+    /// # Errors
+    /// When there is no API server.
+    pub fn log(&self, lab: &Lab, options: &[&str]) -> Result<String> {
+        lab.kubectl(&[&["logs", "-n", SYSTEM, &self.name], options].concat())
+    }
+}
+
+impl Cluster {
+    /// The group of the OAPs.
+    ///
+    /// # Errors
+    /// When it is not known yet.
+    pub fn group(&self) -> Result<&Group> {
+        let node = &self.node;
+        self.groups
+            .first()
+            .with_context(|| format!("{node} knows of no OAPs yet"))
+    }
+}

@@ -1,0 +1,180 @@
+//! The clients, in pods and outside of the cluster, and what they have seen.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use standin::{self, Tally};
+use testkit::fixtures::{binary, process};
+
+use crate::lab::Lab;
+use crate::layout::{ANSWERS, OUTSIDE, PORT, SERVICE, SHOP};
+use crate::oaps::text;
+
+/// All clients.
+pub struct Clients {
+    pods: Vec<Pod>,
+    outside: Option<Outside>,
+}
+
+struct Pod {
+    node: String,
+    address: SocketAddr,
+}
+
+/// What clients had seen at some moment.
+pub struct Mark {
+    since: u64,
+    before: Tally,
+}
+
+impl Clients {
+    /// Those in pods, which must run.
+    ///
+    /// # Errors
+    /// When one does not.
+    pub fn in_pods(lab: &Lab) -> Result<Self> {
+        let list = lab.get(&["pods", "-n", SHOP, "-l", "app=shop"])?;
+        let pods = list["items"].as_array().context("a list has items")?;
+        let pods = pods.iter().map(|pod| {
+            Ok(Pod {
+                node: text(&pod["spec"]["nodeName"])?,
+                address: format!("{}:{ANSWERS}", text(&pod["status"]["podIP"])?).parse()?,
+            })
+        });
+        Ok(Self {
+            pods: pods.collect::<Result<_>>()?,
+            outside: None,
+        })
+    }
+
+    /// Starts those outside.
+    ///
+    /// # Errors
+    /// When the program can't be started.
+    pub fn start_outside(&mut self, lab: &Lab) -> Result<()> {
+        self.outside = Some(Outside::start(lab)?);
+        Ok(())
+    }
+
+    /// Ends those outside.
+    pub fn end_outside(&mut self) {
+        self.outside = None;
+    }
+
+    /// Forgets those on a node.
+    pub fn forget(&mut self, node: &str) {
+        self.pods.retain(|pod| pod.node != node);
+    }
+
+    /// What all have seen.
+    ///
+    /// # Errors
+    /// When one does not answer.
+    pub fn tally(&self, lab: &Lab) -> Result<Tally> {
+        self.ask(lab, "tell")
+    }
+
+    /// Tells all to close their connections and open new ones within a time.
+    ///
+    /// # Errors
+    /// When one does not answer.
+    pub fn reconnect(&self, lab: &Lab, within: Duration) -> Result<()> {
+        self.ask(lab, &format!("reconnect {}", within.as_millis()))
+            .map(drop)
+    }
+
+    /// What they have seen until now.
+    ///
+    /// # Errors
+    /// When one does not answer.
+    pub fn mark(&self, lab: &Lab) -> Result<Mark> {
+        Ok(Mark {
+            since: standin::now(),
+            before: self.tally(lab)?,
+        })
+    }
+
+    fn ask(&self, lab: &Lab, question: &str) -> Result<Tally> {
+        let mut all = Tally::default();
+        let outside = self.outside.iter().map(|_| Outside::answers());
+        let addresses: Vec<_> = self
+            .pods
+            .iter()
+            .map(|pod| pod.address)
+            .chain(outside)
+            .collect();
+        lab.cluster.outside().run(|| {
+            for address in addresses {
+                let tally = standin::ask(address, question)
+                    .with_context(|| format!("the clients at {address} do not answer"))?;
+                all.add(&tally);
+            }
+            Ok(all)
+        })
+    }
+}
+
+impl Mark {
+    /// Connections that were lost since.
+    pub fn lost(&self, now: &Tally) -> u64 {
+        now.lost() - self.before.lost()
+    }
+
+    /// Connects that were refused since.
+    pub fn refused(&self, now: &Tally) -> u64 {
+        now.refused - self.before.refused
+    }
+
+    /// Connects since that nothing answered.
+    pub fn timed_out(&self, now: &Tally) -> u64 {
+        now.timed_out - self.before.timed_out
+    }
+
+    /// Connects since that failed in another way, the first call on the connection included.
+    pub fn failed(&self, now: &Tally) -> u64 {
+        now.failed - self.before.failed
+    }
+
+    /// How long a client was without a connection since, at most.
+    pub fn longest_outage(&self, now: &Tally) -> Duration {
+        now.longest_outage(self.since, standin::now())
+    }
+}
+
+/// The clients outside, one process.
+struct Outside {
+    child: Child,
+}
+
+impl Outside {
+    fn start(lab: &Lab) -> Result<Self> {
+        let mut client = Command::new(binary().with_file_name("standin-client"));
+        client
+            .arg(format!("--to={SERVICE}:{PORT}"))
+            .arg(format!("--connections={OUTSIDE}"))
+            .arg(format!("--answer={}", Self::answers()))
+            .arg("--until-stdin-ends")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null());
+        let spawn = || -> io::Result<Child> { process::spawn(&mut client) };
+        let child = lab.cluster.outside().run(spawn);
+        Ok(Self {
+            child: child.context("cannot start standin-client")?,
+        })
+    }
+
+    fn answers() -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, ANSWERS).into()
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        // Both fail only where it has ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,84 @@
+//! `SkyWalking` agents that make numbered segments.
+
+use anyhow::Result;
+use e2e::oap::cache::{Cache, asset};
+use testkit::scenario::process::{Process, command};
+
+use crate::cluster::java;
+use crate::layout::{AGENTS, VIRTUAL};
+
+const HEAP_MEGABYTES: u32 = 64;
+
+/// In which language an agent is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `SkyWalking` Java agent.
+    Java,
+    /// `SkyWalking` Python agent.
+    Python,
+}
+
+/// A running application with its agent.
+pub struct Agent {
+    name: String,
+    process: Process,
+}
+
+impl Agent {
+    /// Starts one that connects through the balancer. Its service is called `java-NUMBER` or `python-NUMBER`.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn start(cache: &Cache, kind: Kind, number: usize) -> Result<Self> {
+        let collector = format!("{VIRTUAL}:{}", AGENTS.port);
+        let (name, command) = match kind {
+            Kind::Java => {
+                let name = format!("java-{number}");
+                let mut java = java(HEAP_MEGABYTES, &cache.java_application().to_string_lossy());
+                java.arg(format!("-javaagent:{}", cache.java_agent().display()));
+                java.arg(format!("-Dskywalking.agent.service_name={name}"));
+                java.arg(format!("-Dskywalking.agent.instance_name={name}"));
+                java.arg(format!(
+                    "-Dskywalking.collector.backend_service={collector}"
+                ));
+                java.arg("balancer.e2e.IdleApp");
+                (name, java)
+            }
+            Kind::Python => {
+                let name = format!("python-{number}");
+                let mut python = command(cache.python_program("python3"));
+                python.arg(asset("python_agent.py"));
+                python.args([&name, &collector]);
+                (name, python)
+            }
+        };
+        let process = Process::start(&name, &cache.logs(), command)?;
+        Ok(Self { name, process })
+    }
+
+    /// The name of its service; its segments are called `NAME-N`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its process id.
+    pub fn process(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// The number of the last segment that it has made.
+    pub fn made(&self) -> Option<u32> {
+        let log = self.process.log();
+        log.lines()
+            .rev()
+            .find_map(|line| line.strip_prefix("made ")?.parse().ok())
+    }
+
+    /// Fails if it has ended.
+    ///
+    /// # Errors
+    /// Then.
+    pub fn check(&mut self) -> Result<()> {
+        self.process.check()
+    }
+}

@@ -1,0 +1,4 @@
+//! What the runs with real `SkyWalking` have in common.
+#![forbid(unsafe_code)]
+
+pub mod oap;

@@ -1,0 +1,361 @@
+//! Bad files: one clear error with the line, exit code 1, and nothing changed in the kernel.
+
+use testkit::fixtures::tcp::{self, Listen};
+use testkit::fixtures::{Balancer, Machine};
+
+use crate::support::{agents, agree, farm, own_port, virtual_port};
+
+struct Bad {
+    yaml: &'static str,
+    /// Where, if a line can be named.
+    line: Option<u32>,
+    /// What the error must name.
+    words: &'static [&'static str],
+}
+
+const BAD: &[Bad] = &[
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    polixy: round-robin\n",
+        line: Some(4),
+        words: &["polixy"],
+    },
+    Bad {
+        yaml: "servizes: []\n",
+        line: Some(1),
+        words: &["servizes"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    port: 11801\n",
+        line: Some(4),
+        words: &["port"],
+    },
+    Bad {
+        yaml: "services:\n  - {name: a, port: 11800}\n  - {name: b, port: 11800}\n",
+        line: Some(3),
+        words: &["11800", "a"],
+    },
+    Bad {
+        yaml: "services:\n  - {name: a, port: 11800, address: 10.0.0.9}\n  - {name: b, port: 11800, address: 10.0.0.9}\n",
+        line: Some(3),
+        words: &["10.0.0.9"],
+    },
+    Bad {
+        yaml: "services:\n  - {name: a, port: 11800}\n  - {name: a, port: 11801}\n",
+        line: Some(3),
+        words: &["a"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 0\n",
+        line: Some(3),
+        words: &["port", "0"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 70000\n",
+        line: Some(3),
+        words: &["70000"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      per_backend: 0\n",
+        line: Some(5),
+        words: &["per_backend", "0"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      clients: 10\n      headroom: -5\n",
+        line: Some(6),
+        words: &["headroom", "-5"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      clients: 10\n      headroom: lots\n",
+        line: Some(6),
+        words: &["headroom", "lots"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      per_backend: 10\n      clients: 10\n",
+        line: Some(6),
+        words: &["per_backend"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    policy: fastest\n",
+        line: Some(4),
+        words: &["fastest"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: [\"127.0.0.1\"]\n",
+        line: Some(4),
+        words: &["127.0.0.1"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: [\"oap.example:11800\"]\n",
+        line: Some(4),
+        words: &["oap.example:11800"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: [\"127.0.0.1:21000\", \"127.0.0.1:21000\"]\n",
+        line: Some(4),
+        words: &["127.0.0.1:21000"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    backends:\n      - {address: \"127.0.0.1:21000\", weight: 0}\n",
+        line: Some(5),
+        words: &["weight"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: []\n",
+        line: Some(4),
+        words: &["backends"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\n    exempt: [10.0.0.0/33]\n",
+        line: Some(4),
+        words: &["10.0.0.0/33"],
+    },
+    Bad {
+        yaml: "services:\n  - name: agents\n    port: 11800\nfail_open_after: soon\n",
+        line: Some(4),
+        words: &["soon"],
+    },
+    Bad {
+        yaml: "services:\n  - name: [\n",
+        line: None,
+        words: &[],
+    },
+    Bad {
+        yaml: "services: []\n",
+        line: None,
+        words: &["services"],
+    },
+    Bad {
+        yaml: "",
+        line: None,
+        words: &[],
+    },
+    Bad {
+        yaml: "\0\u{1}\u{2}",
+        line: None,
+        words: &[],
+    },
+];
+
+/// One error, with what is wrong and where.
+fn check(bad: &Bad, said: &str) {
+    for word in bad.words {
+        assert!(
+            said.contains(word),
+            "{:?} is not named for\n{}\nin:\n{said}",
+            word,
+            bad.yaml
+        );
+    }
+    if let Some(line) = bad.line {
+        let named = said.contains(&format!(":{line}:")) || said.contains(&format!("line {line}"));
+        assert!(
+            named,
+            "line {line} is not named for\n{}\nin:\n{said}",
+            bad.yaml
+        );
+    }
+    assert!(!said.contains("panicked"), "{said}");
+}
+
+#[test]
+fn a_bad_file_ends_the_daemon_before_it_changes_anything() {
+    Machine::with(|machine| {
+        for bad in BAD {
+            let balancer = Balancer::prepare(machine, bad.yaml);
+            let finished = run(&balancer);
+            assert_eq!(finished.0, 1, "for\n{}\n{}", bad.yaml, finished.1);
+            check(bad, &finished.1);
+            assert!(
+                !balancer.state().exists(),
+                "state was made for\n{}",
+                bad.yaml
+            );
+            assert!(
+                !balancer.socket().exists(),
+                "a socket was made for\n{}",
+                bad.yaml
+            );
+        }
+    });
+}
+
+/// `balancer run` to its end, which must come by itself: its exit code and what it said.
+fn run(balancer: &Balancer) -> (i32, String) {
+    let config = balancer.config();
+    let finished = balancer.verb(&["run", "--config", config.to_str().expect("a UTF-8 path")]);
+    (finished.code, finished.stderr)
+}
+
+#[test]
+fn files_that_cannot_be_read_are_named() {
+    Machine::with(|machine| {
+        let balancer = Balancer::prepare(machine, "");
+        let config = balancer.config();
+        let name = config.to_str().expect("a UTF-8 path");
+        let expect = |why: &str| {
+            let (code, said) = run(&balancer);
+            assert_eq!(code, 1, "{why}: {said}");
+            assert!(
+                said.contains(name),
+                "{why}: the file is not named in {said}"
+            );
+            assert!(!balancer.state().exists());
+        };
+        std::fs::remove_file(&config).expect("removed");
+        expect("missing");
+        std::fs::create_dir(&config).expect("made");
+        expect("a directory");
+        std::fs::remove_dir(&config).expect("removed");
+        balancer.configure(&format!(
+            "# {}\n{}",
+            "x".repeat(10 << 20),
+            own_port("round-robin", &[])
+        ));
+        expect("10 MB");
+        std::fs::write(&config, b"services: \xff\xfe").expect("written");
+        expect("not UTF-8");
+    });
+}
+
+#[test]
+fn a_bad_file_at_a_reload_leaves_the_old_one_in_force() {
+    Machine::with(|machine| {
+        let good = virtual_port("least-connections", 2, &["quota: {per_backend: 4}"]);
+        let balancer = Balancer::start(machine, &good);
+        let mut listeners = farm(2);
+        let mut clients = tcp::connect_many(agents(), 3);
+        for (round, bad) in BAD.iter().enumerate() {
+            balancer.configure(bad.yaml);
+            let already = balancer.logs().matches("ERROR").count();
+            balancer.reload();
+            balancer.wait_for_log("ERROR", already);
+            if let Some(word) = bad.words.first() {
+                let logs = balancer.logs();
+                let last = logs.rsplit("ERROR").next().unwrap_or_default();
+                assert!(
+                    last.contains(word),
+                    "round {round}: {word:?} is not named in {last}"
+                );
+            }
+        }
+        clients.extend(tcp::connect_many(agents(), 10));
+        assert_eq!(agree(&balancer, &mut listeners), [4, 4]);
+        // A good one is taken.
+        balancer.configure(&virtual_port(
+            "least-connections",
+            2,
+            &["quota: {per_backend: 6}"],
+        ));
+        balancer.reload();
+        balancer.eventually(|service| {
+            anyhow::ensure!(
+                service
+                    .backends
+                    .iter()
+                    .all(|backend| backend.quota == Some(6))
+            );
+            Ok(())
+        });
+        clients.extend(tcp::connect_many(agents(), 10));
+        assert_eq!(agree(&balancer, &mut listeners), [6, 6]);
+    });
+}
+
+#[test]
+fn a_reload_can_change_everything_about_a_service() {
+    Machine::with(|machine| {
+        let balancer = Balancer::start(
+            machine,
+            &own_port("least-connections", &["quota: {per_backend: 2}"]),
+        );
+        let mut own = Listen::on(&agents()).open();
+        let _clients = tcp::connect_many(agents(), 5);
+        assert_eq!(own.accept_all(), 2);
+        balancer.configure(&virtual_port("round-robin", 2, &["exempt: [127.0.9.0/24]"]));
+        balancer.reload();
+        balancer.wait_for_log("reloaded", 0);
+        let mut listeners = farm(2);
+        let more = tcp::connect_many(agents(), 10);
+        assert_eq!((more.len(), own.accept_all()), (10, 0));
+        assert_eq!(crate::support::loads(&mut listeners), [5, 5]);
+        // And to another port: the old one is the kernel's again.
+        balancer.configure("services: [{name: agents, port: 11900, policy: source-hash}]\n");
+        balancer.reload();
+        balancer.wait_for_log("reloaded", 1);
+        assert_eq!(balancer.service().port, 11900);
+        let _direct = tcp::connect(agents()).connected();
+        assert_eq!(own.accept_all(), 1);
+    });
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_turned_away() {
+    Machine::with(|machine| {
+        let balancer = Balancer::start(
+            machine,
+            &virtual_port("least-connections", 1, &["quota: {per_backend: 3}"]),
+        );
+        let (code, said) = run(&balancer);
+        assert_eq!(code, 1, "{said}");
+        let pid = balancer.pid().to_string();
+        assert!(
+            said.contains(&pid),
+            "the holder {pid} is not named in {said}"
+        );
+        let mut listeners = farm(1);
+        assert_eq!(tcp::connect_many(agents(), 5).len(), 3);
+        agree(&balancer, &mut listeners);
+    });
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    Machine::with(|machine| {
+        let balancer = Balancer::prepare(machine, "");
+        for arguments in [
+            &["run"][..],
+            &["dance"],
+            &["quota", "set", "agents"],
+            &["quota", "set", "agents", "many"],
+            &["explain", "--from", "me", "--to", "11800"],
+        ] {
+            let finished = balancer.verb(arguments);
+            assert_eq!(finished.code, 2, "{arguments:?}: {}", finished.stderr);
+        }
+    });
+}
+
+#[test]
+fn verbs_without_anything_loaded_say_so() {
+    Machine::with(|machine| {
+        let balancer = Balancer::prepare(machine, "");
+        for arguments in [
+            &["status"][..],
+            &["quota", "show"],
+            &["quota", "set", "agents", "5"],
+            &["explain", "--from", "127.0.0.1", "--to", "11800"],
+        ] {
+            let finished = balancer.verb(arguments);
+            assert_eq!(finished.code, 1, "{arguments:?}: {}", finished.stdout);
+            assert!(!finished.stderr.is_empty(), "{arguments:?}");
+        }
+        // Nothing to take out is no failure.
+        assert_eq!(balancer.verb(&["unload"]).code, 0);
+        assert!(!balancer.state().exists());
+    });
+}
+
+#[test]
+fn quotas_of_what_does_not_exist_are_errors() {
+    Machine::with(|machine| {
+        let balancer = Balancer::start(machine, &virtual_port("least-connections", 1, &[]));
+        for arguments in [
+            &["quota", "set", "nobody", "5"][..],
+            &["quota", "set", "agents", "5", "--slot", "77"],
+            &["quota", "clear", "nobody"],
+        ] {
+            let finished = balancer.verb(arguments);
+            assert_eq!(finished.code, 1, "{arguments:?}: {}", finished.stderr);
+        }
+    });
+}

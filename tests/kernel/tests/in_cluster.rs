@@ -1,0 +1,740 @@
+//! The daemon in a cluster: a real API server, and nodes and pods that the test writes; the pods' namespaces and connections are real.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{self, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde_json::{Value, json};
+use testkit::fixtures::tcp::{self, Listen, Listener};
+use testkit::fixtures::{
+    Balancer, Machine, Netns, Signal, binary, eventually, long, process, remains,
+};
+use testkit::kubernetes::objects::{self, Endpoint};
+use testkit::kubernetes::{ApiServer, Kubectl};
+
+const SETTLES_WITHIN: Duration = Duration::from_secs(40);
+const PORT: u16 = 11800;
+/// Where the balancer's own objects are.
+const HOME: &str = "balancer-system";
+/// What the OAPs are in.
+const SHOP: &str = "skywalking";
+/// The node that the daemon under test is on.
+const NODE: &str = "node1";
+
+/// An API server, and pods of this node that listen.
+struct Cluster<'a> {
+    machine: &'a Machine,
+    api: ApiServer,
+}
+
+/// A pod of this node: its namespace, and its OAP.
+struct Pod {
+    name: String,
+    address: String,
+    netns: Netns,
+    _resident: Resident,
+}
+
+/// A thread that lives in a namespace, as a pod's processes do.
+struct Resident(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Resident {
+    fn of(netns: &Netns) -> Self {
+        let (leave, left) = mpsc::channel::<()>();
+        let (arrive, arrived) = mpsc::channel();
+        let netns = netns.share();
+        let thread = thread::spawn(move || {
+            netns.enter();
+            let _ = arrive.send(());
+            let _ = left.recv();
+        });
+        arrived.recv().expect("the thread enters the namespace");
+        Self(Some((leave, thread)))
+    }
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        if let Some((leave, thread)) = self.0.take() {
+            drop(leave);
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<'a> Cluster<'a> {
+    fn start(machine: &'a Machine) -> Self {
+        let api = ApiServer::start(&machine.netns);
+        api.admin().apply(&objects::list(&[
+            objects::namespace(HOME),
+            objects::namespace(SHOP),
+            objects::node(NODE),
+            objects::node("node2"),
+            objects::service_account(HOME, "balancer"),
+            service(),
+        ]));
+        api.admin().apply(&rights());
+        Self { machine, api }
+    }
+
+    /// A daemon with this quota, under the balancer's own service account.
+    fn balancer(&self, quota: &str) -> Balancer<'a> {
+        self.balancer_as(&self.api.account(HOME, "balancer"), quota)
+    }
+
+    fn balancer_as(&self, account: &Kubectl, quota: &str) -> Balancer<'a> {
+        let kubeconfig = account.kubeconfig().to_str().expect("UTF-8").to_owned();
+        Balancer::prepare(self.machine, &config(quota)).with_environment(&[
+            ("KUBECONFIG", &kubeconfig),
+            ("NODE_NAME", NODE),
+            ("POD_NAME", "balancer-x"),
+            ("POD_NAMESPACE", HOME),
+            ("NODE_IP", "10.89.0.11"),
+        ])
+    }
+
+    /// A pod's network, beside those with other numbers.
+    fn pod(&self, number: u8) -> Pod {
+        let netns = Netns::new();
+        let peer = format!("pod{number}");
+        let host = &self.machine.netns;
+        host.ip(&format!(
+            "link add {peer} type veth peer name eth0 netns {}",
+            netns.path().display()
+        ));
+        host.ip(&format!("link set {peer} up"));
+        host.ip(&format!("address add 10.244.1.1/32 dev {peer}"));
+        let address = format!("10.244.1.{number}");
+        host.ip(&format!("route add {address}/32 dev {peer} src 10.244.1.1"));
+        netns.ip(&format!("address add {address}/24 dev eth0"));
+        netns.ip("link set eth0 up");
+        Pod {
+            name: format!("oap-{number}"),
+            address,
+            _resident: Resident::of(&netns),
+            netns,
+        }
+    }
+
+    /// Writes which pods serve the Service.
+    fn serve(&self, endpoints: &[Endpoint]) {
+        let mut slice = objects::endpoint_slice(SHOP, "oap-1", "oap", &[("grpc", PORT)], endpoints);
+        for endpoint in slice["endpoints"].as_array_mut().expect("a list") {
+            let name = endpoint["targetRef"]["name"]
+                .as_str()
+                .expect("a name")
+                .to_owned();
+            endpoint["targetRef"]["uid"] = json!(uid(&name));
+        }
+        self.api.admin().apply(&slice);
+    }
+
+    /// What another node's daemon would write.
+    fn publish(&self, node: &str, pods: &[(&str, u32)]) {
+        let backends: Vec<Value> = pods
+            .iter()
+            .map(|(pod, established)| {
+                json!({
+                    "group": {"entry": "agents", "service": {"namespace": SHOP, "name": "oap"}, "port": PORT},
+                    "pod": {"namespace": SHOP, "name": pod},
+                    "uid": uid(pod),
+                    "slot": 0,
+                    "address": "10.244.2.9",
+                    "state": "active",
+                    "established": established,
+                    "exempt": 0,
+                    "pending": 0,
+                    "quota": null,
+                    "room": null,
+                })
+            })
+            .collect();
+        let publication =
+            json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "refused": []});
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {
+                "namespace": HOME,
+                "name": format!("balancer-{node}"),
+                "labels": {"app.kubernetes.io/name": "balancer", "app.kubernetes.io/component": "publication"},
+            },
+            "data": {"publication.json": publication.to_string()},
+        });
+        self.api.admin().apply(&object);
+    }
+
+    /// A thread's work in the cgroup and namespace of a pod.
+    fn in_pod<T: Send>(&self, pod: &Pod, work: impl FnOnce() -> T + Send) -> T {
+        self.machine.cgroup.run(|| pod.netns.run(work))
+    }
+
+    fn listen(&self, pod: &Pod) -> Listener {
+        self.in_pod(pod, || Listen::on(&format!("0.0.0.0:{PORT}")).open())
+    }
+
+    /// A client from outside: an address of the host that is not the one the node itself sends from.
+    fn connect(&self, pod: &Pod) -> tcp::Outcome {
+        let from = SocketAddr::new(CLIENT, 0);
+        self.machine.netns.run(|| tcp::connect_from(from, pod.at()))
+    }
+
+    fn clients(&self, pod: &Pod, number: usize) -> Vec<TcpStream> {
+        (0..number).map(|_| self.connect(pod).connected()).collect()
+    }
+}
+
+const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 99, 0, 1));
+
+impl Pod {
+    fn at(&self) -> SocketAddr {
+        SocketAddr::new(self.address.parse().expect("an address"), PORT)
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        Endpoint::new(&self.address, &self.name, NODE)
+    }
+}
+
+fn uid(pod: &str) -> String {
+    let number: u32 = pod.bytes().map(u32::from).sum();
+    format!("{number:08x}-52f2-4e65-9c0a-7a3f0a8d9d01")
+}
+
+fn elsewhere(number: u8) -> Endpoint {
+    Endpoint::new(
+        &format!("10.244.2.{number}"),
+        &format!("far-{number}"),
+        "node2",
+    )
+}
+
+fn service() -> Value {
+    let labels = [
+        ("app", "skywalking"),
+        ("chart", "skywalking-4.9.0"),
+        ("component", "oap"),
+        ("heritage", "Helm"),
+        ("release", "skywalking"),
+    ];
+    objects::labelled(
+        objects::service(SHOP, "oap", &[("rest", 12800), ("grpc", PORT)]),
+        &labels,
+    )
+}
+
+/// What the chart gives the daemon.
+fn rights() -> Value {
+    let mut role = objects::cluster_role("balancer", (HOME, "balancer"), &cluster_rules());
+    let home = objects::cluster_role(
+        "balancer-home",
+        (HOME, "balancer"),
+        &[
+            (
+                "",
+                "configmaps",
+                &["get", "list", "watch", "create", "patch", "delete"],
+            ),
+            ("apps", "daemonsets", &["get", "list", "watch"]),
+            ("", "pods", &["get"]),
+        ],
+    );
+    let more = home["items"].as_array().expect("a list").clone();
+    role["items"].as_array_mut().expect("a list").extend(more);
+    role
+}
+
+fn cluster_rules() -> [(&'static str, &'static str, &'static [&'static str]); 3] {
+    [
+        ("", "services", &["list", "watch"]),
+        ("", "pods", &["list", "watch"]),
+        ("discovery.k8s.io", "endpointslices", &["list", "watch"]),
+    ]
+}
+
+fn config(quota: &str) -> String {
+    format!(
+        "kubernetes:\n  services:\n    - name: agents\n      quota: {quota}\n  publish_every: 500ms\n  hold_for: 10s\nfail_open_after: 30s\n"
+    )
+}
+
+/// `status --cluster`.
+fn cluster_status(balancer: &Balancer) -> Value {
+    let json = balancer.must(&["status", "--cluster", "-o", "json"]);
+    serde_json::from_str(&json).expect("JSON")
+}
+
+fn group(balancer: &Balancer) -> anyhow::Result<Value> {
+    let status = cluster_status(balancer);
+    let group = status["groups"].get(0).cloned();
+    group.with_context(|| format!("no group: {status}"))
+}
+
+/// The `ConfigMap` of this node's daemon.
+fn publication(cluster: &Cluster) -> anyhow::Result<Value> {
+    let get = [
+        "get",
+        "-o",
+        "json",
+        "configmap",
+        "balancer-node1",
+        "-n",
+        HOME,
+    ];
+    let got = cluster.api.admin().attempt(&get);
+    ensure!(got.code == 0, "{}", got.stderr);
+    Ok(serde_json::from_str(&got.stdout)?)
+}
+
+/// Waits until the quota of the only backend of this node is this, and its sentence has these words.
+fn wait_for_quota(balancer: &Balancer, quota: Option<u32>, words: &str) {
+    eventually(SETTLES_WITHIN, || {
+        let status = balancer.status();
+        let service = status.services.first().context("no service yet")?;
+        let active = service
+            .backends
+            .iter()
+            .find(|backend| backend.state == "active");
+        let seen = active.context("no active backend yet")?.quota;
+        let sentence = group(balancer)?["sentence"].to_string();
+        ensure!(
+            seen == quota,
+            "quota {seen:?}, expected {quota:?}: {sentence}\n{}",
+            balancer.logs()
+        );
+        ensure!(sentence.contains(words), "{sentence} has no {words:?}");
+        Ok(())
+    });
+}
+
+/// The machine's host namespace with the address that clients come from.
+fn scene(test: impl FnOnce(&Cluster) + Send) {
+    Machine::with(|machine| {
+        machine.netns.add_address(CLIENT);
+        let cluster = Cluster::start(machine);
+        test(&cluster);
+    });
+}
+
+fn with_route_back(pod: &Pod) {
+    pod.netns
+        .ip("route add default via 10.244.1.1 dev eth0 onlink");
+}
+
+#[test]
+fn a_pod_that_listens_is_found_counted_and_limited() {
+    scene(|cluster| {
+        let (pod, stranger) = (cluster.pod(5), cluster.pod(6));
+        with_route_back(&pod);
+        with_route_back(&stranger);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let mut listener = cluster.listen(&pod);
+        let mut other = cluster.listen(&stranger);
+        wait_for_quota(&balancer, Some(10), "ceil(20 clients × 1 / 2 ready) = 10");
+        let clients = cluster.clients(&pod, 10);
+        assert!(cluster.connect(&pod).is_refused(), "{}", balancer.logs());
+        // The node's own address is its kubelet's.
+        let probe = cluster
+            .machine
+            .netns
+            .run(|| tcp::connect(pod.at()))
+            .connected();
+        let peer = cluster
+            .machine
+            .netns
+            .run(|| tcp::connect_from("10.244.1.1:0".parse().expect("valid"), pod.at()));
+        drop(peer.connected());
+        let service = balancer.service();
+        let backend = service
+            .backends
+            .iter()
+            .find(|backend| backend.state == "active")
+            .expect("one");
+        assert_eq!(
+            (backend.established, backend.exempt),
+            (11, 1),
+            "{service:?}"
+        );
+        assert_eq!(service.verdicts("over-quota"), 1);
+        // Nobody asked for the other pod: it is counted where its port says so, and never refuses.
+        let strangers = cluster.clients(&stranger, 15);
+        assert_eq!(balancer.service().active(), 1);
+        assert_eq!(listener.accept_all() + other.accept_all(), 27);
+        drop((clients, probe, strangers));
+        balancer.wait_until(|service| service.established() == 0);
+    });
+}
+
+#[test]
+fn quotas_follow_the_pods_that_are_ready() {
+    scene(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint()]);
+        let mut balancer = cluster.balancer("{clients: 60, headroom: 50%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, None, "one backend is ready");
+        cluster.serve(&[pod.endpoint(), elsewhere(1), elsewhere(2)]);
+        wait_for_quota(&balancer, Some(30), "× 1.5 / 3 ready) = 30");
+        cluster.serve(&[pod.endpoint(), elsewhere(1), elsewhere(2).unready()]);
+        wait_for_quota(&balancer, Some(45), "/ 2 ready) = 45");
+        // Up at once, down slowly.
+        cluster.serve(&[pod.endpoint(), elsewhere(1), elsewhere(2)]);
+        wait_for_quota(&balancer, Some(45), "lowered by at most 10 % a minute");
+        cluster.serve(&[pod.endpoint().terminating(), elsewhere(1), elsewhere(2)]);
+        wait_for_quota(&balancer, None, "");
+    });
+}
+
+#[test]
+fn what_all_agents_counted_is_shared_out() {
+    scene(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1), elsewhere(2)]);
+        let mut balancer = cluster.balancer("{observed: 1m, headroom: 10%, min_quota: 12}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(
+            &balancer,
+            None,
+            "the agents of 2 of 3 ready pods have not told yet",
+        );
+        let clients = cluster.clients(&pod, 12);
+        cluster.publish("node2", &[("far-1", 10)]);
+        // Who has not told after a while is taken to hold as many as the others: (12 + 10) × 3 / 2.
+        wait_for_quota(
+            &balancer,
+            Some(13),
+            "ceil(33 connections (observed) × 1.1 / 3 ready) = 13",
+        );
+        cluster.publish("node2", &[("far-1", 10), ("far-2", 8)]);
+        wait_for_quota(
+            &balancer,
+            Some(13),
+            "ceil(30 connections (observed) × 1.1 / 3 ready) = 11; at least min_quota 12",
+        );
+        // The most within the window counts.
+        cluster.publish("node2", &[("far-1", 100), ("far-2", 8)]);
+        wait_for_quota(
+            &balancer,
+            Some(44),
+            "120 connections (observed) × 1.1 / 3 ready) = 44",
+        );
+        cluster.publish("node2", &[("far-1", 1), ("far-2", 1)]);
+        remains(Duration::from_secs(2), || {
+            let quota = balancer.service().backends[0].quota;
+            ensure!(quota == Some(44), "{quota:?}");
+            Ok(())
+        });
+        // And what this one counted is told to the others.
+        eventually(SETTLES_WITHIN, || {
+            let own = publication(cluster)?;
+            let text = own["data"]["publication.json"]
+                .as_str()
+                .context("no publication")?;
+            let told: Value = serde_json::from_str(text)?;
+            ensure!(told["backends"][0]["established"] == 12, "{told}");
+            ensure!(told["backends"][0]["pod"]["name"] == "oap-5", "{told}");
+            Ok(())
+        });
+        let status = cluster_status(&balancer);
+        let backends = status["groups"][0]["backends"]
+            .as_array()
+            .expect("backends")
+            .clone();
+        let told: Vec<_> = backends
+            .iter()
+            .map(|backend| {
+                (
+                    backend["pod"]["name"].clone(),
+                    backend["established"].clone(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                (json!("far-1"), json!(1)),
+                (json!("far-2"), json!(1)),
+                (json!("oap-5"), json!(12))
+            ]
+        );
+        drop(clients);
+    });
+}
+
+#[test]
+fn monitored_pods_are_counted() {
+    scene(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let java = |name: &str| {
+            objects::labelled(
+                objects::pod(SHOP, name, "node2", &["10.244.2.50"]),
+                &[("agent", "java")],
+            )
+        };
+        cluster.api.admin().apply(&objects::list(&[
+            objects::service_account(SHOP, "default"),
+            java("shop-1"),
+            java("shop-2"),
+            objects::labelled(
+                objects::pod(SHOP, "mesh-1", "node2", &["10.244.2.51"]),
+                &[("sidecar", "envoy")],
+            ),
+        ]));
+        let mut balancer = cluster.balancer(
+            "{pods: [{selector: agent=java, namespace: skywalking, connections: 10}, {selector: sidecar=envoy, connections: 4}], headroom: 0%, min_quota: 1}",
+        );
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(12), "2 pods × 10 + 1 pod");
+        cluster.api.admin().apply(&java("shop-3"));
+        wait_for_quota(&balancer, Some(17), "3 pods × 10");
+        cluster
+            .api
+            .admin()
+            .patch_status("pod", SHOP, "shop-3", &json!({"phase": "Succeeded"}));
+        eventually(SETTLES_WITHIN, || {
+            let sentence = group(&balancer)?["sentence"].to_string();
+            ensure!(sentence.contains("2 pods × 10"), "{sentence}");
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn a_missing_permission_is_named_and_its_return_noticed() {
+    scene(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        cluster.api.kubectl(&["delete", "clusterrole", "balancer"]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        eventually(SETTLES_WITHIN, || {
+            let problems = cluster_status(&balancer)["problems"].to_string();
+            for words in ["may not", "list", "services", "ClusterRole"] {
+                ensure!(problems.contains(words), "{problems} has no {words}");
+            }
+            ensure!(
+                balancer.logs().contains("may not list services"),
+                "{}",
+                balancer.logs()
+            );
+            Ok(())
+        });
+        let config = balancer.config();
+        let doctor = balancer.verb(&["doctor", "--config", config.to_str().expect("UTF-8")]);
+        assert_ne!(doctor.code, 0, "{}", doctor.stdout);
+        for words in ["list", "watch", "endpointslices", "services"] {
+            assert!(doctor.stdout.contains(words), "{}", doctor.stdout);
+        }
+        assert_eq!(
+            cluster.clients(&pod, 15).len(),
+            15,
+            "nobody is refused meanwhile"
+        );
+        cluster.api.admin().apply(&rights());
+        wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
+        eventually(SETTLES_WITHIN, || {
+            let problems = cluster_status(&balancer)["problems"].clone();
+            ensure!(problems == json!([]), "{problems}");
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn while_the_api_server_is_silent_quotas_hold_and_then_open() {
+    Machine::with(|machine| {
+        machine.netns.add_address(CLIENT);
+        let mut cluster = Cluster::start(machine);
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let mut listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(10), "= 10");
+        cluster.api.stop();
+        let clients = cluster.clients(&pod, 10);
+        assert!(cluster.connect(&pod).is_refused(), "it holds");
+        wait_for_quota(&balancer, None, "longer than hold_for");
+        let more = cluster.clients(&pod, 5);
+        // A daemon that starts meanwhile goes on with what is there.
+        balancer.signal(Signal::SIGKILL);
+        balancer.wait();
+        balancer.launch();
+        assert_eq!(balancer.service().established(), 15, "{}", balancer.logs());
+        cluster.api.start_again();
+        wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
+        assert_eq!(listener.accept_all(), 15);
+        drop((clients, more));
+    });
+}
+
+#[test]
+fn an_api_server_that_hangs_harms_nobody() {
+    scene(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(10), "= 10");
+        cluster.api.freeze();
+        let clients = cluster.clients(&pod, 10);
+        assert!(cluster.connect(&pod).is_refused(), "it holds");
+        drop(clients);
+        if long() {
+            // As late as a dead connection is given up.
+            eventually(Duration::from_secs(150), || {
+                let silent = cluster_status(&balancer)["silent_seconds"].as_u64();
+                ensure!(silent.is_some_and(|seconds| seconds > 0), "not noticed");
+                Ok(())
+            });
+        }
+        cluster.api.thaw();
+        eventually(Duration::from_secs(90), || {
+            let status = cluster_status(&balancer);
+            ensure!(status["silent_seconds"] == 0, "{}", status["problems"]);
+            Ok(())
+        });
+        wait_for_quota(&balancer, Some(10), "= 10");
+    });
+}
+
+#[test]
+fn who_is_dismissed_takes_everything_along() {
+    scene(|cluster| {
+        let set = json!({
+            "apiVersion": "apps/v1",
+            "kind": "DaemonSet",
+            "metadata": {"namespace": HOME, "name": "balancer"},
+            "spec": {
+                "selector": {"matchLabels": {"app": "balancer"}},
+                "template": {
+                    "metadata": {"labels": {"app": "balancer"}},
+                    "spec": {"containers": [{"name": "balancer", "image": "none"}]},
+                },
+            },
+        });
+        cluster.api.admin().apply(&set);
+        let set = cluster
+            .api
+            .admin()
+            .get(&["daemonset", "balancer", "-n", HOME]);
+        let mut own = objects::pod(HOME, "balancer-x", NODE, &["10.89.0.11"]);
+        own["metadata"]["ownerReferences"] = json!([{
+            "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "balancer", "uid": set["metadata"]["uid"], "controller": true,
+        }]);
+        cluster.api.admin().apply(&objects::list(&[
+            objects::service_account(HOME, "default"),
+            own,
+        ]));
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint()]);
+        let mut balancer = cluster.balancer("{clients: 20}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        eventually(SETTLES_WITHIN, || {
+            let own = publication(cluster)?;
+            ensure!(
+                own["metadata"]["ownerReferences"][0]["name"] == "balancer",
+                "{own}"
+            );
+            Ok(())
+        });
+        // Its pod is replaced: the data plane waits for the next.
+        assert!(balancer.stop(Signal::SIGTERM).success());
+        assert!(balancer.is_loaded());
+        balancer.launch();
+        let seen = balancer.logs().matches("DaemonSet").count();
+        cluster.api.kubectl(&[
+            "delete",
+            "daemonset",
+            "balancer",
+            "-n",
+            HOME,
+            "--cascade=orphan",
+            "--wait=false",
+        ]);
+        balancer.wait_for_log("DaemonSet", seen);
+        assert!(balancer.stop(Signal::SIGTERM).success());
+        assert!(!balancer.is_loaded(), "{}", balancer.logs());
+    });
+}
+
+/// An OAP in a process of its own, which ends with this.
+struct Server(Child);
+
+impl Server {
+    fn start() -> Self {
+        let mut command = Command::new(binary().with_file_name("standin-oap"));
+        command
+            .args(["--listen", "0.0.0.0:11800", "--until-stdin-ends"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = process::spawn(&mut command).expect("the stand-in can be started");
+        let mut line = String::new();
+        let stdout = child.stdout.as_mut().expect("a pipe");
+        BufReader::new(stdout)
+            .read_line(&mut line)
+            .expect("it says that it listens");
+        Self(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_pod_of_the_nodes_own_network_is_told_by_its_cgroup() {
+    scene(|cluster| {
+        let host: IpAddr = "10.89.0.11".parse().expect("an address");
+        cluster.machine.netns.add_address(host);
+        cluster.serve(&[Endpoint::new("10.89.0.11", "oap-host", NODE), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 4, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let connect = || {
+            let (from, to) = (SocketAddr::new(CLIENT, 0), SocketAddr::new(host, PORT));
+            cluster.machine.netns.run(|| tcp::connect_from(from, to))
+        };
+        // Somebody else of the same network and port is none of ours.
+        let stranger = cluster
+            .machine
+            .cgroup
+            .run(|| cluster.machine.netns.run(Server::start));
+        remains(Duration::from_secs(2), || {
+            ensure!(balancer.service().active() == 0, "{}", balancer.logs());
+            Ok(())
+        });
+        drop(stranger);
+        let group = cluster
+            .machine
+            .cgroup
+            .below_as(&format!("pod{}", uid("oap-host")));
+        let server = group.run(|| cluster.machine.netns.run(Server::start));
+        wait_for_quota(&balancer, Some(2), "/ 2 ready) = 2");
+        let clients = [connect().connected(), connect().connected()];
+        assert!(connect().is_refused(), "{}", balancer.logs());
+        drop((clients, server));
+    });
+}
