@@ -40,30 +40,28 @@ const KUBEALL: &str = "BALANCER_KUBEALL";
 const TESTS: &str = "balancer-tests";
 
 /// What these tests start, beside Kubernetes.
-pub const TEST_PROGRAMS: [&str; 4] = [PRODUCT, "kill-before", "kernel-half-cost", "standin-oap"];
+const TEST_PROGRAMS: [&str; 4] = [PRODUCT, "kill-before", "kernel-half-cost", "standin-oap"];
 
 /// All tests; `long`: those that are shortened otherwise at their full length.
 pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
-    let to_cargo: Vec<_> = arguments
-        .iter()
-        .take_while(|argument| *argument != "--")
-        .collect();
-    let some_packages = to_cargo.iter().any(|argument| names_a_package(argument));
-    // Tests bound what either kernel half costs the kernel.
-    build::kernel_half(Profile::Release)?;
-    build::debug_programs(&TEST_PROGRAMS)?;
+    let arguments = kernel_tests_by_target(arguments);
+    let mut to_cargo = arguments.iter().take_while(|argument| *argument != "--");
+    let some_packages = to_cargo.any(|argument| names_a_package(argument));
     let mut test = build::cargo("test");
-    if !some_packages || to_cargo.iter().any(|argument| argument.contains(TESTS)) {
+    if some_packages {
+        build::kernel_half(Profile::Debug)?;
+    } else {
+        test.arg("--workspace");
+        // Tests bound what either kernel half costs the kernel.
+        build::kernel_half(Profile::Release)?;
+        build::debug_programs(&TEST_PROGRAMS)?;
         setup::ensure(&[Need::Kubernetes, Need::Cluster])?;
         test.env(KUBEALL, kubernetes::program()?);
     }
     if long {
         test.env(LONG, "1");
-    }
-    if !some_packages {
-        test.arg("--workspace");
     }
     command::run_for_code(test.args(arguments))
 }
@@ -71,6 +69,17 @@ pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
 /// With `--workspace` cargo would pass over the package that somebody names.
 fn names_a_package(argument: &str) -> bool {
     argument.starts_with("-p") || argument.starts_with("--package")
+}
+
+/// `--test kernel` in place of `-p balancer-tests`: with the whole workspace selected, dependencies
+/// have the features that the programs were built with, and are not compiled again.
+fn kernel_tests_by_target(arguments: &[String]) -> Vec<String> {
+    let mut arguments = arguments.to_vec();
+    let is_package = |pair: &[String]| matches!(&*pair[0], "-p" | "--package") && pair[1] == TESTS;
+    if let Some(at) = arguments.windows(2).position(is_package) {
+        arguments.splice(at..at + 2, ["--test", "kernel"].map(str::to_owned));
+    }
+    arguments
 }
 
 /// `balancer` itself.
@@ -149,4 +158,28 @@ fn become_program(profile: Profile, name: &str, arguments: &[String]) -> Result<
     let program = places::target()?.join(profile.name()).join(name);
     let error = Command::new(&program).args(arguments).exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kernel_tests_by_target;
+
+    #[test]
+    fn the_package_of_the_kernel_tests_is_selected_by_its_test_program() {
+        let translate = |line: &str| {
+            let words: Vec<_> = line.split(' ').map(str::to_owned).collect();
+            kernel_tests_by_target(&words).join(" ")
+        };
+        for (given, expected) in [
+            ("-p balancer-tests admission::", "--test kernel admission::"),
+            (
+                "--package balancer-tests -- --nocapture",
+                "--test kernel -- --nocapture",
+            ),
+            ("-p balancer config", "-p balancer config"),
+            ("admission::", "admission::"),
+        ] {
+            assert_eq!(translate(given), expected);
+        }
+    }
 }
