@@ -9,11 +9,12 @@ pub mod dataplane;
 pub mod discover;
 pub mod doctor;
 pub mod kubernetes;
+pub mod metrics;
 pub mod quota;
 mod sanitize;
 #[expect(
     unsafe_code,
-    reason = "the one place for system calls that no safe crate offers"
+    reason = "system calls that no safe crate offers have their one place here"
 )]
 pub mod sys;
 

@@ -1,4 +1,4 @@
-//! The daemon's API for the verbs that change something, over a Unix stream socket.
+//! The daemon's API: what the command line asks of a running daemon, over a Unix stream socket.
 
 pub(crate) mod client;
 mod protocol;

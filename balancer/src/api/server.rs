@@ -7,7 +7,7 @@ use std::{
     os::{
         fd::OwnedFd,
         unix::{
-            fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt},
+            fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
             net,
         },
     },
@@ -31,7 +31,7 @@ use tokio::{
 };
 
 use super::protocol::{Envelope, MAX_REQUEST_BYTES, Request, Response, comparable};
-use crate::sanitize;
+use crate::{sanitize, sys::file_id::FileId};
 
 /// How long a client may take to say what it wants.
 const ASKS_WITHIN: Duration = Duration::from_secs(5);
@@ -49,7 +49,7 @@ pub struct Server {
     requests: mpsc::Receiver<(Request, Reply)>,
     accepting: JoinHandle<()>,
     path: PathBuf,
-    identity: Identity,
+    file: FileId,
 }
 
 impl Server {
@@ -59,19 +59,19 @@ impl Server {
     /// # Errors
     /// When another daemon listens there, something else than a socket is there, or the socket can't be made.
     pub fn bind(path: &Path, state_dir: &Path) -> Result<Self> {
-        let (listener, identity) = claim(path)
+        let (listener, file) = claim(path)
             .with_context(|| format!("can't listen for requests on {}", path.display()))?;
         let listener = UnixListener::from_std(listener).context("can't watch the admin socket")?;
         let (sender, requests) = mpsc::channel(MAX_WAITING);
-        let desk = Scratch {
+        let queue = RequestQueue {
             state_dir: comparable(state_dir),
             sender,
         };
         Ok(Self {
             requests,
-            accepting: tokio::spawn(accept(listener, desk)),
+            accepting: tokio::spawn(accept(listener, queue)),
             path: path.to_owned(),
-            identity,
+            file,
         })
     }
 
@@ -88,7 +88,7 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.accepting.abort();
-        if Identity::of(&self.path).is_some_and(|identity| identity == self.identity)
+        if FileId::named(&self.path).is_ok_and(|file| file == self.file)
             && let Err(error) = fs::remove_file(&self.path)
         {
             tracing::warn!(socket = %self.path.display(), %error, "can't remove the admin socket");
@@ -137,24 +137,7 @@ impl Reply {
     }
 }
 
-/// A file, told apart from another one that has taken its name since.
-#[derive(PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-}
-
-impl Identity {
-    fn of(path: &Path) -> Option<Self> {
-        let metadata = fs::symlink_metadata(path).ok()?;
-        Some(Self {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        })
-    }
-}
-
-fn claim(path: &Path) -> Result<(net::UnixListener, Identity)> {
+fn claim(path: &Path) -> Result<(net::UnixListener, FileId)> {
     let path = std::path::absolute(path)?;
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         bail!("that is not the path of a file: give one with --admin-socket");
@@ -177,9 +160,9 @@ fn claim(path: &Path) -> Result<(net::UnixListener, Identity)> {
     aside.push(format!(".{}", std::process::id()));
     let aside = directory.join(aside);
     let listener = listen_aside(&aside).and_then(|listener| {
-        let identity = Identity::of(&aside).context("the socket that was just made is gone")?;
+        let file = FileId::named(&aside).context("the socket that was just made is gone")?;
         fs::rename(&aside, &path).context("can't put the socket in its place")?;
-        Ok((listener, identity))
+        Ok((listener, file))
     });
     if listener.is_err() {
         // Best effort: the error that matters is the one above.
@@ -229,14 +212,14 @@ fn listen_aside(path: &Path) -> Result<net::UnixListener> {
     Ok(socket.into())
 }
 
-/// What every client is served with.
+/// Where the requests of all clients go.
 #[derive(Clone)]
-struct Scratch {
+struct RequestQueue {
     state_dir: PathBuf,
     sender: mpsc::Sender<(Request, Reply)>,
 }
 
-async fn accept(listener: UnixListener, desk: Scratch) {
+async fn accept(listener: UnixListener, queue: RequestQueue) {
     let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else {
@@ -244,7 +227,7 @@ async fn accept(listener: UnixListener, desk: Scratch) {
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(serve(stream, desk.clone(), place));
+                tokio::spawn(serve(stream, queue.clone(), place));
             }
             Err(error) => {
                 tracing::warn!(%error, "can't accept an admin client");
@@ -255,11 +238,11 @@ async fn accept(listener: UnixListener, desk: Scratch) {
     }
 }
 
-async fn serve(mut stream: UnixStream, desk: Scratch, _place: OwnedSemaphorePermit) {
-    match read(&mut stream, &desk.state_dir).await {
+async fn serve(mut stream: UnixStream, queue: RequestQueue, _place: OwnedSemaphorePermit) {
+    match read(&mut stream, &queue.state_dir).await {
         Ok(request) => {
             // Nobody to take it: the daemon is ending, and dropping the stream says so.
-            let _ = desk.sender.send((request, Reply(stream))).await;
+            let _ = queue.sender.send((request, Reply(stream))).await;
         }
         Err(refusal) => {
             tracing::debug!(refusal, "refused an admin client");

@@ -344,7 +344,7 @@ fn metrics_are_what_status_shows() {
     ) = (3, 2);
     snapshot.services[0].backends.truncate(2);
     snapshot.services[0].backends[1].quota = None;
-    let text = metrics::text(&snapshot).unwrap();
+    let text = crate::metrics::text(&snapshot).unwrap();
     let lines: Vec<_> = text.lines().collect();
     for line in [
         "balancer_alive 1",

@@ -19,14 +19,6 @@ const LONGEST_TYPE_CHAIN: usize = 64;
 pub struct KernelOffsets {
     /// `sock_common.skc_net.net`: pointer to `struct net`.
     pub netns: u32,
-    /// `sock_common.skc_state`: u8, a `TCP_*` state.
-    pub state: u32,
-    /// `sock_common.skc_bound_dev_if`: i32, interface index, 0 where not bound to a device.
-    pub bound_dev_if: u32,
-    /// The byte of the bit field `sock_common.skc_reuseport` (`SO_REUSEPORT` is set).
-    pub reuseport: u32,
-    /// Mask of `skc_reuseport` in its byte.
-    pub reuseport_mask: u32,
     /// The byte of the bit field `sock_common.skc_ipv6only` (`IPV6_V6ONLY` is set).
     pub ipv6only: u32,
     /// Mask of `skc_ipv6only` in its byte.
@@ -85,15 +77,10 @@ fn offsets(layout: &Layout<'_>) -> Result<KernelOffsets> {
             "the kernel's {outer}.{first} is at byte {at} and not at the start: {UNSUPPORTED}"
         );
     }
-    let (reuseport, reuseport_mask) = layout.bit("sock_common", "skc_reuseport")?;
     let (ipv6only, ipv6only_mask) = layout.bit("sock_common", "skc_ipv6only")?;
     let queue = |member| layout.byte("inet_connection_sock", member, 4);
     Ok(KernelOffsets {
         netns: layout.byte("sock_common", "skc_net.net", 8)?,
-        state: layout.byte("sock_common", "skc_state", 1)?,
-        bound_dev_if: layout.byte("sock_common", "skc_bound_dev_if", 4)?,
-        reuseport,
-        reuseport_mask,
         ipv6only,
         ipv6only_mask,
         ack_backlog: layout.byte("sock", "sk_ack_backlog", 4)?,
@@ -283,13 +270,7 @@ mod tests {
         let found = kernel_offsets().expect("this kernel is supported");
         layout(|layout| {
             let size = |name| u32::try_from(layout.root(name).expect(name).size()).expect("small");
-            for at in [
-                found.netns,
-                found.state,
-                found.bound_dev_if,
-                found.reuseport,
-                found.ipv6only,
-            ] {
+            for at in [found.netns, found.ipv6only] {
                 assert!(at < size("sock_common"), "{found:?}");
             }
             for at in [
@@ -322,12 +303,8 @@ mod tests {
     #[test]
     fn well_known_places_come_out_right() {
         let found = kernel_offsets().expect("this kernel is supported");
-        assert_eq!(
-            (found.state, found.reuseport, found.reuseport_mask),
-            (18, 19, 0x10)
-        );
         assert_eq!((found.ipv6only, found.ipv6only_mask), (19, 0x20));
-        assert_eq!((found.bound_dev_if, found.netns), (20, 48));
+        assert_eq!(found.netns, 48);
         assert_eq!(found.accept_young, found.accept_qlen + 4);
         assert_eq!(found.max_ack_backlog, found.ack_backlog + 4);
     }

@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
-use super::processes::{Owner, owners};
+use super::processes::{SocketOwner, owners};
 use crate::sys::{
     netns,
     sock_diag::{Family, Query, Socket, State, States, tcp_sockets},
@@ -18,7 +18,7 @@ pub struct Listener {
     /// What the kernel says of it.
     pub socket: Socket,
     /// Every descriptor of it that we may see.
-    pub owners: Vec<Owner>,
+    pub owners: Vec<SocketOwner>,
 }
 
 impl Listener {
@@ -85,7 +85,7 @@ mod tests {
     };
 
     /// Its owners but for children of other tests, which have all our descriptors until they execute their program.
-    fn ours(listener: &Listener) -> Vec<Owner> {
+    fn ours(listener: &Listener) -> Vec<SocketOwner> {
         listener
             .owners
             .iter()
@@ -116,7 +116,7 @@ mod tests {
             );
             assert_eq!(
                 ours(found),
-                [Owner {
+                [SocketOwner {
                     pid: std::process::id(),
                     fd: listener.as_raw_fd()
                 }]
@@ -139,7 +139,7 @@ mod tests {
         assert!(found.socket.mptcp);
         assert_eq!(
             ours(found),
-            [Owner {
+            [SocketOwner {
                 pid: std::process::id(),
                 fd: listener.as_raw_fd()
             }]
@@ -157,7 +157,7 @@ mod tests {
         .expect("inside");
         let mut found = listeners(&netns).expect("listeners");
         found.retain(|listener| listener.socket.local.port() == 1);
-        found[0].owners = vec![Owner {
+        found[0].owners = vec![SocketOwner {
             pid: std::process::id(),
             fd: second.as_raw_fd(),
         }];

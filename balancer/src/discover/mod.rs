@@ -1,5 +1,6 @@
 //! What is there: the kernel's structure layouts, mounts, network namespaces, listening sockets and who has them.
 
+mod cgroups;
 mod kernel_offsets;
 mod listeners;
 mod mounts;
@@ -7,9 +8,10 @@ mod netns;
 mod pods;
 mod processes;
 
+pub use cgroups::{cgroup_ids, cgroups};
 pub use kernel_offsets::{KernelOffsets, kernel_offsets};
 pub use listeners::{Listener, listeners, listening};
 pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
 pub use netns::{Netns, NetnsHint, find_netns, live_netns};
 pub use pods::{addresses, pod_of_process, source_towards};
-pub use processes::{Owner, owners};
+pub use processes::{SocketOwner, owners};

@@ -2,19 +2,15 @@
 
 use std::{
     collections::HashSet,
-    fs, io,
+    io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
 };
 
 use anyhow::{Context as _, Result};
-use nix::sys::stat::stat;
 
-use super::processes::{number, pids, sockets_of};
-use crate::sys::{
-    netns::{self, Identity},
-    socket,
-};
+use super::processes::{pids, sockets_of, threads};
+use crate::sys::{file_id::FileId, netns, socket};
 
 /// A network namespace. It can't end while this is held.
 #[derive(Debug)]
@@ -22,7 +18,7 @@ pub struct Netns {
     /// The kernel gives this to no other namespace until it reboots.
     pub cookie: u64,
     /// Which one it is while it lives.
-    pub identity: Identity,
+    pub id: FileId,
     /// One of the processes in it.
     pub pid: u32,
     /// The thread of that process by which it was found.
@@ -57,24 +53,20 @@ pub fn live_netns() -> Result<Vec<Netns>> {
         for tid in threads(pid) {
             let path = thread(pid, tid);
             // A thread may end at any time, so whatever can't be read is passed over; another may stand for the same namespace.
-            let Ok(stat) = stat(&path) else { continue };
-            let identity = Identity {
-                device: stat.st_dev,
-                inode: stat.st_ino,
-            };
-            if seen.contains(&identity) {
+            let Ok(id) = FileId::at(&path) else { continue };
+            if seen.contains(&id) {
                 continue;
             }
-            let Some(file) = open(&path, identity) else {
+            let Some(file) = open(&path, id) else {
                 continue;
             };
             let cookie = netns::cookie_of(&file).with_context(|| {
                 format!("cannot enter the network namespace of process {pid} (needs CAP_SYS_ADMIN)")
             })?;
-            seen.insert(identity);
+            seen.insert(id);
             found.push(Netns {
                 cookie,
-                identity,
+                id,
                 pid,
                 tid,
                 file,
@@ -82,19 +74,6 @@ pub fn live_netns() -> Result<Vec<Netns>> {
         }
     }
     Ok(found)
-}
-
-/// The threads of a process, the main one first; that one alone where the others can't be listed.
-fn threads(pid: u32) -> Vec<u32> {
-    let mut threads = vec![pid];
-    if let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) {
-        let others = tasks
-            .flatten()
-            .filter_map(|task| number(&task.file_name()))
-            .filter(|tid: &u32| *tid != pid);
-        threads.extend(others);
-    }
-    threads
 }
 
 /// The namespace of a thread; of a process, where its thread is not known.
@@ -159,17 +138,17 @@ impl NetnsHint {
             .iter()
             .filter(|(pid, _)| tried.insert(*pid))
             .flat_map(|(pid, _)| sockets_of(*pid))
-            .filter_map(|owner| owner.file().ok())
+            .filter_map(|(_, owner)| owner.file().ok())
             .find(|file| socket::netns_cookie(file).is_ok_and(|cookie| cookie == self.cookie))
             .and_then(|file| socket::netns(&file).ok())
     }
 }
 
 /// Opens a process's namespace, unless the process moved since it was looked at.
-fn open(path: &std::path::Path, expected: Identity) -> Option<OwnedFd> {
+fn open(path: &std::path::Path, expected: FileId) -> Option<OwnedFd> {
     let open = || -> io::Result<Option<OwnedFd>> {
         let file = netns::open(path)?;
-        Ok((netns::identity(&file)? == expected).then_some(file))
+        Ok((FileId::of(&file)? == expected).then_some(file))
     };
     open().ok().flatten()
 }
@@ -209,7 +188,7 @@ mod tests {
             panic!("once: {found:?}")
         };
         assert!(children.iter().any(|child| child.id() == other.pid));
-        assert_eq!(other.identity, netns::identity(&netns).expect("identity"));
+        assert_eq!(other.id, FileId::of(&netns).expect("id"));
         assert_eq!(
             netns::cookie_of(other).expect("it can be entered"),
             other.cookie

@@ -2,24 +2,25 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    ffi::OsStr,
-    fs, io,
+    fs::{self, DirEntry},
+    io, iter,
     os::fd::{OwnedFd, RawFd},
     path::Path,
+    str::FromStr,
 };
 
 use crate::sys::pidfd::Process;
 
 /// A process's descriptor of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Owner {
+pub struct SocketOwner {
     /// The process.
     pub pid: u32,
     /// Its file descriptor.
     pub fd: RawFd,
 }
 
-impl Owner {
+impl SocketOwner {
     /// Copies the descriptor into this process. The owner may meanwhile have closed it and opened something else under the same
     /// number: compare [`crate::sys::socket::cookie`].
     ///
@@ -39,47 +40,38 @@ impl Owner {
     }
 }
 
-/// Finds who holds sockets, by the inodes that the socket table names. A socket of which no process has a descriptor is missing in
-/// the result, and so are those of processes that we may not look into.
+/// Finds who holds sockets, by the inodes that the socket table names. A socket of which no process
+/// has a descriptor is missing in the result, and so are those of processes that we may not look
+/// into.
 ///
 /// # Errors
 /// Where `/proc` can't be read.
-pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<HashMap<u32, Vec<Owner>>> {
+pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<HashMap<u32, Vec<SocketOwner>>> {
     let inodes: HashSet<u32> = inodes.into_iter().collect();
-    let mut found: HashMap<u32, Vec<Owner>> = HashMap::new();
+    let mut found: HashMap<u32, Vec<SocketOwner>> = HashMap::new();
     if inodes.is_empty() {
         return Ok(found);
     }
-    for pid in pids()? {
-        // A process may end at any time, so whatever can't be read is passed over.
-        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
-            continue;
-        };
-        for descriptor in descriptors.flatten() {
-            let Some(inode) = socket_inode(&descriptor.path()) else {
-                continue;
-            };
-            let Some(fd) = number(&descriptor.file_name()) else {
-                continue;
-            };
-            if inodes.contains(&inode) {
-                found.entry(inode).or_default().push(Owner { pid, fd });
-            }
-        }
+    let sockets = pids()?.into_iter().flat_map(sockets_of);
+    for (inode, owner) in sockets.filter(|(inode, _)| inodes.contains(inode)) {
+        found.entry(inode).or_default().push(owner);
     }
     Ok(found)
 }
 
-/// The sockets that a process holds; none where it has ended or may not be looked into.
-pub(super) fn sockets_of(pid: u32) -> Vec<Owner> {
-    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else {
-        return Vec::new();
-    };
+/// The sockets that a process holds, with their inodes; none where it has ended or may not be looked
+/// into.
+pub(super) fn sockets_of(pid: u32) -> impl Iterator<Item = (u32, SocketOwner)> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
     descriptors
+        .into_iter()
         .flatten()
-        .filter(|descriptor| socket_inode(&descriptor.path()).is_some())
-        .filter_map(|descriptor| number(&descriptor.file_name()).map(|fd| Owner { pid, fd }))
-        .collect()
+        .flatten()
+        .filter_map(move |descriptor| {
+            let inode = socket_inode(&descriptor.path())?;
+            let fd = number(&descriptor)?;
+            Some((inode, SocketOwner { pid, fd }))
+        })
 }
 
 /// All processes that there are now.
@@ -87,21 +79,31 @@ pub(super) fn sockets_of(pid: u32) -> Vec<Owner> {
 /// # Errors
 /// Where `/proc` can't be read.
 pub(super) fn pids() -> io::Result<Vec<u32>> {
-    Ok(fs::read_dir("/proc")?
-        .flatten()
-        .filter_map(|entry| number(&entry.file_name()))
-        .collect())
+    let entries = fs::read_dir("/proc")?.flatten();
+    Ok(entries.filter_map(|entry| number(&entry)).collect())
 }
 
-pub(super) fn number<N: std::str::FromStr>(name: &OsStr) -> Option<N> {
-    name.to_str()?.parse().ok()
+/// The threads of a process, the main one first; that one alone where the others can't be listed.
+pub(super) fn threads(pid: u32) -> impl Iterator<Item = u32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let all = tasks
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|task| number(&task));
+    iter::once(pid).chain(all.filter(move |tid| *tid != pid))
+}
+
+/// The number that a directory entry of `/proc` has for a name.
+fn number<N: FromStr>(entry: &DirEntry) -> Option<N> {
+    entry.file_name().to_str()?.parse().ok()
 }
 
 /// The inode out of `socket:[4242]`.
 fn socket_inode(descriptor: &Path) -> Option<u32> {
     let target = fs::read_link(descriptor).ok()?;
+    let target = target.to_str()?;
     target
-        .to_str()?
         .strip_prefix("socket:[")?
         .strip_suffix(']')?
         .parse()
@@ -127,7 +129,7 @@ mod tests {
         // A child that another test starts has all our descriptors until it executes its program.
         owners.retain(|owner| owner.pid == pid);
         owners.sort();
-        let mut expected = [&listener, &second].map(|socket| Owner {
+        let mut expected = [&listener, &second].map(|socket| SocketOwner {
             pid,
             fd: socket.as_raw_fd(),
         });
@@ -148,7 +150,7 @@ mod tests {
         assert!(owners([0]).expect("owners").is_empty());
         assert!(owners([]).expect("owners").is_empty());
         assert_eq!(
-            Owner {
+            SocketOwner {
                 pid: u32::MAX,
                 fd: 0
             }

@@ -1,7 +1,7 @@
 //! The cgroup, and what other programs sit where ours are to be attached.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::HashSet,
     fs::{self, File},
     io,
     path::{Path, PathBuf},
@@ -10,7 +10,7 @@ use std::{
 use super::{Check, Options, guarded::GuardedNetns, listing};
 use crate::{
     dataplane::Program,
-    discover::{cgroup2_mount, is_cgroup2},
+    discover::{cgroup2_mount, cgroups, is_cgroup2},
     sys::bpf::{self, Attached, Object},
 };
 use aya_obj::generated::{
@@ -164,12 +164,8 @@ struct Below {
 /// Looks at so many cgroups below one. Those that vanish meanwhile are left out.
 fn below(cgroup: &Path, most: usize) -> Below {
     let mut found = Below::default();
-    let mut waiting: VecDeque<PathBuf> = children(cgroup).collect();
-    for _ in 0..most {
-        let Some(path) = waiting.pop_front() else {
-            return found;
-        };
-        waiting.extend(children(&path));
+    let mut paths = cgroups(cgroup).skip(1);
+    for path in paths.by_ref().take(most) {
         let attached =
             File::open(&path).and_then(|file| bpf::prog_query(file, BPF_CGROUP_SOCK_OPS));
         if let Ok(attached) = attached
@@ -178,16 +174,8 @@ fn below(cgroup: &Path, most: usize) -> Below {
             found.levels.push((path, attached));
         }
     }
-    found.cut = !waiting.is_empty();
+    found.cut = paths.next().is_some();
     found
-}
-
-/// The cgroups right below one.
-fn children(cgroup: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = fs::read_dir(cgroup).into_iter().flatten().flatten();
-    entries
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .map(|entry| entry.path())
 }
 
 /// The level that keeps a link from being attached to the innermost one, by the rules of `hierarchy_allows_attach` and

@@ -124,6 +124,7 @@ impl From<discover::Netns> for GuardedNetns {
 mod tests {
     use super::*;
     use crate::doctor::Status;
+    use crate::sys::file_id::FileId;
 
     fn config(namespaces: &str) -> Config {
         Config::parse(&format!("services:\n  - {{name: agents, port: 11800, policy: least-connections}}\nnamespaces: {namespaces}\n")).expect("a configuration")
@@ -131,23 +132,23 @@ mod tests {
 
     #[test]
     fn our_own_is_the_default() {
-        let here = netns::identity(netns::current().expect("open")).expect("identity");
+        let here = FileId::of(netns::current().expect("open")).expect("identity");
         for config in [None, Some(config("own"))] {
             let (found, check) = namespaces(config.as_ref());
             assert_eq!((found.len(), check), (1, None));
-            assert_eq!(netns::identity(&found[0]).expect("identity"), here);
+            assert_eq!(FileId::of(&found[0]).expect("identity"), here);
         }
     }
 
     #[test]
     fn all_has_our_own_among_them() {
-        let here = netns::identity(netns::current().expect("open")).expect("identity");
+        let here = FileId::of(netns::current().expect("open")).expect("identity");
         let (found, check) = namespaces(Some(&config("all")));
         assert_eq!(check, None);
         assert!(
             found
                 .iter()
-                .any(|namespace| netns::identity(namespace).expect("identity") == here)
+                .any(|namespace| FileId::of(namespace).expect("identity") == here)
         );
     }
 

@@ -9,13 +9,12 @@ use std::{
 
 use balancer_common::abi::BackendState;
 use ipnet::IpNet;
-use nix::sys::stat::stat;
 
 use super::{Check, guarded::GuardedNetns, listing};
 use crate::{
     config::{Backend, QuotaRule, Service},
     dataplane::ServiceSnapshot,
-    discover::{self, Owner},
+    discover::{self, SocketOwner, cgroup_ids},
     sys::sock_diag::Socket,
 };
 
@@ -81,7 +80,7 @@ impl From<&ServiceSnapshot> for Watched {
 struct Listener<'a> {
     socket: Socket,
     namespace: &'a str,
-    owners: Vec<Owner>,
+    owners: Vec<SocketOwner>,
 }
 
 /// The services' listeners; `cgroup` is where sockets are counted.
@@ -336,8 +335,7 @@ fn same(left: SocketAddr, right: SocketAddr) -> bool {
 
 fn outside(services: &[Watched], listeners: &[Listener<'_>], cgroup: &Path) -> Check {
     const NAME: &str = "listeners' cgroups";
-    let mut inside = HashSet::new();
-    add_cgroups(cgroup, &mut inside);
+    let inside = cgroup_ids(cgroup);
     let found = pairs(services, listeners, |service, listener| {
         listener.serves(service)
             && listener
@@ -361,18 +359,6 @@ fn outside(services: &[Watched], listeners: &[Listener<'_>], cgroup: &Path) -> C
         ),
         "start it again inside the cgroup, or leave out --cgroup",
     )
-}
-
-/// The ids of a cgroup and all below it: their directories' inodes.
-fn add_cgroups(cgroup: &Path, ids: &mut HashSet<u64>) {
-    // A cgroup may be removed at any time.
-    let Ok(stat) = stat(cgroup) else { return };
-    ids.insert(stat.st_ino);
-    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            add_cgroups(&entry.path(), ids);
-        }
-    }
 }
 
 /// A process that may open fewer files than the quota lets connections in can't accept them.

@@ -10,22 +10,10 @@ use std::{
 
 use nix::{
     sched::{CloneFlags, setns},
-    sys::{
-        socket::{AddressFamily, SockFlag, SockType},
-        stat::fstat,
-    },
+    sys::socket::{AddressFamily, SockFlag, SockType},
 };
 
-use super::socket;
-
-/// What tells one network namespace from another while both exist; the kernel may give it again once one is gone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Identity {
-    /// The device number of the file system that namespaces live in.
-    pub device: u64,
-    /// The inode of the namespace there.
-    pub inode: u64,
-}
+use super::{file_id::FileId, socket};
 
 /// Opens the network namespace of the calling thread.
 ///
@@ -41,18 +29,6 @@ pub fn current() -> io::Result<OwnedFd> {
 /// Those of `open(2)`. That the file is a network namespace is seen only when it is used.
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     File::open(path).map(OwnedFd::from)
-}
-
-/// Which namespace this file names.
-///
-/// # Errors
-/// Those of `fstat(2)`.
-pub fn identity(netns: impl AsFd) -> io::Result<Identity> {
-    let stat = fstat(netns)?;
-    Ok(Identity {
-        device: stat.st_dev,
-        inode: stat.st_ino,
-    })
 }
 
 /// The cookie of the calling thread's network namespace: a number that the kernel never gives twice until it reboots, and that
@@ -106,8 +82,8 @@ pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io:
 
 /// Whether the calling thread is in that namespace; false also where that can't be told.
 fn is_current(netns: BorrowedFd<'_>) -> bool {
-    let here = current().and_then(identity);
-    here.is_ok_and(|here| identity(netns).is_ok_and(|there| there == here))
+    let here = current().and_then(FileId::of);
+    here.is_ok_and(|here| FileId::of(netns).is_ok_and(|there| there == here))
 }
 
 #[cfg(test)]
@@ -128,14 +104,14 @@ pub(crate) mod tests {
     #[test]
     fn inside_runs_there_and_leaves_the_caller_here() {
         let (netns, here) = (fresh(), current().expect("open"));
-        let seen = inside(&netns, || identity(current().expect("open")))
+        let seen = inside(&netns, || FileId::of(current().expect("open")))
             .expect("inside")
             .expect("identity");
-        assert_eq!(seen, identity(&netns).expect("identity"));
-        assert_ne!(seen, identity(&here).expect("identity"));
+        assert_eq!(seen, FileId::of(&netns).expect("identity"));
+        assert_ne!(seen, FileId::of(&here).expect("identity"));
         assert_eq!(
-            identity(current().expect("open")).expect("identity"),
-            identity(&here).expect("identity")
+            FileId::of(current().expect("open")).expect("identity"),
+            FileId::of(&here).expect("identity")
         );
     }
 

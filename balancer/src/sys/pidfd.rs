@@ -2,8 +2,10 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+    os::fd::{OwnedFd, RawFd},
 };
+
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 /// A process that can't be mistaken for another one which gets its number later.
 #[derive(Debug)]
@@ -15,29 +17,19 @@ impl Process {
     /// # Errors
     /// `ESRCH` where there is no such process.
     pub fn open(pid: u32) -> io::Result<Self> {
-        let pid =
-            libc::pid_t::try_from(pid).map_err(|_| io::Error::from_raw_os_error(libc::ESRCH))?;
-        // SAFETY: the call takes two integers and no pointer.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        owned(fd).map(Self)
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or(rustix::io::Errno::SRCH)?;
+        Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
     }
 
-    /// Copies the process's file descriptor `number` into this process (`pidfd_getfd(2)`); both then name the same open file.
+    /// Copies the process's file descriptor `number` into this process (`pidfd_getfd(2)`). Both
+    /// then name the same open file.
     ///
     /// # Errors
-    /// `EBADF` where the process has no such descriptor, `EPERM` without `CAP_SYS_PTRACE` over it, `ESRCH` where it has ended.
+    /// `EBADF` where the process has no such descriptor, `EPERM` without `CAP_SYS_PTRACE` over it,
+    /// `ESRCH` where it has ended.
     pub fn file(&self, number: RawFd) -> io::Result<OwnedFd> {
-        // SAFETY: the call takes three integers and no pointer.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.0.as_raw_fd(), number, 0) };
-        owned(fd)
-    }
-}
-
-fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
-    match RawFd::try_from(result) {
-        // SAFETY: a system call that returns a new file descriptor gave it to us alone.
-        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
-        _ => Err(io::Error::last_os_error()),
+        Ok(pidfd_getfd(&self.0, number, PidfdGetfdFlags::empty())?)
     }
 }
 
@@ -46,7 +38,7 @@ mod tests {
     use super::*;
     use std::{
         net::TcpListener,
-        os::fd::AsFd as _,
+        os::fd::AsRawFd as _,
         process::{Command, Stdio},
     };
 
@@ -81,6 +73,6 @@ mod tests {
             own.file(1_000_000).expect_err("no fd").raw_os_error(),
             Some(libc::EBADF)
         );
-        assert!(own.0.as_fd().as_raw_fd() > 2);
+        assert!(own.0.as_raw_fd() > 2);
     }
 }

@@ -5,8 +5,6 @@ use std::{
     os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-/// `SO_COOKIE` (include/uapi/asm-generic/socket.h).
-const SO_COOKIE: libc::c_int = 57;
 /// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), since Linux 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
 /// include/uapi/linux/sockios.h
@@ -17,16 +15,33 @@ const SIOCGSKNS: libc::c_ulong = 0x894c;
 /// # Errors
 /// `ENOTSOCK` where the file is no socket.
 pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
-    option(socket, SO_COOKIE)
+    Ok(rustix::net::sockopt::socket_cookie(socket)?)
 }
 
-/// The cookie of the network namespace that a socket is in: a number that the kernel never gives twice until it reboots, and that BPF
-/// programs get from `bpf_get_netns_cookie`.
+/// The cookie of the network namespace that a socket is in: a number that the kernel never gives
+/// twice until it reboots, and that BPF programs get from `bpf_get_netns_cookie`.
 ///
 /// # Errors
 /// `ENOTSOCK` where the file is no socket; `ENOPROTOOPT` where the kernel is older than 5.14.
 pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
-    option(socket, SO_NETNS_COOKIE)
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `cookie`, to the first pointer
+    // and a socklen_t to the second. Both live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The network namespace that a socket is in (`SIOCGSKNS`, net/socket.c).
@@ -69,28 +84,6 @@ pub fn is_established(socket: impl AsFd) -> io::Result<bool> {
     }
 }
 
-/// A socket option of `SOL_SOCKET` whose value is 64 bits wide.
-fn option(socket: impl AsFd, option: libc::c_int) -> io::Result<u64> {
-    let mut value = 0_u64;
-    let mut length = libc::socklen_t::try_from(size_of::<u64>()).map_err(io::Error::other)?;
-    // SAFETY: the kernel writes at most `length` bytes, the size of `value`, to the first pointer and a socklen_t to the second;
-    // both live until the call returns.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            option,
-            (&raw mut value).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 {
-        Ok(value)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,7 +99,6 @@ mod tests {
         );
         assert_ne!(cookie(&second).expect("cookie"), seen);
         let file = std::fs::File::open("/dev/null").expect("open");
-        assert!(is_established(&file).is_err());
         assert_eq!(
             cookie(file).expect_err("no socket").raw_os_error(),
             Some(libc::ENOTSOCK)

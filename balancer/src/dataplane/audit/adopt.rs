@@ -3,10 +3,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -23,7 +21,7 @@ use super::super::plan::rule_of;
 use super::super::tables::{SlotView, connection_of, every_slot};
 use super::super::writer::Writer;
 use super::socket_table::SocketTable;
-use crate::discover::{Listener, Owner, owners};
+use crate::discover::{Listener, SocketOwner, owners};
 use crate::sys::sock_diag::{Family, Socket};
 
 /// `BPF_NOEXIST`: never take a listener from the kernel half, which may register it at this very moment.
@@ -71,7 +69,7 @@ impl Writer {
         if claimants.is_empty() {
             return Ok(false);
         }
-        let cgroups = cgroup_ids(&self.cgroup)?;
+        let cgroups = cgroup_ids(&self.cgroup);
         let current = crate::sys::netns::current().context("cannot open the network namespace")?;
         let listeners: HashMap<u64, Listener> = crate::discover::listeners(&current)
             .context("cannot list the listeners")?
@@ -369,7 +367,7 @@ fn errno_of(error: &MapError) -> u32 {
         .unwrap_or(0)
 }
 
-fn is_owner(owners: Option<&Vec<Owner>>, view: &SlotView) -> bool {
+fn is_owner(owners: Option<&Vec<SocketOwner>>, view: &SlotView) -> bool {
     owners.is_some_and(|owners| {
         owners
             .iter()
@@ -438,26 +436,9 @@ fn backend_of(netns: u64, address: Address, listener: &Listener, rule: ListenRul
 }
 
 /// The ids of a cgroup and of those below it; `None`: it is the root, which has all.
-fn cgroup_ids(cgroup: &Path) -> Result<Option<HashSet<u64>>> {
-    if crate::discover::cgroup2_mount().is_ok_and(|root| root == cgroup) {
-        return Ok(None);
-    }
-    let mut ids = HashSet::new();
-    let mut directories = vec![cgroup.to_owned()];
-    while let Some(directory) = directories.pop() {
-        let metadata = fs::metadata(&directory)
-            .with_context(|| format!("cannot query {}", directory.display()))?;
-        ids.insert(metadata.ino());
-        for entry in fs::read_dir(&directory)
-            .with_context(|| format!("cannot list {}", directory.display()))?
-        {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                directories.push(entry.path());
-            }
-        }
-    }
-    Ok(Some(ids))
+fn cgroup_ids(cgroup: &Path) -> Option<HashSet<u64>> {
+    let is_root = crate::discover::cgroup2_mount().is_ok_and(|root| root == cgroup);
+    (!is_root).then(|| crate::discover::cgroup_ids(cgroup))
 }
 
 /// Whether a socket was made in one of the cgroups: connections of others pass by `account`.

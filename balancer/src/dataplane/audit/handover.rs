@@ -13,7 +13,7 @@ use super::super::tables::connection_of;
 use super::super::writer::Writer;
 use super::adopt::ONLY_NEW;
 use super::socket_table::{SocketTable, sockets};
-use crate::discover::{Owner, owners};
+use crate::discover::{SocketOwner, owners};
 use crate::sys::bpf::{self, Object};
 use crate::sys::sock_diag::Socket;
 use crate::sys::socket;
@@ -123,13 +123,16 @@ impl Writer {
         Ok(true)
     }
 
-    fn give(&self, connection: &Socket, value: Connection, owners: &[Owner]) -> bool {
+    fn give(&self, connection: &Socket, value: Connection, owners: &[SocketOwner]) -> bool {
         Self::file_of(connection, owners)
             .is_some_and(|file| self.set_storage(value, &file, ONLY_NEW).is_ok())
     }
 
     /// A descriptor of that very connection.
-    pub(in crate::dataplane) fn file_of(connection: &Socket, owners: &[Owner]) -> Option<OwnedFd> {
+    pub(in crate::dataplane) fn file_of(
+        connection: &Socket,
+        owners: &[SocketOwner],
+    ) -> Option<OwnedFd> {
         owners.iter().find_map(|owner| {
             let file = owner.file().ok()?;
             (socket::cookie(&file).ok()? == connection.cookie).then_some(file)

@@ -13,7 +13,7 @@ use super::super::tables::{SlotView, connection_of};
 use super::super::writer::Writer;
 use super::adopt::{ONLY_OLD, fitting};
 use super::socket_table::SocketTable;
-use crate::discover::{Owner, owners};
+use crate::discover::{SocketOwner, owners};
 use crate::sys::sock_diag::Socket;
 use crate::sys::socket;
 
@@ -72,12 +72,12 @@ impl Migrated {
     fn new_home<'a>(
         &self,
         left: &Leftover<'_>,
-        owners: &[Owner],
+        owners: &[SocketOwner],
         listening: &[&'a SlotView],
     ) -> Option<&'a SlotView> {
         let closed = &left.of.member.backend;
         let waited = self.waiting.contains(&left.socket.cookie);
-        let of_closed = |owner: &Owner| owner.pid == closed.pid;
+        let of_closed = |owner: &SocketOwner| owner.pid == closed.pid;
         if !waited && owners.iter().any(of_closed) {
             return None;
         }
@@ -158,7 +158,7 @@ impl Writer {
     }
 
     /// From then on the daemon counts it. Should it end in this very moment, the comparison puts the closed slot's count right.
-    fn move_over(&self, left: &Leftover<'_>, owners: &[Owner], to: &SlotView) -> bool {
+    fn move_over(&self, left: &Leftover<'_>, owners: &[SocketOwner], to: &SlotView) -> bool {
         let Ok(slot) = u16::try_from(to.slot()) else {
             return false;
         };

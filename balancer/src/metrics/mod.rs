@@ -1,0 +1,126 @@
+//! The metrics of a loaded data plane, in the `OpenMetrics` text format.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapshot};
+
+type Labels = Vec<(&'static str, String)>;
+type Gauges = Family<Labels, Gauge>;
+type Counters = Family<Labels, Counter<u64, AtomicU64>>;
+
+/// A snapshot in the `OpenMetrics` text format.
+///
+/// # Errors
+/// When it can't be written as text.
+pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
+    let mut registry = Registry::with_prefix("balancer");
+    daemon(&mut registry, &snapshot.agent);
+    let mut backends = Backends::new(&mut registry);
+    let lookups = counters(&mut registry, "lookups", "Look-ups by how they ended");
+    for service in &snapshot.services {
+        for backend in &service.backends {
+            backends.add(service, backend);
+        }
+        for (reason, count) in &service.verdicts {
+            let labels = vec![
+                ("service", service.name.clone()),
+                ("verdict", reason.verdict().name().to_owned()),
+                ("reason", reason.name().to_owned()),
+            ];
+            lookups.get_or_create(&labels).inc_by(*count);
+        }
+    }
+    let mut text = String::new();
+    encode(&mut text, &registry)?;
+    Ok(text)
+}
+
+fn gauges(registry: &mut Registry, name: &str, help: &str) -> Gauges {
+    let family = Gauges::default();
+    registry.register_with_unit(name, help, connections(), family.clone());
+    family
+}
+
+fn counters(registry: &mut Registry, name: &str, help: &str) -> Counters {
+    let family = Counters::default();
+    registry.register(name, help, family.clone());
+    family
+}
+
+fn connections() -> Unit {
+    Unit::Other("connections".to_owned())
+}
+
+fn daemon(registry: &mut Registry, daemon: &DaemonSnapshot) {
+    let alive = Gauge::<i64>::default();
+    alive.set(i64::from(daemon.alive));
+    let help = "Whether the daemon's last sign of life is recent: 1, and refusing is possible";
+    registry.register("alive", help, alive);
+    if let Some(age) = daemon.heartbeat_age {
+        let gauge = Gauge::<f64, AtomicU64>::default();
+        gauge.set(age.as_secs_f64());
+        let help = "Since the daemon's last sign of life";
+        registry.register_with_unit("heartbeat_age", help, Unit::Seconds, gauge);
+    }
+    let drift = Gauge::<i64>::default();
+    drift.set(i64::try_from(daemon.audit_totals.drift).unwrap_or(i64::MAX));
+    let help = "By how much counts lastingly differed from the socket table at the last comparison";
+    registry.register_with_unit("drift", help, connections(), drift);
+    let help = "Comparisons of the counts with the socket table";
+    registry.register("checks", help, counter(daemon.audit_totals.checks));
+    let help = "Counts that were put right after comparisons with the socket table";
+    registry.register("repairs", help, counter(daemon.audit_totals.repairs));
+}
+
+fn counter(value: u64) -> Counter {
+    let counter = Counter::default();
+    counter.inc_by(value);
+    counter
+}
+
+/// The metrics of each backend.
+struct Backends {
+    established: Gauges,
+    exempt: Gauges,
+    quota: Gauges,
+    pending: Gauges,
+}
+
+impl Backends {
+    fn new(registry: &mut Registry) -> Self {
+        let mut gauge = |name, help| gauges(registry, name, help);
+        Self {
+            established: gauge("established", "In TCP state ESTABLISHED, accept side"),
+            exempt: gauge("exempt", "Those of them that don't count against the quota"),
+            quota: gauge("quota", "The most that it should hold; absent: unlimited"),
+            pending: gauge("pending", "Handshakes under way; absent: can't be read"),
+        }
+    }
+
+    fn add(&mut self, service: &ServiceSnapshot, backend: &BackendSnapshot) {
+        let labels = vec![
+            ("service", service.name.clone()),
+            ("slot", backend.slot.to_string()),
+            ("backend", backend.address.to_string()),
+            ("netns", backend.netns.to_string()),
+            ("state", backend.state.name().to_owned()),
+        ];
+        let set = |family: &Gauges, value: u32| {
+            family.get_or_create(&labels).set(i64::from(value));
+        };
+        set(&self.established, backend.established);
+        set(&self.exempt, backend.exempt);
+        if let Some(quota) = backend.quota {
+            set(&self.quota, quota);
+        }
+        if let Some(pending) = backend.pending {
+            set(&self.pending, pending);
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! What tells one file from another.
+
+use std::{io, os::fd::AsFd, path::Path};
+
+use nix::sys::stat::{FileStat, fstat, lstat, stat};
+
+/// A file while it exists, whatever its name. The kernel may give the numbers again once it is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId {
+    /// The device number of its file system.
+    pub device: u64,
+    /// Its inode there.
+    pub inode: u64,
+}
+
+impl FileId {
+    /// Which file a descriptor names.
+    ///
+    /// # Errors
+    /// Those of `fstat(2)`.
+    pub fn of(file: impl AsFd) -> io::Result<Self> {
+        Ok(fstat(file)?.into())
+    }
+
+    /// Which file a path leads to. Symbolic links are followed.
+    ///
+    /// # Errors
+    /// Those of `stat(2)`.
+    pub fn at(path: &Path) -> io::Result<Self> {
+        Ok(stat(path)?.into())
+    }
+
+    /// Which file, or symbolic link, has this name.
+    ///
+    /// # Errors
+    /// Those of `lstat(2)`.
+    pub fn named(path: &Path) -> io::Result<Self> {
+        Ok(lstat(path)?.into())
+    }
+}
+
+impl From<FileStat> for FileId {
+    fn from(stat: FileStat) -> Self {
+        Self {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        }
+    }
+}
