@@ -6,8 +6,8 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
     AuditTotals, Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES,
-    MAX_SLOTS, Members, PortKey, REASON_SLOTS, Roster, ServiceInfo, ServicePort, ServiceState,
-    SlotPolicy, Totals,
+    MAX_SLOTS, Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
+    Totals,
 };
 use balancer_common::decision::DecisionState;
 
@@ -35,8 +35,6 @@ pub static TOTALS: Array<Totals> = Array::pinned(SLOTS, MMAPABLE);
 pub static LISTENERS: SockMap = SockMap::pinned(SLOTS, 0);
 #[map]
 pub static MEMBERS: Array<Members> = Array::pinned(SERVICE_IDS, MMAPABLE);
-#[map]
-pub static ROSTERS: Array<Roster> = Array::pinned(SERVICE_IDS, MMAPABLE);
 #[map]
 pub static SERVICE_STATE: Array<ServiceState> = Array::pinned(SERVICE_IDS, MMAPABLE);
 #[map]

@@ -5,7 +5,7 @@
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Most services.
 pub const MAX_SERVICES: usize = 64;
 /// Most backends of all services together.
@@ -553,56 +553,6 @@ pub struct Members {
     pub words: [u64; MEMBER_WORDS],
 }
 
-/// Value of ROSTERS: the backends of a service of which a few, drawn by lot, may stand for all; nobody, where all must be looked at.
-/// Written by the daemon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct Roster {
-    /// The members as they were when it was drawn up: it says nothing of others.
-    pub words: [u64; MEMBER_WORDS],
-    /// How many backends it holds, at most [`MAX_MEMBERS`]. Atomic.
-    pub len: u64,
-    /// Their slots, four a word, the first one in the lowest bits.
-    pub slots: [u64; MAX_MEMBERS / Roster::A_WORD],
-}
-
-impl Roster {
-    /// Slots that a word holds.
-    pub const A_WORD: usize = 4;
-    /// Nobody.
-    pub const EMPTY: Self = Self {
-        words: [0; MEMBER_WORDS],
-        len: 0,
-        slots: [0; MAX_MEMBERS / Self::A_WORD],
-    };
-
-    /// Of these members those slots. More than [`MAX_MEMBERS`] are left out.
-    pub fn new(words: [u64; MEMBER_WORDS], slots: impl IntoIterator<Item = u32>) -> Self {
-        let mut roster = Self {
-            words,
-            ..Self::EMPTY
-        };
-        for (place, slot) in slots.into_iter().take(MAX_MEMBERS).enumerate() {
-            let shift = place % Self::A_WORD * 16;
-            roster.slots[place / Self::A_WORD] |= u64::from(slot as u16) << shift;
-            roster.len += 1;
-        }
-        roster
-    }
-
-    /// The slot at a place.
-    pub const fn slot(&self, place: u32) -> u32 {
-        let word = place as usize / Self::A_WORD % self.slots.len();
-        Self::slot_in(self.slots[word], place)
-    }
-
-    /// The slot at a place, of the word that holds it.
-    #[inline(always)]
-    pub const fn slot_in(word: u64, place: u32) -> u32 {
-        (word >> (place as usize % Self::A_WORD * 16)) as u32 & (MAX_SLOTS as u32 - 1)
-    }
-}
-
 /// Value of `SERVICE_STATE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -689,7 +639,7 @@ impl Heartbeat {
     }
 }
 
-/// Value of TRUTH: how COUNTS compares with the socket table. Written by the daemon, each word atomically.
+/// Value of AUDIT: how COUNTS compares with the socket table. Written by the daemon, each word atomically.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct AuditTotals {

@@ -68,9 +68,6 @@ impl Attempt {
 pub trait BackendAccess {
     /// Puts the scan's cursor before every member of the service, in ascending order of slots.
     fn begin(&mut self, scan: &mut Scan);
-    /// Puts it before a few members, [drawn](crate::decision::scan::Request::drawn) from the service's roster; false: it has none that is of
-    /// its members.
-    fn draw(&mut self, scan: &mut Scan) -> bool;
     /// Feeds to the scan what its cursor leads to.
     fn walk(&mut self, scan: &mut Scan);
     /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
@@ -135,8 +132,6 @@ pub struct DecisionState {
     pub yielding: bool,
     /// The backend at hand is taken although its accept queue is full.
     pub last_resort: bool,
-    /// A few members of a roster may still stand for all.
-    drawing: bool,
     /// What the first passes are for is known: whether cookies are in use, and the sum of the weights.
     cookies_known: bool,
     total_known: bool,
@@ -161,7 +156,6 @@ impl DecisionState {
             flags,
             yielding: true,
             last_resort: false,
-            drawing: false,
             cookies_known: false,
             total_known: false,
             looks: 0,
@@ -189,7 +183,6 @@ impl DecisionState {
         self.flags = flags;
         self.yielding = true;
         self.last_resort = false;
-        self.drawing = request.may_draw();
         let no = opaque(false);
         self.cookies_known = no;
         self.total_known = no;
@@ -215,11 +208,6 @@ impl DecisionState {
         None
     }
 
-    /// Whether the choice was made among a few that were drawn by lot.
-    pub const fn has_drawn(&self) -> bool {
-        self.drawing
-    }
-
     /// The decision when nothing is left to try.
     #[inline(always)]
     pub fn failure(&self) -> Decision {
@@ -229,24 +217,13 @@ impl DecisionState {
         }
     }
 
-    /// Scans a few members where they may stand for all, else all of them. Whether there must be another pass before the best of the scan
-    /// means something: a full scan where those few are not good enough, which otherwise would only find one that is a little better.
+    /// Scans all members. Whether there must be another pass before the best of the scan means something.
     #[inline(always)]
     fn scan<W: BackendAccess>(&mut self, world: &mut W) -> bool {
-        self.drawing = self.drawing && world.draw(&mut self.scan);
-        if self.drawing {
-            self.scan.draw();
-        } else {
-            self.scan.again();
-            world.begin(&mut self.scan);
-        }
+        self.scan.again();
+        world.begin(&mut self.scan);
         world.walk(&mut self.scan);
-        if self.drawing {
-            self.drawing = self.scan.has_drawn_well();
-            !self.drawing
-        } else {
-            self.needs_another_pass(world)
-        }
+        self.needs_another_pass(world)
     }
 
     /// Whether another pass is needed before the best of the scan means something.
@@ -433,7 +410,6 @@ pub fn advance<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Op
     };
     state.yielding &= state.rounds < YIELDING_ROUNDS && !state.last_resort;
     let attempt = world.attempt(slot, state);
-    state.drawing &= matches!(attempt, Attempt::Assigned | Attempt::Raced);
     match attempt {
         Attempt::Assigned => {
             return Some(Decision {
@@ -485,8 +461,8 @@ pub const fn must_choose_by_tuple(cookies: Cookies, state: &DecisionState) -> bo
 mod tests {
     use super::*;
     use crate::abi::{
-        Address, Backend, BackendState, Counts, MEMBER_WORDS, Policy, Roster, SlotPolicy,
-        SlotState, UNLIMITED,
+        Address, Backend, BackendState, Counts, MEMBER_WORDS, Policy, SlotPolicy, SlotState,
+        UNLIMITED,
     };
     use crate::decision::admission::{
         Observation, cookies_word, expected_word, full_word, judge, over_word,
@@ -506,7 +482,6 @@ mod tests {
         /// The kernel refuses to assign these.
         broken: Vec<u32>,
         unregistered: bool,
-        roster: Option<Roster>,
         /// What round-robin added up last.
         weights: u64,
     }
@@ -549,15 +524,8 @@ mod tests {
                 sockets,
                 broken: Vec::new(),
                 unregistered: false,
-                roster: None,
                 weights: 0,
             }
-        }
-
-        fn with_roster(mut self) -> Self {
-            let slots = self.members.iter().map(|member| member.slot);
-            self.roster = Some(Roster::new([0; MEMBER_WORDS], slots));
-            self
         }
 
         fn index(&self, slot: u32) -> usize {
@@ -609,14 +577,6 @@ mod tests {
         fn begin(&mut self, scan: &mut Scan) {
             let members = self.bitmap();
             scan.cursor = Cursor::new(|word| members[word as usize]);
-        }
-
-        fn draw(&mut self, scan: &mut Scan) -> bool {
-            let Some(roster) = self.roster else {
-                return false;
-            };
-            scan.cursor = Cursor::of_lots(|turn| scan.request.draw_from(&roster, turn));
-            true
         }
 
         fn walk(&mut self, scan: &mut Scan) {
@@ -770,27 +730,6 @@ mod tests {
         }
 
         #[test]
-        fn lots_change_who_is_chosen_and_never_whether(
-            members in any_members(), policy in any_policy(), sources in prop::collection::vec(any::<u64>(), 1..200), virtual_port: bool,
-        ) {
-            let mut model = Model::of(members).with_roster();
-            for source in sources {
-                let request = Request { virtual_port, ..from_source(policy, source) };
-                let mut plain = Model::of(model.members.clone());
-                let before = model.established();
-                let (drawn, scanned) = (model.connect(request), plain.decide(request));
-                prop_assert_eq!(drawn.reason, scanned.reason);
-                prop_assert_eq!(drawn.slot.is_some(), scanned.slot.is_some());
-                if let Some(slot) = drawn.slot {
-                    prop_assert!(before[slot as usize] < model.members[slot as usize].quota(UNLIMITED));
-                }
-                if !request.may_draw() {
-                    prop_assert_eq!(drawn.slot, scanned.slot);
-                }
-            }
-        }
-
-        #[test]
         fn least_loaded_wins(members in any_members()) {
             let mut model = Model::of(members);
             let load = |member: &Member| f64::from(member.counts.established()) / f64::from(member.weight());
@@ -852,48 +791,6 @@ mod tests {
                 model.decide(Request { ticket, ..from_source(policy, source) }).slot
             };
             prop_assert_eq!(choose(&at_syn, 1), choose(&at_ack, 2));
-        }
-    }
-
-    #[test]
-    fn of_many_backends_the_fullest_of_those_drawn_is_not_far_from_the_mean() {
-        for (policy, most) in [(Policy::LeastConnections, 2), (Policy::RoundRobin, 0)] {
-            let members = (0..256).map(|slot| member(slot, 0, UNLIMITED, 1));
-            let mut model = Model::of(members).with_roster();
-            for source in 0..256 * 100 {
-                model.connect(from_source(policy, source));
-            }
-            let fullest = model.established().into_iter().max().unwrap();
-            assert!(fullest <= 100 + most, "{}: {fullest}", policy.name());
-        }
-    }
-
-    #[test]
-    fn the_turns_of_one_that_is_full_are_not_all_its_neighbours() {
-        let members = (0..64).map(|slot| member(slot, 0, if slot == 7 { 0 } else { UNLIMITED }, 1));
-        let mut model = Model::of(members).with_roster();
-        for source in 0..64 * 100 {
-            model.connect(from_source(Policy::RoundRobin, source));
-        }
-        let established = model.established();
-        assert_eq!(established[7], 0);
-        let fullest = established.into_iter().max().unwrap();
-        assert!((101..115).contains(&fullest), "{fullest}");
-    }
-
-    #[test]
-    fn nobody_is_drawn_while_cookies_are_about() {
-        let members = (0..64).map(|slot| member(slot, 0, UNLIMITED, 1));
-        let mut model = Model::of(members).with_roster();
-        for member in &mut model.members {
-            member.counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
-        }
-        for source in 0..100 {
-            let request = from_source(Policy::LeastConnections, source);
-            let chosen = model.decide(request);
-            model.roster = None;
-            assert_eq!(chosen, model.decide(request));
-            model = model.with_roster();
         }
     }
 

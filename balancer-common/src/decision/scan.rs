@@ -3,7 +3,7 @@
 
 use crate::abi::{
     Address, Backend, BackendState, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS, Policy,
-    Roster, ServicePort, SlotPolicy,
+    ServicePort, SlotPolicy,
 };
 use crate::decision::admission::{
     LIFTED, cookies_in_use, cookies_near, expected, fits_family, is_full, limit, used,
@@ -13,12 +13,6 @@ use crate::opaque;
 
 /// Most backends that are tried for one SYN though their counters say that it is in vain, or that turn out to be gone.
 pub const MAX_LOOKS: usize = 6;
-
-/// Backends drawn by lot from a roster for one SYN.
-///
-/// The fullest of n backends then holds about ln ln n / ln 4 connections more than the mean, however many there are (Azar et al., Balanced
-/// Allocations, 1994): two with 256.
-pub const DRAWN: u32 = 4;
 const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
 const SIBLINGS: u64 = 0xfff;
@@ -74,32 +68,6 @@ pub struct Arrival {
 }
 
 impl Request {
-    /// Whether a few backends of a roster may stand for all: not where the own port's socket must fit best, nor where every backend has its own
-    /// sources.
-    #[inline(always)]
-    pub const fn may_draw(&self) -> bool {
-        self.virtual_port && !matches!(self.policy, Policy::SourceHash)
-    }
-
-    /// The place in a roster of so many backends that is drawn at that turn of [`DRAWN`]: by lot, but in round-robin first the one whose turn
-    /// it is. Where that one can't, its turns must not all be its neighbour's.
-    #[inline(always)]
-    pub const fn drawn(&self, turn: u32, len: u32) -> u32 {
-        if turn == 0 && matches!(self.policy, Policy::RoundRobin) {
-            return match self.ticket.checked_rem(len as u64) {
-                Some(place) => place as u32,
-                None => 0,
-            };
-        }
-        let lot = (self.tuple >> (turn % DRAWN * 16)) as u32 & 0xffff;
-        (lot * len) >> 16
-    }
-
-    /// The slot that is drawn from a roster at that turn.
-    pub const fn draw_from(&self, roster: &Roster, turn: u32) -> u32 {
-        roster.slot(self.drawn(turn, roster.len as u32))
-    }
-
     /// What a SYN for a service's port asks.
     #[inline(always)]
     pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, weights: u64, now: u32) -> Self {
@@ -214,11 +182,9 @@ const fn differ(one: u64, other: u64) -> u64 {
     (bits | bits.wrapping_neg()) >> 63
 }
 
-/// Where a walk over a service's bitmap of slots stands, or one over a few that were drawn.
+/// Where a walk over a service's bitmap of slots stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Cursor {
-    /// What is left of those that were drawn, 16 bits each, marked with [`Cursor::LOT`].
-    lots: u64,
     /// The words that are still to be looked at, a bit each.
     words: u32,
     /// What is left of the word at hand.
@@ -241,23 +207,11 @@ pub enum Step {
 impl Cursor {
     /// Most steps of a walk.
     pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
-    const LOT: u64 = 1 << 15;
     const END: Self = Self {
-        lots: 0,
         words: 0,
         word: 0,
         first: 0,
     };
-
-    #[inline(always)]
-    fn nowhere() -> Self {
-        Self {
-            lots: opaque(0),
-            words: 0,
-            word: opaque(0),
-            first: 0,
-        }
-    }
 
     /// At the beginning; `load` reads a word of the bitmap.
     #[inline(always)]
@@ -273,34 +227,14 @@ impl Cursor {
         }
         Self {
             words,
-            ..Self::nowhere()
-        }
-    }
-
-    /// At the first of [`DRAWN`] slots; `draw` tells which one is drawn at that turn.
-    #[inline(always)]
-    pub fn of_lots(draw: impl Fn(u32) -> u32) -> Self {
-        const { assert!(DRAWN <= 4 && MAX_SLOTS as u64 <= Self::LOT) };
-        let mut lots = 0;
-        let mut turn = 0;
-        while turn < DRAWN {
-            lots |= (u64::from(draw(turn)) | Self::LOT) << (turn * 16);
-            turn += 1;
-        }
-        Self {
-            lots,
-            ..Self::nowhere()
+            word: opaque(0),
+            first: 0,
         }
     }
 
     /// The next step; `load` reads a word of the bitmap.
     #[inline(always)]
     pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
-        if self.lots != 0 {
-            let slot = self.lots as u32 & (MAX_SLOTS as u32 - 1);
-            self.lots >>= 16;
-            return Step::Member(slot);
-        }
         if self.word == 0 {
             if self.words == 0 {
                 return Step::End;
@@ -463,20 +397,6 @@ impl Scan {
         self.total = self.sum;
         self.turn = self.request.ticket.checked_rem(self.total).unwrap_or(0);
         self.start_over(0, 0);
-    }
-
-    /// Starts with a few members that stand for all.
-    #[inline(always)]
-    pub fn draw(&mut self) {
-        self.total = 0;
-        self.turn = 0;
-        self.start_over(0, 0);
-    }
-
-    /// Whether one of those that were drawn is as good a choice as any: it may take the SYN, and no cookies are about.
-    #[inline(always)]
-    pub const fn has_drawn_well(&self) -> bool {
-        self.best < DOUBTFUL && self.tally.cookies == 0
     }
 
     /// Forgets which members were tried.

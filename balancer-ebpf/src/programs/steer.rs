@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, MAX_MEMBERS, MEMBER_WORDS,
-    Members, NO_SERVICE, Policy, PortKey, REASON_SLOTS, Roster, ServicePort, ticks,
+    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, MEMBER_WORDS, Members,
+    NO_SERVICE, Policy, PortKey, REASON_SLOTS, ServicePort, ticks,
 };
 use balancer_common::decision::admission::{
     Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
@@ -24,8 +24,8 @@ use crate::events;
 use crate::kernel::atomic;
 use crate::kernel::{TcpSocket, constant, context, listens};
 use crate::maps::{
-    BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, ROSTERS, SCRATCH,
-    SCRATCH_DEPTH, SERVICE_STATE, SERVICES, VERDICTS,
+    BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SCRATCH, SCRATCH_DEPTH,
+    SERVICE_STATE, SERVICES, VERDICTS,
 };
 
 const SK_DROP: u32 = 0;
@@ -271,15 +271,6 @@ impl BackendAccess for Sockets {
     }
 
     #[inline(always)]
-    fn draw(&mut self, scan: &mut Scan) -> bool {
-        let Some(roster) = roster_of(scan.request.service) else {
-            return false;
-        };
-        scan.cursor = Cursor::of_lots(|turn| unsafe { drawn(&scan.request, roster, turn) });
-        true
-    }
-
-    #[inline(always)]
     fn walk(&mut self, scan: &mut Scan) {
         // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
         let mut scan = core::ptr::from_mut(scan);
@@ -311,34 +302,6 @@ impl BackendAccess for Sockets {
 /// Steps over the members for one call. Returns are dear: where the kernel mitigates Speculative Return Stack Overflow (AMD), none is predicted.
 /// More steps are more work for the verifier, which goes through each.
 const STEPS_A_CALL: u32 = 4;
-
-/// The roster of a service, where it has one that was drawn up of the members that it has now.
-#[inline(always)]
-fn roster_of(service: u16) -> Option<*const Roster> {
-    let (members, roster) = (
-        MEMBERS.get_ptr(service.into())?,
-        ROSTERS.get_ptr(service.into())?,
-    );
-    if unsafe { read_volatile(&raw const (*roster).len) } == 0 {
-        return None;
-    }
-    let mut differences = 0;
-    for word in 0..MEMBER_WORDS as u32 {
-        let drawn_up = unsafe { read_volatile(&raw const (*roster).words[word as usize]) };
-        differences = opaque(differences | (unsafe { load(members, word) } ^ drawn_up));
-    }
-    (differences == 0).then_some(roster)
-}
-
-/// The slot that is drawn from a roster at that turn.
-#[inline(always)]
-unsafe fn drawn(request: &Request, roster: *const Roster, turn: u32) -> u32 {
-    let len = unsafe { read_volatile(&raw const (*roster).len) } as u32;
-    let place = request.drawn(turn, len) & (MAX_MEMBERS as u32 - 1);
-    let word = place as usize / Roster::A_WORD;
-    let word = unsafe { read_volatile(&raw const (*roster).slots[word]) };
-    Roster::slot_in(word, place)
-}
 
 /// Global like [`steer_round`].
 #[unsafe(no_mangle)]
@@ -456,7 +419,7 @@ fn attempt_socket(
     };
     let now = state.scan.request.now;
     let seen = tcp.observe();
-    note_cookies(counts, state.scan.request.service, &seen, now);
+    note_cookies(counts, &seen, now);
     if must_choose_by_tuple(seen.cookies(), state) {
         return Attempt::Cookies;
     }
@@ -507,15 +470,11 @@ fn announce(counts: *mut Counts, word: u64, state: &DecisionState) -> bool {
     true
 }
 
-/// While cookies are about nobody draws: all choose by four-tuple among all members.
 #[inline(always)]
-fn note_cookies(counts: *mut Counts, service: u16, seen: &Observation, now: u32) {
+fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
     let before = unsafe { read_volatile(&raw const (*counts).cookies) };
     if let Some(word) = cookies_word(seen, before, now) {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
-        if let Some(roster) = ROSTERS.get_ptr_mut(u32::from(service)) {
-            unsafe { atomic::store(&raw mut (*roster).len, 0) };
-        }
     }
 }
 

@@ -213,14 +213,12 @@ impl Daemon {
     fn share(&mut self) -> Result<()> {
         match (&mut self.cluster, &self.config.kubernetes) {
             (Some(cluster), Some(kubernetes)) => {
-                cluster.share(kubernetes, &mut self.quotas, &mut self.writer)?;
+                cluster.share(kubernetes, &mut self.quotas, &mut self.writer)
             }
             _ => self
                 .quotas
-                .apply(&self.config, &self.guarded, &mut self.writer)?,
+                .apply(&self.config, &self.guarded, &mut self.writer),
         }
-        // Weights are known now.
-        self.writer.draw_up_rosters()
     }
 
     async fn serve(

@@ -14,7 +14,6 @@ mod plain;
 mod plan;
 mod programs;
 mod read;
-mod rosters;
 mod services;
 mod slots;
 mod tables;

@@ -11,8 +11,8 @@ use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, Ri
 use balancer_common::Reason;
 use balancer_common::abi::{
     Address, AuditTotals, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat,
-    ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, Roster,
-    ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
+    ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
+    ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::scan::Member;
@@ -50,7 +50,6 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         },
     ),
     ("MEMBERS", MapShape::shared::<Members>(MAX_SERVICES)),
-    ("ROSTERS", MapShape::shared::<Roster>(MAX_SERVICES)),
     (
         "SERVICE_STATE",
         MapShape::shared::<ServiceState>(MAX_SERVICES),
@@ -87,7 +86,7 @@ pub const LAYOUT: &[(&str, MapShape)] = &[
         },
     ),
     ("HEARTBEAT", MapShape::shared::<Heartbeat>(1)),
-    ("TRUTH", MapShape::shared::<AuditTotals>(1)),
+    ("AUDIT", MapShape::shared::<AuditTotals>(1)),
     (
         "CONNECTION",
         MapShape {
@@ -216,7 +215,6 @@ pub struct Tables {
     counts: SharedArray,
     totals: SharedArray,
     members: SharedArray,
-    rosters: SharedArray,
     states: SharedArray,
     heartbeat: SharedArray,
     audit_totals: SharedArray,
@@ -280,9 +278,6 @@ fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
         .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))
 }
 
-/// Which word of a [`Roster`] is its length.
-const ROSTER_LEN: usize = MEMBER_WORDS;
-
 /// What a look-up in a map found.
 pub fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
     match found {
@@ -340,10 +335,9 @@ impl Tables {
             counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
             totals: shared::<Totals>(directory, "TOTALS", MAX_SLOTS)?,
             members: shared::<Members>(directory, "MEMBERS", MAX_SERVICES)?,
-            rosters: shared::<Roster>(directory, "ROSTERS", MAX_SERVICES)?,
             states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
             heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
-            audit_totals: shared::<AuditTotals>(directory, "TRUTH", 1)?,
+            audit_totals: shared::<AuditTotals>(directory, "AUDIT", 1)?,
         })
     }
 
@@ -490,37 +484,6 @@ impl Tables {
                 .word(u32::from(service), word)
                 .load(Ordering::Acquire)
         })
-    }
-
-    /// The roster of a service.
-    pub fn roster(&self, service: u16) -> Roster {
-        let word = |word| {
-            self.rosters
-                .word(u32::from(service), word)
-                .load(Ordering::Acquire)
-        };
-        Roster {
-            words: std::array::from_fn(word),
-            len: word(ROSTER_LEN),
-            slots: std::array::from_fn(|place| word(ROSTER_LEN + 1 + place)),
-        }
-    }
-
-    /// Gives a service another roster, which counts from its length on: that is none meanwhile.
-    pub fn write_roster(&self, service: u16, roster: &Roster) {
-        let store = |word, value| {
-            self.rosters
-                .word(u32::from(service), word)
-                .store(value, Ordering::SeqCst);
-        };
-        store(ROSTER_LEN, 0);
-        for (word, value) in roster.words.iter().enumerate() {
-            store(word, *value);
-        }
-        for (place, value) in roster.slots.iter().enumerate() {
-            store(ROSTER_LEN + 1 + place, *value);
-        }
-        store(ROSTER_LEN, roster.len);
     }
 
     /// Takes a slot out of a service's bitmap.

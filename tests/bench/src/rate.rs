@@ -378,17 +378,15 @@ fn section(table: &Table) -> Section {
 
 fn goals(rows: &[Row]) -> Vec<Goal> {
     let mut goals = Vec::new();
-    for (backends, bound) in [(USUAL, 0.98), (256, 0.95)] {
-        for row in rows
-            .iter()
-            .filter(|row| row.policy.is_some() && row.backends == backends && row.refused == 0.0)
-        {
-            let what = format!(
-                "{} with {backends} backends, of bare",
-                row.policy.unwrap_or_default()
-            );
-            goals.push(Goal::at_least(&what, bound, row.ratio_to_bare));
-        }
+    for row in rows
+        .iter()
+        .filter(|row| row.policy.is_some() && row.backends == USUAL && row.refused == 0.0)
+    {
+        let what = format!(
+            "{} with {USUAL} backends, of bare",
+            row.policy.unwrap_or_default()
+        );
+        goals.push(Goal::at_least(&what, 0.98, row.ratio_to_bare));
     }
     goals
 }

@@ -22,8 +22,8 @@ use crate::statistics::{Summary, as_f64, median};
 /// Runs in a row, and how often so many.
 const ALONE_TIMES: u32 = 1_000;
 const ALONE_BATCHES: usize = 11;
-/// What steer may cost with the usual number of backends and with the most, in nanoseconds.
-const BOUNDS: [(u16, f64); 2] = [(USUAL, 200.0), (256, 600.0)];
+/// What steer may cost with the usual number of backends, in nanoseconds.
+const BOUND: f64 = 200.0;
 
 #[derive(Serialize)]
 struct Row {
@@ -206,12 +206,10 @@ fn section(rows: &[Row]) -> Section {
         found.map(|row| row.ns)
     };
     let mut goals = Vec::new();
-    for (backends, bound) in BOUNDS {
-        for policy in POLICIES {
-            let what = format!("steer, {policy} with {backends} backends,");
-            let seen = steer(policy, backends).unwrap_or(f64::NAN);
-            goals.push(Goal::at_most(&what, bound, "ns", seen));
-        }
+    for policy in POLICIES {
+        let what = format!("steer, {policy} with {USUAL} backends,");
+        let seen = steer(policy, USUAL).unwrap_or(f64::NAN);
+        goals.push(Goal::at_most(&what, BOUND, "ns", seen));
     }
     let line = |policy: &&str| {
         let costs = BACKENDS.iter().map(|backends| steer(policy, *backends));

@@ -89,22 +89,6 @@ fn with_least_connections() {
 }
 
 #[test]
-fn with_lots() {
-    Machine::with(|machine| {
-        let explanations = explained(
-            &virtual_port("least-connections", 40, &[]),
-            || farm(40),
-            machine,
-        );
-        // Not until the daemon has seen all listeners.
-        let drawn = explanations
-            .iter()
-            .filter(|explanation| explanation.sentence.contains("drawn by lot"));
-        assert!(drawn.count() > SOURCES_EACH / 2);
-    });
-}
-
-#[test]
 fn with_round_robin() {
     Machine::with(|machine| {
         explained(&virtual_port("round-robin", 5, &[]), || farm(5), machine);

@@ -7,12 +7,12 @@ use std::sync::atomic::Ordering;
 use anyhow::{Context as _, Result};
 use balancer_common::abi::{
     ANY_NETNS, Address, Backend, Cookies, Counts, MEMBER_WORDS, NO_SERVICE, Policy, PortKey,
-    Roster, ServicePort, UNLIMITED, ticks,
+    ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission::{
     Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
 };
-use balancer_common::decision::scan::{Arrival, Cursor, DRAWN, Member, Request, Scan};
+use balancer_common::decision::scan::{Arrival, Cursor, Member, Request, Scan};
 use balancer_common::decision::{
     Attempt, BackendAccess, Decision, DecisionState, LookupFlags, decide,
 };
@@ -121,7 +121,6 @@ fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServiceP
 /// The maps and listening sockets of one service as they were a moment ago.
 struct Model {
     words: [u64; MEMBER_WORDS],
-    roster: Roster,
     members: HashMap<u32, Member>,
     /// Connections that wait in the accept queue, and the backlog, by slot.
     queues: HashMap<u32, (u32, u32)>,
@@ -139,7 +138,6 @@ impl Model {
         }
         Ok(Self {
             words,
-            roster: tables.roster(port.service),
             members,
             queues: queues(tables)?,
             unregistered: tables
@@ -252,12 +250,7 @@ fn choice(member: &Member, state: &DecisionState) -> String {
     }
     match scan.request.policy {
         Policy::LeastConnections => format!(
-            "of {}, it has the fewest connections for its weight ({}, weight {})",
-            if state.has_drawn() {
-                format!("{DRAWN} drawn by lot, as there are so many")
-            } else {
-                "those that may take it".to_owned()
-            },
+            "of those that may take it, it has the fewest connections for its weight ({}, weight {})",
             load(member, &scan.request),
             member.weight()
         ),
@@ -283,14 +276,6 @@ fn load(member: &Member, request: &Request) -> String {
 impl BackendAccess for Model {
     fn begin(&mut self, scan: &mut Scan) {
         scan.cursor = Cursor::new(|word| self.words[word as usize]);
-    }
-
-    fn draw(&mut self, scan: &mut Scan) -> bool {
-        if self.roster.len == 0 || self.roster.words != self.words {
-            return false;
-        }
-        scan.cursor = Cursor::of_lots(|turn| scan.request.draw_from(&self.roster, turn));
-        true
     }
 
     fn walk(&mut self, scan: &mut Scan) {
