@@ -300,6 +300,32 @@ impl BackendState {
     }
 }
 
+/// Which backend: a slot, and its generation while this backend has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BackendId {
+    /// The slot.
+    pub slot: u32,
+    /// The generation of the slot.
+    pub generation: u32,
+}
+
+impl BackendId {
+    /// Packs the two into one word.
+    #[inline(always)]
+    pub const fn pack(self) -> u64 {
+        (self.generation as u64) << 32 | self.slot as u64
+    }
+
+    /// The two that a word packs.
+    #[inline(always)]
+    pub const fn unpack(word: u64) -> Self {
+        Self {
+            slot: word as u32,
+            generation: (word >> 32) as u32,
+        }
+    }
+}
+
 /// The first word of a [`Backend`]: generation and state, changed by compare-and-swap alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotState(pub u64);
@@ -311,7 +337,7 @@ impl SlotState {
         Self((generation as u64) << 32 | state as u64)
     }
 
-    /// Counts the tenants of the slot: raised when it is freed.
+    /// Tells the backends apart that have the slot one after the other: raised when it is freed.
     #[inline(always)]
     pub const fn generation(self) -> u32 {
         (self.0 >> 32) as u32
@@ -334,7 +360,7 @@ impl SlotState {
         }
     }
 
-    /// The same tenant in another state.
+    /// The same backend in another state.
     #[inline(always)]
     #[must_use]
     pub const fn with(self, state: BackendState) -> Self {
@@ -431,7 +457,7 @@ impl SlotPolicy {
     /// The quota was computed from what is known of the clients, and so is only as good as that.
     pub const COMPUTED: u32 = 4;
 
-    /// Packs quota and weight for the tenant with that generation.
+    /// Packs quota and weight for the backend with that generation.
     pub const fn new(generation: u32, quota: u32, weight: u32, flags: u32) -> Self {
         Self {
             quota: (generation.wrapping_add(1) as u64) << 32 | quota as u64,
@@ -440,7 +466,7 @@ impl SlotPolicy {
         }
     }
 
-    /// Whether the daemon wrote it for this tenant.
+    /// Whether the daemon wrote it for this backend.
     #[inline(always)]
     pub const fn is_for(&self, slot_state: SlotState) -> bool {
         (self.quota >> 32) as u32 == slot_state.generation().wrapping_add(1)
@@ -529,7 +555,7 @@ impl Counts {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Totals {
-    /// Connections that have entered ESTABLISHED, of all tenants of the slot. Raised after COUNTS. Atomic.
+    /// Connections that have entered ESTABLISHED, of all backends that the slot has had. Raised after COUNTS. Atomic.
     pub entered: u64,
 }
 
@@ -591,6 +617,15 @@ impl Connection {
     pub const EXEMPT: u16 = 2;
     /// Taken over from another data plane: the daemon counts it.
     pub const INHERITED: u16 = 3;
+
+    /// The backend that it names.
+    #[inline(always)]
+    pub const fn id(&self) -> BackendId {
+        BackendId {
+            slot: self.slot as u32,
+            generation: self.generation,
+        }
+    }
 }
 
 /// Key of EXEMPT behind the prefix length (32 bits of service, then the bits of the address).

@@ -2,8 +2,8 @@
 //! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
 
 use crate::abi::{
-    Address, Backend, BackendState, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS, Policy,
-    ServicePort, SlotPolicy,
+    Address, Backend, BackendId, BackendState, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS,
+    Policy, ServicePort, SlotPolicy,
 };
 use crate::decision::admission::{
     LIFTED, cookies_in_use, cookies_near, expected, fits_family, is_full, limit, used,
@@ -106,7 +106,15 @@ pub struct Member {
 }
 
 impl Member {
-    /// Its quota: the daemon's, if it was meant for this tenant of the slot.
+    /// Its slot and generation.
+    pub const fn id(&self) -> BackendId {
+        BackendId {
+            slot: self.slot,
+            generation: self.backend.slot_state().generation(),
+        }
+    }
+
+    /// Its quota: the daemon's, if it was meant for this backend of the slot.
     #[inline(always)]
     pub const fn quota(&self, default: u32) -> u32 {
         if self.policy.is_for(self.backend.slot_state()) {

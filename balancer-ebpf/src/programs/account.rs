@@ -7,8 +7,8 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
-    Address, Backend, BackendState, Connection, Counts, EventKind, ListenRule, MAX_MEMBERS,
-    MAX_SLOTS, MEMBER_WORDS, SlotState, ticks,
+    Address, Backend, BackendId, BackendState, Connection, Counts, EventKind, ListenRule,
+    MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS, SlotState, ticks,
 };
 use balancer_common::decision::admission::{handshake_word, is_held};
 use core::ffi::c_void;
@@ -210,7 +210,7 @@ fn listened(ctx: &SockOpsContext) {
     }
     let backend = backend_of(ctx, netns, address, port, &rule);
     match claim(rule.service) {
-        Some((slot, slot_state)) => register(ctx, slot, slot_state, backend),
+        Some(id) => register(ctx, id, backend),
         None => unregistered(EventKind::NoSlot, &backend),
     }
 }
@@ -279,7 +279,7 @@ fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) ->
     } {
         return false;
     }
-    publish(ctx, slot, slot_state, backend);
+    publish(ctx, connection.id(), backend);
     true
 }
 
@@ -323,17 +323,12 @@ fn backend_of(
 
 /// Claims the first free slot.
 #[inline(always)]
-fn claim(service: u16) -> Option<(u32, SlotState)> {
+fn claim(service: u16) -> Option<BackendId> {
     let packed = account_claim(u32::from(service));
-    (packed != NONE).then(|| {
-        (
-            packed as u32,
-            SlotState::new((packed >> 32) as u32, BackendState::Free),
-        )
-    })
+    (packed != NONE).then_some(BackendId::unpack(packed))
 }
 
-/// Slot and generation, or [`NONE`]. Global like [`account_rule`].
+/// A packed [`BackendId`], or [`NONE`]. Global like [`account_rule`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn account_claim(service: u32) -> u64 {
@@ -365,7 +360,11 @@ pub extern "C" fn account_claim(service: u32) -> u64 {
                 )
             }
         {
-            return u64::from(slot_state.generation()) << 32 | slot;
+            let id = BackendId {
+                slot: slot as u32,
+                generation: slot_state.generation(),
+            };
+            return id.pack();
         }
     }
     NONE
@@ -399,14 +398,14 @@ unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
 }
 
 #[inline(always)]
-fn register(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, mut backend: Backend) {
-    let Some(place) = BACKENDS.get_ptr_mut(slot) else {
+fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
+    let Some(place) = BACKENDS.get_ptr_mut(id.slot) else {
         return;
     };
     let mut value = Connection {
-        slot: slot as u16,
+        slot: id.slot as u16,
         class: Connection::UNCOUNTED,
-        generation: slot_state.generation(),
+        generation: id.generation,
     };
     let socket = unsafe { socket(ctx) };
     let stored = if socket.is_null() {
@@ -426,7 +425,7 @@ fn register(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, mut backend:
         unsafe {
             atomic::store(
                 &raw mut (*place).slot_state,
-                slot_state.with(BackendState::Free).0,
+                SlotState::new(id.generation, BackendState::Free).0,
             )
         };
         unregistered(EventKind::NoStorage, &backend);
@@ -434,9 +433,9 @@ fn register(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, mut backend:
     }
     // A socket whose old slot was given away has a storage already, with the old value.
     unsafe { *stored = value };
-    backend.slot_state = slot_state.with(BackendState::Claimed).0;
+    backend.slot_state = SlotState::new(id.generation, BackendState::Claimed).0;
     unsafe { *place = backend };
-    if let Some(counts) = COUNTS.get_ptr_mut(slot) {
+    if let Some(counts) = COUNTS.get_ptr_mut(id.slot) {
         unsafe {
             atomic::store(&raw mut (*counts).expected, 0);
             atomic::store(&raw mut (*counts).full, 0);
@@ -445,13 +444,13 @@ fn register(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, mut backend:
             atomic::store(&raw mut (*counts).handshake, 0);
         }
     }
-    publish(ctx, slot, slot_state, place);
+    publish(ctx, id, place);
 }
 
 /// Makes a claimed slot one that SYNs may go to.
 #[inline(always)]
-fn publish(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, place: *mut Backend) {
-    let mut key = slot;
+fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
+    let mut key = id.slot;
     let error = unsafe {
         bpf_sock_map_update(
             ctx.ops,
@@ -469,13 +468,13 @@ fn publish(ctx: &SockOpsContext, slot: u32, slot_state: SlotState, place: *mut B
         (*place).map_error = error.wrapping_neg() as u32;
         atomic::store(
             &raw mut (*place).slot_state,
-            slot_state.with(BackendState::Active).0,
+            SlotState::new(id.generation, BackendState::Active).0,
         );
     }
     watch_states(ctx);
     let backend = unsafe { &*place };
-    change_membership(backend.service, slot, true);
-    events::listener(EventKind::ListenerUp, slot, backend);
+    change_membership(backend.service, id.slot, true);
+    events::listener(EventKind::ListenerUp, id.slot, backend);
 }
 
 #[inline(always)]

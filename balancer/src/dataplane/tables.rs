@@ -10,9 +10,9 @@ use aya::maps::lpm_trie::Key;
 use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
 use balancer_common::Reason;
 use balancer_common::abi::{
-    Address, AuditTotals, Backend, BackendState, Connection, Counts, ExemptKey, Heartbeat,
-    ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS, ServiceInfo,
-    ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
+    Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey,
+    Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS,
+    ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::scan::Member;
@@ -231,6 +231,11 @@ impl SlotView {
     /// The number of the slot.
     pub const fn slot(&self) -> u32 {
         self.member.slot
+    }
+
+    /// Slot and generation.
+    pub const fn id(&self) -> BackendId {
+        self.member.id()
     }
 
     /// Generation and stored state.
