@@ -8,77 +8,51 @@ use std::{
 use kube::core::Expression;
 
 use super::{
-    Backend, ClusterService, MAX_BACKENDS, Service, ServiceChoice, error::at_line, fields::Result,
+    Backend, ClusterService, MAX_BACKENDS, Service, ServiceChoice,
+    error::Result,
     selector::selector,
+    yaml::{Node, Value},
 };
 
-/// A service with the lines that errors about several services together name.
-pub(super) struct Located {
-    pub(super) service: Service,
-    pub(super) name_line: usize,
-    pub(super) port_line: usize,
-    pub(super) backend_lines: Vec<usize>,
+/// Checks names, ports and backends that collide. `nodes` are the services in the file.
+pub(super) fn check_services(services: &[Service], nodes: &[Node]) -> Result<()> {
+    check_names(services.iter().map(|service| &*service.name), nodes)?;
+    check_ports(services, nodes)?;
+    check_backends(services, nodes)
 }
 
-/// A service of a cluster with the lines that errors about several services together name.
-pub(super) struct LocatedChoice {
-    pub(super) service: ClusterService,
-    pub(super) name_line: usize,
-    /// Where it begins.
-    pub(super) line: usize,
-}
-
-/// Checks what no service can know of itself: names, ports and backends that collide.
-pub(super) fn check_conflicts(services: &[Located]) -> Result<()> {
-    check_names(
-        services
-            .iter()
-            .map(|located| (&*located.service.name, located.name_line)),
-    )?;
-    check_ports(services)?;
-    check_backends(services)
-}
-
-/// The same for services of a cluster: names, and Services that two of them select.
-pub(super) fn check_choices(services: &[LocatedChoice]) -> Result<()> {
-    check_names(
-        services
-            .iter()
-            .map(|located| (&*located.service.name, located.name_line)),
-    )?;
-    for (index, second) in services.iter().enumerate() {
-        let same = |first: &&LocatedChoice| overlap(&first.service, &second.service);
-        if let Some(first) = services[..index].iter().find(same) {
-            return Err(at_line(
-                second.line,
-                format!(
-                    "`{}` selects the same Services and port as `{}` on line {}",
-                    second.service.name, first.service.name, first.line
-                ),
-                "a port is guarded for one of them: keep one, or give them another `service`, `selector`, `namespace` or `port`",
+/// Checks names, and services of a cluster that select the same. `nodes` are they in the file.
+pub(super) fn check_choices(services: &[ClusterService], nodes: &[Node]) -> Result<()> {
+    check_names(services.iter().map(|service| &*service.name), nodes)?;
+    for (index, (second, node)) in services.iter().zip(nodes).enumerate() {
+        let mut before = services[..index].iter().zip(nodes);
+        if let Some((first, first_node)) = before.find(|(first, _)| overlap(first, second)) {
+            return node.fail(format!(
+                "`{}` selects the same Services and port as `{}` on line {}; a port is guarded for one of them: keep one, or give them another `service`, `selector`, `namespace` or `port`",
+                second.name, first.name, first_node.place.line
             ));
         }
     }
     Ok(())
 }
 
-/// Whether it is certain, without a look at the cluster, that what one selects the other selects too.
+/// Whether it is certain, without a look at the cluster, that one selects what the other selects.
 fn overlap(one: &ClusterService, other: &ClusterService) -> bool {
+    use ServiceChoice::Selected;
     one.port == other.port
         && match (&one.of, &other.of) {
             (
-                ServiceChoice::Selected {
-                    namespace: one_namespace,
+                Selected {
+                    namespace: here,
                     selectors: one,
                 },
-                ServiceChoice::Selected {
-                    namespace: other_namespace,
+                Selected {
+                    namespace: there,
                     selectors: other,
                 },
             ) => {
-                let everywhere = one_namespace.is_none() || other_namespace.is_none();
-                (everywhere || one_namespace == other_namespace)
-                    && requirements(one) == requirements(other)
+                let everywhere = here.is_none() || there.is_none();
+                (everywhere || here == there) && requirements(one) == requirements(other)
             }
             (one, other) => one == other,
         }
@@ -92,96 +66,80 @@ fn requirements(selectors: &[String]) -> BTreeSet<Option<BTreeSet<Expression>>> 
         .collect()
 }
 
-fn check_names<'a>(services: impl Iterator<Item = (&'a str, usize)>) -> Result<()> {
+fn check_names<'a>(names: impl Iterator<Item = &'a str>, nodes: &[Node]) -> Result<()> {
     let mut seen = HashMap::new();
-    for (name, line) in services {
-        if let Some(first) = seen.insert(name, line) {
-            return Err(at_line(
-                line,
-                format!("a second service is named `{name}`, the first on line {first}"),
-                "give each service a name of its own",
+    for (name, node) in names.zip(nodes) {
+        let place = node.at("name").place;
+        if let Some(first) = seen.insert(name, place.line) {
+            return place.fail(format!(
+                "a second service is named `{name}`, the first on line {first}; give each service a name of its own"
             ));
         }
     }
     Ok(())
 }
 
-fn check_ports(services: &[Located]) -> Result<()> {
+fn check_ports(services: &[Service], nodes: &[Node]) -> Result<()> {
     let mut seen = HashMap::new();
-    for Located {
-        service, port_line, ..
-    } in services
-    {
-        if let Some((first, line)) =
-            seen.insert((service.port, service.address), (&service.name, port_line))
-        {
-            return Err(at_line(
-                *port_line,
-                format!(
-                    "`{}` is on the same port and address as `{first}` on line {line}: {}",
-                    service.name,
-                    place(service)
-                ),
-                "change a port, or give each service an `address` of its own",
+    for (service, node) in services.iter().zip(nodes) {
+        let place = node.at("port").place;
+        let before = seen.insert((service.port, service.address), (&service.name, place.line));
+        if let Some((first, line)) = before {
+            return place.fail(format!(
+                "`{}` is on the same port and address as `{first}` on line {line}: {}; change a port, or give each service an `address` of its own",
+                service.name,
+                destination(service)
             ));
         }
     }
     Ok(())
 }
 
-fn check_backends(services: &[Located]) -> Result<()> {
+fn check_backends(services: &[Service], nodes: &[Node]) -> Result<()> {
     let mut seen: HashMap<SocketAddr, (&str, usize)> = HashMap::new();
-    for Located {
-        service,
-        backend_lines,
-        ..
-    } in services
-    {
-        for (backend, line) in service.backends.iter().flatten().zip(backend_lines) {
-            if let Some((owner, first)) = seen.insert(backend.address, (&service.name, *line)) {
-                let problem = if owner == service.name {
-                    format!(
-                        "the backend {} is listed twice, first on line {first}",
-                        backend.address
-                    )
-                } else {
-                    format!(
-                        "the backend {} is already one of `{owner}`, on line {first}",
-                        backend.address
-                    )
-                };
-                return Err(at_line(
-                    *line,
-                    problem,
-                    "a listener serves one service: keep one of the two",
-                ));
-            }
-            if seen.len() > MAX_BACKENDS {
-                return Err(at_line(
-                    *line,
-                    format!("more than {MAX_BACKENDS} backends in all"),
-                    "remove some, or run several daemons with a --state-dir each",
-                ));
-            }
-            if let Some(shadow) = services
-                .iter()
-                .map(|located| &located.service)
-                .find(|other| hides(other, backend))
-            {
-                return Err(at_line(
-                    *line,
-                    format!(
-                        "the backend {} is where clients of `{}` connect to ({}), so it could not be told from the service",
-                        backend.address,
-                        shadow.name,
-                        place(shadow)
-                    ),
-                    "let it listen on another port, or give the service an `address` that no backend has",
-                ));
-            }
+    for (service, backend, node) in backends(services, nodes) {
+        let Backend { address, .. } = backend;
+        if let Some((owner, first)) = seen.insert(*address, (&service.name, node.place.line)) {
+            let other = if owner == service.name {
+                format!("listed twice, first on line {first}")
+            } else {
+                format!("already one of `{owner}`, on line {first}")
+            };
+            return node.fail(format!(
+                "the backend {address} is {other}; a listener serves one service: keep one of the two"
+            ));
+        }
+        if seen.len() > MAX_BACKENDS {
+            return node.fail(format!(
+                "more than {MAX_BACKENDS} backends in all; remove some, or run several daemons with a --state-dir each"
+            ));
+        }
+        if let Some(shadow) = services.iter().find(|other| hides(other, backend)) {
+            return node.fail(format!(
+                "the backend {address} is where clients of `{}` connect to ({}), so it could not be told from the service; let it listen on another port, or give the service an `address` that no backend has",
+                shadow.name,
+                destination(shadow)
+            ));
         }
     }
     Ok(())
+}
+
+/// Every backend with its service and the value in the file that lists it.
+fn backends<'a>(
+    services: &'a [Service],
+    nodes: &'a [Node],
+) -> impl Iterator<Item = (&'a Service, &'a Backend, &'a Node)> {
+    services.iter().zip(nodes).flat_map(|(service, node)| {
+        let listed: &[Node] = match &*node.at("backends").value {
+            Value::List(listed) => listed,
+            _ => &[],
+        };
+        let backends = service.backends.iter().flatten();
+        backends
+            .zip(listed)
+            .map(move |(backend, node)| (service, backend, node))
+    })
 }
 
 /// Whether a connection to `backend` itself would be one to `service`.
@@ -192,7 +150,8 @@ fn hides(service: &Service, backend: &Backend) -> bool {
             .is_none_or(|address| address == backend.address.ip())
 }
 
-fn place(service: &Service) -> String {
+/// What clients of a service connect to, in words.
+fn destination(service: &Service) -> String {
     match service.address {
         Some(address) => SocketAddr::new(address, service.port).to_string(),
         None => format!("port {} on any address", service.port),

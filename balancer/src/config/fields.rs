@@ -1,75 +1,148 @@
-//! Reading the values of a mapping, and what to say where one is missing, unknown or of the wrong kind.
+//! The mappings of the file with their keys, and their values by kind.
 
 use super::{
-    ConfigError,
-    error::at_line,
+    error::Result,
     yaml::{Entry, Node, Value, shown},
 };
 
-pub(super) type Result<T> = std::result::Result<T, ConfigError>;
+/// Every mapping of the file: where it stands, what messages call it, and the keys it may have.
+pub(super) const MAPPINGS: [(&str, &str, &[&str]); 8] = [
+    (
+        "",
+        "the file",
+        &["services", "kubernetes", "fail_open_after", "namespaces"],
+    ),
+    (
+        "services",
+        "a service",
+        &[
+            "name", "port", "address", "policy", "backends", "quota", "exempt",
+        ],
+    ),
+    ("services.backends", "a backend", &["address", "weight"]),
+    (
+        "services.quota",
+        "`quota`",
+        &[
+            "per_backend",
+            "clients",
+            "connections_per_client",
+            "headroom",
+            "min_quota",
+        ],
+    ),
+    (
+        "kubernetes",
+        "`kubernetes`",
+        &["services", "publish_every", "hold_for"],
+    ),
+    (
+        "kubernetes.services",
+        "a service",
+        &[
+            "name",
+            "service",
+            "selector",
+            "namespace",
+            "port",
+            "policy",
+            "quota",
+            "exempt",
+        ],
+    ),
+    (
+        "kubernetes.services.quota",
+        "`quota`",
+        &[
+            "per_backend",
+            "clients",
+            "connections_per_client",
+            "pods",
+            "observed",
+            "headroom",
+            "min_quota",
+        ],
+    ),
+    (
+        "kubernetes.services.quota.pods",
+        "a class of pods",
+        &["selector", "namespace", "connections"],
+    ),
+];
 
-/// The keys of one mapping, all of them known ones.
+/// The settings of one mapping, all of them known ones.
 pub(super) struct Fields<'a> {
     what: &'static str,
-    line: usize,
-    pub(super) entries: &'a [Entry],
+    node: &'a Node,
+    entries: &'a [Entry],
 }
 
 impl<'a> Fields<'a> {
-    /// The keys of `node`, which is `what` in messages and may have the `known` ones.
-    pub(super) fn of(node: &'a Node, what: &'static str, known: &[&str]) -> Result<Self> {
+    /// The settings of `node`, the mapping at `path` in [`MAPPINGS`].
+    pub(super) fn of(node: &'a Node, path: &'static str) -> Result<Self> {
+        let mapping = MAPPINGS.iter().find(|(known, ..)| *known == path);
+        let (_, what, keys) = *mapping.unwrap_or(&(path, path, &[]));
         let Value::Map(entries) = &*node.value else {
-            return Err(at_line(
-                node.line,
-                format!(
-                    "{what} must be `key: value` settings, this is {}",
-                    node.value.kind()
-                ),
-                format!("the keys are {}", known.join(", ")),
+            return node.fail(format!(
+                "{what} must be `key: value` settings, this is {}; the keys are {}",
+                node.value.kind(),
+                keys.join(", ")
             ));
         };
-        for entry in entries {
-            if !known.contains(&entry.key.as_str()) {
-                return Err(at_line(
-                    entry.line,
-                    format!("unknown key `{}` in {what}", shown(&entry.key)),
-                    unknown_key_advice(&entry.key, known),
-                ));
-            }
+        if let Some(Entry { key, place, .. }) =
+            entries.iter().find(|entry| !keys.contains(&&*entry.key))
+        {
+            return place.fail(format!(
+                "unknown key `{}` in {what}; {}",
+                shown(key),
+                unknown_key_advice(key, keys)
+            ));
         }
         Ok(Self {
             what,
-            line: node.line,
+            node,
             entries,
         })
     }
 
-    /// The value of a key, if it is there.
-    pub(super) fn get(&self, key: &str) -> Option<&'a Node> {
+    /// The first setting that has one of these keys.
+    pub(super) fn first(&self, keys: &[&str]) -> Option<&'a Entry> {
         self.entries
             .iter()
-            .find(|entry| entry.key == key)
-            .map(|entry| &entry.node)
+            .find(|entry| keys.contains(&&*entry.key))
     }
 
-    /// The value of a key that must be there.
-    pub(super) fn required(&self, key: &str) -> Result<&'a Node> {
-        self.get(key).ok_or_else(|| {
-            at_line(
-                self.line,
-                format!("`{key}` is missing in {}", self.what),
-                format!("add `{key}: …`"),
-            )
-        })
+    /// Refuses the first setting that has one of these keys.
+    pub(super) fn none_of(&self, keys: &[&str], why: impl Fn(&str) -> String) -> Result<()> {
+        self.first(keys)
+            .map_or(Ok(()), |entry| entry.place.fail(why(&entry.key)))
     }
 
     /// What `read` makes of the value of a key, if it is there.
     pub(super) fn optional<T>(
         &self,
         key: &str,
-        read: impl FnOnce(&Node) -> Result<T>,
+        read: impl FnOnce(&'a Node) -> Result<T>,
     ) -> Result<Option<T>> {
-        self.get(key).map(read).transpose()
+        self.first(&[key])
+            .map(|entry| read(&entry.node))
+            .transpose()
+    }
+
+    /// What `read` makes of the value of a key, which must be there.
+    pub(super) fn required<T>(
+        &self,
+        key: &str,
+        read: impl FnOnce(&'a Node) -> Result<T>,
+    ) -> Result<T> {
+        match self.optional(key, read)? {
+            Some(value) => Ok(value),
+            None => {
+                let what = self.what;
+                self.node
+                    .fail(format!("`{key}` is missing in {what}; add `{key}: …`"))
+            }
+        }
     }
 }
 
@@ -77,90 +150,80 @@ fn unknown_key_advice(key: &str, known: &[&str]) -> String {
     if key == "<<" {
         return "YAML merge keys are not supported: write the settings out".to_owned();
     }
+    let key = key.to_lowercase().replace('-', "_");
     let near = known
         .iter()
-        .filter(|candidate| alike(key, candidate))
-        .min_by_key(|near| distance(key, near));
-    let question = near
-        .map(|near| format!("did you mean `{near}`? "))
-        .unwrap_or_default();
+        // A longer word can't be a slip, and the distance costs the product of both lengths.
+        .filter(|known| key.len() <= 2 * known.len())
+        .map(|known| (strsim::levenshtein(&key, known), known))
+        // Two changed letters make a transposition.
+        .filter(|(distance, known)| *distance <= known.len().div_ceil(3))
+        .min();
+    let question = near.map_or_else(String::new, |(_, near)| format!("did you mean `{near}`? "));
     format!("{question}the keys are {}", known.join(", "))
 }
 
-/// Whether `key` is likely a slip for `candidate`: another case or another separator, or few letters changed (two make a transposition).
-fn alike(key: &str, candidate: &str) -> bool {
-    let key = key.to_lowercase().replace('-', "_");
-    // A longer word can't be a slip for any key, and the distance costs the product of both lengths.
-    key.len() <= 2 * candidate.len() && distance(&key, candidate) <= candidate.len().div_ceil(3)
-}
+impl Node {
+    /// An error about this value.
+    pub(super) fn fail<T>(&self, message: impl Into<String>) -> Result<T> {
+        self.place.fail(message)
+    }
 
-/// How many letters must be inserted, removed or replaced to make `a` into `b` (Levenshtein).
-fn distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, from) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, to) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(from != *to);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
+    /// The value of a key of this mapping; the mapping itself where it has no such key.
+    pub(super) fn at(&self, key: &str) -> &Self {
+        match &*self.value {
+            Value::Map(entries) => entries
+                .iter()
+                .find(|entry| entry.key == key)
+                .map_or(self, |entry| &entry.node),
+            _ => self,
         }
     }
-    row[b.len()]
-}
 
-/// The items of a list.
-pub(super) fn list<'a>(node: &'a Node, what: &str, example: &str) -> Result<&'a [Node]> {
-    match &*node.value {
-        Value::List(nodes) => Ok(nodes),
-        Value::Null => Err(at_line(
-            node.line,
-            format!("{what} has no value"),
-            format!("write a list, for example {example}"),
-        )),
-        other => Err(at_line(
-            node.line,
-            format!("{what} must be a list, this is {}", other.kind()),
-            format!("write {example}"),
-        )),
+    /// The items of a list.
+    pub(super) fn list(&self, what: &str, example: &str) -> Result<&[Self]> {
+        match &*self.value {
+            Value::List(items) => Ok(items),
+            Value::Null => self.fail(format!(
+                "{what} has no value; write a list, for example {example}"
+            )),
+            other => self.fail(format!(
+                "{what} must be a list, this is {}; write {example}",
+                other.kind()
+            )),
+        }
+    }
+
+    /// The text of a single value.
+    pub(super) fn scalar(&self, what: &str, example: &str) -> Result<&str> {
+        match &*self.value {
+            Value::Scalar(text) => Ok(text),
+            Value::Null => self.fail(format!(
+                "{what} is missing here; write a value, for example {example}"
+            )),
+            other => self.fail(format!(
+                "{what} must be a single value, this is {}; write for example {example}",
+                other.kind()
+            )),
+        }
+    }
+
+    /// A whole number from `least` to `most`.
+    pub(super) fn number(&self, key: &str, least: u32, most: u32, advice: &str) -> Result<u32> {
+        let text = self.scalar(key, &least.to_string())?;
+        match decimal(text) {
+            Some(number) if (least..=most).contains(&number) => Ok(number),
+            _ => self.fail(format!(
+                "{key} `{}` is not possible; write a whole number from {least} to {most}; {advice}",
+                shown(text)
+            )),
+        }
     }
 }
 
-/// The text of a single value.
-pub(super) fn scalar<'a>(node: &'a Node, what: &str, example: &str) -> Result<&'a str> {
-    match &*node.value {
-        Value::Scalar(text) => Ok(text),
-        Value::Null => Err(at_line(
-            node.line,
-            format!("{what} is missing here"),
-            format!("write a value, for example {example}"),
-        )),
-        other => Err(at_line(
-            node.line,
-            format!("{what} must be a single value, this is {}", other.kind()),
-            format!("write for example {example}"),
-        )),
-    }
-}
-
-/// A whole number from `least` to `most`.
-pub(super) fn number(node: &Node, key: &str, least: u32, most: u32, advice: &str) -> Result<u32> {
-    let text = scalar(node, key, &least.to_string())?;
-    decimal(text)
-        .and_then(|number| u32::try_from(number).ok())
-        .filter(|number| (least..=most).contains(number))
-        .ok_or_else(|| {
-            at_line(
-                node.line,
-                format!("{key} `{}` is not possible", shown(text)),
-                format!("write a whole number from {least} to {most}; {advice}"),
-            )
-        })
-}
-
-/// A whole number in plain decimal digits: no sign, no separators, no other base, since YAML dialects disagree on what those mean.
-pub(super) fn decimal(text: &str) -> Option<u64> {
+/// A whole number in plain decimal digits: no sign, no separators and no other base, since
+/// dialects of YAML disagree on what those mean.
+pub(super) fn decimal<T: std::str::FromStr>(text: &str) -> Option<T> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     if digits { text.parse().ok() } else { None }
 }

@@ -27,6 +27,7 @@ use std::{
 use balancer_common::{Policy, abi};
 use ipnet::IpNet;
 
+use self::error::Place;
 pub use self::{
     error::ConfigError,
     kubernetes::{
@@ -45,7 +46,7 @@ pub const MAX_SERVICES: usize = abi::MAX_SERVICES;
 pub const MAX_SERVICE_BACKENDS: usize = abi::MAX_MEMBERS;
 /// The most backends that one file may list.
 pub const MAX_BACKENDS: usize = abi::MAX_SLOTS;
-/// The most exempt networks of one service: those of all services together fit into the kernel's table.
+/// The most exempt networks of one service: those of all services fit into the kernel's table.
 pub const MAX_EXEMPT: usize = 256;
 /// The longest name of a service, in bytes.
 pub const MAX_NAME_BYTES: usize = abi::MAX_NAME;
@@ -65,24 +66,25 @@ pub const DEFAULT_FAIL_OPEN_AFTER: Duration = Duration::from_secs(30);
 /// What the balancer is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The services, in the order of the file; between 1 and [`MAX_SERVICES`], or none where there is `kubernetes`.
+    /// The services, in the order of the file: between 1 and [`MAX_SERVICES`], or none where there
+    /// is `kubernetes`.
     pub services: Vec<Service>,
-    /// How long after the daemon last lived the kernel stops refusing; between a second and an hour.
+    /// How long after the daemon last lived the kernel stops refusing: a second to an hour.
     pub fail_open_after: Duration,
-    /// Which network namespaces are guarded; [`NetnsScope::Pods`] where there is `kubernetes`.
+    /// Which netns are guarded; [`NetnsScope::Pods`] where there is `kubernetes`.
     pub namespaces: NetnsScope,
-    /// What is balanced in a Kubernetes cluster, where the pods' namespaces are guarded; `None`: what `services` lists.
+    /// What is balanced in a Kubernetes cluster; `None`: what `services` lists.
     pub kubernetes: Option<Kubernetes>,
 }
 
-/// Which network namespaces are guarded.
+/// Which netns are guarded: the key `namespaces`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NetnsScope {
     /// The one that the daemon was started in.
     Own,
     /// Every one on the machine, also those that come later.
     All,
-    /// Those that these files name (`/run/netns/NAME`, `/proc/PID/ns/net`); absolute, no path twice.
+    /// Those of these files (`/run/netns/NAME`, `/proc/PID/ns/net`): absolute, no path twice.
     Paths(Vec<PathBuf>),
     /// Those of the pods that the section `kubernetes` asks for.
     Pods,
@@ -95,22 +97,24 @@ pub struct Service {
     pub name: String,
     /// What clients connect to; not 0.
     pub port: u16,
-    /// Only connections to this address; `None`: to any. An exact address wins over any. Never an IPv4-mapped IPv6 address.
+    /// Only connections to this address; `None`: to any. An exact address wins over any. Never an
+    /// IPv4-mapped IPv6 address.
     pub address: Option<IpAddr>,
     /// How a backend is chosen.
     pub policy: Policy,
-    /// The listeners behind a virtual port; `None`: every listener on the port itself. Never empty.
+    /// The listeners behind a virtual port, at least one; `None`: every listener on the port.
     pub backends: Option<Vec<Backend>>,
     /// How many connections a backend may hold.
     pub quota: QuotaRule,
-    /// Sources that are never refused and never counted against the quota. Networks, without host bits, none twice.
+    /// Networks of sources that are never refused and never counted against the quota: without host
+    /// bits, none twice.
     pub exempt: Vec<IpNet>,
 }
 
 /// A listener behind a virtual port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
-    /// Where it listens. Of one service only; never an IPv4-mapped IPv6 address.
+    /// Where it listens. No other service has it; never an IPv4-mapped IPv6 address.
     pub address: SocketAddr,
     /// Its share relative to the others, 1 to [`MAX_WEIGHT`]; 1 where the file gives none.
     pub weight: u32,
@@ -123,13 +127,14 @@ pub enum QuotaRule {
     Unlimited,
     /// This many connections each, weight or not; not 0.
     Fixed(u32),
-    /// Computed from the number of clients and of ready backends, see [`crate::quota::compute`].
+    /// Computed from the number of clients and of ready backends by [`crate::quota::compute`].
     Computed {
         /// How many clients there are; `None`: not known. Not 0.
         clients: Option<u32>,
         /// How many connections each of them keeps; 1 where the file gives none.
         connections_per_client: u32,
-        /// What to add for clients that reconnect or come on top, in percent; 0 where the file gives none.
+        /// What to add for clients that reconnect or come on top, in percent; 0 where the file gives
+        /// none.
         headroom_percent: u32,
         /// No backend's quota goes below this; [`DEFAULT_MIN_QUOTA`] where the file gives none.
         min_quota: u32,
@@ -165,8 +170,8 @@ impl Config {
     /// Reads and validates the file at `path`.
     ///
     /// # Errors
-    /// When the file can't be read, is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever [`Config::parse`] fails. The message names the
-    /// file and, where there is one, the line.
+    /// When the file can't be read, is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever
+    /// [`Config::parse`] fails. The message names the file and, where there is one, the place.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let parse = || Self::from_bytes(&bytes_of(path)?);
         parse().map_err(|error| error.in_file(path))
@@ -175,7 +180,8 @@ impl Config {
     /// Parses and validates the content of a configuration file.
     ///
     /// # Errors
-    /// When it is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever [`Config::parse`] fails.
+    /// When it is larger than [`MAX_FILE_BYTES`] or isn't UTF-8, and whenever [`Config::parse`]
+    /// fails.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ConfigError> {
         Self::parse(text_of(bytes)?)
     }
@@ -183,50 +189,47 @@ impl Config {
     /// Parses and validates the text of a configuration file.
     ///
     /// # Errors
-    /// The first thing that is wrong with it, with its line.
+    /// The first thing that is wrong with it, with its place.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         read::config(text)
     }
 }
 
-fn bytes_of(path: &Path) -> Result<Vec<u8>, ConfigError> {
+fn bytes_of(path: &Path) -> error::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)
-        // One byte more than allowed, so that a file without an end (a device, a pipe) is told apart without reading on.
+        // One byte more than allowed tells a file without an end apart (a device, a pipe).
         .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes))
         .map_err(|error| match error.kind() {
-            ErrorKind::NotFound => ConfigError::new(
-                "no such file",
-                "give the path of a configuration file with --config",
-            ),
-            ErrorKind::IsADirectory => ConfigError::new(
-                "this is a directory, not a file",
-                "give the path of a file in it with --config",
-            ),
-            ErrorKind::PermissionDenied => ConfigError::new(
-                "not allowed to read it",
-                "run as root, or make the file readable",
-            ),
-            _ => ConfigError::new(
-                format!("can't be read: {error}"),
-                "check the path given with --config",
-            ),
-        })?;
+            ErrorKind::NotFound => {
+                "no such file; give the path of a configuration file with --config".to_owned()
+            }
+            ErrorKind::IsADirectory => {
+                "this is a directory, not a file; give the path of a file in it with --config"
+                    .to_owned()
+            }
+            ErrorKind::PermissionDenied => {
+                "not allowed to read it; run as root, or make the file readable".to_owned()
+            }
+            _ => format!("can't be read: {error}; check the path given with --config"),
+        })
+        .map_err(ConfigError::new)?;
     Ok(bytes)
 }
 
-fn text_of(bytes: &[u8]) -> Result<&str, ConfigError> {
+fn text_of(bytes: &[u8]) -> error::Result<&str> {
     if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(ConfigError::new(
-            format!(
-                "larger than {MAX_FILE_BYTES} bytes (1 MiB), the most a configuration may have"
-            ),
-            "check that this is the right file",
-        ));
+        return Err(ConfigError::new(format!(
+            "larger than {MAX_FILE_BYTES} bytes (1 MiB), the most a configuration may have; check that this is the right file"
+        )));
     }
-    std::str::from_utf8(bytes).map_err(|error| {
-        let valid = &bytes[..error.valid_up_to()];
-        let line = valid.split(|byte| *byte == b'\n').count();
-        error::at_line(line, "this is not UTF-8 text", "save the file as UTF-8")
+    std::str::from_utf8(bytes).or_else(|error| {
+        let lines = bytes[..error.valid_up_to()].split(|byte| *byte == b'\n');
+        let (count, last) = lines.fold((0, 0), |(count, _), line| (count + 1, line.len()));
+        let place = Place {
+            line: count,
+            column: last + 1,
+        };
+        place.fail("this is not UTF-8 text; save the file as UTF-8")
     })
 }

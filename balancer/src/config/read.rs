@@ -6,261 +6,176 @@ use std::{
     path::PathBuf,
 };
 
-use balancer_common::Policy;
-
 use super::{
-    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, DEFAULT_MIN_QUOTA, MAX_SERVICE_BACKENDS,
-    MAX_WEIGHT, NetnsScope, QuotaRule, Service,
-    conflicts::{Located, check_conflicts},
-    error::at_line,
-    fields::{Fields, Result, list, number, scalar},
+    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, MAX_SERVICE_BACKENDS, MAX_WEIGHT,
+    NetnsScope, QuotaRule, Service,
+    conflicts::check_services,
+    error::Result,
+    fields::Fields,
     read_kubernetes::kubernetes,
     values::{
-        Time, clients, entries, exempt, headroom, min_quota, nothing_computed, per_backend,
-        per_client, policy, port, service_name,
+        Time, clients, connections, exempt, headroom, min_quota, per_backend, policy, port,
+        service_entries, service_name,
     },
-    yaml::{self, Entry, Node, Value, shown},
+    yaml::{self, Node, Value, shown},
 };
 
 const SMALLEST: &str = "start with\n  services:\n    - name: agents\n      port: 11800";
 
+const FAIL_OPEN_AFTER: Time = Time {
+    key: "fail_open_after",
+    least: 1000,
+    most: 3_600_000,
+    shorter: "a busy machine alone would lift every quota",
+    longer: "a dead daemon's quotas would refuse clients for hours",
+    example: "30s or 2m",
+};
+
 pub(super) fn config(text: &str) -> Result<Config> {
     let Some(root) = yaml::parse(text)? else {
-        return Err(ConfigError::new("there are no settings in it", SMALLEST));
+        return Err(ConfigError::new(format!(
+            "there are no settings in it; {SMALLEST}"
+        )));
     };
-    let file = Fields::of(
-        &root,
-        "the file",
-        &["services", "kubernetes", "fail_open_after", "namespaces"],
-    )?;
-    let kubernetes = match file.get("kubernetes") {
-        Some(node) => {
-            nothing_of_this_machine(&file)?;
-            Some(kubernetes(node)?)
-        }
-        None => None,
+    let file = Fields::of(&root, "")?;
+    let kubernetes = file.optional("kubernetes", |node| {
+        nothing_of_this_machine(&file)?;
+        kubernetes(node)
+    })?;
+    let services = match &kubernetes {
+        Some(_) => Vec::new(),
+        None => match file.optional("services", services)? {
+            Some(services) => services,
+            None => return root.fail(
+                "`services` is missing in the file, and so is `kubernetes`; add `services: …`, or `kubernetes: …` to balance the pods of a cluster",
+            ),
+        },
     };
-    let services = match (&kubernetes, file.get("services")) {
-        (_, Some(node)) => located_services(node)?,
-        (Some(_), None) => Vec::new(),
-        (None, None) => {
-            return Err(at_line(
-                root.line,
-                "`services` is missing in the file, and so is `kubernetes`",
-                "add `services: …`, or `kubernetes: …` to balance the pods of a cluster",
-            ));
-        }
-    };
-    check_conflicts(&services)?;
     Ok(Config {
-        services: services
-            .into_iter()
-            .map(|service| service.service)
-            .collect(),
+        services,
         fail_open_after: file
             .optional("fail_open_after", |node| FAIL_OPEN_AFTER.read(node))?
             .unwrap_or(DEFAULT_FAIL_OPEN_AFTER),
         namespaces: match &kubernetes {
             Some(_) => NetnsScope::Pods,
             None => file
-                .optional("namespaces", namespaces)?
+                .optional("namespaces", netns_scope)?
                 .unwrap_or(NetnsScope::Own),
         },
         kubernetes,
     })
 }
 
-const FAIL_OPEN_AFTER: Time = Time {
-    key: "fail_open_after",
-    bounds: 1000..=3_600_000,
-    from: "1s",
-    to: "1h",
-    less: "a busy machine alone would lift every quota",
-    more: "a dead daemon's quotas would refuse clients for hours",
-    example: "30s or 2m",
-};
-
 /// Refuses what says by hand what `kubernetes` finds out.
 fn nothing_of_this_machine(file: &Fields) -> Result<()> {
-    let advice = |key: &str| match key {
-        "services" => {
-            "what the cluster's Services are is said in `kubernetes`: move the services there, or run a second daemon with a --state-dir of its own for those of this machine"
-        }
-        _ => "the pods' namespaces are found: remove it",
-    };
-    let other = file
-        .entries
-        .iter()
-        .find(|entry| ["services", "namespaces"].contains(&entry.key.as_str()));
-    match other {
-        Some(Entry { key, line, .. }) => Err(at_line(
-            *line,
-            format!("`{key}` beside `kubernetes`"),
-            advice(key),
-        )),
-        None => Ok(()),
-    }
+    file.none_of(&["services", "namespaces"], |key| {
+        let advice = match key {
+            "services" => "what the cluster's Services are is said in `kubernetes`: move the services there, or run a second daemon with a --state-dir of its own for those of this machine",
+            _ => "the pods' namespaces are found: remove it",
+        };
+        format!("`{key}` beside `kubernetes`; {advice}")
+    })
 }
 
-fn located_services(node: &Node) -> Result<Vec<Located>> {
-    let nodes = entries(node, SMALLEST)?;
-    nodes.iter().map(service).collect()
+fn services(node: &Node) -> Result<Vec<Service>> {
+    let nodes = service_entries(node, SMALLEST)?;
+    let services = nodes.iter().map(service).collect::<Result<Vec<_>>>()?;
+    check_services(&services, nodes)?;
+    Ok(services)
 }
 
-fn service(node: &Node) -> Result<Located> {
-    let fields = Fields::of(
-        node,
-        "a service",
-        &[
-            "name", "port", "address", "policy", "backends", "quota", "exempt",
-        ],
-    )?;
-    let name = fields.required("name")?;
-    let port_node = fields.required("port")?;
-    let backends = fields.optional("backends", backends)?;
-    let (backends, backend_lines) = match backends {
-        Some((backends, lines)) => (Some(backends), lines),
-        None => (None, Vec::new()),
-    };
-    Ok(Located {
-        name_line: name.line,
-        port_line: port_node.line,
-        backend_lines,
-        service: Service {
-            name: service_name(name)?,
-            port: port(port_node)?,
-            address: fields.optional("address", service_address)?,
-            policy: fields
-                .optional("policy", policy)?
-                .unwrap_or(Policy::LeastConnections),
-            backends,
-            quota: fields
-                .optional("quota", quota)?
-                .unwrap_or(QuotaRule::Unlimited),
-            exempt: fields.optional("exempt", exempt)?.unwrap_or_default(),
-        },
+fn service(node: &Node) -> Result<Service> {
+    let fields = Fields::of(node, "services")?;
+    Ok(Service {
+        name: fields.required("name", service_name)?,
+        port: fields.required("port", port)?,
+        address: fields.optional("address", service_address)?,
+        policy: policy(&fields)?,
+        backends: fields.optional("backends", backends)?,
+        quota: fields
+            .optional("quota", quota)?
+            .unwrap_or(QuotaRule::Unlimited),
+        exempt: exempt(&fields)?,
     })
 }
 
 fn service_address(node: &Node) -> Result<IpAddr> {
-    let text = scalar(node, "an address", "10.0.0.9")?;
-    let wrong = |problem: &str, advice: &str| {
-        at_line(node.line, format!("`{}` {problem}", shown(text)), advice)
+    let text = node.scalar("an address", "10.0.0.9")?;
+    let address = text.parse::<IpAddr>().map(|address| address.to_canonical());
+    let problem = match address {
+        Err(_) => {
+            "is not an IP address; write an IPv4 or IPv6 address without a port (names are not resolved), or leave `address` out for any"
+        }
+        Ok(address) if address.is_unspecified() => {
+            "is no address of its own; leave `address` out for any address"
+        }
+        Ok(address) if unreachable(address) => {
+            "can't be connected to over TCP; write a unicast address"
+        }
+        Ok(address) => return Ok(address),
     };
-    let address = text.parse::<IpAddr>().map_err(|_| {
-        wrong(
-            "is not an IP address",
-            "write an IPv4 or IPv6 address without a port (names are not resolved), or leave `address` out for any",
-        )
-    })?;
-    let address = address.to_canonical();
-    if address.is_unspecified() {
-        return Err(wrong(
-            "is no address of its own",
-            "leave `address` out for any address",
-        ));
-    }
-    if unreachable(address) {
-        return Err(wrong(
-            "can't be connected to over TCP",
-            "write a unicast address",
-        ));
-    }
-    Ok(address)
+    node.fail(format!("`{}` {problem}", shown(text)))
 }
 
-fn backends(node: &Node) -> Result<(Vec<Backend>, Vec<usize>)> {
-    let nodes = list(node, "`backends`", "[\"127.0.0.1:21801\"]")?;
+fn backends(node: &Node) -> Result<Vec<Backend>> {
+    let nodes = node.list("`backends`", "[\"127.0.0.1:21801\"]")?;
     if nodes.is_empty() {
-        return Err(at_line(
-            node.line,
-            "`backends` is an empty list: nobody could take a connection",
-            "list at least one address, or leave `backends` out to use every listener on the port itself",
+        return node.fail(
+            "`backends` is an empty list: nobody could take a connection; list at least one address, or leave `backends` out to use every listener on the port itself",
+        );
+    }
+    if let Some(node) = nodes.get(MAX_SERVICE_BACKENDS) {
+        return node.fail(format!(
+            "{} backends, a service can have at most {MAX_SERVICE_BACKENDS}; remove some, or split the service",
+            nodes.len()
         ));
     }
-    if nodes.len() > MAX_SERVICE_BACKENDS {
-        return Err(at_line(
-            nodes[MAX_SERVICE_BACKENDS].line,
-            format!(
-                "{} backends, a service can have at most {MAX_SERVICE_BACKENDS}",
-                nodes.len()
-            ),
-            "remove some, or split the service",
-        ));
-    }
-    let backends = nodes.iter().map(backend).collect::<Result<_>>()?;
-    Ok((backends, nodes.iter().map(|node| node.line).collect()))
+    nodes.iter().map(backend).collect()
 }
 
 fn backend(node: &Node) -> Result<Backend> {
     match &*node.value {
         Value::Map(_) => {
-            let fields = Fields::of(node, "a backend", &["address", "weight"])?;
+            let fields = Fields::of(node, "services.backends")?;
+            let advice = "to take a backend out, remove it from the list";
+            let weight = |node: &Node| node.number("weight", 1, MAX_WEIGHT, advice);
             Ok(Backend {
-                address: backend_address(fields.required("address")?)?,
+                address: fields.required("address", backend_address)?,
                 weight: fields.optional("weight", weight)?.unwrap_or(1),
             })
         }
-        Value::List(_) => Err(at_line(
-            node.line,
-            "a backend is an address, this is a list",
-            "write \"127.0.0.1:21801\"; an IPv6 address needs the quotes: \"[::1]:21801\"",
-        )),
-        _ => Ok(Backend {
-            address: backend_address(node)?,
-            weight: 1,
-        }),
+        Value::List(_) => node.fail(
+            "a backend is an address, this is a list; write \"127.0.0.1:21801\"; an IPv6 address needs the quotes: \"[::1]:21801\"",
+        ),
+        _ => Ok(Backend { address: backend_address(node)?, weight: 1 }),
     }
 }
 
 fn backend_address(node: &Node) -> Result<SocketAddr> {
-    let text = scalar(node, "a backend", "\"127.0.0.1:21801\"")?;
-    let wrong = |problem: &str, advice: &str| {
-        Err(at_line(
-            node.line,
-            format!("the backend `{}` {problem}", shown(text)),
-            advice,
-        ))
+    let text = node.scalar("a backend", "\"127.0.0.1:21801\"")?;
+    let problem = match text.parse::<SocketAddr>() {
+        Err(_) => match text.parse::<IpAddr>() {
+            Ok(IpAddr::V4(_)) => "has no port; write ADDRESS:PORT, for example \"127.0.0.1:21801\"",
+            Ok(IpAddr::V6(_)) => "has no port; write [ADDRESS]:PORT, for example \"[::1]:21801\"",
+            Err(_) => {
+                "is not an address with a port; write \"127.0.0.1:21801\" or \"[::1]:21801\" (ports from 1 to 65535; names are not resolved)"
+            }
+        },
+        Ok(address) if address.port() == 0 => {
+            "has port 0, on which nobody listens; write its port, from 1 to 65535"
+        }
+        Ok(SocketAddr::V6(v6)) if v6.scope_id() != 0 => {
+            "has a scope (%); leave the scope out: a backend is known by its address alone"
+        }
+        Ok(address) => match address.ip().to_canonical() {
+            ip if ip.is_unspecified() => {
+                "is no address of its own; write the address that clients could reach it by, for example 127.0.0.1 for a listener on any address"
+            }
+            ip if unreachable(ip) => "can't be listened on over TCP; write a unicast address",
+            ip => return Ok(SocketAddr::new(ip, address.port())),
+        },
     };
-    let Ok(address) = text.parse::<SocketAddr>() else {
-        return match text.parse::<IpAddr>() {
-            Ok(IpAddr::V4(_)) => wrong(
-                "has no port",
-                "write ADDRESS:PORT, for example \"127.0.0.1:21801\"",
-            ),
-            Ok(IpAddr::V6(_)) => wrong(
-                "has no port",
-                "write [ADDRESS]:PORT, for example \"[::1]:21801\"",
-            ),
-            Err(_) => wrong(
-                "is not an address with a port",
-                "write \"127.0.0.1:21801\" or \"[::1]:21801\" (ports from 1 to 65535; names are not resolved)",
-            ),
-        };
-    };
-    if address.port() == 0 {
-        return wrong(
-            "has port 0, on which nobody listens",
-            "write its port, from 1 to 65535",
-        );
-    }
-    if matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0) {
-        return wrong(
-            "has a scope (%)",
-            "leave the scope out: a backend is known by its address alone",
-        );
-    }
-    let ip = address.ip().to_canonical();
-    if ip.is_unspecified() {
-        return wrong(
-            "is no address of its own",
-            "write the address that clients could reach it by, for example 127.0.0.1 for a listener on any address",
-        );
-    }
-    if unreachable(ip) {
-        return wrong("can't be listened on over TCP", "write a unicast address");
-    }
-    Ok(SocketAddr::new(ip, address.port()))
+    node.fail(format!("the backend `{}` {problem}", shown(text)))
 }
 
 /// Whether `address` can't be an end of a TCP connection.
@@ -268,103 +183,55 @@ fn unreachable(address: IpAddr) -> bool {
     address.is_multicast() || matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
 }
 
-fn weight(node: &Node) -> Result<u32> {
-    number(
-        node,
-        "weight",
-        1,
-        MAX_WEIGHT,
-        "to take a backend out, remove it from the list",
-    )
-}
-
 fn quota(node: &Node) -> Result<QuotaRule> {
-    const COMPUTED: [&str; 4] = ["clients", "connections_per_client", "headroom", "min_quota"];
-    let fields = Fields::of(
-        node,
-        "`quota`",
-        &[
-            "per_backend",
-            "clients",
-            "connections_per_client",
-            "headroom",
-            "min_quota",
-        ],
-    )?;
-    if fields.entries.is_empty() {
-        return Err(at_line(
-            node.line,
-            "`quota` has no settings",
-            "write `per_backend: N` or `clients: N` in it, or leave `quota` out for no limit",
-        ));
+    let fields = Fields::of(node, "services.quota")?;
+    if matches!(&*node.value, Value::Map(entries) if entries.is_empty()) {
+        return node.fail(
+            "`quota` has no settings; write `per_backend: N` or `clients: N` in it, or leave `quota` out for no limit",
+        );
     }
-    if let Some(fixed) = fields.get("per_backend") {
-        nothing_computed(&fields, &COMPUTED)?;
-        return Ok(QuotaRule::Fixed(per_backend(fixed)?));
+    if let Some(limit) = per_backend(&fields)? {
+        return Ok(QuotaRule::Fixed(limit));
     }
     Ok(QuotaRule::Computed {
         clients: fields.optional("clients", clients)?,
-        connections_per_client: per_client(&fields)?,
-        headroom_percent: fields.optional("headroom", headroom)?.unwrap_or(0),
-        min_quota: fields
-            .optional("min_quota", min_quota)?
-            .unwrap_or(DEFAULT_MIN_QUOTA),
+        connections_per_client: connections(&fields, "connections_per_client")?,
+        headroom_percent: headroom(&fields)?,
+        min_quota: min_quota(&fields)?,
     })
 }
 
-fn namespaces(node: &Node) -> Result<NetnsScope> {
-    const ADVICE: &str = "write own, all, or a list of absolute paths such as [/run/netns/blue]";
-    let nodes = match &*node.value {
+fn netns_scope(node: &Node) -> Result<NetnsScope> {
+    let problem = match &*node.value {
         Value::Scalar(word) if word == "own" => return Ok(NetnsScope::Own),
         Value::Scalar(word) if word == "all" => return Ok(NetnsScope::All),
-        Value::List(nodes) if !nodes.is_empty() => nodes,
-        Value::List(_) => {
-            return Err(at_line(
-                node.line,
-                "`namespaces` is an empty list: nothing would be guarded",
-                ADVICE,
-            ));
+        Value::Scalar(word) => format!("namespaces `{}` is not understood", shown(word)),
+        Value::List(nodes) if nodes.is_empty() => {
+            "`namespaces` is an empty list: nothing would be guarded".to_owned()
         }
-        Value::Scalar(word) => {
-            return Err(at_line(
-                node.line,
-                format!("namespaces `{}` is not understood", shown(word)),
-                ADVICE,
-            ));
-        }
-        other => {
-            return Err(at_line(
-                node.line,
-                format!("`namespaces` is {}", other.kind()),
-                ADVICE,
-            ));
-        }
+        Value::List(nodes) => return netns_paths(nodes).map(NetnsScope::Paths),
+        other => format!("`namespaces` is {}", other.kind()),
     };
+    node.fail(format!(
+        "{problem}; write own, all, or a list of absolute paths such as [/run/netns/blue]"
+    ))
+}
+
+fn netns_paths(nodes: &[Node]) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     let mut seen = HashSet::new();
     for node in nodes {
-        let path = PathBuf::from(scalar(node, "a namespace", "/run/netns/blue")?);
-        if !path.is_absolute() {
-            return Err(at_line(
-                node.line,
-                format!(
-                    "the namespace `{}` is not an absolute path",
-                    shown(&path.to_string_lossy())
-                ),
-                "write /run/netns/NAME or /proc/PID/ns/net",
-            ));
-        }
-        if !seen.insert(path.clone()) {
-            return Err(at_line(
-                node.line,
-                format!(
-                    "the namespace `{}` is listed twice",
-                    shown(&path.to_string_lossy())
-                ),
-                "keep one of the two",
-            ));
-        }
-        paths.push(path);
+        let text = node.scalar("a namespace", "/run/netns/blue")?;
+        let path = PathBuf::from(text);
+        let problem = if !path.is_absolute() {
+            "is not an absolute path; write /run/netns/NAME or /proc/PID/ns/net"
+        } else if !seen.insert(text) {
+            "is listed twice; keep one of the two"
+        } else {
+            paths.push(path);
+            continue;
+        };
+        return node.fail(format!("the namespace `{}` {problem}", shown(text)));
     }
-    Ok(NetnsScope::Paths(paths))
+    Ok(paths)
 }

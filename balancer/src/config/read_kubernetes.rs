@@ -1,72 +1,58 @@
 //! From located YAML to a valid section `kubernetes`.
 
-use balancer_common::Policy;
 use kube::core::Selector;
 
 use super::{
-    ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_MIN_QUOTA, DEFAULT_PORT,
+    ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_PORT,
     DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, PodClass, PortChoice,
     ServiceChoice,
-    conflicts::{LocatedChoice, check_choices},
-    error::at_line,
-    fields::{Fields, Result, list, scalar},
+    conflicts::check_choices,
+    error::Result,
+    fields::Fields,
     selector::selector,
     values::{
-        Time, clients, connections_each, entries, exempt, headroom, label, min_quota,
-        nothing_computed, per_backend, per_client, policy, port, service_name,
+        Time, clients, connections, exempt, headroom, label, min_quota, per_backend, policy, port,
+        service_entries, service_name,
     },
     yaml::{Entry, Node, Value, shown},
 };
 
 const SMALLEST: &str = "start with\n  kubernetes:\n    services:\n      - name: agents";
-const SELECTOR_ADVICE: &str = "write it as for `kubectl get -l`, for example app=oap,tier!=test or \"app in (oap,collector)\"";
 
 const PUBLISH_EVERY: Time = Time {
     key: "publish_every",
-    bounds: 500..=60_000,
-    from: "500ms",
-    to: "1m",
-    less: "the API server would have much to write",
-    more: "quotas would lag behind",
+    least: 500,
+    most: 60_000,
+    shorter: "the API server would have much to write",
+    longer: "quotas would lag behind",
     example: "2s",
 };
 
 const HOLD_FOR: Time = Time {
     key: "hold_for",
-    bounds: 10_000..=86_400_000,
-    from: "10s",
-    to: "24h",
-    less: "a restart of the API server alone would lift every quota",
-    more: "quotas of a cluster long changed would refuse clients",
+    least: 10_000,
+    most: 86_400_000,
+    shorter: "a restart of the API server alone would lift every quota",
+    longer: "quotas of a cluster long changed would refuse clients",
     example: "5m",
 };
 
 const OBSERVED: Time = Time {
     key: "observed",
-    bounds: 60_000..=86_400_000,
-    from: "1m",
-    to: "24h",
-    less: "clients that are just reconnecting would be forgotten",
-    more: "clients long gone would count for days",
+    least: 60_000,
+    most: 86_400_000,
+    shorter: "clients that are just reconnecting would be forgotten",
+    longer: "clients long gone would count for days",
     example: "10m",
 };
 
 pub(super) fn kubernetes(node: &Node) -> Result<Kubernetes> {
-    let fields = Fields::of(
-        node,
-        "`kubernetes`",
-        &["services", "publish_every", "hold_for"],
-    )?;
-    let services = entries(fields.required("services")?, SMALLEST)?
-        .iter()
-        .map(service)
-        .collect::<Result<Vec<_>>>()?;
-    check_choices(&services)?;
+    let fields = Fields::of(node, "kubernetes")?;
+    let nodes = fields.required("services", |node| service_entries(node, SMALLEST))?;
+    let services = nodes.iter().map(service).collect::<Result<Vec<_>>>()?;
+    check_choices(&services, nodes)?;
     Ok(Kubernetes {
-        services: services
-            .into_iter()
-            .map(|located| located.service)
-            .collect(),
+        services,
         publish_every: fields
             .optional("publish_every", |node| PUBLISH_EVERY.read(node))?
             .unwrap_or(DEFAULT_PUBLISH_EVERY),
@@ -76,74 +62,50 @@ pub(super) fn kubernetes(node: &Node) -> Result<Kubernetes> {
     })
 }
 
-fn service(node: &Node) -> Result<LocatedChoice> {
-    let fields = Fields::of(
-        node,
-        "a service",
-        &[
-            "name",
-            "service",
-            "selector",
-            "namespace",
-            "port",
-            "policy",
-            "quota",
-            "exempt",
-        ],
-    )?;
-    let name = fields.required("name")?;
-    Ok(LocatedChoice {
-        name_line: name.line,
-        line: node.line,
-        service: ClusterService {
-            name: service_name(name)?,
-            of: choice(&fields)?,
-            port: fields
-                .optional("port", port_choice)?
-                .unwrap_or(PortChoice::Number(DEFAULT_PORT)),
-            policy: fields
-                .optional("policy", policy)?
-                .unwrap_or(Policy::LeastConnections),
-            quota: fields
-                .optional("quota", quota)?
-                .unwrap_or(ClusterQuota::Unlimited),
-            exempt: fields.optional("exempt", exempt)?.unwrap_or_default(),
-        },
+fn service(node: &Node) -> Result<ClusterService> {
+    let fields = Fields::of(node, "kubernetes.services")?;
+    Ok(ClusterService {
+        name: fields.required("name", service_name)?,
+        of: choice(&fields)?,
+        port: fields
+            .optional("port", port_choice)?
+            .unwrap_or(PortChoice::Number(DEFAULT_PORT)),
+        policy: policy(&fields)?,
+        quota: fields
+            .optional("quota", quota)?
+            .unwrap_or(ClusterQuota::Unlimited),
+        exempt: exempt(&fields)?,
     })
 }
 
 fn choice(fields: &Fields) -> Result<ServiceChoice> {
-    if let Some(named) = fields.get("service") {
-        let other = fields
-            .entries
-            .iter()
-            .find(|entry| ["selector", "namespace"].contains(&entry.key.as_str()));
-        if let Some(Entry { key, line, .. }) = other {
-            return Err(at_line(
-                *line,
-                format!("`{key}` beside `service`, which names one Service"),
-                "keep `service: namespace/name` for this one, or `selector` and `namespace` for all with these labels",
-            ));
-        }
-        return service_of(named);
+    let named = fields.optional("service", |node| {
+        fields.none_of(&["selector", "namespace"], |key| {
+            format!(
+                "`{key}` beside `service`, which names one Service; keep `service: namespace/name` for this one, or `selector` and `namespace` for all with these labels"
+            )
+        })?;
+        service_of(node)
+    })?;
+    if let Some(named) = named {
+        return Ok(named);
     }
-    let selectors = match fields.get("selector") {
-        Some(node) => vec![selector_text(node)?],
-        None => DEFAULT_SELECTORS.map(str::to_owned).into(),
-    };
+    let one = fields.optional("selector", parsed_selector)?;
     Ok(ServiceChoice::Selected {
         namespace: fields.optional("namespace", namespace)?,
-        selectors,
+        selectors: one.map_or_else(
+            || DEFAULT_SELECTORS.map(str::to_owned).into(),
+            |(text, _)| vec![text],
+        ),
     })
 }
 
 fn service_of(node: &Node) -> Result<ServiceChoice> {
-    let text = scalar(node, "a Service", "skywalking/skywalking-oap")?;
+    let text = node.scalar("a Service", "skywalking/skywalking-oap")?;
     let Some((namespace, name)) = text.split_once('/') else {
-        return Err(at_line(
-            node.line,
-            format!("the Service `{}` has no namespace", shown(text)),
-            "write NAMESPACE/NAME, for example skywalking/skywalking-oap",
+        return node.fail(format!(
+            "the Service `{}` has no namespace; write NAMESPACE/NAME, for example skywalking/skywalking-oap",
+            shown(text)
         ));
     };
     Ok(ServiceChoice::Named {
@@ -153,109 +115,72 @@ fn service_of(node: &Node) -> Result<ServiceChoice> {
 }
 
 fn namespace(node: &Node) -> Result<String> {
-    label(
-        node,
-        "namespace",
-        scalar(node, "a namespace", "skywalking")?,
-    )
-}
-
-fn selector_text(node: &Node) -> Result<String> {
-    parsed_selector(node).map(|(text, _)| text)
+    label(node, "namespace", node.scalar("a namespace", "skywalking")?)
 }
 
 fn parsed_selector(node: &Node) -> Result<(String, Selector)> {
-    let text = scalar(node, "a selector", "app=oap")?.trim();
+    let text = node.scalar("a selector", "app=oap")?.trim();
     match selector(text) {
         Ok(parsed) => Ok((text.to_owned(), parsed)),
-        Err(error) => Err(at_line(
-            node.line,
-            format!("the selector `{}` is not possible: {error}", shown(text)),
-            SELECTOR_ADVICE,
+        Err(error) => node.fail(format!(
+            "the selector `{}` is not possible: {error}; write it as for `kubectl get -l`, for example app=oap,tier!=test or \"app in (oap,collector)\"",
+            shown(text)
         )),
     }
 }
 
 fn port_choice(node: &Node) -> Result<PortChoice> {
-    let text = scalar(node, "a port", "11800")?;
+    let text = node.scalar("a port", "11800")?;
     if text.bytes().any(|byte| byte.is_ascii_alphabetic()) {
         return label(node, "port's name", text).map(PortChoice::Name);
     }
     port(node).map(PortChoice::Number)
 }
 
-/// The keys of a quota that say where its number comes from.
-const SOURCES: [&str; 4] = ["per_backend", "clients", "pods", "observed"];
-
 fn quota(node: &Node) -> Result<ClusterQuota> {
-    const COMPUTED: [&str; 3] = ["connections_per_client", "headroom", "min_quota"];
-    let fields = Fields::of(
-        node,
-        "`quota`",
-        &[
-            "per_backend",
-            "clients",
-            "connections_per_client",
-            "pods",
-            "observed",
-            "headroom",
-            "min_quota",
-        ],
-    )?;
+    let fields = Fields::of(node, "kubernetes.services.quota")?;
     let source = source(node, &fields)?;
-    if source.key == "per_backend" {
-        nothing_computed(&fields, &COMPUTED)?;
-        return Ok(ClusterQuota::Fixed(per_backend(&source.node)?));
-    }
-    if source.key != "clients"
-        && let Some(each) = fields.get("connections_per_client")
-    {
-        return Err(at_line(
-            each.line,
-            format!("`connections_per_client` beside `{}`", source.key),
-            "it goes with `clients`: remove it (a class of `pods` has `connections`)",
-        ));
+    if let Some(limit) = per_backend(&fields)? {
+        return Ok(ClusterQuota::Fixed(limit));
     }
     Ok(ClusterQuota::Shared {
         input: input(source, &fields)?,
-        headroom_percent: fields.optional("headroom", headroom)?.unwrap_or(0),
-        min_quota: fields
-            .optional("min_quota", min_quota)?
-            .unwrap_or(DEFAULT_MIN_QUOTA),
+        headroom_percent: headroom(&fields)?,
+        min_quota: min_quota(&fields)?,
     })
 }
 
 /// The one key that says where the number comes from.
 fn source<'a>(node: &Node, fields: &Fields<'a>) -> Result<&'a Entry> {
-    let mut found = fields
-        .entries
-        .iter()
-        .filter(|entry| SOURCES.contains(&entry.key.as_str()));
-    let Some(first) = found.next() else {
-        return Err(at_line(
-            node.line,
-            "`quota` does not say where its number comes from",
-            "write one of `observed: 10m`, `pods: […]`, `clients: N` or `per_backend: N` in it, or leave `quota` out for no limit",
-        ));
+    let sources = ["per_backend", "clients", "pods", "observed"];
+    let Some(first) = fields.first(&sources) else {
+        return node.fail(
+            "`quota` does not say where its number comes from; write one of `observed: 10m`, `pods: […]`, `clients: N` or `per_backend: N` in it, or leave `quota` out for no limit",
+        );
     };
-    match found.next() {
-        Some(second) => Err(at_line(
-            second.line,
+    let others = sources.map(|key| if key == first.key { "" } else { key });
+    fields.none_of(&others, |second| {
+        format!(
+            "`{second}` beside `{}`: the number comes from one of them; keep one of the two",
+            first.key
+        )
+    })?;
+    if ["pods", "observed"].contains(&&*first.key) {
+        fields.none_of(&["connections_per_client"], |each| {
             format!(
-                "`{}` beside `{}`: the number comes from one of them",
-                second.key, first.key
-            ),
-            "keep one of the two",
-        )),
-        None => Ok(first),
+                "`{each}` beside `{}`; it goes with `clients`: remove it (a class of `pods` has `connections`)",
+                first.key
+            )
+        })?;
     }
+    Ok(first)
 }
 
 fn input(source: &Entry, fields: &Fields) -> Result<ClusterInput> {
-    match source.key.as_str() {
+    match &*source.key {
         "clients" => Ok(ClusterInput::Clients {
             clients: clients(&source.node)?,
-            connections_per_client: per_client(fields)?,
+            connections_per_client: connections(fields, "connections_per_client")?,
         }),
         "pods" => pods(&source.node).map(ClusterInput::Pods),
         _ => OBSERVED
@@ -265,26 +190,16 @@ fn input(source: &Entry, fields: &Fields) -> Result<ClusterInput> {
 }
 
 fn pods(node: &Node) -> Result<Vec<PodClass>> {
-    let nodes = list(
-        node,
-        "`pods`",
-        "- {selector: \"agent=java\", connections: 1}",
-    )?;
+    let nodes = node.list("`pods`", "- {selector: \"agent=java\", connections: 1}")?;
     if nodes.is_empty() {
-        return Err(at_line(
-            node.line,
-            "`pods` is an empty list: no pod would keep a connection",
-            "list the pods that are monitored, or leave `quota` out for no limit",
-        ));
+        return node.fail(
+            "`pods` is an empty list: no pod would keep a connection; list the pods that are monitored, or leave `quota` out for no limit",
+        );
     }
-    if nodes.len() > MAX_POD_CLASSES {
-        return Err(at_line(
-            nodes[MAX_POD_CLASSES].line,
-            format!(
-                "{} classes of pods, a quota can have at most {MAX_POD_CLASSES}",
-                nodes.len()
-            ),
-            "join those with as many connections: \"app in (one,other)\"",
+    if let Some(node) = nodes.get(MAX_POD_CLASSES) {
+        return node.fail(format!(
+            "{} classes of pods, a quota can have at most {MAX_POD_CLASSES}; join those with as many connections: \"app in (one,other)\"",
+            nodes.len()
         ));
     }
     let mut classes = Vec::new();
@@ -295,16 +210,12 @@ fn pods(node: &Node) -> Result<Vec<PodClass>> {
             .iter()
             .find(|(namespace, other, _)| *namespace == class.namespace && *other == selector);
         if let Some((_, _, first)) = same {
-            return Err(at_line(
-                node.line,
-                format!(
-                    "the pods `{}` are listed twice, first on line {first}",
-                    shown(&class.selector)
-                ),
-                "keep one of the two, with the connections of both",
+            return node.fail(format!(
+                "the pods `{}` are listed twice, first on line {first}; keep one of the two, with the connections of both",
+                shown(&class.selector)
             ));
         }
-        seen.push((class.namespace.clone(), selector, node.line));
+        seen.push((class.namespace.clone(), selector, node.place.line));
         classes.push(class);
     }
     Ok(classes)
@@ -312,25 +223,16 @@ fn pods(node: &Node) -> Result<Vec<PodClass>> {
 
 fn pod_class(node: &Node) -> Result<(PodClass, Selector)> {
     if matches!(*node.value, Value::Scalar(_)) {
-        return Err(at_line(
-            node.line,
-            "a class of pods must be `key: value` settings, this is a single value",
-            "write {selector: \"agent=java\", connections: 1}",
-        ));
+        return node.fail(
+            "a class of pods must be `key: value` settings, this is a single value; write {selector: \"agent=java\", connections: 1}",
+        );
     }
-    let fields = Fields::of(
-        node,
-        "a class of pods",
-        &["selector", "namespace", "connections"],
-    )?;
-    let (text, selector) = parsed_selector(fields.required("selector")?)?;
-    let connections = fields
-        .optional("connections", |node| connections_each(node, "connections"))?
-        .unwrap_or(1);
+    let fields = Fields::of(node, "kubernetes.services.quota.pods")?;
+    let (text, selector) = fields.required("selector", parsed_selector)?;
     let class = PodClass {
         namespace: fields.optional("namespace", namespace)?,
         selector: text,
-        connections,
+        connections: connections(&fields, "connections")?,
     };
     Ok((class, selector))
 }

@@ -22,7 +22,7 @@ fn refused(text: &str) -> String {
 fn is_refused(text: &str, line: usize, words: &str) {
     let message = refused(text);
     assert!(
-        message.starts_with(&format!("line {line}: ")),
+        message.starts_with(&format!("line {line}, column ")),
         "not on line {line}: {message}\n{text}"
     );
     assert!(
@@ -379,7 +379,7 @@ fn too_many_of_anything() {
     }
     assert_eq!(
         refused(&services),
-        "line 66: 65 services, at most 64 are possible; remove some, or run several daemons with a --state-dir each"
+        "line 66, column 5: 65 services, at most 64 are possible; remove some, or run several daemons with a --state-dir each"
     );
 
     let mut backends = with("    backends:\n");
@@ -388,7 +388,7 @@ fn too_many_of_anything() {
     }
     assert_eq!(
         refused(&backends),
-        "line 261: 257 backends, a service can have at most 256; remove some, or split the service"
+        "line 261, column 9: 257 backends, a service can have at most 256; remove some, or split the service"
     );
 
     let mut all = "services:\n".to_owned();
@@ -404,7 +404,7 @@ fn too_many_of_anything() {
         }
     }
     assert!(
-        refused(&all).starts_with("line 1041: more than 1024 backends in all; "),
+        refused(&all).starts_with("line 1041, column 9: more than 1024 backends in all; "),
         "{}",
         refused(&all)
     );
@@ -412,7 +412,7 @@ fn too_many_of_anything() {
     let networks = vec!["10.0.0.1"; MAX_EXEMPT + 1].join(",");
     let message = refused(&with(&format!("    exempt: [{networks}]\n")));
     assert!(
-        message.starts_with("line 4: 257 exempt networks"),
+        message.starts_with("line 4, column 2318: 257 exempt networks"),
         "{message}"
     );
 }
@@ -425,7 +425,7 @@ fn a_bomb_of_aliases_is_one_short_error() {
         writeln!(text, "a{level}: &a{level} [{inner}]").unwrap();
     }
     assert!(
-        refused(&text).starts_with("line 2: unknown key `a0`"),
+        refused(&text).starts_with("line 2, column 1: unknown key `a0`"),
         "{}",
         refused(&text)
     );
@@ -498,7 +498,7 @@ mod files {
         );
         let bad = file(with("    prot: 1\n").as_bytes());
         let message = load(bad.path());
-        let start = format!("{}:4: unknown key `prot`", bad.path().display());
+        let start = format!("{}:4:5: unknown key `prot`", bad.path().display());
         assert!(message.starts_with(&start), "{message}");
     }
 
@@ -556,11 +556,11 @@ mod files {
         assert_eq!(
             load(bad.path()),
             format!(
-                "{}:2: this is not UTF-8 text; save the file as UTF-8",
+                "{}:2:11: this is not UTF-8 text; save the file as UTF-8",
                 bad.path().display()
             )
         );
-        assert!(load(file(b"\x7fELF\x02\x01\x01\0\0\0").path()).contains(":1: "));
+        assert!(load(file(b"\x7fELF\x02\x01\x01\0\0\0").path()).contains(":1:"));
     }
 }
 

@@ -1,154 +1,106 @@
-//! Values that services have in common, whether the file lists them or a cluster does.
+//! Values that the two modes have in common: a service of this machine and one of a cluster.
 
-use std::{
-    net::{IpAddr, Ipv6Addr},
-    ops::RangeInclusive,
-    time::Duration,
-};
+use std::{net::IpAddr, time::Duration};
 
 use balancer_common::Policy;
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
-    MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT, MAX_NAME_BYTES,
-    MAX_SERVICES,
-    error::at_line,
-    fields::{Fields, Result, decimal, list, number, scalar},
+    DEFAULT_MIN_QUOTA, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT,
+    MAX_HEADROOM_PERCENT, MAX_NAME_BYTES, MAX_SERVICES,
+    error::Result,
+    fields::{Fields, decimal},
     yaml::{Node, shown},
 };
 
 /// The items of `services`, of which there is at least one.
-pub(super) fn entries<'a>(node: &'a Node, smallest: &str) -> Result<&'a [Node]> {
-    let nodes = list(node, "`services`", "- name: agents")?;
-    if nodes.is_empty() {
-        return Err(at_line(
-            node.line,
-            "`services` is empty: nothing to balance",
-            smallest,
-        ));
+pub(super) fn service_entries<'a>(node: &'a Node, smallest: &str) -> Result<&'a [Node]> {
+    let nodes = node.list("`services`", "- name: agents")?;
+    match nodes.get(MAX_SERVICES) {
+        Some(node) => node.fail(format!(
+            "{} services, at most {MAX_SERVICES} are possible; remove some, or run several daemons with a --state-dir each",
+            nodes.len()
+        )),
+        None if nodes.is_empty() => {
+            node.fail(format!("`services` is empty: nothing to balance; {smallest}"))
+        }
+        None => Ok(nodes),
     }
-    if nodes.len() > MAX_SERVICES {
-        return Err(at_line(
-            nodes[MAX_SERVICES].line,
-            format!(
-                "{} services, at most {MAX_SERVICES} are possible",
-                nodes.len()
-            ),
-            "remove some, or run several daemons with a --state-dir each",
-        ));
-    }
-    Ok(nodes)
 }
 
 /// The name of a service.
 pub(super) fn service_name(node: &Node) -> Result<String> {
-    label(node, "name", scalar(node, "a name", "agents")?)
+    label(node, "name", node.scalar("a name", "agents")?)
 }
 
-/// `text`, which stands in `node` and is `what` in messages, as a DNS label (RFC 1123): what Kubernetes wants of namespaces and Services too.
+/// `text`, which stands in `node` and is `what` in messages, as a DNS label (RFC 1123). Kubernetes
+/// wants one of namespaces and Services too.
 pub(super) fn label(node: &Node, what: &str, text: &str) -> Result<String> {
-    const ADVICE: &str = "use up to 63 of a-z, 0-9 and -, the first and the last not a -";
-    let wrong = |problem: String| Err(at_line(node.line, problem, ADVICE));
-    if text.is_empty() {
-        return wrong(format!("the {what} is empty"));
-    }
-    if text.len() > MAX_NAME_BYTES {
-        return wrong(format!(
-            "the {what} `{}` is {} bytes long",
-            shown(text),
-            text.len()
-        ));
-    }
-    if let Some(bad) = text
+    let shown_text = shown(text);
+    let bad = text
         .chars()
-        .find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '-'))
-    {
-        return wrong(format!(
-            "the {what} `{}` has `{}` in it",
-            shown(text),
-            shown(&bad.to_string())
-        ));
-    }
-    if text.starts_with('-') || text.ends_with('-') {
-        return wrong(format!(
-            "the {what} `{}` starts or ends with a -",
-            shown(text)
-        ));
-    }
-    Ok(text.to_owned())
-}
-
-pub(super) fn port(node: &Node) -> Result<u16> {
-    let text = scalar(node, "a port", "11800")?;
-    decimal(text)
-        .and_then(|port| u16::try_from(port).ok())
-        .filter(|port| *port != 0)
-        .ok_or_else(|| {
-            at_line(
-                node.line,
-                format!("`{}` is not a TCP port", shown(text)),
-                "write a number from 1 to 65535",
-            )
-        })
-}
-
-pub(super) fn policy(node: &Node) -> Result<Policy> {
-    let text = scalar(node, "a policy", "least-connections")?;
-    Policy::ALL
-        .into_iter()
-        .find(|policy| policy.name() == text)
-        .ok_or_else(|| {
-            let known: Vec<&str> = Policy::ALL.into_iter().map(Policy::name).collect();
-            at_line(
-                node.line,
-                format!("`{}` is not a policy", shown(text)),
-                format!("write one of {}", known.join(", ")),
-            )
-        })
-}
-
-pub(super) fn headroom(node: &Node) -> Result<u32> {
-    let text = scalar(node, "headroom", "15%")?;
-    let percent = text
-        .strip_suffix('%')
-        .and_then(|number| decimal(number.trim_end()));
-    if let Some(percent) = percent.and_then(|percent| u32::try_from(percent).ok())
-        && percent <= MAX_HEADROOM_PERCENT
-    {
-        return Ok(percent);
-    }
-    // "15" could mean 15 % or 15 times as many: ask.
-    let advice = match decimal(text) {
-        Some(number) if number <= u64::from(MAX_HEADROOM_PERCENT) => {
-            format!("write `{number}%` if percent is meant")
-        }
-        _ => format!(
-            "write a whole number of percent from 0% to {MAX_HEADROOM_PERCENT}%, for example 15%"
-        ),
+        .find(|c| !matches!(c, 'a'..='z' | '0'..='9' | '-'));
+    let problem = if text.is_empty() {
+        "is empty".to_owned()
+    } else if text.len() > MAX_NAME_BYTES {
+        format!("`{shown_text}` is {} bytes long", text.len())
+    } else if let Some(bad) = bad {
+        format!("`{shown_text}` has `{}` in it", shown(&bad.to_string()))
+    } else if text.starts_with('-') || text.ends_with('-') {
+        format!("`{shown_text}` starts or ends with a -")
+    } else {
+        return Ok(text.to_owned());
     };
-    Err(at_line(
-        node.line,
-        format!("headroom `{}` is not a percentage", shown(text)),
-        advice,
+    node.fail(format!(
+        "the {what} {problem}; use up to 63 of a-z, 0-9 and -, the first and the last not a -"
     ))
 }
 
-pub(super) fn exempt(node: &Node) -> Result<Vec<IpNet>> {
-    let nodes = list(node, "`exempt`", "[10.0.0.0/24]")?;
-    if nodes.len() > MAX_EXEMPT {
-        return Err(at_line(
-            nodes[MAX_EXEMPT].line,
-            format!(
-                "{} exempt networks, a service can have at most {MAX_EXEMPT}",
-                nodes.len()
-            ),
-            "join neighbours into larger networks",
+pub(super) fn port(node: &Node) -> Result<u16> {
+    let text = node.scalar("a port", "11800")?;
+    match decimal(text) {
+        Some(port) if port != 0 => Ok(port),
+        _ => node.fail(format!(
+            "`{}` is not a TCP port; write a number from 1 to 65535",
+            shown(text)
+        )),
+    }
+}
+
+/// The policy of a service; least-connections where the file gives none.
+pub(super) fn policy(fields: &Fields) -> Result<Policy> {
+    let read = |node: &Node| {
+        let text = node.scalar("a policy", "least-connections")?;
+        match Policy::ALL.into_iter().find(|policy| policy.name() == text) {
+            Some(policy) => Ok(policy),
+            None => node.fail(format!(
+                "`{}` is not a policy; write one of {}",
+                shown(text),
+                Policy::ALL.map(Policy::name).join(", ")
+            )),
+        }
+    };
+    Ok(fields
+        .optional("policy", read)?
+        .unwrap_or(Policy::LeastConnections))
+}
+
+/// The exempt networks of a service, none twice.
+pub(super) fn exempt(fields: &Fields) -> Result<Vec<IpNet>> {
+    let Some(nodes) = fields.optional("exempt", |node| node.list("`exempt`", "[10.0.0.0/24]"))?
+    else {
+        return Ok(Vec::new());
+    };
+    if let Some(node) = nodes.get(MAX_EXEMPT) {
+        return node.fail(format!(
+            "{} exempt networks, a service can have at most {MAX_EXEMPT}; join neighbours into larger networks",
+            nodes.len()
         ));
     }
     let mut networks = Vec::new();
     for node in nodes {
         let network = network(node)?;
-        // The same network twice says the same thing twice: generated lists do that.
+        // Generated lists have a network twice.
         if !networks.contains(&network) {
             networks.push(network);
         }
@@ -157,47 +109,56 @@ pub(super) fn exempt(node: &Node) -> Result<Vec<IpNet>> {
 }
 
 fn network(node: &Node) -> Result<IpNet> {
-    let text = scalar(node, "an exempt network", "10.0.0.0/24")?;
+    let text = node.scalar("an exempt network", "10.0.0.0/24")?;
     let parsed = text
-        .parse::<IpNet>()
-        .or_else(|error| text.parse::<IpAddr>().map(IpNet::from).map_err(|_| error));
-    let Ok(network) = parsed else {
-        return Err(at_line(
-            node.line,
-            format!("`{}` is not a network", shown(text)),
-            "write it as 10.0.0.0/24 or fd00::/8, or a single address as 10.0.0.5",
-        ));
-    };
-    if network.addr() != network.network() {
-        return Err(at_line(
-            node.line,
-            format!("`{}` has address bits beyond its mask", shown(text)),
-            format!(
-                "write {} for the network or {} for the single address",
-                network.trunc(),
-                network.addr()
-            ),
-        ));
+        .parse()
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+    match parsed {
+        Ok(network) if network.addr() == network.network() => Ok(unmapped(network)),
+        Ok(network) => node.fail(format!(
+            "`{}` has address bits beyond its mask; write {} for the network or {} for the single address",
+            shown(text),
+            network.trunc(),
+            network.addr()
+        )),
+        Err(_) => node.fail(format!(
+            "`{}` is not a network; write it as 10.0.0.0/24 or fd00::/8, or a single address as 10.0.0.5",
+            shown(text)
+        )),
     }
-    Ok(unmapped(network))
 }
 
-/// An IPv4-mapped network as the IPv4 network that it is: IPv4 clients come as IPv4, also to a dual-stack listener.
+/// An IPv4-mapped network as the IPv4 network that it is: IPv4 clients come as IPv4, also to a
+/// dual-stack listener.
 fn unmapped(network: IpNet) -> IpNet {
     const MAPPED_BITS: u8 = 96;
-    let mapped = |v6: Ipv6Addr| v6.to_ipv4_mapped();
+    let mapped = |v6: ipnet::Ipv6Net| {
+        let bits = v6.prefix_len().checked_sub(MAPPED_BITS)?;
+        Ipv4Net::new(v6.addr().to_ipv4_mapped()?, bits).ok()
+    };
     match network {
-        IpNet::V6(v6) if v6.prefix_len() >= MAPPED_BITS => mapped(v6.addr())
-            .and_then(|v4| Ipv4Net::new(v4, v6.prefix_len() - MAPPED_BITS).ok())
-            .map_or(network, IpNet::V4),
-        _ => network,
+        IpNet::V6(v6) => mapped(v6).map_or(network, IpNet::V4),
+        IpNet::V4(_) => network,
     }
+}
+
+/// A fixed quota: the same for each backend. It stands alone.
+pub(super) fn per_backend(fields: &Fields) -> Result<Option<u32>> {
+    let computed = ["clients", "connections_per_client", "headroom", "min_quota"];
+    fields.optional("per_backend", |node| {
+        fields.none_of(&computed, |key| {
+            format!(
+                "`{key}` beside `per_backend`: a quota is either fixed or computed; keep `per_backend` for a fixed quota, or the other keys for a computed one"
+            )
+        })?;
+        let advice = "to close a backend use `balancer quota set`; for no limit leave `quota` out";
+        node.number("per_backend", 1, MAX_CONNECTIONS, advice)
+    })
 }
 
 /// How many clients there are.
 pub(super) fn clients(node: &Node) -> Result<u32> {
-    number(
-        node,
+    node.number(
         "clients",
         1,
         MAX_CONNECTIONS,
@@ -205,104 +166,97 @@ pub(super) fn clients(node: &Node) -> Result<u32> {
     )
 }
 
-/// How many connections each of them keeps: `connections_per_client`.
-pub(super) fn per_client(fields: &Fields) -> Result<u32> {
-    const KEY: &str = "connections_per_client";
-    Ok(fields
-        .optional(KEY, |node| connections_each(node, KEY))?
-        .unwrap_or(1))
-}
-
-/// How many connections a client or a pod keeps.
-pub(super) fn connections_each(node: &Node, key: &str) -> Result<u32> {
-    number(
-        node,
-        key,
-        1,
-        MAX_CONNECTIONS_PER_CLIENT,
-        "a Java or Python agent opens 1",
-    )
-}
-
-/// Refuses the `computed` keys of a quota, for the one that has `per_backend`.
-pub(super) fn nothing_computed(quota: &Fields, computed: &[&str]) -> Result<()> {
-    let other = quota
-        .entries
-        .iter()
-        .find(|entry| computed.contains(&entry.key.as_str()));
-    match other {
-        Some(other) => Err(at_line(
-            other.line,
-            format!(
-                "`{}` beside `per_backend`: a quota is either fixed or computed",
-                other.key
-            ),
-            "keep `per_backend` for a fixed quota, or the other keys for a computed one",
-        )),
-        None => Ok(()),
-    }
-}
-
-/// A quota that is the same for each backend.
-pub(super) fn per_backend(node: &Node) -> Result<u32> {
-    let advice = "to close a backend use `balancer quota set`; for no limit leave `quota` out";
-    number(node, "per_backend", 1, MAX_CONNECTIONS, advice)
+/// How many connections each client, or each pod of a class, keeps; 1 where the file gives none.
+pub(super) fn connections(fields: &Fields, key: &'static str) -> Result<u32> {
+    let advice = "a Java or Python agent opens 1";
+    let read = |node: &Node| node.number(key, 1, MAX_CONNECTIONS_PER_CLIENT, advice);
+    Ok(fields.optional(key, read)?.unwrap_or(1))
 }
 
 /// What no computed quota goes below.
-pub(super) fn min_quota(node: &Node) -> Result<u32> {
-    number(node, "min_quota", 1, MAX_CONNECTIONS, "leave it out for 16")
+pub(super) fn min_quota(fields: &Fields) -> Result<u32> {
+    let advice = format!("leave it out for {DEFAULT_MIN_QUOTA}");
+    let read = |node: &Node| node.number("min_quota", 1, MAX_CONNECTIONS, &advice);
+    Ok(fields
+        .optional("min_quota", read)?
+        .unwrap_or(DEFAULT_MIN_QUOTA))
 }
 
-/// A time in the file: its key, in which bounds it must be, and what to say when it is not.
+/// What a computed quota adds for clients that reconnect or come on top, in percent.
+pub(super) fn headroom(fields: &Fields) -> Result<u32> {
+    let read = |node: &Node| {
+        let text = node.scalar("headroom", "15%")?;
+        let percent = text
+            .strip_suffix('%')
+            .and_then(|number| decimal(number.trim_end()));
+        let advice = match (percent, decimal::<u32>(text)) {
+            (Some(percent), _) if percent <= MAX_HEADROOM_PERCENT => return Ok(percent),
+            // "15" could mean 15 % or 15 times as many.
+            (None, Some(number)) if number <= MAX_HEADROOM_PERCENT => {
+                format!("write `{number}%` if percent is meant")
+            }
+            _ => format!(
+                "write a whole number of percent from 0% to {MAX_HEADROOM_PERCENT}%, for example 15%"
+            ),
+        };
+        node.fail(format!(
+            "headroom `{}` is not a percentage; {advice}",
+            shown(text)
+        ))
+    };
+    Ok(fields.optional("headroom", read)?.unwrap_or(0))
+}
+
+/// A time in the file.
 pub(super) struct Time {
     pub(super) key: &'static str,
     /// In milliseconds.
-    pub(super) bounds: RangeInclusive<u64>,
-    /// The bounds in words.
-    pub(super) from: &'static str,
-    pub(super) to: &'static str,
-    /// Why not less, and why not more.
-    pub(super) less: &'static str,
-    pub(super) more: &'static str,
+    pub(super) least: u64,
+    /// In milliseconds.
+    pub(super) most: u64,
+    /// Why not less.
+    pub(super) shorter: &'static str,
+    /// Why not more.
+    pub(super) longer: &'static str,
     pub(super) example: &'static str,
 }
+
+const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
 
 impl Time {
     /// Reads the value of the key.
     pub(super) fn read(&self, node: &Node) -> Result<Duration> {
-        let Self { key, from, to, .. } = self;
-        let text = scalar(node, key, self.example)?;
-        let Some(milliseconds) = milliseconds(text) else {
-            return Err(at_line(
-                node.line,
-                format!("{key} `{}` is not a time", shown(text)),
-                format!(
-                    "write a whole number with a unit, from {from} to {to}, for example {}",
-                    self.example
-                ),
-            ));
-        };
-        if !self.bounds.contains(&milliseconds) {
-            return Err(at_line(
-                node.line,
-                format!("{key} `{}` is out of bounds", shown(text)),
-                format!(
-                    "write a time from {from} (shorter, and {}) to {to} (longer, and {})",
-                    self.less, self.more
-                ),
-            ));
+        let Self { key, example, .. } = self;
+        let (from, to) = (with_unit(self.least), with_unit(self.most));
+        let text = node.scalar(key, example)?;
+        match milliseconds(text) {
+            Some(time) if (self.least..=self.most).contains(&time) => {
+                Ok(Duration::from_millis(time))
+            }
+            Some(_) => node.fail(format!(
+                "{key} `{}` is out of bounds; write a time from {from} (shorter, and {}) to {to} (longer, and {})",
+                shown(text), self.shorter, self.longer
+            )),
+            None => node.fail(format!(
+                "{key} `{}` is not a time; write a whole number with a unit, from {from} to {to}, for example {example}",
+                shown(text)
+            )),
         }
-        Ok(Duration::from_millis(milliseconds))
     }
 }
 
 /// A whole number with a unit, `30s`, in milliseconds.
 fn milliseconds(text: &str) -> Option<u64> {
-    const UNITS: [(&str, u64); 4] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let (_, scale) = UNITS
         .iter()
         .find(|(unit, _)| *unit == &text[digits.len()..])?;
-    decimal(digits.trim_end())?.checked_mul(*scale)
+    decimal::<u64>(digits.trim_end())?.checked_mul(*scale)
+}
+
+/// A time in the largest unit that makes it a whole number.
+fn with_unit(milliseconds: u64) -> String {
+    let whole = |(_, scale): &&(&str, u64)| milliseconds.is_multiple_of(*scale);
+    let (unit, scale) = UNITS.iter().rfind(whole).unwrap_or(&UNITS[0]);
+    format!("{}{unit}", milliseconds / scale)
 }
