@@ -6,68 +6,16 @@ use super::{
 };
 
 /// Every mapping of the file: where it stands, what messages call it, and the keys it may have.
-pub(super) const MAPPINGS: [(&str, &str, &[&str]); 8] = [
-    (
-        "",
-        "the file",
-        &["services", "kubernetes", "fail_open_after", "namespaces"],
-    ),
-    (
-        "services",
-        "a service",
-        &[
-            "name", "port", "address", "policy", "backends", "quota", "exempt",
-        ],
-    ),
-    ("services.backends", "a backend", &["address", "weight"]),
-    (
-        "services.quota",
-        "`quota`",
-        &[
-            "per_backend",
-            "clients",
-            "connections_per_client",
-            "headroom",
-            "min_quota",
-        ],
-    ),
-    (
-        "kubernetes",
-        "`kubernetes`",
-        &["services", "publish_every", "hold_for"],
-    ),
-    (
-        "kubernetes.services",
-        "a service",
-        &[
-            "name",
-            "service",
-            "selector",
-            "namespace",
-            "port",
-            "policy",
-            "quota",
-            "exempt",
-        ],
-    ),
-    (
-        "kubernetes.services.quota",
-        "`quota`",
-        &[
-            "per_backend",
-            "clients",
-            "connections_per_client",
-            "pods",
-            "observed",
-            "headroom",
-            "min_quota",
-        ],
-    ),
-    (
-        "kubernetes.services.quota.pods",
-        "a class of pods",
-        &["selector", "namespace", "connections"],
-    ),
+#[rustfmt::skip]
+pub(super) const MAPPINGS: [(&str, &str, &str); 8] = [
+    ("", "the file", "services kubernetes fail_open_after namespaces"),
+    ("services", "a service", "name port address policy backends quota exempt"),
+    ("services.backends", "a backend", "address weight"),
+    ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
+    ("kubernetes", "`kubernetes`", "services publish_every hold_for"),
+    ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt"),
+    ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),
+    ("kubernetes.services.quota.pods", "a class of pods", "selector namespace connections"),
 ];
 
 /// The settings of one mapping, all of them known ones.
@@ -81,7 +29,8 @@ impl<'a> Fields<'a> {
     /// The settings of `node`, the mapping at `path` in [`MAPPINGS`].
     pub(super) fn of(node: &'a Node, path: &'static str) -> Result<Self> {
         let mapping = MAPPINGS.iter().find(|(known, ..)| *known == path);
-        let (_, what, keys) = *mapping.unwrap_or(&(path, path, &[]));
+        let (_, what, keys) = *mapping.unwrap_or(&(path, path, ""));
+        let keys: Vec<&str> = keys.split(' ').collect();
         let Value::Map(entries) = &*node.value else {
             return node.fail(format!(
                 "{what} must be `key: value` settings, this is {}; the keys are {}",
@@ -95,7 +44,7 @@ impl<'a> Fields<'a> {
             return place.fail(format!(
                 "unknown key `{}` in {what}; {}",
                 shown(key),
-                unknown_key_advice(key, keys)
+                unknown_key_advice(key, &keys)
             ));
         }
         Ok(Self {
@@ -135,14 +84,14 @@ impl<'a> Fields<'a> {
         key: &str,
         read: impl FnOnce(&'a Node) -> Result<T>,
     ) -> Result<T> {
-        match self.optional(key, read)? {
-            Some(value) => Ok(value),
-            None => {
-                let what = self.what;
+        let what = self.what;
+        self.optional(key, read)?.map_or_else(
+            || {
                 self.node
                     .fail(format!("`{key}` is missing in {what}; add `{key}: …`"))
-            }
-        }
+            },
+            Ok,
+        )
     }
 }
 
