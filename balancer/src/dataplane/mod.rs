@@ -6,7 +6,6 @@ mod audit;
 mod events;
 mod loader;
 mod lock;
-mod measure;
 mod object;
 mod paths;
 mod pins;
@@ -21,8 +20,7 @@ mod writer;
 
 pub use events::Events;
 pub use lock::Lock;
-pub use measure::{Cost, ProgramCost, Stack, measure};
-pub use object::trial;
+pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};
 pub use pins::unload;
 pub use plan::{ListenAt, Plan, ServicePlan};

@@ -44,12 +44,7 @@ impl ObjectLoader {
     }
 
     /// As [`Self::open`], with another object than the one that is built in.
-    pub(super) fn open_other(
-        &mut self,
-        object: &[u8],
-        directory: &Path,
-        netns: u64,
-    ) -> Result<Ebpf> {
+    fn open_other(&mut self, object: &[u8], directory: &Path, netns: u64) -> Result<Ebpf> {
         self.0
             .default_map_pin_directory(directory)
             .override_global("NETNS", forever(netns), true);
@@ -151,7 +146,18 @@ pub fn trial() -> Result<()> {
         .try_for_each(|program| load(&mut object, program).map(drop))
 }
 
-pub(super) fn detached_bpffs() -> Result<DetachedBpffs> {
+/// Makes the maps of another object than the one that is built in, pinned where nobody sees them,
+/// and its programs ready to be loaded.
+///
+/// # Errors
+/// When no BPF file system can be made, or the kernel refuses a map.
+pub fn open_detached(object: &[u8]) -> Result<(Ebpf, DetachedBpffs)> {
+    let bpffs = detached_bpffs()?;
+    let opened = ObjectLoader::new()?.open_other(object, bpffs.path(), 0)?;
+    Ok((opened, bpffs))
+}
+
+fn detached_bpffs() -> Result<DetachedBpffs> {
     DetachedBpffs::new()
         .context("cannot make a BPF file system to try the programs in: is CAP_SYS_ADMIN there?")
 }

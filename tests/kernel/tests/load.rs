@@ -4,8 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use balancer::dataplane::{Cost, ProgramCost, Stack, measure};
 use caps::{CapSet, Capability};
+use testkit::cost::{Cost, ProgramCost, Stack, measure};
 use testkit::fixtures::{Balancer, Finished, Machine, binary, patiently, preflight, process};
 
 use crate::support::{farm, virtual_port};

@@ -2,6 +2,7 @@
 //! of what was seen.
 #![forbid(unsafe_code)]
 
+pub mod cost;
 pub mod fixtures;
 pub mod kubernetes;
 pub mod scenario;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
-use balancer::dataplane::{Cost, ProgramCost, Stack, measure};
+use testkit::cost::{Cost, ProgramCost, Stack, measure};
 
 fn main() -> ExitCode {
     let Some(object) = std::env::args_os().nth(1) else {

@@ -11,9 +11,8 @@ use aya::maps::{Map, MapData};
 use aya_obj::Object;
 use aya_obj::generated::{bpf_func_id, bpf_insn};
 
-use super::object::{ObjectLoader, detached_bpffs};
-use super::programs::Program;
-use crate::sys::bpf::{self, Functions, Instruction, ProgramSpec};
+use balancer::dataplane::{Program, open_detached};
+use balancer::sys::bpf::{self, Functions, Instruction, ProgramSpec};
 
 /// What a kernel half costs.
 #[derive(Clone, Debug)]
@@ -155,13 +154,12 @@ fn starts(instructions: &[Instruction]) -> Vec<usize> {
 }
 
 /// Loads the programs of a kernel half, the object file as `cargo xtask build` made it, for what this kernel says of them, and lets go
-/// of them. As [`super::trial`] it attaches nothing.
+/// of them. Nothing is attached.
 ///
 /// # Errors
-/// As [`super::trial`]; also when the kernel's report isn't understood.
+/// When the kernel refuses something, or its report isn't understood.
 pub fn measure(object: &[u8]) -> Result<Cost> {
-    let bpffs = detached_bpffs()?;
-    let made = ObjectLoader::new()?.open_other(object, bpffs.path(), 0)?;
+    let (made, bpffs) = open_detached(object)?;
     let mut programs = programs(object, &made)?;
     programs.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(Cost {
