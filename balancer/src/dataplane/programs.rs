@@ -1,6 +1,7 @@
 //! The programs of the kernel half, one row each: loading, attaching, pinning, replacing, the trial
 //! load and `doctor` go over this table.
 
+use aya::programs::ProgramType;
 use aya_obj::generated::bpf_attach_type::{self, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use aya_obj::generated::bpf_func_id::{
     self, BPF_FUNC_get_current_task_btf, BPF_FUNC_get_netns_cookie, BPF_FUNC_jiffies64,
@@ -8,7 +9,6 @@ use aya_obj::generated::bpf_func_id::{
     BPF_FUNC_sk_release, BPF_FUNC_sk_storage_get, BPF_FUNC_skc_to_tcp_sock,
     BPF_FUNC_sock_map_update, BPF_FUNC_sock_ops_cb_flags_set,
 };
-use aya_obj::generated::bpf_prog_type::{self, BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS};
 
 /// Every program, in the order in which they are loaded.
 pub static PROGRAMS: [Program; 2] = [
@@ -90,10 +90,10 @@ impl Hook {
     }
 
     /// The type of its programs.
-    pub const fn program_type(self) -> bpf_prog_type {
+    pub const fn program_type(self) -> ProgramType {
         match self {
-            Self::SockOps => BPF_PROG_TYPE_SOCK_OPS,
-            Self::SkLookup => BPF_PROG_TYPE_SK_LOOKUP,
+            Self::SockOps => ProgramType::SockOps,
+            Self::SkLookup => ProgramType::SkLookup,
         }
     }
 

@@ -304,7 +304,7 @@ mod tests {
     use super::*;
     use crate::{
         dataplane::Hook,
-        doctor::{Status, trial},
+        doctor::Status,
         sys::{bpffs::DetachedBpffs, netns},
     };
     use std::{
@@ -336,7 +336,7 @@ mod tests {
     }
 
     fn program(hook: Hook, name: &str) -> (OwnedFd, u32) {
-        let program = trial::idle(hook, name).expect("a program");
+        let program = testbpf::idle(hook.program_type().into(), hook.attach_type(), name);
         let id = bpf::prog_info(&program).expect("info").id;
         (program, id)
     }
@@ -460,11 +460,11 @@ mod tests {
         let inner = Own::below(&outer.0);
         let (exclusive, id) = program(Hook::SockOps, "exclusive");
         let cgroup = File::open(&inner.0).expect("open");
-        bpf::cgroup_attach(&exclusive, &cgroup, BPF_CGROUP_SOCK_OPS, 0).expect("attach");
+        testbpf::cgroup_attach(&exclusive, &cgroup, BPF_CGROUP_SOCK_OPS, 0).expect("attach");
         let check = sock_ops(&outer.0, &none());
         let expected = format!("exclusive (id {id}) at {}", inner.0.display());
         assert_eq!((check.status, check.found), (Status::Warn, expected));
-        bpf::cgroup_detach(&exclusive, &cgroup, BPF_CGROUP_SOCK_OPS).expect("detach");
+        testbpf::cgroup_detach(&exclusive, &cgroup, BPF_CGROUP_SOCK_OPS).expect("detach");
         assert_eq!(sock_ops(&outer.0, &none()).status, Status::Ok);
     }
 
@@ -491,7 +491,7 @@ mod tests {
         ] {
             let outer = Own::cgroup();
             let inner = Own::below(&outer.0);
-            bpf::cgroup_attach(
+            testbpf::cgroup_attach(
                 &exclusive,
                 File::open(&outer.0).expect("open"),
                 BPF_CGROUP_SOCK_OPS,

@@ -1,9 +1,14 @@
 //! What the kernel can do, seen by trying.
 
-use super::{
-    Check, listing,
-    trial::{self, Refused},
+use std::io;
+
+use aya::{
+    maps::MapType,
+    programs::ProgramError,
+    sys::{is_helper_supported, is_map_supported, is_program_supported},
 };
+
+use super::{Check, listing};
 use crate::{
     dataplane::{self, PROGRAMS},
     discover::kernel_offsets,
@@ -16,82 +21,80 @@ use crate::{
 /// The oldest kernel on which the balancer is tried.
 const OLDEST: (u32, u32) = (6, 1);
 
-/// A feature: a name, what it is for, how it comes into a kernel, and the trial.
-type Feature = (
-    &'static str,
-    &'static str,
-    &'static str,
-    fn() -> Result<(), Refused>,
-);
+/// A kind of map: a name, what it is for, how it comes into a kernel.
+type Map = (MapType, &'static str, &'static str, &'static str);
 
-const FEATURES: [Feature; 9] = [
+const MAPS: [Map; 4] = [
     (
-        "bpf_loop",
-        "looks through up to 256 backends",
-        "Linux 5.17",
-        trial::bounded_loop,
-    ),
-    (
-        "atomics",
-        "counts without losing one (add and return the old value)",
-        "Linux 5.12 with the BPF JIT",
-        trial::atomic_fetch,
-    ),
-    (
+        MapType::SkStorage,
         "socket storage",
-        "ties each connection to its backend (inherited: BPF_F_CLONE)",
+        "ties each connection to its backend",
         "Linux 5.4 and CONFIG_INET",
-        trial::socket_storage,
     ),
     (
+        MapType::SockMap,
         "socket map",
         "holds the listening sockets",
         "CONFIG_BPF_STREAM_PARSER or CONFIG_NET_SOCK_MSG",
-        trial::socket_map,
     ),
     (
+        MapType::RingBuf,
         "ring buffer",
         "tells the daemon what happened",
         "Linux 5.8",
-        trial::ring_buffer,
     ),
     (
+        MapType::LpmTrie,
         "prefix tree",
         "finds exempt sources by their network",
         "CONFIG_BPF_SYSCALL",
-        trial::prefix_tree,
-    ),
-    (
-        "shared array",
-        "lets the daemon read counts and set quotas without system calls",
-        "Linux 5.5",
-        trial::shared_array,
-    ),
-    (
-        "socket table",
-        "finds listeners and checks the counts",
-        "CONFIG_INET_TCP_DIAG (modprobe tcp_diag)",
-        socket_table,
-    ),
-    (
-        "helpers",
-        "does for both programs what only the kernel can",
-        "Linux 5.17",
-        helpers,
     ),
 ];
 
+/// What is missing, if anything; an error where that can't be told.
+type Missing = io::Result<Option<String>>;
+
+/// What the kernel can do of what the programs need. Whether it takes the programs themselves is
+/// seen by [`programs`].
 pub(super) fn checks() -> Vec<Check> {
     let mut checks = vec![version(&release())];
     checks.extend(PROGRAMS.iter().map(|program| {
-        let outcome = trial::program(program.hook);
-        feature(program.hook.name(), program.purpose, program.needs, outcome)
+        let supported = is_program_supported(program.hook.program_type());
+        let missing = absent(supported.map_err(io_error));
+        feature(program.hook.name(), program.purpose, program.needs, missing)
     }));
-    checks.extend(
-        FEATURES.map(|(name, purpose, needs, attempt)| feature(name, purpose, needs, attempt())),
-    );
-    checks.extend([layout(), tick()]);
+    checks.extend(MAPS.map(|(kind, name, purpose, needs)| {
+        let supported = is_map_supported(kind).map_err(|error| error.io_error);
+        feature(name, purpose, needs, absent(supported))
+    }));
+    checks.extend([
+        feature(
+            "socket table",
+            "finds listeners and checks the counts",
+            "CONFIG_INET_TCP_DIAG (modprobe tcp_diag)",
+            socket_table(),
+        ),
+        feature(
+            "helpers",
+            "does for the programs what only the kernel can",
+            "Linux 5.17",
+            helpers(),
+        ),
+        layout(),
+        tick(),
+    ]);
     checks
+}
+
+fn absent(supported: io::Result<bool>) -> Missing {
+    supported.map(|supported| (!supported).then(|| "it doesn't know it".to_owned()))
+}
+
+fn io_error(error: ProgramError) -> io::Error {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error,
+        other => io::Error::other(other),
+    }
 }
 
 pub(super) fn release() -> String {
@@ -141,48 +144,46 @@ fn parse(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-fn feature(name: &'static str, purpose: &str, needs: &str, outcome: Result<(), Refused>) -> Check {
-    match outcome {
-        Ok(()) => Check::ok(name, "the kernel takes it", purpose),
-        Err(Refused::Privilege) => Check::fail(
-            name,
-            "can't be tried: not permitted",
-            format!("without it nothing {purpose}"),
-            "run as root, or with the capabilities that the check \"capabilities\" names; in a container, allow bpf(2) in its seccomp profile; before Linux 5.11 maps count as locked memory (`ulimit -l unlimited`)",
-        ),
-        Err(Refused::Kernel(why)) => Check::fail(
-            name,
-            format!("the kernel refuses it: {why}"),
-            format!("without it nothing {purpose}"),
-            format!("needs {needs}; kernel lockdown must not be \"confidentiality\""),
-        ),
-    }
+fn feature(name: &'static str, purpose: &str, needs: &str, missing: Missing) -> Check {
+    let why = match missing {
+        Ok(None) => return Check::ok(name, "the kernel takes it", purpose),
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+            return Check::fail(
+                name,
+                "can't be tried: not permitted",
+                format!("without it nothing {purpose}"),
+                "run as root, or with the capabilities that the check \"capabilities\" names; in a \
+                 container, allow bpf(2) in its seccomp profile; before Linux 5.11 maps count as \
+                 locked memory (`ulimit -l unlimited`)",
+            );
+        }
+        Ok(Some(why)) => why,
+        Err(error) => error.to_string(),
+    };
+    Check::fail(
+        name,
+        format!("the kernel refuses it: {why}"),
+        format!("without it nothing {purpose}"),
+        format!("needs {needs}; kernel lockdown must not be \"confidentiality\""),
+    )
 }
 
-/// Lists our own namespace's listeners: the kernel module that does it may be missing.
-fn socket_table() -> Result<(), Refused> {
-    Ok(tcp_sockets(&Query::new(Family::V4, States::of(&[State::Listen]))).map(drop)?)
+/// Lists our own netns' listeners: the kernel module that does it may be missing.
+fn socket_table() -> Missing {
+    tcp_sockets(&Query::new(Family::V4, States::of(&[State::Listen]))).map(|_| None)
 }
 
-fn helpers() -> Result<(), Refused> {
+fn helpers() -> Missing {
     let mut missing = Vec::new();
     for program in &PROGRAMS {
         for helper in program.helpers {
-            match trial::helper(program.hook, *helper) {
-                Ok(()) => {}
-                Err(Refused::Kernel(_)) => {
-                    let missed = format!("{helper:?} in {}", program.hook.name());
-                    missing.push(missed.replace("BPF_FUNC_", "bpf_"));
-                }
-                Err(privilege) => return Err(privilege),
+            if !is_helper_supported(program.hook.program_type(), *helper).map_err(io_error)? {
+                let missed = format!("{helper:?} in {}", program.hook.name());
+                missing.push(missed.replace("BPF_FUNC_", "bpf_"));
             }
         }
     }
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        Err(Refused::Kernel(format!("no {}", listing(&missing))))
-    }
+    Ok((!missing.is_empty()).then(|| format!("no {}", listing(&missing))))
 }
 
 fn layout() -> Check {
@@ -237,7 +238,7 @@ fn tick() -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{doctor::Status, sys::bpf::LoadError};
+    use crate::doctor::Status;
 
     #[test]
     fn versions_are_compared_as_numbers() {
@@ -255,37 +256,16 @@ mod tests {
 
     #[test]
     fn a_missing_feature_says_what_it_needs() {
-        let check = feature(
-            "x",
-            "does y",
-            "Linux 9.9",
-            Err(Refused::Kernel("EINVAL".to_owned())),
-        );
+        let check = feature("x", "does y", "Linux 9.9", Ok(Some("EINVAL".to_owned())));
         assert_eq!(check.status, Status::Fail);
         assert!(check.found.contains("EINVAL") && check.means == "without it nothing does y");
         assert!(check.advice.expect("advice").contains("Linux 9.9"));
-        let check = feature("x", "does y", "Linux 9.9", Err(Refused::Privilege));
-        assert!(check.advice.expect("advice").contains("capabilities"));
-    }
-
-    #[test]
-    fn a_missing_privilege_is_told_apart() {
-        let refused = |errno, log: &str| {
-            let source = std::io::Error::from_raw_os_error(errno);
-            Refused::from(LoadError {
-                source,
-                log: log.to_owned(),
-            })
+        let refused = |errno| {
+            let error = io::Error::from_raw_os_error(errno);
+            feature("x", "does y", "Linux 9.9", Err(error)).advice
         };
-        assert!(matches!(refused(libc::EPERM, ""), Refused::Privilege));
-        assert!(matches!(
-            refused(libc::EPERM, "pointer arithmetic prohibited"),
-            Refused::Kernel(_)
-        ));
-        assert!(matches!(refused(libc::EINVAL, ""), Refused::Kernel(_)));
-        assert!(matches!(
-            Refused::from(std::io::Error::from_raw_os_error(libc::EPERM)),
-            Refused::Privilege
-        ));
+        assert!(refused(libc::EINVAL).expect("advice").contains("Linux 9.9"));
+        let advice = refused(libc::EPERM).expect("advice");
+        assert!(advice.contains("capabilities"), "{advice}");
     }
 }

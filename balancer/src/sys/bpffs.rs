@@ -42,13 +42,14 @@ impl DetachedBpffs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::bpf::{self, MapSpec};
+    use crate::sys::bpf;
     use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_ARRAY;
 
     #[test]
     fn objects_can_be_pinned_until_it_is_dropped() {
         let bpffs = DetachedBpffs::new().expect("a BPF file system");
-        let map = bpf::map_create(&MapSpec::new(BPF_MAP_TYPE_ARRAY, "pinned")).expect("a map");
+        let map = testbpf::map_create(&testbpf::MapSpec::new(BPF_MAP_TYPE_ARRAY, "pinned"))
+            .expect("a map");
         let directory = bpffs.path().join("directory");
         std::fs::create_dir(&directory).expect("a directory");
         let pin = directory.join("pin");

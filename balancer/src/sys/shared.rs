@@ -4,7 +4,7 @@ use std::{
     io,
     num::NonZeroUsize,
     os::fd::{AsFd, AsRawFd as _},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::AtomicU64,
 };
 
 use aya_obj::generated::{BPF_F_MMAPABLE, bpf_map_type::BPF_MAP_TYPE_ARRAY};
@@ -15,17 +15,10 @@ use super::bpf::{MapInfo, map_info};
 /// The kernel rounds every element of an array up to this (kernel/bpf/arraymap.c).
 const WORD: usize = size_of::<u64>();
 
-/// An array map, mapped for reading and writing: every element is a row of 64-bit words, each of them an atomic that BPF programs
-/// change at the same time.
+/// An array map, mapped for reading and writing: every element is a row of 64-bit words, each of them
+/// an atomic that BPF programs change at the same time.
 #[derive(Debug)]
-pub struct SharedArray(Words);
-
-/// An array map, mapped for reading alone.
-#[derive(Debug)]
-pub struct SharedView(Words);
-
-#[derive(Debug)]
-struct Words {
+pub struct SharedArray {
     mapping: MmapRaw,
     /// Elements of the map.
     len: u32,
@@ -37,14 +30,19 @@ impl SharedArray {
     /// Maps a whole array map.
     ///
     /// # Errors
-    /// `InvalidInput` where the map is no mappable array, its values aren't `element_size` bytes or it hasn't `len` of them: then it
-    /// was made by another version of the program. `EPERM` where the map is frozen or opened for reading only.
+    /// `InvalidInput` where the map is no mappable array, its values aren't `element_size` bytes or it
+    /// hasn't `len` of them: then it was made by another version of the program. `EPERM` where the
+    /// map is frozen or opened for reading only.
     pub fn open(map: impl AsFd, element_size: usize, len: u32) -> io::Result<Self> {
         let layout = Layout::check(&map, element_size, len)?;
         let mapping = MmapOptions::new()
             .len(layout.bytes)
             .map_raw(map.as_fd().as_raw_fd())?;
-        Ok(Self(layout.over(mapping)))
+        Ok(Self {
+            mapping,
+            len: layout.len,
+            stride: layout.stride,
+        })
     }
 
     /// Word number `word` of element `index`.
@@ -52,34 +50,6 @@ impl SharedArray {
     /// # Panics
     /// Where the element or the word is outside the map.
     pub fn word(&self, index: u32, word: usize) -> &AtomicU64 {
-        self.0.word(index, word)
-    }
-}
-
-impl SharedView {
-    /// Maps a whole array map; see [`SharedArray::open`].
-    ///
-    /// # Errors
-    /// As [`SharedArray::open`], except that a frozen map and one opened for reading only are fine.
-    pub fn open(map: impl AsFd, element_size: usize, len: u32) -> io::Result<Self> {
-        let layout = Layout::check(&map, element_size, len)?;
-        let mapping = MmapOptions::new()
-            .len(layout.bytes)
-            .map_raw_read_only(map.as_fd().as_raw_fd())?;
-        Ok(Self(layout.over(mapping)))
-    }
-
-    /// Word number `word` of element `index`, as it is now.
-    ///
-    /// # Panics
-    /// Where the element or the word is outside the map.
-    pub fn load(&self, index: u32, word: usize) -> u64 {
-        self.0.word(index, word).load(Ordering::Relaxed)
-    }
-}
-
-impl Words {
-    fn word(&self, index: u32, word: usize) -> &AtomicU64 {
         let stride = self.stride.get();
         assert!(
             index < self.len && word < stride,
@@ -89,10 +59,10 @@ impl Words {
         let at = index as usize * stride + word;
         #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts at a page")]
         let base = self.mapping.as_mut_ptr().cast::<AtomicU64>();
-        // SAFETY: the mapping starts at a page and so is aligned; it spans at least `len * stride` words (`Layout`), `at` is below
-        // that (asserted above), it lives as long as `self`, and a BPF array can't shrink under it. BPF programs and other processes
-        // change the words only whole and through atomics. A read-only mapping hands out no reference: `SharedView` only loads,
-        // which for 64 bits is one plain load instruction on every machine that Linux runs BPF on.
+        // SAFETY: the mapping starts at a page and so is aligned; it spans at least `len * stride` words
+        // (`Layout`), `at` is below that (asserted above), it lives as long as `self`, and a BPF array
+        // can't shrink under it. BPF programs and other processes change the words only whole and
+        // through atomics.
         unsafe { &*base.add(at) }
     }
 }
@@ -132,14 +102,6 @@ impl Layout {
             _ => wrong("is empty or too large to map".to_owned()),
         }
     }
-
-    fn over(self, mapping: MmapRaw) -> Words {
-        Words {
-            mapping,
-            len: self.len,
-            stride: self.stride,
-        }
-    }
 }
 
 fn describe(info: &MapInfo) -> String {
@@ -149,9 +111,9 @@ fn describe(info: &MapInfo) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::bpf::{MapSpec, map_create};
     use aya_obj::generated::bpf_map_type::BPF_MAP_TYPE_HASH;
-    use std::os::fd::OwnedFd;
+    use std::{os::fd::OwnedFd, sync::atomic::Ordering};
+    use testbpf::{MapSpec, map_create};
 
     fn array(value_size: u32, max_entries: u32) -> OwnedFd {
         map_create(&MapSpec {
@@ -167,8 +129,8 @@ mod tests {
     fn writes_are_seen_through_every_mapping() {
         let map = array(20, 1000);
         let (array, view) = (
-            SharedArray::open(&map, 20, 1000).expect("rw"),
-            SharedView::open(&map, 20, 1000).expect("ro"),
+            SharedArray::open(&map, 20, 1000).expect("mapped"),
+            SharedArray::open(&map, 20, 1000).expect("mapped"),
         );
         for index in 0..1000 {
             for word in 0..3 {
@@ -179,11 +141,18 @@ mod tests {
         }
         for index in 0..1000 {
             for word in 0..3 {
-                assert_eq!(view.load(index, word), u64::from(index) * 10 + word as u64);
+                assert_eq!(
+                    view.word(index, word).load(Ordering::Relaxed),
+                    u64::from(index) * 10 + word as u64
+                );
             }
         }
         drop(map);
-        assert_eq!(view.load(999, 2), 9992, "a mapping outlives the descriptor");
+        assert_eq!(
+            view.word(999, 2).load(Ordering::Relaxed),
+            9992,
+            "a mapping outlives the descriptor"
+        );
     }
 
     #[test]
@@ -205,20 +174,25 @@ mod tests {
         })
         .expect("hash");
         assert!(
-            SharedView::open(&hash, 16, 10)
+            SharedArray::open(&hash, 16, 10)
                 .expect_err("no array")
                 .to_string()
                 .contains("BPF_F_MMAPABLE")
         );
-        assert!(SharedView::open(std::fs::File::open("/dev/zero").expect("open"), 16, 10).is_err());
+        assert!(
+            SharedArray::open(std::fs::File::open("/dev/zero").expect("open"), 16, 10).is_err()
+        );
     }
 
     #[test]
     fn outside_is_a_panic_and_not_a_read() {
-        let view = SharedView::open(array(8, 4), 8, 4).expect("ro");
-        assert_eq!(view.load(3, 0), 0);
+        let view = SharedArray::open(array(8, 4), 8, 4).expect("mapped");
+        assert_eq!(view.word(3, 0).load(Ordering::Relaxed), 0);
         for (index, word) in [(4, 0), (0, 1), (u32::MAX, usize::MAX)] {
-            assert!(std::panic::catch_unwind(|| view.load(index, word)).is_err());
+            assert!(
+                std::panic::catch_unwind(|| view.word(index, word).load(Ordering::Relaxed))
+                    .is_err()
+            );
         }
     }
 }

@@ -5,9 +5,10 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use balancer::sys::bpf::{prog_by_id, prog_test_run};
+use balancer::sys::bpf::prog_by_id;
 use serde::Serialize;
 use serde_json::json;
+use testbpf::prog_test_run;
 use testkit::fixtures::foreign::{Answer, SkLookup};
 use testkit::fixtures::{Balancer, Machine};
 

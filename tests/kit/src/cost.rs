@@ -12,7 +12,7 @@ use aya_obj::Object;
 use aya_obj::generated::{bpf_func_id, bpf_insn};
 
 use balancer::dataplane::{Program, open_detached};
-use balancer::sys::bpf::{self, Functions, Instruction, ProgramSpec};
+use testbpf::{Functions, Instruction, ProgramSpec};
 
 /// What a kernel half costs.
 #[derive(Clone, Debug)]
@@ -182,7 +182,7 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
         .fixup_and_sanitize_btf(types)?
         .context("the kernel half has no type information")?;
     let types =
-        bpf::btf_load(&types.to_bytes()).context("the kernel refused the type information")?;
+        testbpf::btf_load(&types.to_bytes()).context("the kernel refused the type information")?;
     let sections: HashSet<_> = object
         .functions
         .keys()
@@ -202,7 +202,7 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
             let row = Program::named(name)
                 .with_context(|| format!("the program `{name}` is not in the table of programs"))?;
             measure_program(&ProgramSpec {
-                kind: row.hook.program_type(),
+                kind: row.hook.program_type().into(),
                 attach_type: Some(row.hook.attach_type()),
                 name,
                 instructions: &instructions,
@@ -216,7 +216,7 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
 }
 
 fn measure_program(spec: &ProgramSpec<'_>) -> Result<ProgramCost> {
-    let (program, log) = bpf::prog_load_with_statistics(spec)
+    let (program, log) = testbpf::prog_load_with_statistics(spec)
         .with_context(|| format!("the kernel refused the program `{}`", spec.name))?;
     let stack = Stack::read(&log, spec.instructions).with_context(|| {
         format!(
@@ -227,7 +227,7 @@ fn measure_program(spec: &ProgramSpec<'_>) -> Result<ProgramCost> {
     Ok(ProgramCost {
         name: spec.name.to_owned(),
         size: spec.instructions.len(),
-        verified: bpf::prog_info(&program)?.verified_instructions,
+        verified: testbpf::verified_instructions(&program)?,
         stack,
     })
 }

@@ -316,10 +316,7 @@ impl Channel {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::sys::{
-        bpf::{self, MapSpec, MapTypes},
-        netns,
-    };
+    use crate::sys::netns;
     use aya::maps::{Map, MapData, SkStorage};
     use aya_obj::generated::{
         BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
@@ -329,6 +326,7 @@ pub(crate) mod tests {
         net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
         os::fd::FromRawFd as _,
     };
+    use testbpf::{MapSpec, MapTypes};
 
     fn list(family: Family, states: States, port: u16) -> Vec<Socket> {
         let mut found = tcp_sockets(&Query::new(family, states)).expect("a dump");
@@ -526,14 +524,14 @@ pub(crate) mod tests {
 
     #[test]
     fn storage_is_reported_where_there_is_some() {
-        let types = bpf::plain_types().expect("type information");
-        let map = bpf::map_create(&MapSpec {
+        let types = testbpf::plain_types().expect("type information");
+        let map = testbpf::map_create(&MapSpec {
             max_entries: 0,
             flags: BPF_F_NO_PREALLOC | BPF_F_CLONE,
             types: Some(MapTypes {
                 btf: types.as_fd(),
-                key: bpf::PLAIN_U32,
-                value: bpf::PLAIN_U64,
+                key: testbpf::PLAIN_U32,
+                value: testbpf::PLAIN_U64,
             }),
             ..MapSpec::new(BPF_MAP_TYPE_SK_STORAGE, "storage")
         })

@@ -10,8 +10,8 @@ use anyhow::bail;
 use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use aya_obj::generated::bpf_map_type::{BPF_MAP_TYPE_ARRAY, BPF_MAP_TYPE_HASH};
 use aya_obj::generated::bpf_prog_type::{BPF_PROG_TYPE_SK_LOOKUP, BPF_PROG_TYPE_SOCK_OPS};
-use balancer::sys::bpf::{self, MapSpec, ProgramSpec};
-use testkit::fixtures::foreign::let_pass;
+use balancer::sys::bpf;
+use testbpf::MapSpec;
 use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventually};
 
@@ -28,29 +28,15 @@ fn a_map() -> OwnedFd {
         max_entries: 7,
         ..MapSpec::new(BPF_MAP_TYPE_HASH, "foreign")
     };
-    bpf::map_create(&spec).expect("a map")
+    testbpf::map_create(&spec).expect("a map")
 }
 
 fn a_sock_ops() -> OwnedFd {
-    program(BPF_PROG_TYPE_SOCK_OPS, BPF_CGROUP_SOCK_OPS)
+    testbpf::idle(BPF_PROG_TYPE_SOCK_OPS, BPF_CGROUP_SOCK_OPS, "foreign")
 }
 
 fn a_sk_lookup() -> OwnedFd {
-    program(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP)
-}
-
-fn program(
-    kind: aya_obj::generated::bpf_prog_type,
-    attach_type: aya_obj::generated::bpf_attach_type,
-) -> OwnedFd {
-    let spec = ProgramSpec {
-        kind,
-        attach_type: Some(attach_type),
-        name: "foreign",
-        instructions: &let_pass(),
-        functions: None,
-    };
-    bpf::prog_load(&spec).expect("a program that does nothing")
+    testbpf::idle(BPF_PROG_TYPE_SK_LOOKUP, BPF_SK_LOOKUP, "foreign")
 }
 
 /// Where the pins of the one data plane are.
@@ -228,7 +214,7 @@ fn a_map_of_nearly_the_same_shape() {
             flags: info.flags,
             ..MapSpec::new(BPF_MAP_TYPE_ARRAY, "SERVICE_INFO")
         };
-        replace(&pin, &bpf::map_create(&spec).expect("a map"));
+        replace(&pin, &testbpf::map_create(&spec).expect("a map"));
         (pin, ())
     });
 }
