@@ -1,7 +1,8 @@
-//! What both sides of the kernel boundary share: the layout of the maps ([`abi`]), the reasons of every verdict
-//! ([`Reason`]), and the rules of admission and choice as pure functions ([`admission`], [`choice`], [`decide`]).
+//! What both sides of the kernel boundary share: the layout of the maps ([`abi`]), the reasons of
+//! every verdict ([`Reason`]), and the rules of admission and choice as pure functions
+//! ([`decision`]).
 //!
-//! The same functions run inside the kernel programs, in `balancer explain`, and under proptest on the host.
+//! They run inside the kernel programs, in `balancer explain`, and under proptest on the host.
 #![cfg_attr(not(test), no_std)]
 #![expect(
     clippy::inline_always,

@@ -2,7 +2,7 @@
 
 use balancer_common::Reason;
 use balancer_common::abi::{Backend, Event, EventKind, ticks_of_ms};
-use balancer_common::decision::scan::Arrival;
+use balancer_common::decision::request::Arrival;
 
 use crate::kernel::atomic;
 use crate::maps::{EVENTS, SERVICE_STATE};

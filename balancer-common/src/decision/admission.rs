@@ -1,29 +1,38 @@
 //! Admission: may this backend take one connection more?
 
-use crate::abi::{Backend, Cookies, Counts, ticks_of_ms, ticks_of_us};
+use crate::abi::{Cookies, Counts, ticks_of_ms, ticks_of_us};
 
 /// How long a queue may be full without a pause before connections are refused because of it, in ticks.
 pub const QUEUE_GRACE: u32 = ticks_of_ms(1_000);
+
 /// How long a SYN that was sent to a backend counts as expected there: as long as the kernel calls it young.
 pub const EXPECTED_FOR: u32 = ticks_of_ms(1_100);
+
 /// How long after the last overflow the kernel accepts cookies (`TCP_SYNCOOKIE_VALID`, include/net/tcp.h), in seconds.
 pub const COOKIES_FOR_SECONDS: u32 = 120;
+
 /// How long a SYN queue that is about to overflow makes the choice stable for cookies, in ticks.
 pub const COOKIES_SOON_FOR: u32 = ticks_of_ms(3_000);
+
 /// Free places in the SYN queue below which other CPUs may fill it before the SYN at hand gets there.
 const QUEUE_MARGIN: u32 = 4;
 
 /// How long the room may be full of half-open connections none of which completes, before they are taken for a flood, in
 /// ticks: where no handshake was seen yet, and at most. Shorter than the kernel calls them young.
 const STALL_LONGEST: u32 = ticks_of_ms(900);
+
 /// The same at least, for handshakes that take next to no time.
 const STALL_SHORTEST: u32 = ticks_of_ms(20);
+
 /// The same as a multiple of the longest handshake.
 const STALL_HANDSHAKES: u64 = 8;
+
 /// How long what was taken for a flood is, in ticks: by then the SYN queue itself shows one that goes on.
 const FLOOD_FOR: u32 = ticks_of_ms(5_000);
+
 /// How long the longest handshake is remembered, in ticks.
 const HANDSHAKE_FOR: u32 = ticks_of_ms(600_000);
+
 /// Marks the word `stalled` as set.
 const SET: u64 = 1 << 32;
 
@@ -116,7 +125,7 @@ pub const fn is_held(word: u64, now: u32) -> bool {
 
 /// The word `stalled` after a look. `None`: leave it as it is.
 #[inline(always)]
-pub const fn stalled_word(counts: &Counts, now: u32) -> Option<u64> {
+pub const fn pack_stalled(counts: &Counts, now: u32) -> Option<u64> {
     if is_held(counts.stalled, now) || is_stalled(counts, now) {
         return None;
     }
@@ -141,7 +150,7 @@ const fn stall_patience(handshake: u64) -> u32 {
 
 /// The word `handshake` after one that took `micros` was completed. `None`: leave it as it is.
 #[inline(always)]
-pub const fn handshake_word(word: u64, micros: u32, now: u32) -> Option<u64> {
+pub const fn pack_handshake(word: u64, micros: u32, now: u32) -> Option<u64> {
     let longest = word as u32;
     let age = now.wrapping_sub((word >> 32) as u32);
     if word != 0 && micros <= longest && age <= HANDSHAKE_FOR {
@@ -228,7 +237,7 @@ pub const fn full_since(word: u64, now: u32) -> u32 {
 
 /// The word after a look that found the queue full (never 0, which says "not full").
 #[inline(always)]
-pub const fn full_word(since: u32, now: u32) -> u64 {
+pub const fn pack_full(since: u32, now: u32) -> u64 {
     let word = (now as u64) << 32 | since as u64;
     if word == 0 { 1 } else { word }
 }
@@ -253,13 +262,13 @@ pub const fn expected(word: u64, now: u32) -> u32 {
 
 /// The word after a SYN was sent to a backend that has `pending` half-open ones.
 #[inline(always)]
-pub const fn expected_word(pending: u32, now: u32) -> u64 {
-    over_word(pending.saturating_add(1), now)
+pub const fn pack_expected(pending: u32, now: u32) -> u64 {
+    pack_over(pending.saturating_add(1), now)
 }
 
 /// The same word after a look that found so many pending that the quota is reached: no SYN was sent.
 #[inline(always)]
-pub const fn over_word(pending: u32, now: u32) -> u64 {
+pub const fn pack_over(pending: u32, now: u32) -> u64 {
     (now as u64) << 32 | pending as u64
 }
 
@@ -292,7 +301,7 @@ pub const fn cookies_in_use(word: u64, now: u32) -> u64 {
 
 /// The word after a look: until when the choice must be stable for cookies. `None`: leave it as it is.
 #[inline(always)]
-pub const fn cookies_word(seen: &Observation, word: u64, now: u32) -> Option<u64> {
+pub const fn pack_cookies(seen: &Observation, word: u64, now: u32) -> Option<u64> {
     match seen.cookies() {
         Cookies::Off => None,
         Cookies::Soon => {
@@ -310,16 +319,6 @@ pub const fn cookies_word(seen: &Observation, word: u64, now: u32) -> Option<u64
             let left = ticks_of_ms((COOKIES_FOR_SECONDS - age) as u64 * 1_000);
             Some((Cookies::InUse as u64) << 32 | now.wrapping_add(left) as u64)
         }
-    }
-}
-
-/// Whether a listener can take a packet of that family (`inet_csk` sockets: `bpf_sk_assign` says EAFNOSUPPORT otherwise).
-#[inline(always)]
-pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
-    if packet_is_v4 {
-        flags & Backend::V6_ONLY == 0
-    } else {
-        flags & Backend::V6 != 0
     }
 }
 
@@ -459,8 +458,8 @@ mod tests {
 
     #[test]
     fn a_queue_must_be_full_without_a_pause() {
-        let first = full_word(full_since(0, 1000), 1000);
-        let second = full_word(full_since(first, 1500), 1500);
+        let first = pack_full(full_since(0, 1000), 1000);
+        let second = pack_full(full_since(first, 1500), 1500);
         assert_eq!(full_since(second, 1900), 1000);
         assert_eq!(full_since(second, 1501 + QUEUE_GRACE), 1501 + QUEUE_GRACE);
     }
@@ -478,7 +477,7 @@ mod tests {
 
     impl Model {
         fn new(longest_handshake: u32) -> Self {
-            let handshake = handshake_word(0, longest_handshake * 1_049, 0).unwrap();
+            let handshake = pack_handshake(0, longest_handshake * 1_049, 0).unwrap();
             let counts = Counts {
                 handshake,
                 ..Counts::ZERO
@@ -514,7 +513,7 @@ mod tests {
             let for_pending = admits(self.counts.established(), 0, 0, QUOTA);
             if !admitted
                 && for_pending
-                && let Some(word) = stalled_word(&self.counts, now)
+                && let Some(word) = pack_stalled(&self.counts, now)
             {
                 self.counts.stalled = word;
             }
@@ -562,27 +561,27 @@ mod tests {
 
     #[test]
     fn the_longest_handshake_is_remembered_for_a_while() {
-        let first = handshake_word(0, 800, 1_000).unwrap();
-        assert_eq!(handshake_word(first, 700, 2_000), None);
+        let first = pack_handshake(0, 800, 1_000).unwrap();
+        assert_eq!(pack_handshake(first, 700, 2_000), None);
         assert_eq!(
-            handshake_word(first, 900, 2_000).map(|word| word as u32),
+            pack_handshake(first, 900, 2_000).map(|word| word as u32),
             Some(900)
         );
         let later = 1_001 + HANDSHAKE_FOR;
         assert_eq!(
-            handshake_word(first, 700, later).map(|word| word as u32),
+            pack_handshake(first, 700, later).map(|word| word as u32),
             Some(700)
         );
         assert_eq!(
-            stall_patience(handshake_word(0, 0, 0).unwrap()),
+            stall_patience(pack_handshake(0, 0, 0).unwrap()),
             STALL_SHORTEST
         );
         assert_eq!(
-            stall_patience(handshake_word(0, 10_000, 0).unwrap()),
+            stall_patience(pack_handshake(0, 10_000, 0).unwrap()),
             ticks_of_ms(80)
         );
         assert_eq!(
-            stall_patience(handshake_word(0, u32::MAX, 0).unwrap()),
+            stall_patience(pack_handshake(0, u32::MAX, 0).unwrap()),
             STALL_LONGEST
         );
     }
@@ -661,11 +660,11 @@ mod tests {
             let seen = Observation { half_open, young, fast_open, queue, backlog, syncookies, overflow_age };
             let counts = Counts { established, expected: word, full: word, cookies: word, stalled: word, handshake: word };
             judge(&seen, &counts, quota, enforce, now);
-            cookies_word(&seen, word, now);
-            full_word(full_since(word, now), now);
-            stalled_word(&counts, now);
-            handshake_word(word, half_open, now);
-            prop_assert!(expected(expected_word(seen.pending(&counts, quota, now), now), now) <= i32::MAX as u32 + 1);
+            pack_cookies(&seen, word, now);
+            pack_full(full_since(word, now), now);
+            pack_stalled(&counts, now);
+            pack_handshake(word, half_open, now);
+            prop_assert!(expected(pack_expected(seen.pending(&counts, quota, now), now), now) <= i32::MAX as u32 + 1);
         }
     }
 }

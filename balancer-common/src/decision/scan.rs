@@ -1,13 +1,12 @@
-//! Choice, first phase: which of a service's backends should be looked at, from packed numbers alone. No socket is
-//! touched here; one [`Scan`] is fed every member, in ascending order of slots, and remembers the best.
+//! Choice, first phase: which of a service's backends should be looked at, from packed numbers
+//! alone. No socket is touched here; one [`Scan`] is fed every member, in ascending order of slots,
+//! and remembers the best.
 
-use crate::abi::{
-    Address, Backend, BackendId, BackendState, Counts, DEFAULT_WEIGHT, MAX_SLOTS, MEMBER_WORDS,
-    Policy, ServicePort, SlotPolicy,
-};
-use crate::decision::admission::{
-    LIFTED, cookies_in_use, cookies_near, expected, fits_family, is_full, limit, used,
-};
+use crate::abi::{MAX_SLOTS, Policy, SlotPolicy};
+use crate::decision::admission::{LIFTED, cookies_in_use, cookies_near, expected, is_full, limit};
+use crate::decision::cursor::{Cursor, Step};
+use crate::decision::member::Member;
+use crate::decision::request::Request;
 use crate::hash::{self, rendezvous_score};
 use crate::opaque;
 
@@ -18,248 +17,6 @@ const SLOT_BITS: u32 = 10;
 const SIBLINGS: u64 = 0xfff;
 const DOUBTFUL: u64 = 1 << 62;
 const NONE: u64 = u64::MAX;
-
-/// What is asked: one SYN (or what looks like one) for a service.
-#[derive(Clone, Copy, Debug)]
-pub struct Request {
-    /// The service.
-    pub service: u16,
-    /// The namespace it arrived in (cookie).
-    pub netns: u64,
-    /// The address it was sent to.
-    pub to: Address,
-    /// The interface it arrived on.
-    pub device: u32,
-    /// Whether it is IPv4.
-    pub v4: bool,
-    /// Whether the service's port is virtual.
-    pub virtual_port: bool,
-    /// How to choose.
-    pub policy: Policy,
-    /// Quota of backends that the daemon has not seen yet.
-    pub quota: u32,
-    /// Hash of the source address.
-    pub source: u64,
-    /// Hash of the four-tuple.
-    pub tuple: u64,
-    /// Ticket of round-robin.
-    pub ticket: u64,
-    /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass where it is still that.
-    pub weights: u64,
-    /// The time, in ticks.
-    pub now: u32,
-}
-
-/// Where a SYN comes from and goes to.
-#[derive(Clone, Copy, Debug)]
-pub struct Arrival {
-    /// The namespace it arrived in (cookie).
-    pub netns: u64,
-    /// The interface it arrived on.
-    pub device: u32,
-    /// The client's address.
-    pub from: Address,
-    /// Its port.
-    pub from_port: u16,
-    /// The address it was sent to.
-    pub to: Address,
-    /// Its port.
-    pub to_port: u16,
-}
-
-impl Request {
-    /// What a SYN for a service's port asks.
-    #[inline(always)]
-    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, weights: u64, now: u32) -> Self {
-        let (high, low) = arrival.from.halves();
-        let source = hash::of_source(high, low);
-        let (to_high, to_low) = arrival.to.halves();
-        Self {
-            service: port.service,
-            netns: arrival.netns,
-            to: arrival.to,
-            device: arrival.device,
-            v4: arrival.from.is_v4(),
-            virtual_port: port.flags & ServicePort::VIRTUAL != 0,
-            policy: Policy::from_number(port.policy),
-            quota: port.quota,
-            source,
-            tuple: hash::of_tuple(source, arrival.from_port, to_high ^ to_low, arrival.to_port),
-            ticket,
-            weights,
-            now,
-        }
-    }
-}
-
-/// One backend as the maps show it.
-#[derive(Clone, Copy, Debug)]
-pub struct Member {
-    /// Its slot.
-    pub slot: u32,
-    /// Who it is.
-    pub backend: Backend,
-    /// What the daemon wants of it.
-    pub policy: SlotPolicy,
-    /// Its numbers.
-    pub counts: Counts,
-}
-
-impl Member {
-    /// Its slot and generation.
-    pub const fn id(&self) -> BackendId {
-        BackendId {
-            slot: self.slot,
-            generation: self.backend.slot_state().generation(),
-        }
-    }
-
-    /// Its quota: the daemon's, if it was meant for this backend of the slot.
-    #[inline(always)]
-    pub const fn quota(&self, default: u32) -> u32 {
-        if self.policy.is_for(self.backend.slot_state()) {
-            self.policy.quota()
-        } else {
-            default
-        }
-    }
-
-    /// What it has that counts against its quota.
-    #[inline(always)]
-    const fn used(&self) -> u64 {
-        used(self.counts.established(), self.counts.exempt(), 0)
-    }
-
-    /// Its weight, at least 1.
-    #[inline(always)]
-    pub const fn weight(&self) -> u32 {
-        let weight = if self.policy.is_for(self.backend.slot_state()) {
-            self.policy.weight()
-        } else {
-            self.backend.weight
-        };
-        if weight == 0 { DEFAULT_WEIGHT } else { weight }
-    }
-
-    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks for that.
-    #[inline(always)]
-    pub const fn is_ready(&self) -> bool {
-        self.backend.slot_state().is(BackendState::Active)
-            && (self.backend.flags & Backend::CANDIDATE == 0
-                || self.policy.is_for(self.backend.slot_state()))
-    }
-
-    /// The state as it is shown.
-    pub const fn state(&self) -> BackendState {
-        match self.backend.slot_state().state() {
-            BackendState::Active if !self.is_ready() => BackendState::Candidate,
-            state => state,
-        }
-    }
-
-    #[inline(always)]
-    const fn is_steerable(&self) -> bool {
-        self.backend.flags & Backend::UNSTEERABLE == 0
-    }
-
-    /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
-    /// `net/ipv4/inet_hashtables.c`): an exact address before the wildcard, a bound device before none. `None`: not at all.
-    #[inline(always)]
-    fn fit(&self, request: &Request) -> Option<u32> {
-        if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
-            return None;
-        }
-        if request.virtual_port {
-            return Some(0);
-        }
-        let (high, low) = self.backend.address.words();
-        let (to_high, to_low) = request.to.words();
-        let device = u64::from(self.backend.device);
-        let exact = differ(high, 0) | differ(low, 0) & differ(low, Address::ANY_V4.words().1);
-        let bound = differ(device, 0);
-        let elsewhere = exact & (differ(high, to_high) | differ(low, to_low))
-            | bound & differ(device, request.device.into());
-        (elsewhere == 0).then_some((exact * 2 + bound) as u32)
-    }
-}
-
-/// 1 where the two are not the same, else 0; without a branch.
-#[inline(always)]
-const fn differ(one: u64, other: u64) -> u64 {
-    let bits = one ^ other;
-    (bits | bits.wrapping_neg()) >> 63
-}
-
-/// Where a walk over a service's bitmap of slots stands.
-#[derive(Clone, Copy, Debug)]
-pub struct Cursor {
-    /// The words that are still to be looked at, a bit each.
-    words: u32,
-    /// What is left of the word at hand.
-    word: u64,
-    /// The first slot of the word at hand.
-    first: u32,
-}
-
-/// One step of a walk over a bitmap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// This slot is a member.
-    Member(u32),
-    /// The last member of a word has gone meanwhile.
-    Nobody,
-    /// There is no more.
-    End,
-}
-
-impl Cursor {
-    /// Most steps of a walk.
-    pub const STEPS: u32 = (MEMBER_WORDS + crate::abi::MAX_MEMBERS + 1) as u32;
-    const END: Self = Self {
-        words: 0,
-        word: 0,
-        first: 0,
-    };
-
-    /// At the beginning; `load` reads a word of the bitmap.
-    #[inline(always)]
-    pub fn new(load: impl Fn(u32) -> u64) -> Self {
-        let mut words = 0;
-        let mut index = 0;
-        while index < MEMBER_WORDS as u32 {
-            let word = load(index);
-            // The top bit says whether it is not 0, without a branch, after which the verifier would follow both ways for each word.
-            let top = opaque(word | word.wrapping_neg());
-            words |= (top >> 63 << index) as u32;
-            index += 1;
-        }
-        Self {
-            words,
-            word: opaque(0),
-            first: 0,
-        }
-    }
-
-    /// The next step; `load` reads a word of the bitmap.
-    #[inline(always)]
-    pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
-        if self.word == 0 {
-            if self.words == 0 {
-                return Step::End;
-            }
-            let next = self.words.trailing_zeros() & (MEMBER_WORDS as u32 - 1);
-            self.words &= self.words - 1;
-            self.first = next * 64;
-            self.word = load(next);
-            if self.word == 0 {
-                return Step::Nobody;
-            }
-        }
-        let bit = self.word.trailing_zeros();
-        self.word &= self.word - 1;
-        Step::Member((self.first + bit) & (MAX_SLOTS as u32 - 1))
-    }
-}
 
 /// Which quotas count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -662,8 +419,9 @@ impl Scan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{SlotState, UNLIMITED};
+    use crate::abi::{Address, ServicePort, UNLIMITED};
     use crate::decision::admission::admits;
+    use crate::decision::request::Arrival;
     use proptest::prelude::*;
 
     const SERVICE: ServicePort = ServicePort {
@@ -685,34 +443,12 @@ mod tests {
         Request::new(&SERVICE, &arrival, 0, 0, 0)
     }
 
-    fn member(address: Address, device: u32) -> Member {
-        Member {
-            slot: 0,
-            backend: Backend {
-                slot_state: SlotState::new(1, BackendState::Active).0,
-                netns: 1,
-                address,
-                device,
-                ..Backend::EMPTY
-            },
-            policy: SlotPolicy::new(1, UNLIMITED, 1, 0),
-            counts: Counts::ZERO,
-        }
-    }
-
     fn any_enforce() -> impl Strategy<Value = Enforce> {
         prop_oneof![
             Just(Enforce::Quotas),
             Just(Enforce::Closed),
             Just(Enforce::Nothing)
         ]
-    }
-
-    /// Few of each word, so that two are often the same.
-    fn any_address() -> impl Strategy<Value = Address> {
-        let mapped = 0x0000_ffff_u32.to_be();
-        let word = || prop_oneof![Just(0), Just(mapped), Just(7)];
-        [word(), word(), word(), word()].prop_map(Address)
     }
 
     proptest! {
@@ -727,20 +463,6 @@ mod tests {
             if let Ok(used) = u32::try_from(used) {
                 prop_assert_eq!(refuses, scan.enforces(quota) && !admits(used, 0, 0, quota));
             }
-        }
-
-        #[test]
-        fn a_socket_fits_as_the_kernel_would_score_it(
-            bound in any_address(), to in any_address(), device in 0..3_u32, arrived in 0..3_u32,
-        ) {
-            let fit = member(bound, device).fit(&request(to, arrived));
-            let exact = !bound.is_any();
-            let expected = if exact && bound != to || device != 0 && device != arrived {
-                None
-            } else {
-                Some(u32::from(exact) * 2 + u32::from(device != 0))
-            };
-            prop_assert_eq!(fit, expected);
         }
     }
 }

@@ -10,7 +10,7 @@ use balancer_common::abi::{
     Address, Backend, BackendId, BackendState, Connection, Counts, EventKind, ListenRule,
     MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS, SlotState, ticks,
 };
-use balancer_common::decision::admission::{handshake_word, is_held};
+use balancer_common::decision::admission::{is_held, pack_handshake};
 use core::ffi::c_void;
 use core::ptr::read_volatile;
 
@@ -132,7 +132,7 @@ fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
     let eighths = context!(ops, srtt_us);
     let word = unsafe { read_volatile(&raw const (*counts).handshake) };
     if eighths != 0
-        && let Some(word) = handshake_word(word, eighths >> 3, now)
+        && let Some(word) = pack_handshake(word, eighths >> 3, now)
     {
         unsafe { atomic::store(&raw mut (*counts).handshake, word) };
     }

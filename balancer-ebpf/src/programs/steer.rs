@@ -10,9 +10,12 @@ use balancer_common::abi::{
     NO_SERVICE, Policy, PortKey, REASON_SLOTS, ServicePort, ticks,
 };
 use balancer_common::decision::admission::{
-    Judgement, Observation, cookies_word, expected_word, full_word, judge, over_word, stalled_word,
+    Judgement, Observation, judge, pack_cookies, pack_expected, pack_full, pack_over, pack_stalled,
 };
-use balancer_common::decision::scan::{Arrival, Cursor, Member, Request, Scan, Step};
+use balancer_common::decision::cursor::{Cursor, Step};
+use balancer_common::decision::member::Member;
+use balancer_common::decision::request::{Arrival, Request};
+use balancer_common::decision::scan::Scan;
 use balancer_common::decision::{
     Attempt, BackendAccess, DecisionState, LookupFlags, MAX_ROUNDS, advance, must_choose_by_tuple,
 };
@@ -428,12 +431,12 @@ fn attempt_socket(
     let enforce = state.scan.enforces(quota);
     match judge(&seen, &member.counts, quota, enforce, now) {
         Judgement::QueueFull { since } if !state.last_resort => {
-            unsafe { atomic::store(&raw mut (*counts).full, full_word(since, now)) };
+            unsafe { atomic::store(&raw mut (*counts).full, pack_full(since, now)) };
             return Attempt::Judged(Judgement::QueueFull { since });
         }
         Judgement::OverQuota => {
             // Corrects the hint that the look has found wrong.
-            let word = over_word(pending, now);
+            let word = pack_over(pending, now);
             unsafe { atomic::store(&raw mut (*counts).expected, word) };
             // By established connections alone it would not have been looked at: half-open ones hold the room.
             note_stalled(counts, member, now);
@@ -444,7 +447,7 @@ fn attempt_socket(
         },
         _ => {}
     }
-    if !announce(counts, expected_word(pending, now), state) {
+    if !announce(counts, pack_expected(pending, now), state) {
         return Attempt::Raced;
     }
     match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
@@ -473,7 +476,7 @@ fn announce(counts: *mut Counts, word: u64, state: &DecisionState) -> bool {
 #[inline(always)]
 fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
     let before = unsafe { read_volatile(&raw const (*counts).cookies) };
-    if let Some(word) = cookies_word(seen, before, now) {
+    if let Some(word) = pack_cookies(seen, before, now) {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
     }
 }
@@ -481,7 +484,7 @@ fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
 /// Only where the word is still the one that was judged by: a handshake completed on another CPU takes it back.
 #[inline(always)]
 fn note_stalled(counts: *mut Counts, member: &Member, now: u32) {
-    if let Some(word) = stalled_word(&member.counts, now) {
+    if let Some(word) = pack_stalled(&member.counts, now) {
         unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
     }
 }

@@ -15,7 +15,7 @@ use balancer_common::abi::{
     ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
-use balancer_common::decision::scan::Member;
+use balancer_common::decision::member::Member;
 
 use bytes::Buf as _;
 

@@ -10,9 +10,12 @@ use balancer_common::abi::{
     ServicePort, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission::{
-    Judgement, Observation, cookies_state, expected, full_word, judge, over_word,
+    Judgement, Observation, cookies_state, expected, judge, pack_full, pack_over,
 };
-use balancer_common::decision::scan::{Arrival, Cursor, Member, Request, Scan};
+use balancer_common::decision::cursor::Cursor;
+use balancer_common::decision::member::Member;
+use balancer_common::decision::request::{Arrival, Request};
+use balancer_common::decision::scan::Scan;
 use balancer_common::decision::{
     Attempt, BackendAccess, Decision, DecisionState, LookupFlags, decide,
 };
@@ -298,12 +301,12 @@ impl BackendAccess for Model {
             Judgement::Take => Attempt::Assigned,
             Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
             Judgement::QueueFull { since } => {
-                self.note(slot, |counts| counts.full = full_word(since, now));
+                self.note(slot, |counts| counts.full = pack_full(since, now));
                 Attempt::Judged(judgement)
             }
             Judgement::OverQuota => {
                 let pending = seen.pending(&member.counts, quota, now);
-                self.note(slot, |counts| counts.expected = over_word(pending, now));
+                self.note(slot, |counts| counts.expected = pack_over(pending, now));
                 Attempt::Judged(judgement)
             }
         }

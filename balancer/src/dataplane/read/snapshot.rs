@@ -11,7 +11,7 @@ use balancer_common::abi::{
     UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
-use balancer_common::decision::scan::Member;
+use balancer_common::decision::member::Member;
 
 use super::super::tables::{Tables, check_maps};
 use super::explain::{self, Explanation};

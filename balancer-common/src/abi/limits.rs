@@ -1,0 +1,22 @@
+//! How many there can be, and the numbers that stand for none or for any.
+
+/// Most services.
+pub const MAX_SERVICES: usize = 64;
+/// Most backends of all services together.
+pub const MAX_SLOTS: usize = 1024;
+/// Most backends of one service.
+pub const MAX_MEMBERS: usize = 256;
+/// Words of a service's bitmap of slots.
+pub const MEMBER_WORDS: usize = MAX_SLOTS / 64;
+/// Counters a service has in VERDICTS.
+pub const REASON_SLOTS: usize = 16;
+/// A quota that never refuses.
+pub const UNLIMITED: u32 = u32::MAX;
+/// The service id that names none.
+pub const NO_SERVICE: u16 = u16::MAX;
+/// The network namespace of a key that fits any.
+pub const ANY_NETNS: u64 = 0;
+/// Weight of a backend when nothing else is said.
+pub const DEFAULT_WEIGHT: u32 = 1;
+/// Longest name of a service, in bytes.
+pub const MAX_NAME: usize = 63;

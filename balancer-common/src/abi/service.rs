@@ -1,0 +1,184 @@
+//! Services: their ports, how they choose, who listens for them and who is exempt.
+
+use super::address::{Address, PortKey};
+use super::limits::{ANY_NETNS, MAX_NAME, MEMBER_WORDS};
+
+/// How a service chooses among its backends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Policy {
+    /// The least (established + pending) / weight.
+    LeastConnections = 0,
+    /// In turn, in proportion to weight.
+    RoundRobin = 1,
+    /// By the source address (rendezvous hashing).
+    SourceHash = 2,
+}
+
+impl Policy {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::LeastConnections, Self::RoundRobin, Self::SourceHash];
+
+    /// The name in the configuration and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::LeastConnections => "least-connections",
+            Self::RoundRobin => "round-robin",
+            Self::SourceHash => "source-hash",
+        }
+    }
+
+    /// The policy of its number in a map; an unknown number is least-connections, so that no map content can panic.
+    #[inline(always)]
+    pub const fn from_number(number: u8) -> Self {
+        match number {
+            1 => Self::RoundRobin,
+            2 => Self::SourceHash,
+            _ => Self::LeastConnections,
+        }
+    }
+}
+
+/// Value of SERVICES: which service a port belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServicePort {
+    /// Id of the service, or [`NO_SERVICE`]: only more specific keys have one.
+    pub service: u16,
+    /// [`Policy`] as a number.
+    pub policy: u8,
+    /// Bits of `ServicePort::…`.
+    pub flags: u8,
+    /// Quota of a backend for which the daemon has not written one yet.
+    pub quota: u32,
+}
+
+impl ServicePort {
+    /// A key with this port and an exact address exists too and wins.
+    pub const EXACT_ADDRESSES: u8 = 1;
+    /// Nothing listens on the port itself: its backends listen elsewhere.
+    pub const VIRTUAL: u8 = 2;
+}
+
+/// Value of `LISTEN_RULES`: which service a new listener belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ListenRule {
+    /// Id of the service.
+    pub service: u16,
+    /// Bits of `ListenRule::…`.
+    pub flags: u16,
+    /// Weight of the backend until the daemon writes another.
+    pub weight: u32,
+}
+
+impl ListenRule {
+    /// Only for listeners that are bound to no address.
+    pub const WILDCARD_ONLY: u16 = 1;
+    /// The namespace is not known to be guarded: counted, not steered to until the daemon confirms it.
+    pub const CANDIDATE: u16 = 2;
+
+    /// The rule for a listener: an exact address before any, the namespace before any; `lookup` reads `LISTEN_RULES`.
+    #[inline(always)]
+    pub fn most_specific(
+        netns: u64,
+        address: Address,
+        port: u16,
+        lookup: impl Fn(PortKey) -> Option<Self>,
+    ) -> Option<Self> {
+        let wildcard = address.is_any();
+        let claims = |netns, address| {
+            lookup(PortKey::new(netns, address, port))
+                .filter(|rule| wildcard || rule.flags & Self::WILDCARD_ONLY == 0)
+        };
+        if !wildcard {
+            if let Some(rule) = claims(netns, address) {
+                return Some(rule);
+            }
+            if let Some(rule) = claims(ANY_NETNS, address) {
+                return Some(rule);
+            }
+        }
+        if let Some(rule) = claims(netns, Address::ANY) {
+            return Some(rule);
+        }
+        claims(ANY_NETNS, Address::ANY)
+    }
+}
+
+/// Value of MEMBERS: the slots of a service that listen, a bit each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Members {
+    /// Slot s is bit s % 64 of word s / 64. Atomic.
+    pub words: [u64; MEMBER_WORDS],
+}
+
+/// Value of `SERVICE_STATE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServiceState {
+    /// The next ticket of round-robin. Atomic.
+    pub turn: u64,
+    /// The sum of the weights of those that could be chosen when round-robin last added it up: it says nothing of now. Atomic.
+    pub weights: u64,
+    /// Tick of the last refusal event. Atomic.
+    pub last_event: u64,
+    /// Listeners of the service that could not be registered: while there are any, nobody is refused because the registered
+    /// ones are full. The kernel half adds, the daemon corrects. Atomic.
+    pub unregistered: u64,
+}
+
+/// Value of `SERVICE_INFO`: what only user space reads, so that `status` works without a daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ServiceInfo {
+    /// UTF-8, zero-padded; empty: no such service.
+    pub name: [u8; MAX_NAME + 1],
+    /// The quota rule in words, UTF-8, zero-padded.
+    pub rule: [u8; 128],
+    /// Why the quotas are as they are, UTF-8, zero-padded.
+    pub sentence: [u8; 256],
+    /// The address that clients connect to, or any.
+    pub address: Address,
+    /// Quota set by hand for every backend, valid if `by_hand` is 1.
+    pub quota_by_hand: u32,
+    /// 1: `quota_by_hand` is in force.
+    pub by_hand: u32,
+    /// The port that clients connect to.
+    pub port: u16,
+    /// [`Policy`] as a number.
+    pub policy: u8,
+    /// Bits of [`ServicePort`].
+    pub flags: u8,
+    /// Quota of a backend that the daemon has not seen yet.
+    pub quota: u32,
+}
+
+/// Key of EXEMPT behind the prefix length (32 bits of service, then the bits of the address).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct ExemptKey {
+    /// Id of the service, in network byte order.
+    pub service: u32,
+    /// The source address.
+    pub address: Address,
+}
+
+impl ExemptKey {
+    /// Bits of the service in the prefix.
+    pub const SERVICE_BITS: u32 = 32;
+    /// Bits of a whole key.
+    pub const BITS: u32 = Self::SERVICE_BITS + 128;
+    /// Bits that a v4-mapped address has before the IPv4 part.
+    pub const V4_BITS: u32 = 96;
+
+    /// The key of a source for a service.
+    #[inline(always)]
+    pub const fn new(service: u16, address: Address) -> Self {
+        Self {
+            service: (service as u32).to_be(),
+            address,
+        }
+    }
+}

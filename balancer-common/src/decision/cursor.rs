@@ -1,0 +1,75 @@
+//! The walk over the members of a service.
+
+use crate::abi::{MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS};
+use crate::opaque;
+
+/// Where a walk over a service's bitmap of slots stands.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor {
+    /// The words that are still to be looked at, a bit each.
+    words: u32,
+    /// What is left of the word at hand.
+    word: u64,
+    /// The first slot of the word at hand.
+    first: u32,
+}
+
+/// One step of a walk over a bitmap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// This slot is a member.
+    Member(u32),
+    /// The last member of a word has gone meanwhile.
+    Nobody,
+    /// There is no more.
+    End,
+}
+
+impl Cursor {
+    /// Most steps of a walk.
+    pub const STEPS: u32 = (MEMBER_WORDS + MAX_MEMBERS + 1) as u32;
+    pub(super) const END: Self = Self {
+        words: 0,
+        word: 0,
+        first: 0,
+    };
+
+    /// At the beginning; `load` reads a word of the bitmap.
+    #[inline(always)]
+    pub fn new(load: impl Fn(u32) -> u64) -> Self {
+        let mut words = 0;
+        let mut index = 0;
+        while index < MEMBER_WORDS as u32 {
+            let word = load(index);
+            // The top bit says whether it is not 0, without a branch, after which the verifier would follow both ways for each word.
+            let top = opaque(word | word.wrapping_neg());
+            words |= (top >> 63 << index) as u32;
+            index += 1;
+        }
+        Self {
+            words,
+            word: opaque(0),
+            first: 0,
+        }
+    }
+
+    /// The next step; `load` reads a word of the bitmap.
+    #[inline(always)]
+    pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {
+        if self.word == 0 {
+            if self.words == 0 {
+                return Step::End;
+            }
+            let next = self.words.trailing_zeros() & (MEMBER_WORDS as u32 - 1);
+            self.words &= self.words - 1;
+            self.first = next * 64;
+            self.word = load(next);
+            if self.word == 0 {
+                return Step::Nobody;
+            }
+        }
+        let bit = self.word.trailing_zeros();
+        self.word &= self.word - 1;
+        Step::Member((self.first + bit) & (MAX_SLOTS as u32 - 1))
+    }
+}

@@ -1,0 +1,178 @@
+//! A backend as the decision sees it.
+
+use crate::abi::{Address, Backend, BackendId, BackendState, Counts, DEFAULT_WEIGHT, SlotPolicy};
+use crate::decision::admission::used;
+use crate::decision::request::Request;
+
+/// One backend as the maps show it.
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    /// Its slot.
+    pub slot: u32,
+    /// Who it is.
+    pub backend: Backend,
+    /// What the daemon wants of it.
+    pub policy: SlotPolicy,
+    /// Its numbers.
+    pub counts: Counts,
+}
+
+impl Member {
+    /// Its slot and generation.
+    pub const fn id(&self) -> BackendId {
+        BackendId {
+            slot: self.slot,
+            generation: self.backend.slot_state().generation(),
+        }
+    }
+
+    /// Its quota: the daemon's, if it was meant for this backend of the slot.
+    #[inline(always)]
+    pub const fn quota(&self, default: u32) -> u32 {
+        if self.policy.is_for(self.backend.slot_state()) {
+            self.policy.quota()
+        } else {
+            default
+        }
+    }
+
+    /// What it has that counts against its quota.
+    #[inline(always)]
+    pub(super) const fn used(&self) -> u64 {
+        used(self.counts.established(), self.counts.exempt(), 0)
+    }
+
+    /// Its weight, at least 1.
+    #[inline(always)]
+    pub const fn weight(&self) -> u32 {
+        let weight = if self.policy.is_for(self.backend.slot_state()) {
+            self.policy.weight()
+        } else {
+            self.backend.weight
+        };
+        if weight == 0 { DEFAULT_WEIGHT } else { weight }
+    }
+
+    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks for that.
+    #[inline(always)]
+    pub const fn is_ready(&self) -> bool {
+        self.backend.slot_state().is(BackendState::Active)
+            && (self.backend.flags & Backend::CANDIDATE == 0
+                || self.policy.is_for(self.backend.slot_state()))
+    }
+
+    /// The state as it is shown.
+    pub const fn state(&self) -> BackendState {
+        match self.backend.slot_state().state() {
+            BackendState::Active if !self.is_ready() => BackendState::Candidate,
+            state => state,
+        }
+    }
+
+    #[inline(always)]
+    pub(super) const fn is_steerable(&self) -> bool {
+        self.backend.flags & Backend::UNSTEERABLE == 0
+    }
+
+    /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
+    /// `net/ipv4/inet_hashtables.c`): an exact address before the wildcard, a bound device before none. `None`: not at all.
+    #[inline(always)]
+    pub(super) fn fit(&self, request: &Request) -> Option<u32> {
+        if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
+            return None;
+        }
+        if request.virtual_port {
+            return Some(0);
+        }
+        let (high, low) = self.backend.address.words();
+        let (to_high, to_low) = request.to.words();
+        let device = u64::from(self.backend.device);
+        let exact = differ(high, 0) | differ(low, 0) & differ(low, Address::ANY_V4.words().1);
+        let bound = differ(device, 0);
+        let elsewhere = exact & (differ(high, to_high) | differ(low, to_low))
+            | bound & differ(device, request.device.into());
+        (elsewhere == 0).then_some((exact * 2 + bound) as u32)
+    }
+}
+
+/// 1 where the two are not the same, else 0; without a branch.
+#[inline(always)]
+const fn differ(one: u64, other: u64) -> u64 {
+    let bits = one ^ other;
+    (bits | bits.wrapping_neg()) >> 63
+}
+
+/// Whether a listener can take a packet of that family (`inet_csk` sockets: `bpf_sk_assign` says EAFNOSUPPORT otherwise).
+#[inline(always)]
+pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
+    if packet_is_v4 {
+        flags & Backend::V6_ONLY == 0
+    } else {
+        flags & Backend::V6 != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::abi::{ServicePort, SlotState, UNLIMITED};
+    use crate::decision::request::Arrival;
+    use proptest::prelude::*;
+
+    const SERVICE: ServicePort = ServicePort {
+        service: 0,
+        policy: 0,
+        flags: 0,
+        quota: UNLIMITED,
+    };
+
+    fn request(to: Address, device: u32) -> Request {
+        let arrival = Arrival {
+            netns: 1,
+            device,
+            from: Address::from_v4_be(1),
+            from_port: 1,
+            to,
+            to_port: 11_800,
+        };
+        Request::new(&SERVICE, &arrival, 0, 0, 0)
+    }
+
+    fn member(address: Address, device: u32) -> Member {
+        Member {
+            slot: 0,
+            backend: Backend {
+                slot_state: SlotState::new(1, BackendState::Active).0,
+                netns: 1,
+                address,
+                device,
+                ..Backend::EMPTY
+            },
+            policy: SlotPolicy::new(1, UNLIMITED, 1, 0),
+            counts: Counts::ZERO,
+        }
+    }
+
+    /// Few of each word, so that two are often the same.
+    fn any_address() -> impl Strategy<Value = Address> {
+        let mapped = 0x0000_ffff_u32.to_be();
+        let word = || prop_oneof![Just(0), Just(mapped), Just(7)];
+        [word(), word(), word(), word()].prop_map(Address)
+    }
+
+    proptest! {
+        #[test]
+        fn a_socket_fits_as_the_kernel_would_score_it(
+            bound in any_address(), to in any_address(), device in 0..3_u32, arrived in 0..3_u32,
+        ) {
+            let fit = member(bound, device).fit(&request(to, arrived));
+            let exact = !bound.is_any();
+            let expected = if exact && bound != to || device != 0 && device != arrived {
+                None
+            } else {
+                Some(u32::from(exact) * 2 + u32::from(device != 0))
+            };
+            prop_assert_eq!(fit, expected);
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! The state of one decision, and its rounds.
+
+use crate::abi::Cookies;
+use crate::decision::admission::{Judgement, QUEUE_GRACE};
+use crate::decision::attempt::Attempt;
+use crate::decision::request::Request;
+use crate::decision::scan::{Enforce, MAX_LOOKS, Scan};
+use crate::{Reason, opaque};
+
+/// The maps and the sockets, or a picture of them.
+pub trait BackendAccess {
+    /// Puts the scan's cursor before every member of the service, in ascending order of slots.
+    fn begin(&mut self, scan: &mut Scan);
+    /// Feeds to the scan what its cursor leads to.
+    fn walk(&mut self, scan: &mut Scan);
+    /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
+    /// out must show in the counters of the next scan (see [`pack_full`](crate::decision::admission::pack_full), [`pack_over`](crate::decision::admission::pack_over)).
+    fn attempt(&mut self, slot: u32, decision: &DecisionState) -> Attempt;
+    /// Keeps the sum of the weights for [`Request::weights`] of later look-ups.
+    fn remember_weights(&mut self, service: u16, weights: u64);
+    /// Whether listeners of the service serve without being registered, because a map was full.
+    fn has_unregistered(&self, service: u16) -> bool;
+}
+
+/// What is known before anything is scanned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LookupFlags {
+    /// The source is never refused.
+    pub exempt: bool,
+    /// The daemon has been silent for too long to refuse anybody.
+    pub stale: bool,
+}
+
+/// Why somebody is let in whom the quotas would refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum FailOpenCause {
+    /// None: quotas count.
+    None,
+    /// The daemon has been silent for too long.
+    Stale,
+    /// What the quotas were computed from is wrong.
+    Nonsense,
+    /// There are listeners that could not be registered.
+    Unregistered,
+    /// The kernel refused to assign a backend that had room.
+    Error,
+}
+
+/// How a look-up ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decision {
+    /// Why.
+    pub reason: Reason,
+    /// The backend that has it, where one was chosen.
+    pub slot: Option<u32>,
+}
+
+/// Rounds in all: looks, passes for the sum of the weights and for cookies, choices made anew because of other CPUs.
+pub const MAX_ROUNDS: u32 = 48;
+/// After so many rounds another CPU's SYN is no reason to choose anew.
+const YIELDING_ROUNDS: u32 = 6;
+
+/// The state of one decision. The kernel keeps it in a map: on the stack the verifier would follow every value in it.
+#[derive(Clone, Copy, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "independent facts, each noted where it is found out"
+)]
+pub struct DecisionState {
+    /// The choice.
+    pub scan: Scan,
+    flags: LookupFlags,
+    /// Give way to another CPU that has sent a SYN to the chosen backend since the choice.
+    pub yielding: bool,
+    /// The backend at hand is taken although its accept queue is full.
+    pub last_resort: bool,
+    /// What the first passes are for is known: whether cookies are in use, and the sum of the weights.
+    cookies_known: bool,
+    total_known: bool,
+    looks: u32,
+    rounds: u32,
+    over: bool,
+    over_with_cookies: bool,
+    full: bool,
+    failed: bool,
+    cause: FailOpenCause,
+    /// A backend with room whose queue has been full only for a moment, or [`NOBODY`].
+    momentary: u32,
+}
+
+const NOBODY: u32 = u32::MAX;
+
+impl DecisionState {
+    /// Nothing is decided.
+    pub fn new(request: Request, flags: LookupFlags) -> Self {
+        let mut state = Self {
+            scan: Scan::new(request),
+            flags,
+            yielding: true,
+            last_resort: false,
+            cookies_known: false,
+            total_known: false,
+            looks: 0,
+            rounds: 0,
+            over: false,
+            over_with_cookies: false,
+            full: false,
+            failed: false,
+            cause: FailOpenCause::None,
+            momentary: NOBODY,
+        };
+        state.start(request, flags);
+        state
+    }
+
+    /// Makes a used one new, in place: a copy of the whole would be a loop over its bytes in the kernel.
+    #[inline(always)]
+    pub fn start(&mut self, request: Request, flags: LookupFlags) {
+        let enforce = if flags.exempt {
+            Enforce::Nothing
+        } else {
+            Enforce::Quotas
+        };
+        self.scan.start(request, enforce);
+        self.flags = flags;
+        self.yielding = true;
+        self.last_resort = false;
+        let no = opaque(false);
+        self.cookies_known = no;
+        self.total_known = no;
+        self.looks = 0;
+        self.rounds = 0;
+        self.over = no;
+        self.over_with_cookies = no;
+        self.full = no;
+        self.failed = no;
+        self.cause = FailOpenCause::None;
+        self.momentary = NOBODY;
+    }
+
+    /// The decision that needs no look: an exempt source on an own port.
+    #[inline(always)]
+    pub fn without_looking(&self) -> Option<Decision> {
+        if self.flags.exempt && !self.scan.request.virtual_port {
+            return Some(Decision {
+                reason: Reason::Exempt,
+                slot: None,
+            });
+        }
+        None
+    }
+
+    /// The decision when nothing is left to try.
+    #[inline(always)]
+    pub fn failure(&self) -> Decision {
+        Decision {
+            reason: self.reason_of_failure(),
+            slot: None,
+        }
+    }
+
+    /// Scans all members. Whether there must be another pass before the best of the scan means something.
+    #[inline(always)]
+    fn scan<W: BackendAccess>(&mut self, world: &mut W) -> bool {
+        self.scan.again();
+        world.begin(&mut self.scan);
+        world.walk(&mut self.scan);
+        self.needs_another_pass(world)
+    }
+
+    /// Whether another pass is needed before the best of the scan means something.
+    #[inline(always)]
+    fn needs_another_pass<W: BackendAccess>(&mut self, world: &mut W) -> bool {
+        if !self.cookies_known {
+            self.cookies_known = true;
+            if self.scan.tally.cookies > 0 {
+                self.scan.cookies = true;
+                return true;
+            }
+        }
+        if let Some(total) = self.scan.other_total() {
+            world.remember_weights(self.scan.request.service, total);
+            // Whoever comes or goes between two passes changes it again.
+            let known = self.total_known;
+            self.total_known = true;
+            return !known;
+        }
+        false
+    }
+
+    #[inline(always)]
+    fn next(&self) -> Option<u32> {
+        if !self.last_resort {
+            if self.looks < MAX_LOOKS as u32 {
+                self.scan.best()
+            } else {
+                None
+            }
+        } else if self.momentary == NOBODY {
+            None
+        } else {
+            Some(self.momentary)
+        }
+    }
+
+    /// Nobody has room. Before a refusal: quotas that must not be trusted must not refuse, and a queue full for a moment is
+    /// no end. False: there is nothing left to try.
+    #[inline(always)]
+    fn fail_open<W: BackendAccess>(&mut self, world: &W) -> bool {
+        if matches!(self.scan.enforce, Enforce::Quotas) {
+            self.cause = self.fail_open_cause(world);
+            if !matches!(self.cause, FailOpenCause::None) {
+                self.choose_without_quotas();
+                return true;
+            }
+        }
+        if !self.last_resort && self.momentary != NOBODY {
+            self.last_resort = true;
+            return true;
+        }
+        false
+    }
+
+    #[inline(always)]
+    fn fail_open_cause<W: BackendAccess>(&self, world: &W) -> FailOpenCause {
+        let tally = &self.scan.tally;
+        if self.flags.stale {
+            FailOpenCause::Stale
+        } else if self.failed {
+            // On an own port the kernel decides alone instead.
+            if self.scan.request.virtual_port {
+                FailOpenCause::Error
+            } else {
+                FailOpenCause::None
+            }
+        } else if !self.over && tally.over == 0 {
+            FailOpenCause::None
+        } else if tally.quotas_are_nonsense() {
+            FailOpenCause::Nonsense
+        } else if world.has_unregistered(self.scan.request.service) {
+            FailOpenCause::Unregistered
+        } else {
+            FailOpenCause::None
+        }
+    }
+
+    #[inline(always)]
+    fn choose_without_quotas(&mut self) {
+        self.scan.enforce = if matches!(self.cause, FailOpenCause::Stale) {
+            Enforce::Nothing
+        } else {
+            Enforce::Closed
+        };
+        self.scan.forget_tried();
+        self.cookies_known = false;
+        self.total_known = false;
+        self.looks = 0;
+        self.momentary = NOBODY;
+    }
+
+    /// Notes an attempt that led to nothing.
+    #[inline(always)]
+    fn note(&mut self, attempt: Attempt, slot: u32) {
+        match attempt {
+            Attempt::Judged(Judgement::OverQuota) => {
+                self.over = true;
+                self.over_with_cookies |= self.scan.cookies;
+            }
+            Attempt::Judged(Judgement::QueueFull { since }) => {
+                self.full = true;
+                if self.momentary == NOBODY
+                    && self.scan.request.now.wrapping_sub(since) <= QUEUE_GRACE
+                {
+                    self.momentary = slot;
+                }
+            }
+            Attempt::Failed => self.failed = true,
+            _ => {}
+        }
+        // A look that fails changes the counters, which put the backend behind those that may have room. Only one that was
+        // there already, or has no counters to change, must be remembered.
+        if self.scan.best_is_doubtful()
+            || self.scan.best_has_no_hint()
+            || matches!(attempt, Attempt::Gone | Attempt::Failed)
+        {
+            self.scan.mark_tried(self.looks as usize, slot);
+            self.looks += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn reason_of_success(&self) -> Reason {
+        if self.flags.exempt {
+            return Reason::Exempt;
+        }
+        match self.cause {
+            FailOpenCause::Stale => return Reason::FailOpenStale,
+            FailOpenCause::Nonsense => return Reason::FailOpenQuota,
+            FailOpenCause::Unregistered => return Reason::FailOpenFull,
+            FailOpenCause::Error => return Reason::FailOpenError,
+            FailOpenCause::None => {}
+        }
+        if self.last_resort {
+            Reason::AcceptQueueGrace
+        } else if self.scan.request.virtual_port {
+            Reason::Steered
+        } else {
+            Reason::Admitted
+        }
+    }
+
+    /// Names the refusal, or the error that keeps it from being one.
+    #[inline(always)]
+    fn reason_of_failure(&self) -> Reason {
+        let tally = &self.scan.tally;
+        if self.flags.exempt {
+            Reason::Exempt
+        } else if tally.members == 0 {
+            Reason::NoBackend
+        } else if self.flags.stale || self.failed {
+            // An error must not refuse anybody.
+            Reason::FailOpenError
+        } else if self.full {
+            Reason::AcceptQueueFull
+        } else if self.over || tally.over > 0 {
+            if self.over_with_cookies || tally.over_with_cookies > 0 {
+                Reason::OverQuotaCookie
+            } else {
+                Reason::OverQuota
+            }
+        } else if tally.closed > 0 {
+            Reason::ClosedByHand
+        } else {
+            Reason::NoBackend
+        }
+    }
+}
+
+/// One round of a decision; `None`: there must be another, at most [`MAX_ROUNDS`] in all.
+#[inline(always)]
+pub fn advance<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Option<Decision> {
+    state.rounds += 1;
+    if state.scan(world) {
+        return None;
+    }
+    let Some(slot) = state.next() else {
+        return if state.fail_open(world) {
+            None
+        } else {
+            Some(state.failure())
+        };
+    };
+    state.yielding &= state.rounds < YIELDING_ROUNDS && !state.last_resort;
+    let attempt = world.attempt(slot, state);
+    match attempt {
+        Attempt::Assigned => {
+            return Some(Decision {
+                reason: state.reason_of_success(),
+                slot: Some(slot),
+            });
+        }
+        Attempt::Foreign => {
+            return Some(Decision {
+                reason: Reason::ForeignSkLookup,
+                slot: None,
+            });
+        }
+        Attempt::Raced => {}
+        Attempt::Cookies => state.scan.cookies = true,
+        attempt => {
+            let last = state.last_resort;
+            state.note(attempt, slot);
+            if last {
+                return Some(state.failure());
+            }
+        }
+    }
+    None
+}
+
+/// Whether a look must make the choice anew because cookies turn out to be in use, or about to be: a SYN queue that is found full,
+/// and not nearly full first, answers the very SYN at hand with one.
+#[inline(always)]
+pub const fn must_choose_by_tuple(cookies: Cookies, state: &DecisionState) -> bool {
+    !matches!(cookies, Cookies::Off) && !state.scan.cookies
+}

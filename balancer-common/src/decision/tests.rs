@@ -1,0 +1,716 @@
+//! The decision with a model of backends.
+
+use super::admission::{
+    Judgement, Observation, QUEUE_GRACE, judge, pack_cookies, pack_expected, pack_full, pack_over,
+};
+use super::cursor::Cursor;
+use super::member::Member;
+use super::request::Request;
+use super::scan::Scan;
+use super::*;
+use crate::abi::{
+    Address, Backend, BackendState, Cookies, Counts, MEMBER_WORDS, Policy, SlotPolicy, SlotState,
+    UNLIMITED,
+};
+use crate::{Reason, Verdict, hash};
+use proptest::prelude::*;
+use std::vec::Vec;
+
+const GENERATION: u32 = 3;
+const NOW: u32 = 50_000;
+
+/// Backends whose sockets say exactly what their counters say.
+struct Model {
+    members: Vec<Member>,
+    sockets: Vec<Observation>,
+    /// The kernel refuses to assign these.
+    broken: Vec<u32>,
+    unregistered: bool,
+    /// What round-robin added up last.
+    weights: u64,
+}
+
+fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
+    Member {
+        slot,
+        backend: Backend {
+            slot_state: SlotState::new(GENERATION, BackendState::Active).0,
+            netns: 1,
+            address: Address([0, 0, 0xffff_u32.to_be(), 0x0100_007f]),
+            port: 21_800 + u16::try_from(slot).unwrap(),
+            weight,
+            ..Backend::EMPTY
+        },
+        policy: SlotPolicy::new(GENERATION, quota, weight, 0),
+        counts: Counts {
+            established: u64::from(established),
+            ..Counts::ZERO
+        },
+    }
+}
+
+const IDLE: Observation = Observation {
+    half_open: 0,
+    young: 0,
+    fast_open: 0,
+    queue: 0,
+    backlog: 128,
+    syncookies: 1,
+    overflow_age: 1_000,
+};
+
+impl Model {
+    fn of(members: impl IntoIterator<Item = Member>) -> Self {
+        let members: Vec<Member> = members.into_iter().collect();
+        let sockets = members.iter().map(|_| IDLE).collect();
+        Self {
+            members,
+            sockets,
+            broken: Vec::new(),
+            unregistered: false,
+            weights: 0,
+        }
+    }
+
+    fn index(&self, slot: u32) -> usize {
+        self.members
+            .iter()
+            .position(|member| member.slot == slot)
+            .unwrap()
+    }
+
+    fn decide(&mut self, request: Request) -> Decision {
+        self.decide_in(request, NORMAL)
+    }
+
+    fn decide_in(&mut self, request: Request, flags: LookupFlags) -> Decision {
+        let request = Request {
+            weights: self.weights,
+            ..request
+        };
+        decide(self, &mut DecisionState::new(request, flags))
+    }
+
+    /// A connection comes and is established at once.
+    fn connect(&mut self, request: Request) -> Decision {
+        let decision = self.decide(request);
+        if let Some(slot) = decision.slot {
+            let index = self.index(slot);
+            self.members[index].counts.established += 1;
+        }
+        decision
+    }
+
+    fn bitmap(&self) -> [u64; MEMBER_WORDS] {
+        let mut words = [0; MEMBER_WORDS];
+        for member in &self.members {
+            words[member.slot as usize / 64] |= 1 << (member.slot % 64);
+        }
+        words
+    }
+
+    fn established(&self) -> Vec<u32> {
+        self.members
+            .iter()
+            .map(|member| member.counts.established())
+            .collect()
+    }
+}
+
+impl BackendAccess for Model {
+    fn begin(&mut self, scan: &mut Scan) {
+        let members = self.bitmap();
+        scan.cursor = Cursor::new(|word| members[word as usize]);
+    }
+
+    fn walk(&mut self, scan: &mut Scan) {
+        let members = self.bitmap();
+        scan.walk(
+            |word| members[word as usize],
+            |slot| Some(&self.members[self.index(slot)]),
+        );
+    }
+
+    fn attempt(&mut self, slot: u32, state: &DecisionState) -> Attempt {
+        let index = self.index(slot);
+        let (member, seen) = (&self.members[index], &self.sockets[index]);
+        if must_choose_by_tuple(seen.cookies(), state) {
+            return Attempt::Cookies;
+        }
+        let quota = member.quota(state.scan.request.quota);
+        let pending = seen.pending(&member.counts, quota, NOW);
+        let enforce = state.scan.enforces(quota);
+        let judgement = judge(seen, &member.counts, quota, enforce, NOW);
+        let counts = &mut self.members[index].counts;
+        match judgement {
+            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
+            Judgement::QueueFull { since } => {
+                counts.full = pack_full(since, NOW);
+                Attempt::Judged(judgement)
+            }
+            Judgement::OverQuota => {
+                counts.expected = pack_over(pending, NOW);
+                Attempt::Judged(judgement)
+            }
+            Judgement::Take if self.broken.contains(&slot) => Attempt::Failed,
+            Judgement::Take => Attempt::Assigned,
+        }
+    }
+
+    fn remember_weights(&mut self, _service: u16, weights: u64) {
+        self.weights = weights;
+    }
+
+    fn has_unregistered(&self, _service: u16) -> bool {
+        self.unregistered
+    }
+}
+
+const NORMAL: LookupFlags = LookupFlags {
+    exempt: false,
+    stale: false,
+};
+
+fn request(policy: Policy) -> Request {
+    Request {
+        service: 0,
+        netns: 1,
+        to: Address([0, 0, 0xffff_u32.to_be(), 0x0100_007f]),
+        device: 0,
+        v4: true,
+        virtual_port: true,
+        policy,
+        quota: UNLIMITED,
+        source: 7,
+        tuple: 9,
+        ticket: 0,
+        weights: 0,
+        now: NOW,
+    }
+}
+
+fn from_source(policy: Policy, source: u64) -> Request {
+    Request {
+        source: hash::of_source(0, source),
+        tuple: hash::of_tuple(source, 1, 2, 3),
+        ticket: source,
+        ..request(policy)
+    }
+}
+
+fn any_policy() -> impl Strategy<Value = Policy> {
+    prop_oneof![
+        Just(Policy::LeastConnections),
+        Just(Policy::RoundRobin),
+        Just(Policy::SourceHash)
+    ]
+}
+
+fn any_members() -> impl Strategy<Value = Vec<Member>> {
+    prop::collection::vec((0..20_u32, 0..20_u32, 1..5_u32), 1..40).prop_map(|rows| {
+        rows.into_iter()
+            .zip(0..)
+            .map(|((established, quota, weight), slot)| member(slot, established, quota, weight))
+            .collect()
+    })
+}
+
+fn any_observation() -> impl Strategy<Value = Observation> {
+    (
+        0..300_u32,
+        0..300_u32,
+        0..3_u32,
+        0..10_u32,
+        0..10_u32,
+        0..3_u8,
+        0..300_u32,
+    )
+        .prop_map(
+            |(half_open, young, fast_open, queue, backlog, syncookies, overflow_age)| Observation {
+                half_open,
+                young,
+                fast_open,
+                queue,
+                backlog,
+                syncookies,
+                overflow_age,
+            },
+        )
+}
+
+proptest! {
+    #[test]
+    fn a_sum_of_weights_from_before_changes_no_choice(members in any_members(), ticket: u64, weights: u64) {
+        let choose = |weights| {
+            let mut model = Model::of(members.clone());
+            model.weights = weights;
+            let decision = model.decide(Request { ticket, ..request(Policy::RoundRobin) });
+            (decision, model.weights)
+        };
+        let (fresh, sum) = choose(0);
+        prop_assert_eq!(choose(weights).0, fresh);
+        prop_assert_eq!(choose(sum), (fresh, sum));
+    }
+
+    #[test]
+    fn never_over_quota_and_refused_only_when_all_are(
+        members in any_members(), policy in any_policy(), sources in prop::collection::vec(any::<u64>(), 1..200),
+    ) {
+        let mut model = Model::of(members);
+        for source in sources {
+            let before = model.established();
+            let decision = model.connect(from_source(policy, source));
+            let rooms = || before.iter().zip(&model.members).map(|(count, member)| *count < member.quota(UNLIMITED));
+            match decision.slot {
+                Some(slot) => prop_assert!(rooms().nth(slot as usize).unwrap()),
+                None => prop_assert!(!rooms().any(|room| room), "{decision:?} though there is room"),
+            }
+            prop_assert_eq!(decision.slot.is_none(), decision.reason.verdict() == Verdict::Refuse);
+        }
+    }
+
+    #[test]
+    fn least_loaded_wins(members in any_members()) {
+        let mut model = Model::of(members);
+        let load = |member: &Member| f64::from(member.counts.established()) / f64::from(member.weight());
+        let open = |member: &&Member| member.counts.established() < member.quota(UNLIMITED);
+        let least = model.members.iter().filter(open).map(load).fold(f64::INFINITY, f64::min);
+        if let Some(slot) = model.decide(request(Policy::LeastConnections)).slot {
+            let chosen = load(&model.members[slot as usize]);
+            prop_assert!((chosen - least).abs() < 1e-4, "{chosen} {least}");
+        }
+    }
+
+    #[test]
+    fn whatever_the_sockets_say_nothing_panics(
+        members in any_members(), seen in prop::collection::vec(any_observation(), 40), policy in any_policy(),
+        exempt: bool, stale: bool, virtual_port: bool, source: u64, words in prop::collection::vec(any::<u64>(), 40),
+    ) {
+        let mut model = Model::of(members);
+        for ((member, socket), word) in model.members.iter_mut().zip(&mut model.sockets).zip(seen.iter().zip(&words)) {
+            *socket = *word.0;
+            member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, stalled: word.1 >> 5, handshake: word.1 >> 7 };
+        }
+        let request = Request { virtual_port, ..from_source(policy, source) };
+        let decision = model.decide_in(request, LookupFlags { exempt, stale });
+        if exempt || stale {
+            prop_assert_ne!(decision.reason.verdict(), Verdict::Refuse);
+        }
+    }
+
+    #[test]
+    fn source_hash_moves_only_what_it_must(count in 2..30_u32, gone: prop::sample::Index, source: u64) {
+        let members: Vec<Member> = (0..count).map(|slot| member(slot, 0, UNLIMITED, 1)).collect();
+        let gone = gone.index(members.len());
+        let request = from_source(Policy::SourceHash, source);
+        let before = Model::of(members.clone()).decide(request).slot;
+        let fewer = members.into_iter().enumerate().filter(|(index, _)| *index != gone).map(|(_, member)| member);
+        let after = Model::of(fewer).decide(request).slot;
+        if before != u32::try_from(gone).ok() {
+            prop_assert_eq!(before, after);
+        }
+    }
+
+    #[test]
+    fn source_hash_follows_the_address_not_the_slot(source: u64) {
+        let members: Vec<Member> = (0..8).map(|slot| member(slot, 0, UNLIMITED, 1)).collect();
+        let moved: Vec<Member> = members.iter().map(|old| Member { slot: old.slot + 100, ..*old }).collect();
+        let request = from_source(Policy::SourceHash, source);
+        let (before, after) = (Model::of(members).decide(request).slot, Model::of(moved).decide(request).slot);
+        prop_assert_eq!(before.unwrap() + 100, after.unwrap());
+    }
+
+    #[test]
+    fn with_cookies_the_choice_depends_on_the_tuple_alone(
+        policy in any_policy(), source: u64, at_syn in prop::collection::vec(0..100_u32, 5), at_ack in prop::collection::vec(0..100_u32, 5),
+    ) {
+        let choose = |counts: &[u32], ticket| {
+            let mut model = Model::of((0..5).map(|slot| member(slot, counts[slot as usize], UNLIMITED, 1)));
+            model.sockets[2].overflow_age = 1;
+            model.members[2].counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+            model.decide(Request { ticket, ..from_source(policy, source) }).slot
+        };
+        prop_assert_eq!(choose(&at_syn, 1), choose(&at_ack, 2));
+    }
+}
+
+#[test]
+fn weights_converge() {
+    for policy in [
+        Policy::LeastConnections,
+        Policy::RoundRobin,
+        Policy::SourceHash,
+    ] {
+        let mut model = Model::of(
+            [1, 2, 5]
+                .into_iter()
+                .zip(0..)
+                .map(|(weight, slot)| member(slot, 0, UNLIMITED, weight)),
+        );
+        for source in 0..8_000 {
+            model.connect(from_source(policy, source));
+        }
+        let tolerance = if policy == Policy::SourceHash { 250 } else { 1 };
+        for (count, expected) in model
+            .established()
+            .into_iter()
+            .zip([1_000, 2_000, 5_000_u32])
+        {
+            assert!(
+                count.abs_diff(expected) <= tolerance,
+                "{}: {:?}",
+                policy.name(),
+                model.established()
+            );
+        }
+    }
+}
+
+#[test]
+fn siblings_of_one_address_share_its_clients() {
+    let mut model = Model::of((0..4).map(|slot| {
+        let mut sibling = member(slot, 0, UNLIMITED, 1);
+        sibling.backend.port = 11_800;
+        sibling
+    }));
+    for source in 0..4_000 {
+        model.connect(from_source(Policy::SourceHash, source));
+    }
+    assert!(
+        model
+            .established()
+            .iter()
+            .all(|count| count.abs_diff(1_000) < 150),
+        "{:?}",
+        model.established()
+    );
+}
+
+#[test]
+fn pending_counts_and_the_next_candidate_is_taken() {
+    let mut model = Model::of((0..2).map(|slot| member(slot, slot, 5, 1)));
+    model.sockets[0] = Observation {
+        half_open: 5,
+        young: 5,
+        ..IDLE
+    };
+    assert_eq!(
+        model.decide(request(Policy::LeastConnections)).slot,
+        Some(1)
+    );
+    model.sockets[1] = Observation {
+        half_open: 4,
+        young: 4,
+        ..IDLE
+    };
+    let refused = model.decide(request(Policy::LeastConnections));
+    assert_eq!(
+        refused,
+        Decision {
+            reason: Reason::OverQuota,
+            slot: None
+        }
+    );
+}
+
+/// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill. The client takes the last place.
+#[test]
+fn the_ack_of_a_first_cookie_finds_the_listener_of_the_syn() {
+    let of = |source| from_source(Policy::LeastConnections, source);
+    for source in 0..200 {
+        let mut model = Model::of((0..3).map(|slot| member(slot, 4, 5, 1)));
+        let full = Observation {
+            half_open: 129,
+            ..IDLE
+        };
+        model.sockets.fill(full);
+        let asked = model.decide(of(source)).slot.unwrap();
+        let index = model.index(asked);
+        model.sockets[index].overflow_age = 0;
+        model.members[index].counts.expected = pack_expected(0, NOW);
+        for (member, seen) in model.members.iter_mut().zip(&model.sockets) {
+            member.counts.cookies = pack_cookies(seen, 0, NOW).unwrap();
+        }
+        assert_eq!(
+            model.decide(of(source)).slot,
+            Some(asked),
+            "client {source}"
+        );
+    }
+}
+
+/// Their counters are not believed while cookies are about to be in use: each is looked at once.
+#[test]
+fn what_a_look_finds_counts_when_cookies_are_about_to_be_in_use() {
+    let mut model = Model::of((0..3).map(|slot| member(slot, 0, 5, 1)));
+    for member in &mut model.members {
+        member.counts.cookies = (Cookies::Soon as u64) << 32 | u64::from(NOW + 10);
+    }
+    model.sockets.fill(Observation {
+        half_open: 126,
+        young: 126,
+        ..IDLE
+    });
+    let asked = request(Policy::LeastConnections);
+    assert_eq!(model.decide(asked).reason, Reason::OverQuotaCookie);
+    model.sockets[1] = IDLE;
+    assert_eq!(model.decide(asked).slot, Some(1));
+}
+
+#[test]
+fn a_full_queue_is_steered_around_then_has_grace_then_is_refused() {
+    let full = Observation {
+        queue: 9,
+        backlog: 8,
+        ..IDLE
+    };
+    let mut model = Model::of((0..2).map(|slot| member(slot, slot, 5, 1)));
+    model.sockets[0] = full;
+    assert_eq!(
+        model.decide(request(Policy::LeastConnections)).slot,
+        Some(1)
+    );
+    model.sockets[1] = full;
+    let grace = model.decide(request(Policy::LeastConnections));
+    assert_eq!(grace.reason, Reason::AcceptQueueGrace);
+    for member in &mut model.members {
+        member.counts.full = pack_full(NOW - QUEUE_GRACE - 1, NOW - 1);
+    }
+    let refused = model.decide(request(Policy::LeastConnections));
+    assert_eq!(
+        refused,
+        Decision {
+            reason: Reason::AcceptQueueFull,
+            slot: None
+        }
+    );
+}
+
+#[test]
+fn the_only_backend_with_room_is_found_behind_many_that_seem_to_have_some() {
+    for busy in [
+        Observation {
+            queue: 9,
+            backlog: 8,
+            ..IDLE
+        },
+        Observation {
+            half_open: 5,
+            young: 5,
+            ..IDLE
+        },
+    ] {
+        for policy in Policy::ALL {
+            let mut model = Model::of((0..30).map(|slot| member(slot, 0, 5, 1)));
+            model.sockets.fill(busy);
+            model.sockets[29] = IDLE;
+            assert_eq!(
+                model.decide(request(policy)).slot,
+                Some(29),
+                "{}",
+                policy.name()
+            );
+        }
+    }
+}
+
+#[test]
+fn each_refusal_has_its_reason() {
+    let decide = |quota, change: &dyn Fn(&mut Model)| {
+        let mut model = Model::of([member(0, 5, quota, 1)]);
+        change(&mut model);
+        model.decide(request(Policy::LeastConnections)).reason
+    };
+    assert_eq!(decide(5, &|_| ()), Reason::OverQuota);
+    assert_eq!(decide(0, &|_| ()), Reason::ClosedByHand);
+    assert_eq!(decide(6, &|_| ()), Reason::Steered);
+    assert_eq!(
+        decide(6, &|model| model.members[0].backend.netns = 2),
+        Reason::NoBackend
+    );
+    assert_eq!(
+        decide(6, &|model| model.members[0].backend.flags =
+            Backend::CANDIDATE),
+        Reason::Steered
+    );
+    assert_eq!(
+        decide(5, &|model| {
+            model.members[0].counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+        }),
+        Reason::OverQuotaCookie
+    );
+}
+
+#[test]
+fn a_candidate_waits_for_the_daemon() {
+    let mut candidate = member(0, 0, 5, 1);
+    candidate.backend.flags = Backend::CANDIDATE;
+    candidate.policy = SlotPolicy {
+        quota: 0,
+        weight: 0,
+        adopted: 0,
+    };
+    assert_eq!(candidate.state(), BackendState::Candidate);
+    let decision = Model::of([candidate]).decide(request(Policy::LeastConnections));
+    assert_eq!(decision.reason, Reason::NoBackend);
+}
+
+#[test]
+fn a_stale_daemon_and_an_exempt_source_are_not_refused() {
+    let full = || Model::of((0..3).map(|slot| member(slot, 5 + slot, 5, 1)));
+    let stale = LookupFlags {
+        stale: true,
+        ..NORMAL
+    };
+    let decision = full().decide_in(request(Policy::LeastConnections), stale);
+    assert_eq!(
+        decision,
+        Decision {
+            reason: Reason::FailOpenStale,
+            slot: Some(0)
+        }
+    );
+    let exempt = LookupFlags {
+        exempt: true,
+        ..NORMAL
+    };
+    let decision = full().decide_in(request(Policy::LeastConnections), exempt);
+    assert_eq!(
+        decision,
+        Decision {
+            reason: Reason::Exempt,
+            slot: Some(0)
+        }
+    );
+    let own_port = Request {
+        virtual_port: false,
+        ..request(Policy::LeastConnections)
+    };
+    let decision = full().decide_in(own_port, exempt);
+    assert_eq!(
+        decision,
+        Decision {
+            reason: Reason::Exempt,
+            slot: None
+        }
+    );
+}
+
+fn computed(slot: u32, established: u32, quota: u32) -> Member {
+    Member {
+        policy: SlotPolicy::new(GENERATION, quota, 1, SlotPolicy::COMPUTED),
+        ..member(slot, established, quota, 1)
+    }
+}
+
+#[test]
+fn computed_quotas_that_what_stands_contradicts_refuse_nobody() {
+    let decide = |members: [Member; 2]| {
+        Model::of(members)
+            .decide(request(Policy::LeastConnections))
+            .reason
+    };
+    // 100 + 100 allow for 25 more before they are taken for nonsense.
+    assert_eq!(
+        decide([computed(0, 113, 100), computed(1, 113, 100)]),
+        Reason::FailOpenQuota
+    );
+    assert_eq!(
+        decide([computed(0, 113, 100), computed(1, 112, 100)]),
+        Reason::OverQuota
+    );
+    assert_eq!(
+        decide([member(0, 500, 100, 1), member(1, 500, 100, 1)]),
+        Reason::OverQuota,
+        "what somebody wrote down is meant so"
+    );
+    assert_eq!(
+        decide([computed(0, 500, 100), member(1, 500, 100, 1)]),
+        Reason::OverQuota
+    );
+}
+
+#[test]
+fn nobody_is_refused_while_listeners_are_not_registered() {
+    let mut model = Model::of([member(0, 9, 5, 1), member(1, 8, 5, 1), member(2, 0, 0, 1)]);
+    model.unregistered = true;
+    let decision = model.decide(request(Policy::LeastConnections));
+    assert_eq!(
+        decision,
+        Decision {
+            reason: Reason::FailOpenFull,
+            slot: Some(1)
+        },
+        "and one that somebody closed stays closed"
+    );
+    model = Model::of([member(0, 0, 0, 1)]);
+    model.unregistered = true;
+    let decision = model.decide(request(Policy::LeastConnections));
+    assert_eq!(decision.reason, Reason::ClosedByHand);
+}
+
+#[test]
+fn an_error_refuses_nobody() {
+    let decide = |virtual_port| {
+        let mut model = Model::of([member(0, 0, 5, 1), member(1, 5, 5, 1)]);
+        model.broken = vec![0];
+        model.decide(Request {
+            virtual_port,
+            ..request(Policy::LeastConnections)
+        })
+    };
+    let steered = Decision {
+        reason: Reason::FailOpenError,
+        slot: Some(1),
+    };
+    assert_eq!(decide(true), steered);
+    let mut model = Model::of([member(0, 0, 5, 1), member(1, 5, 5, 1)]);
+    model.broken = vec![0];
+    let own = Request {
+        virtual_port: false,
+        to: model.members[0].backend.address,
+        ..request(Policy::LeastConnections)
+    };
+    let passed = Decision {
+        reason: Reason::FailOpenError,
+        slot: None,
+    };
+    assert_eq!(model.decide(own), passed);
+}
+
+#[test]
+fn on_an_own_port_only_listeners_of_the_destination_take_part() {
+    let own = |address| Request {
+        virtual_port: false,
+        to: address,
+        ..request(Policy::LeastConnections)
+    };
+    let bound = member(0, 4, 10, 1);
+    let mut wildcard = member(1, 0, 10, 1);
+    wildcard.backend.address = Address::ANY;
+    let elsewhere = Address::from_v4_be(u32::from_ne_bytes([10, 0, 0, 9]));
+    let mut model = Model::of([bound, wildcard]);
+    assert_eq!(model.decide(own(bound.backend.address)).slot, Some(0));
+    assert_eq!(model.decide(own(elsewhere)).slot, Some(1));
+    let mut stranger = member(2, 0, 10, 1);
+    stranger.backend.uid = 1_000;
+    assert_eq!(
+        Model::of([bound, stranger])
+            .decide(own(bound.backend.address))
+            .slot,
+        Some(0)
+    );
+    let mut device = member(3, 9, 10, 1);
+    device.backend.device = 5;
+    assert_eq!(
+        Model::of([bound, device])
+            .decide(own(bound.backend.address))
+            .slot,
+        Some(0)
+    );
+    let arrived = Request {
+        device: 5,
+        ..own(bound.backend.address)
+    };
+    assert_eq!(Model::of([bound, device]).decide(arrived).slot, Some(3));
+}
