@@ -6,7 +6,7 @@ use super::{Check, listing};
 use crate::{
     config::Kubernetes,
     dataplane::{BackendSnapshot, Snapshot},
-    kubernetes::{self, Connection, Identity},
+    kubernetes::{self, ApiRequest, Connection, Identity},
 };
 
 /// Peers and probes are fewer than this; those whom address translation makes look like them are not.
@@ -52,7 +52,7 @@ async fn permissions(connection: &Connection, config: &Kubernetes, identity: &Id
             "it can see the cluster and tell the other nodes what it counts",
         ),
         Ok(missing) => {
-            let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+            let missing: Vec<String> = missing.iter().map(ApiRequest::refusal).collect();
             Check::fail(
                 NAME,
                 missing.join("; "),

@@ -1,7 +1,6 @@
 //! Whether the API server answers, and what it would refuse.
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -11,37 +10,14 @@ use k8s_openapi::api::authorization::v1::{
 use kube::Api;
 use kube::api::PostParams;
 
-use super::Identity;
 use super::client::Connection;
-use super::health::{place, role};
-use crate::config::{ClusterInput, ClusterQuota, Kubernetes, ServiceChoice};
+use super::health::{ApiRequest, Target};
+use super::identity::Identity;
+use super::watch::pods::classes;
+use crate::config::{Kubernetes, ServiceChoice};
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(5);
-
-/// Something that is needed and not allowed.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Missing {
-    /// `list`, `watch`, …
-    pub verb: &'static str,
-    /// The plural with its API group, as `kubectl` takes it: `endpointslices.discovery.k8s.io`.
-    pub resource: &'static str,
-    /// `None`: in all namespaces.
-    pub namespace: Option<String>,
-}
-
-impl fmt::Display for Missing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "the service account may not {} {} {}: the chart's {} allows it",
-            self.verb,
-            self.resource,
-            place(self.namespace.as_deref()),
-            role(self.verb, self.resource),
-        )
-    }
-}
 
 /// Asks the API server for its version.
 ///
@@ -53,15 +29,20 @@ pub async fn reachable(connection: &Connection) -> Result<String> {
         .await
         .with_context(|| {
             format!(
-                "the API server at {server} does not answer within {} s: see whether it runs and whether this node reaches it",
+                "the API server at {server} does not answer within {} s: see whether it runs and \
+                 whether this node reaches it",
                 ANSWER.as_secs()
             )
         })?
-        .with_context(|| format!("the API server at {server} does not say its version: see whether it runs and is one"))?;
+        .with_context(|| {
+            format!(
+                "the API server at {server} does not say its version: see whether it runs and is one"
+            )
+        })?;
     Ok(version.git_version)
 }
 
-/// What the daemon would not be allowed to do with this configuration.
+/// The requests of a daemon with this configuration that its service account may not send.
 ///
 /// # Errors
 /// If the API server can't be asked.
@@ -69,17 +50,11 @@ pub async fn permissions(
     connection: &Connection,
     config: &Kubernetes,
     identity: &Identity,
-) -> Result<Vec<Missing>> {
+) -> Result<Vec<ApiRequest>> {
     let api = Api::<SelfSubjectAccessReview>::all(connection.client.clone());
     let mut missing = Vec::new();
-    for need in needs(config, identity) {
-        let review = SelfSubjectAccessReview {
-            spec: SelfSubjectAccessReviewSpec {
-                resource_attributes: Some(attributes(&need)),
-                ..SelfSubjectAccessReviewSpec::default()
-            },
-            ..SelfSubjectAccessReview::default()
-        };
+    for request in requests(config, identity) {
+        let review = review(&request);
         let how = PostParams::default();
         let answer = tokio::time::timeout(ANSWER, api.create(&how, &review))
             .await
@@ -88,35 +63,41 @@ pub async fn permissions(
             .with_context(|| {
                 format!(
                     "the API server at {} can't be asked whether this service account may {} {}",
-                    connection.server, need.verb, need.resource
+                    connection.server, request.verb, request.target.resource
                 )
             })?;
         if !answer.status.is_some_and(|status| status.allowed) {
-            missing.push(need);
+            missing.push(request);
         }
     }
     Ok(missing)
 }
 
-fn attributes(need: &Missing) -> ResourceAttributes {
-    let (resource, group) = need.resource.split_once('.').unwrap_or((need.resource, ""));
-    ResourceAttributes {
-        verb: Some(need.verb.to_owned()),
-        resource: Some(resource.to_owned()),
-        group: Some(group.to_owned()),
-        namespace: need.namespace.clone(),
-        ..ResourceAttributes::default()
+fn review(request: &ApiRequest) -> SelfSubjectAccessReview {
+    let resource = request.target.resource;
+    let (resource, group) = resource.split_once('.').unwrap_or((resource, ""));
+    SelfSubjectAccessReview {
+        spec: SelfSubjectAccessReviewSpec {
+            resource_attributes: Some(ResourceAttributes {
+                verb: Some(request.verb.to_owned()),
+                resource: Some(resource.to_owned()),
+                group: Some(group.to_owned()),
+                namespace: request.target.namespace.clone(),
+                ..ResourceAttributes::default()
+            }),
+            ..SelfSubjectAccessReviewSpec::default()
+        },
+        ..SelfSubjectAccessReview::default()
     }
 }
 
-/// Everything that the daemon does, each once.
-fn needs(config: &Kubernetes, identity: &Identity) -> BTreeSet<Missing> {
-    let mut needs = BTreeSet::new();
+/// All requests of a daemon with this configuration.
+fn requests(config: &Kubernetes, identity: &Identity) -> BTreeSet<ApiRequest> {
+    let mut requests = BTreeSet::new();
     let mut add = |resource, namespace: Option<&str>, verbs: &[&'static str]| {
-        needs.extend(verbs.iter().map(|&verb| Missing {
+        requests.extend(verbs.iter().map(|&verb| ApiRequest {
             verb,
-            resource,
-            namespace: namespace.map(str::to_owned),
+            target: Target::new(resource, namespace),
         }));
     };
     let watch = ["list", "watch"];
@@ -128,23 +109,14 @@ fn needs(config: &Kubernetes, identity: &Identity) -> BTreeSet<Missing> {
         for resource in ["services", "endpointslices.discovery.k8s.io", "pods"] {
             add(resource, namespace, &watch);
         }
-        if let ClusterQuota::Shared {
-            input: ClusterInput::Pods(classes),
-            ..
-        } = &entry.quota
-        {
-            for class in classes {
-                add("pods", class.namespace.as_deref(), &watch);
-            }
+        for class in classes(entry) {
+            add("pods", class.namespace.as_deref(), &watch);
         }
     }
     let own = Some(identity.namespace.as_str());
-    add(
-        "configmaps",
-        own,
-        &["list", "watch", "create", "patch", "delete"],
-    );
+    let publish = ["list", "watch", "create", "patch", "delete"];
+    add("configmaps", own, &publish);
     add("daemonsets.apps", own, &watch);
     add("pods", own, &["get"]);
-    needs
+    requests
 }

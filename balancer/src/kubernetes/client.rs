@@ -1,11 +1,11 @@
-//! The client: where the API server is, who one is to it, and how long it may take.
+//! The client: where the API server is, with which credentials, and how long it may take.
 
 use std::env;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Error, Result, bail, ensure};
 use futures_util::FutureExt as _;
 use http::{HeaderValue, Request, header::USER_AGENT};
 use kube::client::Body;
@@ -21,13 +21,13 @@ use super::health::Health;
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long it may take to begin its answer.
 const ANSWER: Duration = Duration::from_secs(20);
-/// The server ends a watch after this many seconds or a few more, so that one that died without a word is noticed.
-pub(super) const WATCH_SECONDS: u32 = 55;
+/// Seconds until the server ends a watch: so that one that died without a word is noticed.
+const WATCH_SECONDS: u32 = 55;
 /// How far the ends of watches are spread, in seconds.
-pub(super) const WATCH_SPREAD_SECONDS: u32 = 10;
-/// Nothing was read for so long: the connection is dead. It is longer than any watch.
+const WATCH_SPREAD_SECONDS: u32 = 10;
+/// A connection on which nothing was read for so long is dead. It is longer than any watch.
 const READ: Duration = Duration::from_secs(75);
-/// Watches that the server (or a proxy) ends at once are not begun again faster than this.
+/// The least time between two watches, where the server or a proxy ends them at once.
 const WATCH_PACE: Duration = Duration::from_secs(1);
 /// The longest pause between attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
@@ -41,84 +41,80 @@ pub struct Connection {
     pub server: String,
 }
 
-/// Makes a client: from the file in `KUBECONFIG`, else as the pod's service account, else from `~/.kube/config`. The server need not answer.
-/// It has to be called within a runtime.
+/// Makes a client: from the file in `KUBECONFIG`, else as the pod's service account, else from
+/// `~/.kube/config`. The server need not answer. It has to be called within a runtime.
 ///
 /// # Errors
-/// If there is none of the three, it can't be read, or it names a program to get credentials from: the daemon may not run programs.
+/// If there is none of the three, it can't be read, or it names a program to get credentials from:
+/// the daemon may not run programs.
 pub fn connection() -> Result<Connection> {
     let mut config = find()?;
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(READ);
     config.reset_reader_on_write = true;
-    // It would hide for minutes that the server answers 503: pauses are made here, and failures are counted.
+    // Its retries would hide for minutes that the server answers 503. Ours are counted.
     config.default_retry = false;
-    let agent = concat!("balancer/", env!("CARGO_PKG_VERSION"));
-    config
-        .headers
-        .push((USER_AGENT, HeaderValue::from_static(agent)));
+    let program = concat!("balancer/", env!("CARGO_PKG_VERSION"));
+    let program = HeaderValue::from_static(program);
+    config.headers.push((USER_AGENT, program));
     let server = config.cluster_url.to_string();
     let server = server.trim_end_matches('/').to_owned();
-    let client = Client::try_from(config)
-        .with_context(|| format!("no client for the API server at {server} can be made: look at its certificates and credentials"))?;
+    let client = Client::try_from(config).with_context(|| {
+        format!(
+            "no client for the API server at {server} can be made: look at its certificates and \
+             credentials"
+        )
+    })?;
     Ok(Connection { client, server })
 }
 
 fn find() -> Result<Config> {
     if let Some(files) = env::var_os("KUBECONFIG").filter(|files| !files.is_empty()) {
-        let all = Kubeconfig::from_env()
+        return Kubeconfig::from_env()
+            .map_err(Error::from)
+            .and_then(|config| config.context("there is no such file"))
+            .and_then(from_kubeconfig)
             .with_context(|| {
-                format!(
-                    "the kubeconfig {} (KUBECONFIG) can't be read",
-                    files.display()
-                )
-            })?
-            .with_context(|| {
-                format!(
-                    "KUBECONFIG is {}, and there is no such file",
-                    files.display()
-                )
-            })?;
-        return from_kubeconfig(all).with_context(|| {
-            format!(
-                "the kubeconfig {} (KUBECONFIG) can't be used",
-                files.display()
-            )
-        });
+                let files = files.display();
+                format!("the kubeconfig {files} (KUBECONFIG) can't be used")
+            });
     }
     if env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
         return Config::incluster().context(
-            "the pod's service account can't be used: it needs a mounted token (automountServiceAccountToken)",
+            "the pod's service account can't be used: it needs a mounted token \
+             (automountServiceAccountToken)",
         );
     }
     let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".kube/config"));
     let Some(file) = home.filter(|file| file.exists()) else {
         bail!(
-            "there is no API server to talk to: the balancer does not run in a pod (KUBERNETES_SERVICE_HOST is not set), and neither \
-             KUBECONFIG nor ~/.kube/config is there. Without Kubernetes write `services:` instead of `kubernetes:`"
+            "there is no API server to talk to: the balancer does not run in a pod \
+             (KUBERNETES_SERVICE_HOST is not set), and neither KUBECONFIG nor ~/.kube/config is \
+             there. Without Kubernetes write `services:` instead of `kubernetes:`"
         );
     };
     Kubeconfig::read_from(&file)
-        .map_err(anyhow::Error::from)
+        .map_err(Error::from)
         .and_then(from_kubeconfig)
         .with_context(|| format!("the kubeconfig {} can't be used", file.display()))
 }
 
-fn from_kubeconfig(all: Kubeconfig) -> Result<Config> {
-    // It only reads files: the future is ready when it is first asked.
-    let config = Config::from_custom_kubeconfig(all, &KubeConfigOptions::default())
+fn from_kubeconfig(kubeconfig: Kubeconfig) -> Result<Config> {
+    // It only reads files: the future is ready when it is first polled.
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .now_or_never()
         .context("reading it did not end")??;
     ensure!(
         config.auth_info.exec.is_none() && config.auth_info.auth_provider.is_none(),
-        "its user gets credentials from a program (exec or auth-provider), and the daemon may not run programs: use a user with a token, a \
-         tokenFile or a client certificate"
+        "its user gets credentials from a program (exec or auth-provider), and the daemon may not \
+         run programs: use a user with a token, a tokenFile or a client certificate"
     );
     Ok(config)
 }
 
-/// The same client, which bounds the time to the first answer, paces watches, and reports to `health` that a watch has begun.
-pub(super) fn observed(client: &Client, health: &Arc<Health>) -> Client {
+/// `client` with a bound on the time to the first answer, with pauses between watches, and with a
+/// note in `health` when a watch has begun.
+pub(crate) fn observed(client: &Client, health: &Arc<Health>) -> Client {
     let (inner, health) = (client.clone(), Arc::clone(health));
     let last = Arc::new(Mutex::new(None::<Instant>));
     let service = tower::service_fn(move |request: Request<Body>| {
@@ -136,7 +132,7 @@ pub(super) fn observed(client: &Client, health: &Arc<Health>) -> Client {
             let response =
                 answer.map_err(|_| format!("no answer within {} s", ANSWER.as_secs()))??;
             if watches && response.status().is_success() {
-                health.fine();
+                health.succeeded();
             }
             Ok::<_, BoxError>(response)
         }
@@ -149,15 +145,20 @@ fn is_watch(request: &Request<Body>) -> bool {
     query.split('&').any(|pair| pair == "watch=true")
 }
 
-/// How long to wait after the nth failure in a row, the first being 0: doubling to [`LONGEST_PAUSE`], and spread over half of it, so that the
-/// agents of a cluster don't come back all at once.
-pub(super) fn pause(failures: u32) -> Duration {
+/// How long to wait after the nth failure in a row, the first being 0: doubling to
+/// [`LONGEST_PAUSE`], and spread over half of it, so that daemons don't come back all at once.
+pub(crate) fn pause(failures: u32) -> Duration {
     let full = Duration::from_millis(500 << failures.min(5)).min(LONGEST_PAUSE);
     full / 2 + full * jitter(1000) / 2000
 }
 
+/// After how many seconds the server is to end the next watch.
+pub(crate) fn watch_seconds() -> u32 {
+    WATCH_SECONDS + jitter(WATCH_SPREAD_SECONDS)
+}
+
 /// A number below `bound`, which need not be unpredictable.
-pub(super) fn jitter(bound: u32) -> u32 {
+fn jitter(bound: u32) -> u32 {
     use std::hash::{BuildHasher as _, RandomState};
     let random = RandomState::new().hash_one(bound) % u64::from(bound.max(1));
     u32::try_from(random).unwrap_or_default()

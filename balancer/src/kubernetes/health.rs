@@ -1,116 +1,169 @@
-//! What goes wrong with the API server: a sentence for each kind, and for how long it has been so.
+//! How requests to the API server fare: a sentence for each kind of failure, and since when.
 
 use std::collections::BTreeMap;
-use std::error::Error as _;
-use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use anyhow::Chain;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// A failure that shows up once is not told: an API server that restarts, or a connection that idled out, looks the same.
-const TOLD_AFTER: u32 = 2;
-/// More of a message of the server than this is cut off, in characters.
+/// Failures in a row before a problem is reported: a restart of the API server is one.
+const REPORTED_AFTER: u32 = 2;
+/// The most characters of a message of the server.
 const LONGEST_MESSAGE: usize = 300;
 
-/// Rings when anything that a view is made of has changed.
+/// Wakes who waits for changes of a view.
 #[derive(Clone, Debug)]
-pub(super) struct Notifier(Arc<watch::Sender<u64>>);
+pub(crate) struct Notifier(Arc<watch::Sender<u64>>);
 
 impl Notifier {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Arc::new(watch::Sender::new(0)))
     }
 
-    pub(super) fn notify(&self) {
+    pub(crate) fn notify(&self) {
         self.0.send_modify(|count| *count = count.wrapping_add(1));
     }
 
-    pub(super) fn listen(&self) -> watch::Receiver<u64> {
+    pub(crate) fn listen(&self) -> watch::Receiver<u64> {
         self.0.subscribe()
     }
 }
 
-/// What a request is about.
+/// The objects that a request is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Target {
+pub struct Target {
     /// The plural with its API group, as `kubectl` takes it: `endpointslices.discovery.k8s.io`.
-    pub(super) resource: &'static str,
-    /// `None`: all.
-    pub(super) namespace: Option<String>,
+    pub resource: &'static str,
+    /// `None`: all namespaces.
+    pub namespace: Option<String>,
+}
+
+impl Target {
+    pub(crate) fn new(resource: &'static str, namespace: Option<&str>) -> Self {
+        Self {
+            resource,
+            namespace: namespace.map(str::to_owned),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.resource, place(self.namespace.as_deref()))
+    }
+}
+
+/// `in namespace x`, or `in all namespaces`.
+pub(crate) fn place(namespace: Option<&str>) -> String {
+    match namespace {
+        Some(namespace) => format!("in namespace {namespace}"),
+        None => "in all namespaces".to_owned(),
+    }
+}
+
+/// A kind of request to the API server, which a role may allow.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ApiRequest {
+    /// `list`, `watch`, …
+    pub verb: &'static str,
+    /// What it is about.
+    pub target: Target,
+}
+
+impl ApiRequest {
+    /// The sentence for a request that is not allowed.
+    pub fn refusal(&self) -> String {
+        format!(
+            "the service account may not {self}: the chart's {} allows it",
+            self.role()
+        )
+    }
+
+    /// The object of the chart that gives the permission.
+    fn role(&self) -> &'static str {
+        match (self.verb, self.target.resource) {
+            (_, "configmaps" | "daemonsets.apps") | ("get", "pods") => {
+                "Role in the balancer's namespace"
+            }
+            _ => "ClusterRole",
+        }
+    }
+
+    /// The command that shows whether `user` may send it.
+    fn check(&self, user: Option<&str>) -> String {
+        let Target {
+            resource,
+            namespace,
+        } = &self.target;
+        let scope = match namespace {
+            Some(namespace) => format!("--namespace {namespace}"),
+            None => "--all-namespaces".to_owned(),
+        };
+        let user = user.map_or_else(String::new, |user| format!(" --as {user}"));
+        format!("kubectl auth can-i {} {resource} {scope}{user}", self.verb)
+    }
+}
+
+impl fmt::Display for ApiRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.verb, self.target)
+    }
 }
 
 /// Why a request failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum ApiError {
+pub(crate) enum ApiError {
     /// There was no answer that could be understood.
     Unreachable(String),
     /// 401.
     Unauthorized,
-    /// 403.
-    Forbidden {
-        verb: &'static str,
-        target: Target,
-        /// Who was refused, where the server says it.
-        user: Option<String>,
-    },
-    /// Any other status.
-    Refused {
-        verb: &'static str,
-        target: Target,
-        code: u16,
-        message: String,
-    },
-    /// What this node counts can't be told to the others, whatever the API server says.
+    /// 403, and who was refused, where the server says it.
+    Forbidden(ApiRequest, Option<String>),
+    /// Any other status, and the server's message.
+    Refused(ApiRequest, u16, String),
+    /// This node's report can't be written, whatever the API server says.
     Unwritten(String),
 }
 
 impl ApiError {
     /// What an error of the client means; `None`: 410, which a new list puts right.
-    pub(super) fn of(error: &kube::Error, verb: &'static str, target: &Target) -> Option<Self> {
+    pub(crate) fn of(error: &kube::Error, verb: &'static str, target: &Target) -> Option<Self> {
         match error {
             kube::Error::Api(status) => Self::of_status(status, verb, target),
-            other => Some(Self::Unreachable(chain(other))),
+            other => Some(Self::Unreachable(with_causes(other))),
         }
     }
 
-    pub(super) fn of_status(
+    pub(crate) fn of_status(
         status: &kube::core::Status,
         verb: &'static str,
         target: &Target,
     ) -> Option<Self> {
+        let target = target.clone();
+        let request = ApiRequest { verb, target };
         match status.code {
             410 => None,
             401 => Some(Self::Unauthorized),
-            403 => Some(Self::Forbidden {
-                verb,
-                target: target.clone(),
-                user: user(&status.message),
-            }),
-            code => Some(Self::Refused {
-                verb,
-                target: target.clone(),
-                code,
-                message: shortened(&status.message),
-            }),
+            403 => Some(Self::Forbidden(request, user(&status.message))),
+            code => Some(Self::Refused(request, code, shortened(&status.message))),
         }
     }
 
-    /// A configuration has to be changed for it to go: it is told at once.
+    /// Whether only a change of the configuration helps. Such an error is reported at once.
     fn is_refusal(&self) -> bool {
-        matches!(self, Self::Unauthorized | Self::Forbidden { .. })
+        matches!(self, Self::Unauthorized | Self::Forbidden(..))
     }
 
-    /// What it is told under: as long as this stays the same it is the same problem.
+    /// What identifies the problem: errors that differ in details alone have one key.
     fn key(&self) -> String {
         match self {
             Self::Unreachable(_) => "unreachable".to_owned(),
             Self::Unauthorized => "unauthorized".to_owned(),
-            Self::Forbidden { verb, target, .. } => format!("forbidden {verb} {target:?}"),
-            Self::Refused {
-                verb, target, code, ..
-            } => format!("refused {verb} {target:?} {code}"),
+            Self::Forbidden(request, _) => format!("forbidden {request}"),
+            Self::Refused(request, code, _) => format!("refused {request} {code}"),
             Self::Unwritten(_) => "unwritten".to_owned(),
         }
     }
@@ -118,77 +171,38 @@ impl ApiError {
     fn sentence(&self, server: &str) -> String {
         match self {
             Self::Unreachable(why) => format!(
-                "the API server at {server} does not answer ({why}): what is known of the cluster grows old. See whether it runs, and \
-                 whether this node reaches it (a network policy, a firewall, KUBERNETES_SERVICE_HOST)"
+                "the API server at {server} does not answer ({why}): what is known of the cluster \
+                 grows old. See whether it runs, and whether this node reaches it (a network \
+                 policy, a firewall, KUBERNETES_SERVICE_HOST)"
             ),
             Self::Unauthorized => format!(
-                "the API server at {server} does not know who the balancer is (401): its token has expired or belongs to another \
-                 cluster. See the pod's service account and its mounted token, or the user of KUBECONFIG"
+                "the API server at {server} does not know who the balancer is (401): its token has \
+                 expired or belongs to another cluster. See the pod's service account and its \
+                 mounted token, or the user of KUBECONFIG"
             ),
-            Self::Forbidden { verb, target, user } => {
-                let mut text = format!(
-                    "the service account may not {verb} {} {}: the chart's {} allows it. Try `kubectl auth can-i {verb} {}",
-                    target.resource,
-                    place(target.namespace.as_deref()),
-                    role(verb, target.resource),
-                    target.resource,
-                );
-                match &target.namespace {
-                    Some(namespace) => _ = write!(text, " --namespace {namespace}"),
-                    None => text.push_str(" --all-namespaces"),
-                }
-                if let Some(user) = user {
-                    _ = write!(text, " --as {user}");
-                }
-                text.push('`');
-                text
+            Self::Forbidden(request, user) => {
+                let check = request.check(user.as_deref());
+                format!("{}. Try `{check}`", request.refusal())
             }
-            Self::Refused {
-                verb,
-                target,
-                code,
-                message,
-            } => format!(
-                "the API server at {server} answers {code} to {verb} {} {}: {message}",
-                target.resource,
-                place(target.namespace.as_deref()),
-            ),
+            Self::Refused(request, code, message) => {
+                format!("the API server at {server} answers {code} to {request}: {message}")
+            }
             Self::Unwritten(why) => format!(
-                "what this node counts can't be published ({why}): the other agents compute quotas without it"
+                "this node's report can't be published ({why}): the other daemons compute quotas \
+                 without it"
             ),
         }
     }
 }
 
-/// `in namespace x`, or `in all namespaces`.
-pub(super) fn place(namespace: Option<&str>) -> String {
-    match namespace {
-        Some(namespace) => format!("in namespace {namespace}"),
-        None => "in all namespaces".to_owned(),
-    }
-}
-
-/// Which object of the chart gives the permission.
-pub(super) fn role(verb: &str, resource: &str) -> &'static str {
-    match (verb, resource) {
-        (_, "configmaps" | "daemonsets.apps") | ("get", "pods") => {
-            "Role in the balancer's namespace"
-        }
-        _ => "ClusterRole",
-    }
-}
-
-/// An error with everything that it follows from, each said once, on one line.
-fn chain(error: &kube::Error) -> String {
+/// An error with its causes, each said once, on one line.
+fn with_causes(error: &kube::Error) -> String {
     let mut text = error.to_string();
-    let mut source = error.source();
-    for _ in 0..8 {
-        let Some(cause) = source else { break };
-        let words = cause.to_string();
-        if !text.contains(&words) {
-            _ = write!(text, ": {words}");
+    for cause in Chain::new(error).skip(1).take(8) {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
         }
-        source = cause.source();
     }
     shortened(&text)
 }
@@ -201,7 +215,7 @@ fn shortened(text: &str) -> String {
     }
 }
 
-/// `pods is forbidden: User "system:serviceaccount:a:b" cannot list …`: the part in quotes, where it is safe to paste into a shell.
+/// The part in quotes of `… User "system:serviceaccount:a:b" cannot …`, if a shell takes it as it is.
 fn user(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("User \"")?;
     let (user, _) = rest.split_once('"')?;
@@ -211,100 +225,102 @@ fn user(message: &str) -> Option<String> {
 
 /// How one kind of request fares.
 #[derive(Debug)]
-pub(super) struct Health {
-    pub(super) target: Target,
-    series: Mutex<Series>,
+pub(crate) struct Health {
+    pub(crate) target: Target,
+    failures: Mutex<Option<Failures>>,
     notifier: Notifier,
 }
 
 /// Failures without a success in between.
-#[derive(Debug, Default)]
-struct Series {
-    since: Option<Instant>,
-    length: u32,
-    last: Option<ApiError>,
+#[derive(Debug)]
+struct Failures {
+    since: Instant,
+    count: u32,
+    last: ApiError,
 }
 
 impl Health {
-    pub(super) fn new(
-        resource: &'static str,
-        namespace: Option<&str>,
-        notifier: &Notifier,
-    ) -> Self {
+    pub(crate) fn new(target: Target, notifier: &Notifier) -> Self {
         Self {
-            target: Target {
-                resource,
-                namespace: namespace.map(str::to_owned),
-            },
-            series: Mutex::default(),
+            target,
+            failures: Mutex::default(),
             notifier: notifier.clone(),
         }
     }
 
-    /// It works: a series of failures has ended.
-    pub(super) fn fine(&self) {
-        let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
-        if series.since.is_some() {
-            *series = Series::default();
-            drop(series);
+    fn failures(&self) -> MutexGuard<'_, Option<Failures>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn succeeded(&self) {
+        if self.failures().take().is_some() {
             self.notifier.notify();
         }
     }
 
-    pub(super) fn failed(&self, error: ApiError) {
-        let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
-        series.since.get_or_insert_with(Instant::now);
-        series.length = series.length.saturating_add(1);
-        series.last = Some(error);
-        drop(series);
+    pub(crate) fn failed(&self, last: ApiError) {
+        let mut failures = self.failures();
+        let (since, count) = match &*failures {
+            Some(before) => (before.since, before.count.saturating_add(1)),
+            None => (Instant::now(), 1),
+        };
+        *failures = Some(Failures { since, count, last });
+        drop(failures);
         self.notifier.notify();
     }
 
-    /// Since the first failure of the series that goes on.
-    pub(super) fn failing_for(&self) -> Duration {
-        let series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
-        series.since.map_or(Duration::ZERO, |since| since.elapsed())
+    /// The time since the first failure after the last success; zero while it works.
+    pub(crate) fn failing_for(&self) -> Duration {
+        let failures = self.failures();
+        failures
+            .as_ref()
+            .map_or(Duration::ZERO, |failures| failures.since.elapsed())
     }
 
-    pub(super) fn is_failing(&self) -> bool {
-        let series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
-        series.since.is_some()
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failures().is_some()
     }
 
-    /// Adds what is to be told about it.
-    pub(super) fn tell(&self, server: &str, problems: &mut Problems) {
-        let series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(error) = &series.last else { return };
-        if error.is_refusal() || series.length >= TOLD_AFTER {
-            problems
-                .0
-                .entry(error.key())
-                .or_insert_with(|| error.sentence(server));
+    /// Adds the problem that its failures are, if any.
+    pub(crate) fn add_to(&self, problems: &mut Problems, server: &str) {
+        let failures = self.failures();
+        let Some(Failures { count, last, .. }) = &*failures else {
+            return;
+        };
+        if last.is_refusal() || *count >= REPORTED_AFTER {
+            let problem = problems.0.entry(last.key());
+            problem.or_insert_with(|| last.sentence(server));
         }
     }
 }
 
-/// Sentences, each under what makes it the same problem.
+/// Sentences, each under the key of its problem.
 #[derive(Debug, Default)]
-pub(super) struct Problems(BTreeMap<String, String>);
+pub(crate) struct Problems(BTreeMap<String, String>);
 
 impl Problems {
     /// A problem that its sentence identifies.
-    pub(super) fn add(&mut self, sentence: String) {
+    pub(crate) fn add(&mut self, sentence: String) {
         self.0.insert(sentence.clone(), sentence);
     }
 
-    pub(super) fn sentences(&self) -> Vec<String> {
+    pub(crate) fn sentences(&self) -> Vec<String> {
         self.0.values().cloned().collect()
+    }
+
+    /// The sentences whose keys `other` has not.
+    fn without(&self, other: &Self) -> Vec<String> {
+        let missing = self.0.iter().filter(|(key, _)| !other.0.contains_key(*key));
+        missing.map(|(_, sentence)| sentence.clone()).collect()
     }
 }
 
 /// Logs each problem once when it appears and once when it has gone.
 #[derive(Debug, Default)]
-pub(super) struct ProblemLog(BTreeMap<String, String>);
+pub(crate) struct ProblemLog(Problems);
 
 impl ProblemLog {
-    pub(super) fn note(&mut self, problems: Problems) {
+    pub(crate) fn note(&mut self, problems: Problems) {
         let (new, gone) = self.differences(problems);
         for sentence in new {
             tracing::warn!("Kubernetes: {sentence}");
@@ -314,20 +330,10 @@ impl ProblemLog {
         }
     }
 
-    fn differences(&mut self, Problems(now): Problems) -> (Vec<String>, Vec<String>) {
-        let new = now
-            .iter()
-            .filter(|(key, _)| !self.0.contains_key(*key))
-            .map(|(_, sentence)| sentence.clone())
-            .collect();
-        let gone = self
-            .0
-            .iter()
-            .filter(|(key, _)| !now.contains_key(*key))
-            .map(|(_, sentence)| sentence.clone())
-            .collect();
+    fn differences(&mut self, now: Problems) -> (Vec<String>, Vec<String>) {
+        let differences = (now.without(&self.0), self.0.without(&now));
         self.0 = now;
-        (new, gone)
+        differences
     }
 }
 
@@ -336,16 +342,13 @@ mod tests {
     use super::*;
 
     fn health() -> Health {
-        Health::new(
-            "endpointslices.discovery.k8s.io",
-            Some("x"),
-            &Notifier::new(),
-        )
+        let target = Target::new("endpointslices.discovery.k8s.io", Some("x"));
+        Health::new(target, &Notifier::new())
     }
 
-    fn told(health: &Health) -> Vec<String> {
+    fn reported(health: &Health) -> Vec<String> {
         let mut problems = Problems::default();
-        health.tell("https://api:6443", &mut problems);
+        health.add_to(&mut problems, "https://api:6443");
         problems.sentences()
     }
 
@@ -358,19 +361,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_series_begins_with_its_first_failure_and_ends_with_a_success() {
+    async fn failing_begins_with_the_first_failure_and_ends_with_a_success() {
         let health = health();
         assert_eq!(health.failing_for(), Duration::ZERO);
         health.failed(ApiError::Unreachable("refused".to_owned()));
-        assert!(told(&health).is_empty(), "one failure is not told");
+        assert!(reported(&health).is_empty(), "one failure is not reported");
         tokio::time::advance(Duration::from_secs(40)).await;
         health.failed(ApiError::Unauthorized);
         health.failed(ApiError::Unreachable("refused".to_owned()));
         assert_eq!(health.failing_for(), Duration::from_secs(40));
-        assert!(told(&health)[0].contains("https://api:6443"));
-        health.fine();
+        assert!(reported(&health)[0].contains("https://api:6443"));
+        health.succeeded();
         assert_eq!(health.failing_for(), Duration::ZERO);
-        assert!(told(&health).is_empty());
+        assert!(reported(&health).is_empty());
     }
 
     #[test]
@@ -381,7 +384,7 @@ mod tests {
             "endpointslices.discovery.k8s.io is forbidden: User \"system:serviceaccount:balancer:agent\" cannot list resource",
         );
         health.failed(ApiError::of(&error, "list", &health.target).unwrap());
-        let sentence = &told(&health)[0];
+        let sentence = &reported(&health)[0];
         for part in [
             "may not list endpointslices.discovery.k8s.io in namespace x",
             "ClusterRole",
@@ -401,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn gone_is_no_trouble_and_another_status_is_quoted() {
+    fn gone_is_no_error_and_another_status_is_quoted() {
         let target = health().target;
         assert_eq!(
             ApiError::of(&status(410, "too old resource version"), "watch", &target),
@@ -416,8 +419,8 @@ mod tests {
     }
 
     #[test]
-    fn the_journal_tells_once_that_a_problem_came_and_once_that_it_went() {
-        let mut problem_log = ProblemLog::default();
+    fn a_problem_is_logged_once_when_it_comes_and_once_when_it_goes() {
+        let mut log = ProblemLog::default();
         let problems = |details: &[&str]| {
             let mut problems = Problems::default();
             for why in details {
@@ -428,12 +431,12 @@ mod tests {
             }
             problems
         };
-        assert_eq!(problem_log.differences(problems(&["refused"])).0.len(), 1);
+        assert_eq!(log.differences(problems(&["refused"])).0.len(), 1);
         assert_eq!(
-            problem_log.differences(problems(&["timed out"])),
+            log.differences(problems(&["timed out"])),
             (vec![], vec![]),
             "the same problem with another detail"
         );
-        assert_eq!(problem_log.differences(problems(&[])).1.len(), 1);
+        assert_eq!(log.differences(problems(&[])).1.len(), 1);
     }
 }

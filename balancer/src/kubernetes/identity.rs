@@ -1,25 +1,26 @@
-//! Which node, pod and namespace this agent is, as the downward API tells it.
+//! Which node, pod and namespace this daemon belongs to, as the downward API tells it.
 
 use std::env;
 use std::net::IpAddr;
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Who this agent is.
+/// Where in the cluster this daemon is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// The name of its node.
     pub node: String,
     /// The name of its pod.
     pub pod: String,
-    /// Its namespace, in which the agents publish what they count.
+    /// The namespace of its pod, in which the daemons publish their reports.
     pub namespace: String,
     /// The node's own addresses, of either family.
     pub node_ips: Vec<IpAddr>,
 }
 
 impl Identity {
-    /// Reads `NODE_NAME`, `POD_NAME`, `POD_NAMESPACE` and `NODE_IP` (several addresses with commas between, as `status.hostIPs` gives them).
+    /// Reads `NODE_NAME`, `POD_NAME`, `POD_NAMESPACE` and `NODE_IP` (several addresses with commas
+    /// between, as `status.hostIPs` gives them).
     ///
     /// # Errors
     /// If one is missing, empty, or no address.
@@ -34,8 +35,9 @@ impl Identity {
                 .filter(|value| !value.is_empty())
                 .with_context(|| {
                     format!(
-                        "the environment variable {name} is not set: with `kubernetes:` in the configuration the balancer has to know \
-                         who it is. The chart sets it from {field} by the downward API; outside a pod set it by hand"
+                        "the environment variable {name} is not set: with `kubernetes:` in the \
+                         configuration the balancer has to know which pod it is. The chart sets it \
+                         from {field} by the downward API; outside a pod set it by hand"
                     )
                 })
         };
@@ -45,8 +47,9 @@ impl Identity {
             .map(|address| {
                 address.trim().parse().with_context(|| {
                     format!(
-                        "the environment variable NODE_IP is {addresses:?}, and {address:?} is no IP address: it takes the node's \
-                         addresses (status.hostIP, or status.hostIPs) with commas between"
+                        "the environment variable NODE_IP is {addresses:?}, and {address:?} is no \
+                         IP address: it takes the node's addresses (status.hostIP, or \
+                         status.hostIPs) with commas between"
                     )
                 })
             })
@@ -61,8 +64,8 @@ impl Identity {
         ] {
             ensure!(
                 is_name(value),
-                "the environment variable {name} is {value:?}, which can't be the name of anything in Kubernetes: it takes lower-case \
-                 letters, digits, '-' and '.'"
+                "the environment variable {name} is {value:?}, which can't be the name of anything \
+                 in Kubernetes: it takes lower-case letters, digits, '-' and '.'"
             );
         }
         Ok(Self {
@@ -74,12 +77,10 @@ impl Identity {
     }
 }
 
-/// A DNS subdomain, which names of nodes, pods and namespaces are: they go into URLs and selectors.
+/// Whether it is a DNS subdomain, as names are that go into URLs and selectors.
 fn is_name(value: &str) -> bool {
-    value.len() <= 253
-        && value
-            .bytes()
-            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'))
+    let allowed = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.');
+    value.len() <= 253 && value.bytes().all(allowed)
 }
 
 #[cfg(test)]

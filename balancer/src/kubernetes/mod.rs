@@ -1,6 +1,6 @@
-//! What the API server of a Kubernetes cluster says, and what the daemons tell each other through it.
+//! What the API server of a Kubernetes cluster says, and what daemons tell each other through it.
 //!
-//! Nothing here knows of maps or network namespaces: the daemon reads a [`View`] and hands in a [`NodeReport`].
+//! Nothing here knows of maps or netns: the daemon reads a [`View`] and hands in a [`NodeReport`].
 
 mod access;
 mod client;
@@ -9,15 +9,16 @@ mod daemon_set;
 mod health;
 mod identity;
 mod model;
-mod node_report;
+mod report_writer;
 mod status;
 #[cfg(test)]
 mod tests;
 mod watch;
 
-pub use access::{Missing, permissions, reachable};
+pub use access::{permissions, reachable};
 pub use client::{Connection, connection};
 pub use cluster::Cluster;
+pub use health::{ApiRequest, Target};
 pub use identity::Identity;
 pub use model::{
     Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,

@@ -1,15 +1,14 @@
-//! What the API server of a Kubernetes cluster says, and what the agents tell each other through it.
-//!
-//! Nothing here knows of maps or namespaces: the daemon reads a [`View`] and hands in a [`NodeReport`].
+//! What the API server of a Kubernetes cluster says, and what daemons tell each other through it.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use kube::Resource;
 use serde::{Deserialize, Serialize};
 
-/// A name with its namespace.
+/// The name of an object with its namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ObjectName {
     /// The Kubernetes namespace.
@@ -18,24 +17,34 @@ pub struct ObjectName {
     pub name: String,
 }
 
+impl ObjectName {
+    pub(crate) fn of(object: &impl Resource) -> Self {
+        let meta = object.meta();
+        Self {
+            namespace: meta.namespace.clone().unwrap_or_default(),
+            name: meta.name.clone().unwrap_or_default(),
+        }
+    }
+}
+
 impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.namespace, self.name)
     }
 }
 
-/// Backends that share out one total: those of one Service behind one target port, by one entry of the configuration.
+/// A backend group: the pods behind one Kubernetes Service and target port, by one service entry.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GroupId {
-    /// The name of the entry of the configuration.
+    /// The name of the service entry.
     pub entry: String,
-    /// The Service.
+    /// The Kubernetes Service.
     pub service: ObjectName,
     /// The target port, which the pods listen on.
     pub port: u16,
 }
 
-/// A pod that serves a group.
+/// A pod of a backend group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     /// Its pod.
@@ -54,33 +63,34 @@ pub struct Endpoint {
     pub weight: u32,
 }
 
-/// The pods that keep connections, counted for one entry of the configuration.
+/// The connections that pods keep, for one service entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Demand {
     /// How many connections they keep together.
     pub connections: u64,
-    /// How that comes about, as in `180 pods × 1 + 11 pods × 3`.
+    /// The sum in words, as in `180 pods × 1 + 11 pods × 3`.
     pub words: String,
 }
 
 /// What is known of the cluster at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct View {
-    /// Everything has been listed at least once. Before that nothing may be concluded from what is missing.
+    /// Everything has been listed at least once. Before that, what is missing means nothing.
     pub complete: bool,
-    /// How long the API server has not been heard of, or has refused something that is needed; zero while all is well.
+    /// For how long the API server has not answered, or has refused something that is needed; zero
+    /// while all is well.
     pub silent_for: Duration,
     /// What is wrong, a sentence each, for the log, `status --cluster` and `doctor`.
     pub problems: Vec<String>,
-    /// The groups with their pods.
+    /// The backend groups with their pods.
     pub groups: BTreeMap<GroupId, Vec<Endpoint>>,
-    /// By entry of the configuration, where its quota follows from pods.
+    /// By service entry, where its quota follows from pods.
     pub demands: BTreeMap<String, Demand>,
-    /// What the agents published last, by node, this node's own among it.
+    /// The last report of each node, this node's own among them.
     pub nodes: BTreeMap<String, ReceivedReport>,
 }
 
-/// What an agent published, and how long ago it arrived here.
+/// A node report, and how long ago it arrived here.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReceivedReport {
     /// Since it arrived. (Clocks of nodes are not compared.)
@@ -89,25 +99,33 @@ pub struct ReceivedReport {
     pub node_report: NodeReport,
 }
 
-/// What an agent tells the others.
+/// What a daemon tells the others. Daemons of other builds read it: a field that gets another name
+/// or meaning needs another [`SCHEMA`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NodeReport {
-    /// The layout of this: [`SCHEMA`]. Another one is not read.
+    /// The version of this JSON: [`SCHEMA`]. Another one is not read.
     pub schema: u32,
     /// The node it is about.
     pub node: String,
     /// The backends on that node.
     pub backends: Vec<ReportedBackend>,
-    /// The most connections of each group that this agent knows of, by when that was.
+    /// The most connections of each group that this daemon knows of, by when that was.
     pub peaks: Vec<Peak>,
     /// Sources that were refused of late.
     pub refused: Vec<RefusedSource>,
 }
 
-/// The layout of a [`NodeReport`].
+impl NodeReport {
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        self.backends.is_empty() && self.peaks.is_empty() && self.refused.is_empty()
+    }
+}
+
+/// The version of the JSON of a [`NodeReport`].
 pub const SCHEMA: u32 = 1;
 
-/// A backend as its agent sees it.
+/// A backend as the daemon of its node sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReportedBackend {
     /// The group that it belongs to.
@@ -141,7 +159,7 @@ pub struct Peak {
     pub group: GroupId,
     /// How many connections.
     pub connections: u64,
-    /// How long ago that was, in seconds, when this was published.
+    /// How long ago that was, in seconds, when the report was written.
     pub seconds_ago: u64,
 }
 
@@ -152,8 +170,8 @@ pub struct RefusedSource {
     pub group: GroupId,
     /// Its address.
     pub source: IpAddr,
-    /// How long ago it was refused first, in seconds, when this was published.
+    /// How long ago it was refused first, in seconds, when the report was written.
     pub first_seconds_ago: u64,
-    /// How long ago it was refused last.
+    /// How long ago it was refused last, in seconds, when the report was written.
     pub last_seconds_ago: u64,
 }

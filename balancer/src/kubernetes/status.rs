@@ -1,4 +1,4 @@
-//! What one daemon knows of its cluster, as `status --cluster` shows it.
+//! What `status --cluster` shows: the cluster as one daemon knows it.
 
 use std::net::IpAddr;
 
@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{GroupId, ObjectName};
 
-/// The cluster as the daemon of one node sees it.
+/// The cluster as the daemon of one node knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClusterStatus {
-    /// The layout of this; 1.
+    /// The version of this JSON; 1.
     pub schema: u32,
     /// The node whose daemon was asked.
     pub node: String,
@@ -20,26 +20,26 @@ pub struct ClusterStatus {
     pub silent_seconds: u64,
     /// What is wrong, a sentence each.
     pub problems: Vec<String>,
-    /// The groups: backends that share out one total.
+    /// The backend groups.
     pub groups: Vec<GroupStatus>,
 }
 
-/// The backends of one Service behind one target port.
+/// A backend group: its quotas, and its pods on all nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GroupStatus {
-    /// Which one.
+    /// Its service entry, Kubernetes Service and target port.
     #[serde(flatten)]
     pub id: GroupId,
     /// Why the quotas of this node's backends are as they are.
     pub sentence: String,
-    /// Sources that are refused again and again, and served by nobody.
+    /// How many sources are starved: refused again and again, and served by no backend.
     pub starved: u32,
     /// Its pods on all nodes.
     pub backends: Vec<BackendStatus>,
 }
 
-/// One pod. What its agent tells of it is `null` until it has been heard.
+/// One pod. What a node report says of it is `null` until the first report has arrived.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BackendStatus {
@@ -67,6 +67,6 @@ pub struct BackendStatus {
     pub quota: Option<u32>,
     /// How many more it would take; unlimited: `null` with a `state`.
     pub room: Option<u32>,
-    /// How long ago its agent told this, in seconds; 0 for those of the asked node.
+    /// The age of its node report, in seconds; 0 for pods of the asked node.
     pub seconds_ago: Option<u64>,
 }

@@ -508,7 +508,7 @@ async fn a_reload_replaces_what_has_changed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_daemon_set_that_goes_dismisses_the_agent() {
+async fn the_daemon_set_that_goes_dismisses_the_daemon() {
     let server = populated();
     let mut cluster = server.cluster(&config());
     eventually(&mut cluster, "complete", |view| view.complete).await;
@@ -526,7 +526,7 @@ async fn the_daemon_set_that_goes_dismisses_the_agent() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn publications_are_paced_renewed_and_taken_away() {
+async fn reports_are_paced_renewed_and_taken_away() {
     let server = populated();
     let mut cluster = server.cluster(&config());
     eventually(&mut cluster, "complete", |view| view.complete).await;
@@ -571,7 +571,7 @@ async fn publications_are_paced_renewed_and_taken_away() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_others_wrote_is_heard_with_its_age_or_told_to_be_garbage() {
+async fn what_others_wrote_is_received_with_its_age_or_told_to_be_garbage() {
     let server = populated();
     let map = |node: &str, text: &str| {
         json!({"metadata": {"name": format!("balancer-{node}"), "namespace": "balancer", "resourceVersion": "4"},

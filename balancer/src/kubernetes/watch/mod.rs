@@ -1,9 +1,10 @@
-//! One watch: what it has listed, kept up to date, and started again when it fails.
+//! A watch: what it has listed, kept up to date, and begun again when it fails.
 
-pub(in crate::kubernetes) mod pods;
-pub(in crate::kubernetes) mod services;
-pub(in crate::kubernetes) mod slices;
-pub(in crate::kubernetes) mod watches;
+pub(crate) mod node_reports;
+pub(crate) mod pods;
+mod services;
+mod slices;
+pub(crate) mod watches;
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -11,27 +12,49 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures_util::StreamExt as _;
+use k8s_openapi::NamespaceResourceScope;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
 use tokio::task::JoinHandle;
 use tokio::time::{Duration, Instant};
 
-use crate::kubernetes::ObjectName;
-use crate::kubernetes::client::{WATCH_SECONDS, WATCH_SPREAD_SECONDS, jitter, observed, pause};
-use crate::kubernetes::health::{ApiError, Health, Notifier};
+use super::client::{observed, pause, watch_seconds};
+use super::health::{ApiError, Health, Notifier, Target};
+use super::model::ObjectName;
 
-/// Objects an answer to a list; more come in several answers.
+/// Objects in one answer to a list; more come in several answers.
 const PAGE: u32 = 250;
-/// A watch that lasted for so long begins a new series of pauses when it fails.
+/// A watch that lasted for so long begins with the shortest pause again when it fails.
 const LASTED: Duration = Duration::from_secs(30);
+
+/// A type of objects that can be watched in a namespace.
+pub(crate) trait Watched:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope>
+    + Clone
+    + DeserializeOwned
+    + Debug
+    + Send
+    + 'static
+{
+}
+
+impl<K> Watched for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Debug
+        + Send
+        + 'static
+{
+}
 
 /// A task that ends with its handle.
 #[derive(Debug)]
-pub(in crate::kubernetes) struct Task(JoinHandle<()>);
+pub(crate) struct Task(JoinHandle<()>);
 
 impl Task {
-    pub(in crate::kubernetes) fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Self {
+    pub(crate) fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Self {
         Self(tokio::spawn(future))
     }
 }
@@ -42,30 +65,74 @@ impl Drop for Task {
     }
 }
 
+/// The objects of a type that a watch is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Selection {
+    /// `None`: all namespaces.
+    pub(crate) namespace: Option<String>,
+    /// A label selector, in kubectl's syntax.
+    pub(crate) labels: Option<String>,
+    /// A field selector.
+    pub(crate) fields: Option<String>,
+}
+
+impl Selection {
+    /// The object of this name.
+    pub(crate) fn named(namespace: &str, name: &str) -> Self {
+        Self {
+            namespace: Some(namespace.to_owned()),
+            labels: None,
+            fields: Some(format!("metadata.name={name}")),
+        }
+    }
+
+    /// The objects with these labels.
+    pub(crate) fn labelled(namespace: Option<String>, labels: impl Into<String>) -> Self {
+        Self {
+            namespace,
+            labels: Some(labels.into()),
+            fields: None,
+        }
+    }
+
+    fn api<K: Watched>(&self, client: Client) -> Api<K> {
+        match &self.namespace {
+            Some(namespace) => Api::namespaced(client, namespace),
+            None => Api::all(client),
+        }
+    }
+
+    fn config(&self) -> watcher::Config {
+        watcher::Config {
+            label_selector: self.labels.clone(),
+            field_selector: self.fields.clone(),
+            ..watcher::Config::default()
+        }
+        .page_size(PAGE)
+        .timeout(watch_seconds())
+    }
+}
+
 /// What a watch has found: a few facts for each object.
 #[derive(Debug)]
-pub(in crate::kubernetes) struct Store<V> {
-    pub(in crate::kubernetes) health: Arc<Health>,
+pub(crate) struct Store<V> {
+    pub(crate) health: Arc<Health>,
     listing: Mutex<Listing<V>>,
     notifier: Notifier,
 }
 
 /// The objects of a watch.
 #[derive(Debug)]
-pub(in crate::kubernetes) struct Listing<V> {
-    /// All have been listed once. It stays so while the watch fails: then they are what they were.
-    pub(in crate::kubernetes) complete: bool,
-    pub(in crate::kubernetes) items: BTreeMap<ObjectName, V>,
+pub(crate) struct Listing<V> {
+    /// All have been listed once. It stays so while the watch fails: the items are old then.
+    pub(crate) complete: bool,
+    pub(crate) items: BTreeMap<ObjectName, V>,
 }
 
 impl<V> Store<V> {
-    pub(in crate::kubernetes) fn new(
-        resource: &'static str,
-        namespace: Option<&str>,
-        notifier: &Notifier,
-    ) -> Arc<Self> {
+    pub(crate) fn new(target: Target, notifier: &Notifier) -> Arc<Self> {
         Arc::new(Self {
-            health: Arc::new(Health::new(resource, namespace, notifier)),
+            health: Arc::new(Health::new(target, notifier)),
             listing: Mutex::new(Listing {
                 complete: false,
                 items: BTreeMap::new(),
@@ -74,16 +141,16 @@ impl<V> Store<V> {
         })
     }
 
-    pub(in crate::kubernetes) fn listing(&self) -> MutexGuard<'_, Listing<V>> {
+    pub(crate) fn listing(&self) -> MutexGuard<'_, Listing<V>> {
         self.listing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(in crate::kubernetes) fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.listing().complete
     }
 }
 
-impl<V: PartialEq> Store<V> {
+impl<V: PartialEq + Send> Store<V> {
     fn replace(&self, items: BTreeMap<ObjectName, V>) {
         let mut listing = self.listing();
         let changed = !listing.complete || listing.items != items;
@@ -95,7 +162,7 @@ impl<V: PartialEq> Store<V> {
         }
     }
 
-    /// `None`: it is gone, or is of no interest.
+    /// `None`: the object is gone, or is of no interest.
     fn set(&self, name: ObjectName, facts: Option<V>) {
         let mut listing = self.listing();
         let changed = listing.items.get(&name) != facts.as_ref();
@@ -108,120 +175,107 @@ impl<V: PartialEq> Store<V> {
             self.notifier.notify();
         }
     }
+
+    /// Watches for ever. `digest` takes from an object what is of interest, given what was known of
+    /// it before; `None` leaves it out.
+    ///
+    /// After a failure a watch begins with a list, not with the last resource version. A server that
+    /// was restored from a backup has lower versions, for which a watch would wait in silence, and
+    /// one that has forgotten the version (410) would forget it again.
+    pub(crate) async fn follow<K: Watched>(
+        &self,
+        client: &Client,
+        selection: &Selection,
+        digest: impl Fn(&K, Option<&V>) -> Option<V> + Send + Sync,
+    ) {
+        let api = selection.api(observed(client, &self.health));
+        let mut failures = 0;
+        loop {
+            let begun = Instant::now();
+            let error = self
+                .watch_once(&api, selection.config(), &digest)
+                .await
+                .and_then(|error| api_error(&error, &self.health.target));
+            if let Some(error) = error {
+                self.health.failed(error);
+            }
+            if begun.elapsed() >= LASTED {
+                failures = 0;
+            }
+            tokio::time::sleep(pause(failures)).await;
+            failures += 1;
+        }
+    }
+
+    /// Lists and watches until an error.
+    async fn watch_once<K: Watched>(
+        &self,
+        api: &Api<K>,
+        config: watcher::Config,
+        digest: &impl Fn(&K, Option<&V>) -> Option<V>,
+    ) -> Option<watcher::Error> {
+        let digest = |object: &K| {
+            let name = ObjectName::of(object);
+            let facts = digest(object, self.listing().items.get(&name));
+            (name, facts)
+        };
+        let mut events = pin!(watcher(api.clone(), config));
+        let mut listed = BTreeMap::new();
+        while let Some(event) = events.next().await {
+            match event {
+                Ok(Event::Init) => listed.clear(),
+                Ok(Event::InitApply(object)) => {
+                    if let (name, Some(facts)) = digest(&object) {
+                        listed.insert(name, facts);
+                    }
+                }
+                Ok(Event::InitDone) => self.replace(std::mem::take(&mut listed)),
+                Ok(Event::Apply(object)) => {
+                    let (name, facts) = digest(&object);
+                    self.set(name, facts);
+                }
+                Ok(Event::Delete(object)) => self.set(ObjectName::of(&object), None),
+                Err(error) => return Some(error),
+            }
+        }
+        None
+    }
+}
+
+fn api_error(error: &watcher::Error, target: &Target) -> Option<ApiError> {
+    match error {
+        watcher::Error::InitialListFailed(error) => ApiError::of(error, "list", target),
+        watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
+            ApiError::of(error, "watch", target)
+        }
+        watcher::Error::WatchError(status) => ApiError::of_status(status, "watch", target),
+        watcher::Error::NoResourceVersion => Some(ApiError::Unreachable(
+            "its answer has no resource version: is it an API server?".to_owned(),
+        )),
+    }
 }
 
 /// A watch that runs until this is dropped.
 #[derive(Debug)]
-pub(in crate::kubernetes) struct Watch<V> {
-    pub(in crate::kubernetes) store: Arc<Store<V>>,
+pub(crate) struct Watch<V> {
+    pub(crate) store: Arc<Store<V>>,
     _task: Task,
 }
 
-/// Starts to watch. `digest` takes from an object what is of interest, given what was known of it before; `None`: leave it out.
-pub(in crate::kubernetes) fn start<K, V>(
-    client: &Client,
-    api: impl FnOnce(Client) -> Api<K>,
-    config: watcher::Config,
-    store: &Arc<Store<V>>,
-    digest: impl Fn(&K, Option<&V>) -> Option<V> + Send + Sync + 'static,
-) -> Watch<V>
-where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-    V: PartialEq + Send + 'static,
-{
-    let api = api(observed(client, &store.health));
-    let task = Task::spawn(follow(api, config, Arc::clone(store), digest));
-    Watch {
-        store: Arc::clone(store),
-        _task: task,
-    }
-}
-
-/// Watches for ever. After any failure it begins with a list again, not with the last resource version: a server that comes back from a
-/// backup has lower ones, for which a watch would wait in silence, and an HTTP 410 would be answered with the same version without end.
-pub(in crate::kubernetes) async fn follow<K, V>(
-    api: Api<K>,
-    config: watcher::Config,
-    store: Arc<Store<V>>,
-    digest: impl Fn(&K, Option<&V>) -> Option<V> + Send + Sync,
-) where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-    V: PartialEq + Send,
-{
-    let mut failures = 0;
-    loop {
-        let config = config
-            .clone()
-            .page_size(PAGE)
-            .timeout(WATCH_SECONDS + jitter(WATCH_SPREAD_SECONDS));
-        let begun = Instant::now();
-        let error = until_error(&api, config, &store, &digest).await;
-        if let Some(error) = error
-            .as_ref()
-            .and_then(|error| api_error(error, &store.health))
-        {
-            store.health.failed(error);
-        }
-        if begun.elapsed() >= LASTED {
-            failures = 0;
-        }
-        tokio::time::sleep(pause(failures)).await;
-        failures += 1;
-    }
-}
-
-async fn until_error<K, V>(
-    api: &Api<K>,
-    config: watcher::Config,
-    store: &Store<V>,
-    digest: &impl Fn(&K, Option<&V>) -> Option<V>,
-) -> Option<watcher::Error>
-where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-    V: PartialEq,
-{
-    let mut events = pin!(watcher(api.clone(), config));
-    let mut listed = BTreeMap::new();
-    while let Some(event) = events.next().await {
-        match event {
-            Ok(Event::Init) => listed.clear(),
-            Ok(Event::InitApply(object)) => {
-                let name = named(&object);
-                let facts = digest(&object, store.listing().items.get(&name));
-                if let Some(facts) = facts {
-                    listed.insert(name, facts);
-                }
-            }
-            Ok(Event::InitDone) => store.replace(std::mem::take(&mut listed)),
-            Ok(Event::Apply(object)) => {
-                let name = named(&object);
-                let facts = digest(&object, store.listing().items.get(&name));
-                store.set(name, facts);
-            }
-            Ok(Event::Delete(object)) => store.set(named(&object), None),
-            Err(error) => return Some(error),
-        }
-    }
-    None
-}
-
-fn named(object: &impl Resource) -> ObjectName {
-    let meta = object.meta();
-    ObjectName {
-        namespace: meta.namespace.clone().unwrap_or_default(),
-        name: meta.name.clone().unwrap_or_default(),
-    }
-}
-
-fn api_error(error: &watcher::Error, health: &Health) -> Option<ApiError> {
-    match error {
-        watcher::Error::InitialListFailed(error) => ApiError::of(error, "list", &health.target),
-        watcher::Error::WatchStartFailed(error) | watcher::Error::WatchFailed(error) => {
-            ApiError::of(error, "watch", &health.target)
-        }
-        watcher::Error::WatchError(status) => ApiError::of_status(status, "watch", &health.target),
-        watcher::Error::NoResourceVersion => Some(ApiError::Unreachable(
-            "its answer has no resource version: is it an API server?".to_owned(),
-        )),
+impl<V: PartialEq + Send + 'static> Watch<V> {
+    /// Begins to watch: see [`Store::follow`].
+    pub(crate) fn start<K: Watched>(
+        (client, notifier): (&Client, &Notifier),
+        resource: &'static str,
+        selection: Selection,
+        digest: impl Fn(&K, Option<&V>) -> Option<V> + Send + Sync + 'static,
+    ) -> Self {
+        let target = Target::new(resource, selection.namespace.as_deref());
+        let store = Store::new(target, notifier);
+        let (client, following) = (client.clone(), Arc::clone(&store));
+        let task = Task::spawn(async move {
+            following.follow(&client, &selection, digest).await;
+        });
+        Self { store, _task: task }
     }
 }

@@ -1,62 +1,60 @@
-//! Pods, of which only the metadata is fetched: the weight of those that serve, and the number of those that keep connections.
+//! Pods, of which only the metadata is fetched: the weight of those that serve, and the number of
+//! those that keep connections.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt as _;
 use kube::core::PartialObjectMeta;
-use kube::runtime::watcher;
-use kube::{Api, Client, ResourceExt as _};
 
-use super::{Store, Watch, start};
-use crate::config::{MAX_WEIGHT, PodClass};
-use crate::kubernetes::health::Notifier;
-use crate::kubernetes::{Demand, ObjectName};
+use super::Selection;
+use crate::config::{ClusterInput, ClusterQuota, ClusterService, MAX_WEIGHT, PodClass};
+use crate::kubernetes::model::{Demand, ObjectName};
+
+/// A pod without its spec and status.
+pub(super) type Metadata = PartialObjectMeta<Pod>;
 
 /// The annotation that gives a pod's share relative to the others.
-pub(in crate::kubernetes) const WEIGHT: &str = "balancer.skywalking.apache.org/weight";
+pub(crate) const WEIGHT: &str = "balancer.skywalking.apache.org/weight";
 
-/// What is watched.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::kubernetes) struct Key {
-    namespace: Option<String>,
-    labels: String,
+/// The pods that a Kubernetes Service means.
+pub(super) fn of_service(service: &ObjectName, labels: &BTreeMap<String, String>) -> Selection {
+    let pairs = labels.iter().map(|(key, value)| format!("{key}={value}"));
+    let labels = pairs.collect::<Vec<_>>().join(",");
+    Selection::labelled(Some(service.namespace.clone()), labels)
 }
 
-impl Key {
-    /// The pods that a Service means.
-    pub(in crate::kubernetes) fn of_service(
-        service: &ObjectName,
-        labels: &BTreeMap<String, String>,
-    ) -> Self {
-        let pairs = labels.iter().map(|(key, value)| format!("{key}={value}"));
-        Self {
-            namespace: Some(service.namespace.clone()),
-            labels: pairs.collect::<Vec<_>>().join(","),
-        }
+/// The running pods of a class.
+pub(super) fn of_class(class: &PodClass) -> Selection {
+    Selection {
+        fields: Some("status.phase=Running".to_owned()),
+        ..Selection::labelled(class.namespace.clone(), &class.selector)
     }
 }
 
-impl From<&PodClass> for Key {
-    fn from(class: &PodClass) -> Self {
-        Self {
-            namespace: class.namespace.clone(),
-            labels: class.selector.clone(),
-        }
+/// The classes of pods that an entry's quota follows from.
+pub(crate) fn classes(entry: &ClusterService) -> &[PodClass] {
+    match &entry.quota {
+        ClusterQuota::Shared {
+            input: ClusterInput::Pods(classes),
+            ..
+        } => classes,
+        _ => &[],
     }
 }
 
 /// What is of interest in a pod that may serve.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::kubernetes) struct Facts {
-    pub(in crate::kubernetes) uid: String,
+pub(super) struct PodFacts {
+    pub(super) uid: String,
     /// What its annotation says; an error is the text that is no weight.
-    pub(in crate::kubernetes) weight: Result<u32, String>,
+    pub(super) weight: Result<u32, String>,
     /// A Job owns it: it does not serve, whatever its labels say.
-    pub(in crate::kubernetes) job: bool,
+    pub(super) job: bool,
 }
 
-impl Facts {
-    fn of(pod: &PartialObjectMeta<Pod>) -> Self {
+impl PodFacts {
+    pub(super) fn of(pod: &Metadata) -> Self {
         let weight = match pod.annotations().get(WEIGHT) {
             None => Ok(1),
             Some(text) => match text.trim().parse() {
@@ -64,58 +62,17 @@ impl Facts {
                 _ => Err(text.chars().take(40).collect()),
             },
         };
+        let mut owners = pod.owner_references().iter();
         Self {
             uid: pod.uid().unwrap_or_default(),
             weight,
-            job: pod
-                .owner_references()
-                .iter()
-                .any(|daemon_set| daemon_set.kind == "Job"),
+            job: owners.any(|owner| owner.kind == "Job"),
         }
     }
 }
 
-/// Watches the pods that a Service means.
-pub(in crate::kubernetes) fn watch(
-    client: &Client,
-    key: &Key,
-    notifier: &Notifier,
-) -> Watch<Facts> {
-    let config = watcher::Config::default().labels(&key.labels);
-    let store = Store::new("pods", key.namespace.as_deref(), notifier);
-    start(
-        client,
-        |client| api(client, key),
-        config,
-        &store,
-        |pod, _| Some(Facts::of(pod)),
-    )
-}
-
-/// Watches the pods of a class that are running.
-pub(in crate::kubernetes) fn count(client: &Client, key: &Key, notifier: &Notifier) -> Watch<()> {
-    let config = watcher::Config::default()
-        .labels(&key.labels)
-        .fields("status.phase=Running");
-    let store = Store::new("pods", key.namespace.as_deref(), notifier);
-    start(
-        client,
-        |client| api(client, key),
-        config,
-        &store,
-        |_, _| Some(()),
-    )
-}
-
-fn api(client: Client, key: &Key) -> Api<PartialObjectMeta<Pod>> {
-    match &key.namespace {
-        Some(namespace) => Api::namespaced(client, namespace),
-        None => Api::all(client),
-    }
-}
-
-/// How many connections they keep: pairs of how many pods, and how many connections each.
-pub(in crate::kubernetes) fn demand(classes: &[(usize, u32)]) -> Demand {
+/// How many connections pods keep, by pairs of how many pods, and how many connections each.
+pub(super) fn demand(classes: &[(usize, u32)]) -> Demand {
     let words = classes
         .iter()
         .map(|(pods, each)| format!("{pods} pods × {each}"))
@@ -134,15 +91,15 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn facts(weight: Option<&str>, daemon_set: &str) -> Facts {
+    fn facts(weight: Option<&str>, owner: &str) -> PodFacts {
         let annotations = weight.map_or_else(|| json!({}), |weight| json!({WEIGHT: weight}));
         let pod = serde_json::from_value(
             json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {
             "name": "p", "namespace": "sw", "uid": "u", "annotations": annotations,
-            "ownerReferences": [{"apiVersion": "x/v1", "kind": daemon_set, "name": "o", "uid": "v"}]}}),
+            "ownerReferences": [{"apiVersion": "x/v1", "kind": owner, "name": "o", "uid": "v"}]}}),
         )
         .unwrap();
-        Facts::of(&pod)
+        PodFacts::of(&pod)
     }
 
     #[test]
@@ -179,8 +136,8 @@ mod tests {
         let labels =
             [("app", "sw"), ("component", "oap")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         assert_eq!(
-            Key::of_service(&service, &labels.into()).labels,
-            "app=sw,component=oap"
+            of_service(&service, &labels.into()).labels.as_deref(),
+            Some("app=sw,component=oap")
         );
     }
 }

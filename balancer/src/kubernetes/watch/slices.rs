@@ -1,56 +1,55 @@
-//! `EndpointSlices`: which pods serve a port of a Service, and at which addresses.
+//! `EndpointSlices`: which pods serve a port of a Kubernetes Service, and at which addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice};
-use kube::runtime::watcher;
-use kube::{Api, Client, ResourceExt as _};
+use kube::ResourceExt as _;
 
-use super::{Store, Watch, start};
-use crate::kubernetes::ObjectName;
-use crate::kubernetes::health::Notifier;
+use super::Selection;
+use super::services::is_tcp;
+use crate::kubernetes::model::ObjectName;
 
-/// The label that names the Service of a slice.
+/// The label that names the Kubernetes Service of a slice.
 const SERVICE: &str = "kubernetes.io/service-name";
 /// With more Services than this all slices are watched: their names would make too long a URL.
 const MOST_NAMES: usize = 64;
 
-/// What is watched: the slices of some Services.
+/// The slices of some Kubernetes Services, which one watch lists.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::kubernetes) struct Key {
+pub(super) struct SliceSet {
     namespace: Option<String>,
     services: BTreeSet<String>,
 }
 
-impl Key {
+impl SliceSet {
     /// For these Services; `None` if there are none.
-    pub(in crate::kubernetes) fn of<'a>(
-        services: impl IntoIterator<Item = &'a ObjectName>,
-    ) -> Option<Self> {
+    pub(super) fn of<'a>(services: impl IntoIterator<Item = &'a ObjectName>) -> Option<Self> {
         let mut namespaces = BTreeSet::new();
         let mut names = BTreeSet::new();
         for service in services {
-            namespaces.insert(service.namespace.as_str());
+            namespaces.insert(&service.namespace);
             names.insert(service.name.clone());
         }
         let first = namespaces.pop_first()?;
         Some(Self {
-            namespace: namespaces.is_empty().then(|| first.to_owned()),
+            namespace: namespaces.is_empty().then(|| first.clone()),
             services: names,
         })
     }
 
-    /// Slices of this Service are among those that are watched.
-    pub(in crate::kubernetes) fn covers(&self, service: &ObjectName) -> bool {
+    /// Whether the slices of this Service are among them.
+    pub(super) fn covers(&self, service: &ObjectName) -> bool {
+        let namespace = self.namespace.as_ref();
         self.services.contains(&service.name)
-            && self
-                .namespace
-                .as_ref()
-                .is_none_or(|namespace| *namespace == service.namespace)
+            && namespace.is_none_or(|namespace| *namespace == service.namespace)
     }
 
-    fn selector(&self) -> String {
+    pub(super) fn selection(&self) -> Selection {
+        Selection::labelled(self.namespace.clone(), self.labels())
+    }
+
+    fn labels(&self) -> String {
         if self.services.len() > MOST_NAMES {
             return SERVICE.to_owned();
         }
@@ -61,73 +60,64 @@ impl Key {
 
 /// What is of interest in a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::kubernetes) struct Facts {
+pub(super) struct SliceFacts {
     service: String,
     /// TCP ports: the name of the Service's port, and the number in the pods.
     ports: Vec<(String, u16)>,
-    pods: Vec<Pod>,
+    pods: Vec<SlicePod>,
 }
 
 /// A pod in a slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::kubernetes) struct Pod {
-    pub(in crate::kubernetes) name: ObjectName,
-    pub(in crate::kubernetes) uid: String,
-    pub(in crate::kubernetes) addresses: Vec<IpAddr>,
-    pub(in crate::kubernetes) node: Option<String>,
-    pub(in crate::kubernetes) ready: bool,
-    pub(in crate::kubernetes) terminating: bool,
+pub(super) struct SlicePod {
+    pub(super) name: ObjectName,
+    pub(super) uid: String,
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) node: Option<String>,
+    pub(super) ready: bool,
+    pub(super) terminating: bool,
 }
 
-impl Facts {
-    fn of(slice: &EndpointSlice) -> Option<Self> {
+impl SliceFacts {
+    /// `None`: it belongs to no Kubernetes Service.
+    pub(super) fn of(slice: &EndpointSlice) -> Option<Self> {
         let service = slice.labels().get(SERVICE)?.clone();
         let namespace = slice.namespace().unwrap_or_default();
-        let ports = slice.ports.iter().flatten().filter(|port| {
-            port.protocol
-                .as_deref()
-                .is_none_or(|protocol| protocol == "TCP")
-        });
-        let ports = ports.filter_map(|port| {
+        let ports = slice.ports.iter().flatten();
+        let tcp = ports.filter(|port| is_tcp(port.protocol.as_deref()));
+        let ports = tcp.filter_map(|port| {
             let number = u16::try_from(port.port?).ok()?;
             Some((port.name.clone().unwrap_or_default(), number))
         });
+        let endpoints = slice.endpoints.iter();
         Some(Self {
             service,
             ports: ports.collect(),
-            pods: slice
-                .endpoints
-                .iter()
-                .filter_map(|endpoint| Pod::of(endpoint, &namespace))
+            pods: endpoints
+                .filter_map(|endpoint| SlicePod::of(endpoint, &namespace))
                 .collect(),
         })
     }
 }
 
-impl Pod {
+impl SlicePod {
     /// `None`: it is not a pod.
     fn of(endpoint: &SliceEndpoint, namespace: &str) -> Option<Self> {
-        let target = endpoint
-            .target_ref
-            .as_ref()
-            .filter(|target| target.kind.as_deref() == Some("Pod"))?;
+        let target = endpoint.target_ref.clone()?;
+        if target.kind.as_deref() != Some("Pod") {
+            return None;
+        }
         let conditions = endpoint.conditions.clone().unwrap_or_default();
         let terminating = conditions.terminating.unwrap_or(false);
+        // Names (address type FQDN) are no addresses.
+        let addresses = endpoint.addresses.iter();
         Some(Self {
             name: ObjectName {
-                namespace: target
-                    .namespace
-                    .clone()
-                    .unwrap_or_else(|| namespace.to_owned()),
-                name: target.name.clone()?,
+                namespace: target.namespace.unwrap_or_else(|| namespace.to_owned()),
+                name: target.name?,
             },
-            uid: target.uid.clone()?,
-            // Names (address type FQDN) are none.
-            addresses: endpoint
-                .addresses
-                .iter()
-                .filter_map(|address| address.parse().ok())
-                .collect(),
+            uid: target.uid?,
+            addresses: addresses.filter_map(|text| text.parse().ok()).collect(),
             node: endpoint.node_name.clone(),
             // Where a Service publishes addresses that are not ready, a pod that ends is ready too.
             ready: conditions.ready.unwrap_or(true) && !terminating,
@@ -135,8 +125,8 @@ impl Pod {
         })
     }
 
-    /// The same pod in another slice: of the other address family, or twice while the controller moves it. The two may be of different age;
-    /// the one that gives it less wins.
+    /// Adds what another slice says of the pod: one of the other address family, or the old place
+    /// while the controller moves it. Of two ages, the one that gives the pod less counts.
     fn merge(&mut self, other: &Self) {
         for address in &other.addresses {
             if !self.addresses.contains(address) {
@@ -149,54 +139,35 @@ impl Pod {
     }
 }
 
-/// The pods behind the port that a Service calls `port`, by their own port, each once, in the order of their names.
-pub(in crate::kubernetes) fn behind<'a>(
-    slices: impl IntoIterator<Item = (&'a ObjectName, &'a Facts)>,
+/// The pods behind the port that a Kubernetes Service calls `port`, by target port. Each pod is
+/// there once, in the order of names, with its addresses in order.
+pub(super) fn behind<'a>(
+    slices: impl IntoIterator<Item = (&'a ObjectName, &'a SliceFacts)>,
     service: &ObjectName,
     port: &str,
-) -> BTreeMap<u16, Vec<Pod>> {
-    let mut found = BTreeMap::<u16, BTreeMap<(ObjectName, String), Pod>>::new();
+) -> BTreeMap<u16, Vec<SlicePod>> {
+    let mut found = BTreeMap::<u16, BTreeMap<(ObjectName, String), SlicePod>>::new();
     for (slice, facts) in slices {
         if slice.namespace != service.namespace || facts.service != service.name {
             continue;
         }
-        for (_, number) in facts.ports.iter().filter(|(name, _)| name == port) {
-            let group = found.entry(*number).or_default();
+        for (_, target) in facts.ports.iter().filter(|(name, _)| name == port) {
+            let pods = found.entry(*target).or_default();
             for pod in &facts.pods {
-                group
-                    .entry((pod.name.clone(), pod.uid.clone()))
+                pods.entry((pod.name.clone(), pod.uid.clone()))
                     .and_modify(|known| known.merge(pod))
                     .or_insert_with(|| pod.clone());
             }
         }
     }
-    let sorted = |pods: BTreeMap<_, Pod>| {
-        pods.into_values()
-            .map(|mut pod| {
-                pod.addresses.sort_unstable();
-                pod
-            })
-            .collect()
+    let sorted = |mut pod: SlicePod| {
+        pod.addresses.sort_unstable();
+        pod
     };
-    found
-        .into_iter()
-        .map(|(port, pods)| (port, sorted(pods)))
+    let by_port = found.into_iter();
+    by_port
+        .map(|(port, pods)| (port, pods.into_values().map(sorted).collect()))
         .collect()
-}
-
-pub(in crate::kubernetes) fn watch(
-    client: &Client,
-    key: &Key,
-    notifier: &Notifier,
-) -> Watch<Facts> {
-    let config = watcher::Config::default().labels(&key.selector());
-    let namespace = key.namespace.as_deref();
-    let store = Store::new("endpointslices.discovery.k8s.io", namespace, notifier);
-    let api = |client| match namespace {
-        Some(namespace) => Api::<EndpointSlice>::namespaced(client, namespace),
-        None => Api::all(client),
-    };
-    start(client, api, config, &store, |slice, _| Facts::of(slice))
 }
 
 #[cfg(test)]
@@ -211,13 +182,13 @@ mod tests {
         }
     }
 
-    fn slice(name: &str, kind: &str, ports: &Value, endpoints: &Value) -> (ObjectName, Facts) {
+    fn slice(name: &str, kind: &str, ports: &Value, endpoints: &Value) -> (ObjectName, SliceFacts) {
         let slice = serde_json::from_value(json!({
             "metadata": {"name": name, "namespace": "sw", "labels": {SERVICE: "oap"}},
             "addressType": kind, "ports": ports, "endpoints": endpoints,
         }))
         .unwrap();
-        (named(name), Facts::of(&slice).unwrap())
+        (named(name), SliceFacts::of(&slice).unwrap())
     }
 
     fn endpoint(pod: &str, address: &str, conditions: &Value) -> Value {
@@ -225,7 +196,7 @@ mod tests {
             "targetRef": {"kind": "Pod", "name": pod, "namespace": "sw", "uid": format!("uid-{pod}")}})
     }
 
-    fn pods(slices: &[(ObjectName, Facts)], port: &str) -> BTreeMap<u16, Vec<Pod>> {
+    fn pods(slices: &[(ObjectName, SliceFacts)], port: &str) -> BTreeMap<u16, Vec<SlicePod>> {
         behind(
             slices.iter().map(|(name, facts)| (name, facts)),
             &named("oap"),
@@ -355,14 +326,14 @@ mod tests {
             namespace: "b".to_owned(),
             name: "oap2".to_owned(),
         };
-        assert_eq!(Key::of([]), None);
-        let one = Key::of([&named("oap")]).unwrap();
+        assert_eq!(SliceSet::of([]), None);
+        let one = SliceSet::of([&named("oap")]).unwrap();
         assert_eq!(one.namespace.as_deref(), Some("sw"));
-        assert_eq!(one.selector(), "kubernetes.io/service-name in (oap)");
+        assert_eq!(one.labels(), "kubernetes.io/service-name in (oap)");
         assert!(one.covers(&named("oap")) && !one.covers(&other));
-        let both = Key::of([&named("oap"), &other]).unwrap();
+        let both = SliceSet::of([&named("oap"), &other]).unwrap();
         assert_eq!(both.namespace, None);
-        assert_eq!(both.selector(), "kubernetes.io/service-name in (oap,oap2)");
+        assert_eq!(both.labels(), "kubernetes.io/service-name in (oap,oap2)");
         assert!(both.covers(&named("oap")) && both.covers(&other));
     }
 }

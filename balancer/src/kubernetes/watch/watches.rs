@@ -5,72 +5,101 @@ use std::sync::Arc;
 
 use kube::Client;
 
-use super::{Store, Watch};
-use super::{pods, services, slices};
-use crate::config::{
-    ClusterInput, ClusterQuota, ClusterService, Kubernetes, PortChoice, ServiceChoice,
-};
+use super::node_reports::{self, StoredReport};
+use super::pods::{self, PodFacts};
+use super::services::{self, ServiceFacts};
+use super::slices::{self, SliceFacts, SlicePod, SliceSet};
+use super::{Selection, Store, Watch};
+use crate::config::{ClusterService, Kubernetes, MAX_WEIGHT, PortChoice, ServiceChoice};
 use crate::kubernetes::health::{Health, Notifier, Problems, place};
-use crate::kubernetes::node_report;
-use crate::kubernetes::node_report::StoredReport;
-use crate::kubernetes::{Demand, Endpoint, GroupId, Identity, ObjectName, View};
+use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, View};
 
-/// The watches of a configuration. Entries that mean the same share one.
-#[derive(Debug)]
-pub(in crate::kubernetes) struct Watches {
-    client: Watcher,
+/// Watches of one kind, by what they are about. Service entries that mean the same share one.
+struct WatchSet<K, V> {
+    running: BTreeMap<K, Watch<V>>,
+    needed: BTreeSet<K>,
+}
+
+impl<K: Ord + Clone, V> WatchSet<K, V> {
+    fn new() -> Self {
+        Self {
+            running: BTreeMap::new(),
+            needed: BTreeSet::new(),
+        }
+    }
+
+    /// Starts what is needed and does not run.
+    fn need(&mut self, needed: BTreeSet<K>, start: impl Fn(&K) -> Watch<V>) {
+        for key in &needed {
+            let watch = self.running.entry(key.clone());
+            watch.or_insert_with(|| start(key));
+        }
+        self.needed = needed;
+    }
+
+    fn end_others(&mut self) {
+        self.running.retain(|key, _| self.needed.contains(key));
+    }
+
+    fn get(&self, key: &K) -> Option<&Store<V>> {
+        self.running.get(key).map(|watch| &*watch.store)
+    }
+
+    fn stores(&self) -> impl Iterator<Item = &Store<V>> {
+        self.needed.iter().filter_map(|key| self.get(key))
+    }
+
+    fn is_listed(&self) -> bool {
+        self.stores().all(Store::is_complete)
+    }
+
+    fn healths(&self) -> impl Iterator<Item = &Health> {
+        self.stores().map(|store| &*store.health)
+    }
+}
+
+/// The watches of a configuration.
+pub(crate) struct Watches {
+    client: Client,
+    /// The URL of the API server, for messages.
+    server: String,
+    notifier: Notifier,
     config: Kubernetes,
-    services: BTreeMap<services::Key, Watch<services::Facts>>,
-    slices: BTreeMap<slices::Key, Watch<slices::Facts>>,
-    pods: BTreeMap<pods::Key, Watch<pods::Facts>>,
-    counted: BTreeMap<pods::Key, Watch<()>>,
+    services: WatchSet<Selection, ServiceFacts>,
+    slices: WatchSet<SliceSet, SliceFacts>,
+    /// The pods that Kubernetes Services mean.
+    pods: WatchSet<Selection, PodFacts>,
+    /// The pods that quotas follow from.
+    counted: WatchSet<Selection, ()>,
     node_reports: Watch<StoredReport>,
     /// Everything has been listed once since the configuration was read.
     complete: bool,
 }
 
-/// What starts watches.
-struct Watcher {
-    client: Client,
-    server: String,
-    notifier: Notifier,
-}
-
-impl std::fmt::Debug for Watcher {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.server)
-    }
-}
-
-/// The watches that there have to be.
-#[derive(Default)]
-struct Needed {
-    services: BTreeSet<services::Key>,
-    slices: BTreeSet<slices::Key>,
-    pods: BTreeSet<pods::Key>,
-    counted: BTreeSet<pods::Key>,
-}
-
 impl Watches {
-    pub(in crate::kubernetes) fn new(
+    /// `namespace`: the balancer's own.
+    pub(crate) fn new(
         client: Client,
         server: String,
         notifier: Notifier,
-        identity: &Identity,
+        namespace: &str,
         config: &Kubernetes,
     ) -> Self {
-        let node_reports = node_report::watch(&client, &identity.namespace, &notifier);
+        let node_reports = Watch::start(
+            (&client, &notifier),
+            "configmaps",
+            node_reports::selection(namespace),
+            |map, before| Some(StoredReport::of(map, before)),
+        );
         let mut watches = Self {
-            client: Watcher {
-                client,
-                server,
-                notifier,
-            },
+            client,
+            server,
+            notifier,
             config: config.clone(),
-            services: BTreeMap::new(),
-            slices: BTreeMap::new(),
-            pods: BTreeMap::new(),
-            counted: BTreeMap::new(),
+            services: WatchSet::new(),
+            slices: WatchSet::new(),
+            pods: WatchSet::new(),
+            counted: WatchSet::new(),
             node_reports,
             complete: false,
         };
@@ -78,100 +107,97 @@ impl Watches {
         watches
     }
 
-    /// From now on these are the entries. Watches that they have in common with the old ones go on.
-    pub(in crate::kubernetes) fn reconfigure(&mut self, config: &Kubernetes) {
+    /// Takes over a configuration. Watches that it has in common with the old one go on.
+    pub(crate) fn reconfigure(&mut self, config: &Kubernetes) {
         self.config = config.clone();
         self.complete = false;
         self.adjust();
     }
 
-    pub(in crate::kubernetes) fn node_reports(&self) -> Arc<Store<StoredReport>> {
+    pub(crate) fn node_reports(&self) -> Arc<Store<StoredReport>> {
         Arc::clone(&self.node_reports.store)
     }
 
-    /// Starts what is needed and does not run, and ends what is not needed any more, once the new ones have listed everything: until then
-    /// the old ones answer.
-    pub(in crate::kubernetes) fn adjust(&mut self) {
-        let needed = self.needed();
-        let Watcher {
-            client, notifier, ..
-        } = &self.client;
-        begin(&mut self.services, &needed.services, |key| {
-            services::watch(client, key, notifier)
+    /// Starts the watches that the configuration and the Services found so far need. What is not
+    /// needed any more ends once the new ones have listed everything: until then the old answer.
+    fn adjust(&mut self) {
+        let api = (&self.client, &self.notifier);
+        let entries = &self.config.services;
+        let services = entries
+            .iter()
+            .flat_map(|entry| services::selections(&entry.of));
+        self.services.need(services.collect(), |selection| {
+            Watch::start(api, "services", selection.clone(), |service, _| {
+                Some(ServiceFacts::of(service))
+            })
         });
-        begin(&mut self.slices, &needed.slices, |key| {
-            slices::watch(client, key, notifier)
+        let (mut slices, mut pods) = (BTreeSet::new(), BTreeSet::new());
+        for store in self.services.stores() {
+            let found = &store.listing().items;
+            slices.extend(SliceSet::of(found.keys()));
+            let selections = found
+                .iter()
+                .filter_map(|(name, facts)| pods_of(name, facts));
+            pods.extend(selections);
+        }
+        self.slices.need(slices, |set| {
+            let resource = "endpointslices.discovery.k8s.io";
+            Watch::start(api, resource, set.selection(), |slice, _| {
+                SliceFacts::of(slice)
+            })
         });
-        begin(&mut self.pods, &needed.pods, |key| {
-            pods::watch(client, key, notifier)
+        self.pods.need(pods, |selection| {
+            Watch::start(api, "pods", selection.clone(), |pod, _| {
+                Some(PodFacts::of(pod))
+            })
         });
-        begin(&mut self.counted, &needed.counted, |key| {
-            pods::count(client, key, notifier)
-        });
-        if self.has_listed(&needed) {
+        let classes = entries.iter().flat_map(pods::classes);
+        self.counted
+            .need(classes.map(pods::of_class).collect(), |selection| {
+                Watch::start(api, "pods", selection.clone(), |_: &pods::Metadata, _| {
+                    Some(())
+                })
+            });
+        if self.is_listed() {
             self.complete = true;
-            self.services.retain(|key, _| needed.services.contains(key));
-            self.slices.retain(|key, _| needed.slices.contains(key));
-            self.pods.retain(|key, _| needed.pods.contains(key));
-            self.counted.retain(|key, _| needed.counted.contains(key));
+            self.services.end_others();
+            self.slices.end_others();
+            self.pods.end_others();
+            self.counted.end_others();
         }
     }
 
-    fn needed(&self) -> Needed {
-        let mut needed = Needed::default();
-        for entry in &self.config.services {
-            for key in services::Key::of(&entry.of) {
-                if let Some(running) = self.services.get(&key) {
-                    let listing = running.store.listing();
-                    let found = listing.items.iter();
-                    needed
-                        .pods
-                        .extend(found.filter_map(|(name, facts)| pods_of(name, facts)));
-                    needed.slices.extend(slices::Key::of(listing.items.keys()));
-                }
-                needed.services.insert(key);
-            }
-            for class in classes(entry) {
-                needed.counted.insert(pods::Key::from(class));
-            }
-        }
-        needed
-    }
-
-    fn has_listed(&self, needed: &Needed) -> bool {
-        listed(&self.services, &needed.services)
-            && listed(&self.slices, &needed.slices)
-            && listed(&self.pods, &needed.pods)
-            && listed(&self.counted, &needed.counted)
+    fn is_listed(&self) -> bool {
+        self.services.is_listed()
+            && self.slices.is_listed()
+            && self.pods.is_listed()
+            && self.counted.is_listed()
             && self.node_reports.store.is_complete()
     }
 
-    /// The requests that a quota may need.
-    fn healths<'a>(&'a self, needed: &'a Needed) -> impl Iterator<Item = &'a Health> {
-        healths(&self.services, &needed.services)
-            .chain(healths(&self.slices, &needed.slices))
-            .chain(healths(&self.pods, &needed.pods))
-            .chain(healths(&self.counted, &needed.counted))
-            .chain([&*self.node_reports.store.health])
-    }
-
-    /// What is known; `others` are requests that are told about and that no quota needs.
-    pub(in crate::kubernetes) fn view<'a>(
-        &self,
+    /// What is known, after an adjustment to the Services that were found. `others` are requests
+    /// whose problems are reported, and which no quota needs.
+    pub(crate) fn view<'a>(
+        &mut self,
         others: impl IntoIterator<Item = &'a Health>,
     ) -> (View, Problems) {
-        let needed = self.needed();
+        self.adjust();
         let mut problems = Problems::default();
         let mut view = View {
-            complete: self.complete || self.has_listed(&needed),
+            complete: self.complete,
             ..View::default()
         };
-        for health in self.healths(&needed) {
+        let needed = self.services.healths();
+        let needed = needed
+            .chain(self.slices.healths())
+            .chain(self.pods.healths());
+        let needed = needed.chain(self.counted.healths());
+        for health in needed.chain([&*self.node_reports.store.health]) {
             view.silent_for = view.silent_for.max(health.failing_for());
-            health.tell(&self.client.server, &mut problems);
+            health.add_to(&mut problems, &self.server);
         }
         for health in others {
-            health.tell(&self.client.server, &mut problems);
+            health.add_to(&mut problems, &self.server);
         }
         for entry in &self.config.services {
             self.add_groups(entry, &mut view.groups, &mut problems);
@@ -179,14 +205,14 @@ impl Watches {
                 view.demands.insert(entry.name.clone(), demand);
             }
         }
-        for arrived in self.node_reports.store.listing().items.values() {
-            match &arrived.said {
-                Ok(node_report) => view.nodes.extend(
-                    arrived
-                        .heard()
-                        .map(|heard| (node_report.node.clone(), heard)),
-                ),
-                Err(sentence) => problems.add(sentence.clone()),
+        for stored in self.node_reports.store.listing().items.values() {
+            match stored.received() {
+                Ok(received) => {
+                    _ = view
+                        .nodes
+                        .insert(received.node_report.node.clone(), received)
+                }
+                Err(problem) => problems.add(problem),
             }
         }
         view.problems = problems.sentences();
@@ -199,16 +225,14 @@ impl Watches {
         groups: &mut BTreeMap<GroupId, Vec<Endpoint>>,
         problems: &mut Problems,
     ) {
-        let keys = services::Key::of(&entry.of);
-        let listings: Vec<_> = keys
+        let selections = services::selections(&entry.of);
+        let stores = selections
             .iter()
-            .filter_map(|key| self.services.get(key))
-            .map(|running| running.store.listing())
-            .collect();
-        if listings.len() == keys.len()
-            && listings
-                .iter()
-                .all(|listing| listing.complete && listing.items.is_empty())
+            .filter_map(|selection| self.services.get(selection));
+        let listings: Vec<_> = stores.map(Store::listing).collect();
+        if listings
+            .iter()
+            .all(|listing| listing.complete && listing.items.is_empty())
         {
             problems.add(none_found(entry));
         }
@@ -238,11 +262,12 @@ impl Watches {
         }
     }
 
-    /// `None`: its slices have not been listed yet.
-    fn behind(&self, service: &ObjectName, port: &str) -> Option<BTreeMap<u16, Vec<slices::Pod>>> {
-        let covering = self.slices.iter().filter(|(key, _)| key.covers(service));
-        for (_, running) in covering {
-            let listing = running.store.listing();
+    /// The pods of a Service by target port; `None`: its slices have not been listed yet.
+    fn behind(&self, service: &ObjectName, port: &str) -> Option<BTreeMap<u16, Vec<SlicePod>>> {
+        let running = self.slices.running.iter();
+        let covering = running.filter(|(slices, _)| slices.covers(service));
+        for (_, watch) in covering {
+            let listing = watch.store.listing();
             if listing.complete {
                 return Some(slices::behind(&listing.items, service, port));
             }
@@ -254,36 +279,32 @@ impl Watches {
     fn endpoints(
         &self,
         service: &ObjectName,
-        facts: &services::Facts,
-        found: Vec<slices::Pod>,
+        facts: &ServiceFacts,
+        found: Vec<SlicePod>,
         problems: &mut Problems,
     ) -> Option<Vec<Endpoint>> {
-        let watch = pods_of(service, facts).and_then(|key| self.pods.get(&key));
-        let Some(running) = watch else {
-            // No selector: nobody says which pods it means but its slices.
-            return facts
-                .pods
-                .is_none()
+        let store = pods_of(service, facts).and_then(|selection| self.pods.get(&selection));
+        let Some(store) = store else {
+            // Without a selector nothing but the slices says which pods the Service means.
+            let without_selector = facts.pods.is_none();
+            return without_selector
                 .then(|| found.into_iter().map(|pod| endpoint(pod, 1)).collect());
         };
-        let failing = running.store.health.is_failing();
-        let listing = running.store.listing();
+        let failing = store.health.is_failing();
+        let listing = store.listing();
         if !listing.complete && !failing {
             return None;
         }
         let mut endpoints = Vec::with_capacity(found.len());
         for pod in found {
-            let known = listing
-                .items
-                .get(&pod.name)
-                .filter(|known| known.uid == pod.uid);
-            let weight = match known {
+            let known = listing.items.get(&pod.name);
+            let weight = match known.filter(|known| known.uid == pod.uid) {
                 Some(known) if known.job => continue,
                 Some(known) => known.weight.clone().unwrap_or_else(|text| {
                     problems.add(wrong_weight(&pod.name, &text));
                     1
                 }),
-                // Its slice is ahead of its metadata, or it is not what the Service's selector means.
+                // Its slice is ahead of its metadata, or the Service's selector does not mean it.
                 None if !failing => continue,
                 None => 1,
             };
@@ -294,68 +315,23 @@ impl Watches {
 
     /// `None`: it does not follow from pods, or they have not been listed yet.
     fn demand(&self, entry: &ClusterService) -> Option<Demand> {
-        let classes = classes(entry);
-        if classes.is_empty() {
-            return None;
-        }
-        let mut counts = Vec::with_capacity(classes.len());
-        for class in classes {
-            let listing = self.counted.get(&pods::Key::from(class))?.store.listing();
-            if !listing.complete {
-                return None;
-            }
-            counts.push((listing.items.len(), class.connections));
-        }
-        Some(pods::demand(&counts))
+        let classes = pods::classes(entry).iter();
+        let counts = classes.map(|class| {
+            let listing = self.counted.get(&pods::of_class(class))?.listing();
+            let count = (listing.items.len(), class.connections);
+            listing.complete.then_some(count)
+        });
+        let counts = counts.collect::<Option<Vec<_>>>()?;
+        (!counts.is_empty()).then(|| pods::demand(&counts))
     }
 }
 
-fn begin<K: Ord + Clone, V>(
-    running: &mut BTreeMap<K, Watch<V>>,
-    needed: &BTreeSet<K>,
-    start: impl Fn(&K) -> Watch<V>,
-) {
-    for key in needed {
-        if !running.contains_key(key) {
-            running.insert(key.clone(), start(key));
-        }
-    }
-}
-
-fn listed<K: Ord, V>(running: &BTreeMap<K, Watch<V>>, needed: &BTreeSet<K>) -> bool {
-    needed.iter().all(|key| {
-        running
-            .get(key)
-            .is_some_and(|running| running.store.is_complete())
-    })
-}
-
-fn healths<'a, K: Ord, V>(
-    running: &'a BTreeMap<K, Watch<V>>,
-    needed: &'a BTreeSet<K>,
-) -> impl Iterator<Item = &'a Health> {
-    needed
-        .iter()
-        .filter_map(|key| running.get(key))
-        .map(|running| &*running.store.health)
-}
-
-fn pods_of(service: &ObjectName, facts: &services::Facts) -> Option<pods::Key> {
+fn pods_of(service: &ObjectName, facts: &ServiceFacts) -> Option<Selection> {
     let labels = facts.pods.as_ref()?;
-    Some(pods::Key::of_service(service, labels))
+    Some(pods::of_service(service, labels))
 }
 
-fn classes(entry: &ClusterService) -> &[crate::config::PodClass] {
-    match &entry.quota {
-        ClusterQuota::Shared {
-            input: ClusterInput::Pods(classes),
-            ..
-        } => classes,
-        _ => &[],
-    }
-}
-
-fn endpoint(pod: slices::Pod, weight: u32) -> Endpoint {
+fn endpoint(pod: SlicePod, weight: u32) -> Endpoint {
     Endpoint {
         pod: pod.name,
         uid: pod.uid,
@@ -374,29 +350,29 @@ fn none_found(entry: &ClusterService) -> String {
             namespace,
             name: service,
         } => format!(
-            "there is no Service {namespace}/{service}: {name} balances nothing until it is made. `kubectl get services --namespace \
-             {namespace}` lists those that are there"
+            "there is no Service {namespace}/{service}: {name} balances nothing until it is made. \
+             `kubectl get services --namespace {namespace}` lists those that are there"
         ),
         ServiceChoice::Selected {
             namespace,
             selectors,
         } => format!(
-            "no Service has the labels {} {}: {name} balances nothing until one does. `kubectl get services --all-namespaces \
-             --show-labels` lists them",
+            "no Service has the labels {} {}: {name} balances nothing until one does. \
+             `kubectl get services --all-namespaces --show-labels` lists them",
             selectors.join(" or "),
             place(namespace.as_deref())
         ),
     }
 }
 
-fn no_port(entry: &ClusterService, service: &ObjectName, facts: &services::Facts) -> String {
+fn no_port(entry: &ClusterService, service: &ObjectName, facts: &ServiceFacts) -> String {
     let port = match &entry.port {
         PortChoice::Number(number) => number.to_string(),
         PortChoice::Name(name) => format!("called {name:?}"),
     };
     format!(
-        "the Service {service} has no TCP port {port} (it has: {}): {} does not balance it. `port:` takes the number or the name of the \
-         Service's port, not of the pods'",
+        "the Service {service} has no TCP port {port} (it has: {}): {} does not balance it. \
+         `port:` takes the number or the name of the Service's port, not of the pods'",
         facts.ports_in_words(),
         entry.name
     )
@@ -404,8 +380,8 @@ fn no_port(entry: &ClusterService, service: &ObjectName, facts: &services::Facts
 
 fn wrong_weight(pod: &ObjectName, text: &str) -> String {
     format!(
-        "the annotation {} of the pod {pod} is {text:?}: a weight is a number from 1 to {}; until it is one, 1 is taken",
-        pods::WEIGHT,
-        crate::config::MAX_WEIGHT
+        "the annotation {} of the pod {pod} is {text:?}: a weight is a number from 1 to \
+         {MAX_WEIGHT}; until it is one, 1 is taken",
+        pods::WEIGHT
     )
 }

@@ -1,0 +1,198 @@
+//! The node reports of all daemons: a `ConfigMap` for each node, in the balancer's own namespace.
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::ResourceExt as _;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::Selection;
+use crate::kubernetes::model::{NodeReport, ObjectName, ReceivedReport, SCHEMA};
+
+/// The labels of the `ConfigMap`s that are node reports, in all builds.
+pub(crate) const LABELS: [(&str, &str); 2] = [
+    ("app.kubernetes.io/name", "balancer"),
+    ("app.kubernetes.io/component", "publication"),
+];
+/// The key of the report in the data of its `ConfigMap`, in all builds.
+pub(crate) const KEY: &str = "publication.json";
+/// The most bytes of a report that are written or read: a `ConfigMap` may have a mebibyte.
+pub(crate) const MOST_BYTES: usize = 900 * 1024;
+
+/// The node reports in the balancer's namespace.
+pub(super) fn selection(namespace: &str) -> Selection {
+    let labels = LABELS.map(|(key, value)| format!("{key}={value}"));
+    Selection::labelled(Some(namespace.to_owned()), labels.join(","))
+}
+
+/// The name of a node's `ConfigMap`.
+pub(crate) fn name_of(node: &str) -> String {
+    format!("balancer-{node}")
+}
+
+/// What arrived of a node.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct StoredReport {
+    /// The version of the `ConfigMap`: a list that brings it again is no news.
+    version: Option<String>,
+    at: Instant,
+    /// The report; an error is the problem with it.
+    parsed: Result<NodeReport, String>,
+}
+
+impl StoredReport {
+    pub(super) fn of(map: &ConfigMap, before: Option<&Self>) -> Self {
+        let version = map.resource_version();
+        match before {
+            Some(before) if version.is_some() && before.version == version => before.clone(),
+            _ => Self {
+                version,
+                at: Instant::now(),
+                parsed: parse(map),
+            },
+        }
+    }
+
+    /// The report with its age, or the problem with it.
+    pub(super) fn received(&self) -> Result<ReceivedReport, String> {
+        Ok(ReceivedReport {
+            age: self.at.elapsed(),
+            node_report: self.parsed.clone()?,
+        })
+    }
+}
+
+/// What a report of any schema has.
+#[derive(Deserialize)]
+struct AnyReport {
+    schema: u32,
+}
+
+/// Reads a report, which a daemon of another build may have written, or somebody by hand.
+fn parse(map: &ConfigMap) -> Result<NodeReport, String> {
+    let data = map.data.as_ref().and_then(|data| data.get(KEY));
+    let report = match data {
+        None => Err(format!("it has no {KEY}")),
+        Some(text) => parse_text(text, &map.name_any()),
+    };
+    report.map_err(|why| {
+        format!(
+            "the ConfigMap {} is not the node report of a daemon ({why}): what that node counts is \
+             not known here. If nobody but the balancer wrote it, the daemons are of different \
+             versions; else delete it",
+            ObjectName::of(map)
+        )
+    })
+}
+
+fn parse_text(text: &str, name: &str) -> Result<NodeReport, String> {
+    if text.len() > MOST_BYTES {
+        return Err(format!("it has {} bytes", text.len()));
+    }
+    let AnyReport { schema } = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    if schema != SCHEMA {
+        return Err(format!(
+            "its schema is {schema}, and this daemon reads {SCHEMA}"
+        ));
+    }
+    let report: NodeReport = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    if name_of(&report.node) != name {
+        let node = report.node.chars().take(80).collect::<String>();
+        return Err(format!("it is about the node {node:?}"));
+    }
+    Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::model::{GroupId, Peak, RefusedSource};
+    use serde_json::json;
+    use std::time::Duration;
+
+    fn map(name: &str, data: &[(&str, &str)]) -> ConfigMap {
+        serde_json::from_value(json!({
+            "metadata": {"name": name, "namespace": "balancer", "resourceVersion": "7"},
+            "data": data.iter().copied().collect::<std::collections::BTreeMap<_, _>>(),
+        }))
+        .unwrap()
+    }
+
+    fn node_report() -> NodeReport {
+        let service = ObjectName {
+            namespace: "sw".to_owned(),
+            name: "oap".to_owned(),
+        };
+        let group = GroupId {
+            entry: "agents".to_owned(),
+            service,
+            port: 11800,
+        };
+        NodeReport {
+            schema: SCHEMA,
+            node: "node-a".to_owned(),
+            backends: Vec::new(),
+            peaks: vec![Peak {
+                group: group.clone(),
+                connections: 7,
+                seconds_ago: 0,
+            }],
+            refused: vec![RefusedSource {
+                group,
+                source: "10.0.0.9".parse().unwrap(),
+                first_seconds_ago: 100,
+                last_seconds_ago: 3,
+            }],
+        }
+    }
+
+    #[test]
+    fn what_a_daemon_wrote_is_read_back() {
+        let report = node_report();
+        let text = serde_json::to_string(&report).unwrap();
+        assert_eq!(parse(&map("balancer-node-a", &[(KEY, &text)])), Ok(report));
+    }
+
+    #[test]
+    fn garbage_becomes_a_sentence_that_names_the_config_map() {
+        let good = serde_json::to_string(&node_report()).unwrap();
+        let other = good.replace("\"schema\":1", "\"schema\":2");
+        let deep = "[".repeat(100_000);
+        let long = format!("{{\"schema\":1,\"node\":\"{}\"}}", "x".repeat(MOST_BYTES));
+        for (name, data, why) in [
+            ("balancer-node-a", &[][..], "it has no publication.json"),
+            ("balancer-node-a", &[(KEY, "")], "EOF"),
+            (
+                "balancer-node-a",
+                &[(KEY, "{\"schema\":1}")],
+                "missing field",
+            ),
+            (
+                "balancer-node-a",
+                &[(KEY, "{\"schema\":2,\"later\":true}")],
+                "its schema is 2",
+            ),
+            ("balancer-node-a", &[(KEY, &other)], "its schema is 2"),
+            ("balancer-node-a", &[(KEY, &deep)], "line 1"),
+            ("balancer-node-a", &[(KEY, &long)], "bytes"),
+            (
+                "balancer-node-b",
+                &[(KEY, &good)],
+                "it is about the node \"node-a\"",
+            ),
+        ] {
+            let error = parse(&map(name, data)).unwrap_err();
+            assert!(error.contains(&format!("balancer/{name}")), "{error}");
+            assert!(error.contains(why) && error.len() < 500, "{why}: {error}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_listed_again_has_not_arrived_again() {
+        let mut object = map("balancer-node-a", &[]);
+        let first = StoredReport::of(&object, None);
+        tokio::time::advance(Duration::from_secs(60)).await;
+        assert_eq!(StoredReport::of(&object, Some(&first)), first);
+        object.metadata.resource_version = Some("8".to_owned());
+        assert_eq!(StoredReport::of(&object, Some(&first)).at, Instant::now());
+    }
+}
