@@ -9,10 +9,11 @@ use crate::{
     kubernetes::{self, ApiRequest, Connection, Identity},
 };
 
-/// Peers and probes are fewer than this; those whom address translation makes look like them are not.
+/// More exempt connections than this are not only those of peers and probes: address translation
+/// gives clients the address of a node.
 const FEW: u32 = 32;
 
-/// Whether the daemon would hear of its cluster.
+/// Whether the daemon would learn of its cluster.
 pub(super) fn checks(config: &Kubernetes) -> Vec<Check> {
     match look(config) {
         Ok(checks) => checks,
@@ -35,7 +36,7 @@ async fn ask(config: &Kubernetes) -> Result<Vec<Check>> {
     let reached = Check::ok(
         "API server",
         format!("{} answers, {version}", connection.server),
-        "the daemon hears of Services, pods and the other nodes",
+        "the daemon learns of Services, pods and the other nodes",
     );
     Ok(vec![
         reached,
@@ -69,12 +70,12 @@ fn unreachable(error: &anyhow::Error) -> Check {
     Check::fail(
         "API server",
         format!("{error:#}"),
-        "connections are counted and steered, but quotas hold and then open, and the other nodes are not heard of",
+        "connections are counted and steered, but quotas hold and then open, and nothing is known of the other nodes",
         "run this in the daemon's pod (kubectl exec), which knows the API server and has its account; there, see whether the node reaches it",
     )
 }
 
-/// Clients behind address translation look like the node itself, which is never refused.
+/// Whether clients seem to be exempt because address translation gives them the node's address.
 pub(super) fn translated(snapshot: &Snapshot) -> Option<Check> {
     let suspicious = |backend: &BackendSnapshot| backend.exempt > FEW;
     let backends: Vec<String> = snapshot

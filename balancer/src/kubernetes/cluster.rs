@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::client::{Connection, connection};
@@ -13,7 +14,6 @@ use super::health::{Health, Notifier, ProblemLog, Problems, Target};
 use super::identity::Identity;
 use super::model::{NodeReport, View};
 use super::report_writer::{Outbox, ReportWriter};
-use super::watch::Task;
 use super::watch::watches::Watches;
 use crate::config::Kubernetes;
 
@@ -27,7 +27,7 @@ pub struct Cluster {
     /// The last note of a change: its number, and when it was given.
     noted: (u64, Instant),
     outbox: watch::Sender<Outbox>,
-    _tasks: [Task; 3],
+    _tasks: JoinSet<()>,
 }
 
 /// What the tasks know together.
@@ -94,11 +94,10 @@ impl Cluster {
             daemon_set: Arc::clone(&daemon_set),
             writing,
         });
-        let tasks = [
-            Task::spawn(daemon_set.run(client.clone(), identity)),
-            Task::spawn(writer.run(client)),
-            Task::spawn(Arc::clone(&known).supervise(listener.clone())),
-        ];
+        let mut tasks = JoinSet::new();
+        tasks.spawn(daemon_set.run(client.clone(), identity));
+        tasks.spawn(writer.run(client));
+        tasks.spawn(Arc::clone(&known).supervise(listener.clone()));
         Self {
             known,
             notifier: listener,

@@ -1,7 +1,6 @@
 //! The `DaemonSet` of this daemon: it owns the node report, and when it goes, so does the data plane.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
@@ -12,15 +11,13 @@ use serde_json::{Value, json};
 use super::client::{observed, pause};
 use super::health::{ApiError, Health, Notifier, Target};
 use super::identity::Identity;
-use super::watch::{Selection, Store};
+use super::watch::{Facts, Selection, Store};
 
 /// What is known of the `DaemonSet`.
 pub(crate) struct OwnDaemonSet {
     store: Arc<Store<DaemonSetFacts>>,
     /// How asking for the daemon's pod fares, which names the `DaemonSet`.
     pod: Arc<Health>,
-    /// It was there once.
-    seen: AtomicBool,
 }
 
 #[derive(PartialEq, Eq)]
@@ -29,13 +26,24 @@ struct DaemonSetFacts {
     deleting: bool,
 }
 
+impl Facts for DaemonSetFacts {
+    type Object = PartialObjectMeta<DaemonSet>;
+    const RESOURCE: &'static str = "daemonsets.apps";
+
+    fn digest(set: &Self::Object, _: Option<&Self>) -> Option<Self> {
+        Some(Self {
+            uid: set.uid().unwrap_or_default(),
+            deleting: set.metadata.deletion_timestamp.is_some(),
+        })
+    }
+}
+
 impl OwnDaemonSet {
     pub(crate) fn new(namespace: &str, notifier: &Notifier) -> Arc<Self> {
-        let target = |resource| Target::new(resource, Some(namespace));
+        let pods = Target::new("pods", Some(namespace));
         Arc::new(Self {
-            store: Store::new(target("daemonsets.apps"), notifier),
-            pod: Arc::new(Health::new(target("pods"), notifier)),
-            seen: AtomicBool::new(false),
+            store: Store::new(Some(namespace), notifier),
+            pod: Arc::new(Health::new(pods, notifier)),
         })
     }
 
@@ -43,9 +51,7 @@ impl OwnDaemonSet {
     /// name counts as the old one: it adopts the pods.
     pub(crate) fn is_gone(&self) -> bool {
         let listing = self.store.listing();
-        self.seen.load(Ordering::Relaxed)
-            && listing.complete
-            && listing.items.values().all(|facts| facts.deleting)
+        listing.seen && listing.complete && listing.items.values().all(|facts| facts.deleting)
     }
 
     /// The owner references of what belongs to it; none as long as it is not known.
@@ -68,14 +74,7 @@ impl OwnDaemonSet {
             return;
         };
         let selection = Selection::named(&identity.namespace, &name);
-        let digest = |set: &PartialObjectMeta<DaemonSet>, _: Option<&DaemonSetFacts>| {
-            self.seen.store(true, Ordering::Relaxed);
-            Some(DaemonSetFacts {
-                uid: set.uid().unwrap_or_default(),
-                deleting: set.metadata.deletion_timestamp.is_some(),
-            })
-        };
-        self.store.follow(&client, &selection, digest).await;
+        self.store.follow(&client, &selection).await;
     }
 
     /// The name of the `DaemonSet` that owns this daemon's pod; `None`: none does. Asks until it is
@@ -90,7 +89,13 @@ impl OwnDaemonSet {
                     self.pod.succeeded();
                     let name = pod.as_ref().and_then(owner);
                     if name.is_none() {
-                        log_no_owner(identity, pod.is_some());
+                        tracing::info!(
+                            "Kubernetes: the pod {}/{} is not there or belongs to no DaemonSet: the \
+                             node report stays when the balancer is uninstalled, and so does the \
+                             data plane (`balancer unload` takes it away)",
+                            identity.namespace,
+                            identity.pod,
+                        );
                     }
                     return name;
                 }
@@ -111,18 +116,4 @@ fn owner(pod: &PartialObjectMeta<Pod>) -> Option<String> {
     let daemon_set =
         owners.find(|owner| owner.kind == "DaemonSet" && owner.api_version.starts_with("apps/"))?;
     Some(daemon_set.name.clone())
-}
-
-fn log_no_owner(identity: &Identity, exists: bool) {
-    tracing::info!(
-        "Kubernetes: the pod {}/{} {}: the node report stays when the balancer is uninstalled, and \
-         so does the data plane (`balancer unload` takes it away)",
-        identity.namespace,
-        identity.pod,
-        if exists {
-            "belongs to no DaemonSet"
-        } else {
-            "does not exist"
-        },
-    );
 }

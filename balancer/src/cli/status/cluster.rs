@@ -7,32 +7,32 @@ use crate::{
     kubernetes::{BackendStatus, ClusterStatus, GroupStatus},
 };
 
-/// What was told longer ago than this is marked: its agent, or its node, may be gone.
+/// A node report that is older than this, in seconds, is marked: its daemon or its node may be gone.
 const OLD: u64 = 60;
 
-pub(super) fn text(report: &ClusterStatus) -> String {
-    let mut text = wrapped("Cluster: ", &api(report));
-    for problem in &report.problems {
+pub(super) fn text(status: &ClusterStatus) -> String {
+    let mut text = wrapped("Cluster: ", &api(status));
+    for problem in &status.problems {
         text += &wrapped("  ! ", problem);
     }
-    for group in &report.groups {
+    for group in &status.groups {
         text += "\n";
         text += &group_text(group);
     }
-    if report.complete && report.groups.is_empty() {
+    if status.complete && status.groups.is_empty() {
         text += "\nNo Service is found that the configuration asks for: see `kubectl get services -A --show-labels`.\n";
     }
     text
 }
 
-fn api(report: &ClusterStatus) -> String {
-    let seen = format!("as node {} knows it", report.node);
-    if !report.complete {
+fn api(status: &ClusterStatus) -> String {
+    let seen = format!("as node {} knows it", status.node);
+    if !status.complete {
         return format!(
             "{seen}; the API server has not told everything yet, quotas stay as they were"
         );
     }
-    match report.silent_seconds {
+    match status.silent_seconds {
         0 => seen,
         seconds => format!(
             "{seen}; the API server has been silent for {}, quotas hold and then open",
@@ -76,9 +76,9 @@ fn group_text(group: &GroupStatus) -> String {
 }
 
 fn row(backend: &BackendStatus) -> Vec<String> {
-    let heard = backend.state.is_some();
+    let reported = backend.state.is_some();
     let number =
-        |value: Option<u32>, unlimited: &str| or(value, if heard { unlimited } else { "?" });
+        |value: Option<u32>, unlimited: &str| or(value, if reported { unlimited } else { "?" });
     vec![
         backend.pod.to_string(),
         or(backend.node.as_ref(), "-"),
@@ -90,11 +90,11 @@ fn row(backend: &BackendStatus) -> Vec<String> {
         number(backend.pending, "-"),
         number(backend.exempt, "?"),
         backend.weight.to_string(),
-        told(backend),
+        age(backend),
     ]
 }
 
-/// What Kubernetes says of the pod, and what its agent says where that is something else.
+/// The state that Kubernetes gives the pod, and the state of the backend where it is not active.
 fn state(backend: &BackendStatus) -> String {
     let pod = match (backend.terminating, backend.ready) {
         (true, _) => "terminating",
@@ -108,7 +108,8 @@ fn state(backend: &BackendStatus) -> String {
     }
 }
 
-fn told(backend: &BackendStatus) -> String {
+/// The age of what is shown.
+fn age(backend: &BackendStatus) -> String {
     match backend.seconds_ago {
         None => "never".to_owned(),
         Some(0) => "now".to_owned(),

@@ -16,7 +16,7 @@ use k8s_openapi::NamespaceResourceScope;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource};
 use serde::de::DeserializeOwned;
-use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::{Duration, Instant};
 
 use super::client::{observed, pause, watch_seconds};
@@ -28,41 +28,21 @@ const PAGE: u32 = 250;
 /// A watch that lasted for so long begins with the shortest pause again when it fails.
 const LASTED: Duration = Duration::from_secs(30);
 
-/// A type of objects that can be watched in a namespace.
-pub(crate) trait Watched:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope>
-    + Clone
-    + DeserializeOwned
-    + Debug
-    + Send
-    + 'static
-{
-}
-
-impl<K> Watched for K where
-    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+/// What is kept of an object that is watched.
+pub(crate) trait Facts: PartialEq + Sized + Send + 'static {
+    /// The type of the object.
+    type Object: Resource<DynamicType = (), Scope = NamespaceResourceScope>
         + Clone
         + DeserializeOwned
         + Debug
         + Send
-        + 'static
-{
-}
+        + 'static;
 
-/// A task that ends with its handle.
-#[derive(Debug)]
-pub(crate) struct Task(JoinHandle<()>);
+    /// The plural with its API group, as `kubectl` takes it.
+    const RESOURCE: &'static str;
 
-impl Task {
-    pub(crate) fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Self {
-        Self(tokio::spawn(future))
-    }
-}
-
-impl Drop for Task {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+    /// What is of interest, given what was known before; `None` leaves the object out.
+    fn digest(object: &Self::Object, before: Option<&Self>) -> Option<Self>;
 }
 
 /// The objects of a type that a watch is about.
@@ -95,13 +75,6 @@ impl Selection {
         }
     }
 
-    fn api<K: Watched>(&self, client: Client) -> Api<K> {
-        match &self.namespace {
-            Some(namespace) => Api::namespaced(client, namespace),
-            None => Api::all(client),
-        }
-    }
-
     fn config(&self) -> watcher::Config {
         watcher::Config {
             label_selector: self.labels.clone(),
@@ -113,8 +86,7 @@ impl Selection {
     }
 }
 
-/// What a watch has found: a few facts for each object.
-#[derive(Debug)]
+/// What a watch has found.
 pub(crate) struct Store<V> {
     pub(crate) health: Arc<Health>,
     listing: Mutex<Listing<V>>,
@@ -122,19 +94,22 @@ pub(crate) struct Store<V> {
 }
 
 /// The objects of a watch.
-#[derive(Debug)]
 pub(crate) struct Listing<V> {
     /// All have been listed once. It stays so while the watch fails: the items are old then.
     pub(crate) complete: bool,
+    /// There was an object once.
+    pub(crate) seen: bool,
     pub(crate) items: BTreeMap<ObjectName, V>,
 }
 
-impl<V> Store<V> {
-    pub(crate) fn new(target: Target, notifier: &Notifier) -> Arc<Self> {
+impl<V: Facts> Store<V> {
+    pub(crate) fn new(namespace: Option<&str>, notifier: &Notifier) -> Arc<Self> {
+        let target = Target::new(V::RESOURCE, namespace);
         Arc::new(Self {
             health: Arc::new(Health::new(target, notifier)),
             listing: Mutex::new(Listing {
                 complete: false,
+                seen: false,
                 items: BTreeMap::new(),
             }),
             notifier: notifier.clone(),
@@ -148,13 +123,12 @@ impl<V> Store<V> {
     pub(crate) fn is_complete(&self) -> bool {
         self.listing().complete
     }
-}
 
-impl<V: PartialEq + Send> Store<V> {
     fn replace(&self, items: BTreeMap<ObjectName, V>) {
         let mut listing = self.listing();
         let changed = !listing.complete || listing.items != items;
         listing.complete = true;
+        listing.seen |= !items.is_empty();
         listing.items = items;
         drop(listing);
         if changed {
@@ -166,6 +140,7 @@ impl<V: PartialEq + Send> Store<V> {
     fn set(&self, name: ObjectName, facts: Option<V>) {
         let mut listing = self.listing();
         let changed = listing.items.get(&name) != facts.as_ref();
+        listing.seen |= facts.is_some();
         match facts {
             Some(facts) => _ = listing.items.insert(name, facts),
             None => _ = listing.items.remove(&name),
@@ -176,26 +151,28 @@ impl<V: PartialEq + Send> Store<V> {
         }
     }
 
-    /// Watches for ever. `digest` takes from an object what is of interest, given what was known of
-    /// it before; `None` leaves it out.
+    fn digest(&self, object: &V::Object) -> (ObjectName, Option<V>) {
+        let name = ObjectName::of(object);
+        let facts = V::digest(object, self.listing().items.get(&name));
+        (name, facts)
+    }
+
+    /// Watches for ever.
     ///
-    /// After a failure a watch begins with a list, not with the last resource version. A server that
-    /// was restored from a backup has lower versions, for which a watch would wait in silence, and
-    /// one that has forgotten the version (410) would forget it again.
-    pub(crate) async fn follow<K: Watched>(
-        &self,
-        client: &Client,
-        selection: &Selection,
-        digest: impl Fn(&K, Option<&V>) -> Option<V> + Send + Sync,
-    ) {
-        let api = selection.api(observed(client, &self.health));
+    /// After a failure a watch begins with a list, not with the last resource version. A server
+    /// that was restored from a backup has lower versions, for which a watch would wait in silence,
+    /// and one that has forgotten the version (410) would say so again and again.
+    pub(crate) async fn follow(&self, client: &Client, selection: &Selection) {
+        let client = observed(client, &self.health);
+        let api = match &selection.namespace {
+            Some(namespace) => Api::namespaced(client, namespace),
+            None => Api::all(client),
+        };
         let mut failures = 0;
         loop {
             let begun = Instant::now();
-            let error = self
-                .watch_once(&api, selection.config(), &digest)
-                .await
-                .and_then(|error| api_error(&error, &self.health.target));
+            let error = self.watch_once(&api, selection.config()).await;
+            let error = error.and_then(|error| api_error(&error, &self.health.target));
             if let Some(error) = error {
                 self.health.failed(error);
             }
@@ -208,30 +185,24 @@ impl<V: PartialEq + Send> Store<V> {
     }
 
     /// Lists and watches until an error.
-    async fn watch_once<K: Watched>(
+    async fn watch_once(
         &self,
-        api: &Api<K>,
+        api: &Api<V::Object>,
         config: watcher::Config,
-        digest: &impl Fn(&K, Option<&V>) -> Option<V>,
     ) -> Option<watcher::Error> {
-        let digest = |object: &K| {
-            let name = ObjectName::of(object);
-            let facts = digest(object, self.listing().items.get(&name));
-            (name, facts)
-        };
         let mut events = pin!(watcher(api.clone(), config));
         let mut listed = BTreeMap::new();
         while let Some(event) = events.next().await {
             match event {
                 Ok(Event::Init) => listed.clear(),
                 Ok(Event::InitApply(object)) => {
-                    if let (name, Some(facts)) = digest(&object) {
+                    if let (name, Some(facts)) = self.digest(&object) {
                         listed.insert(name, facts);
                     }
                 }
                 Ok(Event::InitDone) => self.replace(std::mem::take(&mut listed)),
                 Ok(Event::Apply(object)) => {
-                    let (name, facts) = digest(&object);
+                    let (name, facts) = self.digest(&object);
                     self.set(name, facts);
                 }
                 Ok(Event::Delete(object)) => self.set(ObjectName::of(&object), None),
@@ -256,26 +227,17 @@ fn api_error(error: &watcher::Error, target: &Target) -> Option<ApiError> {
 }
 
 /// A watch that runs until this is dropped.
-#[derive(Debug)]
 pub(crate) struct Watch<V> {
     pub(crate) store: Arc<Store<V>>,
-    _task: Task,
+    _task: JoinSet<()>,
 }
 
-impl<V: PartialEq + Send + 'static> Watch<V> {
-    /// Begins to watch: see [`Store::follow`].
-    pub(crate) fn start<K: Watched>(
-        (client, notifier): (&Client, &Notifier),
-        resource: &'static str,
-        selection: Selection,
-        digest: impl Fn(&K, Option<&V>) -> Option<V> + Send + Sync + 'static,
-    ) -> Self {
-        let target = Target::new(resource, selection.namespace.as_deref());
-        let store = Store::new(target, notifier);
+impl<V: Facts> Watch<V> {
+    pub(crate) fn start(client: &Client, notifier: &Notifier, selection: Selection) -> Self {
+        let store = Store::new(selection.namespace.as_deref(), notifier);
         let (client, following) = (client.clone(), Arc::clone(&store));
-        let task = Task::spawn(async move {
-            following.follow(&client, &selection, digest).await;
-        });
+        let mut task = JoinSet::new();
+        task.spawn(async move { following.follow(&client, &selection).await });
         Self { store, _task: task }
     }
 }

@@ -5,7 +5,7 @@ use kube::ResourceExt as _;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::Selection;
+use super::{Facts, Selection};
 use crate::kubernetes::model::{NodeReport, ObjectName, ReceivedReport, SCHEMA};
 
 /// The labels of the `ConfigMap`s that are node reports, in all builds.
@@ -39,19 +39,22 @@ pub(crate) struct StoredReport {
     parsed: Result<NodeReport, String>,
 }
 
-impl StoredReport {
-    pub(super) fn of(map: &ConfigMap, before: Option<&Self>) -> Self {
-        let version = map.resource_version();
-        match before {
-            Some(before) if version.is_some() && before.version == version => before.clone(),
-            _ => Self {
-                version,
-                at: Instant::now(),
-                parsed: parse(map),
-            },
-        }
-    }
+impl Facts for StoredReport {
+    type Object = ConfigMap;
+    const RESOURCE: &'static str = "configmaps";
 
+    fn digest(map: &ConfigMap, before: Option<&Self>) -> Option<Self> {
+        let version = map.resource_version();
+        let before = before.filter(|before| version.is_some() && before.version == version);
+        Some(before.cloned().unwrap_or_else(|| Self {
+            version,
+            at: Instant::now(),
+            parsed: parse(map),
+        }))
+    }
+}
+
+impl StoredReport {
     /// The report with its age, or the problem with it.
     pub(super) fn received(&self) -> Result<ReceivedReport, String> {
         Ok(ReceivedReport {
@@ -189,10 +192,13 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_listed_again_has_not_arrived_again() {
         let mut object = map("balancer-node-a", &[]);
-        let first = StoredReport::of(&object, None);
+        let first = StoredReport::digest(&object, None).unwrap();
         tokio::time::advance(Duration::from_secs(60)).await;
-        assert_eq!(StoredReport::of(&object, Some(&first)), first);
+        assert_eq!(StoredReport::digest(&object, Some(&first)).unwrap(), first);
         object.metadata.resource_version = Some("8".to_owned());
-        assert_eq!(StoredReport::of(&object, Some(&first)).at, Instant::now());
+        assert_eq!(
+            StoredReport::digest(&object, Some(&first)).unwrap().at,
+            Instant::now()
+        );
     }
 }

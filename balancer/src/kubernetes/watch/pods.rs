@@ -7,12 +7,12 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::core::PartialObjectMeta;
 
-use super::Selection;
+use super::{Facts, Selection};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, MAX_WEIGHT, PodClass};
 use crate::kubernetes::model::{Demand, ObjectName};
 
 /// A pod without its spec and status.
-pub(super) type Metadata = PartialObjectMeta<Pod>;
+type Metadata = PartialObjectMeta<Pod>;
 
 /// The annotation that gives a pod's share relative to the others.
 pub(crate) const WEIGHT: &str = "balancer.skywalking.apache.org/weight";
@@ -53,8 +53,11 @@ pub(super) struct PodFacts {
     pub(super) job: bool,
 }
 
-impl PodFacts {
-    pub(super) fn of(pod: &Metadata) -> Self {
+impl Facts for PodFacts {
+    type Object = Metadata;
+    const RESOURCE: &'static str = "pods";
+
+    fn digest(pod: &Metadata, _: Option<&Self>) -> Option<Self> {
         let weight = match pod.annotations().get(WEIGHT) {
             None => Ok(1),
             Some(text) => match text.trim().parse() {
@@ -63,11 +66,24 @@ impl PodFacts {
             },
         };
         let mut owners = pod.owner_references().iter();
-        Self {
+        Some(Self {
             uid: pod.uid().unwrap_or_default(),
             weight,
             job: owners.any(|owner| owner.kind == "Job"),
-        }
+        })
+    }
+}
+
+/// A pod of a class, which is only counted.
+#[derive(PartialEq)]
+pub(super) struct Counted;
+
+impl Facts for Counted {
+    type Object = Metadata;
+    const RESOURCE: &'static str = PodFacts::RESOURCE;
+
+    fn digest(_: &Metadata, _: Option<&Self>) -> Option<Self> {
+        Some(Self)
     }
 }
 
@@ -99,7 +115,7 @@ mod tests {
             "ownerReferences": [{"apiVersion": "x/v1", "kind": owner, "name": "o", "uid": "v"}]}}),
         )
         .unwrap();
-        PodFacts::of(&pod)
+        PodFacts::digest(&pod, None).unwrap()
     }
 
     #[test]

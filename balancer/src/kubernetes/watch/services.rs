@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
-use super::Selection;
+use super::{Facts, Selection};
 use crate::config::{PortChoice, ServiceChoice};
 
 /// The selections of one choice: a label selector can't say "or".
@@ -46,8 +46,11 @@ pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
     protocol.is_none_or(|protocol| protocol == "TCP")
 }
 
-impl ServiceFacts {
-    pub(super) fn of(service: &Service) -> Self {
+impl Facts for ServiceFacts {
+    type Object = Service;
+    const RESOURCE: &'static str = "services";
+
+    fn digest(service: &Service, _: Option<&Self>) -> Option<Self> {
         let spec = service.spec.clone().unwrap_or_default();
         let ports = spec.ports.unwrap_or_default().into_iter();
         let tcp = ports.filter(|port| is_tcp(port.protocol.as_deref()));
@@ -64,12 +67,14 @@ impl ServiceFacts {
                 target,
             })
         });
-        Self {
+        Some(Self {
             ports: ports.collect(),
             pods: spec.selector.filter(|labels| !labels.is_empty()),
-        }
+        })
     }
+}
 
+impl ServiceFacts {
     /// The port that is meant.
     pub(super) fn port(&self, choice: &PortChoice) -> Option<&ServicePort> {
         self.ports.iter().find(|port| match choice {
@@ -106,7 +111,7 @@ mod tests {
                 {"name": "same", "port": 9000},
             ]}}))
             .unwrap();
-        let facts = ServiceFacts::of(&service);
+        let facts = ServiceFacts::digest(&service, None).unwrap();
         let grpc = facts.port(&PortChoice::Number(11800)).unwrap();
         assert_eq!((grpc.name.as_str(), grpc.target), ("grpc", Some(21800)));
         let by_name = |name: &str| facts.port(&PortChoice::Name(name.to_owned()));

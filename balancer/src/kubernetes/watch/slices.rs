@@ -1,14 +1,13 @@
 //! `EndpointSlices`: which pods serve a port of a Kubernetes Service, and at which addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice};
 use kube::ResourceExt as _;
 
-use super::Selection;
 use super::services::is_tcp;
-use crate::kubernetes::model::ObjectName;
+use super::{Facts, Selection};
+use crate::kubernetes::model::{Endpoint, ObjectName};
 
 /// The label that names the Kubernetes Service of a slice.
 const SERVICE: &str = "kubernetes.io/service-name";
@@ -64,23 +63,14 @@ pub(super) struct SliceFacts {
     service: String,
     /// TCP ports: the name of the Service's port, and the number in the pods.
     ports: Vec<(String, u16)>,
-    pods: Vec<SlicePod>,
+    pods: Vec<Endpoint>,
 }
 
-/// A pod in a slice.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SlicePod {
-    pub(super) name: ObjectName,
-    pub(super) uid: String,
-    pub(super) addresses: Vec<IpAddr>,
-    pub(super) node: Option<String>,
-    pub(super) ready: bool,
-    pub(super) terminating: bool,
-}
+impl Facts for SliceFacts {
+    type Object = EndpointSlice;
+    const RESOURCE: &'static str = "endpointslices.discovery.k8s.io";
 
-impl SliceFacts {
-    /// `None`: it belongs to no Kubernetes Service.
-    pub(super) fn of(slice: &EndpointSlice) -> Option<Self> {
+    fn digest(slice: &EndpointSlice, _: Option<&Self>) -> Option<Self> {
         let service = slice.labels().get(SERVICE)?.clone();
         let namespace = slice.namespace().unwrap_or_default();
         let ports = slice.ports.iter().flatten();
@@ -94,59 +84,57 @@ impl SliceFacts {
             service,
             ports: ports.collect(),
             pods: endpoints
-                .filter_map(|endpoint| SlicePod::of(endpoint, &namespace))
+                .filter_map(|pod| endpoint(pod, &namespace))
                 .collect(),
         })
     }
 }
 
-impl SlicePod {
-    /// `None`: it is not a pod.
-    fn of(endpoint: &SliceEndpoint, namespace: &str) -> Option<Self> {
-        let target = endpoint.target_ref.clone()?;
-        if target.kind.as_deref() != Some("Pod") {
-            return None;
-        }
-        let conditions = endpoint.conditions.clone().unwrap_or_default();
-        let terminating = conditions.terminating.unwrap_or(false);
-        // Names (address type FQDN) are no addresses.
-        let addresses = endpoint.addresses.iter();
-        Some(Self {
-            name: ObjectName {
-                namespace: target.namespace.unwrap_or_else(|| namespace.to_owned()),
-                name: target.name?,
-            },
-            uid: target.uid?,
-            addresses: addresses.filter_map(|text| text.parse().ok()).collect(),
-            node: endpoint.node_name.clone(),
-            // Where a Service publishes addresses that are not ready, a pod that ends is ready too.
-            ready: conditions.ready.unwrap_or(true) && !terminating,
-            terminating,
-        })
+/// What a slice says of a pod, with the weight of one without annotation; `None`: it is no pod.
+fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
+    let target = endpoint.target_ref.clone()?;
+    if target.kind.as_deref() != Some("Pod") {
+        return None;
     }
+    let conditions = endpoint.conditions.clone().unwrap_or_default();
+    let terminating = conditions.terminating.unwrap_or(false);
+    // Names (address type FQDN) are no addresses.
+    let addresses = endpoint.addresses.iter();
+    let addresses: BTreeSet<_> = addresses.filter_map(|text| text.parse().ok()).collect();
+    Some(Endpoint {
+        pod: ObjectName {
+            namespace: target.namespace.unwrap_or_else(|| namespace.to_owned()),
+            name: target.name?,
+        },
+        uid: target.uid?,
+        addresses: addresses.into_iter().collect(),
+        node: endpoint.node_name.clone(),
+        // Where a Service publishes addresses that are not ready, a pod that ends is ready too.
+        ready: conditions.ready.unwrap_or(true) && !terminating,
+        terminating,
+        weight: 1,
+    })
+}
 
-    /// Adds what another slice says of the pod: one of the other address family, or the old place
-    /// while the controller moves it. Of two ages, the one that gives the pod less counts.
-    fn merge(&mut self, other: &Self) {
-        for address in &other.addresses {
-            if !self.addresses.contains(address) {
-                self.addresses.push(*address);
-            }
-        }
-        self.node = self.node.take().or_else(|| other.node.clone());
-        self.ready &= other.ready;
-        self.terminating |= other.terminating;
-    }
+/// Adds what another slice says of the pod: one of the other address family, or the old place
+/// while the controller moves it. Of two ages, the one that gives the pod less counts.
+fn merge(pod: &mut Endpoint, other: &Endpoint) {
+    pod.addresses.extend(&other.addresses);
+    pod.addresses.sort_unstable();
+    pod.addresses.dedup();
+    pod.node = pod.node.take().or_else(|| other.node.clone());
+    pod.ready &= other.ready;
+    pod.terminating |= other.terminating;
 }
 
 /// The pods behind the port that a Kubernetes Service calls `port`, by target port. Each pod is
-/// there once, in the order of names, with its addresses in order.
+/// there once, in the order of names.
 pub(super) fn behind<'a>(
     slices: impl IntoIterator<Item = (&'a ObjectName, &'a SliceFacts)>,
     service: &ObjectName,
     port: &str,
-) -> BTreeMap<u16, Vec<SlicePod>> {
-    let mut found = BTreeMap::<u16, BTreeMap<(ObjectName, String), SlicePod>>::new();
+) -> BTreeMap<u16, Vec<Endpoint>> {
+    let mut found = BTreeMap::<u16, BTreeMap<_, Endpoint>>::new();
     for (slice, facts) in slices {
         if slice.namespace != service.namespace || facts.service != service.name {
             continue;
@@ -154,25 +142,23 @@ pub(super) fn behind<'a>(
         for (_, target) in facts.ports.iter().filter(|(name, _)| name == port) {
             let pods = found.entry(*target).or_default();
             for pod in &facts.pods {
-                pods.entry((pod.name.clone(), pod.uid.clone()))
-                    .and_modify(|known| known.merge(pod))
+                pods.entry((&pod.pod, &pod.uid))
+                    .and_modify(|known| merge(known, pod))
                     .or_insert_with(|| pod.clone());
             }
         }
     }
-    let sorted = |mut pod: SlicePod| {
-        pod.addresses.sort_unstable();
-        pod
-    };
     let by_port = found.into_iter();
     by_port
-        .map(|(port, pods)| (port, pods.into_values().map(sorted).collect()))
+        .map(|(port, pods)| (port, pods.into_values().collect()))
         .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::IpAddr;
+
     use serde_json::{Value, json};
 
     fn named(name: &str) -> ObjectName {
@@ -188,15 +174,15 @@ mod tests {
             "addressType": kind, "ports": ports, "endpoints": endpoints,
         }))
         .unwrap();
-        (named(name), SliceFacts::of(&slice).unwrap())
+        (named(name), SliceFacts::digest(&slice, None).unwrap())
     }
 
-    fn endpoint(pod: &str, address: &str, conditions: &Value) -> Value {
+    fn item(pod: &str, address: &str, conditions: &Value) -> Value {
         json!({"addresses": [address], "conditions": conditions, "nodeName": "node-a",
             "targetRef": {"kind": "Pod", "name": pod, "namespace": "sw", "uid": format!("uid-{pod}")}})
     }
 
-    fn pods(slices: &[(ObjectName, SliceFacts)], port: &str) -> BTreeMap<u16, Vec<SlicePod>> {
+    fn pods(slices: &[(ObjectName, SliceFacts)], port: &str) -> BTreeMap<u16, Vec<Endpoint>> {
         behind(
             slices.iter().map(|(name, facts)| (name, facts)),
             &named("oap"),
@@ -223,7 +209,7 @@ mod tests {
                 "a",
                 "IPv4",
                 &json!([{"name": "grpc", "port": 11800}]),
-                &json!([endpoint("oap-0", "10.0.0.1", &conditions)]),
+                &json!([item("oap-0", "10.0.0.1", &conditions)]),
             )];
             let pod = &pods(&slices, "grpc")[&11800][0];
             assert_eq!(
@@ -244,28 +230,28 @@ mod tests {
                 "IPv4",
                 &ports,
                 &json!([
-                    endpoint("oap-1", "10.0.0.2", &ready),
-                    endpoint("oap-0", "10.0.0.1", &ready)
+                    item("oap-1", "10.0.0.2", &ready),
+                    item("oap-0", "10.0.0.1", &ready)
                 ]),
             ),
             slice(
                 "b",
                 "IPv6",
                 &ports,
-                &json!([endpoint("oap-0", "fd00::1", &ready)]),
+                &json!([item("oap-0", "fd00::1", &ready)]),
             ),
             slice(
                 "c",
                 "IPv4",
                 &ports,
-                &json!([endpoint("oap-0", "10.0.0.1", &json!({"ready": false}))]),
+                &json!([item("oap-0", "10.0.0.1", &json!({"ready": false}))]),
             ),
         ];
         let found = pods(&slices, "grpc");
         assert_eq!(found.keys().collect::<Vec<_>>(), [&11800], "UDP is none");
         let group = &found[&11800];
         assert_eq!(group.len(), 2);
-        assert_eq!(group[0].name, named("oap-0"));
+        assert_eq!(group[0].pod, named("oap-0"));
         assert_eq!(
             group[0].addresses,
             [
@@ -284,19 +270,19 @@ mod tests {
                 "a",
                 "IPv4",
                 &json!([{"name": "grpc", "port": 11800}]),
-                &json!([endpoint("oap-0", "10.0.0.1", &ready)]),
+                &json!([item("oap-0", "10.0.0.1", &ready)]),
             ),
             slice(
                 "b",
                 "IPv4",
                 &json!([{"name": "grpc", "port": 21800}]),
-                &json!([endpoint("oap-1", "10.0.0.2", &ready)]),
+                &json!([item("oap-1", "10.0.0.2", &ready)]),
             ),
             slice(
                 "c",
                 "IPv4",
                 &json!([{"name": "rest", "port": 12800}]),
-                &json!([endpoint("oap-1", "10.0.0.2", &ready)]),
+                &json!([item("oap-1", "10.0.0.2", &ready)]),
             ),
             slice("d", "IPv4", &json!(null), &json!([])),
         ];

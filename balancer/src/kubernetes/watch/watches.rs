@@ -1,15 +1,15 @@
 //! All watches: which of them there have to be, and what they say together.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use kube::Client;
 
 use super::node_reports::{self, StoredReport};
-use super::pods::{self, PodFacts};
+use super::pods::{self, Counted, PodFacts};
 use super::services::{self, ServiceFacts};
-use super::slices::{self, SliceFacts, SlicePod, SliceSet};
-use super::{Selection, Store, Watch};
+use super::slices::{self, SliceFacts, SliceSet};
+use super::{Facts, Listing, Selection, Store, Watch};
 use crate::config::{ClusterService, Kubernetes, MAX_WEIGHT, PortChoice, ServiceChoice};
 use crate::kubernetes::health::{Health, Notifier, Problems, place};
 use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, View};
@@ -20,13 +20,11 @@ struct WatchSet<K, V> {
     needed: BTreeSet<K>,
 }
 
-impl<K: Ord + Clone, V> WatchSet<K, V> {
-    fn new() -> Self {
-        Self {
-            running: BTreeMap::new(),
-            needed: BTreeSet::new(),
-        }
-    }
+impl<K: Ord + Clone, V: Facts> WatchSet<K, V> {
+    const EMPTY: Self = Self {
+        running: BTreeMap::new(),
+        needed: BTreeSet::new(),
+    };
 
     /// Starts what is needed and does not run.
     fn need(&mut self, needed: BTreeSet<K>, start: impl Fn(&K) -> Watch<V>) {
@@ -70,7 +68,7 @@ pub(crate) struct Watches {
     /// The pods that Kubernetes Services mean.
     pods: WatchSet<Selection, PodFacts>,
     /// The pods that quotas follow from.
-    counted: WatchSet<Selection, ()>,
+    counted: WatchSet<Selection, Counted>,
     node_reports: Watch<StoredReport>,
     /// Everything has been listed once since the configuration was read.
     complete: bool,
@@ -85,21 +83,16 @@ impl Watches {
         namespace: &str,
         config: &Kubernetes,
     ) -> Self {
-        let node_reports = Watch::start(
-            (&client, &notifier),
-            "configmaps",
-            node_reports::selection(namespace),
-            |map, before| Some(StoredReport::of(map, before)),
-        );
+        let node_reports = Watch::start(&client, &notifier, node_reports::selection(namespace));
         let mut watches = Self {
             client,
             server,
             notifier,
             config: config.clone(),
-            services: WatchSet::new(),
-            slices: WatchSet::new(),
-            pods: WatchSet::new(),
-            counted: WatchSet::new(),
+            services: WatchSet::EMPTY,
+            slices: WatchSet::EMPTY,
+            pods: WatchSet::EMPTY,
+            counted: WatchSet::EMPTY,
             node_reports,
             complete: false,
         };
@@ -121,43 +114,29 @@ impl Watches {
     /// Starts the watches that the configuration and the Services found so far need. What is not
     /// needed any more ends once the new ones have listed everything: until then the old answer.
     fn adjust(&mut self) {
-        let api = (&self.client, &self.notifier);
+        let (client, notifier) = (&self.client, &self.notifier);
         let entries = &self.config.services;
-        let services = entries
-            .iter()
-            .flat_map(|entry| services::selections(&entry.of));
-        self.services.need(services.collect(), |selection| {
-            Watch::start(api, "services", selection.clone(), |service, _| {
-                Some(ServiceFacts::of(service))
-            })
+        let services = entries.iter().map(|entry| &entry.of);
+        let services = services.flat_map(services::selections).collect();
+        self.services.need(services, |services| {
+            Watch::start(client, notifier, services.clone())
         });
         let (mut slices, mut pods) = (BTreeSet::new(), BTreeSet::new());
         for store in self.services.stores() {
             let found = &store.listing().items;
             slices.extend(SliceSet::of(found.keys()));
-            let selections = found
-                .iter()
-                .filter_map(|(name, facts)| pods_of(name, facts));
-            pods.extend(selections);
+            pods.extend(found.iter().filter_map(pods_of));
         }
         self.slices.need(slices, |set| {
-            let resource = "endpointslices.discovery.k8s.io";
-            Watch::start(api, resource, set.selection(), |slice, _| {
-                SliceFacts::of(slice)
-            })
+            Watch::start(client, notifier, set.selection())
         });
-        self.pods.need(pods, |selection| {
-            Watch::start(api, "pods", selection.clone(), |pod, _| {
-                Some(PodFacts::of(pod))
-            })
-        });
+        self.pods
+            .need(pods, |pods| Watch::start(client, notifier, pods.clone()));
         let classes = entries.iter().flat_map(pods::classes);
-        self.counted
-            .need(classes.map(pods::of_class).collect(), |selection| {
-                Watch::start(api, "pods", selection.clone(), |_: &pods::Metadata, _| {
-                    Some(())
-                })
-            });
+        let classes = classes.map(pods::of_class).collect();
+        self.counted.need(classes, |class| {
+            Watch::start(client, notifier, class.clone())
+        });
         if self.is_listed() {
             self.complete = true;
             self.services.end_others();
@@ -175,6 +154,14 @@ impl Watches {
             && self.node_reports.store.is_complete()
     }
 
+    /// The requests that a quota may need.
+    fn healths(&self) -> impl Iterator<Item = &Health> {
+        let listed = self.services.healths().chain(self.slices.healths());
+        let pods = self.pods.healths().chain(self.counted.healths());
+        let reports = [&*self.node_reports.store.health];
+        listed.chain(pods).chain(reports)
+    }
+
     /// What is known, after an adjustment to the Services that were found. `others` are requests
     /// whose problems are reported, and which no quota needs.
     pub(crate) fn view<'a>(
@@ -187,12 +174,7 @@ impl Watches {
             complete: self.complete,
             ..View::default()
         };
-        let needed = self.services.healths();
-        let needed = needed
-            .chain(self.slices.healths())
-            .chain(self.pods.healths());
-        let needed = needed.chain(self.counted.healths());
-        for health in needed.chain([&*self.node_reports.store.health]) {
+        for health in self.healths() {
             view.silent_for = view.silent_for.max(health.failing_for());
             health.add_to(&mut problems, &self.server);
         }
@@ -208,9 +190,8 @@ impl Watches {
         for stored in self.node_reports.store.listing().items.values() {
             match stored.received() {
                 Ok(received) => {
-                    _ = view
-                        .nodes
-                        .insert(received.node_report.node.clone(), received)
+                    let node = received.node_report.node.clone();
+                    view.nodes.insert(node, received);
                 }
                 Err(problem) => problems.add(problem),
             }
@@ -226,14 +207,11 @@ impl Watches {
         problems: &mut Problems,
     ) {
         let selections = services::selections(&entry.of);
-        let stores = selections
-            .iter()
-            .filter_map(|selection| self.services.get(selection));
+        let stores = selections.iter().filter_map(|key| self.services.get(key));
         let listings: Vec<_> = stores.map(Store::listing).collect();
-        if listings
-            .iter()
-            .all(|listing| listing.complete && listing.items.is_empty())
-        {
+        let is_empty =
+            |listing: &MutexGuard<'_, Listing<_>>| listing.complete && listing.items.is_empty();
+        if listings.iter().all(is_empty) {
             problems.add(none_found(entry));
         }
         for (service, facts) in listings.iter().flat_map(|listing| &listing.items) {
@@ -263,7 +241,7 @@ impl Watches {
     }
 
     /// The pods of a Service by target port; `None`: its slices have not been listed yet.
-    fn behind(&self, service: &ObjectName, port: &str) -> Option<BTreeMap<u16, Vec<SlicePod>>> {
+    fn behind(&self, service: &ObjectName, port: &str) -> Option<BTreeMap<u16, Vec<Endpoint>>> {
         let running = self.slices.running.iter();
         let covering = running.filter(|(slices, _)| slices.covers(service));
         for (_, watch) in covering {
@@ -280,37 +258,34 @@ impl Watches {
         &self,
         service: &ObjectName,
         facts: &ServiceFacts,
-        found: Vec<SlicePod>,
+        found: Vec<Endpoint>,
         problems: &mut Problems,
     ) -> Option<Vec<Endpoint>> {
-        let store = pods_of(service, facts).and_then(|selection| self.pods.get(&selection));
+        let store = pods_of((service, facts)).and_then(|selection| self.pods.get(&selection));
         let Some(store) = store else {
             // Without a selector nothing but the slices says which pods the Service means.
-            let without_selector = facts.pods.is_none();
-            return without_selector
-                .then(|| found.into_iter().map(|pod| endpoint(pod, 1)).collect());
+            return facts.pods.is_none().then_some(found);
         };
         let failing = store.health.is_failing();
         let listing = store.listing();
         if !listing.complete && !failing {
             return None;
         }
-        let mut endpoints = Vec::with_capacity(found.len());
-        for pod in found {
-            let known = listing.items.get(&pod.name);
-            let weight = match known.filter(|known| known.uid == pod.uid) {
-                Some(known) if known.job => continue,
-                Some(known) => known.weight.clone().unwrap_or_else(|text| {
-                    problems.add(wrong_weight(&pod.name, &text));
-                    1
-                }),
+        let serves = |mut pod: Endpoint| {
+            let known = listing.items.get(&pod.pod);
+            match known.filter(|known| known.uid == pod.uid) {
+                Some(known) if known.job => return None,
+                Some(known) => match &known.weight {
+                    Ok(weight) => pod.weight = *weight,
+                    Err(text) => problems.add(wrong_weight(&pod.pod, text)),
+                },
                 // Its slice is ahead of its metadata, or the Service's selector does not mean it.
-                None if !failing => continue,
-                None => 1,
-            };
-            endpoints.push(endpoint(pod, weight));
-        }
-        Some(endpoints)
+                None if !failing => return None,
+                None => (),
+            }
+            Some(pod)
+        };
+        Some(found.into_iter().filter_map(serves).collect())
     }
 
     /// `None`: it does not follow from pods, or they have not been listed yet.
@@ -326,21 +301,9 @@ impl Watches {
     }
 }
 
-fn pods_of(service: &ObjectName, facts: &ServiceFacts) -> Option<Selection> {
+fn pods_of((service, facts): (&ObjectName, &ServiceFacts)) -> Option<Selection> {
     let labels = facts.pods.as_ref()?;
     Some(pods::of_service(service, labels))
-}
-
-fn endpoint(pod: SlicePod, weight: u32) -> Endpoint {
-    Endpoint {
-        pod: pod.name,
-        uid: pod.uid,
-        addresses: pod.addresses,
-        node: pod.node,
-        ready: pod.ready,
-        terminating: pod.terminating,
-        weight,
-    }
 }
 
 fn none_found(entry: &ClusterService) -> String {
