@@ -50,7 +50,7 @@ fn group_text(group: &GroupStatus) -> String {
     text += &wrapped("  Quota: ", &group.sentence);
     if group.starved > 0 {
         let words = format!(
-            "{} sources are refused again and again, and served by nobody.",
+            "{} starved sources: refused again and again, and served by no pod.",
             group.starved
         );
         text += &wrapped("  ! ", &words);
