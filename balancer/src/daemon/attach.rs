@@ -136,7 +136,7 @@ impl GuardedNetns {
         let now = Instant::now();
         self.lost
             .retain(|_, since| now.duration_since(*since) < LOOK_AGAIN_AFTER);
-        let slots = writer.slots()?;
+        let slots = writer.tables.slots()?;
         let inhabited = inhabited(&slots);
         for cookie in inhabited
             .keys()
@@ -194,13 +194,13 @@ impl GuardedNetns {
         let mut wanted: HashSet<u64> = named.iter().copied().collect();
         for (cookie, inode) in writer.loader.guarded()? {
             if inode.is_none() {
-                writer.drop_netns(cookie)?;
+                writer.audit.drop_netns(&writer.tables, cookie)?;
                 self.found.remove(&cookie);
                 wanted.remove(&cookie);
             }
         }
         if self.any {
-            let inhabited = inhabited(&writer.slots()?);
+            let inhabited = inhabited(&writer.tables.slots()?);
             self.found
                 .retain(|cookie, _| inhabited.contains_key(cookie));
             let found = self.found.keys().copied();
@@ -215,7 +215,7 @@ impl GuardedNetns {
     /// # Errors
     /// When the namespaces or their sockets can't be read.
     pub fn check(&mut self, writer: &mut Writer, first: bool) -> Result<()> {
-        writer.begin_check()?;
+        writer.audit.begin(&writer.tables)?;
         let open = self.open_all(writer, first)?;
         for (cookie, file) in open {
             netns::inside(&file, || writer.check(cookie, first))
@@ -240,7 +240,7 @@ impl GuardedNetns {
                 .map(|namespace| (namespace.cookie, namespace.into()))
                 .collect()
         } else {
-            let wanted: Vec<NetnsHint> = inhabited(&writer.slots()?)
+            let wanted: Vec<NetnsHint> = inhabited(&writer.tables.slots()?)
                 .into_iter()
                 .filter_map(|(cookie, listened)| {
                     let seen = self.found.get(&cookie)?;
@@ -301,7 +301,7 @@ fn drop_adopted(slots: &[SlotView], cookie: u64, writer: &mut Writer) {
         backend.netns == cookie && backend.flags & Backend::ADOPTED != 0
     };
     if slots.iter().any(|view| adopted(&view))
-        && let Err(error) = writer.drop_netns(cookie)
+        && let Err(error) = writer.audit.drop_netns(&writer.tables, cookie)
     {
         warn!("cannot close the backends of a network namespace that is gone: {error:#}");
     }

@@ -11,7 +11,7 @@ use balancer_common::BackendState;
 use super::pod_resolver::{Groups, PodResolver};
 use super::quotas::{Quotas, Waits, settle};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, Kubernetes};
-use crate::dataplane::{QuotaSource, SlotView, Writer};
+use crate::dataplane::{QuotaSource, SlotView, Writer, services};
 use crate::kubernetes::{Endpoint, GroupId, Peak, RefusedSource, ReportedBackend, View};
 use crate::quota::starved::{self, Refusals, Refused, Starved};
 use crate::quota::window::Window;
@@ -162,7 +162,7 @@ impl Shares {
         quotas: &mut Quotas,
         writer: &mut Writer,
     ) -> Result<()> {
-        let slots = writer.slots()?;
+        let slots = writer.tables.slots()?;
         self.forget(&view.groups);
         for id in view.groups.keys() {
             let Some(entry) = config.services.iter().find(|entry| entry.name == id.entry) else {
@@ -303,7 +303,7 @@ impl Shares {
     /// When a map can't be read.
     pub fn open(slots: &[&SlotView], writer: &mut Writer, why: &str) -> Result<()> {
         for slot in slots {
-            let weight = writer.weight_of(slot);
+            let weight = writer.rules.weight_of(&slot.member.backend);
             settle(
                 writer,
                 slot,
@@ -312,7 +312,7 @@ impl Shares {
                 weight,
                 why,
             )?;
-            writer.write_sentence(slot.member.backend.service, why)?;
+            services::write_sentence(&mut writer.tables, slot.member.backend.service, why)?;
         }
         Ok(())
     }
@@ -333,11 +333,11 @@ impl Shares {
             }
         }
         for (service, sentences) in of_service {
-            let words = match writer.quota_by_hand(service)? {
+            let words = match services::quota_by_hand(&writer.tables, service)? {
                 Some(quota) => format!("set by hand: {quota} for each backend"),
                 None => joined(&sentences),
             };
-            writer.write_sentence(service, &words)?;
+            services::write_sentence(&mut writer.tables, service, &words)?;
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use self::mode::kubernetes::KubernetesMode;
 use self::quotas::Quotas;
 use crate::api::{Reply, Request, Response, Server};
 use crate::config::{Config, NetnsScope};
-use crate::dataplane::{Events, Lock, Paths, Plan, Writer};
+use crate::dataplane::{Events, Lock, Paths, Plan, Writer, services, slots};
 use crate::discover::cgroup2_mount;
 use crate::sys::privileges::{Kept, drop_to, suffice_for};
 use crate::sys::{clock, memory};
@@ -172,31 +172,28 @@ impl Daemon {
     fn start(&mut self) -> Result<()> {
         self.inherit()?;
         self.plan = self.wanted()?;
-        match &self.plan {
-            Some(plan) => self.writer.apply(plan)?,
-            None => self.writer.resume()?,
-        }
+        self.writer.apply(self.plan.as_ref())?;
         self.check(true)?;
-        self.writer.give_back_held()?;
+        slots::give_back_held(&mut self.writer.tables)?;
         if let Some(cluster) = &mut self.cluster {
             cluster.tie(&mut self.guarded, &mut self.writer)?;
         }
         self.share()?;
         // Not before: the quotas that the last daemon left may have been refusing nobody for a while. And not later: a data plane
         // that has never had a sign of life refuses nobody.
-        self.writer.beat(self.config.fail_open_after);
+        self.writer.tables.beat(self.config.fail_open_after);
         self.writer.switch()?;
         self.guarded.attach(&mut self.writer)?;
         self.writer.loader.follow_logs();
         self.update()?;
-        self.writer.beat(self.config.fail_open_after);
+        self.writer.tables.beat(self.config.fail_open_after);
         Ok(())
     }
 
     /// Ports of a cluster keep the names that the last daemon gave them.
     fn inherit(&mut self) -> Result<()> {
         if let (Some(cluster), Some(kubernetes)) = (&mut self.cluster, &self.config.kubernetes) {
-            cluster.inherit(kubernetes, self.writer.service_ports()?);
+            cluster.inherit(kubernetes, services::ports(&self.writer.tables)?);
         }
         Ok(())
     }
@@ -251,7 +248,7 @@ impl Daemon {
 
     /// What failed is tried again at the next tick; counting and steering go on meanwhile.
     fn tick(&mut self) {
-        self.writer.beat(self.config.fail_open_after);
+        self.writer.tables.beat(self.config.fail_open_after);
         if let Err(error) = self.reconcile().and_then(|()| self.update()) {
             error!("the data plane could not be brought up to date: {error:#}");
         }
@@ -287,7 +284,7 @@ impl Daemon {
     fn apply_plan(&mut self) -> Result<()> {
         self.plan
             .as_ref()
-            .map_or(Ok(()), |plan| self.writer.apply(plan))
+            .map_or(Ok(()), |plan| self.writer.apply(Some(plan)))
     }
 
     /// What no event tells.
@@ -305,7 +302,7 @@ impl Daemon {
     }
 
     fn update(&mut self) -> Result<()> {
-        for freed in self.writer.free_empty()? {
+        for freed in self.writer.empty.free(&mut self.writer.tables)? {
             debug!(
                 "slot {} is free: its last connection has left",
                 freed.slot()
@@ -331,7 +328,7 @@ impl Daemon {
         let cost = clock::processor_time().saturating_sub(before);
         self.next_check = Instant::now() + TICK;
         checked?;
-        let audit_totals = self.writer.end_check(cost);
+        let audit_totals = self.writer.audit.end(&self.writer.tables, cost);
         debug!(
             "comparison {}: {:.1} ms of processor time, drift {}, {} repairs so far",
             audit_totals.checks,
@@ -342,9 +339,9 @@ impl Daemon {
         let share = if first {
             // It also looks for owners and namespaces, which later ones don't.
             0
-        } else if self.writer.is_in_doubt() {
+        } else if self.writer.audit.is_in_doubt() {
             DOUBTFUL_SHARE
-        } else if self.writer.has_adopted() {
+        } else if self.writer.audit.has_adopted() {
             ADOPTED_SHARE
         } else {
             CHECK_SHARE
@@ -370,7 +367,7 @@ impl Daemon {
     fn note_refusal(&mut self, event: &Event) {
         if let Some(cluster) = &mut self.cluster
             && EventKind::from_number(event.kind) == Some(EventKind::Refused)
-            && let Some(port) = self.writer.port_of(event.service)
+            && let Some(port) = services::port_of(&self.writer.tables, event.service)
         {
             cluster.refused(event.netns, port, event.address.into());
         }
@@ -378,7 +375,7 @@ impl Daemon {
 
     /// Logs an event; true: it is about a listener.
     fn report(&self, event: &Event) -> bool {
-        let service = self.writer.service_name(event.service);
+        let service = services::name(&self.writer.tables, event.service);
         let address = std::net::SocketAddr::new(event.address.into(), event.port);
         match EventKind::from_number(event.kind) {
             Some(EventKind::ListenerUp) => {
@@ -499,7 +496,7 @@ impl Daemon {
         };
         let answered = answered.and_then(|message| {
             if let Some(plan) = &self.plan {
-                self.writer.refresh_ports(plan)?;
+                services::refresh_ports(&mut self.writer.tables, plan)?;
             }
             self.share()?;
             Ok(message)

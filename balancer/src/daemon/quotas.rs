@@ -9,7 +9,7 @@ use tracing::info;
 
 use super::attach::GuardedNetns;
 use crate::config::{Config, QuotaRule, Service};
-use crate::dataplane::{QuotaSource, SlotQuota, SlotView, Writer};
+use crate::dataplane::{QuotaSource, SlotQuota, SlotView, Writer, services, slots};
 use crate::quota::{Outcome, Quota, Ready, compute};
 
 /// The quotas computed last, by service.
@@ -71,8 +71,8 @@ impl Quotas {
         guarded: &GuardedNetns,
         writer: &mut Writer,
     ) -> Result<()> {
-        let ids = writer.service_ids()?;
-        let slots = writer.slots()?;
+        let ids = services::ids(&writer.tables)?;
+        let slots = writer.tables.slots()?;
         self.waits
             .retain(|name| config.services.iter().any(|service| service.name == *name));
         for service in &config.services {
@@ -100,20 +100,21 @@ impl Quotas {
     ) -> Result<()> {
         let inputs: Vec<Ready> = ready
             .iter()
-            .map(|view| self.input(view, writer.weight_of(view)))
+            .map(|view| self.input(view, writer.rules.weight_of(&view.member.backend)))
             .collect();
         let waited = self.waits.waited(&service.name);
         let outcome = compute(&service.quota, &inputs, waited);
         self.waits.on_events(&service.name, &outcome);
         let source = by_rule(&service.quota);
         for (view, quota) in ready.iter().zip(&outcome.quotas) {
-            let weight = writer.weight_of(view);
+            let weight = writer.rules.weight_of(&view.member.backend);
             settle(writer, view, *quota, source, weight, &outcome.sentence)?;
         }
-        let sentence = writer.quota_by_hand(id)?.map_or(outcome.sentence, |quota| {
-            format!("set by hand: {quota} for each backend")
-        });
-        writer.write_sentence(id, &sentence)
+        let sentence = services::quota_by_hand(&writer.tables, id)?
+            .map_or(outcome.sentence, |quota| {
+                format!("set by hand: {quota} for each backend")
+            });
+        services::write_sentence(&mut writer.tables, id, &sentence)
     }
 
     /// What the quota of a backend that is ready depends on.
@@ -140,7 +141,7 @@ impl Quotas {
         slot: Option<u32>,
         quota: Option<u32>,
     ) -> Result<String> {
-        let ids = writer.service_ids()?;
+        let ids = services::ids(&writer.tables)?;
         let Some(id) = ids.get(service).copied() else {
             let known: Vec<_> = ids.into_keys().collect();
             bail!(
@@ -149,13 +150,13 @@ impl Quotas {
             );
         };
         let Some(slot) = slot else {
-            writer.set_quota_by_hand(id, quota)?;
+            services::set_quota_by_hand(&mut writer.tables, id, quota)?;
             return Ok(quota.map_or_else(
                 || format!("the quota of {service} follows its rule again"),
                 |quota| format!("the quota of every backend of {service} is {quota}"),
             ));
         };
-        let slots = writer.slots()?;
+        let slots = writer.tables.slots()?;
         let view = slots
             .iter()
             .find(|view| view.slot() == slot && view.member.backend.service == id)
@@ -164,12 +165,18 @@ impl Quotas {
                     "{service} has no backend in slot {slot}; `balancer status` shows the slots"
                 )
             })?;
-        let weight = writer.weight_of(view);
+        let weight = writer.rules.weight_of(&view.member.backend);
         if let Some(quota) = quota {
-            writer.set_quota(slot_quota(view, Some(quota), QuotaSource::Backend, weight));
+            slots::set_quota(
+                &writer.tables,
+                slot_quota(view, Some(quota), QuotaSource::Backend, weight),
+            );
             return Ok(format!("the quota of slot {slot} of {service} is {quota}"));
         }
-        writer.set_quota(slot_quota(view, present(view), QuotaSource::Rule, weight));
+        slots::set_quota(
+            &writer.tables,
+            slot_quota(view, present(view), QuotaSource::Rule, weight),
+        );
         self.cleared.insert(slot);
         Ok(format!(
             "the quota of slot {slot} of {service} follows the service's again"
@@ -192,7 +199,7 @@ pub fn settle(
     let id = view.member.backend.service;
     let (quota, source) = if is_by_hand(view) {
         (present(view), QuotaSource::Backend)
-    } else if let Some(quota) = writer.quota_by_hand(id)? {
+    } else if let Some(quota) = services::quota_by_hand(&writer.tables, id)? {
         (
             Some(quota).filter(|quota| *quota != UNLIMITED),
             QuotaSource::Service,
@@ -205,7 +212,7 @@ pub fn settle(
         QuotaSource::Service | QuotaSource::Backend => "set by hand",
     };
     announce(writer, view, quota, why);
-    writer.set_quota(slot_quota(view, quota, source, weight));
+    slots::set_quota(&writer.tables, slot_quota(view, quota, source, weight));
     Ok(())
 }
 
@@ -253,7 +260,7 @@ fn announce(writer: &Writer, view: &SlotView, quota: Option<u32>, why: &str) {
     };
     info!(
         "{}: quota of slot {}: {before} -> {} ({why})",
-        writer.service_name(view.member.backend.service),
+        services::name(&writer.tables, view.member.backend.service),
         view.slot(),
         show(quota)
     );

@@ -142,7 +142,7 @@ impl Loader {
             return pins::remove_link(&self.lock, from);
         }
         let directory = self.paths.current();
-        let link = from.within(&directory);
+        let link = Link::new(&directory, from.program, cookie);
         let elsewhere = from.pin != link.pin;
         if elsewhere && link.pin.exists() {
             return pins::finish_move(&self.lock, from, &file, &link.pin);

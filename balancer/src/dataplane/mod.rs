@@ -13,8 +13,8 @@ mod plain;
 mod plan;
 mod programs;
 mod read;
-mod services;
-mod slots;
+pub mod services;
+pub mod slots;
 mod tables;
 mod writer;
 

@@ -124,11 +124,6 @@ impl Link {
     pub fn netns(&self) -> Option<u64> {
         (self.program.hook.target() == Target::Netns).then_some(self.target)
     }
-
-    /// The link of this program to this target, pinned in another directory.
-    pub fn within(&self, directory: &Path) -> Self {
-        Self::new(directory, self.program, self.target)
-    }
 }
 
 #[cfg(test)]

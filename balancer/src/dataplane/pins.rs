@@ -187,7 +187,11 @@ pub(super) fn cleaned_up<T>(outcome: Result<T>, cleaning: Result<()>) -> Result<
 
 /// Removes a directory with everything in it: links first, so that nothing runs on half of its
 /// maps.
-pub(super) fn remove_directory(lock: &Lock, directory: &Path) -> Result<()> {
+pub(super) fn remove_directory(_: &Lock, directory: &Path) -> Result<()> {
+    remove_tree(directory)
+}
+
+fn remove_tree(directory: &Path) -> Result<()> {
     let mut entries: Vec<PathBuf> = match fs::read_dir(directory) {
         Ok(entries) => entries
             .map(|entry| Ok(entry?.path()))
@@ -204,7 +208,7 @@ pub(super) fn remove_directory(lock: &Lock, directory: &Path) -> Result<()> {
     });
     for entry in entries {
         if entry.is_dir() {
-            remove_directory(lock, &entry)?;
+            remove_tree(&entry)?;
         } else {
             if let Some(link) = Link::at(&entry) {
                 detach(&link)?;

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use balancer_common::Policy;
 use balancer_common::abi::{
-    ANY_NETNS, Address, ExemptKey, ListenRule, NO_SERVICE, PortKey, ServicePort, UNLIMITED,
+    ANY_NETNS, Address, Backend, ExemptKey, ListenRule, NO_SERVICE, PortKey, ServicePort, UNLIMITED,
 };
 use ipnet::IpNet;
 
@@ -104,7 +104,7 @@ impl Plan {
     }
 
     /// The content of `LISTEN_RULES`.
-    pub fn rules(&self, ids: &[u16]) -> BTreeMap<PortKey, ListenRule> {
+    pub fn rules(&self, ids: &[u16]) -> Rules {
         let mut scopes: Vec<(u64, u16)> =
             self.namespaces.iter().map(|cookie| (*cookie, 0)).collect();
         if self.any_namespace {
@@ -125,7 +125,7 @@ impl Plan {
             }
             self.add_wildcards(netns, scope, ids, &mut rules);
         }
-        rules
+        Rules(rules)
     }
 
     /// A listener that is bound to no address receives what is sent to a backend's address too: it is that backend,
@@ -177,14 +177,26 @@ impl Plan {
     }
 }
 
-/// The rule that the kernel finds for a listener.
-pub fn rule_of(
-    rules: &BTreeMap<PortKey, ListenRule>,
-    netns: u64,
-    address: Address,
-    port: u16,
-) -> Option<ListenRule> {
-    ListenRule::most_specific(netns, address, port, |key| rules.get(&key).copied())
+/// The content of `LISTEN_RULES`: which service a listener is of.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rules(pub BTreeMap<PortKey, ListenRule>);
+
+impl Rules {
+    /// The rule that the kernel finds for a listener.
+    pub fn of(&self, netns: u64, address: Address, port: u16) -> Option<ListenRule> {
+        ListenRule::most_specific(netns, address, port, |key| self.0.get(&key).copied())
+    }
+
+    /// The rule that the kernel finds for the listener of a backend.
+    pub fn of_backend(&self, backend: &Backend) -> Option<ListenRule> {
+        self.of(backend.netns, backend.address, backend.port)
+    }
+
+    /// The weight of a backend.
+    pub fn weight_of(&self, backend: &Backend) -> u32 {
+        let rule = self.of_backend(backend);
+        rule.map_or(backend.weight, |rule| rule.weight)
+    }
 }
 
 #[cfg(test)]
@@ -258,10 +270,10 @@ mod tests {
             any_namespace: false,
         };
         let rules = plan.rules(&[0]);
-        assert!(rule_of(&rules, 7, Address::ANY, 21801).is_some());
-        assert!(rule_of(&rules, 7, ip("127.0.0.1"), 21801).is_some());
-        assert!(rule_of(&rules, 7, ip("127.0.0.2"), 21801).is_none());
-        assert!(rule_of(&rules, 8, ip("127.0.0.1"), 21801).is_none());
+        assert!(rules.of(7, Address::ANY, 21801).is_some());
+        assert!(rules.of(7, ip("127.0.0.1"), 21801).is_some());
+        assert!(rules.of(7, ip("127.0.0.2"), 21801).is_none());
+        assert!(rules.of(8, ip("127.0.0.1"), 21801).is_none());
         let other = [(Some("127.0.0.2"), 21801)];
         let plan = Plan {
             services: vec![
@@ -270,7 +282,7 @@ mod tests {
             ],
             ..plan
         };
-        assert!(rule_of(&plan.rules(&[0, 1]), 7, Address::ANY, 21801).is_none());
+        assert!(plan.rules(&[0, 1]).of(7, Address::ANY, 21801).is_none());
     }
 
     #[test]
@@ -281,9 +293,9 @@ mod tests {
             any_namespace: true,
         };
         let rules = plan.rules(&[0]);
-        assert_eq!(rule_of(&rules, 7, Address::ANY, 1).unwrap().flags, 0);
+        assert_eq!(rules.of(7, Address::ANY, 1).unwrap().flags, 0);
         assert_eq!(
-            rule_of(&rules, 8, ip("1.2.3.4"), 1).unwrap().flags,
+            rules.of(8, ip("1.2.3.4"), 1).unwrap().flags,
             ListenRule::CANDIDATE
         );
     }

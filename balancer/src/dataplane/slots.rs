@@ -1,16 +1,18 @@
-//! The daemon's side of slots: quotas in, closed ones out.
+//! The slots in the maps: quotas in, closed ones out.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
-use balancer_common::abi::{BackendState, SlotPolicy, SlotState, UNLIMITED};
+use balancer_common::abi::{
+    BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState, UNLIMITED,
+};
 use tracing::{debug, info};
 
-use super::tables::{SlotView, every_slot};
-use super::writer::Writer;
+use super::tables::{SlotView, Tables, every_slot};
 
 /// A closed slot is given away only after so long without a connection: a last one may be on its way out.
 const QUARANTINE: Duration = Duration::from_secs(1);
@@ -54,137 +56,181 @@ impl QuotaSource {
     }
 }
 
-impl Writer {
-    /// All taken slots.
-    ///
-    /// # Errors
-    /// When a map can't be read.
-    pub fn slots(&self) -> Result<Vec<SlotView>> {
-        self.tables.slots()
+/// Gives a backend its quota and weight, in force at the next SYN.
+pub fn set_quota(tables: &Tables, wanted: SlotQuota) {
+    let quota = wanted.quota.unwrap_or(UNLIMITED);
+    let flags = wanted.source.flags();
+    let policy = SlotPolicy::new(wanted.generation, quota, wanted.weight, flags);
+    let present = tables.policy(wanted.slot);
+    if (present.quota, present.weight) == (policy.quota, policy.weight) {
+        return;
     }
+    // The quota's word carries the generation that makes both valid: it goes last.
+    tables
+        .weight_word(wanted.slot)
+        .store(policy.weight, Ordering::SeqCst);
+    tables
+        .quota_word(wanted.slot)
+        .store(policy.quota, Ordering::SeqCst);
+}
 
-    /// Gives a backend its quota and weight, in force at the next SYN.
-    pub fn set_quota(&self, wanted: SlotQuota) {
-        let quota = wanted.quota.unwrap_or(UNLIMITED);
-        let policy = SlotPolicy::new(
-            wanted.generation,
-            quota,
-            wanted.weight,
-            wanted.source.flags(),
-        );
-        let present = self.tables.policy(wanted.slot);
-        if (present.quota, present.weight) == (policy.quota, policy.weight) {
-            return;
+/// Closes a slot: no SYN is sent to it any more, and what it holds is counted on.
+pub fn close(tables: &Tables, view: &SlotView) {
+    if tables.change_state(view.slot(), view.slot_state(), BackendState::Closed) {
+        tables.leave(view.member.backend.service, view.slot());
+    }
+}
+
+/// Why a listener has no slot, told apart from other reasons: while that is so, nobody is refused.
+#[derive(Debug)]
+pub struct NoSlot(&'static str, usize);
+
+const ALL_TAKEN: NoSlot = NoSlot("all slots are taken", MAX_SLOTS);
+
+impl fmt::Display for NoSlot {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} ({})", self.0, self.1)
+    }
+}
+
+impl std::error::Error for NoSlot {}
+
+/// Whether a service can have one more backend.
+///
+/// # Errors
+/// When it can't: why.
+pub fn room_for(tables: &Tables, service: u16) -> Result<(), NoSlot> {
+    let words = tables.members(service);
+    let members: u32 = words.iter().map(|word| word.count_ones()).sum();
+    if members as usize >= MAX_MEMBERS {
+        return Err(NoSlot(
+            "its service has all the backends that one can have",
+            MAX_MEMBERS,
+        ));
+    }
+    let first = free_slots(tables).next();
+    first.map(drop).ok_or(ALL_TAKEN)
+}
+
+/// Claims the first free slot, as the kernel half does.
+///
+/// # Errors
+/// When there is none, or the service can have no more backends.
+pub fn claim(tables: &Tables, service: u16) -> Result<(u32, SlotState), NoSlot> {
+    room_for(tables, service)?;
+    free_slots(tables)
+        .find(|(slot, state)| tables.change_state(*slot, *state, BackendState::Held))
+        .ok_or(ALL_TAKEN)
+}
+
+fn free_slots(tables: &Tables) -> impl Iterator<Item = (u32, SlotState)> {
+    every_slot()
+        .map(|slot| (slot, tables.slot_state(slot)))
+        .filter(|(_, state)| state.is(BackendState::Free))
+}
+
+/// Closes the slots of a netns that is gone, with all its sockets; returns those that still counted
+/// connections, and how many.
+///
+/// # Errors
+/// When a map can't be read.
+pub fn close_netns(tables: &Tables, netns: u64) -> Result<Vec<(SlotView, u64)>> {
+    let mut counted = Vec::new();
+    let mut slots = tables.slots()?;
+    slots.retain(|view| view.member.backend.netns == netns);
+    for view in slots {
+        close(tables, &view);
+        tables.set_adopted(view.slot(), 0);
+        let word = tables.established_word(view.slot());
+        let left = word.swap(0, Ordering::SeqCst);
+        if left != 0 {
+            counted.push((view, left & u64::from(u32::MAX)));
         }
-        // The quota's word carries the generation that makes both valid: it goes last.
-        self.tables
-            .weight_word(wanted.slot)
-            .store(policy.weight, Ordering::SeqCst);
-        self.tables
-            .quota_word(wanted.slot)
-            .store(policy.quota, Ordering::SeqCst);
     }
+    Ok(counted)
+}
 
-    pub(super) fn close(&mut self, view: &SlotView) {
-        let slot_state = view.slot_state();
-        let closed = slot_state.with(BackendState::Closed).0;
-        let word = self.tables.slot_state(view.slot());
-        if word
-            .compare_exchange(slot_state.0, closed, Ordering::SeqCst, Ordering::SeqCst)
-            .is_ok()
-        {
-            self.tables.leave(view.member.backend.service, view.slot());
-        }
-    }
+/// Since when each closed slot, with its generation, has been seen without connections.
+#[derive(Debug, Default)]
+pub struct EmptySlots(BTreeMap<u32, (u32, Instant)>);
 
+impl EmptySlots {
     /// Frees the closed slots that have had no connection for a while; returns them.
     ///
     /// # Errors
     /// When a map can't be read or changed.
-    pub fn free_empty(&mut self) -> Result<Vec<SlotView>> {
+    pub fn free(&mut self, tables: &mut Tables) -> Result<Vec<SlotView>> {
         let now = Instant::now();
-        let empty: Vec<SlotView> = self
-            .slots()?
-            .into_iter()
-            .filter(|view| {
-                view.slot_state().is(BackendState::Closed) && view.member.counts.established == 0
-            })
-            .collect();
+        let mut empty = tables.slots()?;
+        empty.retain(|view| {
+            view.slot_state().is(BackendState::Closed) && view.member.counts.established == 0
+        });
         let slots: HashSet<u32> = empty.iter().map(SlotView::slot).collect();
-        self.empty_since.retain(|slot, _| slots.contains(slot));
+        self.0.retain(|slot, _| slots.contains(slot));
         let mut freed = Vec::new();
         for view in empty {
             let generation = view.slot_state().generation();
-            let (seen, since) = *self
-                .empty_since
-                .entry(view.slot())
-                .or_insert((generation, now));
+            let first = (generation, now);
+            let (seen, since) = *self.0.entry(view.slot()).or_insert(first);
             if seen != generation {
-                self.empty_since.insert(view.slot(), (generation, now));
-            } else if now.duration_since(since) >= QUARANTINE && self.free(&view)? {
-                self.empty_since.remove(&view.slot());
+                self.0.insert(view.slot(), first);
+            } else if now.duration_since(since) >= QUARANTINE && free(tables, &view)? {
+                self.0.remove(&view.slot());
                 freed.push(view);
             }
         }
         Ok(freed)
     }
+}
 
-    /// Claims the slot first: from then on a socket that listens again takes another one.
-    fn free(&mut self, view: &SlotView) -> Result<bool> {
-        let slot_state = view.slot_state();
-        let held = slot_state.with(BackendState::Held).0;
-        let word = self.tables.slot_state(view.slot());
-        if word
-            .compare_exchange(slot_state.0, held, Ordering::SeqCst, Ordering::SeqCst)
-            .is_err()
-        {
-            return Ok(false);
+/// Claims the slot first: from then on a socket that listens again takes another one.
+fn free(tables: &mut Tables, view: &SlotView) -> Result<bool> {
+    let claimed = tables.change_state(view.slot(), view.slot_state(), BackendState::Held);
+    if claimed {
+        give_back(tables, view.slot(), view.slot_state())?;
+    }
+    Ok(claimed)
+}
+
+fn give_back(tables: &mut Tables, slot: u32, slot_state: SlotState) -> Result<()> {
+    clear_listener(tables, slot)?;
+    let generation = slot_state.generation().wrapping_add(1);
+    tables.set_slot_state(slot, SlotState::new(generation, BackendState::Free));
+    Ok(())
+}
+
+/// Gives back the slots that an earlier daemon died over, after those that still have their listener
+/// have been registered.
+///
+/// # Errors
+/// When a map can't be changed.
+pub fn give_back_held(tables: &mut Tables) -> Result<()> {
+    for slot in every_slot() {
+        let slot_state = tables.slot_state(slot);
+        if !slot_state.is(BackendState::Held) {
+            continue;
         }
-        self.give_back(view.slot(), slot_state)?;
-        Ok(true)
-    }
-
-    fn give_back(&mut self, slot: u32, slot_state: SlotState) -> Result<()> {
-        self.clear_listener(slot)?;
-        let free = SlotState::new(slot_state.generation().wrapping_add(1), BackendState::Free);
-        self.tables.slot_state(slot).store(free.0, Ordering::SeqCst);
-        Ok(())
-    }
-
-    /// Gives back the slots that an earlier daemon died over, after those that still have their listener have been registered.
-    ///
-    /// # Errors
-    /// When a map can't be changed.
-    pub fn give_back_held(&mut self) -> Result<()> {
-        for slot in every_slot() {
-            let slot_state = SlotState(self.tables.slot_state(slot).load(Ordering::SeqCst));
-            if !slot_state.is(BackendState::Held) {
-                continue;
-            }
-            info!("slot {slot}: giving back what the last daemon died over");
-            if self.tables.counts(slot).established == 0 {
-                self.give_back(slot, slot_state)?;
-            } else {
-                let closed = slot_state.with(BackendState::Closed).0;
-                self.tables.slot_state(slot).store(closed, Ordering::SeqCst);
-            }
+        info!("slot {slot}: giving back what the last daemon died over");
+        if tables.counts(slot).established == 0 {
+            give_back(tables, slot, slot_state)?;
+        } else {
+            tables.set_slot_state(slot, slot_state.with(BackendState::Closed));
         }
-        Ok(())
     }
+    Ok(())
+}
 
-    /// A socket that was shut down, and not closed, is still in the map.
-    fn clear_listener(&mut self, slot: u32) -> Result<()> {
-        match self.tables.listeners.clear_index(&slot) {
-            Ok(()) => debug!("slot {slot}: its listener was still in the map"),
-            Err(MapError::SyscallError(error)) if not_there(&error.io_error) => {}
-            Err(MapError::KeyNotFound | MapError::ElementNotFound) => {}
-            Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("cannot clear the listener of slot {slot}"));
-            }
+/// A socket that was shut down, and not closed, is still in the map.
+fn clear_listener(tables: &mut Tables, slot: u32) -> Result<()> {
+    match tables.listeners.clear_index(&slot) {
+        Ok(()) => debug!("slot {slot}: its listener was still in the map"),
+        Err(MapError::SyscallError(error)) if not_there(&error.io_error) => {}
+        Err(MapError::KeyNotFound | MapError::ElementNotFound) => {}
+        Err(error) => {
+            return Err(error).with_context(|| format!("cannot clear the listener of slot {slot}"));
         }
-        Ok(())
     }
+    Ok(())
 }
 
 fn not_there(error: &std::io::Error) -> bool {

@@ -1,13 +1,16 @@
 //! The pinned maps, opened and typed.
 
 use std::net::IpAddr;
-use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::lpm_trie::Key;
-use aya::maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SockMap};
+use aya::maps::{
+    Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockMap,
+};
 use balancer_common::Reason;
 use balancer_common::abi::{
     Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey,
@@ -210,12 +213,12 @@ pub struct Tables {
     connections: MapData,
     backends: Array<MapData, Plain<Backend>>,
     verdicts: PerCpuArray<MapData, u64>,
-    lives: SharedArray,
+    states: SharedArray,
     policies: SharedArray,
     counts: SharedArray,
     totals: SharedArray,
     members: SharedArray,
-    states: SharedArray,
+    service_states: SharedArray,
     heartbeat: SharedArray,
     audit_totals: SharedArray,
 }
@@ -283,6 +286,12 @@ fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
         .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))
 }
 
+/// `BPF_NOEXIST`: never takes a listener from the kernel half, which may register it at this very
+/// moment.
+pub const ONLY_NEW: u64 = 1;
+/// `BPF_EXIST`: in place of what an earlier registration has left.
+pub const ONLY_OLD: u64 = 2;
+
 /// What a look-up in a map found.
 pub fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
     match found {
@@ -305,6 +314,11 @@ pub fn connection_of(socket: &Socket) -> Option<Connection> {
         class: bytes.get_u16_ne(),
         generation: bytes.get_u32_ne(),
     })
+}
+
+/// The backend that the storage of a listed socket names.
+pub fn backend_of(socket: &Socket) -> Option<BackendId> {
+    connection_of(socket).map(|connection| connection.id())
 }
 
 /// The slot that the storage of a listed socket names.
@@ -335,12 +349,12 @@ impl Tables {
             backends: Array::try_from(Map::Array(typed("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
             verdicts: PerCpuArray::try_from(Map::PerCpuArray(typed("VERDICTS")?))
                 .map_err(wrong("VERDICTS"))?,
-            lives: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
+            states: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
             policies: shared::<SlotPolicy>(directory, "POLICY", MAX_SLOTS)?,
             counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
             totals: shared::<Totals>(directory, "TOTALS", MAX_SLOTS)?,
             members: shared::<Members>(directory, "MEMBERS", MAX_SERVICES)?,
-            states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
+            service_states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
             heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
             audit_totals: shared::<AuditTotals>(directory, "AUDIT", 1)?,
         })
@@ -351,13 +365,24 @@ impl Tables {
         self.connections.fd().as_fd()
     }
 
-    /// The same for writing, as a descriptor of its own.
-    pub fn connection_data(&self) -> Result<MapData> {
-        let copy = self
-            .connection_map()
-            .try_clone_to_owned()
-            .context("cannot copy a descriptor")?;
-        MapData::from_fd(copy).context("cannot query the map CONNECTION")
+    /// Writes a socket's storage; `flags` are of `bpf_map_update_elem`.
+    pub fn set_connection(
+        &self,
+        socket: &OwnedFd,
+        connection: Connection,
+        flags: u64,
+    ) -> Result<()> {
+        let copy = self.connection_map().try_clone_to_owned();
+        let copy = copy.context("cannot copy a descriptor")?;
+        let map = MapData::from_fd(copy).context("cannot query the map CONNECTION")?;
+        let mut storage: SkStorage<MapData, Plain<Connection>> =
+            SkStorage::try_from(Map::SkStorage(map))?;
+        storage
+            .insert(&socket.as_raw_fd(), Plain(connection), flags)
+            .context(
+                "its socket storage can't be set (the kernel half has just registered it, or \
+                 memory is short)",
+            )
     }
 
     /// Whether a source is exempt for a service.
@@ -376,9 +401,25 @@ impl Tables {
         )?))?)
     }
 
-    /// Generation and state of a slot, to compare and swap.
-    pub fn slot_state(&self, slot: u32) -> &AtomicU64 {
-        self.lives.word(slot, word!(Backend.slot_state))
+    fn state_word(&self, slot: u32) -> &AtomicU64 {
+        self.states.word(slot, word!(Backend.slot_state))
+    }
+
+    /// Generation and state of a slot.
+    pub fn slot_state(&self, slot: u32) -> SlotState {
+        SlotState(self.state_word(slot).load(Ordering::SeqCst))
+    }
+
+    /// Gives a slot another state, or generation and state.
+    pub fn set_slot_state(&self, slot: u32, state: SlotState) {
+        self.state_word(slot).store(state.0, Ordering::SeqCst);
+    }
+
+    /// Gives a slot another state where it still has the one given; says whether it had.
+    pub fn change_state(&self, slot: u32, from: SlotState, to: BackendState) -> bool {
+        self.state_word(slot)
+            .compare_exchange(from.0, from.with(to).0, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
     }
 
     /// The quota word of a slot.
@@ -391,9 +432,16 @@ impl Tables {
         self.policies.word(slot, word!(SlotPolicy.weight))
     }
 
-    /// The adopted connections of a slot.
-    pub fn adopted_word(&self, slot: u32) -> &AtomicU64 {
+    fn adopted_word(&self, slot: u32) -> &AtomicU64 {
         self.policies.word(slot, word!(SlotPolicy.adopted))
+    }
+
+    /// Says how many connections of a slot the daemon counts, as `Counts::established` packs it.
+    pub fn set_adopted(&self, slot: u32, count: u64) {
+        let word = self.adopted_word(slot);
+        if word.load(Ordering::Acquire) != count {
+            word.store(count, Ordering::SeqCst);
+        }
     }
 
     /// The kernel half's count of a slot, as `Counts::established` packs it.
@@ -410,7 +458,7 @@ impl Tables {
 
     /// Listeners of a service that could not be registered.
     pub fn unregistered_word(&self, service: u16) -> &AtomicU64 {
-        self.states
+        self.service_states
             .word(u32::from(service), word!(ServiceState.unregistered))
     }
 
@@ -501,7 +549,7 @@ impl Tables {
 
     /// The next ticket of round-robin.
     pub fn turn(&self, service: u16) -> u64 {
-        self.states
+        self.service_states
             .word(u32::from(service), word!(ServiceState.turn))
             .load(Ordering::Acquire)
     }
@@ -520,19 +568,22 @@ impl Tables {
         }
     }
 
-    /// The daemon lives.
-    pub fn beat(&self, beat: Heartbeat) {
-        self.heartbeat
-            .word(0, word!(Heartbeat.limit_ns))
-            .store(beat.limit_ns, Ordering::Release);
-        self.heartbeat
-            .word(0, word!(Heartbeat.last_ns))
-            .store(beat.last_ns, Ordering::Release);
+    /// The daemon lives, and the kernel may believe so for that long.
+    pub fn beat(&self, limit: Duration) {
+        let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        let words = [
+            (word!(Heartbeat.limit_ns), limit),
+            (word!(Heartbeat.last_ns), clock::monotonic_ns()),
+        ];
+        for (index, value) in words {
+            let word = self.heartbeat.word(0, index);
+            word.store(value, Ordering::Release);
+        }
     }
 
     /// A slot, if it is taken.
     pub fn slot(&self, slot: u32) -> Result<Option<SlotView>> {
-        let slot_state = SlotState(self.slot_state(slot).load(Ordering::Acquire));
+        let slot_state = self.slot_state(slot);
         if !matches!(
             slot_state.state(),
             BackendState::Active | BackendState::Closed
@@ -585,7 +636,7 @@ impl Tables {
             self.verdicts
                 .set(u32::from(service) * u32_of(REASON_SLOTS) + reason, zeros, 0)?;
         }
-        self.states
+        self.service_states
             .word(u32::from(service), word!(ServiceState.turn))
             .store(0, Ordering::Release);
         self.unregistered_word(service).store(0, Ordering::Release);

@@ -1,36 +1,30 @@
 //! The one writer of a data plane: its parts, for the daemon.
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::Path;
 
 use anyhow::Result;
-use balancer_common::abi::{Heartbeat, ListenRule, PortKey};
 
-use super::audit::Audit;
-use super::audit::handover::Handover;
-use super::audit::migrated::Migrated;
+use super::audit::{Audit, Handover};
 use super::loader::Loader;
 use super::lock::Lock;
 use super::paths::Paths;
+use super::plan::{Plan, Rules};
+use super::services;
+use super::slots::EmptySlots;
 use super::tables::Tables;
-use crate::sys::clock;
 
 /// The one writer of a data plane.
 pub struct Writer {
     /// The programs, loaded and attached.
     pub loader: Loader,
-    pub(super) tables: Tables,
-    /// The cgroup whose listeners are counted.
-    pub(super) cgroup: PathBuf,
-    pub(super) rules: BTreeMap<PortKey, ListenRule>,
-    /// Since when a closed slot has been seen without connections.
-    pub(super) empty_since: BTreeMap<u32, (u32, Instant)>,
-    /// What the comparisons with the socket table have found so far.
-    pub(super) audit: Audit,
-    pub(super) handover: Handover,
-    /// By the cookie of their namespace.
-    pub(super) migrated: BTreeMap<u64, Migrated>,
+    /// The maps.
+    pub tables: Tables,
+    /// The rules in force.
+    pub rules: Rules,
+    /// The closed slots that can soon be given away.
+    pub empty: EmptySlots,
+    /// What is known of the counts against the socket table.
+    pub audit: Audit,
 }
 
 impl Writer {
@@ -41,17 +35,26 @@ impl Writer {
     pub fn start(paths: Paths, lock: Lock, cgroup: &Path) -> Result<Self> {
         let handover = Handover::of(&paths)?;
         let (loader, tables) = Loader::start(paths, lock, cgroup)?;
-        let audit = Audit::of(tables.audit_totals());
         Ok(Self {
+            audit: Audit::new(tables.audit_totals(), handover, cgroup),
             loader,
             tables,
-            cgroup: cgroup.to_owned(),
-            rules: BTreeMap::new(),
-            empty_since: BTreeMap::new(),
-            audit,
-            handover,
-            migrated: BTreeMap::new(),
+            rules: Rules::default(),
+            empty: EmptySlots::default(),
         })
+    }
+
+    /// Puts a plan in force; without one, goes on with the rules that are in the kernel, while it is
+    /// not known what they should be.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply(&mut self, plan: Option<&Plan>) -> Result<()> {
+        if let Some(plan) = plan {
+            return services::apply(&mut self.tables, plan, &mut self.rules);
+        }
+        self.rules = services::rules(&self.tables)?;
+        Ok(())
     }
 
     /// Makes this data plane the one that decides: see [`Loader::switch`].
@@ -60,15 +63,16 @@ impl Writer {
     /// When the kernel refuses a program, or a pin can't be moved or removed.
     pub fn switch(&mut self) -> Result<()> {
         self.loader.switch()?;
-        self.handover.close();
+        self.audit.end_handover();
         Ok(())
     }
 
-    /// The daemon lives.
-    pub fn beat(&self, limit: Duration) {
-        self.tables.beat(Heartbeat {
-            last_ns: clock::monotonic_ns(),
-            limit_ns: u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX),
-        });
+    /// Compares the counts of one netns with its socket table: see [`Audit::check`].
+    ///
+    /// # Errors
+    /// When the socket table or a map can't be read.
+    pub fn check(&mut self, netns: u64, eager: bool) -> Result<()> {
+        self.audit
+            .check(&mut self.tables, &self.rules, netns, eager)
     }
 }

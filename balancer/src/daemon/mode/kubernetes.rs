@@ -104,7 +104,7 @@ impl KubernetesMode {
         if !self.view.complete {
             return Ok(None);
         }
-        let slots = writer.slots()?;
+        let slots = writer.tables.slots()?;
         let busy: HashSet<u16> = slots.iter().map(|view| view.member.backend.port).collect();
         self.ports.follow(config, &self.view.groups, &busy);
         let node = self.node_addresses();
@@ -169,11 +169,11 @@ impl KubernetesMode {
     /// The namespaces of pods that `steer` is not attached to yet.
     fn newcomers(&mut self, guarded: &mut GuardedNetns, writer: &mut Writer) -> Result<Vec<Open>> {
         let (pod_resolver, groups) = (&mut self.pod_resolver, &self.view.groups);
-        pod_resolver.look_at_host(&writer.slots()?);
+        pod_resolver.look_at_host(&writer.tables.slots()?);
         let mut newcomers =
             guarded.strangers(writer, |cookie| pod_resolver.wants(cookie, groups))?;
         newcomers.retain(|(cookie, file)| pod_resolver.look(*cookie, file, groups));
-        let namespaces = pod_resolver.namespaces(&writer.slots()?, groups);
+        let namespaces = pod_resolver.namespaces(&writer.tables.slots()?, groups);
         if namespaces.contains(&pod_resolver.host()) && !writer.loader.guards(pod_resolver.host()) {
             let host = netns::current().context("cannot open the node's own network namespace")?;
             newcomers.push((pod_resolver.host(), host));
@@ -198,7 +198,7 @@ impl KubernetesMode {
         }
         if self.view.complete {
             if !self.dismissed {
-                let slots = writer.slots()?;
+                let slots = writer.tables.slots()?;
                 self.api.publish(self.node_report(&slots));
             }
             return Ok(());
@@ -216,7 +216,7 @@ impl KubernetesMode {
             slot.slot_state().is(BackendState::Active)
                 && entry.is_some_and(|entry| matches!(entry.quota, ClusterQuota::Shared { .. }))
         };
-        let slots = writer.slots()?;
+        let slots = writer.tables.slots()?;
         let slots: Vec<&SlotView> = slots.iter().filter(computed).collect();
         let why = format!(
             "unlimited: the API server has told nothing since this daemon started, {} s ago at least",
@@ -288,7 +288,7 @@ impl KubernetesMode {
     /// # Errors
     /// When the slots can't be read.
     pub fn report(&self, writer: &Writer) -> Result<ClusterStatus> {
-        let slots = writer.slots()?;
+        let slots = writer.tables.slots()?;
         let own = self.node_report(&slots);
         let groups = self.view.groups.iter().map(|(id, endpoints)| GroupStatus {
             id: id.clone(),

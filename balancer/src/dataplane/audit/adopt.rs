@@ -1,49 +1,87 @@
-//! What runs already when the daemon comes: listeners are registered as the kernel half would have done, and the
-//! connections that they had, which the kernel half can't follow, are shared out among them.
+//! Listeners that were there before the kernel half are registered as it would have done.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt;
-use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use aya::maps::{Map, MapData, MapError, SkStorage};
+use aya::maps::MapError;
 use balancer_common::abi::{
-    Address, Backend, BackendState, Connection, ListenRule, MAX_MEMBERS, MAX_SLOTS, SlotState,
+    Address, Backend, BackendState, Connection, ListenRule, MAX_SLOTS, SlotState,
 };
 use tracing::{info, warn};
 
-use super::super::plain::Plain;
-use super::super::plan::rule_of;
-use super::super::tables::{SlotView, connection_of, every_slot};
-use super::super::writer::Writer;
+use super::super::plan::Rules;
+use super::super::services;
+use super::super::slots::{self, NoSlot};
+use super::super::tables::{ONLY_NEW, ONLY_OLD, Tables, backend_of};
+use super::connections::bound_to;
 use super::socket_table::SocketTable;
-use crate::discover::{Listener, SocketOwner, owners};
+use crate::discover::{self, Listener, cgroup2_mount, listeners};
+use crate::sys::netns;
 use crate::sys::sock_diag::{Family, Socket};
 
-/// `BPF_NOEXIST`: never take a listener from the kernel half, which may register it at this very moment.
-pub(in crate::dataplane) const ONLY_NEW: u64 = 1;
-/// `BPF_EXIST`: in place of what a former tenant of its slot has left.
-pub(in crate::dataplane) const ONLY_OLD: u64 = 2;
-/// When a listener is tried again that can't be registered: looking for its owner takes a look at every process.
+/// When a listener is tried again that can't be registered: looking for its owner takes a look at
+/// every process.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
 
-/// Why a listener has no slot, told apart from other reasons: while that is so, nobody is refused.
-#[derive(Debug)]
-struct NoSlot(&'static str, usize);
-
-const ALL_TAKEN: NoSlot = NoSlot("all slots are taken", MAX_SLOTS);
-
-impl fmt::Display for NoSlot {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{} ({})", self.0, self.1)
-    }
+/// What is known of listeners that a rule claims and nobody has registered.
+#[derive(Debug, Default)]
+pub struct Unregistered {
+    /// Those of the last pass and of this one, by their cookie. One that was not there at the last
+    /// pass may be registering itself.
+    last: HashSet<u64>,
+    this: HashSet<u64>,
+    /// Those that can't be registered, and when that is tried again.
+    retry_at: HashMap<u64, Instant>,
+    /// How many listeners of each service lack a slot,
+    without_slot: BTreeMap<u16, u64>,
+    /// and what the kernel half said of that when the pass began.
+    without_slot_before: BTreeMap<u16, u64>,
 }
 
-impl std::error::Error for NoSlot {}
+impl Unregistered {
+    /// Begins a pass.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn begin(&mut self, tables: &Tables) -> Result<()> {
+        let count = |id| (id, tables.unregistered_word(id).load(Ordering::SeqCst));
+        self.without_slot_before = services::ids(tables)?.into_values().map(count).collect();
+        self.without_slot.clear();
+        self.this.clear();
+        Ok(())
+    }
+
+    /// Ends a pass.
+    pub fn end(&mut self, tables: &Tables) {
+        for (service, before) in &self.without_slot_before {
+            let now = self.without_slot.get(service).copied().unwrap_or(0);
+            // Where the kernel half has just found another one, the next pass tells.
+            let word = tables.unregistered_word(*service);
+            let _ = word.compare_exchange(*before, now, Ordering::SeqCst, Ordering::SeqCst);
+        }
+        self.last = std::mem::take(&mut self.this);
+        self.retry_at.retain(|cookie, _| self.last.contains(cookie));
+    }
+
+    fn lacks_slot(&mut self, service: u16) {
+        *self.without_slot.entry(service).or_insert(0) += 1;
+    }
+
+    /// Says whether that is the first time.
+    fn retry_later(&mut self, cookie: u64) -> bool {
+        let retry = Instant::now() + RETRY_AFTER;
+        self.retry_at.insert(cookie, retry).is_none()
+    }
+
+    fn is_due(&self, cookie: u64) -> bool {
+        let retry = self.retry_at.get(&cookie);
+        retry.is_none_or(|retry| *retry <= Instant::now())
+    }
+}
 
 /// A listener that a rule claims.
 struct Claimant<'a> {
@@ -52,27 +90,37 @@ struct Claimant<'a> {
     rule: ListenRule,
 }
 
-impl Writer {
-    /// Registers the listeners of a census that the rules in force claim and nobody has registered; says whether there was any. One that
-    /// can't be registered is named in the log. One that was not there at the last comparison may be registering itself at
-    /// this moment, and is left alone unless `eager`. Must run inside the namespace.
+/// What registers the listeners of one netns.
+pub struct Adopter<'a> {
+    /// The maps.
+    pub tables: &'a mut Tables,
+    /// The rules in force.
+    pub rules: &'a Rules,
+    /// The cgroup whose listeners are counted.
+    pub cgroup: &'a Path,
+    /// The cookie of the netns.
+    pub netns: u64,
+    /// Also those that were not there at the last pass.
+    pub eager: bool,
+    /// What is known of unregistered listeners.
+    pub unregistered: &'a mut Unregistered,
+}
+
+impl Adopter<'_> {
+    /// Registers the listeners that the rules in force claim and nobody has registered; says whether
+    /// there was any. One that can't be registered is named in the log. Must run inside the netns.
     ///
     /// # Errors
     /// When the socket table can't be read.
-    pub(in crate::dataplane) fn adopt(
-        &mut self,
-        netns: u64,
-        socket_table: &SocketTable,
-        eager: bool,
-    ) -> Result<bool> {
-        let claimants = self.claimants(netns, socket_table, eager);
+    pub fn adopt(&mut self, table: &SocketTable) -> Result<bool> {
+        let claimants = self.claimants(table);
         if claimants.is_empty() {
             return Ok(false);
         }
-        let cgroups = cgroup_ids(&self.cgroup);
-        let current = crate::sys::netns::current().context("cannot open the network namespace")?;
-        let listeners: HashMap<u64, Listener> = crate::discover::listeners(&current)
-            .context("cannot list the listeners")?
+        let cgroups = cgroup_ids(self.cgroup);
+        let current = netns::current().context("cannot open the network namespace")?;
+        let listeners = listeners(&current).context("cannot list the listeners")?;
+        let listeners: HashMap<u64, Listener> = listeners
             .into_iter()
             .map(|listener| (listener.socket.cookie, listener))
             .collect();
@@ -83,37 +131,29 @@ impl Writer {
                 continue;
             };
             if within(cgroups.as_ref(), claimant.socket) {
-                adopted |= self.adopt_or_say_why(netns, &claimant, listener);
+                adopted |= self.adopt_or_say_why(&claimant, listener);
             } else {
-                self.retry_later(cookie);
+                self.unregistered.retry_later(cookie);
             }
         }
         Ok(adopted)
     }
 
-    fn claimants<'a>(
-        &mut self,
-        netns: u64,
-        socket_table: &'a SocketTable,
-        eager: bool,
-    ) -> Vec<Claimant<'a>> {
-        let now = Instant::now();
+    fn claimants<'t>(&mut self, table: &'t SocketTable) -> Vec<Claimant<'t>> {
         let mut claimants = Vec::new();
-        for socket in &socket_table.listeners {
+        for socket in &table.listeners {
             let address = bound_to(socket.local.ip());
-            let Some(rule) = rule_of(&self.rules, netns, address, socket.local.port()) else {
+            let rule = self.rules.of(self.netns, address, socket.local.port());
+            let Some(rule) = rule.filter(|_| !self.is_registered(socket)) else {
                 continue;
             };
-            if self.is_registered(socket) {
+            self.unregistered.this.insert(socket.cookie);
+            if !(self.eager || self.unregistered.last.contains(&socket.cookie)) {
                 continue;
             }
-            self.audit.saw().unregistered.insert(socket.cookie);
-            let seen = eager || self.audit.was_unregistered(socket.cookie);
-            let due = eager
-                || (self.audit.unadoptable.get(&socket.cookie)).is_none_or(|retry| *retry <= now);
-            if seen && self.room_for(rule.service).is_err() {
-                self.audit.saw().lacks_slot(rule.service);
-            } else if seen && due {
+            if slots::room_for(self.tables, rule.service).is_err() {
+                self.unregistered.lacks_slot(rule.service);
+            } else if self.eager || self.unregistered.is_due(socket.cookie) {
                 claimants.push(Claimant {
                     socket,
                     address,
@@ -124,158 +164,89 @@ impl Writer {
         claimants
     }
 
-    fn adopt_or_say_why(
-        &mut self,
-        netns: u64,
-        claimant: &Claimant<'_>,
-        listener: &Listener,
-    ) -> bool {
+    fn adopt_or_say_why(&mut self, claimant: &Claimant<'_>, listener: &Listener) -> bool {
         let local = claimant.socket.local;
-        match self.adopt_listener(netns, claimant, listener) {
+        let error = match self.adopt_listener(claimant, listener) {
             Ok(slot) => {
                 info!("adopted the listener on {local}: slot {slot}");
-                true
+                return true;
             }
-            Err(error) => {
-                if error.is::<NoSlot>() {
-                    self.audit.saw().lacks_slot(claimant.rule.service);
-                }
-                if self.retry_later(claimant.socket.cookie) {
-                    warn!(
-                        "the listener on {local} serves without the balancer, it can't be adopted: {error:#}"
-                    );
-                }
-                false
-            }
+            Err(error) => error,
+        };
+        if error.is::<NoSlot>() {
+            self.unregistered.lacks_slot(claimant.rule.service);
         }
-    }
-
-    /// Whether that is the first time.
-    fn retry_later(&mut self, cookie: u64) -> bool {
-        let retry = Instant::now() + RETRY_AFTER;
-        self.audit.unadoptable.insert(cookie, retry).is_none()
+        if self.unregistered.retry_later(claimant.socket.cookie) {
+            warn!(
+                "the listener on {local} serves without the balancer, it can't be adopted: \
+                 {error:#}"
+            );
+        }
+        false
     }
 
     /// Its storage names a slot that is its own and listens.
     fn is_registered(&self, socket: &Socket) -> bool {
         self.own_slot(socket)
-            .is_some_and(|(_, slot_state)| slot_state.is(BackendState::Active))
+            .is_some_and(|(_, state)| state.is(BackendState::Active))
     }
 
     /// The slot that a listener's storage names, if it is still its own.
     fn own_slot(&self, socket: &Socket) -> Option<(u32, SlotState)> {
-        let connection = connection_of(socket)?;
-        let slot = u32::from(connection.slot);
-        if slot as usize >= MAX_SLOTS {
-            return None;
-        }
-        let slot_state = SlotState(self.tables.slot_state(slot).load(Ordering::SeqCst));
-        (slot_state.generation() == connection.generation).then_some((slot, slot_state))
+        let id = backend_of(socket).filter(|id| (id.slot as usize) < MAX_SLOTS)?;
+        let state = self.tables.slot_state(id.slot);
+        (state.generation() == id.generation).then_some((id.slot, state))
     }
 
-    fn adopt_listener(
-        &mut self,
-        netns: u64,
-        claimant: &Claimant<'_>,
-        listener: &Listener,
-    ) -> Result<u32> {
+    fn adopt_listener(&mut self, claimant: &Claimant<'_>, listener: &Listener) -> Result<u32> {
         if listener.socket.mptcp {
             bail!(
-                "it is an MPTCP listener, whose TCP socket no descriptor reaches: it must listen anew while the daemon or its data \
-                 plane is there (Go servers: or start it with GODEBUG=multipathtcp=0)"
+                "it is an MPTCP listener, whose TCP socket no descriptor reaches: it must listen \
+                 anew while the daemon or its data plane is there (Go servers: or start it with \
+                 GODEBUG=multipathtcp=0)"
             );
         }
         let file = listener.file().context(
-            "no descriptor of it can be had (its process is gone or hidden, or CAP_SYS_PTRACE is missing)",
+            "no descriptor of it can be had (its process is gone or hidden, or CAP_SYS_PTRACE is \
+             missing)",
         )?;
-        let service = claimant.rule.service;
-        let own = self.hold_own_slot(claimant);
-        let (slot, slot_state) = match own {
+        let own = self.hold_own_slot(claimant.socket);
+        let (slot, state) = match own {
             Some(own) => own,
-            None => self.claim(service)?,
+            None => slots::claim(self.tables, claimant.rule.service)?,
         };
         let backend = Backend {
-            slot_state: slot_state.with(BackendState::Held).0,
-            ..backend_of(netns, claimant.address, listener, claimant.rule)
+            slot_state: state.with(BackendState::Held).0,
+            ..self.backend(claimant, listener)
         };
-        let has_storage = claimant.socket.storage.is_some();
-        let flags = match (own, has_storage) {
+        let flags = match (own, &claimant.socket.storage) {
             (Some(_), _) => None,
-            (None, true) => Some(ONLY_OLD),
-            (None, false) => Some(ONLY_NEW),
+            (None, Some(_)) => Some(ONLY_OLD),
+            (None, None) => Some(ONLY_NEW),
         };
-        if let Err(error) = self.fill(slot, slot_state, backend, &file, flags) {
-            let state = if own.is_some() {
-                BackendState::Closed
-            } else {
-                BackendState::Free
-            };
-            self.tables
-                .slot_state(slot)
-                .store(slot_state.with(state).0, Ordering::SeqCst);
+        if let Err(error) = self.fill(slot, state, backend, &file, flags) {
+            let before = own.map_or(BackendState::Free, |_| BackendState::Closed);
+            self.tables.set_slot_state(slot, state.with(before));
             return Err(error);
         }
         Ok(slot)
     }
 
-    /// A listener that had a slot and lost it, to a daemon that died over registering it or to a change of the rules, gets it back, with
-    /// the connections that are counted there.
-    fn hold_own_slot(&self, claimant: &Claimant<'_>) -> Option<(u32, SlotState)> {
-        let (slot, slot_state) = self.own_slot(claimant.socket)?;
-        matches!(
-            slot_state.state(),
-            BackendState::Closed | BackendState::Held
-        )
-        .then_some(())?;
-        self.hold(slot, slot_state).then_some((slot, slot_state))
+    /// A listener that had a slot and lost it, to a daemon that died over registering it or to a
+    /// change of the rules, gets it back, with the connections that are counted there.
+    fn hold_own_slot(&self, socket: &Socket) -> Option<(u32, SlotState)> {
+        let (slot, state) = self.own_slot(socket)?;
+        let lost = [BackendState::Closed, BackendState::Held].contains(&state.state());
+        let held = lost && self.tables.change_state(slot, state, BackendState::Held);
+        held.then_some((slot, state))
     }
 
-    fn hold(&self, slot: u32, slot_state: SlotState) -> bool {
-        let held = slot_state.with(BackendState::Held).0;
-        self.tables
-            .slot_state(slot)
-            .compare_exchange(slot_state.0, held, Ordering::SeqCst, Ordering::SeqCst)
-            .is_ok()
-    }
-
-    fn room_for(&self, service: u16) -> Result<(), NoSlot> {
-        let words = self.tables.members(service);
-        let members: u32 = words.iter().map(|word| word.count_ones()).sum();
-        if members as usize >= MAX_MEMBERS {
-            return Err(NoSlot(
-                "its service has all the backends that one can have",
-                MAX_MEMBERS,
-            ));
-        }
-        let first = self.free_slots().next();
-        first.map(drop).ok_or(ALL_TAKEN)
-    }
-
-    fn free_slots(&self) -> impl Iterator<Item = (u32, SlotState)> {
-        every_slot()
-            .map(|slot| {
-                (
-                    slot,
-                    SlotState(self.tables.slot_state(slot).load(Ordering::SeqCst)),
-                )
-            })
-            .filter(|(_, slot_state)| slot_state.is(BackendState::Free))
-    }
-
-    /// Claims the first free slot, as the kernel half does.
-    fn claim(&self, service: u16) -> Result<(u32, SlotState), NoSlot> {
-        self.room_for(service)?;
-        let mut free = self.free_slots();
-        free.find(|(slot, slot_state)| self.hold(*slot, *slot_state))
-            .ok_or(ALL_TAKEN)
-    }
-
-    /// From the moment that its storage is set, every connection that it accepts is counted by the kernel half. Killed before the
-    /// end, the slot stays held, for the next daemon to go on with.
+    /// From the moment that its storage is set, every connection that it accepts is counted by the
+    /// kernel half. Killed before the end, the slot stays held, for the next daemon to go on with.
     fn fill(
         &mut self,
         slot: u32,
-        slot_state: SlotState,
+        state: SlotState,
         backend: Backend,
         file: &OwnedFd,
         storage: Option<u64>,
@@ -285,73 +256,44 @@ impl Writer {
             let connection = Connection {
                 slot: u16::try_from(slot)?,
                 class: Connection::UNCOUNTED,
-                generation: slot_state.generation(),
+                generation: state.generation(),
             };
-            self.set_storage(connection, file, flags)?;
+            self.tables.set_connection(file, connection, flags)?;
         }
         if let Err(error) = self.tables.listeners.set(slot, &file.as_raw_fd(), 0) {
-            let errno = errno_of(&error);
-            let flags = backend.flags | Backend::UNSTEERABLE;
-            self.tables.write_backend(
-                slot,
-                Backend {
-                    flags,
-                    map_error: errno,
-                    ..backend
-                },
-            )?;
+            let unsteerable = Backend {
+                flags: backend.flags | Backend::UNSTEERABLE,
+                map_error: errno_of(&error),
+                ..backend
+            };
+            self.tables.write_backend(slot, unsteerable)?;
         }
         self.tables
-            .slot_state(slot)
-            .store(slot_state.with(BackendState::Active).0, Ordering::SeqCst);
+            .set_slot_state(slot, state.with(BackendState::Active));
         self.tables.join(backend.service, slot);
         Ok(())
     }
 
-    pub(in crate::dataplane) fn set_storage(
-        &self,
-        connection: Connection,
-        file: &OwnedFd,
-        flags: u64,
-    ) -> Result<()> {
-        let mut storage: SkStorage<MapData, Plain<Connection>> =
-            SkStorage::try_from(Map::SkStorage(self.tables.connection_data()?))?;
-        storage.insert(&file.as_raw_fd(), Plain(connection), flags).context(
-            "its socket storage can't be set (the kernel half has just registered it, or memory is short)",
-        )
-    }
-
-    /// Which slot each connection belongs to: by its own address, and among listeners of one address by its process.
-    pub(in crate::dataplane) fn shares(
-        &self,
-        adopted: &[&SlotView],
-        connections: &[&Socket],
-    ) -> Result<BTreeMap<u32, u64>> {
-        let mut shares = BTreeMap::new();
-        let mut processes = None;
-        for socket in connections {
-            let fitting: Vec<&SlotView> = fitting(adopted, socket.local);
-            let slot = match fitting.as_slice() {
-                [] => continue,
-                [only] => only.slot(),
-                [first, ..] => {
-                    let processes = match &processes {
-                        Some(known) => known,
-                        None => {
-                            processes.insert(owners(connections.iter().map(|socket| socket.inode))?)
-                        }
-                    };
-                    let owned = |view: &&&SlotView| is_owner(processes.get(&socket.inode), view);
-                    fitting
-                        .iter()
-                        .find(owned)
-                        .map_or(first.slot(), |view| view.slot())
-                }
-            };
-            let service = fitting[0].member.backend.service;
-            *shares.entry(slot).or_insert(0) += self.share(service, socket)?;
+    fn backend(&self, claimant: &Claimant<'_>, listener: &Listener) -> Backend {
+        let (socket, rule) = (&listener.socket, claimant.rule);
+        let flags = [
+            (socket.family == Family::V6, Backend::V6),
+            (socket.v6only == Some(true), Backend::V6_ONLY),
+            (rule.flags & ListenRule::CANDIDATE != 0, Backend::CANDIDATE),
+        ];
+        let flags = flags.iter().filter(|(is_set, _)| *is_set);
+        Backend {
+            netns: self.netns,
+            address: claimant.address,
+            port: socket.local.port(),
+            service: rule.service,
+            weight: rule.weight,
+            uid: socket.uid,
+            device: socket.interface,
+            flags: flags.fold(Backend::ADOPTED, |flags, (_, flag)| flags | flag),
+            pid: listener.owners.first().map_or(0, |owner| owner.pid),
+            ..Backend::EMPTY
         }
-        Ok(shares)
     }
 }
 
@@ -360,85 +302,16 @@ fn errno_of(error: &MapError) -> u32 {
     let MapError::SyscallError(error) = error else {
         return 0;
     };
-    error
-        .io_error
-        .raw_os_error()
+    let errno = error.io_error.raw_os_error();
+    errno
         .and_then(|errno| u32::try_from(errno).ok())
         .unwrap_or(0)
 }
 
-fn is_owner(owners: Option<&Vec<SocketOwner>>, view: &SlotView) -> bool {
-    owners.is_some_and(|owners| {
-        owners
-            .iter()
-            .any(|owner| owner.pid == view.member.backend.pid)
-    })
-}
-
-/// The adopted listeners that a connection with that local address can have come from: those of the exact address,
-/// else those of the wildcard.
-pub(in crate::dataplane) fn fitting<'a>(
-    adopted: &[&'a SlotView],
-    local: SocketAddr,
-) -> Vec<&'a SlotView> {
-    let local_address = bound_to(local.ip());
-    let of = |wildcard: bool| {
-        adopted
-            .iter()
-            .copied()
-            .filter(|view| {
-                let backend = &view.member.backend;
-                backend.port == local.port()
-                    && if wildcard {
-                        backend.address.is_any()
-                    } else {
-                        backend.address == local_address
-                    }
-            })
-            .collect::<Vec<_>>()
-    };
-    let exact = of(false);
-    let mut fitting = if exact.is_empty() { of(true) } else { exact };
-    // A slot that a daemon died over registering has the same address as the one that its listener has got since.
-    fitting.sort_by_key(|view| !view.slot_state().is(BackendState::Active));
-    fitting
-}
-
-/// An address as the maps hold it: mapped IPv4 of a dual-stack socket is IPv4.
-fn bound_to(address: IpAddr) -> Address {
-    Address::from(address.to_canonical())
-}
-
-fn backend_of(netns: u64, address: Address, listener: &Listener, rule: ListenRule) -> Backend {
-    let socket = &listener.socket;
-    let mut flags = Backend::ADOPTED;
-    if socket.family == Family::V6 {
-        flags |= Backend::V6;
-    }
-    if socket.v6only == Some(true) {
-        flags |= Backend::V6_ONLY;
-    }
-    if rule.flags & ListenRule::CANDIDATE != 0 {
-        flags |= Backend::CANDIDATE;
-    }
-    Backend {
-        netns,
-        address,
-        port: socket.local.port(),
-        service: rule.service,
-        weight: rule.weight,
-        uid: socket.uid,
-        device: socket.interface,
-        flags,
-        pid: listener.owners.first().map_or(0, |owner| owner.pid),
-        ..Backend::EMPTY
-    }
-}
-
 /// The ids of a cgroup and of those below it; `None`: it is the root, which has all.
 fn cgroup_ids(cgroup: &Path) -> Option<HashSet<u64>> {
-    let is_root = crate::discover::cgroup2_mount().is_ok_and(|root| root == cgroup);
-    (!is_root).then(|| crate::discover::cgroup_ids(cgroup))
+    let is_root = cgroup2_mount().is_ok_and(|root| root == cgroup);
+    (!is_root).then(|| discover::cgroup_ids(cgroup))
 }
 
 /// Whether a socket was made in one of the cgroups: connections of others pass by `account`.

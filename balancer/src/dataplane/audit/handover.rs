@@ -1,36 +1,34 @@
-//! What another build's data plane knows that the socket table does not tell: whose a connection is. All connections of a virtual port have the
-//! same local address, whichever backend accepted them.
+//! What another build's data plane knows that the socket table does not tell: whose a connection is.
+//! All connections of a virtual port have the same local address, whichever backend accepted them.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
 
-use anyhow::{Context as _, Result};
-use balancer_common::abi::Connection;
+use anyhow::{Context as _, Result, ensure};
+use balancer_common::abi::{BackendId, Connection};
 use tracing::{info, warn};
 
-use super::super::Paths;
-use super::super::tables::connection_of;
-use super::super::writer::Writer;
-use super::adopt::ONLY_NEW;
+use super::super::paths::Paths;
+use super::super::tables::{ONLY_NEW, Tables, backend_of, connection_of};
 use super::socket_table::{SocketTable, sockets};
 use crate::discover::{SocketOwner, owners};
 use crate::sys::bpf::{self, Object};
-use crate::sys::sock_diag::Socket;
+use crate::sys::sock_diag::{Socket, State};
 use crate::sys::socket;
 
-/// The maps of other layouts that name the slots of connections, and the connections that could not be given a slot of their own because no
-/// process has them yet (they wait to be accepted), by their cookie.
+/// The maps of other layouts that name the slots of connections, and the connections that could not
+/// be given a slot of their own because no process has them yet (they wait to be accepted), by their
+/// cookie.
 #[derive(Debug, Default)]
 pub struct Handover {
     maps: Vec<OwnedFd>,
     unaccepted: HashMap<u64, Connection>,
 }
 
-/// A backend, in either data plane.
-type Tenant = (u16, u32);
-
 impl Handover {
-    /// Opens what other builds have left. Without it connections are shared out by their addresses and processes.
+    /// Opens what other builds have left. Without it connections are shared out by their addresses
+    /// and processes.
     ///
     /// # Errors
     /// When the state directory can't be read.
@@ -59,11 +57,33 @@ impl Handover {
     pub fn close(&mut self) {
         self.maps.clear();
     }
+
+    /// Gives each connection of another data plane to the slot that its listener has in this one;
+    /// says whether there was any. Must run inside the netns, after its listeners were adopted.
+    ///
+    /// # Errors
+    /// When the socket table or the processes can't be read.
+    pub fn inherit(&mut self, tables: &Tables, table: &SocketTable) -> Result<bool> {
+        let mut any = false;
+        for map in &self.maps {
+            let theirs = sockets(map.as_fd())?;
+            let inherited = inherited(table, &theirs);
+            any |= !inherited.is_empty();
+            let unaccepted = give(tables, inherited)?;
+            self.unaccepted.extend(unaccepted);
+        }
+        Ok(any)
+    }
+
+    /// What a connection without a slot was given that could not be written to its storage.
+    pub fn connection(&self, socket: &Socket) -> Option<Connection> {
+        self.unaccepted.get(&socket.cookie).copied()
+    }
 }
 
-fn open(pin: &std::path::Path) -> Result<OwnedFd> {
+fn open(pin: &Path) -> Result<OwnedFd> {
     let map = bpf::obj_get(pin).with_context(|| format!("cannot open {}", pin.display()))?;
-    anyhow::ensure!(
+    ensure!(
         Object::of(&map)? == Some(Object::Map)
             && bpf::map_info(&map)?.value_size as usize == size_of::<Connection>(),
         "{} is another map",
@@ -72,102 +92,63 @@ fn open(pin: &std::path::Path) -> Result<OwnedFd> {
     Ok(map)
 }
 
-impl Writer {
-    /// Gives each connection of another data plane to the slot that its listener has in this one; says whether there was any. Must run
-    /// inside the namespace, after its listeners were adopted.
-    pub(in crate::dataplane) fn inherit(&mut self, socket_table: &SocketTable) -> Result<bool> {
-        let mut inherited = false;
-        for map in std::mem::take(&mut self.handover.maps) {
-            let theirs = sockets(map.as_fd())?;
-            inherited |= self.inherit_from(socket_table, &theirs)?;
-            self.handover.maps.push(map);
-        }
-        Ok(inherited)
-    }
-
-    fn inherit_from(&mut self, socket_table: &SocketTable, theirs: &[Socket]) -> Result<bool> {
-        let ours = tenants_of(&socket_table.listeners);
-        let theirs_by_tenant = listeners_of(theirs);
-        let known: HashMap<u64, bool> = socket_table
-            .connections
-            .iter()
-            .map(|socket| (socket.cookie, socket.storage.is_some()))
-            .collect();
-        let heirs: Vec<(&Socket, Connection)> = theirs
-            .iter()
-            .filter(|socket| known.get(&socket.cookie) == Some(&false))
-            .filter_map(|socket| {
-                let listener = theirs_by_tenant.get(&tenant_of(socket)?)?;
-                let (slot, generation) = *ours.get(listener)?;
-                let class = Connection::INHERITED;
-                Some((
-                    socket,
-                    Connection {
-                        slot,
-                        class,
-                        generation,
-                    },
-                ))
-            })
-            .collect();
-        if heirs.is_empty() {
-            return Ok(false);
-        }
-        let processes = owners(heirs.iter().map(|(socket, _)| socket.inode))?;
-        for (socket, connection) in heirs {
-            let owners = processes.get(&socket.inode).map(Vec::as_slice);
-            if !self.give(socket, connection, owners.unwrap_or_default()) {
-                self.handover.unaccepted.insert(socket.cookie, connection);
-            }
-        }
-        Ok(true)
-    }
-
-    fn give(&self, connection: &Socket, value: Connection, owners: &[SocketOwner]) -> bool {
-        Self::file_of(connection, owners)
-            .is_some_and(|file| self.set_storage(value, &file, ONLY_NEW).is_ok())
-    }
-
-    /// A descriptor of that very connection.
-    pub(in crate::dataplane) fn file_of(
-        connection: &Socket,
-        owners: &[SocketOwner],
-    ) -> Option<OwnedFd> {
-        owners.iter().find_map(|owner| {
-            let file = owner.file().ok()?;
-            (socket::cookie(&file).ok()? == connection.cookie).then_some(file)
-        })
-    }
-
-    /// What a connection without a slot was given because it could not be given it for good.
-    pub(in crate::dataplane) fn inherited(
-        &self,
-        socket: &Socket,
-        generations: &HashMap<u32, u32>,
-    ) -> Option<Connection> {
-        let connection = self.handover.unaccepted.get(&socket.cookie)?;
-        let generation = generations.get(&u32::from(connection.slot));
-        (generation == Some(&connection.generation)).then_some(*connection)
-    }
-}
-
-fn tenant_of(socket: &Socket) -> Option<Tenant> {
-    connection_of(socket).map(|connection| (connection.slot, connection.generation))
-}
-
-/// The slots of listeners, by the listeners' cookies.
-fn tenants_of(listeners: &[Socket]) -> HashMap<u64, Tenant> {
-    listeners
+/// The connections that another data plane has given to a listener which has a slot in this one.
+fn inherited<'a>(table: &SocketTable, theirs: &'a [Socket]) -> Vec<(&'a Socket, Connection)> {
+    let our_slots: HashMap<u64, Connection> = table
+        .listeners
         .iter()
-        .filter_map(|socket| Some((socket.cookie, tenant_of(socket)?)))
+        .filter_map(|socket| Some((socket.cookie, connection_of(socket)?)))
+        .collect();
+    let their_listeners: HashMap<BackendId, u64> = theirs
+        .iter()
+        .filter(|socket| socket.state == State::Listen)
+        .filter_map(|socket| Some((backend_of(socket)?, socket.cookie)))
+        .collect();
+    let without_storage: HashMap<u64, bool> = table
+        .connections
+        .iter()
+        .map(|socket| (socket.cookie, socket.storage.is_none()))
+        .collect();
+    let given = |socket: &'a Socket| {
+        let listener = their_listeners.get(&backend_of(socket)?)?;
+        let connection = Connection {
+            class: Connection::INHERITED,
+            ..*our_slots.get(listener)?
+        };
+        Some((socket, connection))
+    };
+    theirs
+        .iter()
+        .filter(|socket| without_storage.get(&socket.cookie) == Some(&true))
+        .filter_map(given)
         .collect()
 }
 
-/// The cookies of listeners, by their slots.
-fn listeners_of(sockets: &[Socket]) -> BTreeMap<Tenant, u64> {
-    sockets
-        .iter()
-        .filter(|socket| socket.state == crate::sys::sock_diag::State::Listen)
-        .filter_map(|socket| Some((tenant_of(socket)?, socket.cookie)))
-        .collect()
+/// Writes the storage of connections; returns what could not be written.
+fn give(
+    tables: &Tables,
+    inherited: Vec<(&Socket, Connection)>,
+) -> Result<HashMap<u64, Connection>> {
+    if inherited.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let processes = owners(inherited.iter().map(|(socket, _)| socket.inode))?;
+    let mut unwritten = HashMap::new();
+    for (socket, connection) in inherited {
+        let owners = processes.get(&socket.inode).map(Vec::as_slice);
+        let written = file_of(socket, owners.unwrap_or_default())
+            .is_some_and(|file| tables.set_connection(&file, connection, ONLY_NEW).is_ok());
+        if !written {
+            unwritten.insert(socket.cookie, connection);
+        }
+    }
+    Ok(unwritten)
+}
+
+/// A descriptor of that very connection.
+fn file_of(connection: &Socket, owners: &[SocketOwner]) -> Option<OwnedFd> {
+    owners.iter().find_map(|owner| {
+        let file = owner.file().ok()?;
+        (socket::cookie(&file).ok()? == connection.cookie).then_some(file)
+    })
 }

@@ -1,18 +1,18 @@
-//! One look at a network namespace: its sockets, and the slots of its backends just before and just after.
+//! The socket table of one netns, and the slots of its backends just before and just after it was
+//! read.
+
+use std::os::fd::BorrowedFd;
 
 use anyhow::{Context as _, Result};
-use balancer_common::abi::{Counts, SlotState};
-use std::os::fd::BorrowedFd;
-use std::sync::atomic::Ordering;
+use balancer_common::abi::Counts;
 
-use super::super::tables::SlotView;
-use super::super::writer::Writer;
+use super::super::tables::{SlotView, Tables};
 use crate::sys::sock_diag::{Family, Query, Socket, State, States, tcp_sockets};
 
 /// What a slot has counted at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
-    /// Whose counts these are.
+    /// The slot's generation.
     pub generation: u32,
     /// What the kernel half has counted.
     pub counts: Counts,
@@ -20,7 +20,7 @@ pub struct Reading {
     pub entered: u64,
 }
 
-/// What a namespace holds.
+/// What a netns holds.
 #[derive(Debug)]
 pub struct SocketTable {
     /// Its backends, those that listen and those that are closed.
@@ -35,22 +35,24 @@ pub struct SocketTable {
     pub connections: Vec<Socket>,
 }
 
-impl Writer {
-    /// Reads the socket table of the namespace that the thread is in.
+impl SocketTable {
+    /// Reads the socket table of the netns that the thread is in.
     ///
     /// # Errors
     /// When it or a map can't be read.
-    pub(in crate::dataplane) fn socket_table(&self, netns: u64) -> Result<SocketTable> {
-        let mut slots = self.slots()?;
+    pub fn read(tables: &Tables, netns: u64) -> Result<Self> {
+        let mut slots = tables.slots()?;
         slots.retain(|view| view.member.backend.netns == netns);
-        let before = slots.iter().map(|view| self.read_before(view)).collect();
-        let mut connections = sockets(self.tables.connection_map())?;
-        let after = slots.iter().map(|view| self.read_after(view)).collect();
+        let before = slots.iter().map(|view| read_before(tables, view.slot()));
+        let before = before.collect();
+        let mut connections = sockets(tables.connection_map())?;
+        let after = slots.iter().map(|view| read_after(tables, view.slot()));
+        let after = after.collect();
         // They may be very many: none is copied.
         let listeners = connections
             .extract_if(.., |socket| socket.state == State::Listen)
             .collect();
-        Ok(SocketTable {
+        Ok(Self {
             slots,
             before,
             after,
@@ -58,35 +60,29 @@ impl Writer {
             connections,
         })
     }
+}
 
-    /// The kernel half raises `entered` after the count: read first before and last after, it never misses one that the counts have.
-    fn read_before(&self, view: &SlotView) -> Reading {
-        let entered = self.tables.entered(view.slot());
-        Reading {
-            entered,
-            ..self.reading(view)
-        }
-    }
-
-    fn read_after(&self, view: &SlotView) -> Reading {
-        let reading = self.reading(view);
-        Reading {
-            entered: self.tables.entered(view.slot()),
-            ..reading
-        }
-    }
-
-    fn reading(&self, view: &SlotView) -> Reading {
-        let slot_state = SlotState(self.tables.slot_state(view.slot()).load(Ordering::SeqCst));
-        Reading {
-            generation: slot_state.generation(),
-            counts: self.tables.counts(view.slot()),
-            entered: 0,
-        }
+/// The kernel half raises `entered` after the count: read first before and last after, it never
+/// misses one that the counts have.
+fn read_before(tables: &Tables, slot: u32) -> Reading {
+    let entered = tables.entered(slot);
+    Reading {
+        generation: tables.slot_state(slot).generation(),
+        counts: tables.counts(slot),
+        entered,
     }
 }
 
-/// The listeners and established connections of the namespace that the thread is in, with what that map holds for each.
+fn read_after(tables: &Tables, slot: u32) -> Reading {
+    Reading {
+        generation: tables.slot_state(slot).generation(),
+        counts: tables.counts(slot),
+        entered: tables.entered(slot),
+    }
+}
+
+/// The listeners and established connections of the netns that the thread is in, with what that map
+/// holds for each.
 pub fn sockets(storage: BorrowedFd<'_>) -> Result<Vec<Socket>> {
     let mut sockets = Vec::new();
     for family in [Family::V4, Family::V6] {
