@@ -1,14 +1,18 @@
-//! What the README says is so: its table of reasons, its configurations.
+//! What the documents say is so: the table of reasons, the README's configurations.
 
 use balancer::config::Config;
 use balancer_common::Reason;
 
 const README: &str = include_str!("../../README.md");
+const REFERENCE: &str = include_str!("../../docs/reference.md");
 
 #[test]
 fn the_table_of_reasons_is_that_of_the_code() {
-    let rows: Vec<_> = README
+    let rows: Vec<_> = REFERENCE
         .lines()
+        .skip_while(|line| *line != "## Reasons")
+        .skip(1)
+        .take_while(|line| !line.starts_with("## "))
         .filter(|line| line.starts_with("| `"))
         .collect();
     let reasons: Vec<_> = Reason::ALL
