@@ -213,154 +213,35 @@ fn a_byte_order_mark_and_windows_line_ends_are_fine() {
     assert_eq!(parsed(&with("").replace('\n', "\r\n")), parsed(&with("")));
 }
 
-/// Text, line, what the message must say.
-#[test]
-#[expect(clippy::too_many_lines, reason = "a table")]
-fn every_mistake_has_its_line_and_its_words() {
-    let two_backends = |item: &str| {
-        with(&format!(
-            "    backends:\n      - \"127.0.0.1:21801\"\n      - {item}\n"
-        ))
-    };
-    let quota = |text: &str| with(&format!("    quota: {text}\n"));
-    let second = |text: &str| with(&format!("  - {text}\n"));
-    let cases = [
-        // keys
-        (with("    prot: 1\n"), 4, "unknown key `prot` in a service; did you mean `port`?"),
-        (with("    Per-Backend: 1\n"), 4, "unknown key `Per-Backend` in a service; the keys are name, port"),
-        (quota("{Per-Backend: 1}"), 4, "unknown key `Per-Backend` in `quota`; did you mean `per_backend`?"),
-        (with("timeout: 3s\n"), 4, "unknown key `timeout` in the file; the keys are services"),
-        (two_backends("{address: \"127.0.0.1:21802\", wieght: 2}"), 6, "did you mean `weight`?"),
-        (with("    port: 11801\n"), 4, "`port` is given twice, first on line 3; keep one"),
-        (with("services: []\n"), 4, "`services` is given twice, first on line 1"),
-        (quota("\n      clients: 3\n      clients: 3"), 6, "`clients` is given twice, first on line 5"),
-        (with("    <<: {}\n"), 4, "merge keys are not supported"),
-        (with("    ? [a]\n    : 3\n"), 4, "a key is a word, this one is a list"),
-        ("services:\n  - port: 3\n".to_owned(), 2, "`name` is missing in a service; add `name: …`"),
-        ("services:\n  - name: a\n".to_owned(), 2, "`port` is missing in a service"),
-        ("fail_open_after: 30s\n".to_owned(), 1, "`services` is missing in the file"),
-        // kinds of values
-        ("services: []\n".to_owned(), 1, "`services` is empty"),
-        ("services:\nfail_open_after: 30s\n".to_owned(), 1, "`services` has no value"),
-        ("services: {name: a}\n".to_owned(), 1, "`services` must be a list, this is a mapping"),
-        ("services: [a]\n".to_owned(), 1, "a service must be `key: value` settings, this is a single value"),
-        ("- a\n".to_owned(), 1, "the file must be `key: value` settings, this is a list"),
-        (second("{name: b, port: [1]}"), 4, "a port must be a single value, this is a list"),
-        (second("{name: b, port: }"), 4, "a port is missing here"),
-        // names
-        (second("{name: agents, port: 2}"), 4, "a second service is named `agents`, the first on line 2"),
-        (second("{name: \"\", port: 2}"), 4, "the name is empty"),
-        (second("{name: OAP, port: 2}"), 4, "the name `OAP` has `O` in it; use up to 63 of a-z, 0-9 and -"),
-        (second("{name: \"a\\tb\", port: 2}"), 4, "the name `a\\tb` has `\\t` in it"),
-        (second("{name: -a, port: 2}"), 4, "the name `-a` starts or ends with a -"),
-        (second(&format!("{{name: {}, port: 2}}", "a".repeat(64))), 4, "is 64 bytes long"),
-        // ports
-        (second("{name: b, port: 0}"), 4, "`0` is not a TCP port; write a number from 1 to 65535"),
-        (second("{name: b, port: 70000}"), 4, "`70000` is not a TCP port"),
-        (second("{name: b, port: -1}"), 4, "`-1` is not a TCP port"),
-        (second("{name: b, port: 0x10}"), 4, "`0x10` is not a TCP port"),
-        (second("{name: b, port: http}"), 4, "`http` is not a TCP port"),
-        (second("{name: b, port: 11800}"), 4, "`b` is on the same port and address as `agents` on line 3: port 11800 on any address"),
-        (
-            "services:\n- {name: a, port: 1, address: 10.0.0.9}\n- {name: b, port: 1, address: \"::ffff:10.0.0.9\"}\n".to_owned(),
-            3,
-            "`b` is on the same port and address as `a` on line 2: 10.0.0.9:1",
-        ),
-        // addresses
-        (with("    address: 0.0.0.0\n"), 4, "`0.0.0.0` is no address of its own; leave `address` out"),
-        (with("    address: 224.0.0.1\n"), 4, "can't be connected to over TCP"),
-        (with("    address: oap.example\n"), 4, "`oap.example` is not an IP address"),
-        (with("    address: 10.0.0.9:80\n"), 4, "`10.0.0.9:80` is not an IP address"),
-        (with("    policy: random\n"), 4, "`random` is not a policy; write one of least-connections, round-robin, source-hash"),
-        // backends
-        (with("    backends: []\n"), 4, "`backends` is an empty list"),
-        (with("    backends:\n"), 4, "`backends` has no value"),
-        (with("    backends: 127.0.0.1:21801\n"), 4, "`backends` must be a list"),
-        (two_backends("\"127.0.0.1:0\""), 6, "the backend `127.0.0.1:0` has port 0"),
-        (two_backends("\"127.0.0.1:70000\""), 6, "the backend `127.0.0.1:70000` is not an address with a port"),
-        (two_backends("\"127.0.0.1\""), 6, "the backend `127.0.0.1` has no port"),
-        (two_backends("\"::1\""), 6, "write [ADDRESS]:PORT"),
-        (two_backends("oap-0:11800"), 6, "the backend `oap-0:11800` is not an address with a port"),
-        (two_backends("0.0.0.0:21801"), 6, "is no address of its own"),
-        (two_backends("\"[::]:21801\""), 6, "is no address of its own"),
-        (two_backends("224.0.0.1:21801"), 6, "can't be listened on over TCP"),
-        (two_backends("\"[ff02::1]:21801\""), 6, "can't be listened on over TCP"),
-        (two_backends("255.255.255.255:21801"), 6, "can't be listened on over TCP"),
-        (two_backends("\"[fe80::1%3]:21801\""), 6, "has a scope"),
-        (two_backends("[\"::1\"]"), 6, "a backend is an address, this is a list"),
-        (two_backends("127.0.0.1:21801"), 6, "the backend 127.0.0.1:21801 is listed twice, first on line 5"),
-        (two_backends("127.0.0.1:11800"), 6, "the backend 127.0.0.1:11800 is where clients of `agents` connect to (port 11800 on any address)"),
-        (
-            "services:\n- name: a\n  port: 1\n  address: 10.0.0.9\n  backends: [\"10.0.0.9:1\"]\n".to_owned(),
-            5,
-            "the backend 10.0.0.9:1 is where clients of `a` connect to (10.0.0.9:1)",
-        ),
-        (
-            "services:\n- {name: a, port: 1, backends: [\"10.0.0.1:3\"]}\n- {name: b, port: 2, backends: [\"10.0.0.1:1\"]}\n".to_owned(),
-            3,
-            "the backend 10.0.0.1:1 is where clients of `a` connect to",
-        ),
-        (
-            "services:\n- {name: a, port: 1, backends: [\"10.0.0.1:3\"]}\n- {name: b, port: 2, backends: [\"10.0.0.1:3\"]}\n".to_owned(),
-            3,
-            "the backend 10.0.0.1:3 is already one of `a`, on line 2",
-        ),
-        (two_backends("{address: \"127.0.0.1:21802\", weight: 0}"), 6, "weight `0` is not possible; write a whole number from 1 to 1000"),
-        (two_backends("{address: \"127.0.0.1:21802\", weight: 1001}"), 6, "weight `1001` is not possible"),
-        (two_backends("{address: \"127.0.0.1:21802\", weight: 1.5}"), 6, "weight `1.5` is not possible"),
-        (two_backends("{weight: 1}"), 6, "`address` is missing in a backend"),
-        // quotas
-        (quota("{per_backend: 0}"), 4, "per_backend `0` is not possible; write a whole number from 1 to 100000000; to close a backend use `balancer quota set`"),
-        (quota("{per_backend: -3}"), 4, "per_backend `-3` is not possible"),
-        (quota("{per_backend: 9999999999999999999999}"), 4, "is not possible"),
-        (quota("{per_backend: 5, clients: 3}"), 4, "`clients` beside `per_backend`"),
-        (quota("\n      headroom: 5%\n      per_backend: 5"), 5, "`headroom` beside `per_backend`"),
-        (quota("{}"), 4, "`quota` has no settings"),
-        (quota("100"), 4, "`quota` must be `key: value` settings, this is a single value"),
-        (with("    quota:\n"), 4, "`quota` must be `key: value` settings, this is empty"),
-        (quota("{clients: 0}"), 4, "clients `0` is not possible"),
-        (quota("{clients: 3, connections_per_client: 0}"), 4, "connections_per_client `0` is not possible"),
-        (quota("{clients: 3, min_quota: 0}"), 4, "min_quota `0` is not possible"),
-        (quota("{clients: 3, headroom: -5}"), 4, "headroom `-5` is not a percentage; write a whole number of percent from 0% to 1000%"),
-        (quota("{clients: 3, headroom: -5%}"), 4, "headroom `-5%` is not a percentage"),
-        (quota("{clients: 3, headroom: lots}"), 4, "headroom `lots` is not a percentage"),
-        (quota("{clients: 3, headroom: 15}"), 4, "headroom `15` is not a percentage; write `15%` if percent is meant"),
-        (quota("{clients: 3, headroom: 0.15}"), 4, "headroom `0.15` is not a percentage"),
-        (quota("{clients: 3, headroom: 1001%}"), 4, "headroom `1001%` is not a percentage"),
-        // exempt
-        (with("    exempt: 10.0.0.0/24\n"), 4, "`exempt` must be a list"),
-        (with("    exempt:\n      - 10.0.0.0/24\n      - everyone\n"), 6, "`everyone` is not a network"),
-        (with("    exempt: [10.0.0.0/33]\n"), 4, "`10.0.0.0/33` is not a network"),
-        (with("    exempt: [10.0.0.5/24]\n"), 4, "write 10.0.0.0/24 for the network or 10.0.0.5 for the single address"),
-        // the file's own settings
-        (with("fail_open_after: 0\n"), 4, "fail_open_after `0` is not a time"),
-        (with("fail_open_after: 0s\n"), 4, "fail_open_after `0s` is out of bounds"),
-        (with("fail_open_after: 5ms\n"), 4, "fail_open_after `5ms` is out of bounds; write a time from 1s"),
-        (with("fail_open_after: 10d\n"), 4, "fail_open_after `10d` is not a time"),
-        (with("fail_open_after: 240h\n"), 4, "fail_open_after `240h` is out of bounds"),
-        (with("fail_open_after: 99999999999999999999h\n"), 4, "is not a time"),
-        (with("fail_open_after: 18446744073709551615h\n"), 4, "is not a time"),
-        (with("fail_open_after: s\n"), 4, "fail_open_after `s` is not a time"),
-        (with("fail_open_after: 30\n"), 4, "fail_open_after `30` is not a time; write a whole number with a unit"),
-        (with("namespaces: []\n"), 4, "`namespaces` is an empty list"),
-        (with("namespaces: both\n"), 4, "namespaces `both` is not understood; write own, all, or"),
-        (with("namespaces: [blue]\n"), 4, "the namespace `blue` is not an absolute path"),
-        (with("namespaces:\n- /run/netns/a\n- /run/netns/a\n"), 6, "the namespace `/run/netns/a` is listed twice"),
-        (with("namespaces:\n"), 4, "`namespaces` is empty"),
-        // YAML
-        (with("   exempt: [\n"), 4, "this is not valid YAML"),
-        (with("    exempt: [\"10.0.0.0/24]\n"), 4, "this is not valid YAML"),
-        (with("\texempt: []\n"), 3, "this is not valid YAML"),
-        (with("---\nservices: []\n"), 4, "a second YAML document starts here"),
-        (with("    policy: !fast least-connections\n"), 4, "the YAML tag !fast is not understood"),
-        (with("    exempt: &a [*a]\n"), 4, "this alias stands inside the value that it names"),
-        (with("    exempt: *nobody\n"), 4, "this is not valid YAML"),
-        (with(&format!("    exempt: {}{}\n", "[".repeat(40), "]".repeat(40))), 4, "nested more than 16 deep"),
-        (format!("%YAML 1.2\n---\n{}", with("")), 1, "this is not valid YAML"),
-    ];
-    for (text, line, words) in cases {
-        is_refused(&text, line, words);
+/// Runs a table of wrong files, in which `...` stands for a service that is `right`.
+fn are_refused(table: &str, right: &str) {
+    let mut count = 0;
+    for case in table.split("\n\n") {
+        let Some((text, expected)) = case.split_once("\n-> ") else {
+            continue;
+        };
+        let text = match text.strip_prefix("...\n") {
+            Some(more) => format!("{right}{more}\n"),
+            None => format!("{text}\n"),
+        };
+        let (line, words) = expected
+            .trim_end()
+            .split_once(": ")
+            .expect("-> LINE: WORDS");
+        for words in words.split("\n-> ") {
+            is_refused(&text, line.parse().expect("a line"), words);
+        }
+        count += 1;
     }
+    assert!(count > 80, "{count} cases");
+}
+
+#[test]
+fn every_mistake_has_its_line_and_its_words() {
+    are_refused(include_str!("tests/errors.txt"), &with(""));
+    let in_cluster = "kubernetes:\n  services:\n  - name: agents\n";
+    are_refused(include_str!("tests/kubernetes_errors.txt"), in_cluster);
+    is_refused(&with("\texempt: []\n"), 3, "this is not valid YAML");
 }
 
 #[test]
