@@ -5,154 +5,48 @@ use testkit::fixtures::{Balancer, Machine};
 
 use crate::support::{agents, agree, farm, own_port, virtual_port};
 
-struct Bad {
-    yaml: &'static str,
-    /// Where, if a line can be named.
-    line: Option<u32>,
-    /// What the error must name.
-    words: &'static [&'static str],
-}
+/// A wrong file: the line of its error if one can be named, what the error must name, the file.
+type Bad = (Option<u32>, &'static [&'static str], &'static str);
 
+#[rustfmt::skip]
 const BAD: &[Bad] = &[
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    polixy: round-robin\n",
-        line: Some(4),
-        words: &["polixy"],
-    },
-    Bad {
-        yaml: "servizes: []\n",
-        line: Some(1),
-        words: &["servizes"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    port: 11801\n",
-        line: Some(4),
-        words: &["port"],
-    },
-    Bad {
-        yaml: "services:\n  - {name: a, port: 11800}\n  - {name: b, port: 11800}\n",
-        line: Some(3),
-        words: &["11800", "a"],
-    },
-    Bad {
-        yaml: "services:\n  - {name: a, port: 11800, address: 10.0.0.9}\n  - {name: b, port: 11800, address: 10.0.0.9}\n",
-        line: Some(3),
-        words: &["10.0.0.9"],
-    },
-    Bad {
-        yaml: "services:\n  - {name: a, port: 11800}\n  - {name: a, port: 11801}\n",
-        line: Some(3),
-        words: &["a"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 0\n",
-        line: Some(3),
-        words: &["port", "0"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 70000\n",
-        line: Some(3),
-        words: &["70000"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      per_backend: 0\n",
-        line: Some(5),
-        words: &["per_backend", "0"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      clients: 10\n      headroom: -5\n",
-        line: Some(6),
-        words: &["headroom", "-5"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      clients: 10\n      headroom: lots\n",
-        line: Some(6),
-        words: &["headroom", "lots"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    quota:\n      per_backend: 10\n      clients: 10\n",
-        line: Some(6),
-        words: &["per_backend"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    policy: fastest\n",
-        line: Some(4),
-        words: &["fastest"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: [\"127.0.0.1\"]\n",
-        line: Some(4),
-        words: &["127.0.0.1"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: [\"oap.example:11800\"]\n",
-        line: Some(4),
-        words: &["oap.example:11800"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: [\"127.0.0.1:21000\", \"127.0.0.1:21000\"]\n",
-        line: Some(4),
-        words: &["127.0.0.1:21000"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    backends:\n      - {address: \"127.0.0.1:21000\", weight: 0}\n",
-        line: Some(5),
-        words: &["weight"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    backends: []\n",
-        line: Some(4),
-        words: &["backends"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\n    exempt: [10.0.0.0/33]\n",
-        line: Some(4),
-        words: &["10.0.0.0/33"],
-    },
-    Bad {
-        yaml: "services:\n  - name: agents\n    port: 11800\nfail_open_after: soon\n",
-        line: Some(4),
-        words: &["soon"],
-    },
-    Bad {
-        yaml: "services:\n  - name: [\n",
-        line: None,
-        words: &[],
-    },
-    Bad {
-        yaml: "services: []\n",
-        line: None,
-        words: &["services"],
-    },
-    Bad {
-        yaml: "",
-        line: None,
-        words: &[],
-    },
-    Bad {
-        yaml: "\0\u{1}\u{2}",
-        line: None,
-        words: &[],
-    },
+    (Some(4), &["polixy"], "services:\n  - name: agents\n    port: 11800\n    polixy: round-robin\n"),
+    (Some(1), &["servizes"], "servizes: []\n"),
+    (Some(4), &["port"], "services:\n  - name: agents\n    port: 11800\n    port: 11801\n"),
+    (Some(3), &["11800", "a"], "services:\n  - {name: a, port: 11800}\n  - {name: b, port: 11800}\n"),
+    (Some(3), &["10.0.0.9"], "services:\n  - {name: a, port: 11800, address: 10.0.0.9}\n  - {name: b, port: 11800, address: 10.0.0.9}\n"),
+    (Some(3), &["a"], "services:\n  - {name: a, port: 11800}\n  - {name: a, port: 11801}\n"),
+    (Some(3), &["port", "0"], "services:\n  - name: agents\n    port: 0\n"),
+    (Some(3), &["70000"], "services:\n  - name: agents\n    port: 70000\n"),
+    (Some(5), &["per_backend", "0"], "services:\n  - name: agents\n    port: 11800\n    quota:\n      per_backend: 0\n"),
+    (Some(6), &["headroom", "-5"], "services:\n  - name: agents\n    port: 11800\n    quota:\n      clients: 10\n      headroom: -5\n"),
+    (Some(6), &["headroom", "lots"], "services:\n  - name: agents\n    port: 11800\n    quota:\n      clients: 10\n      headroom: lots\n"),
+    (Some(6), &["per_backend"], "services:\n  - name: agents\n    port: 11800\n    quota:\n      per_backend: 10\n      clients: 10\n"),
+    (Some(4), &["fastest"], "services:\n  - name: agents\n    port: 11800\n    policy: fastest\n"),
+    (Some(4), &["127.0.0.1"], "services:\n  - name: agents\n    port: 11800\n    backends: [\"127.0.0.1\"]\n"),
+    (Some(4), &["oap.example:11800"], "services:\n  - name: agents\n    port: 11800\n    backends: [\"oap.example:11800\"]\n"),
+    (Some(4), &["127.0.0.1:21000"], "services:\n  - name: agents\n    port: 11800\n    backends: [\"127.0.0.1:21000\", \"127.0.0.1:21000\"]\n"),
+    (Some(5), &["weight"], "services:\n  - name: agents\n    port: 11800\n    backends:\n      - {address: \"127.0.0.1:21000\", weight: 0}\n"),
+    (Some(4), &["backends"], "services:\n  - name: agents\n    port: 11800\n    backends: []\n"),
+    (Some(4), &["10.0.0.0/33"], "services:\n  - name: agents\n    port: 11800\n    exempt: [10.0.0.0/33]\n"),
+    (Some(4), &["soon"], "services:\n  - name: agents\n    port: 11800\nfail_open_after: soon\n"),
+    (None, &[], "services:\n  - name: [\n"),
+    (None, &["services"], "services: []\n"),
+    (None, &[], ""),
+    (None, &[], "\0\u{1}\u{2}"),
 ];
 
 /// One error, with what is wrong and where.
-fn check(bad: &Bad, said: &str) {
-    for word in bad.words {
+fn check((line, words, yaml): &Bad, said: &str) {
+    for word in *words {
         assert!(
             said.contains(word),
-            "{:?} is not named for\n{}\nin:\n{said}",
-            word,
-            bad.yaml
+            "{word:?} is not named for\n{yaml}\nin:\n{said}"
         );
     }
-    if let Some(line) = bad.line {
+    if let Some(line) = line {
         let named = said.contains(&format!(":{line}:")) || said.contains(&format!("line {line}"));
-        assert!(
-            named,
-            "line {line} is not named for\n{}\nin:\n{said}",
-            bad.yaml
-        );
+        assert!(named, "line {line} is not named for\n{yaml}\nin:\n{said}");
     }
     assert!(!said.contains("panicked"), "{said}");
 }
@@ -160,21 +54,13 @@ fn check(bad: &Bad, said: &str) {
 #[test]
 fn a_bad_file_ends_the_daemon_before_it_changes_anything() {
     Machine::with(|machine| {
-        for bad in BAD {
-            let balancer = Balancer::prepare(machine, bad.yaml);
-            let finished = run(&balancer);
-            assert_eq!(finished.0, 1, "for\n{}\n{}", bad.yaml, finished.1);
-            check(bad, &finished.1);
-            assert!(
-                !balancer.state().exists(),
-                "state was made for\n{}",
-                bad.yaml
-            );
-            assert!(
-                !balancer.socket().exists(),
-                "a socket was made for\n{}",
-                bad.yaml
-            );
+        for bad @ (_, _, yaml) in BAD {
+            let balancer = Balancer::prepare(machine, yaml);
+            let (code, said) = run(&balancer);
+            assert_eq!(code, 1, "for\n{yaml}\n{said}");
+            check(bad, &said);
+            assert!(!balancer.state().exists(), "state was made for\n{yaml}");
+            assert!(!balancer.socket().exists(), "a socket was made for\n{yaml}");
         }
     });
 }
@@ -224,12 +110,12 @@ fn a_bad_file_at_a_reload_leaves_the_old_one_in_force() {
         let balancer = Balancer::start(machine, &good);
         let mut listeners = farm(2);
         let mut clients = tcp::connect_many(agents(), 3);
-        for (round, bad) in BAD.iter().enumerate() {
-            balancer.configure(bad.yaml);
+        for (round, (_, words, yaml)) in BAD.iter().enumerate() {
+            balancer.configure(yaml);
             let already = balancer.logs().matches("ERROR").count();
             balancer.reload();
             balancer.wait_for_log("ERROR", already);
-            if let Some(word) = bad.words.first() {
+            if let Some(word) = words.first() {
                 let logs = balancer.logs();
                 let last = logs.rsplit("ERROR").next().unwrap_or_default();
                 assert!(
