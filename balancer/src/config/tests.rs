@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 
+mod document;
 mod kubernetes;
 mod selector;
 
