@@ -18,25 +18,29 @@ use aya_obj::generated::{
     bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP},
 };
 
-/// As many links as the kernel allows at one network namespace (`NETNS_BPF_MAX_PROGS`, `kernel/bpf/net_namespace.c`).
+/// As many links as the kernel allows at one netns (`NETNS_BPF_MAX_PROGS`,
+/// `kernel/bpf/net_namespace.c`).
 const MOST_SK_LOOKUPS: usize = 64;
 /// As many cgroups below are looked at: hundreds of pods have fewer, and a look takes microseconds.
 const MOST_CGROUPS: usize = 20_000;
 /// Pins lie at most this deep below the state directory.
 const PIN_DEPTH: usize = 3;
 
-pub(super) fn checks(options: &Options, namespaces: &[GuardedNetns]) -> Vec<Check> {
+pub(super) fn checks(options: &Options, netns: &[GuardedNetns]) -> Vec<Check> {
     let ours = pinned_programs(&options.state_dir, PIN_DEPTH);
-    let mut checks = Vec::new();
-    match cgroup(options.cgroup.as_deref()) {
-        Ok(path) => checks.extend([
-            found_cgroup(&path, options.cgroup.is_none()),
-            sock_ops(&path, &ours),
-        ]),
-        Err(check) => checks.push(check),
-    }
-    if !namespaces.is_empty() {
-        checks.push(sk_lookup(namespaces, &ours));
+    let mut checks = match cgroup(options.cgroup.as_deref()) {
+        Ok(path) => {
+            let means = match options.cgroup {
+                None => "every process of this machine is counted",
+                Some(_) => "only sockets made by processes in it are counted",
+            };
+            let found = Check::ok("cgroup2", path.display().to_string(), means);
+            vec![found, sock_ops(&path, &ours)]
+        }
+        Err(check) => vec![check],
+    };
+    if !netns.is_empty() {
+        checks.push(sk_lookup(netns, &ours));
     }
     checks
 }
@@ -44,12 +48,8 @@ pub(super) fn checks(options: &Options, namespaces: &[GuardedNetns]) -> Vec<Chec
 /// The cgroup that `account` is attached to, or why there is none.
 pub(super) fn cgroup(chosen: Option<&Path>) -> Result<PathBuf, Check> {
     let fail = |found: String, advice: &str| {
-        Check::fail(
-            "cgroup2",
-            found,
-            "connections can't be counted, so the balancer won't start",
-            advice,
-        )
+        let means = "connections can't be counted, so the balancer won't start";
+        Check::fail("cgroup2", found, means, advice)
     };
     let Some(path) = chosen else {
         return cgroup2_mount()
@@ -68,72 +68,69 @@ pub(super) fn cgroup(chosen: Option<&Path>) -> Result<PathBuf, Check> {
     }
 }
 
-fn found_cgroup(path: &Path, root: bool) -> Check {
-    let means = if root {
-        "every process of this machine is counted"
-    } else {
-        "only sockets made by processes in it are counted"
-    };
-    Check::ok("cgroup2", path.display().to_string(), means)
-}
+const SOCK_OPS: &str = "other sock_ops";
 
 fn sock_ops(cgroup: &Path, ours: &HashSet<u32>) -> Check {
-    const NAME: &str = "other sock_ops";
-    match above(cgroup) {
-        Ok(levels) => match blocking(&levels) {
-            Some((path, attached)) => Check::fail(
-                NAME,
-                format!(
-                    "{} at {} doesn't allow others beside it",
-                    listing(&describe(&attached.programs, ours)),
-                    path.display()
-                ),
-                "`account` can't be attached (EPERM), so nothing is counted",
-                "have its owner attach it with BPF_F_ALLOW_MULTI or a link, or give the balancer a cgroup that isn't below it with --cgroup",
-            ),
-            None => beside(levels, below(cgroup, MOST_CGROUPS), ours),
-        },
-        Err(error) => Check::warn(
-            NAME,
-            format!("can't be listed: {error}"),
-            "whether others run isn't known",
-            "run as root",
+    let levels = match above(cgroup) {
+        Ok(levels) => levels,
+        Err(error) => {
+            let found = format!("can't be listed: {error}");
+            return Check::warn(
+                SOCK_OPS,
+                found,
+                "whether others run isn't known",
+                "run as root",
+            );
+        }
+    };
+    let Some((path, attached)) = blocking(&levels) else {
+        return beside(levels, below(cgroup, MOST_CGROUPS), ours);
+    };
+    let programs = attached.programs.iter().map(|id| described(*id, ours));
+    Check::fail(
+        SOCK_OPS,
+        format!(
+            "{} at {} doesn't allow others beside it",
+            listing(&programs.collect::<Vec<_>>()),
+            path.display()
         ),
-    }
+        "`account` can't be attached (EPERM), so nothing is counted",
+        "have its owner attach it with BPF_F_ALLOW_MULTI or a link, or give the balancer a cgroup \
+         that isn't below it with --cgroup",
+    )
 }
 
-/// Programs that run beside ours: those at the cgroup and above for all connections, those below for the ones of their cgroup.
+/// Programs that run beside ours: those at the cgroup and above for all connections, those below for
+/// the ones of their cgroup.
 fn beside(levels: Vec<(PathBuf, Attached)>, below: Below, ours: &HashSet<u32>) -> Check {
-    const NAME: &str = "other sock_ops";
+    let levels = levels.into_iter().chain(below.levels);
     let foreign: Vec<_> = levels
-        .into_iter()
-        .chain(below.levels)
         .flat_map(|(path, attached)| {
-            describe(&foreign(&attached.programs, ours), ours)
+            let names = foreign(&attached, ours);
+            names
                 .into_iter()
                 .map(move |name| format!("{name} at {}", path.display()))
         })
         .collect();
     if foreign.is_empty() && below.cut {
         return Check::warn(
-            NAME,
+            SOCK_OPS,
             format!("none at the first {MOST_CGROUPS} cgroups"),
             "there are more cgroups than are looked at; whether others run at those isn't known",
             "give the balancer's own cgroup with --cgroup, or list them all with `bpftool cgroup tree`",
         );
     }
-    if foreign.is_empty() {
-        return Check::ok(
-            NAME,
+    Check::warn_of(
+        SOCK_OPS,
+        &foreign,
+        (
             "none",
             "nobody else changes what is reported of connections",
-        );
-    }
-    Check::warn(
-        NAME,
-        listing(&foreign),
-        "it sees the same connections; if it sets their callback flags without keeping the ones that are set, they are no longer counted",
-        "see that it adds to bpf_sock_ops_cb_flags instead of replacing them; `balancer status` shows counts to compare with `ss -t`",
+        ),
+        "it sees the same connections; if it sets their callback flags without keeping the ones that \
+         are set, they are no longer counted",
+        "see that it adds to bpf_sock_ops_cb_flags instead of replacing them; `balancer status` shows \
+         counts to compare with `ss -t`",
     )
 }
 
@@ -144,10 +141,8 @@ fn above(cgroup: &Path) -> io::Result<Vec<(PathBuf, Attached)>> {
         if !is_cgroup2(path)? {
             break;
         }
-        levels.push((
-            path.to_owned(),
-            bpf::prog_query(File::open(path)?, BPF_CGROUP_SOCK_OPS)?,
-        ));
+        let attached = bpf::prog_query(File::open(path)?, BPF_CGROUP_SOCK_OPS)?;
+        levels.push((path.to_owned(), attached));
     }
     Ok(levels)
 }
@@ -178,8 +173,9 @@ fn below(cgroup: &Path, most: usize) -> Below {
     found
 }
 
-/// The level that keeps a link from being attached to the innermost one, by the rules of `hierarchy_allows_attach` and
-/// `__cgroup_bpf_attach` (kernel/bpf/cgroup.c): a program that allows no others, here; one that allows nothing at all, above.
+/// The level that keeps a link from being attached to the innermost one, by the rules of
+/// `hierarchy_allows_attach` and `__cgroup_bpf_attach` (kernel/bpf/cgroup.c): a program that allows
+/// no others, here; one that allows nothing at all, above.
 fn blocking(levels: &[(PathBuf, Attached)]) -> Option<&(PathBuf, Attached)> {
     let (innermost, outer) = levels.split_first()?;
     if !innermost.1.programs.is_empty() && innermost.1.flags & BPF_F_ALLOW_MULTI == 0 {
@@ -188,31 +184,31 @@ fn blocking(levels: &[(PathBuf, Attached)]) -> Option<&(PathBuf, Attached)> {
     let decides = |level: &&(PathBuf, Attached)| {
         !level.1.programs.is_empty() || level.1.flags & BPF_F_ALLOW_MULTI != 0
     };
+    let allowing = BPF_F_ALLOW_MULTI | BPF_F_ALLOW_OVERRIDE;
     outer
         .iter()
         .find(decides)
-        .filter(|level| level.1.flags & (BPF_F_ALLOW_MULTI | BPF_F_ALLOW_OVERRIDE) == 0)
+        .filter(|level| level.1.flags & allowing == 0)
 }
 
-fn sk_lookup(namespaces: &[GuardedNetns], ours: &HashSet<u32>) -> Check {
+fn sk_lookup(netns: &[GuardedNetns], ours: &HashSet<u32>) -> Check {
     const NAME: &str = "other sk_lookup";
     let mut others = Vec::new();
     let mut full = Vec::new();
     let mut unknown = Vec::new();
-    for namespace in namespaces {
-        match bpf::prog_query(namespace, BPF_SK_LOOKUP) {
+    for netns in netns {
+        match bpf::prog_query(netns, BPF_SK_LOOKUP) {
             Ok(attached) => {
-                let foreign = foreign(&attached.programs, ours);
-                others.extend(
-                    describe(&foreign, ours)
-                        .into_iter()
-                        .map(|name| format!("{name} in {}", namespace.label)),
-                );
+                let foreign = foreign(&attached, ours);
                 if foreign.len() >= MOST_SK_LOOKUPS {
-                    full.push(namespace.label.clone());
+                    full.push(netns.label.clone());
                 }
+                let named = foreign
+                    .into_iter()
+                    .map(|name| format!("{name} in {}", netns.label));
+                others.extend(named);
             }
-            Err(error) => unknown.push(format!("{}: {error}", namespace.label)),
+            Err(error) => unknown.push(format!("{}: {error}", netns.label)),
         }
     }
     if !full.is_empty() {
@@ -223,68 +219,50 @@ fn sk_lookup(namespaces: &[GuardedNetns], ours: &HashSet<u32>) -> Check {
             "remove one of them (bpftool net, bpftool link)",
         );
     }
-    if !others.is_empty() {
+    if others.is_empty() && !unknown.is_empty() {
+        let found = format!("can't be listed: {}", listing(&unknown));
         return Check::warn(
             NAME,
-            listing(&others),
-            "where it chooses a socket its choice wins: such connections are neither steered nor refused (reason foreign-sk-lookup)",
-            "see that it leaves the services' ports alone (bpftool prog, bpftool link)",
-        );
-    }
-    if !unknown.is_empty() {
-        return Check::warn(
-            NAME,
-            format!("can't be listed: {}", listing(&unknown)),
+            found,
             "whether others choose sockets isn't known",
             "run as root",
         );
     }
-    Check::ok(NAME, "none", "nobody else chooses sockets for connections")
+    Check::warn_of(
+        NAME,
+        &others,
+        ("none", "nobody else chooses sockets for connections"),
+        "where it chooses a socket its choice wins: such connections are neither steered nor refused \
+         (reason foreign-sk-lookup)",
+        "see that it leaves the services' ports alone (bpftool prog, bpftool link)",
+    )
 }
 
-fn foreign(programs: &[u32], ours: &HashSet<u32>) -> Vec<u32> {
-    programs
-        .iter()
-        .copied()
-        .filter(|id| !ours.contains(id))
-        .collect()
+/// The names of the programs that aren't ours.
+fn foreign(attached: &Attached, ours: &HashSet<u32>) -> Vec<String> {
+    let foreign = attached.programs.iter().filter(|id| !ours.contains(id));
+    foreign.map(|id| described(*id, ours)).collect()
 }
 
-fn describe(programs: &[u32], ours: &HashSet<u32>) -> Vec<String> {
-    programs
-        .iter()
-        .map(|id| described(*id, ours.contains(id)))
-        .collect()
-}
-
-fn described(id: u32, own: bool) -> String {
-    let name = bpf::prog_by_id(id)
-        .and_then(bpf::prog_info)
-        .map(|info| info.name)
-        .unwrap_or_default();
-    let another = if !own && Program::named(&name).is_some() {
-        "another balancer's "
-    } else {
-        ""
-    };
-    match name.as_str() {
-        "" => format!("a program without a name (id {id})"),
-        name => format!("{another}{name} (id {id})"),
+fn described(id: u32, ours: &HashSet<u32>) -> String {
+    let info = bpf::prog_by_id(id).and_then(bpf::prog_info);
+    match info.map(|info| info.name).unwrap_or_default() {
+        name if name.is_empty() => format!("a program without a name (id {id})"),
+        name if !ours.contains(&id) && Program::named(&name).is_some() => {
+            format!("another balancer's {name} (id {id})")
+        }
+        name => format!("{name} (id {id})"),
     }
 }
 
 /// Ids of the programs that are pinned below a directory, themselves or through their links.
 fn pinned_programs(directory: &Path, depth: usize) -> HashSet<u32> {
     let mut found = HashSet::new();
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    for entry in entries {
-        let path = entry.path();
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            if depth > 0 {
-                found.extend(pinned_programs(&path, depth - 1));
-            }
-        } else if let Ok(Some(id)) = pinned_program(&path) {
-            found.insert(id);
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            found.extend(pinned_program(&entry.path()).ok().flatten());
+        } else if depth > 0 {
+            found.extend(pinned_programs(&entry.path(), depth - 1));
         }
     }
     found

@@ -13,7 +13,7 @@ use crate::{
     sys::netns,
 };
 
-/// A network namespace with what to call it.
+/// A netns with what to call it.
 #[derive(Debug)]
 pub(super) struct GuardedNetns {
     pub(super) label: String,
@@ -27,11 +27,12 @@ impl AsFd for GuardedNetns {
 }
 
 const NAME: &str = "network namespaces";
-/// What our own namespace is called.
+/// What our own netns is called.
 pub(super) const OWN: &str = "this network namespace";
 
-/// The namespaces, and a finding where one can't be reached.
-pub(super) fn namespaces(config: Option<&Config>) -> (Vec<GuardedNetns>, Option<Check>) {
+/// What is guarded by a configuration, and a finding where that can't be reached. Without one: our own
+/// netns.
+pub(super) fn configured(config: Option<&Config>) -> (Vec<GuardedNetns>, Option<Check>) {
     match config.map_or(&NetnsScope::Own, |config| &config.namespaces) {
         NetnsScope::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| OWN.to_owned()),
         NetnsScope::Paths(paths) => {
@@ -40,10 +41,7 @@ pub(super) fn namespaces(config: Option<&Config>) -> (Vec<GuardedNetns>, Option<
         }
         NetnsScope::All | NetnsScope::Pods => {
             let (found, check) = all();
-            (
-                found.into_iter().map(|(_, namespace)| namespace).collect(),
-                check,
-            )
+            (found.into_iter().map(|(_, netns)| netns).collect(), check)
         }
     }
 }
@@ -64,58 +62,46 @@ fn named(paths: &[&Path], label: impl Fn(&Path) -> String) -> (Vec<GuardedNetns>
             }
         }
     }
-    let check = (!failed.is_empty()).then(|| unreachable(&failed, permitted));
-    (found, check)
-}
-
-fn unreachable(failed: &[String], permitted: bool) -> Check {
     let advice = if permitted {
-        "correct `namespaces:` in the configuration (/run/netns/NAME or /proc/PID/ns/net), or make the namespace first"
+        "correct `namespaces:` in the configuration (/run/netns/NAME or /proc/PID/ns/net), or make \
+         the network namespace first"
     } else {
         "run as root: entering a network namespace needs CAP_SYS_ADMIN"
     };
-    Check::fail(
-        NAME,
-        super::listing(failed),
-        "what connects there is neither counted nor steered until it can be reached",
-        advice,
-    )
+    let means = "what connects there is neither counted nor steered until it can be reached";
+    let check =
+        (!failed.is_empty()).then(|| Check::fail(NAME, super::listing(&failed), means, advice));
+    (found, check)
 }
 
-/// That a file is a network namespace is seen by entering it.
+/// That a file is a netns is seen by entering it.
 fn reachable(path: &Path) -> io::Result<OwnedFd> {
     let file = netns::open(path)?;
     netns::cookie_of(&file)?;
     Ok(file)
 }
 
-/// Every namespace that a process lives in, with its cookie.
+/// Every netns that a process lives in, with its cookie.
 pub(super) fn all() -> (Vec<(u64, GuardedNetns)>, Option<Check>) {
     match discover::live_netns() {
-        Ok(found) => (
-            found
-                .into_iter()
-                .map(|namespace| (namespace.cookie, GuardedNetns::from(namespace)))
-                .collect(),
-            None,
-        ),
+        Ok(found) => {
+            let labelled = found.into_iter().map(|netns| (netns.cookie, netns.into()));
+            (labelled.collect(), None)
+        }
         Err(error) => {
-            let check = Check::fail(
-                NAME,
-                format!("{error:#}"),
-                "the namespaces can't be listed",
-                "run as root, with the host's /proc (hostPID in Kubernetes)",
-            );
+            let means = "the network namespaces can't be listed";
+            let advice = "run as root, with the host's /proc (hostPID in Kubernetes)";
+            let check = Check::fail(NAME, format!("{error:#}"), means, advice);
             (Vec::new(), Some(check))
         }
     }
 }
 
 impl From<discover::Netns> for GuardedNetns {
-    fn from(namespace: discover::Netns) -> Self {
+    fn from(netns: discover::Netns) -> Self {
         Self {
-            label: format!("the namespace of process {}", namespace.pid),
-            file: namespace.into(),
+            label: format!("the netns of process {}", netns.pid),
+            file: netns.into(),
         }
     }
 }
@@ -132,35 +118,35 @@ mod tests {
 
     #[test]
     fn our_own_is_the_default() {
-        let here = FileId::of(netns::current().expect("open")).expect("identity");
+        let here = FileId::of(netns::current().expect("open")).expect("its id");
         for config in [None, Some(config("own"))] {
-            let (found, check) = namespaces(config.as_ref());
+            let (found, check) = configured(config.as_ref());
             assert_eq!((found.len(), check), (1, None));
-            assert_eq!(FileId::of(&found[0]).expect("identity"), here);
+            assert_eq!(FileId::of(&found[0]).expect("its id"), here);
         }
     }
 
     #[test]
     fn all_has_our_own_among_them() {
-        let here = FileId::of(netns::current().expect("open")).expect("identity");
-        let (found, check) = namespaces(Some(&config("all")));
+        let here = FileId::of(netns::current().expect("open")).expect("its id");
+        let (found, check) = configured(Some(&config("all")));
         assert_eq!(check, None);
         assert!(
             found
                 .iter()
-                .any(|namespace| FileId::of(namespace).expect("identity") == here)
+                .any(|netns| FileId::of(netns).expect("its id") == here)
         );
     }
 
     #[test]
-    fn a_path_that_is_no_namespace_is_named() {
-        let (found, check) = namespaces(Some(&config(
+    fn a_path_that_is_no_netns_is_named() {
+        let (found, check) = configured(Some(&config(
             "[/proc/self/ns/net, /dev/null, /run/netns/no-such]",
         )));
         assert_eq!(
             found
                 .iter()
-                .map(|namespace| namespace.label.as_str())
+                .map(|netns| netns.label.as_str())
                 .collect::<Vec<_>>(),
             ["/proc/self/ns/net"]
         );

@@ -44,20 +44,20 @@ pub(super) fn look(state_dir: &Path) -> (Option<Snapshot>, Check) {
     }
 }
 
-fn loaded(services: usize, agent: &DaemonSnapshot) -> Check {
+fn loaded(services: usize, daemon: &DaemonSnapshot) -> Check {
     const NAME: &str = "data plane";
     let found = match services {
         1 => "loaded, with one service".to_owned(),
         services => format!("loaded, with {services} services"),
     };
-    if agent.alive {
+    if daemon.alive {
         return Check::ok(
             NAME,
             format!("{found}; its daemon lives"),
             "connections are counted, steered and, over quota, refused",
         );
     }
-    let silence = agent.heartbeat_age.map_or_else(
+    let silence = daemon.heartbeat_age.map_or_else(
         || "ever".to_owned(),
         |age| format!("for {} s", age.as_secs()),
     );
@@ -70,15 +70,15 @@ fn loaded(services: usize, agent: &DaemonSnapshot) -> Check {
 }
 
 /// What the comparisons of the counts with the socket table have found; nothing where nothing is loaded.
-pub(super) fn counts(agent: &DaemonSnapshot) -> Check {
+pub(super) fn counts(daemon: &DaemonSnapshot) -> Check {
     const NAME: &str = "counts";
-    let audit_totals = &agent.audit_totals;
-    if audit_totals.repairs == 0 && audit_totals.drift == 0 {
+    let totals = &daemon.audit_totals;
+    if totals.repairs == 0 && totals.drift == 0 {
         return Check::ok(
             NAME,
             format!(
                 "right in each of {} comparisons with the socket table",
-                audit_totals.checks
+                totals.checks
             ),
             "the counts are those of the socket table",
         );
@@ -87,7 +87,7 @@ pub(super) fn counts(agent: &DaemonSnapshot) -> Check {
         NAME,
         format!(
             "put right {} times in {} comparisons with the socket table; {} connections off at the last one",
-            audit_totals.repairs, audit_totals.checks, audit_totals.drift
+            totals.repairs, totals.checks, totals.drift
         ),
         "something keeps the kernel half from seeing connections come or go: they are miscounted until a comparison puts that right",
         "see the check `other sock_ops`: a program that sets the callback flags of sockets without keeping those that are set does it. \
@@ -95,23 +95,19 @@ pub(super) fn counts(agent: &DaemonSnapshot) -> Check {
     )
 }
 
-/// The network namespaces that the loaded data plane is attached to.
-pub(super) fn namespaces(state_dir: &Path) -> (Vec<GuardedNetns>, Option<Check>) {
+/// The netns that the loaded data plane is attached to.
+pub(super) fn guarded_netns(state_dir: &Path) -> (Vec<GuardedNetns>, Option<Check>) {
     let cookies = attached(&Paths::new(state_dir).current());
     let own = netns::cookie().ok();
     let (mut found, check) = guarded::all();
     found.retain(|(cookie, _)| cookies.contains(cookie));
-    let named = found.into_iter().map(|(cookie, namespace)| {
+    let labelled = found.into_iter().map(|(cookie, mut netns)| {
         if Some(cookie) == own {
-            GuardedNetns {
-                label: guarded::OWN.to_owned(),
-                ..namespace
-            }
-        } else {
-            namespace
+            guarded::OWN.clone_into(&mut netns.label);
         }
+        netns
     });
-    (named.collect(), check)
+    (labelled.collect(), check)
 }
 
 /// The cookies in the names of the links' pins.
@@ -127,7 +123,7 @@ mod tests {
     use balancer_common::abi::AuditTotals;
     use std::{fs, time::Duration};
 
-    fn agent(alive: bool, age: Option<u64>) -> DaemonSnapshot {
+    fn daemon(alive: bool, age: Option<u64>) -> DaemonSnapshot {
         DaemonSnapshot {
             alive,
             heartbeat_age: age.map(Duration::from_secs),
@@ -145,21 +141,21 @@ mod tests {
 
     #[test]
     fn a_data_plane_without_its_daemon_is_told() {
-        assert_eq!(loaded(2, &agent(true, Some(0))).status, Status::Ok);
-        let check = loaded(2, &agent(false, Some(90)));
+        assert_eq!(loaded(2, &daemon(true, Some(0))).status, Status::Ok);
+        let check = loaded(2, &daemon(false, Some(90)));
         assert_eq!(check.status, Status::Warn);
         assert_eq!(
             check.found,
             "loaded, with 2 services; no daemon has lived for 90 s"
         );
         assert_eq!(
-            loaded(1, &agent(false, None)).found,
+            loaded(1, &daemon(false, None)).found,
             "loaded, with one service; no daemon has lived ever"
         );
     }
 
     #[test]
-    fn the_pins_tell_the_namespaces() {
+    fn the_pins_tell_the_netns() {
         let directory = tempfile::tempdir().expect("a directory");
         for name in ["link_steer_7", "link_steer_9", "link_account_1", "COUNTS"] {
             fs::write(directory.path().join(name), "").expect("written");

@@ -2,38 +2,37 @@
 
 use std::{fs, path::Path};
 
+use caps::{CapSet, Capability, CapsHashSet, errors::CapsError};
 use nix::sys::resource::{Resource, getrlimit};
 
 use super::{Check, guarded::GuardedNetns, listing};
 use crate::{discover::is_bpffs, sys::netns};
 
-/// Fewer files than this may not do for one link a network namespace, the maps and the daemon's clients.
+/// Fewer files than this may not do for one link a netns, the maps and the daemon's clients.
 const FEWEST_FILES: u64 = 1024;
 
-/// Capabilities (include/uapi/linux/capability.h): number, name, what needs it, and whether nothing goes without.
-const CAPABILITIES: [(u32, &str, &str, bool); 5] = [
-    (39, "CAP_BPF", "loading programs and maps", true),
+/// A capability, what needs it, and whether nothing goes without.
+type Needed = (Capability, &'static str, bool);
+
+const CAPABILITIES: [Needed; 5] = [
+    (Capability::CAP_BPF, "loading programs and maps", true),
     (
-        38,
-        "CAP_PERFMON",
+        Capability::CAP_PERFMON,
         "programs that read kernel structures",
         true,
     ),
     (
-        12,
-        "CAP_NET_ADMIN",
+        Capability::CAP_NET_ADMIN,
         "attaching programs and destroying connections",
         true,
     ),
     (
-        21,
-        "CAP_SYS_ADMIN",
+        Capability::CAP_SYS_ADMIN,
         "entering network namespaces and mounting bpffs",
         true,
     ),
     (
-        19,
-        "CAP_SYS_PTRACE",
+        Capability::CAP_SYS_PTRACE,
         "taking over listeners that run already, and naming their owners",
         false,
     ),
@@ -41,70 +40,47 @@ const CAPABILITIES: [(u32, &str, &str, bool); 5] = [
 
 pub(super) fn checks(state_dir: &Path) -> Vec<Check> {
     vec![
-        capabilities(effective_capabilities().as_deref()),
+        capabilities(caps::read(None, CapSet::Effective)),
         files(),
         bpffs(state_dir),
     ]
 }
 
-/// The line `CapEff` of our own status: 16 hexadecimal digits.
-fn effective_capabilities() -> Option<String> {
-    let status = fs::read_to_string("/proc/thread-self/status").ok()?;
-    Some(
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix("CapEff:"))?
-            .trim()
-            .to_owned(),
-    )
-}
-
-fn capabilities(effective: Option<&str>) -> Check {
+fn capabilities(effective: Result<CapsHashSet, CapsError>) -> Check {
     const NAME: &str = "capabilities";
-    let Some(set) = effective.and_then(|digits| u64::from_str_radix(digits, 16).ok()) else {
-        return Check::fail(
-            NAME,
-            "can't be read from /proc/thread-self/status",
-            "what is permitted is not known",
-            "mount /proc",
-        );
+    let held = match effective {
+        Ok(held) => held,
+        Err(error) => {
+            let found = format!("can't be read: {error}");
+            return Check::fail(NAME, found, "what is permitted is not known", "run as root");
+        }
     };
     let missing: Vec<_> = CAPABILITIES
         .iter()
-        .filter(|(number, ..)| set & (1 << number) == 0)
+        .filter(|(needed, ..)| !held.contains(needed))
         .collect();
     if missing.is_empty() {
         return Check::ok(
             NAME,
-            listing(&CAPABILITIES.map(|(_, name, ..)| name.to_owned())),
+            listing(&CAPABILITIES.map(|(capability, ..)| capability)),
             "everything that the daemon does is permitted",
         );
     }
-    let found = format!(
-        "missing: {}",
-        listing(
-            &missing
-                .iter()
-                .map(|(_, name, ..)| (*name).to_owned())
-                .collect::<Vec<_>>()
-        )
-    );
-    let means = format!(
-        "not permitted: {}",
-        listing(
-            &missing
-                .iter()
-                .map(|(_, _, purpose, _)| (*purpose).to_owned())
-                .collect::<Vec<_>>()
-        )
-    );
-    let advice = "run as root, or give the service these capabilities (AmbientCapabilities= in systemd, securityContext in Kubernetes)";
-    let required = missing.iter().any(|(.., required)| *required);
-    if required {
-        Check::fail(NAME, found, means, advice)
+    let names: Vec<_> = missing.iter().map(|(capability, ..)| capability).collect();
+    let purposes: Vec<_> = missing.iter().map(|(_, purpose, _)| purpose).collect();
+    let is_required = missing.iter().any(|(.., required)| *required);
+    let check = if is_required {
+        Check::fail
     } else {
-        Check::warn(NAME, found, means, advice)
-    }
+        Check::warn
+    };
+    check(
+        NAME,
+        format!("missing: {}", listing(&names)),
+        format!("not permitted: {}", listing(&purposes)),
+        "run as root, or give the service these capabilities (AmbientCapabilities= in systemd, \
+         securityContext in Kubernetes)",
+    )
 }
 
 fn files() -> Check {
@@ -171,7 +147,7 @@ fn bpffs(state_dir: &Path) -> Check {
 /// What a value of a kernel setting means, and what to do about it where that is needed.
 type Meaning = (&'static str, Option<&'static str>);
 
-/// A setting that each network namespace has for itself.
+/// A setting that each netns has for itself.
 struct Setting {
     name: &'static str,
     path: &'static str,
@@ -220,77 +196,51 @@ fn migrate_req(value: &str) -> Meaning {
     }
 }
 
-pub(super) fn namespace_checks(namespaces: &[GuardedNetns]) -> Vec<Check> {
-    if namespaces.is_empty() {
+pub(super) fn settings(netns: &[GuardedNetns]) -> Vec<Check> {
+    if netns.is_empty() {
         return Vec::new();
     }
     SETTINGS
         .iter()
-        .map(|setting| setting.check(namespaces))
+        .map(|setting| setting.check(netns))
         .collect()
 }
 
 impl Setting {
-    /// One finding for all namespaces: the ones that need attention, or else what they have in common.
-    fn check(&self, namespaces: &[GuardedNetns]) -> Check {
-        let values: Vec<_> = namespaces
-            .iter()
-            .map(|namespace| (namespace, self.value(namespace)))
-            .collect();
-        let mut worrying: Vec<_> = values
-            .iter()
-            .filter(|(_, value)| {
-                value
-                    .as_deref()
-                    .is_none_or(|value| (self.meaning)(value).1.is_some())
-            })
-            .collect();
-        worrying.sort_by_key(|(_, value)| value.is_none());
-        let Some((_, worst)) = worrying.first() else {
-            let value = values[0].1.as_deref().unwrap_or_default();
-            return Check::ok(
-                self.name,
-                format!("{value} in {}", places(&values)),
-                (self.meaning)(value).0,
-            );
+    /// One finding for all netns: the ones that need attention, or else what they have in common.
+    fn check(&self, netns: &[GuardedNetns]) -> Check {
+        let values: Vec<_> = netns.iter().map(|netns| self.value(netns)).collect();
+        let places = |wanted: Option<&String>| {
+            let all = netns.iter().zip(&values);
+            let those = all.filter(|(_, value)| wanted.is_none() || value.as_ref() == wanted);
+            listing(&those.map(|(netns, _)| &netns.label).collect::<Vec<_>>())
         };
-        let Some(worst) = worst else {
-            return Check::warn(
+        let known = values.iter().flatten();
+        if let Some((value, (means, Some(advice)))) = known
+            .map(|value| (value, (self.meaning)(value)))
+            .find(|(_, (_, advice))| advice.is_some())
+        {
+            let found = format!("{value} in {}", places(Some(value)));
+            return Check::warn(self.name, found, means, advice);
+        }
+        match values.iter().flatten().next() {
+            Some(value) if !values.contains(&None) => {
+                let found = format!("{value} in {}", places(None));
+                Check::ok(self.name, found, (self.meaning)(value).0)
+            }
+            _ => Check::warn(
                 self.name,
-                format!("can't be read in {}", places(&values)),
+                format!("can't be read in {}", places(None)),
                 "its effect isn't known",
                 format!("look at {}", self.path),
-            );
-        };
-        let those: Vec<_> = values
-            .iter()
-            .filter(|(_, value)| value.as_ref() == Some(worst))
-            .cloned()
-            .collect();
-        let (means, advice) = (self.meaning)(worst);
-        Check::warn(
-            self.name,
-            format!("{worst} in {}", places(&those)),
-            means,
-            advice.unwrap_or_default(),
-        )
+            ),
+        }
     }
 
-    fn value(&self, namespace: &GuardedNetns) -> Option<String> {
-        let text = netns::inside(namespace, || fs::read_to_string(self.path))
-            .ok()?
-            .ok()?;
-        Some(text.trim().to_owned())
+    fn value(&self, netns: &GuardedNetns) -> Option<String> {
+        let text = netns::inside(netns, || fs::read_to_string(self.path));
+        Some(text.ok()?.ok()?.trim().to_owned())
     }
-}
-
-fn places(values: &[(&GuardedNetns, Option<String>)]) -> String {
-    listing(
-        &values
-            .iter()
-            .map(|(namespace, _)| namespace.label.clone())
-            .collect::<Vec<_>>(),
-    )
 }
 
 #[cfg(test)]
@@ -313,23 +263,27 @@ mod tests {
 
     #[test]
     fn missing_capabilities_are_named() {
-        let all = capabilities(Some("000001ffffffffff"));
+        let all = capabilities(Ok(caps::all()));
         assert_eq!(all.status, Status::Ok);
-        let none = capabilities(Some("0000000000000000"));
+        let none = capabilities(Ok(CapsHashSet::new()));
         assert_eq!(none.status, Status::Fail);
         assert!(
             none.found.contains("CAP_BPF") && none.found.contains("CAP_SYS_PTRACE"),
             "{none:?}"
         );
-        let no_ptrace = capabilities(Some("000001fffff7ffff"));
+        let mut most = caps::all();
+        most.remove(&Capability::CAP_SYS_PTRACE);
+        let no_ptrace = capabilities(Ok(most));
         assert_eq!(
             (no_ptrace.status, no_ptrace.found.as_str()),
             (Status::Warn, "missing: CAP_SYS_PTRACE")
         );
-        assert_eq!(capabilities(None).status, Status::Fail);
-        assert_eq!(capabilities(Some("x")).status, Status::Fail);
         assert_eq!(
-            capabilities(effective_capabilities().as_deref()).status,
+            capabilities(Err(CapsError::from("no"))).status,
+            Status::Fail
+        );
+        assert_eq!(
+            capabilities(caps::read(None, CapSet::Effective)).status,
             Status::Ok,
             "tests run as root"
         );
@@ -353,7 +307,7 @@ mod tests {
     fn settings_are_those_of_the_namespace() {
         let [first, second] = ["first", "second"].map(namespace);
         let by_name = |name| {
-            let checks = namespace_checks(&[
+            let checks = settings(&[
                 GuardedNetns {
                     label: "first".into(),
                     file: first.file.try_clone().expect("clone"),

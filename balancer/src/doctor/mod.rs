@@ -1,7 +1,7 @@
 //! What this machine lacks for the balancer, and what would go wrong: found, what it means, what to do.
 //!
-//! Nothing is changed: programs and maps that are loaded to see whether the kernel takes them are attached to nothing, pinned nowhere,
-//! and closed at once.
+//! Nothing is changed: programs and maps that are loaded to see whether the kernel takes them are
+//! attached to nothing, and gone at once.
 
 mod attached;
 mod cluster;
@@ -11,7 +11,7 @@ mod loaded;
 mod machine;
 mod services;
 
-use std::path::PathBuf;
+use std::{fmt::Display, path::PathBuf};
 
 use crate::config::Config;
 
@@ -87,6 +87,22 @@ impl Check {
             ..Self::warn(name, found, means, advice)
         }
     }
+
+    /// A warning that names what was found. Where nothing was, all is well: what to say then, and what
+    /// it means.
+    fn warn_of(
+        name: &'static str,
+        found: &[String],
+        well: (&str, &str),
+        means: impl Into<String>,
+        advice: &str,
+    ) -> Self {
+        if found.is_empty() {
+            Self::ok(name, well.0, well.1)
+        } else {
+            Self::warn(name, listing(found), means, advice)
+        }
+    }
 }
 
 /// All findings, in the order in which they are best read.
@@ -99,11 +115,8 @@ pub struct Report {
 impl Report {
     /// The worst finding.
     pub fn worst(&self) -> Status {
-        self.checks
-            .iter()
-            .map(|check| check.status)
-            .max()
-            .unwrap_or(Status::Ok)
+        let statuses = self.checks.iter().map(|check| check.status);
+        statuses.max().unwrap_or(Status::Ok)
     }
 }
 
@@ -117,56 +130,45 @@ pub fn run(options: &Options) -> Report {
     let mut checks = features::checks();
     checks.push(features::programs());
     checks.extend(machine::checks(&options.state_dir));
-    let (snapshot, loaded) = loaded::look(&options.state_dir);
-    checks.push(loaded);
-    checks.extend(
-        snapshot
-            .iter()
-            .map(|snapshot| loaded::counts(&snapshot.agent)),
-    );
-    let kubernetes = options
-        .config
-        .as_ref()
-        .and_then(|config| config.kubernetes.as_ref());
-    checks.extend(kubernetes.map(cluster::checks).unwrap_or_default());
+    let (snapshot, check) = loaded::look(&options.state_dir);
+    checks.push(check);
+    if let Some(snapshot) = &snapshot {
+        checks.push(loaded::counts(&snapshot.agent));
+    }
+    let config = options.config.as_ref();
+    if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {
+        checks.extend(cluster::checks(kubernetes));
+    }
     checks.extend(snapshot.as_ref().and_then(cluster::translated));
-    let (namespaces, unreachable) = match (&options.config, &snapshot) {
-        (None, Some(_)) => loaded::namespaces(&options.state_dir),
-        (Some(config), Some(_)) if config.kubernetes.is_some() => {
-            loaded::namespaces(&options.state_dir)
-        }
-        (config, _) => guarded::namespaces(config.as_ref()),
+
+    // In a cluster the file names no addresses: the loaded data plane knows them.
+    let file = config.filter(|config| config.kubernetes.is_none());
+    let (netns, unreachable) = match (file, &snapshot) {
+        (None, Some(_)) => loaded::guarded_netns(&options.state_dir),
+        _ => guarded::configured(config),
     };
     checks.extend(unreachable);
-    checks.extend(machine::namespace_checks(&namespaces));
-    checks.extend(attached::checks(options, &namespaces));
-    let watched = match (&options.config, &snapshot) {
-        (Some(config), _) if config.kubernetes.is_none() => config
+    checks.extend(machine::settings(&netns));
+    checks.extend(attached::checks(options, &netns));
+    let watched: Vec<_> = match (file, &snapshot) {
+        (Some(file), _) => file.services.iter().map(services::Watched::from).collect(),
+        (None, Some(snapshot)) => snapshot
             .services
             .iter()
             .map(services::Watched::from)
             .collect(),
-        (_, Some(snapshot)) => snapshot
-            .services
-            .iter()
-            .map(services::Watched::from)
-            .collect(),
-        (_, None) => Vec::new(),
+        (None, None) => Vec::new(),
     };
     let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
-    checks.extend(services::checks(&watched, &namespaces, cgroup.as_deref()));
+    checks.extend(services::checks(&watched, &netns, cgroup.as_deref()));
     Report { checks }
 }
 
 /// The first few of many things in one line.
-fn listing(items: &[String]) -> String {
+fn listing<T: Display>(items: &[T]) -> String {
     const SHOWN: usize = 8;
-    let shown = items
-        .iter()
-        .take(SHOWN)
-        .map(String::as_str)
-        .collect::<Vec<_>>()
-        .join(", ");
+    let shown: Vec<_> = items.iter().take(SHOWN).map(ToString::to_string).collect();
+    let shown = shown.join(", ");
     match items.len().saturating_sub(SHOWN) {
         0 => shown,
         more => format!("{shown} and {more} more"),

@@ -26,7 +26,7 @@ pub(super) struct Watched {
     address: Option<IpAddr>,
     /// Where the listeners behind a virtual port are; `None`: on the port itself.
     backends: Option<Vec<SocketAddr>>,
-    /// The same for every backend.
+    /// The quota of each backend, where it is known.
     quota: Option<u32>,
     /// Sources that are exempt; `None`: not known.
     exempt: Option<Vec<IpNet>>,
@@ -55,58 +55,51 @@ impl From<&Service> for Watched {
 
 impl From<&ServiceSnapshot> for Watched {
     fn from(service: &ServiceSnapshot) -> Self {
-        let ours = service
-            .backends
-            .iter()
-            .filter(|backend| backend.state != BackendState::Candidate);
+        let backends = service.backends.iter();
+        let ours = backends.filter(|backend| backend.state != BackendState::Candidate);
         let seen: Vec<_> = ours.map(|backend| backend.address).collect();
+        let quotas = service.backends.iter().filter_map(|backend| backend.quota);
         Self {
             name: service.name.clone(),
             port: service.port,
             address: service.address,
             backends: service.virtual_port.then(|| seen.clone()),
-            quota: service
-                .backends
-                .iter()
-                .filter_map(|backend| backend.quota)
-                .max(),
+            quota: quotas.max(),
             exempt: None,
             loaded: Some(seen),
         }
     }
 }
 
-/// A listening socket of a guarded namespace.
-struct Listener<'a> {
+/// A listening socket on a port that a service has to do with.
+struct ServiceListener<'a> {
     socket: Socket,
-    namespace: &'a str,
+    /// What its netns is called.
+    netns: &'a str,
     owners: Vec<SocketOwner>,
 }
 
 /// The services' listeners; `cgroup` is where sockets are counted.
 pub(super) fn checks(
     services: &[Watched],
-    namespaces: &[GuardedNetns],
+    netns: &[GuardedNetns],
     cgroup: Option<&Path>,
 ) -> Vec<Check> {
+    const NAME: &str = "services";
     if services.is_empty() {
         return vec![Check::warn(
-            "services",
+            NAME,
             "none: no configuration is given and nothing is loaded",
             "no service's listeners were looked at",
             "give the file with --config",
         )];
     }
-    let listeners = match listeners(services, namespaces) {
+    let listeners = match listeners(services, netns) {
         Ok(listeners) => listeners,
         Err(error) => {
             let found = format!("listening sockets can't be listed: {error}");
-            return vec![Check::fail(
-                "services",
-                found,
-                "the services' listeners aren't known",
-                "run as root",
-            )];
+            let means = "the services' listeners aren't known";
+            return vec![Check::fail(NAME, found, means, "run as root")];
         }
     };
     let mut checks = vec![
@@ -121,27 +114,24 @@ pub(super) fn checks(
     checks
 }
 
-/// All listeners on a port that a service has to do with.
 fn listeners<'a>(
     services: &[Watched],
-    namespaces: &'a [GuardedNetns],
-) -> io::Result<Vec<Listener<'a>>> {
-    let ports: HashSet<u16> = services
+    netns: &'a [GuardedNetns],
+) -> io::Result<Vec<ServiceListener<'a>>> {
+    let backends = services
         .iter()
-        .flat_map(|service| {
-            let backends = service.backends.iter().flatten().map(SocketAddr::port);
-            backends.chain([service.port])
-        })
+        .flat_map(|service| service.backends.iter().flatten());
+    let ports: HashSet<u16> = backends
+        .map(SocketAddr::port)
+        .chain(services.iter().map(|service| service.port))
         .collect();
     let mut found = Vec::new();
-    for namespace in namespaces {
-        let sockets = discover::listening(namespace)?;
-        let relevant = sockets
-            .into_iter()
-            .filter(|socket| ports.contains(&socket.local.port()));
-        found.extend(relevant.map(|socket| Listener {
+    for netns in netns {
+        let sockets = discover::listening(netns)?.into_iter();
+        let relevant = sockets.filter(|socket| ports.contains(&socket.local.port()));
+        found.extend(relevant.map(|socket| ServiceListener {
             socket,
-            namespace: &namespace.label,
+            netns: &netns.label,
             owners: Vec::new(),
         }));
     }
@@ -152,19 +142,16 @@ fn listeners<'a>(
     Ok(found)
 }
 
-impl Listener<'_> {
+impl ServiceListener<'_> {
     fn describe(&self) -> String {
-        let owner = self
-            .owners
-            .first()
-            .map_or_else(|| "owner unknown".to_owned(), |owner| owner.name());
-        format!("{} of {owner} in {}", self.socket.local, self.namespace)
+        let owner = self.owners.first();
+        let owner = owner.map_or_else(|| "owner unknown".to_owned(), |owner| owner.name());
+        format!("{} of {owner} in {}", self.socket.local, self.netns)
     }
 
     /// Whether connections to an address reach it, were there no balancer.
     fn covers(&self, address: IpAddr) -> bool {
-        let own = self.socket.local.ip().to_canonical();
-        match own {
+        match self.socket.local.ip().to_canonical() {
             IpAddr::V4(own) if own.is_unspecified() => address.is_ipv4(),
             IpAddr::V6(own) if own.is_unspecified() => {
                 address.is_ipv6() || self.socket.v6only != Some(true)
@@ -173,232 +160,186 @@ impl Listener<'_> {
         }
     }
 
-    /// Whether it is a backend of a service.
-    fn serves(&self, service: &Watched) -> bool {
-        let port = self.socket.local.port();
-        match &service.backends {
-            None => {
-                port == service.port && service.address.is_none_or(|address| self.covers(address))
-            }
-            Some(backends) => backends
-                .iter()
-                .any(|backend| port == backend.port() && self.covers(backend.ip())),
-        }
+    fn covers_backend(&self, backend: &SocketAddr) -> bool {
+        self.socket.local.port() == backend.port() && self.covers(backend.ip())
     }
 
-    /// Whether it waits on a port whose connections all go elsewhere.
-    fn hidden_by(&self, service: &Watched) -> bool {
-        service.backends.is_some()
-            && self.socket.local.port() == service.port
-            && !self.serves(service)
+    /// Whether it is on the service's own port and address.
+    fn is_on_port(&self, service: &Watched) -> bool {
+        self.socket.local.port() == service.port
             && service.address.is_none_or(|address| self.covers(address))
+    }
+
+    /// Whether it is a backend of a service.
+    fn serves(&self, service: &Watched) -> bool {
+        match &service.backends {
+            None => self.is_on_port(service),
+            Some(backends) => backends.iter().any(|backend| self.covers_backend(backend)),
+        }
     }
 }
 
 /// `service: listener` for every pair that fits.
 fn pairs(
     services: &[Watched],
-    listeners: &[Listener<'_>],
-    fits: impl Fn(&Watched, &Listener<'_>) -> bool,
+    listeners: &[ServiceListener<'_>],
+    fits: impl Fn(&Watched, &ServiceListener<'_>) -> bool,
 ) -> Vec<String> {
     let of = |service: &Watched| {
         let fitting = listeners.iter().filter(|listener| fits(service, listener));
-        fitting
-            .map(|listener| format!("{}: {}", service.name, listener.describe()))
-            .collect::<Vec<_>>()
+        let named = fitting.map(|listener| format!("{}: {}", service.name, listener.describe()));
+        named.collect::<Vec<_>>()
     };
     services.iter().flat_map(of).collect()
 }
 
-fn mptcp(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
-    const NAME: &str = "MPTCP listeners";
+fn mptcp(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
     let found = pairs(services, listeners, |service, listener| {
         listener.socket.mptcp && listener.serves(service)
     });
-    if found.is_empty() {
-        return Check::ok(NAME, "none", "every listener can be steered to");
-    }
-    Check::warn(
-        NAME,
-        listing(&found),
-        "the kernel can't steer to an MPTCP listener: it is counted, and on the service's own port admitted and refused, but gets only the \
-         connections that come to it by themselves; behind a virtual port it gets none",
-        "make an ordinary TCP listener of it: GODEBUG=multipathtcp=0 for a Go server, no IPPROTO_MPTCP, no mptcpize",
+    Check::warn_of(
+        "MPTCP listeners",
+        &found,
+        ("none", "every listener can be steered to"),
+        "the kernel can't steer to an MPTCP listener: it is counted, and on the service's own port \
+         admitted and refused, but gets only the connections that come to it by themselves; behind a \
+         virtual port it gets none",
+        "make an ordinary TCP listener of it: GODEBUG=multipathtcp=0 for a Go server, no \
+         IPPROTO_MPTCP, no mptcpize",
     )
 }
 
-fn hidden(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
-    const NAME: &str = "hidden listeners";
+/// Listeners that wait on a port whose connections all go elsewhere.
+fn hidden(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
     let found = pairs(services, listeners, |service, listener| {
-        listener.hidden_by(service)
+        service.backends.is_some() && listener.is_on_port(service) && !listener.serves(service)
     });
-    if found.is_empty() {
-        return Check::ok(
-            NAME,
+    Check::warn_of(
+        "hidden listeners",
+        &found,
+        (
             "none",
             "no listener waits on a port whose connections go elsewhere",
-        );
-    }
-    Check::warn(
-        NAME,
-        listing(&found),
-        "the service's port is virtual (it has `backends:`): its connections all go to the backends, and this listener gets none",
+        ),
+        "the service's port is virtual (it has `backends:`): its connections all go to the backends, \
+         and this listener gets none",
         "stop it, add it to `backends:`, or drop `backends:` to balance the listeners on the port itself",
     )
 }
 
-fn missing(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
-    const NAME: &str = "backends";
+fn missing(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
     let found: Vec<_> = services
         .iter()
         .flat_map(|service| absent(service, listeners))
         .collect();
-    if found.is_empty() {
-        return Check::ok(
-            NAME,
-            format!("{} services have their listeners", services.len()),
-            "every backend can take connections",
-        );
-    }
-    Check::warn(
-        NAME,
-        listing(&found),
+    let well = format!("{} services have their listeners", services.len());
+    Check::warn_of(
+        "backends",
+        &found,
+        (&well, "every backend can take connections"),
         "connections go to the other backends; where there is none, the kernel refuses them",
-        "start it: it joins by itself when it listens; or correct the address, or `namespaces:` where it listens in another one",
+        "start it: it joins by itself when it listens; or correct the address, or `namespaces:` where \
+         it listens in another one",
     )
 }
 
-fn absent(service: &Watched, listeners: &[Listener<'_>]) -> Vec<String> {
-    let Some(backends) = &service.backends else {
-        let any = listeners.iter().any(|listener| listener.serves(service));
-        return if any {
-            Vec::new()
-        } else {
+fn absent(service: &Watched, listeners: &[ServiceListener<'_>]) -> Vec<String> {
+    let name = &service.name;
+    match &service.backends {
+        None if listeners.iter().any(|listener| listener.serves(service)) => Vec::new(),
+        None => vec![format!("{name}: nobody listens on port {}", service.port)],
+        Some(backends) if backends.is_empty() => {
             vec![format!(
-                "{}: nobody listens on port {}",
-                service.name, service.port
+                "{name}: no backend has listened since it was loaded"
             )]
-        };
-    };
-    if backends.is_empty() {
-        return vec![format!(
-            "{}: no backend has listened since it was loaded",
-            service.name
-        )];
+        }
+        Some(backends) => {
+            let listens = |backend: &&SocketAddr| {
+                listeners
+                    .iter()
+                    .any(|listener| listener.covers_backend(backend))
+            };
+            let absent = backends.iter().filter(|backend| !listens(backend));
+            absent
+                .map(|backend| format!("{name}: nobody listens on {backend}"))
+                .collect()
+        }
     }
-    let listens = |address: &SocketAddr| {
-        listeners.iter().any(|listener| {
-            listener.socket.local.port() == address.port() && listener.covers(address.ip())
-        })
-    };
-    let absent = backends.iter().filter(|address| !listens(address));
-    absent
-        .map(|address| format!("{}: nobody listens on {address}", service.name))
-        .collect()
 }
 
 /// Listeners that the loaded data plane doesn't have; nothing where none is loaded.
-fn unclaimed(services: &[Watched], listeners: &[Listener<'_>]) -> Option<Check> {
-    const NAME: &str = "unclaimed listeners";
+fn unclaimed(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Option<Check> {
     if services.iter().all(|service| service.loaded.is_none()) {
         return None;
     }
     let found = pairs(services, listeners, |service, listener| {
-        let has = |backends: &Vec<SocketAddr>| {
-            backends
-                .iter()
-                .any(|backend| same(*backend, listener.socket.local))
-        };
-        listener.serves(service) && !service.loaded.as_ref().is_none_or(has)
+        let has = |backend: &SocketAddr| is_same(*backend, listener.socket.local);
+        let known = service.loaded.as_ref();
+        listener.serves(service) && known.is_some_and(|known| !known.iter().any(has))
     });
-    if found.is_empty() {
-        return Some(Check::ok(
-            NAME,
-            "none",
-            "the data plane has every listener of its services",
-        ));
-    }
-    Some(Check::warn(
-        NAME,
-        listing(&found),
+    Some(Check::warn_of(
+        "unclaimed listeners",
+        &found,
+        ("none", "the data plane has every listener of its services"),
         "the data plane doesn't know it: its connections aren't counted, and nothing is steered to it",
-        "start it again while the daemon runs; where that doesn't help, see the daemon's log for what kept it from joining",
+        "start it again while the daemon runs; where that doesn't help, see the daemon's log for what \
+         kept it from joining",
     ))
 }
 
-/// Whether two listeners are bound to the same; "any address" is one, however it is written.
-fn same(left: SocketAddr, right: SocketAddr) -> bool {
+/// Whether two listeners are bound to one address; "any address" is one, however it is written.
+fn is_same(left: SocketAddr, right: SocketAddr) -> bool {
     let bare =
         |address: SocketAddr| Some(address.ip().to_canonical()).filter(|ip| !ip.is_unspecified());
     left.port() == right.port() && bare(left) == bare(right)
 }
 
-fn outside(services: &[Watched], listeners: &[Listener<'_>], cgroup: &Path) -> Check {
-    const NAME: &str = "listeners' cgroups";
+fn outside(services: &[Watched], listeners: &[ServiceListener<'_>], cgroup: &Path) -> Check {
     let inside = cgroup_ids(cgroup);
     let found = pairs(services, listeners, |service, listener| {
-        listener.serves(service)
-            && listener
-                .socket
-                .cgroup
-                .is_some_and(|id| !inside.contains(&id))
+        let is_outside = |id: u64| !inside.contains(&id);
+        listener.serves(service) && listener.socket.cgroup.is_some_and(is_outside)
     });
-    if found.is_empty() {
-        return Check::ok(
-            NAME,
-            format!("all below {}", cgroup.display()),
-            "every listener's connections are counted",
-        );
-    }
-    Check::warn(
-        NAME,
-        listing(&found),
+    let cgroup = cgroup.display();
+    let well = format!("all below {cgroup}");
+    Check::warn_of(
+        "listeners' cgroups",
+        &found,
+        (&well, "every listener's connections are counted"),
         format!(
-            "made outside {} (a socket keeps the cgroup in which it was made): its connections aren't counted and it isn't steered to",
-            cgroup.display()
+            "made outside {cgroup} (a socket keeps the cgroup in which it was made): its connections \
+             aren't counted and it isn't steered to"
         ),
         "start it again inside the cgroup, or leave out --cgroup",
     )
 }
 
 /// A process that may open fewer files than the quota lets connections in can't accept them.
-fn file_limits(services: &[Watched], listeners: &[Listener<'_>]) -> Check {
-    const NAME: &str = "backends' open files";
+fn file_limits(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
     let mut limits = HashMap::new();
     let mut limit = |pid: u32| *limits.entry(pid).or_insert_with(|| open_files(pid));
     let mut found = Vec::new();
-    for service in services {
-        let Some(quota) = service.quota else {
-            continue;
-        };
+    for (service, quota) in services
+        .iter()
+        .filter_map(|service| Some((service, service.quota?)))
+    {
         for listener in listeners.iter().filter(|listener| listener.serves(service)) {
-            let Some(files) = listener
-                .owners
-                .iter()
-                .filter_map(|owner| limit(owner.pid))
-                .min()
-            else {
-                continue;
-            };
-            if files <= u64::from(quota) {
+            let limits = listener.owners.iter().filter_map(|owner| limit(owner.pid));
+            if let Some(files) = limits.min().filter(|files| *files <= u64::from(quota)) {
+                let (name, listener) = (&service.name, listener.describe());
                 found.push(format!(
-                    "{}: {} may open {files} files, the quota is {quota}",
-                    service.name,
-                    listener.describe()
+                    "{name}: {listener} may open {files} files, the quota is {quota}"
                 ));
             }
         }
     }
-    if found.is_empty() {
-        return Check::ok(
-            NAME,
+    Check::warn_of(
+        "backends' open files",
+        &found,
+        (
             "no quota is above what a backend may open",
             "a backend can accept all that its quota lets in",
-        );
-    }
-    Check::warn(
-        NAME,
-        listing(&found),
+        ),
         "it can't accept as many connections as its quota lets in: the rest wait in its accept queue",
         "raise its limit (ulimit -n, LimitNOFILE= in systemd), or lower the quota",
     )
@@ -408,11 +349,11 @@ fn open_files(pid: u32) -> Option<u64> {
     soft_limit(&fs::read_to_string(format!("/proc/{pid}/limits")).ok()?)
 }
 
-/// `Max open files            20000                20000                files`: the soft limit is the first number; `unlimited` is none.
+/// `Max open files            20000                20000                files`: the soft limit is
+/// the first number; `unlimited` is none.
 fn soft_limit(limits: &str) -> Option<u64> {
-    let line = limits
-        .lines()
-        .find_map(|line| line.strip_prefix("Max open files"))?;
+    let mut lines = limits.lines();
+    let line = lines.find_map(|line| line.strip_prefix("Max open files"))?;
     line.split_whitespace().next()?.parse().ok()
 }
 
@@ -421,28 +362,22 @@ fn exempt(services: &[Watched]) -> Option<Check> {
     const NAME: &str = "exempt sources";
     let mut found = Vec::new();
     for service in services {
-        if service
-            .exempt
-            .as_ref()?
-            .iter()
-            .any(|network| !network.addr().is_loopback())
-        {
-            found.push(service.name.clone());
+        let mut networks = service.exempt.as_ref()?.iter();
+        if networks.any(|network| !network.addr().is_loopback()) {
+            found.push(&service.name);
         }
     }
-    if found.is_empty() {
-        return Some(Check::ok(
+    Some(if found.is_empty() {
+        Check::ok(NAME, "none but loopback", "quotas are for everybody")
+    } else {
+        Check::ok(
             NAME,
-            "none but loopback",
-            "quotas are for everybody",
-        ));
-    }
-    Some(Check::ok(
-        NAME,
-        format!("services {}", listing(&found)),
-        "a source is known by the address that arrives here: after SNAT (masquerading, a Service with externalTrafficPolicy: Cluster) \
-         that is a node's, and rules by pod address don't match it",
-    ))
+            format!("services {}", listing(&found)),
+            "a source is known by the address that arrives here: after SNAT (masquerading, a \
+             Kubernetes Service with externalTrafficPolicy: Cluster) that is a node's, and rules by \
+             pod address don't match it",
+        )
+    })
 }
 
 #[cfg(test)]
