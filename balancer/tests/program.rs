@@ -86,7 +86,7 @@ fn a_bad_configuration_is_one_line_and_changes_nothing() {
         &["run", "--config", file.to_str().unwrap()],
     );
     let expected = format!(
-        "{}:3: `70000` is not a TCP port; write a number from 1 to 65535\n",
+        "{}:3:11: `70000` is not a TCP port; write a number from 1 to 65535\n",
         file.display()
     );
     assert_fails(&output, 1, &expected);

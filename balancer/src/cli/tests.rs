@@ -836,7 +836,7 @@ mod without_a_daemon {
         std::fs::write(&file, "services:\n- name: a\n  prot: 1\n").unwrap();
         let message = perform(&place, &["doctor", "--config", file.to_str().unwrap()]);
         assert!(
-            message.starts_with(&format!("{}:3: unknown key `prot`", file.display())),
+            message.starts_with(&format!("{}:3:3: unknown key `prot`", file.display())),
             "{message}"
         );
     }
