@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-use crate::{command, image, kubernetes, places};
+use crate::{command, kubernetes, places};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const CHART: &str = "deploy/helm/balancer";
@@ -87,7 +87,7 @@ pub fn program() -> Result<PathBuf> {
     let module = places::workspace().join("tests/kit/kubernetes/helm");
     let sums = std::fs::read(module.join("go.sum"))
         .with_context(|| format!("cannot read go.sum in {}", module.display()))?;
-    let hash = image::hex(&Sha256::digest(&sums)[..8]);
+    let hash = oci_archive::hex(&Sha256::digest(&sums)[..8]);
     let program = directory()?.join(format!("helm-{hash}"));
     if command::is_executable(&program) {
         return Ok(program);

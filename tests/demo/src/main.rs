@@ -9,11 +9,11 @@
 //!      └───────────────────────── veth, when A refuses ──────────────────┘
 //! ```
 
-mod crowd;
 mod kubernetes;
+mod load_generator;
 mod node;
 mod report;
-mod story;
+mod scenario;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -59,7 +59,7 @@ fn run(machines: &[Machine; 2]) -> Option<Report> {
             let mut interrupt = signal(SignalKind::interrupt()).expect("SIGINT can be handled");
             let mut terminate = signal(SignalKind::terminate()).expect("SIGTERM can be handled");
             tokio::select! {
-                report = story::tell(machines) => Some(report),
+                report = scenario::run(machines) => Some(report),
                 _ = interrupt.recv() => None,
                 _ = terminate.recv() => None,
             }

@@ -8,8 +8,9 @@ use std::time::Duration;
 use anyhow::ensure;
 use serde_json::{Value, json};
 use testkit::fixtures::{Machine, eventually};
+use testkit::kubernetes::images::{self, BUSYBOX, TOOLS};
 use testkit::kubernetes::objects::{self, Endpoint};
-use testkit::kubernetes::{ApiServer, BUSYBOX, Cluster, Image, TOOLS};
+use testkit::kubernetes::{ApiServer, Cluster};
 
 #[test]
 fn objects_are_read_back_as_they_were_written() {
@@ -157,7 +158,7 @@ fn an_image_that_a_test_makes_runs_on_the_node_that_has_it() {
     let cluster = Cluster::start(1, &[]);
     let directory = tempfile::tempdir().expect("a directory can be made");
     let archive = directory.path().join("tools.tar");
-    Image::tools().write(&archive);
+    images::write_tools(&archive).expect("the image can be written");
     cluster.import_image("node1", &archive);
     cluster.admin().apply(&pod("oap", TOOLS, &["standin-oap"]));
     cluster.kubectl(&["wait", "pod/oap", "--for=condition=Ready", "--timeout=120s"]);

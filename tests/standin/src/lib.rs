@@ -5,12 +5,12 @@
 //! written by hand, which saves a compiler for `.proto` files.
 
 mod client;
-mod crowd;
+mod load_generator;
 mod protocol;
 mod server;
 
 pub use client::{Attempt, Client, Ending};
-pub use crowd::{Cause, Crowd, Habits, Outage, Tally, ask, now};
+pub use load_generator::{Behaviour, Cause, LoadGenerator, Outage, Tally, ask, now};
 pub use server::{listen, serve, serve_counting};
 
 /// Waits until standard input ends: until the process is gone that has the other end.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use super::cache::{Cache, asset};
-use testkit::kubernetes::Image;
+use testkit::kubernetes::images;
 
 /// What a container of it runs that is an OAP; options of the JVM come before.
 pub const OAP: [&str; 2] = [
@@ -25,33 +25,25 @@ pub const JAVA: &str = "/opt/java/bin/java";
 /// Writes the archive of an image of this name: a JRE, the OAP, and the application with its agent.
 ///
 /// # Errors
-/// When the cache was damaged.
-///
-/// # Panics
-/// When a file can't be read or written.
+/// When the cache was damaged, or a file can't be read or written.
 pub fn write(cache: &Cache, name: &str, to: &Path) -> Result<()> {
     let jre = cache.jre();
-    let image = Image::shell(name)
-        .directory("opt/java", &jre)
-        .directory("opt/agent", &cache.java())
-        .directory("opt/oap/conf", &asset("conf"));
-    let image = ["bin/java", "lib/server/libjvm.so", "lib/libzip.so"]
-        .iter()
-        .fold(image, |image, part| {
-            image.libraries_outside(&jre, &jre.join(part))
-        });
+    let mut root = images::shell()?;
+    root.copy_tree("opt/java", &jre)?;
+    root.copy_tree("opt/agent", &cache.java())?;
+    root.copy_tree("opt/oap/conf", &asset("conf"))?;
+    for part in ["bin/java", "lib/server/libjvm.so", "lib/libzip.so"] {
+        root.libraries_outside(&jre, &jre.join(part))?;
+    }
     let mut class_path = "/opt/oap/conf".to_owned();
-    let mut image = image;
     for jar in cache.oap_jars()? {
         let name = jar.file_name().context("a jar has a name")?;
         let inside = format!("opt/oap/lib/{}", name.to_string_lossy());
-        image = image.file(&inside, &jar);
+        root.copy(&inside, &jar)?;
         class_path.push_str(":/");
         class_path.push_str(&inside);
     }
     // java reads options from such a file (@argfile).
-    image
-        .text("opt/oap/class-path", &format!("-cp {class_path}\n"))
-        .write(to);
-    Ok(())
+    root.file("opt/oap/class-path", 0o644, format!("-cp {class_path}\n"));
+    images::write(name, root, &[], to)
 }

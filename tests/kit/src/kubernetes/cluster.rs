@@ -12,7 +12,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::api::ApiServer;
-use super::image::{BUSYBOX, Image};
+use super::images;
 use super::keeper::Keeper;
 use super::kubectl::Kubectl;
 use super::{directory, kubeall, run};
@@ -54,7 +54,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts one with so many nodes, which have these images (archives, see [`Image`]) besides [`BUSYBOX`], and waits until all are
+    /// Starts one with so many nodes, which have these images (archives) besides [`images::BUSYBOX`], and waits until all are
     /// ready for pods.
     ///
     /// # Panics
@@ -286,8 +286,8 @@ impl Cluster {
     fn keep_images(&self, images: &[&Path]) {
         let kept = self.images();
         fs::create_dir(&kept).expect("a directory can be made");
-        Image::pause().write(&kept.join("pause.tar"));
-        Image::shell(BUSYBOX).write(&kept.join("busybox.tar"));
+        images::write_pause(&kept.join("pause.tar")).expect("an image can be written");
+        images::write_busybox(&kept.join("busybox.tar")).expect("an image can be written");
         for image in images {
             self.keep_image(image);
         }

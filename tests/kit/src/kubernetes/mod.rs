@@ -17,7 +17,7 @@
 
 mod api;
 mod cluster;
-mod image;
+pub mod images;
 mod keeper;
 mod kubectl;
 pub mod objects;
@@ -26,7 +26,6 @@ mod run;
 
 pub use api::{ApiServer, Program};
 pub use cluster::Cluster;
-pub use image::{BUSYBOX, Image, PAUSE, TOOLS};
 pub use kubectl::Kubectl;
 
 use std::path::PathBuf;

@@ -9,7 +9,7 @@ use super::interrupt;
 const BETWEEN_LOOKS: Duration = Duration::from_millis(300);
 
 /// What a check wants to see, and what it sees.
-pub struct Sight {
+pub struct Check {
     /// Wanted.
     pub expected: String,
     /// Seen.
@@ -17,7 +17,7 @@ pub struct Sight {
     ok: bool,
 }
 
-impl Sight {
+impl Check {
     /// Both as they are shown, which must be the same.
     #[expect(
         clippy::needless_pass_by_value,
@@ -101,14 +101,14 @@ impl Report {
     ///
     /// # Errors
     /// When they are not as expected.
-    pub fn check(&mut self, step: &str, sight: &Sight) -> Result<()> {
-        let ok = sight.ok;
+    pub fn check(&mut self, step: &str, check: &Check) -> Result<()> {
+        let ok = check.ok;
         let seconds = self.begun.elapsed().as_secs().to_string();
         let word = if ok { "yes" } else { "NO" };
-        print_row(&seconds, step, &sight.expected, &sight.seen, word);
+        print_row(&seconds, step, &check.expected, &check.seen, word);
         self.rows += 1;
         if !ok {
-            let difference = format!("{step}: expected {}, saw {}", sight.expected, sight.seen);
+            let difference = format!("{step}: expected {}, saw {}", check.expected, check.seen);
             ensure!(self.goes_on, "{difference}");
             self.differences.push(difference);
         }
@@ -123,13 +123,13 @@ impl Report {
         &mut self,
         step: &str,
         within: Duration,
-        mut look: impl FnMut() -> Result<Sight>,
+        mut look: impl FnMut() -> Result<Check>,
     ) -> Result<()> {
         let deadline = Instant::now() + within;
         loop {
-            let sight = look()?;
-            if sight.ok || Instant::now() >= deadline {
-                return self.check(step, &sight);
+            let check = look()?;
+            if check.ok || Instant::now() >= deadline {
+                return self.check(step, &check);
             }
             interrupt::pause(BETWEEN_LOOKS)?;
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use standin::{Crowd, Habits};
+use standin::{Behaviour, LoadGenerator};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Stand-ins for agents.
@@ -42,7 +42,7 @@ async fn main() -> Result<()> {
     // The first process of a container gets no default action for a signal.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let crowd = Crowd::start(Habits {
+    let load = LoadGenerator::start(Behaviour {
         to: arguments.to,
         clients: arguments.connections,
         begin_within: Duration::from_secs(arguments.begin_within),
@@ -50,7 +50,7 @@ async fn main() -> Result<()> {
         longest_pause: Duration::from_secs(arguments.longest_pause),
     });
     tokio::select! {
-        ended = crowd.answer(listener) => ended.context("cannot answer any more"),
+        ended = load.answer(listener) => ended.context("cannot answer any more"),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
         () = standin::stdin_ends(), if arguments.until_stdin_ends => Ok(()),

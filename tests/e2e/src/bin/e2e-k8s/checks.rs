@@ -1,4 +1,4 @@
-//! Checks that come up more than once in the story.
+//! Checks that come up more than once in the scenario.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZero;
@@ -6,31 +6,31 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use standin::Cause;
-use testkit::scenario::{Report, Sight, interrupt};
+use testkit::scenario::{Check, Report, interrupt};
 
-use crate::agents::{self, Backend, Group, Way};
 use crate::clients::Mark;
+use crate::daemons::{self, Backend, Group, Way};
+use crate::fixture::{Fixture, slashed, unevenness};
 use crate::kernel;
 use crate::layout::{CLIENT_PODS, NODES};
 use crate::oaps::Held;
-use crate::world::{World, slashed, unevenness};
 
 /// Refused clients pause for up to three seconds, several times.
 pub const CLIENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
-/// What happened in the kernel is in the status at once, and with the other agents two seconds later.
-const AGENTS_FOLLOW_WITHIN: Duration = Duration::from_secs(15);
+/// What happened in the kernel is in the status at once, and with the other daemons two seconds later.
+const DAEMONS_FOLLOW_WITHIN: Duration = Duration::from_secs(15);
 /// From the listener until the kernel half is in its namespace.
 const ATTACHED_WITHIN: Duration = Duration::from_secs(1);
-/// An agent starts; or a pod of the OAP.
+/// A daemon starts; or a pod of the OAP.
 pub const PODS_START_WITHIN: Duration = Duration::from_secs(60);
 
-impl World {
+impl Fixture {
     /// All clients have a connection.
     pub fn all_connected(&self, report: &mut Report, step: &str) -> Result<()> {
         let step = format!("{step}: clients with a connection");
         report.wait(&step, CLIENTS_CONNECT_WITHIN, || {
-            let tally = self.clients()?.tally(&self.lab)?;
-            Ok(Sight::new(tally.clients, tally.connected))
+            let tally = self.clients()?.tally(&self.cluster)?;
+            Ok(Check::new(tally.clients, tally.connected))
         })
     }
 
@@ -38,7 +38,7 @@ impl World {
     pub fn reconnected(&self, told: u64) -> Result<()> {
         let deadline = Instant::now() + CLIENTS_CONNECT_WITHIN;
         loop {
-            let tally = self.clients()?.tally(&self.lab)?;
+            let tally = self.clients()?.tally(&self.cluster)?;
             let outages = tally.outages.iter();
             let new = outages.filter(|outage| {
                 let without_one = outage.began < told && outage.ended.is_none_or(|at| at >= told);
@@ -63,34 +63,34 @@ impl World {
         mark: &Mark,
         longest: Duration,
     ) -> Result<()> {
-        let tally = self.clients()?.tally(&self.lab)?;
+        let tally = self.clients()?.tally(&self.cluster)?;
         let step = format!("{step}: longest time of a client without one");
-        report.check(&step, &Sight::within(longest, mark.longest_outage(&tally)))
+        report.check(&step, &Check::within(longest, mark.longest_outage(&tally)))
     }
 
     /// No client has lost its connection since then.
     pub fn nothing_lost(&self, report: &mut Report, step: &str, mark: &Mark) -> Result<()> {
-        let tally = self.clients()?.tally(&self.lab)?;
+        let tally = self.clients()?.tally(&self.cluster)?;
         let step = format!("{step}: connections lost");
-        report.check(&step, &Sight::new(0, mark.lost(&tally)))
+        report.check(&step, &Check::new(0, mark.lost(&tally)))
     }
 
-    /// The agents count what the socket tables of the pods hold.
+    /// The daemons count what the socket tables of the pods hold.
     pub fn counts_are_true(&mut self, report: &mut Report, step: &str, way: Way) -> Result<()> {
         let step = format!("{step}: sockets of the pods (exempt), and counts");
-        wait(report, &step, AGENTS_FOLLOW_WITHIN, "as many", || {
+        wait(report, &step, DAEMONS_FOLLOW_WITHIN, "as many", || {
             if way == Way::Exec {
                 self.look()?;
             }
             let counted = self.counted(way)?;
-            Ok(Sight::new(self.show(self.held()), self.show(counted)))
+            Ok(Check::new(self.show(self.held()), self.show(counted)))
         })
     }
 
-    /// The agents of all nodes know the same of all OAPs, and that is the truth.
+    /// The daemons of all nodes know the same of all OAPs, and that is the truth.
     pub fn views_agree(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let step = format!("{step}: status --cluster, from each node");
-        wait(report, &step, AGENTS_FOLLOW_WITHIN, "the same", || {
+        wait(report, &step, DAEMONS_FOLLOW_WITHIN, "the same", || {
             self.look()?;
             let held = self.held();
             let truth: BTreeSet<_> = self
@@ -99,7 +99,7 @@ impl World {
                 .zip(held)
                 .map(|(oap, held)| format!("{}={}", &oap.name, held.established))
                 .collect();
-            let expected = format!("{} times {}", self.agents.len(), truth.len());
+            let expected = format!("{} times {}", self.daemons.len(), truth.len());
             let groups = self.groups(Way::Exec)?;
             let same = groups.iter().filter(|group| {
                 let told = living(group).filter_map(|backend| {
@@ -119,11 +119,11 @@ impl World {
                     ""
                 }
             );
-            Ok(Sight::new(expected, seen))
+            Ok(Check::new(expected, seen))
         })
     }
 
-    /// Each OAP's namespace is guarded soon after its listener, or after the agent of its node was ready, where `since` says when.
+    /// Each OAP's namespace is guarded soon after its listener, or after the daemon of its node was ready, where `since` says when.
     pub fn attached(
         &mut self,
         report: &mut Report,
@@ -133,26 +133,26 @@ impl World {
         self.look()?;
         let mut worst = Duration::ZERO;
         for oap in &self.oaps {
-            let deadline = Instant::now() + AGENTS_FOLLOW_WITHIN;
+            let deadline = Instant::now() + DAEMONS_FOLLOW_WITHIN;
             let guarded = loop {
-                match kernel::guarded_since(&self.lab, &oap.node, oap.cookie) {
+                match kernel::guarded_since(&self.cluster, &oap.node, oap.cookie) {
                     Some(guarded) => break guarded,
                     None if Instant::now() >= deadline => break u64::MAX,
                     None => interrupt::pause(Duration::from_millis(50))?,
                 }
             };
-            let agent = since.get(&oap.node).copied().unwrap_or(0);
-            let listens = oap.listens_since(&self.lab)?.max(agent);
+            let daemon = since.get(&oap.node).copied().unwrap_or(0);
+            let listens = oap.listens_since(&self.cluster)?.max(daemon);
             worst = worst.max(Duration::from_millis(guarded.saturating_sub(listens)));
         }
         let step = format!(
             "{step}: guarded after the listener, worst of {}",
             self.oaps.len()
         );
-        report.check(&step, &Sight::within(ATTACHED_WITHIN, worst))
+        report.check(&step, &Check::within(ATTACHED_WITHIN, worst))
     }
 
-    /// All agents share the total out among so many OAPs. Says how long it took from `since` on.
+    /// All daemons share the total out among so many OAPs. Says how long it took from `since` on.
     pub fn quotas_follow(
         &mut self,
         report: &mut Report,
@@ -163,18 +163,18 @@ impl World {
     ) -> Result<()> {
         let phrase = format!("/ {ready} ready)");
         let mut took = None;
-        let look = format!("{step}: agents that compute with {ready} ready");
+        let look = format!("{step}: daemons that compute with {ready} ready");
         wait(report, &look, within, "all", || {
             self.look()?;
             let groups = self.groups(Way::OnNode)?;
             let follow = groups
                 .iter()
                 .filter(|group| group.sentence.contains(&phrase));
-            let sight = Sight::new(self.agents.len(), follow.count());
-            if sight.is_as_expected() {
+            let check = Check::new(self.daemons.len(), follow.count());
+            if check.is_as_expected() {
                 took = Some(since.elapsed());
             }
-            Ok(sight)
+            Ok(check)
         })?;
         let (Some(took), Some(group)) = (took, self.groups(Way::OnNode)?.into_iter().next()) else {
             return Ok(());
@@ -192,11 +192,11 @@ impl World {
         let held: Vec<u32> = self.held().into_iter().map(Held::admitted).collect();
         let admitted = f64::from(held.iter().sum::<u32>().max(1));
         let group = self.groups(Way::OnNode)?.into_iter().next();
-        let group = group.context("there is an agent")?;
+        let group = group.context("there is a daemon")?;
         let total = total(&group).with_context(|| group.sentence.clone())?;
         report.check(
             &format!("{step}: total that is shared out"),
-            &Sight::judged(
+            &Check::judged(
                 format!("{admitted}, or a tenth more"),
                 total,
                 (admitted..=admitted * 1.1).contains(&total),
@@ -208,12 +208,12 @@ impl World {
         let share = (most * mean(&held)).ceil();
         let more = most_over(&group, share);
         let step = format!("{step}: max/mean (without: {:.2})", self.uneven);
-        let sight = Sight::judged(
+        let check = Check::judged(
             format!("at most {most:.2} (and {more} more)"),
             format!("{seen:.3}: {} of {}", slashed(&held), quotas(&group)),
             more <= f64::from(CLIENT_PODS) && seen * mean(&held) <= share + more,
         );
-        report.check(&step, &sight)
+        report.check(&step, &check)
     }
 
     /// No OAP has more than its quota, but for connections that opened at the same moment on several processors.
@@ -229,27 +229,27 @@ impl World {
         });
         report.check(
             &format!("{step}: OAPs over their quota"),
-            &Sight::new(0, over.count()),
+            &Check::new(0, over.count()),
         )
     }
 
-    /// Every node that runs has an agent that is ready, none of the ones that are told.
-    pub fn agents_ready(
+    /// Every node that runs has a daemon that is ready, none of the ones that are told.
+    pub fn daemons_ready(
         &mut self,
         report: &mut Report,
         step: &str,
         not: &BTreeSet<String>,
     ) -> Result<()> {
-        let step = format!("{step}: agents that are ready");
+        let step = format!("{step}: daemons that are ready");
         let nodes = NODES
             .iter()
-            .filter(|node| self.lab.cluster.runs(node))
+            .filter(|node| self.cluster.kubernetes.runs(node))
             .count();
         wait(report, &step, PODS_START_WITHIN, "all", || {
-            self.agents = agents::look(&self.lab)?;
-            let ready = self.agents.values().filter(|agent| agent.ready);
-            let new = ready.filter(|agent| !not.contains(&agent.uid));
-            Ok(Sight::new(nodes, new.count()))
+            self.daemons = daemons::look(&self.cluster)?;
+            let ready = self.daemons.values().filter(|daemon| daemon.ready);
+            let new = ready.filter(|daemon| !not.contains(&daemon.uid));
+            Ok(Check::new(nodes, new.count()))
         })
     }
 
@@ -280,12 +280,12 @@ pub fn wait(
     step: &str,
     within: Duration,
     expected: &str,
-    mut look: impl FnMut() -> Result<Sight>,
+    mut look: impl FnMut() -> Result<Check>,
 ) -> Result<()> {
     report.wait(step, within, || {
         let seen = look();
         interrupt::check()?;
-        Ok(seen.unwrap_or_else(|error| Sight::judged(expected, format!("{error:#}"), false)))
+        Ok(seen.unwrap_or_else(|error| Check::judged(expected, format!("{error:#}"), false)))
     })
 }
 

@@ -9,8 +9,8 @@ use anyhow::{Context, Result};
 use standin::{self, Tally};
 use testkit::fixtures::{binary, process};
 
-use crate::lab::Lab;
-use crate::layout::{ANSWERS, OUTSIDE, PORT, SERVICE, SHOP};
+use crate::cluster::TestCluster;
+use crate::layout::{ANSWERS, OUTSIDE, PORT, SERVICE, WORKLOADS};
 use crate::oaps::text;
 
 /// All clients.
@@ -35,8 +35,8 @@ impl Clients {
     ///
     /// # Errors
     /// When one does not.
-    pub fn in_pods(lab: &Lab) -> Result<Self> {
-        let list = lab.get(&["pods", "-n", SHOP, "-l", "app=shop"])?;
+    pub fn in_pods(cluster: &TestCluster) -> Result<Self> {
+        let list = cluster.get(&["pods", "-n", WORKLOADS, "-l", "app=workload"])?;
         let pods = list["items"].as_array().context("a list has items")?;
         let pods = pods.iter().map(|pod| {
             Ok(Pod {
@@ -54,8 +54,8 @@ impl Clients {
     ///
     /// # Errors
     /// When the program can't be started.
-    pub fn start_outside(&mut self, lab: &Lab) -> Result<()> {
-        self.outside = Some(Outside::start(lab)?);
+    pub fn start_outside(&mut self, cluster: &TestCluster) -> Result<()> {
+        self.outside = Some(Outside::start(cluster)?);
         Ok(())
     }
 
@@ -73,16 +73,16 @@ impl Clients {
     ///
     /// # Errors
     /// When one does not answer.
-    pub fn tally(&self, lab: &Lab) -> Result<Tally> {
-        self.ask(lab, "tell")
+    pub fn tally(&self, cluster: &TestCluster) -> Result<Tally> {
+        self.ask(cluster, "tell")
     }
 
     /// Tells all to close their connections and open new ones within a time.
     ///
     /// # Errors
     /// When one does not answer.
-    pub fn reconnect(&self, lab: &Lab, within: Duration) -> Result<()> {
-        self.ask(lab, &format!("reconnect {}", within.as_millis()))
+    pub fn reconnect(&self, cluster: &TestCluster, within: Duration) -> Result<()> {
+        self.ask(cluster, &format!("reconnect {}", within.as_millis()))
             .map(drop)
     }
 
@@ -90,14 +90,14 @@ impl Clients {
     ///
     /// # Errors
     /// When one does not answer.
-    pub fn mark(&self, lab: &Lab) -> Result<Mark> {
+    pub fn mark(&self, cluster: &TestCluster) -> Result<Mark> {
         Ok(Mark {
             since: standin::now(),
-            before: self.tally(lab)?,
+            before: self.tally(cluster)?,
         })
     }
 
-    fn ask(&self, lab: &Lab, question: &str) -> Result<Tally> {
+    fn ask(&self, cluster: &TestCluster, question: &str) -> Result<Tally> {
         let mut all = Tally::default();
         let outside = self.outside.iter().map(|_| Outside::answers());
         let addresses: Vec<_> = self
@@ -106,7 +106,7 @@ impl Clients {
             .map(|pod| pod.address)
             .chain(outside)
             .collect();
-        lab.cluster.outside().run(|| {
+        cluster.kubernetes.outside().run(|| {
             for address in addresses {
                 let tally = standin::ask(address, question)
                     .with_context(|| format!("the clients at {address} do not answer"))?;
@@ -150,7 +150,7 @@ struct Outside {
 }
 
 impl Outside {
-    fn start(lab: &Lab) -> Result<Self> {
+    fn start(cluster: &TestCluster) -> Result<Self> {
         let mut client = Command::new(binary().with_file_name("standin-client"));
         client
             .arg(format!("--to={SERVICE}:{PORT}"))
@@ -160,7 +160,7 @@ impl Outside {
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
         let spawn = || -> io::Result<Child> { process::spawn(&mut client) };
-        let child = lab.cluster.outside().run(spawn);
+        let child = cluster.kubernetes.outside().run(spawn);
         Ok(Self {
             child: child.context("cannot start standin-client")?,
         })

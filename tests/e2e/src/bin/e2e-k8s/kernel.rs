@@ -8,35 +8,35 @@ use anyhow::{Context, Result};
 use aya::programs::links::{FdLink, PinnedLink};
 use aya::programs::loaded_programs;
 
-use crate::lab::Lab;
-use crate::stamp;
+use crate::cluster::TestCluster;
+use crate::timestamp;
 
 const PINS: &str = "/sys/fs/bpf/balancer";
 
 /// When `steer` was attached to the network namespace with that cookie; `None`: it is not.
-pub fn guarded_since(lab: &Lab, node: &str, cookie: u64) -> Option<u64> {
+pub fn guarded_since(cluster: &TestCluster, node: &str, cookie: u64) -> Option<u64> {
     let name = format!("link_steer_{cookie}");
-    let pin = pins(lab, node)
+    let pin = pins(cluster, node)
         .into_iter()
         .find(|pin| pin.file_name().is_some_and(|own| *own == *name))?;
-    stamp::of_file(&pin).ok()
+    timestamp::of_file(&pin).ok()
 }
 
 /// Everything that is pinned on a node.
-pub fn pins(lab: &Lab, node: &str) -> Vec<PathBuf> {
+pub fn pins(cluster: &TestCluster, node: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    walk(&lab.file_on(node, PINS), &mut found);
+    walk(&cluster.file_on(node, PINS), &mut found);
     found
 }
 
 /// Whether the directory of the pins is there.
-pub fn is_there(lab: &Lab, node: &str) -> bool {
-    lab.file_on(node, PINS).exists()
+pub fn is_there(cluster: &TestCluster, node: &str) -> bool {
+    cluster.file_on(node, PINS).exists()
 }
 
 /// The programs that are attached by links that are pinned on a node.
-pub fn programs(lab: &Lab, node: &str) -> BTreeSet<u32> {
-    let pins = pins(lab, node);
+pub fn programs(cluster: &TestCluster, node: &str) -> BTreeSet<u32> {
+    let pins = pins(cluster, node);
     // The kernel would answer for a map, too, and with another number.
     let links = pins.iter().filter(|pin| {
         pin.file_name()

@@ -21,7 +21,7 @@ pub fn addresses(node: &str) -> Vec<IpAddr> {
 /// Where the OAPs are.
 pub const OAPS: &str = "skywalking";
 /// Where the clients are.
-pub const SHOP: &str = "shop";
+pub const WORKLOADS: &str = "workloads";
 /// Where the balancer is.
 pub const SYSTEM: &str = "balancer-system";
 /// What helm calls it.
@@ -50,7 +50,7 @@ pub const HEADROOM: u32 = 15;
 /// What is added to the connections that follow from pods, in percent: so little that some clients are refused.
 pub const TIGHT_HEADROOM: u32 = 5;
 
-/// How old inputs may be in the chapter in which the API server is down: half as old as they get.
+/// How old inputs may be in the step in which the API server is down: half as old as they get.
 pub const HOLD_FOR: Duration = Duration::from_secs(30);
 /// How long the API server is down.
 pub const API_DOWN: Duration = Duration::from_secs(60);
@@ -112,18 +112,18 @@ pub fn over_nodes(labels: &Value) -> Value {
 
 /// Pods with clients, which are monitored workloads.
 pub fn clients() -> Value {
-    let labels = json!({"app": "shop", "agent": "java"});
+    let labels = json!({"app": "workload", "agent": "java"});
     json!({
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"namespace": SHOP, "name": "shop"},
+        "metadata": {"namespace": WORKLOADS, "name": "workload"},
         "spec": {
             "replicas": CLIENT_PODS,
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels}, "spec": {
                 "terminationGracePeriodSeconds": 1,
                 "containers": [{
-                    "name": "shop",
+                    "name": "workload",
                     "image": STANDINS,
                     "imagePullPolicy": "Never",
                     "command": [
@@ -145,7 +145,8 @@ pub fn by_observation(image: &str) -> Value {
 
 /// The chart's values while the total follows from pods.
 pub fn by_pods(image: &str) -> Value {
-    let class = json!({"selector": "agent=java", "namespace": SHOP, "connections": CONNECTIONS});
+    let class =
+        json!({"selector": "agent=java", "namespace": WORKLOADS, "connections": CONNECTIONS});
     let quota = json!({"pods": [class], "headroom": format!("{TIGHT_HEADROOM}%")});
     values(image, "pods", &quota, HOLD_FOR)
 }
@@ -154,7 +155,7 @@ fn values(image: &str, annotation: &str, quota: &Value, hold_for: Duration) -> V
     let (repository, tag) = image.rsplit_once(':').unwrap_or((image, ""));
     json!({
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
-        "podAnnotations": {"story": annotation},
+        "podAnnotations": {"scenario": annotation},
         "config": {
             // Which Services is left to the default: those of SkyWalking's chart.
             "services": [{"name": ENTRY, "port": "grpc", "quota": quota}],

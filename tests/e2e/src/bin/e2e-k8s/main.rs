@@ -5,17 +5,17 @@
 //! the socket tables of the pods. The cluster is made of namespaces and ends with this program, however that ends.
 #![forbid(unsafe_code)]
 
-mod agents;
-mod chapters;
 mod checks;
 mod clients;
+mod cluster;
+mod daemons;
+mod fixture;
 mod kernel;
-mod lab;
 mod layout;
 mod oaps;
 mod real_oap;
-mod stamp;
-mod world;
+mod steps;
+mod timestamp;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -24,13 +24,14 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use clap::Parser;
+use oci_archive::Root;
 use testkit::fixtures::binary;
-use testkit::kubernetes::Image;
+use testkit::kubernetes::images;
 use testkit::scenario::{Report, interrupt};
 
-use lab::{Lab, Product};
+use cluster::{Product, TestCluster};
+use fixture::Fixture;
 use layout::{NODES, STANDINS};
-use world::World;
 
 /// The balancer on a real Kubernetes.
 #[derive(Parser)]
@@ -59,44 +60,39 @@ fn run(arguments: Arguments) -> Result<()> {
     interrupt::watch()?;
     // Fixtures panic where the machine lacks something. What was made is removed all the same while that unwinds.
     caught(|| {
-        let lab = if arguments.real_oap {
+        let cluster = if arguments.real_oap {
             real_oap::start(arguments.product)?
         } else {
-            Lab::start(arguments.product, NODES.len(), standins)?
+            TestCluster::start(arguments.product, NODES.len(), standins)?
         };
-        let mut world = World::new(lab);
+        let mut fixture = Fixture::new(cluster);
         let mut report = Report::begin_and_go_on();
-        let played = caught(|| {
+        let outcome = caught(|| {
             if arguments.real_oap {
-                real_oap::play(&mut world, &mut report)
+                real_oap::run(&mut fixture, &mut report)
             } else {
-                chapters::play(&mut world, &mut report)
+                steps::run(&mut fixture, &mut report)
             }
         });
-        if let Err(error) = &played {
-            eprintln!("the story ended early: {error:#}");
-            world.explain();
+        if let Err(error) = &outcome {
+            eprintln!("the scenario ended early: {error:#}");
+            fixture.explain();
         }
         if arguments.keep {
-            world.lab.print_how_to_reach_it();
+            fixture.cluster.print_how_to_reach_it();
             while interrupt::pause(Duration::from_millis(200)).is_ok() {}
         }
-        played.and_then(|()| report.end())
+        outcome.and_then(|()| report.end())
     })
 }
 
 /// Writes the image of stand-in OAPs and clients.
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "others that write an image may fail"
-)]
 fn standins(to: &Path) -> Result<()> {
-    let built = |name: &str| binary().with_file_name(name);
-    Image::new(STANDINS)
-        .program("bin/standin-oap", &built("standin-oap"))
-        .program("bin/standin-client", &built("standin-client"))
-        .write(to);
-    Ok(())
+    let mut root = Root::default();
+    for name in ["standin-oap", "standin-client"] {
+        root.program(&format!("bin/{name}"), &binary().with_file_name(name))?;
+    }
+    images::write(STANDINS, root, &[], to)
 }
 
 /// A panic as an error; what it says is printed already.

@@ -9,9 +9,9 @@ use balancer::sys::netns;
 use serde_json::Value;
 use testkit::fixtures::{Netns, diag};
 
-use crate::lab::Lab;
+use crate::cluster::TestCluster;
 use crate::layout::{self, OAPS, PORT};
-use crate::stamp;
+use crate::timestamp;
 
 /// A pod that runs, and is not being ended.
 pub struct Oap {
@@ -54,8 +54,8 @@ impl fmt::Display for Held {
 ///
 /// # Errors
 /// When the API server does not answer, or a pod ends meanwhile.
-pub fn look(lab: &Lab) -> Result<Vec<Oap>> {
-    let list = lab.get(&["pods", "-n", OAPS, "-l", "component=oap"])?;
+pub fn look(cluster: &TestCluster) -> Result<Vec<Oap>> {
+    let list = cluster.get(&["pods", "-n", OAPS, "-l", "component=oap"])?;
     let items = list["items"].as_array().context("a list has items")?;
     let running = items.iter().filter(|pod| {
         pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running"
@@ -63,7 +63,7 @@ pub fn look(lab: &Lab) -> Result<Vec<Oap>> {
     let mut oaps = Vec::new();
     for pod in running {
         let node = text(&pod["spec"]["nodeName"])?;
-        if lab.cluster.runs(&node) {
+        if cluster.kubernetes.runs(&node) {
             oaps.push(Oap::of(pod, node)?);
         }
     }
@@ -111,10 +111,10 @@ impl Oap {
     ///
     /// # Errors
     /// When its log can't be read.
-    pub fn listens_since(&self, lab: &Lab) -> Result<u64> {
-        let log = lab.kubectl(&["logs", "-n", OAPS, &self.name, "--timestamps"])?;
+    pub fn listens_since(&self, cluster: &TestCluster) -> Result<u64> {
+        let log = cluster.kubectl(&["logs", "-n", OAPS, &self.name, "--timestamps"])?;
         let line = log.lines().find(|line| line.contains("listening on"));
-        line.and_then(stamp::of_line)
+        line.and_then(timestamp::of_line)
             .with_context(|| format!("{} has not said that it listens: {log}", self.name))
     }
 }

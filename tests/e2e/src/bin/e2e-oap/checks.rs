@@ -1,4 +1,4 @@
-//! Checks that come up more than once in the story.
+//! Checks that come up more than once in the scenario.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -10,9 +10,9 @@ use testkit::fixtures::Service as ServiceStatus;
 
 use crate::access_logs::Envoy;
 use crate::agents::Agent;
+use crate::fixture::{Fixture, link, slashed};
 use crate::layout::{AGENTS, ALS, NODES, Service};
-use crate::world::{World, link, slashed};
-use testkit::scenario::{Report, Sight};
+use testkit::scenario::{Check, Report};
 
 /// An OAP opens a connection to another when it first has data for it, and after a failure backs off for up to two minutes.
 const LINKS_STAND_WITHIN: Duration = Duration::from_secs(150);
@@ -23,14 +23,14 @@ pub const DATA_IS_STORED_WITHIN: Duration = Duration::from_secs(40);
 /// The daemon shows so soon what has happened in the kernel.
 pub const DAEMON_FOLLOWS_WITHIN: Duration = Duration::from_secs(10);
 
-impl World<'_> {
+impl Fixture<'_> {
     /// A bounded wait in which all processes must live.
     pub fn wait(
         &mut self,
         report: &mut Report,
         step: &str,
         within: Duration,
-        mut look: impl FnMut(&mut Self) -> Result<Sight>,
+        mut look: impl FnMut(&mut Self) -> Result<Check>,
     ) -> Result<()> {
         report.wait(step, within, || {
             self.cluster.check()?;
@@ -44,8 +44,8 @@ impl World<'_> {
     pub fn links_stand(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let step = format!("{step} links between OAPs");
         let all = pairs().join(" ");
-        self.wait(report, &step, LINKS_STAND_WITHIN, |world| {
-            Ok(Sight::new(&all, world.links()?.join(" ")))
+        self.wait(report, &step, LINKS_STAND_WITHIN, |fixture| {
+            Ok(Check::new(&all, fixture.links()?.join(" ")))
         })
     }
 
@@ -53,16 +53,16 @@ impl World<'_> {
     pub fn status_is_true(&mut self, report: &mut Report, step: &str) -> Result<()> {
         for service in [AGENTS, ALS] {
             let step = format!("{step} status of {}: established (exempt)", service.name);
-            self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |world| {
-                let truth = world.loads(service)?;
+            self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |fixture| {
+                let truth = fixture.loads(service)?;
                 let expected = (0..NODES).map(|index| {
                     let (own, exempt) = (truth.connections[index], truth.exempt[index]);
                     format!("{} ({exempt})", own + exempt)
                 });
-                let status = world.balancer.status();
+                let status = fixture.balancer.status();
                 let seen =
                     (0..NODES).map(|index| counts(status.service(service.name), service, index));
-                Ok(Sight::new(slashed(expected), slashed(seen)))
+                Ok(Check::new(slashed(expected), slashed(seen)))
             })?;
         }
         Ok(())
@@ -76,11 +76,11 @@ impl World<'_> {
         names: &BTreeSet<String>,
     ) -> Result<()> {
         let step = format!("{step} agents that have made {ENOUGH} segments");
-        self.wait(report, &step, AGENTS_CONNECT_WITHIN, |world| {
-            let made = world
+        self.wait(report, &step, AGENTS_CONNECT_WITHIN, |fixture| {
+            let made = fixture
                 .select(names)
                 .filter(|agent| agent.made() >= Some(ENOUGH - 1));
-            Ok(Sight::new(names.len(), made.count()))
+            Ok(Check::new(names.len(), made.count()))
         })
     }
 
@@ -108,14 +108,14 @@ impl World<'_> {
             });
         let made: Vec<_> = made.collect::<Result<_>>()?;
         let expected: u32 = made.iter().map(|(_, _, number)| number).sum();
-        self.wait(report, step, DATA_IS_STORED_WITHIN, |world| {
-            let stored = world.stored_segments()?;
+        self.wait(report, step, DATA_IS_STORED_WITHIN, |fixture| {
+            let stored = fixture.stored_segments()?;
             let seen = made.iter().map(|(name, home, number)| {
                 stored[*home]
                     .get(name)
                     .map_or(0, |numbers| numbers.range(..number).count())
             });
-            Ok(Sight::new(expected, seen.sum::<usize>()))
+            Ok(Check::new(expected, seen.sum::<usize>()))
         })
     }
 
@@ -130,8 +130,8 @@ impl World<'_> {
             .select(names)
             .map(|agent| (agent.name().to_owned(), agent.made().unwrap_or(0)))
             .collect();
-        self.wait(report, step, DATA_COMES_BACK_WITHIN, |world| {
-            let stored = world.stored_segments()?;
+        self.wait(report, step, DATA_COMES_BACK_WITHIN, |fixture| {
+            let stored = fixture.stored_segments()?;
             let back = since.iter().filter(|(name, since)| {
                 let in_one = |segments: &Segments| {
                     segments
@@ -140,7 +140,7 @@ impl World<'_> {
                 };
                 stored.iter().any(in_one)
             });
-            Ok(Sight::new(since.len(), back.count()))
+            Ok(Check::new(since.len(), back.count()))
         })
     }
 
@@ -149,8 +149,8 @@ impl World<'_> {
         self.balancer.quota_set(AGENTS.name, None, quota);
         let expected = slashed([quota; NODES]);
         let step = format!("{step} quota set {} {quota}: quotas", AGENTS.name);
-        self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |world| {
-            Ok(Sight::new(&expected, world.quotas(AGENTS)))
+        self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |fixture| {
+            Ok(Check::new(&expected, fixture.quotas(AGENTS)))
         })
     }
 }

@@ -8,10 +8,10 @@ mod access_logs;
 mod agents;
 mod checks;
 mod cluster;
+mod fixture;
 mod layout;
 mod scenario;
 mod sockets;
-mod world;
 
 use std::process::ExitCode;
 
@@ -34,6 +34,6 @@ fn run() -> Result<()> {
     interrupt::watch()?;
     let cache = Cache::prepare()?;
     let mut report = Report::begin();
-    scenario::play(&cache, &mut report)?;
+    scenario::run(&cache, &mut report)?;
     report.end()
 }

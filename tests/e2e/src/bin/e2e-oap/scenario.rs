@@ -1,4 +1,4 @@
-//! The story: what happens, and what must be seen.
+//! The scenario: what happens, and what must be seen.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -9,40 +9,40 @@ use testkit::fixtures::{Machine, Signal};
 
 use crate::agents::Kind;
 use crate::checks::{AGENTS_CONNECT_WITHIN, DAEMON_FOLLOWS_WITHIN, DATA_IS_STORED_WITHIN};
+use crate::fixture::{Fixture, Traces, slashed};
 use crate::layout::{self, AGENTS, ALS, NODES, VIRTUAL};
 use crate::sockets;
-use crate::world::{Traces, World, slashed};
-use testkit::scenario::{Report, Sight};
+use testkit::scenario::{Check, Report};
 
 /// Three JVMs start at once on what may be two busy CPUs.
 const OAPS_START_WITHIN: Duration = Duration::from_secs(150);
 
 const ACCESS_LOGS: u32 = 40;
 
-/// Plays it from the first to the last check, and cleans up, whatever happens.
+/// Runs it from the first to the last check, and cleans up, whatever happens.
 ///
 /// # Errors
 /// At the first difference.
-pub fn play(cache: &Cache, report: &mut Report) -> Result<()> {
+pub fn run(cache: &Cache, report: &mut Report) -> Result<()> {
     let machine = Machine::new();
     for address in layout::addresses() {
         machine.netns.add_address(address);
     }
     let left = machine.run(|| -> Result<Traces> {
-        let mut world = World::start(cache, &machine)?;
-        let played = world.play(report);
-        if played.is_err() {
-            world.explain();
+        let mut fixture = Fixture::start(cache, &machine)?;
+        let outcome = fixture.run(report);
+        if outcome.is_err() {
+            fixture.explain();
         }
-        played.map(|()| world.traces())
+        outcome.map(|()| fixture.traces())
     })?;
     let cgroup = machine.cgroup.path().to_owned();
     drop(machine);
     report.check("5 afterwards: processes, pins, cgroup", &left.look(&cgroup))
 }
 
-impl World<'_> {
-    fn play(&mut self, report: &mut Report) -> Result<()> {
+impl Fixture<'_> {
+    fn run(&mut self, report: &mut Report) -> Result<()> {
         self.oaps_join(report)?;
         self.clients_spread(report)?;
         let (victim, moved) = self.oap_dies(report)?;
@@ -52,26 +52,26 @@ impl World<'_> {
         let loaded = self.balancer.is_loaded();
         report.check(
             "5 Ctrl-C: the data plane is loaded",
-            &Sight::new(false, loaded),
+            &Check::new(false, loaded),
         )
     }
 
     /// 1: three OAPs, a cluster, on ports of their own.
     fn oaps_join(&mut self, report: &mut Report) -> Result<()> {
-        self.wait(report, "1 OAPs that answer", OAPS_START_WITHIN, |world| {
-            Ok(Sight::new(NODES, world.cluster.answering()))
+        self.wait(report, "1 OAPs that answer", OAPS_START_WITHIN, |fixture| {
+            Ok(Check::new(NODES, fixture.cluster.answering()))
         })?;
         for service in [AGENTS, ALS] {
             let step = format!("1 {}: quotas of the active backends", service.name);
             let expected = slashed([service.quota; NODES]);
-            self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |world| {
-                Ok(Sight::new(&expected, world.quotas(service)))
+            self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |fixture| {
+                Ok(Check::new(&expected, fixture.quotas(service)))
             })?;
         }
         let hidden = sockets::listeners(AGENTS.port)? + sockets::listeners(ALS.port)?;
         report.check(
             "1 listeners on 11800 and 11802 themselves",
-            &Sight::new(0, hidden),
+            &Check::new(0, hidden),
         )
     }
 
@@ -79,8 +79,8 @@ impl World<'_> {
     fn clients_spread(&mut self, report: &mut Report) -> Result<()> {
         let agents = self.start_agents(&[Kind::Java, Kind::Python].repeat(NODES))?;
         self.start_envoy()?;
-        self.wait(report, "2 Envoy serves", AGENTS_CONNECT_WITHIN, |world| {
-            Ok(Sight::new(true, world.envoy()?.request().is_ok()))
+        self.wait(report, "2 Envoy serves", AGENTS_CONNECT_WITHIN, |fixture| {
+            Ok(Check::new(true, fixture.envoy()?.request().is_ok()))
         })?;
         let envoy = self.envoy()?;
         while envoy.sent() < ACCESS_LOGS {
@@ -90,20 +90,20 @@ impl World<'_> {
             report,
             "2 access log connections, sorted",
             AGENTS_CONNECT_WITHIN,
-            |world| Ok(Sight::new("1/1/0", slashed(world.loads(ALS)?.sorted()))),
+            |fixture| Ok(Check::new("1/1/0", slashed(fixture.loads(ALS)?.sorted()))),
         )?;
         self.wait(
             report,
             "2 agent connections per OAP",
             AGENTS_CONNECT_WITHIN,
-            |world| {
-                Ok(Sight::new(
+            |fixture| {
+                Ok(Check::new(
                     "2/2/2",
-                    slashed(world.loads(AGENTS)?.connections),
+                    slashed(fixture.loads(AGENTS)?.connections),
                 ))
             },
         )?;
-        report.check("2 look-ups refused so far", &Sight::new(0, self.refusals()))?;
+        report.check("2 look-ups refused so far", &Check::new(0, self.refusals()))?;
         self.links_stand(report, "2")?;
         self.status_is_true(report, "2")?;
         self.segments_are_made(report, "2", &agents)?;
@@ -116,10 +116,10 @@ impl World<'_> {
             report,
             "2 numbered access logs",
             DATA_IS_STORED_WITHIN,
-            |world| {
-                Ok(Sight::new(
-                    world.envoy()?.sent(),
-                    world.stored_access_logs()?,
+            |fixture| {
+                Ok(Check::new(
+                    fixture.envoy()?.sent(),
+                    fixture.stored_access_logs()?,
                 ))
             },
         )
@@ -134,17 +134,17 @@ impl World<'_> {
         let moved = self.agents_of(victim)?;
         report.check(
             "3 agents of the OAP that will be killed",
-            &Sight::new(2, moved.len()),
+            &Check::new(2, moved.len()),
         )?;
         self.cluster.kill(victim);
         let mut spread = [3; NODES];
         spread[victim] = 0;
         let expected = slashed(spread);
         let step = format!("3 OAP {} killed: agent connections", victim + 1);
-        self.wait(report, &step, AGENTS_CONNECT_WITHIN, |world| {
-            Ok(Sight::new(
+        self.wait(report, &step, AGENTS_CONNECT_WITHIN, |fixture| {
+            Ok(Check::new(
                 &expected,
-                slashed(world.loads(AGENTS)?.connections),
+                slashed(fixture.loads(AGENTS)?.connections),
             ))
         })?;
         let mut spread = [1; NODES];
@@ -154,11 +154,11 @@ impl World<'_> {
             report,
             "3 access log connections",
             AGENTS_CONNECT_WITHIN,
-            |world| {
-                world.envoy()?.request()?;
-                Ok(Sight::new(
+            |fixture| {
+                fixture.envoy()?.request()?;
+                Ok(Check::new(
                     &expected,
-                    slashed(world.loads(ALS)?.connections),
+                    slashed(fixture.loads(ALS)?.connections),
                 ))
             },
         )?;
@@ -182,13 +182,13 @@ impl World<'_> {
             report,
             "3 started again: OAPs that answer",
             OAPS_START_WITHIN,
-            |world| Ok(Sight::new(NODES, world.cluster.answering())),
+            |fixture| Ok(Check::new(NODES, fixture.cluster.answering())),
         )?;
         for (service, quota) in [(AGENTS, 3), (ALS, ALS.quota)] {
             let step = format!("3 {}: quotas of the active backends", service.name);
             let expected = slashed([quota; NODES]);
-            self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |world| {
-                Ok(Sight::new(&expected, world.quotas(service)))
+            self.wait(report, &step, DAEMON_FOLLOWS_WITHIN, |fixture| {
+                Ok(Check::new(&expected, fixture.quotas(service)))
             })?;
         }
         let next = self.start_agents(&[Kind::Python, Kind::Java, Kind::Python])?;
@@ -196,21 +196,21 @@ impl World<'_> {
             report,
             "3 OAP of the next three agents",
             AGENTS_CONNECT_WITHIN,
-            |world| {
-                let own = world.agents_of(victim)?;
+            |fixture| {
+                let own = fixture.agents_of(victim)?;
                 let others = own.iter().filter(|name| !next.contains(*name)).count();
                 let seen = format!("{} there, {others} others", own.len() - others);
-                Ok(Sight::new("3 there, 0 others", seen))
+                Ok(Check::new("3 there, 0 others", seen))
             },
         )?;
         self.wait(
             report,
             "3 agent connections per OAP",
             AGENTS_CONNECT_WITHIN,
-            |world| {
-                Ok(Sight::new(
+            |fixture| {
+                Ok(Check::new(
                     "3/3/3",
-                    slashed(world.loads(AGENTS)?.connections),
+                    slashed(fixture.loads(AGENTS)?.connections),
                 ))
             },
         )?;
@@ -229,13 +229,13 @@ impl World<'_> {
             report,
             "4 two agents more: both run, refused as over-quota",
             AGENTS_CONNECT_WITHIN,
-            |world| {
-                let running = world
+            |fixture| {
+                let running = fixture
                     .select(&extra)
                     .filter(|agent| agent.made().is_some())
                     .count();
-                let refused = world.refusals() >= before + 2;
-                Ok(Sight::new(
+                let refused = fixture.refusals() >= before + 2;
+                Ok(Check::new(
                     "2 run, refused: true",
                     format!("{running} run, refused: {refused}"),
                 ))
@@ -248,22 +248,27 @@ impl World<'_> {
             .count();
         report.check(
             "4 connections that these two have",
-            &Sight::new(0, connected),
+            &Check::new(0, connected),
         )?;
         let spread = slashed(self.loads(AGENTS)?.connections);
-        report.check("4 agent connections per OAP", &Sight::new("3/3/3", spread))?;
+        report.check("4 agent connections per OAP", &Check::new("3/3/3", spread))?;
         let target = format!("{VIRTUAL}:{}", AGENTS.port);
         let explained = self.balancer.explain(&VIRTUAL, &target).reason;
         report.check(
             "4 explain says about one more",
-            &Sight::new("over-quota", explained),
+            &Check::new("over-quota", explained),
         )?;
         self.set_quota(report, "4", 4)?;
         self.wait(
             report,
             "4 agent connections, sorted",
             AGENTS_CONNECT_WITHIN,
-            |world| Ok(Sight::new("4/4/3", slashed(world.loads(AGENTS)?.sorted()))),
+            |fixture| {
+                Ok(Check::new(
+                    "4/4/3",
+                    slashed(fixture.loads(AGENTS)?.sorted()),
+                ))
+            },
         )?;
         self.report_again(report, "4 agents let in that report", &extra)?;
         self.links_stand(report, &format!("4 OAP {} returned:", returned + 1))?;

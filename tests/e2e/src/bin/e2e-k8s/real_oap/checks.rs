@@ -1,4 +1,4 @@
-//! Checks that come up more than once in this story.
+//! Checks that come up more than once in the scenario.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,13 +9,13 @@ use anyhow::{Context, Result, ensure};
 use e2e::oap::segments::{DATA_COMES_BACK_WITHIN, has_run};
 use e2e::oap::{graphql, http};
 use testkit::fixtures::diag;
-use testkit::scenario::{Report, Sight};
+use testkit::scenario::{Check, Report};
 
-use super::layout::{METRICS_PORT, QUOTA, REPLICAS, REST_PORT, SHOPS};
-use super::shops::{self, Shop};
-use super::{Oap, QUOTAS_WITHIN, Way, World, kernel, living, quotas, slashed, wait};
-use crate::agents::Group;
-use crate::layout::{OAPS, PORT, SHOP};
+use super::agents::{self, AgentPod};
+use super::layout::{AGENTS, METRICS_PORT, QUOTA, REPLICAS, REST_PORT};
+use super::{Fixture, Oap, QUOTAS_WITHIN, Way, kernel, living, quotas, slashed, wait};
+use crate::daemons::Group;
+use crate::layout::{OAPS, PORT, WORKLOADS};
 
 /// A JVM starts; refused, gRPC tries again after pauses that grow to two minutes.
 const CONNECT_WITHIN: Duration = Duration::from_secs(180);
@@ -30,21 +30,21 @@ const GUARDED_WITHIN: Duration = Duration::from_secs(15);
 /// The two ends of the agents' connections.
 pub type Connections = BTreeSet<(SocketAddr, SocketAddr)>;
 
-impl World {
+impl Fixture {
     /// The pods with agents, all of which must run.
-    pub fn shops(&self) -> Result<Vec<Shop>> {
-        let shops = shops::look(&self.lab)?;
+    pub fn agents(&self) -> Result<Vec<AgentPod>> {
+        let agents = agents::look(&self.cluster)?;
         ensure!(
-            u32::try_from(shops.len()) == Ok(SHOPS),
-            "only {} of {SHOPS} pods with agents run",
-            shops.len()
+            u32::try_from(agents.len()) == Ok(AGENTS),
+            "only {} of {AGENTS} pods with agents run",
+            agents.len()
         );
-        Ok(shops)
+        Ok(agents)
     }
 
     /// The connections of agents, by the OAPs' socket tables.
     pub fn connections(&self) -> Result<Connections> {
-        let sources: BTreeSet<_> = self.shops()?.iter().map(|shop| shop.address).collect();
+        let sources: BTreeSet<_> = self.agents()?.iter().map(|agent| agent.address).collect();
         let rows = self
             .oaps
             .iter()
@@ -54,9 +54,9 @@ impl World {
     }
 
     /// Every agent has one connection, and makes segments.
-    pub fn shops_connected(&mut self, report: &mut Report, step: &str) -> Result<()> {
+    pub fn agents_connected(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let step = format!("{step}: agents with a connection, that report");
-        let expected = format!("{SHOPS}, {SHOPS}");
+        let expected = format!("{AGENTS}, {AGENTS}");
         wait(report, &step, CONNECT_WITHIN, &expected, || {
             self.look()?;
             let connected = self.connections()?;
@@ -64,7 +64,7 @@ impl World {
             let made = self.made()?;
             let reporting = made.values().filter(|made| **made > 0);
             let seen = format!("{}, {}", sources.len(), reporting.count());
-            Ok(Sight::judged(
+            Ok(Check::judged(
                 &expected,
                 &seen,
                 seen == expected && connected.len() == sources.len(),
@@ -89,7 +89,7 @@ impl World {
                 size.with_context(|| format!("{} does not tell its cluster's size", oap.name))
             });
             let sizes: Vec<_> = sizes.collect::<Result<_>>()?;
-            Ok(Sight::new(&expected, slashed(sizes)))
+            Ok(Check::new(&expected, slashed(sizes)))
         })
     }
 
@@ -99,7 +99,7 @@ impl World {
         let expected = slashed([REPLICAS - 1; REPLICAS as usize]);
         wait(report, &step, LINKS_STAND_WITHIN, &expected, || {
             self.look()?;
-            Ok(Sight::new(&expected, slashed(self.links())))
+            Ok(Check::new(&expected, slashed(self.links())))
         })
     }
 
@@ -110,7 +110,7 @@ impl World {
             self.look()?;
             let links = slashed(self.links());
             let exempt = self.counted(Way::Exec)?;
-            Ok(Sight::new(
+            Ok(Check::new(
                 links,
                 slashed(exempt.iter().map(|held| held.exempt)),
             ))
@@ -130,16 +130,16 @@ impl World {
     /// The quota of every OAP is its share of the agents, and every node says so; or, where the agents happen to be spread like that, it is open,
     /// as another one would have nowhere to go.
     pub fn quotas_are_exact(&mut self, report: &mut Report, step: &str) -> Result<()> {
-        let formula = format!("ceil({SHOPS} ");
+        let formula = format!("ceil({AGENTS} ");
         let step = format!("{step}: quotas");
-        let exact = format!("{QUOTA}, of {SHOPS} pods");
+        let exact = format!("{QUOTA}, of {AGENTS} pods");
         wait(report, &step, QUOTAS_WITHIN, &exact, || {
             self.look()?;
             let full = self.held().iter().all(|held| held.admitted() >= QUOTA);
             let groups = self.groups(Way::Exec)?;
             let is_open = |group: &Group| group.sentence.contains("has room for another");
             if full && groups.iter().any(is_open) {
-                return Ok(Sight::new("open, as all are full", "open, as all are full"));
+                return Ok(Check::new("open, as all are full", "open, as all are full"));
             }
             let other = groups.iter().find(|group| {
                 let all = living(group).count() == REPLICAS as usize;
@@ -148,7 +148,7 @@ impl World {
             let seen = other.map_or(exact.clone(), |group| {
                 format!("{}: {}", quotas(group), group.sentence)
             });
-            Ok(Sight::new(&exact, seen))
+            Ok(Check::new(&exact, seen))
         })
     }
 
@@ -157,11 +157,10 @@ impl World {
         let step = format!("{step}: OAPs that are guarded");
         wait(report, &step, GUARDED_WITHIN, "all", || {
             self.look()?;
-            let guarded = self
-                .oaps
-                .iter()
-                .filter(|oap| kernel::guarded_since(&self.lab, &oap.node, oap.cookie).is_some());
-            Ok(Sight::new(REPLICAS, guarded.count()))
+            let guarded = self.oaps.iter().filter(|oap| {
+                kernel::guarded_since(&self.cluster, &oap.node, oap.cookie).is_some()
+            });
+            Ok(Check::new(REPLICAS, guarded.count()))
         })
     }
 
@@ -178,8 +177,8 @@ impl World {
         let new = now.difference(before).count();
         report.check(
             &format!("{step}: connections before, lost, new"),
-            &Sight::new(
-                format!("{SHOPS}, 0, 0"),
+            &Check::new(
+                format!("{AGENTS}, 0, 0"),
                 format!("{}, {lost}, {new}", before.len()),
             ),
         )
@@ -187,10 +186,10 @@ impl World {
 
     /// How often a connect was refused over quota, since the data planes were made.
     pub fn refused(&self) -> Result<u64> {
-        let agents = self.agents.values();
-        agents
-            .map(|agent| {
-                let status = agent.status(&self.lab, Way::Exec)?;
+        let daemons = self.daemons.values();
+        daemons
+            .map(|daemon| {
+                let status = daemon.status(&self.cluster, Way::Exec)?;
                 let services = status.services.iter();
                 Ok(services
                     .map(|service| service.verdicts("over-quota"))
@@ -201,17 +200,17 @@ impl World {
 
     /// How many segments each agent has made, by service.
     pub fn made(&self) -> Result<BTreeMap<String, u32>> {
-        let shops = self.shops()?;
-        let made = shops
+        let agents = self.agents()?;
+        let made = agents
             .into_iter()
-            .map(|shop| Ok((shop.service.clone(), shop.made(&self.lab)?)));
+            .map(|agent| Ok((agent.service.clone(), agent.made(&self.cluster)?)));
         made.collect()
     }
 
     /// All segments that the agents have made until now are in the OAPs. An agent drops what it has when a connect is refused, so of one that was
     /// refused, those from the first on that was received.
     pub fn nothing_is_missing(&mut self, report: &mut Report, step: &str) -> Result<()> {
-        let refused = self.refused_shops()?;
+        let refused = self.refused_agents()?;
         let made = self.made()?;
         let step = format!("{step} sent, and received");
         wait(report, &step, DATA_IS_STORED_WITHIN, "all", || {
@@ -224,16 +223,16 @@ impl World {
                 sent += made - if refused.contains(service) { first } else { 0 };
                 received += numbers.len();
             }
-            Ok(Sight::new(sent, received))
+            Ok(Check::new(sent, received))
         })
     }
 
     /// The agents that have seen a refusal, by their own logs.
-    pub fn refused_shops(&self) -> Result<BTreeSet<String>> {
+    pub fn refused_agents(&self) -> Result<BTreeSet<String>> {
         let mut refused = BTreeSet::new();
-        for shop in self.shops()? {
-            if shop.was_refused(&self.lab)? {
-                refused.insert(shop.service);
+        for agent in self.agents()? {
+            if agent.was_refused(&self.cluster)? {
+                refused.insert(agent.service);
             }
         }
         Ok(refused)
@@ -261,7 +260,7 @@ impl World {
                 let mut oaps = stored.iter().filter_map(|oap| oap.get(*service));
                 oaps.any(|numbers| has_run(numbers, **since))
             });
-            Ok(Sight::new(SHOPS, back.count()))
+            Ok(Check::new(AGENTS, back.count()))
         })
     }
 
@@ -278,9 +277,9 @@ impl World {
     /// No probe of an OAP that runs has failed since it was up, and none was restarted.
     pub fn probes_hold(&mut self, report: &mut Report, step: &str) -> Result<()> {
         self.look()?;
-        let events = self
-            .lab
-            .get(&["events", "-n", OAPS, "--field-selector=reason=Unhealthy"])?;
+        let events =
+            self.cluster
+                .get(&["events", "-n", OAPS, "--field-selector=reason=Unhealthy"])?;
         let events = events["items"].as_array().context("a list has items")?;
         let of = |oap: &Oap| {
             let own = events
@@ -296,26 +295,26 @@ impl World {
         let ready = self.oaps.iter().filter(|oap| oap.ready).count();
         report.check(
             &format!("{step} OAPs ready, probes that failed"),
-            &Sight::new(format!("{REPLICAS}, 0"), format!("{ready}, {failed}")),
+            &Check::new(format!("{REPLICAS}, 0"), format!("{ready}, {failed}")),
         )
     }
 
     fn outside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
-        self.lab.cluster.outside().run(work)
+        self.cluster.kubernetes.outside().run(work)
     }
 }
 
 /// Writes down what OAPs and agents have logged, as far as they are still there.
-pub fn keep_logs(world: &World) {
-    for (namespace, label) in [(OAPS, "component=oap"), (SHOP, "app=shop")] {
+pub fn keep_logs(fixture: &Fixture) {
+    for (namespace, label) in [(OAPS, "component=oap"), (WORKLOADS, "app=workload")] {
         let pods = ["get", "pods", "-n", namespace, "-l", label, "-o", "name"];
-        let Ok(pods) = world.lab.kubectl(&pods) else {
+        let Ok(pods) = fixture.cluster.kubectl(&pods) else {
             continue;
         };
         for pod in pods.lines() {
-            let log = world.lab.kubectl(&["logs", "-n", namespace, pod]);
+            let log = fixture.cluster.kubectl(&["logs", "-n", namespace, pod]);
             let name = pod.trim_start_matches("pod/");
-            let file = world.lab.logs().join(format!("{name}.log"));
+            let file = fixture.cluster.logs().join(format!("{name}.log"));
             if let Err(error) = log.and_then(|log| Ok(fs::write(&file, log)?)) {
                 eprintln!("cannot keep the log of {name}: {error:#}");
             }

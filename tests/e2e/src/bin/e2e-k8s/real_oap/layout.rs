@@ -5,14 +5,14 @@ use std::time::Duration;
 use e2e::oap::image;
 use serde_json::{Value, json};
 
-use crate::layout::{ENTRY, OAPS, PORT, SERVICE, SHOP, over_nodes};
+use crate::layout::{ENTRY, OAPS, PORT, SERVICE, WORKLOADS, over_nodes};
 
 pub const NODES: usize = 2;
 pub const REPLICAS: u32 = 2;
 /// Pods with a Java agent, each of which has one connection.
-pub const SHOPS: u32 = 6;
+pub const AGENTS: u32 = 6;
 /// What each OAP may have: there is no headroom.
-pub const QUOTA: u32 = SHOPS / REPLICAS;
+pub const QUOTA: u32 = AGENTS / REPLICAS;
 
 /// The image of OAPs and agents.
 pub const IMAGE: &str = "localhost/skywalking:1";
@@ -116,8 +116,8 @@ fn oap(labels: &Value) -> Value {
 
 /// Pods of an application with the agent. Of a `StatefulSet`, so that a new one is not made before the old one is gone: their number is the quotas'
 /// input.
-pub fn shops() -> Value {
-    let labels = json!({"app": "shop", "agent": "java"});
+pub fn agents() -> Value {
+    let labels = json!({"app": "workload", "agent": "java"});
     let mut command = java(64);
     // Each pod has its own service: its segments are told from those of its predecessor.
     command.extend([
@@ -129,16 +129,16 @@ pub fn shops() -> Value {
     json!({
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
-        "metadata": {"namespace": SHOP, "name": "shop"},
+        "metadata": {"namespace": WORKLOADS, "name": "workload"},
         "spec": {
-            "replicas": SHOPS,
-            "serviceName": "shop",
+            "replicas": AGENTS,
+            "serviceName": "workload",
             "podManagementPolicy": "Parallel",
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels}, "spec": {
                 "terminationGracePeriodSeconds": 2,
                 "containers": [{
-                    "name": "shop",
+                    "name": "workload",
                     "image": IMAGE,
                     "imagePullPolicy": "Never",
                     "command": command,
@@ -155,7 +155,7 @@ pub fn shops() -> Value {
 /// The chart's values. The total follows from the pods, and nothing is added.
 pub fn values(image: &str) -> Value {
     let (repository, tag) = image.rsplit_once(':').unwrap_or((image, ""));
-    let class = json!({"selector": "agent=java", "namespace": SHOP, "connections": 1});
+    let class = json!({"selector": "agent=java", "namespace": WORKLOADS, "connections": 1});
     let quota = json!({"pods": [class], "headroom": "0%", "min_quota": 1});
     json!({
         "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},

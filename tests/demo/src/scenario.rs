@@ -1,4 +1,4 @@
-//! The five pictures, one after the other.
+//! The five steps, one after the other.
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -8,8 +8,8 @@ use anyhow::ensure;
 use standin::Client;
 use testkit::fixtures::{Machine, Signal, eventually};
 
-use crate::crowd::{self, Arrival};
 use crate::kubernetes::KubernetesService;
+use crate::load_generator::{self, Arrival};
 use crate::node::{Loads, Node, address};
 use crate::report::{Quantiles, Report, heading, progress, spread, total};
 
@@ -32,7 +32,7 @@ const NODE_B: SocketAddr = SocketAddr::new(
     std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 0, 2)),
     11800,
 );
-/// How long a crowd takes that does not come all at once.
+/// How long clients take to arrive that do not come all at once.
 const A_WHILE: Duration = Duration::from_secs(2);
 /// Whoever gets no answer to a SYN sends it again after a second: a balancer that lets people wait would be seen by that.
 const SECOND_SYN: Duration = Duration::from_secs(1);
@@ -40,33 +40,33 @@ const SECOND_SYN: Duration = Duration::from_secs(1);
 const AGENT_LOOKS_AGAIN: Duration = Duration::from_secs(30);
 
 /// Plays all of it on node A and node B.
-pub async fn tell(machines: &[Machine; 2]) -> Report {
+pub async fn run(machines: &[Machine; 2]) -> Report {
     let [a, b] = machines;
     a.netns.connect_to(&b.netns, "10.77.0.1/24", "10.77.0.2/24");
-    let mut story = Story {
+    let mut scenario = Scenario {
         report: Report::default(),
         clients: Vec::new(),
         a: Node::start(a, 1..=3),
         b: Node::start(b, 5..=6),
     };
-    story.random().await;
-    story.balanced().await;
-    story.storm().await;
-    story.one_more().await;
-    story.raised().await;
-    story.taken_out().await;
-    story.report
+    scenario.random().await;
+    scenario.balanced().await;
+    scenario.storm().await;
+    scenario.one_more().await;
+    scenario.raised().await;
+    scenario.taken_out().await;
+    scenario.report
 }
 
 /// Clients go before the nodes that they are connected to.
-struct Story<'a> {
+struct Scenario<'a> {
     report: Report,
     clients: Vec<Client>,
     a: Node<'a>,
     b: Node<'a>,
 }
 
-impl Story<'_> {
+impl Scenario<'_> {
     /// A Kubernetes Service chooses once, at random, when a connection opens.
     async fn random(&mut self) {
         heading(
@@ -88,7 +88,7 @@ impl Story<'_> {
         drop(service);
     }
 
-    /// The same crowd, through the balancer.
+    /// As many clients, through the balancer.
     async fn balanced(&mut self) {
         heading(
             "2.",
@@ -258,7 +258,7 @@ impl Story<'_> {
             "Ctrl-C takes the balancer out of the kernel. Connections stay.",
         );
         let clients = self.clients.len();
-        let before = crowd::still_there(&mut self.clients).await;
+        let before = load_generator::still_there(&mut self.clients).await;
         self.report.check(
             format!("{clients} clients make a call on the connection they have"),
             before,
@@ -272,7 +272,7 @@ impl Story<'_> {
             status,
             gone,
         );
-        let after = crowd::still_there(&mut self.clients).await;
+        let after = load_generator::still_there(&mut self.clients).await;
         self.report.check(
             format!("{clients} clients make another call on it"),
             after,
@@ -287,7 +287,7 @@ impl Story<'_> {
         servers: impl Fn(usize) -> Vec<SocketAddr>,
     ) -> Vec<Arrival> {
         let began = Instant::now();
-        crowd::arrive(number, over, servers, || {
+        load_generator::arrive(number, over, servers, || {
             progress(began.elapsed(), &self.a.loads());
         })
         .await

@@ -14,10 +14,10 @@ use crate::agents::{Agent, Kind};
 use crate::cluster::Cluster;
 use crate::layout::{self, AGENTS, NODES, Service};
 use crate::sockets::{self, Connection};
-use testkit::scenario::Sight;
+use testkit::scenario::Check;
 
 /// All that runs. Its parts are dropped in this order.
-pub struct World<'a> {
+pub struct Fixture<'a> {
     cache: &'a Cache,
     pub agents: Vec<Agent>,
     pub envoy: Option<Envoy>,
@@ -25,7 +25,7 @@ pub struct World<'a> {
     pub balancer: Balancer<'a>,
 }
 
-impl<'a> World<'a> {
+impl<'a> Fixture<'a> {
     /// Starts the daemon, then the OAPs, and does not wait for these.
     ///
     /// # Errors
@@ -259,7 +259,7 @@ pub struct Traces {
 
 impl Traces {
     /// Looks for them, and for the cgroup.
-    pub fn look(&self, cgroup: &Path) -> Sight {
+    pub fn look(&self, cgroup: &Path) -> Check {
         let alive = |process: &&u32| Path::new("/proc").join(process.to_string()).exists();
         let processes = self.processes.iter().filter(alive).count();
         let seen = format!(
@@ -267,7 +267,7 @@ impl Traces {
             u8::from(self.pins.exists()),
             u8::from(cgroup.exists())
         );
-        Sight::new("0, 0, 0", seen)
+        Check::new("0, 0, 0", seen)
     }
 }
 

@@ -4,29 +4,29 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use testkit::scenario::{Report, Sight};
+use testkit::scenario::{Check, Report};
 
 use super::change;
-use crate::agents::Way;
 use crate::checks::{quotas, wait};
+use crate::daemons::Way;
+use crate::fixture::Fixture;
 use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM, WITHOUT_CONNECTION};
-use crate::world::World;
 
 /// At once, but for what a client gets that was refused for long: it goes away a minute later, slowly.
 const QUOTAS_WITHIN: Duration = Duration::from_secs(120);
 /// By chance nobody is refused: then they come once more.
 const TRIES: u32 = 3;
 
-pub fn play(world: &mut World, report: &mut Report) -> Result<()> {
+pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     // They are of no pod.
-    let clients = world.clients.as_mut().context("there are clients")?;
+    let clients = fixture.clients.as_mut().context("there are clients")?;
     clients.end_outside();
-    change::scale(world, report, "5", REPLICAS)?;
+    change::scale(fixture, report, "5", REPLICAS)?;
     // Quotas are lowered slowly. New OAPs begin with what is right.
-    change::restart(world, report, "5", TIGHT_HEADROOM)?;
-    by_pods(world, report, "5 OAPs restarted", Way::Exec)?;
-    come_anew(world, report)?;
-    world.spread(report, "5 all come anew", TIGHT_HEADROOM)
+    change::restart(fixture, report, "5", TIGHT_HEADROOM)?;
+    by_pods(fixture, report, "5 OAPs restarted", Way::Exec)?;
+    come_anew(fixture, report)?;
+    fixture.spread(report, "5 all come anew", TIGHT_HEADROOM)
 }
 
 /// The quota of every OAP that follows from the pods.
@@ -34,20 +34,20 @@ pub fn quota() -> u32 {
     (CLIENT_PODS * CONNECTIONS * (100 + TIGHT_HEADROOM)).div_ceil(100 * REPLICAS)
 }
 
-/// The agents say that, and how it comes about.
-pub fn by_pods(world: &mut World, report: &mut Report, step: &str, way: Way) -> Result<()> {
+/// The daemons say that, and how it comes about.
+pub fn by_pods(fixture: &mut Fixture, report: &mut Report, step: &str, way: Way) -> Result<()> {
     let words = format!("{CLIENT_PODS} pods × {CONNECTIONS}");
     let expected = format!("{words}: {}", quota());
     let step = format!("{step}: total, and quotas");
     wait(report, &step, QUOTAS_WITHIN, &expected, || {
         if way == Way::Exec {
-            world.look()?;
+            fixture.look()?;
         }
-        let groups = world.groups(way)?;
+        let groups = fixture.groups(way)?;
         let other = groups
             .iter()
             .find(|group| !group.sentence.contains(&words) || quotas(group) != quota().to_string());
-        Ok(Sight::new(
+        Ok(Check::new(
             &expected,
             other.map_or(expected.clone(), |group| {
                 format!("{}: {}", group.sentence, quotas(group))
@@ -56,25 +56,25 @@ pub fn by_pods(world: &mut World, report: &mut Report, step: &str, way: Way) -> 
     })
 }
 
-fn come_anew(world: &mut World, report: &mut Report) -> Result<()> {
-    let mark = world.clients()?.mark(&world.lab)?;
+fn come_anew(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+    let mark = fixture.clients()?.mark(&fixture.cluster)?;
     let begun = Instant::now();
     for _ in 0..TRIES {
         let told = standin::now();
-        world
+        fixture
             .clients()?
-            .reconnect(&world.lab, Duration::from_secs(3))?;
-        world.reconnected(told)?;
-        world.all_connected(report, "5 all come anew")?;
-        if mark.refused(&world.clients()?.tally(&world.lab)?) > 0 {
+            .reconnect(&fixture.cluster, Duration::from_secs(3))?;
+        fixture.reconnected(told)?;
+        fixture.all_connected(report, "5 all come anew")?;
+        if mark.refused(&fixture.clients()?.tally(&fixture.cluster)?) > 0 {
             break;
         }
     }
-    let tally = world.clients()?.tally(&world.lab)?;
+    let tally = fixture.clients()?.tally(&fixture.cluster)?;
     let refused = mark.refused(&tally);
     report.check(
         "5 all come anew: connects refused, timed out, failed",
-        &Sight::judged(
+        &Check::judged(
             "some, 0, 0",
             format!(
                 "{refused}, {}, {}",
@@ -86,7 +86,7 @@ fn come_anew(world: &mut World, report: &mut Report) -> Result<()> {
     )?;
     let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
     report.tell("5 all come anew: all connected", &took);
-    world.nobody_waited(report, "5 all come anew", &mark, WITHOUT_CONNECTION)?;
-    world.counts_are_true(report, "5 all come anew", Way::Exec)?;
-    world.within_quotas(report, "5 all come anew")
+    fixture.nobody_waited(report, "5 all come anew", &mark, WITHOUT_CONNECTION)?;
+    fixture.counts_are_true(report, "5 all come anew", Way::Exec)?;
+    fixture.within_quotas(report, "5 all come anew")
 }

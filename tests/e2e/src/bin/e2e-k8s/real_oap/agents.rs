@@ -10,15 +10,15 @@ use anyhow::{Context, Result, anyhow};
 use testkit::fixtures::Netns;
 use testkit::fixtures::diag::{self, State};
 
-use crate::lab::Lab;
-use crate::layout::{PORT, SHOP};
+use crate::cluster::TestCluster;
+use crate::layout::{PORT, WORKLOADS};
 use crate::oaps::{process_of, text};
 
 /// Between two looks whether an agent has a connection.
 const BETWEEN_LOOKS: Duration = Duration::from_millis(100);
 
 /// A pod that runs, and is not being ended.
-pub struct Shop {
+pub struct AgentPod {
     pub pod: String,
     pub address: IpAddr,
     /// By which its segments are known.
@@ -30,35 +30,35 @@ pub struct Shop {
 ///
 /// # Errors
 /// When the API server does not answer, or a pod ends meanwhile.
-pub fn look(lab: &Lab) -> Result<Vec<Shop>> {
-    let list = lab.get(&["pods", "-n", SHOP, "-l", "app=shop"])?;
+pub fn look(cluster: &TestCluster) -> Result<Vec<AgentPod>> {
+    let list = cluster.get(&["pods", "-n", WORKLOADS, "-l", "app=workload"])?;
     let items = list["items"].as_array().context("a list has items")?;
     let running = items.iter().filter(|pod| {
         pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running"
     });
-    let shops = running.map(|pod| {
+    let agents = running.map(|pod| {
         let name = text(&pod["metadata"]["name"])?;
         let uid = text(&pod["metadata"]["uid"])?;
         let netns = Netns::of_process(process_of(&uid)?);
-        Ok(Shop {
+        Ok(AgentPod {
             address: text(&pod["status"]["podIP"])?.parse()?,
             service: format!("{name}.{uid}"),
             netns: netns.context("the pod has ended")?,
             pod: name,
         })
     });
-    let mut shops: Vec<_> = shops.collect::<Result<_>>()?;
-    shops.sort_by(|a, b| a.pod.cmp(&b.pod));
-    Ok(shops)
+    let mut agents: Vec<_> = agents.collect::<Result<_>>()?;
+    agents.sort_by(|a, b| a.pod.cmp(&b.pod));
+    Ok(agents)
 }
 
-impl Shop {
+impl AgentPod {
     /// How many segments its agent has made.
     ///
     /// # Errors
     /// When its log can't be read.
-    pub fn made(&self, lab: &Lab) -> Result<u32> {
-        let log = lab.kubectl(&["logs", "-n", SHOP, &self.pod, "--tail=50"])?;
+    pub fn made(&self, cluster: &TestCluster) -> Result<u32> {
+        let log = cluster.kubectl(&["logs", "-n", WORKLOADS, &self.pod, "--tail=50"])?;
         let mut numbers = log.lines().rev();
         let last = numbers.find_map(|line| line.strip_prefix("made ")?.parse::<u32>().ok());
         Ok(last.map_or(0, |last| last + 1))
@@ -68,8 +68,8 @@ impl Shop {
     ///
     /// # Errors
     /// When its log can't be read.
-    pub fn was_refused(&self, lab: &Lab) -> Result<bool> {
-        let log = lab.kubectl(&["logs", "-n", SHOP, &self.pod])?;
+    pub fn was_refused(&self, cluster: &TestCluster) -> Result<bool> {
+        let log = cluster.kubectl(&["logs", "-n", WORKLOADS, &self.pod])?;
         Ok(log.contains("Connection refused"))
     }
 }
@@ -82,9 +82,9 @@ pub struct Watch {
 
 impl Watch {
     /// Watches these from now on.
-    pub fn start(shops: &[Shop]) -> Self {
+    pub fn start(agents: &[AgentPod]) -> Self {
         let ends = Arc::new(AtomicBool::new(false));
-        let namespaces: Vec<_> = shops.iter().map(|shop| shop.netns.share()).collect();
+        let namespaces: Vec<_> = agents.iter().map(|agent| agent.netns.share()).collect();
         let told = Arc::clone(&ends);
         Self {
             ends,

@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 use testkit::fixtures::Status;
 
-use crate::lab::Lab;
+use crate::cluster::TestCluster;
 use crate::layout::{RELEASE, SYSTEM};
 use crate::oaps::{is_ready, text};
 
 /// A pod that is not being ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Agent {
+pub struct DaemonPod {
     pub name: String,
     pub uid: String,
     pub node: String,
@@ -20,7 +20,7 @@ pub struct Agent {
     pub restarts: u64,
 }
 
-/// How an agent is asked.
+/// How a daemon is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// With `kubectl exec`, as people do.
@@ -31,7 +31,7 @@ pub enum Way {
 
 /// What `status --cluster` says, as far as it is looked at.
 #[derive(Clone, Debug, Deserialize)]
-pub struct Cluster {
+pub struct ClusterStatus {
     pub node: String,
     pub complete: bool,
     pub silent_seconds: u64,
@@ -65,45 +65,45 @@ pub struct Backend {
     pub quota: Option<u32>,
 }
 
-/// The agents on nodes that run, by node.
+/// The daemons on nodes that run, by node.
 ///
 /// # Errors
 /// When the API server does not answer.
-pub fn look(lab: &Lab) -> Result<BTreeMap<String, Agent>> {
+pub fn look(cluster: &TestCluster) -> Result<BTreeMap<String, DaemonPod>> {
     let instance = format!("app.kubernetes.io/instance={RELEASE}");
-    let list = lab.get(&["pods", "-n", SYSTEM, "-l", &instance])?;
+    let list = cluster.get(&["pods", "-n", SYSTEM, "-l", &instance])?;
     let items = list["items"].as_array().context("a list has items")?;
-    let mut agents = BTreeMap::new();
+    let mut daemons = BTreeMap::new();
     for pod in items {
         let node = text(&pod["spec"]["nodeName"])?;
-        if !pod["metadata"]["deletionTimestamp"].is_null() || !lab.cluster.runs(&node) {
+        if !pod["metadata"]["deletionTimestamp"].is_null() || !cluster.kubernetes.runs(&node) {
             continue;
         }
         let container = &pod["status"]["containerStatuses"][0];
-        let agent = Agent {
+        let daemon = DaemonPod {
             name: text(&pod["metadata"]["name"])?,
             uid: text(&pod["metadata"]["uid"])?,
             node: node.clone(),
             ready: is_ready(pod),
             restarts: container["restartCount"].as_u64().unwrap_or(0),
         };
-        agents.insert(node, agent);
+        daemons.insert(node, daemon);
     }
-    Ok(agents)
+    Ok(daemons)
 }
 
-impl Agent {
+impl DaemonPod {
     /// Asks it.
     ///
     /// # Errors
     /// With what it complains about.
-    pub fn ask(&self, lab: &Lab, way: Way, arguments: &[&str]) -> Result<String> {
+    pub fn ask(&self, cluster: &TestCluster, way: Way, arguments: &[&str]) -> Result<String> {
         match way {
             Way::Exec => {
                 let exec = ["exec", "-n", SYSTEM, &self.name, "--", "balancer"];
-                lab.kubectl(&[&exec[..], arguments].concat())
+                cluster.kubectl(&[&exec[..], arguments].concat())
             }
-            Way::OnNode => lab.balancer(&self.node, arguments),
+            Way::OnNode => cluster.balancer(&self.node, arguments),
         }
     }
 
@@ -111,8 +111,8 @@ impl Agent {
     ///
     /// # Errors
     /// With what it complains about.
-    pub fn status(&self, lab: &Lab, way: Way) -> Result<Status> {
-        let text = self.ask(lab, way, &["status", "-o", "json"])?;
+    pub fn status(&self, cluster: &TestCluster, way: Way) -> Result<Status> {
+        let text = self.ask(cluster, way, &["status", "-o", "json"])?;
         serde_json::from_str(&text).with_context(|| format!("cannot read this status: {text}"))
     }
 
@@ -120,28 +120,28 @@ impl Agent {
     ///
     /// # Errors
     /// With what it complains about, and when it knows of another group than that of the OAPs.
-    pub fn cluster(&self, lab: &Lab, way: Way) -> Result<Cluster> {
-        let text = self.ask(lab, way, &["status", "--cluster", "-o", "json"])?;
-        let cluster: Cluster = serde_json::from_str(&text)
+    pub fn cluster_status(&self, cluster: &TestCluster, way: Way) -> Result<ClusterStatus> {
+        let text = self.ask(cluster, way, &["status", "--cluster", "-o", "json"])?;
+        let status: ClusterStatus = serde_json::from_str(&text)
             .with_context(|| format!("cannot read this status: {text}"))?;
         ensure!(
-            cluster.groups.len() < 2 && cluster.node == self.node,
+            status.groups.len() < 2 && status.node == self.node,
             "it is not of {}, or of several groups: {text}",
             self.node
         );
-        Ok(cluster)
+        Ok(status)
     }
 
     /// What it has logged; `options` are those of `kubectl logs`.
     ///
     /// # Errors
     /// When there is no API server.
-    pub fn log(&self, lab: &Lab, options: &[&str]) -> Result<String> {
-        lab.kubectl(&[&["logs", "-n", SYSTEM, &self.name], options].concat())
+    pub fn log(&self, cluster: &TestCluster, options: &[&str]) -> Result<String> {
+        cluster.kubectl(&[&["logs", "-n", SYSTEM, &self.name], options].concat())
     }
 }
 
-impl Cluster {
+impl ClusterStatus {
     /// The group of the OAPs.
     ///
     /// # Errors

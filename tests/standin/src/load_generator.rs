@@ -55,7 +55,7 @@ pub struct Outage {
     pub refused: u32,
 }
 
-/// What the clients of a [`Crowd`] have seen so far.
+/// What the clients of a [`LoadGenerator`] have seen so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// How many clients there are.
@@ -116,9 +116,9 @@ pub fn now() -> u64 {
     u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
-/// How the clients of a crowd behave.
+/// How the clients behave.
 #[derive(Clone, Copy, Debug)]
-pub struct Habits {
+pub struct Behaviour {
     /// Where they connect to.
     pub to: SocketAddr,
     /// How many there are.
@@ -132,32 +132,32 @@ pub struct Habits {
 }
 
 /// Clients that stay.
-pub struct Crowd {
+pub struct LoadGenerator {
     tally: Arc<Mutex<Tally>>,
     order: watch::Sender<Duration>,
 }
 
-impl Crowd {
+impl LoadGenerator {
     /// Starts them. They live as long as the runtime.
-    pub fn start(habits: Habits) -> Self {
+    pub fn start(behaviour: Behaviour) -> Self {
         let tally = Tally {
-            clients: habits.clients,
+            clients: behaviour.clients,
             ..Tally::default()
         };
-        let crowd = Self {
+        let load = Self {
             tally: Arc::new(Mutex::new(tally)),
             order: watch::Sender::new(Duration::ZERO),
         };
-        for number in 0..habits.clients {
-            let one = One {
+        for number in 0..behaviour.clients {
+            let client = LongLivedClient {
                 name: format!("client-{number}"),
-                habits,
-                tally: Arc::clone(&crowd.tally),
-                order: crowd.order.subscribe(),
+                behaviour,
+                tally: Arc::clone(&load.tally),
+                order: load.order.subscribe(),
             };
-            tokio::spawn(one.live());
+            tokio::spawn(client.run());
         }
-        crowd
+        load
     }
 
     /// What they have seen so far.
@@ -193,7 +193,7 @@ impl Crowd {
     }
 }
 
-/// Asks a crowd that [answers](Crowd::answer).
+/// Asks a load generator that [answers](LoadGenerator::answer).
 ///
 /// # Errors
 /// When it does not.
@@ -208,17 +208,17 @@ pub fn ask(address: SocketAddr, question: &str) -> io::Result<Tally> {
     Ok(serde_json::from_slice(&answer)?)
 }
 
-struct One {
+struct LongLivedClient {
     name: String,
-    habits: Habits,
+    behaviour: Behaviour,
     tally: Arc<Mutex<Tally>>,
     order: watch::Receiver<Duration>,
 }
 
-impl One {
-    async fn live(mut self) {
+impl LongLivedClient {
+    async fn run(mut self) {
         let mut cause = Cause::Start;
-        let mut begin = self.habits.begin_within;
+        let mut begin = self.behaviour.begin_within;
         loop {
             let outage = self.begin_outage(cause);
             sleep(begin.mul_f64(random())).await;
@@ -236,21 +236,21 @@ impl One {
     async fn connect(&self, outage: usize) -> (Client, Ending) {
         let mut pause = FIRST_PAUSE;
         loop {
-            match open(&self.name, self.habits.to).await {
+            match open(&self.name, self.behaviour.to).await {
                 Ok(connection) => return connection,
                 Err(error) => self.note(outage, error.kind()),
             }
             sleep(pause.mul_f64(1.0 + JITTER * (2.0 * random() - 1.0))).await;
             pause = pause
                 .mul_f64(PAUSE_GROWS_BY)
-                .min(self.habits.longest_pause.max(FIRST_PAUSE));
+                .min(self.behaviour.longest_pause.max(FIRST_PAUSE));
         }
     }
 
     /// Keeps it until it ends; says how.
     async fn keep(&mut self, mut client: Client, mut ending: Ending) -> Cause {
         self.order.mark_unchanged();
-        let mut calls = interval(self.habits.call_every);
+        let mut calls = interval(self.behaviour.call_every);
         calls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let cause = tokio::select! {
@@ -398,11 +398,11 @@ fn locked(tally: &Mutex<Tally>) -> MutexGuard<'_, Tally> {
 mod tests {
     use std::time::Duration;
 
-    use super::{Cause, Crowd, Habits, Outage, Tally, ask, now};
+    use super::{Behaviour, Cause, LoadGenerator, Outage, Tally, ask, now};
     use crate::{listen, serve};
 
-    fn habits(to: std::net::SocketAddr) -> Habits {
-        Habits {
+    fn behaviour(to: std::net::SocketAddr) -> Behaviour {
+        Behaviour {
             to,
             clients: 3,
             begin_within: Duration::ZERO,
@@ -411,15 +411,15 @@ mod tests {
         }
     }
 
-    async fn until(crowd: &Crowd, what: impl Fn(&Tally) -> bool) -> Tally {
+    async fn until(load: &LoadGenerator, what: impl Fn(&Tally) -> bool) -> Tally {
         for _ in 0..1000 {
-            let tally = crowd.tally();
+            let tally = load.tally();
             if what(&tally) {
                 return tally;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        panic!("not within ten seconds: {:?}", crowd.tally());
+        panic!("not within ten seconds: {:?}", load.tally());
     }
 
     #[tokio::test]
@@ -436,15 +436,15 @@ mod tests {
         server.spawn(async move {
             serve(tokio::net::TcpListener::from_std(std_listener).unwrap()).await
         });
-        let crowd = Crowd::start(habits(address));
-        let tally = until(&crowd, |tally| tally.connected == 3).await;
+        let load = LoadGenerator::start(behaviour(address));
+        let tally = until(&load, |tally| tally.connected == 3).await;
         assert_eq!((tally.lost(), tally.outages.len()), (0, 3));
 
         server.shutdown_background();
-        let tally = until(&crowd, |tally| tally.refused >= 3).await;
+        let tally = until(&load, |tally| tally.refused >= 3).await;
         assert_eq!((tally.connected, tally.lost()), (0, 3));
         tokio::spawn(serve(listen(address, 16).unwrap()));
-        let tally = until(&crowd, |tally| tally.connected == 3).await;
+        let tally = until(&load, |tally| tally.connected == 3).await;
         assert_eq!(tally.outages.len(), 6);
         assert!(tally.outages.iter().all(|outage| outage.ended.is_some()));
     }
@@ -454,17 +454,17 @@ mod tests {
         let listener = listen("127.0.0.1:0".parse().unwrap(), 16).unwrap();
         let address = listener.local_addr().unwrap();
         tokio::spawn(serve(listener));
-        let crowd = Crowd::start(habits(address));
-        until(&crowd, |tally| tally.connected == 3).await;
+        let load = LoadGenerator::start(behaviour(address));
+        until(&load, |tally| tally.connected == 3).await;
         let questions = listen("127.0.0.1:0".parse().unwrap(), 16).unwrap();
         let at = questions.local_addr().unwrap();
         let answer = tokio::task::spawn_blocking(move || ask(at, "reconnect 0\n"));
         tokio::select! {
-            _ = crowd.answer(questions) => panic!("it answers for ever"),
+            _ = load.answer(questions) => panic!("it answers for ever"),
             answer = answer => assert_eq!(answer.unwrap().unwrap().clients, 3),
         }
         let all = |tally: &Tally| tally.outages.len() == 6 && tally.connected == 3;
-        let tally = until(&crowd, all).await;
+        let tally = until(&load, all).await;
         assert_eq!(tally.lost(), 0);
         assert_eq!(tally.outages[5].cause, Cause::Told);
     }

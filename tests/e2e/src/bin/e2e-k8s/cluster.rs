@@ -1,4 +1,4 @@
-//! The cluster, and the balancer in it: what any story on it needs.
+//! The cluster, and the balancer in it: what any scenario on it needs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use testkit::fixtures::{Finished, binary, process};
 use testkit::kubernetes::{Cluster, objects};
 use testkit::scenario::interrupt;
 
-use crate::layout::{NODES, OAPS, RELEASE, SHOP, SYSTEM};
+use crate::layout::{NODES, OAPS, RELEASE, SYSTEM, WORKLOADS};
 
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/helm/balancer");
 
@@ -35,14 +35,14 @@ pub struct Product {
 }
 
 /// The cluster.
-pub struct Lab {
-    pub cluster: Cluster,
+pub struct TestCluster {
+    pub kubernetes: Cluster,
     pub product: Product,
     directory: TempDir,
     logs: PathBuf,
 }
 
-impl Lab {
+impl TestCluster {
     /// Starts so many nodes that have the balancer's image and that of its peers, which is written for it, and makes the namespaces.
     ///
     /// # Errors
@@ -56,9 +56,9 @@ impl Lab {
         let image = directory.path().join("image.tar");
         write_image(&image)?;
         println!("Starting {nodes} nodes");
-        let cluster = Cluster::start(nodes, &[&product.image, &image]);
-        for namespace in [OAPS, SHOP, SYSTEM] {
-            cluster.admin().apply(&objects::namespace(namespace));
+        let kubernetes = Cluster::start(nodes, &[&product.image, &image]);
+        for namespace in [OAPS, WORKLOADS, SYSTEM] {
+            kubernetes.admin().apply(&objects::namespace(namespace));
         }
         let logs = binary().with_file_name("e2e-k8s-logs");
         if logs.exists() {
@@ -66,7 +66,7 @@ impl Lab {
         }
         fs::create_dir(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
         Ok(Self {
-            cluster,
+            kubernetes,
             product,
             directory,
             logs,
@@ -84,7 +84,7 @@ impl Lab {
     /// With what it complains about.
     pub fn kubectl(&self, arguments: &[&str]) -> Result<String> {
         interrupt::check()?;
-        let finished = self.cluster.admin().attempt(arguments);
+        let finished = self.kubernetes.admin().attempt(arguments);
         succeeded("kubectl", arguments, finished)
     }
 
@@ -132,10 +132,10 @@ impl Lab {
     /// With what it complains about.
     pub fn on_node(&self, node: &str, command: &[&str]) -> Result<String> {
         interrupt::check()?;
-        succeeded(node, command, self.cluster.enter(node, command))
+        succeeded(node, command, self.kubernetes.enter(node, command))
     }
 
-    /// The balancer of the image as a program on a node, beside the agent: it needs no API server.
+    /// The balancer of the image as a program on a node, beside the daemon: it needs no API server.
     ///
     /// # Errors
     /// With what it complains about.
@@ -166,7 +166,7 @@ impl Lab {
         let mut helm = Command::new(&self.product.helm);
         helm.args(arguments)
             .args(["--namespace", SYSTEM, "--kubeconfig"])
-            .arg(self.cluster.admin().kubeconfig());
+            .arg(self.kubernetes.admin().kubeconfig());
         for (variable, directory) in [
             ("HELM_CACHE_HOME", "cache"),
             ("HELM_CONFIG_HOME", "config"),
@@ -174,20 +174,22 @@ impl Lab {
         ] {
             helm.env(variable, own.join(directory));
         }
-        let output = self.cluster.outside().run(|| process::output(&mut helm));
+        let output = self.kubernetes.outside().run(|| process::output(&mut helm));
         let output = output.context("cannot start helm")?;
         succeeded("helm", arguments, output.into())
     }
 
     /// A file on a node, as it is seen from here.
     pub fn file_on(&self, node: &str, path: &str) -> PathBuf {
-        self.cluster.root(node).join(path.trim_start_matches('/'))
+        self.kubernetes
+            .root(node)
+            .join(path.trim_start_matches('/'))
     }
 
     /// Says how somebody gets into the cluster.
     pub fn print_how_to_reach_it(&self) {
-        let outside = self.cluster.outside().path();
-        let kubeconfig = self.cluster.admin().kubeconfig();
+        let outside = self.kubernetes.outside().path();
+        let kubeconfig = self.kubernetes.admin().kubeconfig();
         println!("\nThe cluster stays until Ctrl-C. From outside the nodes:\n");
         println!(
             "    alias kubectl='nsenter --net={} {} kubectl --kubeconfig {}'",
@@ -196,8 +198,8 @@ impl Lab {
             kubeconfig.display()
         );
         println!("    kubectl get pods -A -o wide\n\nOn a node:\n");
-        for node in NODES.iter().filter(|node| self.cluster.runs(node)) {
-            let enter = self.cluster.on_node(node);
+        for node in NODES.iter().filter(|node| self.kubernetes.runs(node)) {
+            let enter = self.kubernetes.on_node(node);
             let words = std::iter::once(enter.get_program()).chain(enter.get_args());
             let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
             let balancer = self.product.balancer.display();

@@ -7,34 +7,34 @@ use std::net::IpAddr;
 
 use anyhow::{Context, Result};
 
-use crate::agents::{self, Agent, Group, Way};
 use crate::clients::Clients;
+use crate::cluster::TestCluster;
+use crate::daemons::{self, DaemonPod, Group, Way};
 use crate::kernel;
-use crate::lab::Lab;
 use crate::oaps::{self, Held, Oap};
 
 /// All that runs. Its parts are dropped in this order.
-pub struct World {
+pub struct Fixture {
     pub clients: Option<Clients>,
     /// The OAPs as of the last look.
     pub oaps: Vec<Oap>,
-    /// The agents as of the last look, by node.
-    pub agents: BTreeMap<String, Agent>,
-    pub lab: Lab,
+    /// The daemons as of the last look, by node.
+    pub daemons: BTreeMap<String, DaemonPod>,
+    pub cluster: TestCluster,
     /// Addresses of pods have come to mean others, so that they no longer tell which connections were exempt when they were accepted.
     pub reused: bool,
     /// The largest number of connections that an OAP held, by the mean, without the balancer.
     pub uneven: f64,
 }
 
-impl World {
+impl Fixture {
     /// The cluster, and nothing in it yet.
-    pub fn new(lab: Lab) -> Self {
+    pub fn new(cluster: TestCluster) -> Self {
         Self {
             clients: None,
             oaps: Vec::new(),
-            agents: BTreeMap::new(),
-            lab,
+            daemons: BTreeMap::new(),
+            cluster,
             reused: false,
             uneven: 1.0,
         }
@@ -53,8 +53,8 @@ impl World {
     /// # Errors
     /// When the API server does not answer.
     pub fn look(&mut self) -> Result<()> {
-        self.oaps = oaps::look(&self.lab)?;
-        self.agents = agents::look(&self.lab)?;
+        self.oaps = oaps::look(&self.cluster)?;
+        self.daemons = daemons::look(&self.cluster)?;
         Ok(())
     }
 
@@ -77,14 +77,14 @@ impl World {
         self.oaps.iter().map(|oap| oap.address).collect()
     }
 
-    /// What each OAP holds, by the agents' word; an OAP that none of them knows is an error.
+    /// What each OAP holds, by the daemons' word; an OAP that none of them knows is an error.
     ///
     /// # Errors
     /// With what they complain about.
     pub fn counted(&self, way: Way) -> Result<Vec<Held>> {
         let mut by_cookie: BTreeMap<u64, Held> = BTreeMap::new();
-        for agent in self.agents.values() {
-            let status = agent.status(&self.lab, way)?;
+        for daemon in self.daemons.values() {
+            let status = daemon.status(&self.cluster, way)?;
             for backend in status.services.iter().flat_map(|service| &service.backends) {
                 let counted = by_cookie.entry(backend.netns).or_default();
                 counted.established += backend.established;
@@ -93,37 +93,37 @@ impl World {
         }
         let counted = self.oaps.iter().map(|oap| {
             let counted = by_cookie.get(&oap.cookie).copied();
-            counted.with_context(|| format!("no agent knows {}", oap.name))
+            counted.with_context(|| format!("no daemon knows {}", oap.name))
         });
         counted.collect()
     }
 
-    /// What the agent of each node knows of the OAPs of all nodes.
+    /// What the daemon of each node knows of the OAPs of all nodes.
     ///
     /// # Errors
     /// With what they complain about.
     pub fn groups(&self, way: Way) -> Result<Vec<Group>> {
-        let groups = self.agents.values().map(|agent| {
-            let cluster = agent.cluster(&self.lab, way)?;
-            cluster.group().cloned()
+        let groups = self.daemons.values().map(|daemon| {
+            let status = daemon.cluster_status(&self.cluster, way)?;
+            status.group().cloned()
         });
         groups.collect()
     }
 
     /// The programs in the kernel, of all nodes.
     pub fn programs(&self) -> BTreeSet<u32> {
-        let nodes = self.agents.keys();
+        let nodes = self.daemons.keys();
         nodes
-            .flat_map(|node| kernel::programs(&self.lab, node))
+            .flat_map(|node| kernel::programs(&self.cluster, node))
             .collect()
     }
 
-    /// Writes down what the agents have logged, as far as they are still there.
+    /// Writes down what the daemons have logged, as far as they are still there.
     pub fn keep_logs(&self) {
-        let directory = self.lab.logs();
-        for agent in self.agents.values() {
-            let log = either(agent.log(&self.lab, &[]));
-            let file = directory.join(format!("{}-{}.log", agent.node, agent.name));
+        let directory = self.cluster.logs();
+        for daemon in self.daemons.values() {
+            let log = either(daemon.log(&self.cluster, &[]));
+            let file = directory.join(format!("{}-{}.log", daemon.node, daemon.name));
             if let Err(error) = fs::write(&file, log) {
                 eprintln!("cannot write {}: {error}", file.display());
             }
@@ -139,9 +139,9 @@ impl World {
         for (oap, held) in self.oaps.iter().zip(held) {
             eprintln!("{} on {}: {held:?}", oap.name, oap.node);
         }
-        for (node, agent) in &self.agents {
+        for (node, daemon) in &self.daemons {
             for arguments in [&["status"][..], &["status", "--cluster"]] {
-                let said = agent.ask(&self.lab, Way::OnNode, arguments);
+                let said = daemon.ask(&self.cluster, Way::OnNode, arguments);
                 eprintln!(
                     "--- balancer {} on {node} ---\n{}",
                     arguments.join(" "),
@@ -150,8 +150,8 @@ impl World {
             }
         }
         eprintln!(
-            "--- the logs of the agents are in {} ---",
-            self.lab.logs().display()
+            "--- the logs of the daemons are in {} ---",
+            self.cluster.logs().display()
         );
     }
 }

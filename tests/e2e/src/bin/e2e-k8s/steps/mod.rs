@@ -1,0 +1,38 @@
+//! The scenario: what happens, and what must be seen.
+
+mod api;
+mod change;
+mod daemons;
+pub mod install;
+mod node;
+mod pods;
+pub mod uninstall;
+mod without;
+
+use anyhow::Result;
+use testkit::scenario::Report;
+
+use crate::fixture::Fixture;
+
+/// Runs the steps in their order.
+///
+/// # Errors
+/// When it can't go on. Differences are in the report.
+pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+    for step in [
+        without::run,
+        install::run,
+        change::run,
+        daemons::run,
+        pods::run,
+        api::run,
+        node::run,
+        uninstall::run,
+    ] {
+        let outcome = step(fixture, report);
+        // Pods take their logs with them.
+        fixture.keep_logs();
+        outcome?;
+    }
+    Ok(())
+}
