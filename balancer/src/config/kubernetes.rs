@@ -5,17 +5,22 @@ use std::{fmt, time::Duration};
 use balancer_common::Policy;
 use ipnet::IpNet;
 
-/// The Services of SkyWalking's OAP, as those who install it label them; each of these selects some, and a selector can't say "or".
+use super::write_shared;
+
+/// The Kubernetes Services of SkyWalking's OAP, by the labels that they get; a selector can't say
+/// "or".
 ///
-/// The first is for the Helm chart (`apache/skywalking-helm`, `chart/skywalking/templates/oap-svc.yaml`), whose `app` and `release` are the name of
-/// the release: that all four labels are there tells its Services from a stranger's `component=oap`. The second is for the operator
-/// (`apache/skywalking-swck`, `operator/pkg/operator/manifests/oapserver/templates/service.yaml`). Neither selects the UI, the Satellite or
-/// `BanyanDB`.
+/// The first is for the Helm chart (`apache/skywalking-helm`,
+/// `chart/skywalking/templates/oap-svc.yaml`). Its `app` and `release` are the name of the release:
+/// that all four labels are there tells it from a stranger's `component=oap`. The second is for the
+/// operator (`apache/skywalking-swck`,
+/// `operator/pkg/operator/manifests/oapserver/templates/service.yaml`). Neither selects the UI, the
+/// Satellite or `BanyanDB`.
 pub const DEFAULT_SELECTORS: [&str; 2] = [
     "component=oap,app,chart,heritage,release",
     "app=oap,operator.skywalking.apache.org/application=oapserver,operator.skywalking.apache.org/component=service",
 ];
-/// The Service's port where the file gives none: the one for gRPC, of the chart and of the operator.
+/// The port of a Kubernetes Service where the file gives none: the one for gRPC.
 pub const DEFAULT_PORT: u16 = 11800;
 /// `publish_every` where the file gives none.
 pub const DEFAULT_PUBLISH_EVERY: Duration = Duration::from_secs(2);
@@ -27,20 +32,20 @@ pub const MAX_POD_CLASSES: usize = 64;
 /// What is balanced in a Kubernetes cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kubernetes {
-    /// Between 1 and [`MAX_SERVICES`](super::MAX_SERVICES), in the order of the file.
+    /// The service entries: between 1 and [`MAX_SERVICES`](super::MAX_SERVICES), in their order.
     pub services: Vec<ClusterService>,
-    /// At most this often an agent writes what it counts; between half a second and a minute.
+    /// At most this often a daemon writes its node report: half a second to a minute.
     pub publish_every: Duration,
-    /// Quotas open when what they are computed from is older than this; between 10 seconds and a day.
+    /// Quotas open when what they are computed from is older than this: 10 seconds to a day.
     pub hold_for: Duration,
 }
 
-/// A port of the pods behind one or several Services.
+/// A service entry: a port of the pods behind one or several Kubernetes Services.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterService {
     /// Unique; like the name of a [`Service`](super::Service).
     pub name: String,
-    /// Which Services.
+    /// Which Kubernetes Services.
     pub of: ServiceChoice,
     /// Which of their ports.
     pub port: PortChoice,
@@ -48,11 +53,12 @@ pub struct ClusterService {
     pub policy: Policy,
     /// How many connections a backend may hold.
     pub quota: ClusterQuota,
-    /// Sources that are never refused and never counted against the quota, besides those that are found.
+    /// Sources that are never refused and never counted against the quota, besides those that are
+    /// found.
     pub exempt: Vec<IpNet>,
 }
 
-/// Which Services of the cluster are meant.
+/// Which Kubernetes Services a service entry means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServiceChoice {
     /// This one.
@@ -66,22 +72,22 @@ pub enum ServiceChoice {
     Selected {
         /// In this namespace; `None`: in all.
         namespace: Option<String>,
-        /// Label selectors that [`selector`](super::selector()) reads, of which one must select it; [`DEFAULT_SELECTORS`] where the file gives
-        /// none, else one.
+        /// Label selectors that [`selector`](super::selector()) reads, of which one must select it:
+        /// one of the file, or [`DEFAULT_SELECTORS`].
         selectors: Vec<String>,
     },
 }
 
-/// Which port of a Service is meant.
+/// Which port of a Kubernetes Service is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PortChoice {
-    /// The number of the Service's port; not 0.
+    /// Its number; not 0.
     Number(u16),
     /// Its name, a DNS label.
     Name(String),
 }
 
-/// How the quotas of the backends of a Service come about.
+/// How the quotas of a backend group come about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClusterQuota {
     /// None: counting only.
@@ -109,10 +115,7 @@ impl fmt::Display for ClusterQuota {
                 input,
                 headroom_percent,
                 min_quota,
-            } => write!(
-                f,
-                "{input} + {headroom_percent}% shared by weight, at least {min_quota} each"
-            ),
+            } => write_shared(f, input, *headroom_percent, *min_quota),
         }
     }
 }
@@ -129,7 +132,7 @@ pub enum ClusterInput {
     },
     /// From the pods that are running; never empty.
     Pods(Vec<PodClass>),
-    /// From what all agents counted.
+    /// From what all daemons counted.
     Observed {
         /// The most within this time counts; between a minute and a day.
         window: Duration,

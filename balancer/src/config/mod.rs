@@ -133,8 +133,7 @@ pub enum QuotaRule {
         clients: Option<u32>,
         /// How many connections each of them keeps; 1 where the file gives none.
         connections_per_client: u32,
-        /// What to add for clients that reconnect or come on top, in percent; 0 where the file gives
-        /// none.
+        /// What to add for clients that reconnect or come on top, in percent; 0 without a key.
         headroom_percent: u32,
         /// No backend's quota goes below this; [`DEFAULT_MIN_QUOTA`] where the file gives none.
         min_quota: u32,
@@ -153,17 +152,27 @@ impl fmt::Display for QuotaRule {
                 headroom_percent,
                 min_quota,
             } => {
-                match clients {
-                    Some(clients) => write!(f, "{clients} clients")?,
-                    None => f.write_str("clients (not known)")?,
-                }
-                write!(
-                    f,
-                    " × {connections_per_client} + {headroom_percent}% shared by weight, at least {min_quota} each"
-                )
+                let clients = clients.map_or("clients (not known)".to_owned(), |clients| {
+                    format!("{clients} clients")
+                });
+                let input = format_args!("{clients} × {connections_per_client}");
+                write_shared(f, input, *headroom_percent, *min_quota)
             }
         }
     }
+}
+
+/// The words of a rule that shares `input` out.
+fn write_shared(
+    f: &mut fmt::Formatter<'_>,
+    input: impl fmt::Display,
+    headroom: u32,
+    least: u32,
+) -> fmt::Result {
+    write!(
+        f,
+        "{input} + {headroom}% shared by weight, at least {least} each"
+    )
 }
 
 impl Config {

@@ -1,7 +1,8 @@
 //! Label selectors in the form that `kubectl -l` takes.
 //!
-//! As the API server reads them (`k8s.io/apimachinery/pkg/labels`), except that the operators `<` and `>` are not supported, and that a selector
-//! without requirements, which would select everything, is refused.
+//! It reads them as the API server does (`k8s.io/apimachinery/pkg/labels`), with two exceptions. The
+//! operators `<` and `>` are not supported. A selector without requirements, which would select
+//! everything, is refused.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -32,11 +33,11 @@ fn wrong<T>(problem: impl Into<String>) -> Result<T> {
     Err(SelectorError(problem.into()))
 }
 
-/// Parses a label selector: requirements with commas between them, each `key`, `!key`, `key=value` (or `==`), `key!=value`, `key in (a,b)` or
-/// `key notin (a,b)`.
+/// Parses a label selector: requirements with commas between them, each `key`, `!key`, `key=value`
+/// (or `==`), `key!=value`, `key in (a,b)` or `key notin (a,b)`.
 ///
 /// # Errors
-/// When it has no requirement, or one that is not a requirement, or whose key or value no label can have.
+/// When it has no requirement, or one that is none, or whose key or value no label can have.
 pub fn selector(text: &str) -> Result<Selector> {
     let mut words = Words { rest: text };
     if words.peek().is_none() {

@@ -1,4 +1,4 @@
-//! The configuration file: whatever is in it, it is a valid configuration or an error that says where.
+//! The configuration file: whatever is in it, it is a valid configuration or an error with its place.
 #![no_main]
 
 use std::net::{IpAddr, SocketAddr};
