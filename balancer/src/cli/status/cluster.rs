@@ -69,7 +69,7 @@ fn group_text(group: &GroupStatus) -> String {
             ">PENDING",
             ">EXEMPT",
             ">WEIGHT",
-            ">TOLD",
+            ">REPORTED",
         ],
         rows,
     )
@@ -104,7 +104,7 @@ fn state(backend: &BackendStatus) -> String {
     match backend.state.as_deref() {
         Some("active") => pod.to_owned(),
         Some(state) => format!("{pod}, {state}"),
-        None => format!("{pod}, not heard of"),
+        None => format!("{pod}, no report yet"),
     }
 }
 
@@ -128,4 +128,102 @@ fn total(group: &GroupStatus) -> Vec<String> {
     row[4] = sum(|backend| backend.established);
     row[8] = sum(|backend| backend.exempt);
     row
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::{GroupId, ObjectName};
+
+    fn name(namespace: &str, name: &str) -> ObjectName {
+        ObjectName {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        }
+    }
+
+    fn backend(number: u8, established: u32, seconds_ago: u64) -> BackendStatus {
+        BackendStatus {
+            pod: name("skywalking", &format!("oap-{number}")),
+            node: Some(format!("node-{number}")),
+            address: Some([10, 244, number, 7].into()),
+            ready: true,
+            terminating: false,
+            weight: 1,
+            state: Some("active".to_owned()),
+            established: Some(established),
+            exempt: Some(2),
+            pending: Some(0),
+            quota: Some(78),
+            room: Some((78 + 2_u32).saturating_sub(established)),
+            seconds_ago: Some(seconds_ago),
+        }
+    }
+
+    fn status(backends: Vec<BackendStatus>) -> ClusterStatus {
+        ClusterStatus {
+            schema: 1,
+            node: "node-1".to_owned(),
+            complete: true,
+            silent_seconds: 0,
+            problems: Vec::new(),
+            groups: vec![GroupStatus {
+                id: GroupId {
+                    entry: "agents".to_owned(),
+                    service: name("skywalking", "skywalking-oap"),
+                    port: 11800,
+                },
+                sentence: "ceil(202 connections (observed) × 1.15 / 3 ready) = 78".to_owned(),
+                starved: 0,
+                backends,
+            }],
+        }
+    }
+
+    /// docs/kubernetes.md shows it.
+    #[test]
+    fn the_pods_of_all_nodes_are_a_table() {
+        let backends = vec![backend(1, 70, 0), backend(2, 69, 1), backend(3, 69, 2)];
+        let shown = text(&status(backends));
+        let docs = include_str!("../../../../docs/kubernetes.md");
+        let indented = docs.lines().filter_map(|line| match line {
+            "" => Some(line),
+            line => line.strip_prefix("    "),
+        });
+        let examples = indented.collect::<Vec<_>>().join("\n");
+        assert!(
+            examples.contains(&shown),
+            "docs/kubernetes.md lacks:\n{shown}"
+        );
+    }
+
+    #[test]
+    fn what_is_old_or_missing_or_wrong_is_said() {
+        let silent = BackendStatus {
+            ready: false,
+            state: None,
+            established: None,
+            exempt: None,
+            pending: None,
+            quota: None,
+            room: None,
+            seconds_ago: None,
+            ..backend(3, 2, 0)
+        };
+        let mut status = status(vec![backend(1, 80, 0), backend(2, 80, 75), silent]);
+        status.silent_seconds = 61;
+        status.problems = vec!["something is wrong".to_owned()];
+        status.groups[0].starved = 2;
+        let shown = text(&status);
+        for words in [
+            "the API server has been silent for 1 min 1 s",
+            "! something is wrong",
+            "! 2 starved sources",
+            "1 min 15 s ago (!)",
+            "not ready, no report yet",
+            "never",
+        ] {
+            assert!(shown.contains(words), "{words:?} is not in:\n{shown}");
+        }
+    }
 }

@@ -35,7 +35,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
 {{ include "balancer.selectorLabels" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/component: agent
+app.kubernetes.io/component: daemon
 app.kubernetes.io/part-of: balancer
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
