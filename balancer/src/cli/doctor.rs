@@ -53,39 +53,15 @@ impl Doctor {
 #[derive(Serialize)]
 pub(super) struct Json<'a> {
     schema: u32,
-    checks: Vec<JsonCheck<'a>>,
-}
-
-#[derive(Serialize)]
-struct JsonCheck<'a> {
-    name: &'a str,
-    status: &'static str,
-    found: &'a str,
-    means: &'a str,
-    advice: Option<&'a str>,
+    checks: &'a [Check],
 }
 
 impl<'a> Json<'a> {
     pub(super) fn new(report: &'a Report) -> Self {
-        let check = |check: &'a Check| JsonCheck {
-            name: check.name,
-            status: word(check.status),
-            found: &check.found,
-            means: &check.means,
-            advice: check.advice.as_deref(),
-        };
         Self {
             schema: 1,
-            checks: report.checks.iter().map(check).collect(),
+            checks: &report.checks,
         }
-    }
-}
-
-fn word(status: Status) -> &'static str {
-    match status {
-        Status::Ok => "ok",
-        Status::Warn => "warn",
-        Status::Fail => "fail",
     }
 }
 

@@ -21,11 +21,7 @@ const CAPABILITIES: [Needed; 5] = [
         "programs that read kernel structures",
         true,
     ),
-    (
-        Capability::CAP_NET_ADMIN,
-        "attaching programs and destroying connections",
-        true,
-    ),
+    (Capability::CAP_NET_ADMIN, "attaching programs", true),
     (
         Capability::CAP_SYS_ADMIN,
         "entering network namespaces and mounting bpffs",

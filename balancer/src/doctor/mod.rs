@@ -13,6 +13,8 @@ mod services;
 
 use std::{fmt::Display, path::PathBuf};
 
+use serde::Serialize;
+
 use crate::config::Config;
 
 /// What to look at.
@@ -27,7 +29,8 @@ pub struct Options {
 }
 
 /// How bad a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Status {
     /// As it should be.
     Ok,
@@ -37,8 +40,8 @@ pub enum Status {
     Fail,
 }
 
-/// One thing that was looked at.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One thing that was looked at. Its JSON is what `doctor -o json` prints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
     /// What, in one or two words, the same on every machine.
     pub name: &'static str,

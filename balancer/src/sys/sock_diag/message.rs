@@ -8,18 +8,13 @@ use std::{
 
 use super::{Family, Query, Socket, State, Storage};
 
-/// "Any socket" as a cookie (`INET_DIAG_NOCOOKIE`, twice): never to be sent.
-pub(super) const NO_COOKIE: u64 = u64::MAX;
-
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const SOCK_DESTROY: u16 = 21;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 
 const NLM_F_REQUEST: u16 = 0x1;
-const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
 
@@ -268,75 +263,27 @@ impl<'a> Iterator for Attributes<'a> {
     }
 }
 
-/// Asks for all sockets that fit a query.
+/// Asks for all sockets that fit a query: a `struct inet_diag_req_v2` with its attributes.
 pub(super) fn dump_request(query: &Query<'_>, sequence: u32) -> Vec<u8> {
-    let extensions = if query.protocol {
-        1 << (INET_DIAG_INFO - 1)
-    } else {
-        0
-    };
-    let mut body = request_body(query.family, extensions, query.states.0);
-    body.extend([0; 48]);
-    if let Some(map) = query.storage {
-        let map = attribute(
-            SK_DIAG_BPF_STORAGE_REQ_MAP_FD,
-            &map.as_raw_fd().to_ne_bytes(),
-        );
-        body.extend(attribute(
-            INET_DIAG_REQ_SK_BPF_STORAGES | NLA_F_NESTED,
-            &map,
-        ));
-    }
-    message(
-        SOCK_DIAG_BY_FAMILY,
-        NLM_F_REQUEST | NLM_F_DUMP,
-        sequence,
-        &body,
-    )
-}
-
-/// Asks to destroy one connection.
-pub(super) fn destroy_request(connection: &Socket, sequence: u32) -> Vec<u8> {
-    let mut body = request_body(connection.family, 0, u32::MAX);
-    for address in [connection.local, connection.remote] {
-        body.extend(address.port().to_be_bytes());
-    }
-    for address in [connection.local, connection.remote] {
-        body.extend(address_bytes(address.ip()));
-    }
-    body.extend(connection.interface.to_ne_bytes());
-    for half in [connection.cookie, connection.cookie >> 32] {
-        body.extend(
-            u32::try_from(half & 0xffff_ffff)
-                .expect("32 bits")
-                .to_ne_bytes(),
-        );
-    }
-    message(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, sequence, &body)
-}
-
-/// The first fields of `struct inet_diag_req_v2`; the socket's identity follows.
-fn request_body(family: Family, extensions: u8, states: u32) -> Vec<u8> {
-    let family = match family {
+    let family = match query.family {
         Family::V4 => libc::AF_INET,
         Family::V6 => libc::AF_INET6,
     };
-    let small =
+    let [family, protocol] =
         [family, libc::IPPROTO_TCP].map(|number| u8::try_from(number).expect("both are small"));
-    let mut body = vec![small[0], small[1], extensions, 0];
-    body.extend(states.to_ne_bytes());
-    body
-}
-
-fn address_bytes(address: IpAddr) -> [u8; 16] {
-    match address {
-        IpAddr::V6(address) => address.octets(),
-        IpAddr::V4(address) => {
-            let mut bytes = [0; 16];
-            bytes[..4].copy_from_slice(&address.octets());
-            bytes
-        }
+    let extensions = u8::from(query.protocol) << (INET_DIAG_INFO - 1);
+    let mut body = vec![family, protocol, extensions, 0];
+    body.extend(query.states.0.to_ne_bytes());
+    // No socket is named.
+    body.extend([0; 48]);
+    if let Some(map) = query.storage {
+        let map = map.as_raw_fd().to_ne_bytes();
+        let map = attribute(SK_DIAG_BPF_STORAGE_REQ_MAP_FD, &map);
+        let kind = INET_DIAG_REQ_SK_BPF_STORAGES | NLA_F_NESTED;
+        body.extend(attribute(kind, &map));
     }
+    let flags = NLM_F_REQUEST | NLM_F_DUMP;
+    message(SOCK_DIAG_BY_FAMILY, flags, sequence, &body)
 }
 
 fn message(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
@@ -478,24 +425,6 @@ mod tests {
             read(&short).expect_err("too short").to_string(),
             "the kernel's socket list makes no sense: a socket at byte 0"
         );
-    }
-
-    #[test]
-    fn a_request_to_destroy_names_one_socket() {
-        let (_, sockets) = read(&listener()).expect("well-formed");
-        let connection = Socket {
-            family: Family::V4,
-            local: "10.0.0.1:11800".parse().expect("an address"),
-            remote: "10.0.0.2:40000".parse().expect("an address"),
-            ..sockets[0].clone()
-        };
-        let request = destroy_request(&connection, SEQUENCE);
-        assert_eq!(request.len(), HEADER + 56);
-        assert_eq!(request[HEADER + 8..HEADER + 12], [0x2e, 0x18, 0x9c, 0x40]);
-        assert_eq!(request[HEADER + 12..HEADER + 16], [10, 0, 0, 1]);
-        assert_eq!(request[HEADER + 28..HEADER + 32], [10, 0, 0, 2]);
-        assert_eq!(u32_at(&request, HEADER + 48), Some(0x0102_0304));
-        assert_eq!(u32_at(&request, HEADER + 52), Some(0x0506_0708));
     }
 
     proptest! {

@@ -172,32 +172,6 @@ pub fn tcp_sockets(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     ))
 }
 
-/// Destroys a connection: its owner's next system call gets `ECONNABORTED`, its peer a RST. Only the very socket that was listed is
-/// meant: without its cookie the kernel would look the addresses up, and that could end in a listener.
-///
-/// Returns false where it is gone already.
-///
-/// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` where the kernel lacks `CONFIG_INET_DIAG_DESTROY`; `InvalidInput` for a listener.
-pub fn destroy(connection: &Socket) -> io::Result<bool> {
-    if connection.cookie == message::NO_COOKIE || connection.state == State::Listen {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "only a connection with its cookie can be destroyed",
-        ));
-    }
-    let (channel, sequence) = (Channel::open()?, next_sequence());
-    channel.send(&message::destroy_request(connection, sequence))?;
-    let mut none = Vec::new();
-    match channel.receive(sequence, &mut none) {
-        Ok(_) => Ok(true),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESTALE)) => {
-            Ok(false)
-        }
-        Err(error) => Err(error),
-    }
-}
-
 fn dump(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     let (channel, sequence) = (Channel::open()?, next_sequence());
     channel.send(&message::dump_request(query, sequence))?;
@@ -322,7 +296,6 @@ pub(crate) mod tests {
         BPF_F_CLONE, BPF_F_NO_PREALLOC, bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
     };
     use std::{
-        io::Read as _,
         net::{Ipv4Addr, Ipv6Addr, TcpListener, TcpStream},
         os::fd::FromRawFd as _,
     };
@@ -422,57 +395,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn only_the_very_connection_is_destroyed() {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
-        let port = listener.local_addr().expect("address").port();
-        let (mut client, _server) = connected(&listener);
-        let found = list(Family::V4, States::of(&[State::Established]), port);
-        let [socket] = &found[..] else {
-            panic!("one connection, not {found:?}")
-        };
-        let other = Socket {
-            cookie: socket.cookie + 1,
-            ..socket.clone()
-        };
-        assert!(!destroy(&other).expect("another cookie finds nothing"));
-        assert_eq!(
-            list(Family::V4, States::of(&[State::Established]), port).len(),
-            1
-        );
-        assert!(destroy(socket).expect("destroyed"));
-        let error = client.read(&mut [0; 1]).expect_err("the client is told");
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert!(!destroy(socket).expect("gone"));
-        let anything = Socket {
-            cookie: message::NO_COOKIE,
-            ..socket.clone()
-        };
-        assert_eq!(
-            destroy(&anything).expect_err("no cookie").kind(),
-            io::ErrorKind::InvalidInput
-        );
-        let listener = list(Family::V4, States::of(&[State::Listen]), port).remove(0);
-        assert_eq!(
-            destroy(&listener).expect_err("a listener").kind(),
-            io::ErrorKind::InvalidInput
-        );
-    }
-
-    #[test]
-    fn a_v6_connection_of_an_ipv4_client_can_be_destroyed_too() {
-        let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 0)).expect("bind");
-        let port = listener.local_addr().expect("address").port();
-        let client = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).expect("connect");
-        let found = list(Family::V6, States::of(&[State::Established]), port);
-        assert!(destroy(&found[0]).expect("destroyed"));
-        assert_eq!(
-            (&client).read(&mut [0; 1]).expect_err("reset").kind(),
-            io::ErrorKind::ConnectionReset
-        );
-    }
-
-    #[test]
-    fn another_namespace_has_its_own_sockets() {
+    fn another_netns_has_its_own_sockets() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
         let port = listener.local_addr().expect("address").port();
         let netns = netns::tests::fresh();
