@@ -1,7 +1,8 @@
-//! Words of others in our messages.
+//! What others wrote, made safe for our messages.
 
-/// `text` as it may stand in a message: on one line, without characters that steer a terminal, and cut after `longest` characters.
-pub fn shown(text: &str, longest: usize) -> String {
+/// `text` as it may stand in a message: on one line, without characters that steer a terminal, and
+/// cut after `longest` characters.
+pub fn for_message(text: &str, longest: usize) -> String {
     let mut short: String = text
         .chars()
         .take(longest)

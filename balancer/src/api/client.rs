@@ -1,4 +1,4 @@
-//! The asking side.
+//! What the command line does: asking a daemon.
 
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read, Write},
@@ -27,11 +27,12 @@ pub const ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 /// The longest answer, in bytes.
 const MAX_ANSWER_BYTES: u64 = 16 << 20;
 
-/// Asks the daemon behind `socket`, which must be the one that keeps its state in `state_dir`, and waits for its answer. `None` when no daemon
-/// lives there: no such socket, or a dead one.
+/// Asks the daemon behind `socket`, which must be the one that keeps its state in `state_dir`, and
+/// waits for its answer. `None` when no daemon lives there: no such socket, or a dead one.
 ///
 /// # Errors
-/// When the socket can't be used (most often: not root), or the daemon doesn't answer `within` that time, or not as agreed.
+/// When the socket can't be used (most often: not root), or the daemon doesn't answer `within` that
+/// time, or not as agreed.
 pub fn ask(
     socket: &Path,
     state_dir: &Path,

@@ -1,6 +1,8 @@
-//! The daemon's API for the verbs that change something: one JSON line asks, one JSON line answers, over a Unix stream socket.
+//! The daemon's API for the verbs that change something: one JSON line asks, one JSON line answers,
+//! over a Unix stream socket.
 //!
-//! Only root and the daemon's own user are listened to. Whatever a client sends or fails to send, it spoils its own connection alone.
+//! Only root and the daemon's own user are listened to. Whatever a client sends or fails to send,
+//! it spoils its own connection alone.
 
 use std::path::{Path, PathBuf};
 
@@ -68,8 +70,8 @@ impl Response {
     }
 }
 
-/// A request with the state directory that it is meant for: where several daemons stand side by side, a request that reaches the wrong one must
-/// not change it.
+/// A request with the state directory that it is meant for: where several daemons stand side by
+/// side, a request that reaches the wrong one must not change it.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Envelope<R> {

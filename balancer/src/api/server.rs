@@ -1,4 +1,4 @@
-//! The daemon's side.
+//! What the daemon does: taking requests and answering them.
 
 use std::{
     ffi::OsString,
@@ -44,7 +44,8 @@ const BACKLOG: i32 = 128;
 /// How many requests may wait for the daemon; a client that asks while so many do waits longer.
 const MAX_WAITING: usize = 16;
 
-/// The socket that the daemon listens on. Removed when this is dropped, if it is still the one that was bound.
+/// The socket that the daemon listens on. Removed when this is dropped, if it is still the one that
+/// was bound.
 pub struct Server {
     requests: mpsc::Receiver<(Request, Reply)>,
     accepting: JoinHandle<()>,
@@ -53,11 +54,13 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on `path` (made with its directory, mode 0600) for requests to the daemon that keeps its state in `state_dir`. A socket that nobody
-    /// listens on any more is replaced. Must be called inside a tokio runtime.
+    /// Listens on `path` (made with its directory, mode 0600) for requests to the daemon that keeps
+    /// its state in `state_dir`. A socket that nobody listens on any more is replaced. Must be
+    /// called inside a tokio runtime.
     ///
     /// # Errors
-    /// When another daemon listens there, something else than a socket is there, or the socket can't be made.
+    /// When another daemon listens there, something else than a socket is there, or the socket
+    /// can't be made.
     pub fn bind(path: &Path, state_dir: &Path) -> Result<Self> {
         let (listener, file) = claim(path)
             .with_context(|| format!("can't listen for requests on {}", path.display()))?;
@@ -100,8 +103,8 @@ impl Drop for Server {
 pub struct Reply(UnixStream);
 
 impl Reply {
-    /// Answers and closes. Returns at once: an answer fits into the socket's buffer, and reaches the client even if this process ends now. A client
-    /// that has gone away misses it.
+    /// Answers and closes. Returns at once: an answer fits into the socket's buffer, and reaches
+    /// the client even if this process ends now. A client that has gone away misses it.
     pub fn send(self, response: &Response) {
         let sent = serde_json::to_vec(response)
             .map_err(Into::into)
@@ -114,7 +117,8 @@ impl Reply {
         }
     }
 
-    /// Answers with more than may fit into the socket's buffer: returns at once too, and a client that does not read it in time misses it.
+    /// Answers with more than may fit into the socket's buffer: returns at once too, and a client
+    /// that does not read it in time misses it.
     pub fn send_long(mut self, response: &Response) {
         let line = match serde_json::to_vec(response) {
             Ok(mut line) => {
@@ -289,9 +293,10 @@ pub fn understand(line: &[u8], state_dir: &Path) -> Result<Request, String> {
     Ok(envelope.request)
 }
 
-/// `text`, which the client may have chosen, as it may stand in an answer: no longer than fits into the socket's buffer.
+/// `text`, which the client may have chosen, as it may stand in an answer: no longer than fits into
+/// the socket's buffer.
 fn shown(text: &str) -> String {
-    sanitize::shown(text, 300)
+    sanitize::for_message(text, 300)
 }
 
 /// The line that a client sends, with its end, and no more bytes than a request may have.

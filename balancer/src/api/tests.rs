@@ -216,7 +216,8 @@ fn garbage_gets_a_refusal_and_harms_nobody() {
     running.still_serves();
 }
 
-/// More than fits into the socket's buffer would be cut off, and an escape sequence would steer the terminal of whoever asked.
+/// More than fits into the socket's buffer would be cut off, and an escape sequence would steer the
+/// terminal of whoever asked.
 #[test]
 fn a_refusal_quotes_little_of_the_request_and_no_control_characters() {
     let long = "\u{200b}".repeat(20_000);

@@ -17,8 +17,9 @@ use crate::{
 
 /// Say what this machine lacks, and what would go wrong (changes nothing)
 ///
-/// Tries what the balancer needs instead of comparing version numbers, and looks for what would get in its way. With --config it also looks at the
-/// listeners of the file's services. Exit code 1 if the balancer can't work here.
+/// Tries what the balancer needs instead of comparing version numbers, and looks for what would get
+/// in its way. With --config it also looks at the listeners of the file's services. Exit code 1 if
+/// the balancer can't work here.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example:
@@ -90,7 +91,8 @@ pub(super) fn text(report: &Report) -> String {
     text + "\n" + &summary(report)
 }
 
-/// What was found; a log that follows it in lines of its own, as the verifier's does, stays in them.
+/// What was found; a log that follows it in lines of its own, as the verifier's does, stays in
+/// them.
 fn found(first: &str, text: &str) -> String {
     let (sentence, log) = text.split_once('\n').unwrap_or((text, ""));
     let log = log

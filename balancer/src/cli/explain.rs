@@ -28,7 +28,8 @@ pub(super) struct Explain {
     /// The client. Its port matters only while a backend uses SYN cookies
     #[arg(long, value_name = "ADDR[:PORT]")]
     from: From,
-    /// What it connects to. The address matters where services or backends have addresses of their own
+    /// What it connects to. The address matters where services or backends have addresses of their
+    /// own
     #[arg(long, value_name = "[ADDR:]PORT")]
     to: To,
     #[command(flatten)]

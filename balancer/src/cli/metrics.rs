@@ -8,8 +8,9 @@ use crate::metrics;
 
 /// Print what `status` shows as metrics, in the `OpenMetrics` text format (changes nothing)
 ///
-/// Reads the kernel's own counters, so it works without the daemon. Two of them should alarm: `balancer_drift_connections`, by how many connections the
-/// counts lastingly differed from the socket table at the last comparison, must be 0, and `balancer_repairs_total` must not grow.
+/// Reads the kernel's own counters, so it works without the daemon. Two of them should alarm:
+/// `balancer_drift_connections`, by how many connections the counts lastingly differed from the
+/// socket table at the last comparison, must be 0, and `balancer_repairs_total` must not grow.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example, for the textfile collector of Prometheus' node_exporter:

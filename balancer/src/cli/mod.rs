@@ -28,11 +28,13 @@ use crate::{
 
 /// Balances long-lived gRPC connections over their servers, in the kernel and without a hop.
 ///
-/// `balancer run` counts the established connections of every backend, steers each new one to the backend that should have it, and refuses it when
-/// all are at their quota. Established traffic never passes through it. What it sets up in the kernel goes on working when the daemon dies; after
-/// a while without it nobody is refused any more.
+/// `balancer run` counts the established connections of every backend, steers each new one to the
+/// backend that should have it, and refuses it when all are at their quota. Established traffic
+/// never passes through it. What it sets up in the kernel goes on working when the daemon dies;
+/// after a while without it nobody is refused any more.
 ///
-/// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, quota set, quota clear and unload change what the kernel does.
+/// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, quota set,
+/// quota clear and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
     name = "balancer",
@@ -108,7 +110,8 @@ pub fn status_json(snapshot: &dataplane::Snapshot) -> serde_json::Result<String>
     serde_json::to_string(&status::Json::new(snapshot))
 }
 
-/// Runs the command line of this process: parses it, does what it says, prints. Returns the exit code: 0 done, 1 failed, 2 wrong usage.
+/// Runs the command line of this process: parses it, does what it says, prints. Returns the exit
+/// code: 0 done, 1 failed, 2 wrong usage.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -170,7 +173,8 @@ impl Place {
         self.ask_within(request, api::ANSWERS_WITHIN)
     }
 
-    /// The same, for those who can't wait long.
+    /// Has the daemon do this within that time. Its answer for the operator; `None` when there is
+    /// no daemon.
     fn ask_within(&self, request: &Request, within: Duration) -> Result<Option<String>> {
         match api::ask(&self.admin_socket, &self.state_dir, request, within)? {
             Some(Response::Done { message }) => Ok(Some(message)),

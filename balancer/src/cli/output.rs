@@ -58,7 +58,8 @@ pub(super) fn complain(error: &Error) {
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }
 
-/// Lines in aligned columns, indented by two. A column is right-aligned where its heading starts with `>`.
+/// Lines in aligned columns, indented by two. A column is right-aligned where its heading starts
+/// with `>`.
 pub(super) fn table(headings: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -83,8 +84,8 @@ pub(super) fn table(headings: &[&str], rows: Vec<Vec<String>>) -> String {
     text
 }
 
-/// `text` wrapped between words, the first line after `first`, the others indented just as far. A command in backquotes stays in one piece, to be
-/// copied.
+/// `text` wrapped between words, the first line after `first`, the others indented just as far. A
+/// command in backquotes stays in one piece, to be copied.
 pub(super) fn wrapped(first: &str, text: &str) -> String {
     let indent = first.chars().count();
     let mut lines = first.to_owned();

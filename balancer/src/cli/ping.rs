@@ -10,8 +10,8 @@ use crate::api::Request;
 
 /// Ask the daemon whether it lives (changes nothing)
 ///
-/// It answers once it has started, and between any two pieces of its work. Exit code 1 when there is none, or none answers in time: made for
-/// probes of Kubernetes.
+/// It answers once it has started, and between any two pieces of its work. Exit code 1 when there
+/// is none, or none answers in time: made for probes of Kubernetes.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example:

@@ -45,8 +45,8 @@ pub(super) struct Show {
 
 /// Override a quota by hand, until it is cleared (changes the kernel)
 ///
-/// In force from the next connection on, and kept when the daemon starts anew. A quota below what is established closes no connection: there are
-/// just no new ones. Needs the daemon.
+/// In force from the next connection on, and kept when the daemon starts anew. A quota below what
+/// is established closes no connection: there are just no new ones. Needs the daemon.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
@@ -65,7 +65,8 @@ pub(super) struct Set {
 
 /// Take an override back: the quota follows its rule again (changes the kernel)
 ///
-/// Without --slot the service's own override goes, overrides of single backends stay. Needs the daemon.
+/// Without --slot the service's own override goes, overrides of single backends stay. Needs the
+/// daemon.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

@@ -14,14 +14,15 @@ use crate::{config::ConfigError, daemon, doctor};
 
 /// Balance what a configuration file says, until told to stop (changes the kernel)
 ///
-/// Loads the balancer into the kernel, or takes over what an earlier run left there without a gap, and keeps it up to date: new listeners join,
-/// quotas follow the number of ready backends. Needs root.
+/// Loads the balancer into the kernel, or takes over what an earlier run left there without a gap,
+/// and keeps it up to date: new listeners join, quotas follow the number of ready backends. Needs
+/// root.
 ///
-/// Signals: HUP reads the file again (a bad one is reported and the old one stays in force); INT (Ctrl-C) takes everything out of the kernel; TERM
-/// leaves it in place for the next run.
+/// Signals: HUP reads the file again (a bad one is reported and the old one stays in force); INT
+/// (Ctrl-C) takes everything out of the kernel; TERM leaves it in place for the next run.
 ///
-/// Once it has started it keeps only the capabilities that it still needs. So a file with other `namespaces` than `own` takes a restart where it was
-/// started with `own`.
+/// Once it has started it keeps only the capabilities that it still needs. So a file with other
+/// `namespaces` than `own` takes a restart where it was started with `own`.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example, a file for three servers behind one port:
@@ -36,26 +37,31 @@ pub(super) struct Run {
     /// The configuration file (YAML)
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
-    /// The cgroup whose listeners and connections are counted [default: the root of the cgroup2 mount]
+    /// The cgroup whose listeners and connections are counted [default: the root of the cgroup2
+    /// mount]
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
-    /// What becomes of the state in the kernel at the end, whichever signal ends it [default: INT unloads, TERM keeps]
+    /// What becomes of the state in the kernel at the end, whichever signal ends it [default: INT
+    /// unloads, TERM keeps]
     #[arg(long, value_name = "WHAT", value_enum)]
     on_exit: Option<OnExit>,
-    /// What to log to standard error: error, warn, info, debug, trace, or by module as in `info,balancer::daemon=debug`
+    /// What to log to standard error: error, warn, info, debug, trace, or by module as in
+    /// `info,balancer::daemon=debug`
     #[arg(long, value_name = "FILTER", env = "BALANCER_LOG", default_value = "info", value_parser = log_filter)]
     log: String,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum OnExit {
-    /// Leave it for the next run: counting and steering go on, refusing for as long as `fail_open_after`
+    /// Leave it for the next run: counting and steering go on, refusing for as long as
+    /// `fail_open_after`
     Keep,
     /// Take everything out
     Unload,
 }
 
-/// The Kubernetes client logs each attempt that fails; the daemon says once what is wrong, and once that it is over.
+/// The Kubernetes client logs each attempt that fails; the daemon says once what is wrong, and once
+/// that it is over.
 const QUIET: &str = "kube_client=off,kube_runtime=off";
 
 impl Run {

@@ -12,14 +12,16 @@ use super::{Place, output::Output};
 
 /// Show services, backends, their connections and quotas, and how look-ups ended (changes nothing)
 ///
-/// Reads the kernel's own counters, so it works without the daemon. ESTABLISHED is what the socket table says, EXEMPT are those of them that are
-/// never refused and don't count against the quota, PENDING are handshakes under way. A backend takes a connection while ESTABLISHED - EXEMPT + PENDING
-/// is below its QUOTA.
+/// Reads the kernel's own counters, so it works without the daemon. ESTABLISHED is what the socket
+/// table says, EXEMPT are those of them that are never refused and don't count against the quota,
+/// PENDING are handshakes under way. A backend takes a connection while ESTABLISHED - EXEMPT +
+/// PENDING is below its QUOTA.
 ///
-/// Verdicts are look-ups, nearly always one for each new connection, but stray packets and other programs look up sockets too.
+/// Verdicts are look-ups, nearly always one for each new connection, but stray packets and other
+/// programs look up sockets too.
 ///
-/// In a Kubernetes cluster --cluster shows the backends of all nodes, as the daemon of this node knows them: its own now, the others as their
-/// daemons told last.
+/// In a Kubernetes cluster --cluster shows the backends of all nodes, as the daemon of this node
+/// knows them: its own now, the others as their daemons told last.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

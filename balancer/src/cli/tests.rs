@@ -98,7 +98,8 @@ fn alive() -> DaemonSnapshot {
     }
 }
 
-/// Shows the first difference of two texts line by line, which a failing `assert_eq!` of long strings hides.
+/// Shows the first difference of two texts line by line, which a failing `assert_eq!` of long
+/// strings hides.
 #[track_caller]
 fn assert_text(actual: &str, expected: &str) {
     for (number, (actual, expected)) in actual.lines().zip(expected.lines()).enumerate() {

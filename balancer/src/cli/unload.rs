@@ -8,8 +8,8 @@ use crate::{api::Request, dataplane};
 
 /// Take everything out of the kernel (changes the kernel)
 ///
-/// Established connections stay. From then on the kernel alone decides about new ones; the ports of services with `backends` answer nobody.
-/// A running daemon is asked to do it and ends.
+/// Established connections stay. From then on the kernel alone decides about new ones; the ports of
+/// services with `backends` answer nobody. A running daemon is asked to do it and ends.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example:

@@ -210,5 +210,5 @@ fn scalar(text: &str, style: ScalarStyle) -> Value {
 
 /// `text` as it may stand in a message, not longer than a line of an error should be.
 pub(super) fn shown(text: &str) -> String {
-    sanitize::shown(text, 60)
+    sanitize::for_message(text, 60)
 }

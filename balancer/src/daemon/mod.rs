@@ -122,7 +122,7 @@ pub async fn run(options: Options) -> Result<()> {
 
 fn kept(config: &Config) -> Kept {
     Kept {
-        other_namespaces: config.namespaces != NetnsScope::Own,
+        other_netns: config.namespaces != NetnsScope::Own,
     }
 }
 

@@ -1,4 +1,5 @@
-//! Where the running kernel keeps the fields that the kernel half reads: byte offsets out of the kernel's own BTF.
+//! Where the running kernel keeps the fields that the kernel half reads: byte offsets out of the
+//! kernel's own BTF.
 
 use std::path::Path;
 
@@ -12,9 +13,10 @@ const LONGEST_TYPE_CHAIN: usize = 64;
 
 /// Byte offsets of kernel structure members.
 ///
-/// Members of `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct tcp_sock` are relative to the
-/// start of the socket, which these four share; the others are relative to the structure that the field's comment names.
-/// A member that is a bit field has the byte that holds it and its mask within that byte.
+/// Members of `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct
+/// tcp_sock` are relative to the start of the socket, which these four share; the others are
+/// relative to the structure that the field's comment names. A member that is a bit field has the
+/// byte that holds it and its mask within that byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelOffsets {
     /// `sock_common.skc_net.net`: pointer to `struct net`.
@@ -33,13 +35,17 @@ pub struct KernelOffsets {
     pub reuseport_cb: u32,
     /// `inet_connection_sock.icsk_accept_queue.qlen`: i32, half-open connections.
     pub accept_qlen: u32,
-    /// `inet_connection_sock.icsk_accept_queue.young`: i32, those whose SYN-ACK was not yet sent again.
+    /// `inet_connection_sock.icsk_accept_queue.young`: i32, those whose SYN-ACK was not yet sent
+    /// again.
     pub accept_young: u32,
-    /// `inet_connection_sock.icsk_accept_queue.fastopenq.qlen`: i32, TCP Fast Open requests not yet confirmed.
+    /// `inet_connection_sock.icsk_accept_queue.fastopenq.qlen`: i32, TCP Fast Open requests not yet
+    /// confirmed.
     pub fastopen_qlen: u32,
-    /// `tcp_sock.rx_opt.ts_recent_stamp`: i32, on a listener the low half of jiffies at its last SYN queue overflow.
+    /// `tcp_sock.rx_opt.ts_recent_stamp`: i32, on a listener the low half of jiffies at its last
+    /// SYN queue overflow.
     pub ts_recent_stamp: u32,
-    /// `sock_reuseport.synq_overflow_ts`: u32, the same for a `SO_REUSEPORT` group; relative to `struct sock_reuseport`.
+    /// `sock_reuseport.synq_overflow_ts`: u32, the same for a `SO_REUSEPORT` group; relative to
+    /// `struct sock_reuseport`.
     pub synq_overflow_ts: u32,
     /// `net.ipv4.sysctl_tcp_syncookies`: u8; relative to `struct net`.
     pub sysctl_tcp_syncookies: u32,
@@ -52,8 +58,8 @@ pub struct KernelOffsets {
 /// Reads the layout of the running kernel from `/sys/kernel/btf/vmlinux`.
 ///
 /// # Errors
-/// Where the kernel has no BTF (`CONFIG_DEBUG_INFO_BTF`), or a field is missing or of another size than the kernel half
-/// expects; the error names the field.
+/// Where the kernel has no BTF (`CONFIG_DEBUG_INFO_BTF`), or a field is missing or of another size
+/// than the kernel half expects; the error names the field.
 pub fn kernel_offsets() -> Result<KernelOffsets> {
     let btf = Btf::from_file(Path::new(VMLINUX_BTF)).with_context(|| {
         format!(
@@ -135,7 +141,8 @@ impl Layout<'_> {
             "the kernel's {root}.{path} isn't a field of one bit: {UNSUPPORTED}"
         );
         let within = field.bits % 8;
-        // BTF counts from the low end of a byte on little-endian machines, from its high end on the others.
+        // BTF counts from the low end of a byte on little-endian machines, from its high end on the
+        // others.
         let position = if cfg!(target_endian = "little") {
             within
         } else {
@@ -144,7 +151,8 @@ impl Layout<'_> {
         Ok((field.bits / 8, 1 << position))
     }
 
-    /// Follows a dotted path of member names; anonymous structures and unions on the way are looked through.
+    /// Follows a dotted path of member names; anonymous structures and unions on the way are looked
+    /// through.
     fn field(&self, root: &str, path: &str) -> Result<Field> {
         let mut structure = self.root(root)?;
         let mut names = path.split('.').peekable();
@@ -299,7 +307,8 @@ mod tests {
         });
     }
 
-    /// `struct sock_common` starts with the lookup keys, in this order since before 6.1 (include/net/sock.h).
+    /// `struct sock_common` starts with the lookup keys, in this order since before 6.1
+    /// (include/net/sock.h).
     #[test]
     fn well_known_places_come_out_right() {
         let found = kernel_offsets().expect("this kernel is supported");

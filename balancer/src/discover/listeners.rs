@@ -1,4 +1,4 @@
-//! Listening TCP sockets of a network namespace.
+//! Listening TCP sockets of a netns.
 
 use std::{
     io,
@@ -25,8 +25,8 @@ impl Listener {
     /// Takes a descriptor of this very socket from one of its owners.
     ///
     /// # Errors
-    /// `NotFound` where no owner is known or none has it any more; else what the last attempt said, as a rule `EPERM` without
-    /// `CAP_SYS_PTRACE`.
+    /// `NotFound` where no owner is known or none has it any more; else what the last attempt said,
+    /// as a rule `EPERM` without `CAP_SYS_PTRACE`.
     pub fn file(&self) -> io::Result<OwnedFd> {
         let mut last = io::Error::from(io::ErrorKind::NotFound);
         for owner in &self.owners {
@@ -44,10 +44,11 @@ impl Listener {
     }
 }
 
-/// Lists the listening TCP sockets of a network namespace, IPv4 and IPv6, with their owners wherever these live.
+/// Lists the listening TCP sockets of a netns, IPv4 and IPv6, with their owners
+/// wherever these live.
 ///
 /// # Errors
-/// Where the namespace can't be entered, or the socket table or `/proc` can't be read.
+/// Where the netns can't be entered, or the socket table or `/proc` can't be read.
 pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
     let sockets = listening(netns)?;
     let mut owners = owners(sockets.iter().map(|socket| socket.inode))?;
@@ -58,11 +59,11 @@ pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
     Ok(sockets.into_iter().map(with_owners).collect())
 }
 
-/// Lists the listening TCP sockets of a network namespace, IPv4 and IPv6. Their owners, which take a look at every process, can be
-/// found for many namespaces at once with [`owners`].
+/// Lists the listening TCP sockets of a netns, IPv4 and IPv6. Their owners, which take
+/// a look at every process, can be found for many netns at once with [`owners`].
 ///
 /// # Errors
-/// Where the namespace can't be entered or the socket table can't be read.
+/// Where the netns can't be entered or the socket table can't be read.
 pub fn listening(netns: impl AsFd) -> io::Result<Vec<Socket>> {
     netns::inside(netns, || {
         let query = |family| Query {
@@ -84,7 +85,8 @@ mod tests {
         os::fd::AsRawFd as _,
     };
 
-    /// Its owners but for children of other tests, which have all our descriptors until they execute their program.
+    /// Its owners but for children of other tests, which have all our descriptors until they
+    /// execute their program.
     fn ours(listener: &Listener) -> Vec<SocketOwner> {
         listener
             .owners

@@ -1,4 +1,5 @@
-//! What is there: the kernel's structure layouts, mounts, network namespaces, listening sockets and who has them.
+//! What there is on this machine: the kernel's structure layouts, mounts, netns, listening sockets
+//! and who has them.
 
 mod cgroups;
 mod kernel_offsets;

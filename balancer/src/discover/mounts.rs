@@ -27,7 +27,8 @@ struct Mount {
     kind: String,
 }
 
-/// The root of the cgroup2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid machine.
+/// The root of the cgroup2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid
+/// machine.
 ///
 /// # Errors
 /// Where none is mounted in this mount namespace.
@@ -64,8 +65,8 @@ pub fn is_bpffs(path: &Path) -> Result<bool> {
     Ok(found.filesystem_type() == BPF_FS_MAGIC)
 }
 
-/// Makes sure that a state directory can be made on a BPF file system: mounts one at `/sys/fs/bpf` where the directory is to be below
-/// it and there is none. Returns whether it did.
+/// Makes sure that a state directory can be made on a BPF file system: mounts one at `/sys/fs/bpf`
+/// where the directory is to be below it and there is none. Returns whether it did.
 ///
 /// # Errors
 /// Where the directory is elsewhere and not on bpffs, or mounting fails.
@@ -85,8 +86,9 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// Where cgroup2 is mounted, in the order of preference: the whole hierarchy before a part of it, and among equals the oldest mount,
-/// since later ones are as a rule copies for a chroot or a container. Another file system may have been mounted over any of them.
+/// Where cgroup2 is mounted, in the order of preference: the whole hierarchy before a part of it,
+/// and among equals the oldest mount, since later ones are as a rule copies for a chroot or a
+/// container. Another file system may have been mounted over any of them.
 fn cgroup2(mounts: Vec<Mount>) -> impl Iterator<Item = PathBuf> {
     let of_kind = mounts.into_iter().filter(|mount| mount.kind == "cgroup2");
     let (whole, parts): (Vec<_>, Vec<_>) = of_kind.partition(|mount| mount.root == Path::new("/"));
@@ -100,7 +102,8 @@ fn mounts(mountinfo: &[u8]) -> Vec<Mount> {
         .collect()
 }
 
-/// `36 35 98:0 /root /point rw,noatime shared:1 - ext4 /dev/root rw` (proc(5)): the optional fields end with a dash.
+/// `36 35 98:0 /root /point rw,noatime shared:1 - ext4 /dev/root rw` (proc(5)): the optional fields
+/// end with a dash.
 fn mount_of(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
     let root = unescape(fields.nth(3)?);

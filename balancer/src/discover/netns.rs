@@ -1,4 +1,4 @@
-//! The network namespaces in which processes live.
+//! The netns in which processes live.
 
 use std::{
     collections::HashSet,
@@ -12,10 +12,10 @@ use anyhow::{Context as _, Result};
 use super::processes::{pids, sockets_of, threads};
 use crate::sys::{file_id::FileId, netns, socket};
 
-/// A network namespace. It can't end while this is held.
+/// A netns in which a thread lives. It can't end while this is held.
 #[derive(Debug)]
 pub struct Netns {
-    /// The kernel gives this to no other namespace until it reboots.
+    /// The kernel gives this to no other netns until it reboots.
     pub cookie: u64,
     /// Which one it is while it lives.
     pub id: FileId,
@@ -33,17 +33,18 @@ impl AsFd for Netns {
 }
 
 impl From<Netns> for OwnedFd {
-    fn from(namespace: Netns) -> Self {
-        namespace.file
+    fn from(netns: Netns) -> Self {
+        netns.file
     }
 }
 
-/// All network namespaces that a thread lives in, each once, in the order of their processes' numbers.
+/// All netns that a thread lives in, each once, in the order of their processes'
+/// numbers.
 ///
 /// Namespaces that only a file, a mount or a socket keeps alive are not among them.
 ///
 /// # Errors
-/// Where `/proc` can't be read, or a namespace can't be entered (`CAP_SYS_ADMIN`).
+/// Where `/proc` can't be read, or a netns can't be entered (`CAP_SYS_ADMIN`).
 pub fn live_netns() -> Result<Vec<Netns>> {
     let mut seen = HashSet::new();
     let mut found = Vec::new();
@@ -52,7 +53,8 @@ pub fn live_netns() -> Result<Vec<Netns>> {
     for pid in pids {
         for tid in threads(pid) {
             let path = thread(pid, tid);
-            // A thread may end at any time, so whatever can't be read is passed over; another may stand for the same namespace.
+            // A thread may end at any time, so whatever can't be read is passed over; another may
+            // stand for the same netns.
             let Ok(id) = FileId::at(&path) else { continue };
             if seen.contains(&id) {
                 continue;
@@ -76,7 +78,7 @@ pub fn live_netns() -> Result<Vec<Netns>> {
     Ok(found)
 }
 
-/// The namespace of a thread; of a process, where its thread is not known.
+/// The netns of a thread; of a process, where its thread is not known.
 fn thread(pid: u32, tid: u32) -> PathBuf {
     match tid {
         0 => format!("/proc/{pid}/ns/net").into(),
@@ -84,7 +86,7 @@ fn thread(pid: u32, tid: u32) -> PathBuf {
     }
 }
 
-/// A namespace that is looked for.
+/// A netns that is looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetnsHint {
     /// Its cookie.
@@ -93,11 +95,12 @@ pub struct NetnsHint {
     pub listened: Vec<(u32, u32)>,
 }
 
-/// Finds namespaces: first by the threads that listened there, then by the sockets of their processes, which may have left it since, then
-/// among all that there are. Those that are not found are missing in the result.
+/// Finds netns: first by the threads that listened there, then by the sockets of their
+/// processes, which may have left it since, then among all that there are. Those that are not found
+/// are missing in the result.
 ///
 /// # Errors
-/// Those of [`namespaces`].
+/// Those of [`live_netns`].
 pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<(u64, OwnedFd)>> {
     let mut found = Vec::new();
     let mut lost = HashSet::new();
@@ -112,8 +115,8 @@ pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<(u64, OwnedFd)>> {
     if !lost.is_empty() {
         let others = live_netns()?
             .into_iter()
-            .filter(|namespace| lost.contains(&namespace.cookie))
-            .map(|namespace| (namespace.cookie, namespace.file));
+            .filter(|netns| lost.contains(&netns.cookie))
+            .map(|netns| (netns.cookie, netns.file));
         found.extend(others);
     }
     Ok(found)
@@ -144,7 +147,7 @@ impl NetnsHint {
     }
 }
 
-/// Opens a process's namespace, unless the process moved since it was looked at.
+/// Opens a process's netns, unless the process moved since it was looked at.
 fn open(path: &std::path::Path, expected: FileId) -> Option<OwnedFd> {
     let open = || -> io::Result<Option<OwnedFd>> {
         let file = netns::open(path)?;
@@ -161,7 +164,7 @@ mod tests {
     #[test]
     fn our_own_and_a_childs_namespace_are_found_once() {
         let netns = netns::tests::fresh();
-        // One process in this namespace and two in the other.
+        // One process in this netns and two in the other.
         let mut children = netns::inside(&netns, || {
             [(); 2].map(|()| {
                 Command::new("sleep")
@@ -181,7 +184,7 @@ mod tests {
         let with = |cookie: u64| {
             found
                 .iter()
-                .filter(|namespace| namespace.cookie == cookie)
+                .filter(|netns| netns.cookie == cookie)
                 .collect::<Vec<_>>()
         };
         let [other] = with(netns::cookie_of(&netns).expect("cookie"))[..] else {

@@ -1,4 +1,5 @@
-//! What ties a listener to a pod, without asking a container runtime: addresses of its network namespace, and the cgroup of its process.
+//! What ties a listener to a pod, without asking a container runtime: addresses of its network
+//! netns, and the cgroup of its process.
 
 use std::{
     collections::HashSet,
@@ -11,12 +12,13 @@ use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
 
 use crate::sys::netns;
 
-/// The addresses on the interfaces of a network namespace, without those of loopback and link-local ones.
+/// The addresses on the interfaces of a netns, without those of loopback and link-local
+/// ones.
 ///
 /// # Errors
 /// Where it can't be entered (`CAP_SYS_ADMIN`), or its interfaces can't be listed.
-pub fn addresses(namespace: impl AsFd) -> io::Result<HashSet<IpAddr>> {
-    netns::inside(namespace, || {
+pub fn addresses(netns: impl AsFd) -> io::Result<HashSet<IpAddr>> {
+    netns::inside(netns, || {
         let listed = getifaddrs()?.filter_map(|interface| ip(&interface.address?));
         Ok(listed.filter(|address| !is_local(*address)).collect())
     })?
@@ -35,7 +37,8 @@ fn is_local(address: IpAddr) -> bool {
         }
 }
 
-/// The address that this machine sends from to `address`, and so a kubelet that probes it; the routing table knows it. Nothing is sent.
+/// The address that this machine sends from to `address`, and so a kubelet that probes it; the
+/// routing table knows it. Nothing is sent.
 ///
 /// # Errors
 /// Where there is no route.
@@ -56,8 +59,9 @@ pub fn pod_of_process(pid: u32) -> Option<String> {
     cgroups.lines().find_map(pod_of_cgroup)
 }
 
-/// The uid in the path of a pod's cgroup: `…/pod<uid>/…` by kubelet's cgroupfs driver, `…-pod<uid with _ for ->.slice/…` by its
-/// systemd driver (`GetPodContainerName` in `pkg/kubelet/cm/pod_container_manager_linux.go`).
+/// The uid in the path of a pod's cgroup: `…/pod<uid>/…` by kubelet's cgroupfs driver, `…-pod<uid
+/// with _ for ->.slice/…` by its systemd driver (`GetPodContainerName` in
+/// `pkg/kubelet/cm/pod_container_manager_linux.go`).
 fn pod_of_cgroup(line: &str) -> Option<String> {
     let path = line.splitn(3, ':').nth(2)?;
     path.split('/').find_map(|part| {

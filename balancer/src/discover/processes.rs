@@ -21,8 +21,8 @@ pub struct SocketOwner {
 }
 
 impl SocketOwner {
-    /// Copies the descriptor into this process. The owner may meanwhile have closed it and opened something else under the same
-    /// number: compare [`crate::sys::socket::cookie`].
+    /// Copies the descriptor into this process. The owner may meanwhile have closed it and opened
+    /// something else under the same number: compare [`crate::sys::socket::cookie`].
     ///
     /// # Errors
     /// Those of [`Process::open`] and [`Process::file`].
@@ -59,8 +59,8 @@ pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<HashMap<u32, 
     Ok(found)
 }
 
-/// The sockets that a process holds, with their inodes; none where it has ended or may not be looked
-/// into.
+/// The sockets that a process holds, with their inodes; none where it has ended or may not be
+/// looked into.
 pub(super) fn sockets_of(pid: u32) -> impl Iterator<Item = (u32, SocketOwner)> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
     descriptors

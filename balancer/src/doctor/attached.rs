@@ -100,8 +100,8 @@ fn sock_ops(cgroup: &Path, ours: &HashSet<u32>) -> Check {
     )
 }
 
-/// Programs that run beside ours: those at the cgroup and above for all connections, those below for
-/// the ones of their cgroup.
+/// Programs that run beside ours: those at the cgroup and above for all connections, those below
+/// for the ones of their cgroup.
 fn beside(levels: Vec<(PathBuf, Attached)>, below: Below, ours: &HashSet<u32>) -> Check {
     let levels = levels.into_iter().chain(below.levels);
     let foreign: Vec<_> = levels
@@ -332,17 +332,17 @@ mod tests {
 
     #[test]
     fn another_sk_lookup_program_is_named_with_its_namespace() {
-        let namespaces = [guarded("left"), guarded("right")];
-        assert_eq!(sk_lookup(&namespaces, &none()).status, Status::Ok);
+        let netns = [guarded("left"), guarded("right")];
+        assert_eq!(sk_lookup(&netns, &none()).status, Status::Ok);
         let (program, id) = program(Hook::SkLookup, "tubular");
-        let _link = bpf::link_create(&program, &namespaces[1], BPF_SK_LOOKUP).expect("attach");
-        let check = sk_lookup(&namespaces, &none());
+        let _link = bpf::link_create(&program, &netns[1], BPF_SK_LOOKUP).expect("attach");
+        let check = sk_lookup(&netns, &none());
         assert_eq!(
             (check.status, check.found),
             (Status::Warn, format!("tubular (id {id}) in right"))
         );
         assert_eq!(
-            sk_lookup(&namespaces, &HashSet::from([id])).status,
+            sk_lookup(&netns, &HashSet::from([id])).status,
             Status::Ok,
             "unless it is ours"
         );
@@ -350,23 +350,22 @@ mod tests {
 
     #[test]
     fn another_balancers_program_is_told_as_such() {
-        let namespace = guarded("here");
+        let netns = guarded("here");
         let (program, id) = program(Hook::SkLookup, "steer");
-        let _link = bpf::link_create(&program, &namespace, BPF_SK_LOOKUP).expect("attach");
+        let _link = bpf::link_create(&program, &netns, BPF_SK_LOOKUP).expect("attach");
         assert_eq!(
-            sk_lookup(&[namespace], &none()).found,
+            sk_lookup(&[netns], &none()).found,
             format!("another balancer's steer (id {id}) in here")
         );
     }
 
     #[test]
     fn a_namespace_without_room_fails() {
-        let namespace = guarded("here");
+        let netns = guarded("here");
         let (program, _) = program(Hook::SkLookup, "many");
         let _links: Vec<_> =
-            std::iter::from_fn(|| bpf::link_create(&program, &namespace, BPF_SK_LOOKUP).ok())
-                .collect();
-        let check = sk_lookup(&[namespace], &none());
+            std::iter::from_fn(|| bpf::link_create(&program, &netns, BPF_SK_LOOKUP).ok()).collect();
+        let check = sk_lookup(&[netns], &none());
         assert_eq!(
             (check.status, check.found.as_str()),
             (Status::Fail, "64 in here")
@@ -510,8 +509,8 @@ mod tests {
             program(Hook::SkLookup, "first"),
             program(Hook::SkLookup, "second"),
         );
-        let namespace = guarded("here");
-        let link = bpf::link_create(&second, &namespace, BPF_SK_LOOKUP).expect("attach");
+        let netns = guarded("here");
+        let link = bpf::link_create(&second, &netns, BPF_SK_LOOKUP).expect("attach");
         let pins = [state.0.join("program"), inner.0.join("link")];
         bpf::obj_pin(&first, &pins[0]).expect("pin");
         bpf::obj_pin(&link, &pins[1]).expect("pin");

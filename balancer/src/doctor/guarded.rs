@@ -1,4 +1,4 @@
-//! The network namespaces that are looked at: those that the configuration says are guarded.
+//! The netns that are looked at: those that the configuration, or what is loaded, says are guarded.
 
 use std::{
     io,
@@ -30,8 +30,8 @@ const NAME: &str = "network namespaces";
 /// What our own netns is called.
 pub(super) const OWN: &str = "this network namespace";
 
-/// What is guarded by a configuration, and a finding where that can't be reached. Without one: our own
-/// netns.
+/// What is guarded by a configuration, and a finding where that can't be reached. Without one: our
+/// own netns.
 pub(super) fn configured(config: Option<&Config>) -> (Vec<GuardedNetns>, Option<Check>) {
     match config.map_or(&NetnsScope::Own, |config| &config.namespaces) {
         NetnsScope::Own => named(&["/proc/thread-self/ns/net".as_ref()], |_| OWN.to_owned()),

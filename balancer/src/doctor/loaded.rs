@@ -69,7 +69,8 @@ fn loaded(services: usize, daemon: &DaemonSnapshot) -> Check {
     )
 }
 
-/// What the comparisons of the counts with the socket table have found; nothing where nothing is loaded.
+/// What the comparisons of the counts with the socket table have found; nothing where nothing is
+/// loaded.
 pub(super) fn counts(daemon: &DaemonSnapshot) -> Check {
     const NAME: &str = "counts";
     let totals = &daemon.audit_totals;

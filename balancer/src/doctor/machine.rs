@@ -244,15 +244,15 @@ mod tests {
     use super::*;
     use crate::doctor::Status;
 
-    fn namespace(label: &str) -> GuardedNetns {
+    fn netns(label: &str) -> GuardedNetns {
         GuardedNetns {
             label: label.to_owned(),
             file: netns::tests::fresh(),
         }
     }
 
-    fn set(namespace: &GuardedNetns, path: &str, value: &str) {
-        netns::inside(namespace, || fs::write(path, value))
+    fn set(netns: &GuardedNetns, path: &str, value: &str) {
+        netns::inside(netns, || fs::write(path, value))
             .expect("inside")
             .expect("written");
     }
@@ -301,7 +301,7 @@ mod tests {
 
     #[test]
     fn settings_are_those_of_the_namespace() {
-        let [first, second] = ["first", "second"].map(namespace);
+        let [first, second] = ["first", "second"].map(netns);
         let by_name = |name| {
             let checks = settings(&[
                 GuardedNetns {
@@ -326,8 +326,8 @@ mod tests {
             (Status::Warn, "1 in second")
         );
         for (value, status) in [("1", Status::Ok), ("0", Status::Warn), ("2", Status::Warn)] {
-            for namespace in [&first, &second] {
-                set(namespace, "/proc/sys/net/ipv4/tcp_syncookies", value);
+            for netns in [&first, &second] {
+                set(netns, "/proc/sys/net/ipv4/tcp_syncookies", value);
             }
             let check = by_name("tcp_syncookies");
             assert_eq!(

@@ -1,4 +1,5 @@
-//! What this machine lacks for the balancer, and what would go wrong: found, what it means, what to do.
+//! What this machine lacks for the balancer, and what would go wrong: found, what it means, what to
+//! do.
 //!
 //! Nothing is changed: programs and maps that are loaded to see whether the kernel takes them are
 //! attached to nothing, and gone at once.
@@ -91,8 +92,8 @@ impl Check {
         }
     }
 
-    /// A warning that names what was found. Where nothing was, all is well: what to say then, and what
-    /// it means.
+    /// A warning that names what was found. Where nothing was, all is well: what to say then, and
+    /// what it means.
     fn warn_of(
         name: &'static str,
         found: &[String],

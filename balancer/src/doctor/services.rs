@@ -399,9 +399,9 @@ mod tests {
         }
     }
 
-    fn listen(namespace: &GuardedNetns, addresses: &[&str]) -> Vec<TcpListener> {
+    fn listen(netns: &GuardedNetns, addresses: &[&str]) -> Vec<TcpListener> {
         let bind = |address: &&str| TcpListener::bind(address).expect("bind");
-        netns::inside(namespace, || addresses.iter().map(bind).collect()).expect("inside")
+        netns::inside(netns, || addresses.iter().map(bind).collect()).expect("inside")
     }
 
     fn config(services: &str) -> Vec<Watched> {
@@ -409,8 +409,8 @@ mod tests {
         config.services.iter().map(Watched::from).collect()
     }
 
-    fn check(services: &[Watched], namespace: &GuardedNetns, name: &str) -> Check {
-        let all = checks(services, std::slice::from_ref(namespace), None);
+    fn check(services: &[Watched], netns: &GuardedNetns, name: &str) -> Check {
+        let all = checks(services, std::slice::from_ref(netns), None);
         all.into_iter()
             .find(|check| check.name == name)
             .expect(name)
@@ -464,26 +464,26 @@ mod tests {
 
     #[test]
     fn the_loaded_data_plane_stands_for_the_configuration() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["0.0.0.0:11800", "[::]:21801"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["0.0.0.0:11800", "[::]:21801"]);
         let seen = [
             ("[::]:21801", BackendState::Active),
             ("127.0.0.1:21802", BackendState::Closed),
             ("127.0.0.1:21803", BackendState::Candidate),
         ];
-        let hidden = check(&[loaded(true, &seen)], &namespace, "hidden listeners");
+        let hidden = check(&[loaded(true, &seen)], &netns, "hidden listeners");
         assert!(
             hidden.found.starts_with("agents: 0.0.0.0:11800"),
             "{hidden:?}"
         );
-        let missing = check(&[loaded(true, &seen)], &namespace, "backends");
+        let missing = check(&[loaded(true, &seen)], &netns, "backends");
         assert_eq!(missing.found, "agents: nobody listens on 127.0.0.1:21802");
         assert_eq!(
-            check(&[loaded(false, &seen)], &namespace, "hidden listeners").status,
+            check(&[loaded(false, &seen)], &netns, "hidden listeners").status,
             Status::Ok
         );
         assert_eq!(
-            check(&[loaded(false, &[])], &namespace, "backends").status,
+            check(&[loaded(false, &[])], &netns, "backends").status,
             Status::Ok
         );
     }
@@ -499,12 +499,12 @@ mod tests {
 
     #[test]
     fn a_listener_that_the_data_plane_does_not_have_is_named() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["0.0.0.0:11800"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["0.0.0.0:11800"]);
         let state = BackendState::Active;
         let known = check(
             &[loaded(false, &[("[::]:11800", state)])],
-            &namespace,
+            &netns,
             "unclaimed listeners",
         );
         assert_eq!(known.status, Status::Ok);
@@ -513,7 +513,7 @@ mod tests {
             &[("127.0.0.1:11800", state)],
             &[("0.0.0.0:11801", state)],
         ] {
-            let check = check(&[loaded(false, seen)], &namespace, "unclaimed listeners");
+            let check = check(&[loaded(false, seen)], &netns, "unclaimed listeners");
             assert_eq!(check.status, Status::Warn);
             assert!(
                 check.found.starts_with("agents: 0.0.0.0:11800 of"),
@@ -521,7 +521,7 @@ mod tests {
             );
         }
         let names = |services: &[Watched]| {
-            checks(services, std::slice::from_ref(&namespace), None)
+            checks(services, std::slice::from_ref(&netns), None)
                 .iter()
                 .map(|check| check.name)
                 .collect::<Vec<_>>()
@@ -538,14 +538,14 @@ mod tests {
 
     #[test]
     fn an_mptcp_listener_of_a_service_is_named_with_its_owner() {
-        let namespace = guarded();
-        let listener = netns::inside(&namespace, mptcp_listener).expect("inside");
+        let netns = guarded();
+        let listener = netns::inside(&netns, mptcp_listener).expect("inside");
         let address = listener.local_addr().expect("address");
         let own = config(&format!(
             "  - {{name: als, port: {}, policy: least-connections}}\n",
             address.port()
         ));
-        let found = check(&own, &namespace, "MPTCP listeners");
+        let found = check(&own, &netns, "MPTCP listeners");
         assert_eq!(found.status, Status::Warn);
         assert!(
             found.found.starts_with(&format!("als: {address} of ")),
@@ -558,7 +558,7 @@ mod tests {
             "{found:?}"
         );
         assert_eq!(
-            check(&config(OWN), &namespace, "MPTCP listeners").status,
+            check(&config(OWN), &netns, "MPTCP listeners").status,
             Status::Ok,
             "it is of no service"
         );
@@ -566,10 +566,10 @@ mod tests {
 
     #[test]
     fn an_ordinary_listener_is_no_mptcp_one() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["0.0.0.0:11802"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["0.0.0.0:11802"]);
         assert_eq!(
-            check(&config(OWN), &namespace, "MPTCP listeners").status,
+            check(&config(OWN), &netns, "MPTCP listeners").status,
             Status::Ok
         );
     }
@@ -582,9 +582,9 @@ mod tests {
             ("[::]:11800", true),
             ("0.0.0.0:21801", false),
         ] {
-            let namespace = guarded();
-            let _listeners = listen(&namespace, &[address]);
-            let found = check(&config(VIRTUAL), &namespace, "hidden listeners");
+            let netns = guarded();
+            let _listeners = listen(&netns, &[address]);
+            let found = check(&config(VIRTUAL), &netns, "hidden listeners");
             assert_eq!(found.status == Status::Warn, hidden, "{address}: {found:?}");
             assert_eq!(found.found.contains(address), hidden, "{found:?}");
         }
@@ -592,51 +592,51 @@ mod tests {
 
     #[test]
     fn a_backend_on_the_services_port_is_not_hidden() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["127.0.0.7:11800"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["127.0.0.7:11800"]);
         let config = config(
             "  - {name: agents, port: 11800, address: 127.0.0.9, policy: least-connections, backends: [\"127.0.0.7:11800\"]}\n",
         );
         assert_eq!(
-            check(&config, &namespace, "hidden listeners").status,
+            check(&config, &netns, "hidden listeners").status,
             Status::Ok
         );
-        assert_eq!(check(&config, &namespace, "backends").status, Status::Ok);
+        assert_eq!(check(&config, &netns, "backends").status, Status::Ok);
     }
 
     #[test]
     fn a_service_with_an_address_hides_only_what_covers_it() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["127.0.0.8:11800"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["127.0.0.8:11800"]);
         let at = |address: &str| {
             config(&format!(
                 "  - {{name: agents, port: 11800, address: {address}, policy: least-connections, backends: [\"127.0.0.1:21801\"]}}\n"
             ))
         };
         assert_eq!(
-            check(&at("127.0.0.9"), &namespace, "hidden listeners").status,
+            check(&at("127.0.0.9"), &netns, "hidden listeners").status,
             Status::Ok
         );
         assert_eq!(
-            check(&at("127.0.0.8"), &namespace, "hidden listeners").status,
+            check(&at("127.0.0.8"), &netns, "hidden listeners").status,
             Status::Warn
         );
     }
 
     #[test]
     fn missing_listeners_are_named() {
-        let namespace = guarded();
+        let netns = guarded();
         let both = config(&format!("{VIRTUAL}{OWN}"));
-        let _listeners = listen(&namespace, &["0.0.0.0:21801"]);
-        let found = check(&both, &namespace, "backends");
+        let _listeners = listen(&netns, &["0.0.0.0:21801"]);
+        let found = check(&both, &netns, "backends");
         assert_eq!(found.status, Status::Warn);
         assert_eq!(
             found.found,
             "agents: nobody listens on 127.0.0.1:21802, als: nobody listens on port 11802"
         );
-        let _more = listen(&namespace, &["[::]:21802", "[::]:11802"]);
+        let _more = listen(&netns, &["[::]:21802", "[::]:11802"]);
         assert_eq!(
-            check(&both, &namespace, "backends").status,
+            check(&both, &netns, "backends").status,
             Status::Ok,
             "dual-stack listeners take IPv4"
         );
@@ -644,13 +644,13 @@ mod tests {
 
     #[test]
     fn a_listener_outside_the_cgroup_is_named() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["0.0.0.0:11802"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["0.0.0.0:11802"]);
         let root = discover::cgroup2_mount().expect("cgroup2");
         let elsewhere = root.join(format!("balancer-doctor-services-{}", std::process::id()));
         fs::create_dir(&elsewhere).expect("a cgroup");
         let at = |cgroup: &Path| {
-            let checks = checks(&config(OWN), std::slice::from_ref(&namespace), Some(cgroup));
+            let checks = checks(&config(OWN), std::slice::from_ref(&netns), Some(cgroup));
             checks
                 .into_iter()
                 .find(|check| check.name == "listeners' cgroups")
@@ -664,15 +664,15 @@ mod tests {
 
     #[test]
     fn a_quota_beyond_the_backends_files_is_named() {
-        let namespace = guarded();
-        let _listeners = listen(&namespace, &["0.0.0.0:11802"]);
+        let netns = guarded();
+        let _listeners = listen(&netns, &["0.0.0.0:11802"]);
         let files = open_files(std::process::id()).expect("our own limit");
         for (quota, status) in [(files - 1, Status::Ok), (files, Status::Warn)] {
             let config = config(&format!(
                 "  - {{name: als, port: 11802, policy: least-connections, quota: {{per_backend: {quota}}}}}\n"
             ));
             assert_eq!(
-                check(&config, &namespace, "backends' open files").status,
+                check(&config, &netns, "backends' open files").status,
                 status
             );
         }
@@ -688,12 +688,12 @@ mod tests {
 
     #[test]
     fn exempt_rules_come_with_the_remark_about_nat() {
-        let namespace = guarded();
+        let netns = guarded();
         let with = |networks: &str| {
             let config = config(&format!(
                 "  - {{name: als, port: 11802, policy: least-connections, exempt: [{networks}]}}\n"
             ));
-            check(&config, &namespace, "exempt sources").means
+            check(&config, &netns, "exempt sources").means
         };
         assert!(with("10.0.0.0/24").contains("SNAT"));
         assert!(!with("127.0.0.0/8").contains("SNAT"));

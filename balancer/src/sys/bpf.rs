@@ -17,8 +17,8 @@ use aya_obj::generated::{
 /// Puts another program under a link, without a moment in which neither runs (`BPF_LINK_UPDATE`).
 ///
 /// # Errors
-/// `ENOLINK` where what the link was attached to is gone (a network namespace, a cgroup); `EINVAL` where the program is of another
-/// type than the one that it replaces.
+/// `ENOLINK` where what the link was attached to is gone (a netns, a cgroup); `EINVAL`
+/// where the program is of another type than the one that it replaces.
 pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let mut attr = zeroed();
     attr.link_update.link_fd = number(link.as_fd());
@@ -27,11 +27,13 @@ pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     unsafe { bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr) }.map(drop)
 }
 
-/// Attaches a program; it stays until the link's last descriptor and pin are gone (`BPF_LINK_CREATE`).
+/// Attaches a program; it stays until the link's last descriptor and pin are gone
+/// (`BPF_LINK_CREATE`).
 ///
 /// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`, or where an older program sits on the cgroup that allows no second one; `E2BIG` where the target
-/// holds as many programs as it can; `EINVAL` where the target doesn't fit the attach type.
+/// `EPERM` without `CAP_NET_ADMIN`, or where an older program sits on the cgroup that allows no
+/// second one; `E2BIG` where the target holds as many programs as it can; `EINVAL` where the target
+/// doesn't fit the attach type.
 pub fn link_create(
     program: impl AsFd,
     target: impl AsFd,
@@ -45,11 +47,13 @@ pub fn link_create(
     unsafe { open(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
 }
 
-/// Takes a link's program off what it is attached to, now (`BPF_LINK_DETACH`). The end of its last descriptor or pin does so too, but
-/// from a work queue (`bpf_link_put`, kernel/bpf/syscall.c): the program may run for a while after.
+/// Takes a link's program off what it is attached to, now (`BPF_LINK_DETACH`). The end of its last
+/// descriptor or pin does so too, but from a work queue (`bpf_link_put`, kernel/bpf/syscall.c): the
+/// program may run for a while after.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where links of that type can't be detached; those of network namespaces and cgroups can.
+/// `EOPNOTSUPP` where links of that type can't be detached; those of netns and cgroups
+/// can.
 pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     let mut attr = zeroed();
     attr.link_detach.link_fd = number(link.as_fd());
@@ -60,7 +64,8 @@ pub fn link_detach(link: impl AsFd) -> io::Result<()> {
 /// Opens a pinned program, map or link (`BPF_OBJ_GET`).
 ///
 /// # Errors
-/// `ENOENT` where nothing is pinned there; `EPERM` or `EACCES` where the file is no pin or the privilege is missing.
+/// `ENOENT` where nothing is pinned there; `EPERM` or `EACCES` where the file is no pin or the
+/// privilege is missing.
 pub fn obj_get(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = zeroed();
@@ -87,11 +92,13 @@ pub fn obj_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
 pub struct Attached {
     /// The programs' ids, in the order in which they run.
     pub programs: Vec<u32>,
-    /// How they were attached to a cgroup: `BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`; 0 elsewhere.
+    /// How they were attached to a cgroup: `BPF_F_ALLOW_OVERRIDE`, `BPF_F_ALLOW_MULTI`; 0
+    /// elsewhere.
     pub flags: u32,
 }
 
-/// Lists the programs of a type that are attached to a network namespace or directly to a cgroup (`BPF_PROG_QUERY`).
+/// Lists the programs of a type that are attached to a netns or directly to a cgroup
+/// (`BPF_PROG_QUERY`).
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`; `EINVAL` where the target doesn't fit the attach type.
@@ -107,7 +114,8 @@ pub fn prog_query(target: impl AsFd, attach_type: bpf_attach_type) -> io::Result
         attr.query.__bindgen_anon_2.prog_cnt = capacity;
         // SAFETY: `programs` lives until the call returns, and is as long as is said.
         let result = unsafe { bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr) };
-        // SAFETY: `query` was the member last written, by us and by the kernel; all its bit patterns are valid integers.
+        // SAFETY: `query` was the member last written, by us and by the kernel; all its bit
+        // patterns are valid integers.
         let (count, flags) = unsafe {
             (
                 attr.query.__bindgen_anon_2.prog_cnt,
@@ -211,9 +219,10 @@ pub enum LinkTarget {
         /// A `bpf_attach_type`.
         attach_type: u32,
     },
-    /// A network namespace.
+    /// A netns.
     Netns {
-        /// The inode of its file in `/proc/PID/ns/net`. 0 once it is gone (`bpf_netns_link_fill_info`, `kernel/bpf/net_namespace.c`).
+        /// The inode of its file in `/proc/PID/ns/net`. 0 once it is gone
+        /// (`bpf_netns_link_fill_info`, `kernel/bpf/net_namespace.c`).
         inode: u32,
         /// A `bpf_attach_type`.
         attach_type: u32,
@@ -230,7 +239,8 @@ pub fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
     require(&link, Object::Link)?;
     // SAFETY: it is a link, and the structure consists of integers, unions and arrays of them.
     let info: bpf_link_info = unsafe { object_info(link.as_fd()) }?;
-    // SAFETY: `type_` says which member of the union the kernel has filled in; all their bit patterns are valid integers.
+    // SAFETY: `type_` says which member of the union the kernel has filled in; all their bit
+    // patterns are valid integers.
     let target = unsafe {
         if info.type_ == bpf_link_type::BPF_LINK_TYPE_CGROUP as u32 {
             LinkTarget::Cgroup {
@@ -427,7 +437,7 @@ mod tests {
         let program = pass("orphan");
         let link = link_create(&program, &netns, BPF_SK_LOOKUP).expect("attach");
         drop(netns);
-        // The kernel takes namespaces down from a work queue.
+        // The kernel takes netns down from a work queue.
         let deadline = Instant::now() + Duration::from_secs(20);
         let error = loop {
             match link_update(&link, &program) {

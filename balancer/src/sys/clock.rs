@@ -4,10 +4,12 @@ use std::{io, time::Duration};
 
 use nix::time::{ClockId, clock_getres, clock_gettime};
 
-/// `CLOCK_MONOTONIC`: nanoseconds since boot, sleep not counted. This is what `bpf_ktime_get_ns` reads.
+/// `CLOCK_MONOTONIC`: nanoseconds since boot, sleep not counted. This is what `bpf_ktime_get_ns`
+/// reads.
 ///
 /// # Panics
-/// Never on Linux: `clock_gettime` of this clock cannot fail, and its value fits 64 bits for 584 years.
+/// Never on Linux: `clock_gettime` of this clock cannot fail, and its value fits 64 bits for 584
+/// years.
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("CLOCK_MONOTONIC is always there");
     u64::try_from(Duration::from(now).as_nanos()).expect("fewer than 584 years since boot")
@@ -22,10 +24,11 @@ pub fn processor_time() -> Duration {
     Duration::from(time.expect("CLOCK_PROCESS_CPUTIME_ID is always there"))
 }
 
-/// How many jiffies a second has (`CONFIG_HZ`): the unit of `bpf_jiffies64` and of the socket fields that hold jiffies.
+/// How many jiffies a second has (`CONFIG_HZ`): the unit of `bpf_jiffies64` and of the socket
+/// fields that hold jiffies.
 ///
-/// Read from the resolution of `CLOCK_MONOTONIC_COARSE`, which is one tick (`TICK_NSEC`, kernel/time/vsyscall.c), so that no
-/// kernel configuration file is needed.
+/// Read from the resolution of `CLOCK_MONOTONIC_COARSE`, which is one tick (`TICK_NSEC`,
+/// kernel/time/vsyscall.c), so that no kernel configuration file is needed.
 ///
 /// # Errors
 /// Where the clock is missing or its resolution isn't that of a tick, as under emulated kernels.
@@ -47,8 +50,8 @@ mod tests {
     use super::*;
     use std::time::Instant;
 
-    /// What a counter does while a thread sleeps, and the shortest and the longest time that can have passed between its two readings,
-    /// however slow this machine is.
+    /// What a counter does while a thread sleeps, and the shortest and the longest time that can
+    /// have passed between its two readings, however slow this machine is.
     fn passed(pause: Duration, read: impl Fn() -> u64) -> (u64, Duration, Duration) {
         let outer = Instant::now();
         let first = read();
@@ -68,7 +71,8 @@ mod tests {
         );
     }
 
-    /// `USER_HZ` is no witness (always 100), so the kernel's own count is: `/proc/timer_list` prints jiffies.
+    /// `USER_HZ` is no witness (always 100), so the kernel's own count is: `/proc/timer_list`
+    /// prints jiffies.
     #[test]
     fn jiffies_per_second_is_the_rate_of_jiffies() {
         let jiffies = || -> u64 {

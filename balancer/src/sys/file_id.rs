@@ -4,7 +4,8 @@ use std::{io, os::fd::AsFd, path::Path};
 
 use nix::sys::stat::{FileStat, fstat, lstat, stat};
 
-/// A file while it exists, whatever its name. The kernel may give the numbers again once it is gone.
+/// A file while it exists, whatever its name. The kernel may give the numbers again once it is
+/// gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId {
     /// The device number of its file system.

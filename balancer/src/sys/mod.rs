@@ -1,6 +1,4 @@
-//! System calls that no safe crate offers, each behind a safe function.
-//!
-//! This is the only module of the host side that contains `unsafe`.
+//! System calls, each behind a safe function. The only module of the user half with `unsafe`.
 
 pub mod bpf;
 pub mod bpffs;

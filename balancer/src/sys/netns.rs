@@ -1,4 +1,4 @@
-//! Network namespaces: which one a file names, and running code inside one.
+//! Network namespaces (netns): which one a file names, and running code inside one.
 
 use std::{
     fs::File,
@@ -15,7 +15,7 @@ use nix::{
 
 use super::{file_id::FileId, socket};
 
-/// Opens the network namespace of the calling thread.
+/// Opens the netns of the calling thread.
 ///
 /// # Errors
 /// Where `/proc` isn't mounted, or no more files may be opened.
@@ -23,16 +23,16 @@ pub fn current() -> io::Result<OwnedFd> {
     open(Path::new("/proc/thread-self/ns/net"))
 }
 
-/// Opens a namespace by path: `/proc/PID/ns/net`, `/run/netns/NAME`.
+/// Opens a netns by path: `/proc/PID/ns/net`, `/run/netns/NAME`.
 ///
 /// # Errors
-/// Those of `open(2)`. That the file is a network namespace is seen only when it is used.
+/// Those of `open(2)`. That the file is a netns is seen only when it is used.
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     File::open(path).map(OwnedFd::from)
 }
 
-/// The cookie of the calling thread's network namespace: a number that the kernel never gives twice until it reboots, and that
-/// BPF programs get from `bpf_get_netns_cookie`.
+/// The cookie of the calling thread's netns: a number that the kernel never gives twice
+/// until it reboots, and that BPF programs get from `bpf_get_netns_cookie`.
 ///
 /// # Errors
 /// Where a socket can't be made, or the kernel is older than 5.14 (`ENOPROTOOPT`).
@@ -46,7 +46,7 @@ pub fn cookie() -> io::Result<u64> {
     socket::netns_cookie(&socket)
 }
 
-/// The cookie of another network namespace.
+/// The cookie of another netns.
 ///
 /// # Errors
 /// Those of [`inside`] and [`cookie`].
@@ -54,14 +54,15 @@ pub fn cookie_of(netns: impl AsFd) -> io::Result<u64> {
     inside(netns, cookie)?
 }
 
-/// Runs `work` in a network namespace: in place where the calling thread is there already, else on a thread of its own that ends
-/// with it, so that no other code is ever seen there.
+/// Runs `work` in a netns: in place where the calling thread is there already, else on
+/// a thread of its own that ends with it, so that no other code is ever seen there.
 ///
 /// A panic in `work` goes on in the caller.
 ///
 /// # Errors
-/// Where the file names no network namespace (`EINVAL`), no thread can be started, or the namespace is another one and
-/// `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`, `net/core/net_namespace.c`).
+/// Where the file names no netns (`EINVAL`), no thread can be started, or the netns
+/// is another one and `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`,
+/// `net/core/net_namespace.c`).
 pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io::Result<R> {
     let netns = netns.as_fd();
     if is_current(netns) {
@@ -80,7 +81,7 @@ pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io:
     })
 }
 
-/// Whether the calling thread is in that namespace; false also where that can't be told.
+/// Whether the calling thread is in that netns; false also where that can't be told.
 fn is_current(netns: BorrowedFd<'_>) -> bool {
     let here = current().and_then(FileId::of);
     here.is_ok_and(|here| FileId::of(netns).is_ok_and(|there| there == here))
@@ -91,7 +92,7 @@ pub(crate) mod tests {
     use super::*;
     use nix::sched::unshare;
 
-    /// A network namespace that lives as long as this file is open.
+    /// A netns that lives as long as this file is open.
     pub(crate) fn fresh() -> OwnedFd {
         thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("root may make a network namespace");

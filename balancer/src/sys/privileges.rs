@@ -1,7 +1,9 @@
-//! What a daemon that runs for months as root gives up once it has started: capabilities, and system calls that it never makes.
+//! What a daemon that runs for months as root gives up once it has started: capabilities, and
+//! system calls that it never makes.
 //!
-//! Capabilities and seccomp filters belong to a thread, and a new thread begins with those of the thread that starts it. So the
-//! daemon gives them up while it has one thread only, which is why its runtime is of the single-threaded kind.
+//! Capabilities and seccomp filters belong to a thread, and a new thread begins with those of the
+//! thread that starts it. So the daemon gives them up while it has one thread only, which is why
+//! its runtime is of the single-threaded kind.
 
 use std::collections::BTreeMap;
 
@@ -17,38 +19,43 @@ use tracing::{info, warn};
 /// What has to work once the daemon has started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Kept {
-    /// Entering network namespaces other than the one that the daemon was started in.
-    pub other_namespaces: bool,
+    /// Entering other netns than the one that the daemon was started in.
+    pub other_netns: bool,
 }
 
 impl Kept {
-    /// Each was found to be missed when it was left out, and is asked for by the kernel functions that are named here.
+    /// Each was found to be missed when it was left out, and is asked for by the kernel functions
+    /// that are named here.
     fn capabilities(self) -> CapsHashSet {
         let mut kept = CapsHashSet::from([
-            // Loading `steer` again, at a reload and for a new namespace (`bpf_prog_load` and `map_create`,
-            // kernel/bpf/syscall.c); the counts of sockets in a dump (`bpf_sk_storage_diag_alloc`, net/core/bpf_sk_storage.c).
+            // Loading `steer` again, at a reload and for a new netns (`bpf_prog_load` and
+            // `map_create`, kernel/bpf/syscall.c); the counts of sockets in a dump
+            // (`bpf_sk_storage_diag_alloc`, net/core/bpf_sk_storage.c).
             Capability::CAP_BPF,
-            // The verifier's trust in arithmetic with pointers, without which it refuses `steer` (`bpf_allow_ptr_leaks`,
-            // include/linux/bpf.h).
+            // The verifier's trust in arithmetic with pointers, without which it refuses `steer`
+            // (`bpf_allow_ptr_leaks`, include/linux/bpf.h).
             Capability::CAP_PERFMON,
-            // Links in /proc/PID/fd and /proc/PID/ns, and copies of descriptors, of processes that have any capability
-            // that we gave up, or another user (`__ptrace_may_access`, kernel/ptrace.c).
+            // Links in /proc/PID/fd and /proc/PID/ns, and copies of descriptors, of processes that
+            // have any capability that we gave up, or another user (`__ptrace_may_access`,
+            // kernel/ptrace.c).
             Capability::CAP_SYS_PTRACE,
-            // The directory /proc/PID/fd of another user's process, mode 0500 (`proc_fd_permission`, fs/proc/fd.c).
+            // The directory /proc/PID/fd of another user's process, mode 0500
+            // (`proc_fd_permission`, fs/proc/fd.c).
             Capability::CAP_DAC_READ_SEARCH,
         ]);
-        if self.other_namespaces {
+        if self.other_netns {
             // `netns_install`, net/core/net_namespace.c.
             kept.insert(Capability::CAP_SYS_ADMIN);
-            // Opening the namespace of a socket (`SIOCGSKNS` in `sock_ioctl`, net/socket.c).
+            // Opening the netns of a socket (`SIOCGSKNS` in `sock_ioctl`, net/socket.c).
             kept.insert(Capability::CAP_NET_ADMIN);
         }
         kept
     }
 }
 
-/// Gives up for good everything but `kept`, in the calling thread and in those that it starts from now on. What the thread did
-/// not have is not missed here: the work that needs it fails and says so.
+/// Gives up for good everything but `kept`, in the calling thread and in those that it starts from
+/// now on. What the thread did not have is not missed here: the work that needs it fails and says
+/// so.
 ///
 /// # Errors
 /// When the kernel refuses to take a capability or to set `no_new_privs`.
@@ -79,15 +86,15 @@ pub fn drop_to(kept: Kept) -> Result<()> {
 pub fn suffice_for(wanted: Kept) -> Result<()> {
     let held = caps::read(None, CapSet::Effective).context("cannot read the capabilities")?;
     ensure!(
-        !wanted.other_namespaces || held.contains(&Capability::CAP_SYS_ADMIN),
+        !wanted.other_netns || held.contains(&Capability::CAP_SYS_ADMIN),
         "entering other network namespaces needs CAP_SYS_ADMIN, which this daemon gave up when it started with \
          `namespaces: own`: restart it (TERM, then `balancer run`: nothing is lost meanwhile) to have the new `namespaces`"
     );
     Ok(())
 }
 
-/// Takes `CAP_SETPCAP` (`cap_prctl_drop`, security/commoncap.c). Without it the set stays: it bounds what executing a file can give,
-/// and nothing can be executed.
+/// Takes `CAP_SETPCAP` (`cap_prctl_drop`, security/commoncap.c). Without it the set stays: it
+/// bounds what executing a file can give, and nothing can be executed.
 fn shrink_bounding_set(kept: &CapsHashSet) -> Result<()> {
     if !caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         return Ok(());
@@ -107,12 +114,13 @@ fn names(capabilities: &CapsHashSet) -> String {
     }
 }
 
-/// What a daemon never does once it has started, root or not: run programs, look into the memory of others, mount, load modules,
-/// open files by handle (which `CAP_DAC_READ_SEARCH` allows on every file system), set clocks, make namespaces.
+/// What a daemon never does once it has started, root or not: run programs, look into the memory of
+/// others, mount, load modules, open files by handle (which `CAP_DAC_READ_SEARCH` allows on every
+/// file system), set clocks, make namespaces.
 ///
-/// A list of what is denied, not of what is allowed: an allow-list would have to follow the C library, the Rust runtime and the
-/// architecture (a new libc that prefers another call for the same thing would break the daemon in the field), while what is here
-/// holds whatever these do.
+/// A list of what is denied, not of what is allowed: an allow-list would have to follow the C
+/// library, the Rust runtime and the architecture (a new libc that prefers another call for the
+/// same thing would break the daemon in the field), while what is here holds whatever these do.
 const NEVER: &[libc::c_long] = &[
     libc::SYS_acct,
     libc::SYS_add_key,
@@ -181,7 +189,8 @@ const NEVER: &[libc::c_long] = &[
     libc::SYS_vhangup,
 ];
 
-/// Makes the calls of [`NEVER`], and entering a namespace other than one of the network, fail with `EPERM`.
+/// Makes the calls of [`NEVER`], and entering a namespace of another kind than netns, fail with
+/// `EPERM`.
 fn filter_calls() -> Result<()> {
     let architecture = TargetArch::try_from(std::env::consts::ARCH)?;
     let denied = SeccompAction::Errno(libc::EPERM.unsigned_abs());
@@ -208,8 +217,9 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     Ok(rules)
 }
 
-/// Some x86-64 kernels take the same calls by a second set of numbers (`__X32_SYSCALL_BIT`; 512 to 547 are those with arguments of
-/// another shape, `arch/x86/entry/syscalls/syscall_64.tbl`), which would go around the list.
+/// Some x86-64 kernels take the same calls by a second set of numbers (`__X32_SYSCALL_BIT`; 512 to
+/// 547 are those with arguments of another shape, `arch/x86/entry/syscalls/syscall_64.tbl`), which
+/// would go around the list.
 #[cfg(target_arch = "x86_64")]
 fn x32() -> impl Iterator<Item = libc::c_long> {
     const BIT: libc::c_long = 0x4000_0000;
@@ -236,12 +246,8 @@ mod tests {
     };
     use std::{path::Path, process::Command, thread};
 
-    const ANY: Kept = Kept {
-        other_namespaces: true,
-    };
-    const OWN: Kept = Kept {
-        other_namespaces: false,
-    };
+    const ANY: Kept = Kept { other_netns: true };
+    const OWN: Kept = Kept { other_netns: false };
 
     /// In a thread of its own: what is given up is gone for good.
     fn confined<R: Send + 'static>(kept: Kept, work: impl FnOnce() -> R + Send + 'static) -> R {

@@ -15,8 +15,8 @@ use super::bpf::{MapInfo, map_info};
 /// The kernel rounds every element of an array up to this (kernel/bpf/arraymap.c).
 const WORD: usize = size_of::<u64>();
 
-/// An array map, mapped for reading and writing: every element is a row of 64-bit words, each of them
-/// an atomic that BPF programs change at the same time.
+/// An array map, mapped for reading and writing: every element is a row of 64-bit words, each of
+/// them an atomic that BPF programs change at the same time.
 #[derive(Debug)]
 pub struct SharedArray {
     mapping: MmapRaw,
@@ -30,9 +30,9 @@ impl SharedArray {
     /// Maps a whole array map.
     ///
     /// # Errors
-    /// `InvalidInput` where the map is no mappable array, its values aren't `element_size` bytes or it
-    /// hasn't `len` of them: then it was made by another version of the program. `EPERM` where the
-    /// map is frozen or opened for reading only.
+    /// `InvalidInput` where the map is no mappable array, its values aren't `element_size` bytes or
+    /// it hasn't `len` of them: then it was made by another version of the program. `EPERM` where
+    /// the map is frozen or opened for reading only.
     pub fn open(map: impl AsFd, element_size: usize, len: u32) -> io::Result<Self> {
         let layout = Layout::check(&map, element_size, len)?;
         let mapping = MmapOptions::new()
@@ -59,10 +59,10 @@ impl SharedArray {
         let at = index as usize * stride + word;
         #[expect(clippy::cast_ptr_alignment, reason = "a mapping starts at a page")]
         let base = self.mapping.as_mut_ptr().cast::<AtomicU64>();
-        // SAFETY: the mapping starts at a page and so is aligned; it spans at least `len * stride` words
-        // (`Layout`), `at` is below that (asserted above), it lives as long as `self`, and a BPF array
-        // can't shrink under it. BPF programs and other processes change the words only whole and
-        // through atomics.
+        // SAFETY: the mapping starts at a page and so is aligned; it spans at least `len * stride`
+        // words (`Layout`), `at` is below that (asserted above), it lives as long as `self`, and a
+        // BPF array can't shrink under it. BPF programs and other processes change the words only
+        // whole and through atomics.
         unsafe { &*base.add(at) }
     }
 }

@@ -10,7 +10,8 @@ const SO_NETNS_COOKIE: libc::c_int = 71;
 /// include/uapi/linux/sockios.h
 const SIOCGSKNS: libc::c_ulong = 0x894c;
 
-/// The number that the kernel gives to no other socket until it reboots: `bpf_get_socket_cookie`, and the cookie in `sock_diag`.
+/// The number that the kernel gives to no other socket until it reboots: `bpf_get_socket_cookie`,
+/// and the cookie in `sock_diag`.
 ///
 /// # Errors
 /// `ENOTSOCK` where the file is no socket.
@@ -18,7 +19,7 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
     Ok(rustix::net::sockopt::socket_cookie(socket)?)
 }
 
-/// The cookie of the network namespace that a socket is in: a number that the kernel never gives
+/// The cookie of the netns that a socket is in: a number that the kernel never gives
 /// twice until it reboots, and that BPF programs get from `bpf_get_netns_cookie`.
 ///
 /// # Errors
@@ -44,7 +45,7 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     }
 }
 
-/// The network namespace that a socket is in (`SIOCGSKNS`, net/socket.c).
+/// The netns that a socket is in (`SIOCGSKNS`, net/socket.c).
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`; `ENOTTY` where the file is no socket.
@@ -66,8 +67,8 @@ pub fn is_established(socket: impl AsFd) -> io::Result<bool> {
     const TCP_ESTABLISHED: u8 = 1;
     let mut state = 0_u8;
     let mut length: libc::socklen_t = 1;
-    // SAFETY: the kernel writes at most `length` bytes, the size of `state`, to the first pointer and a socklen_t to the second; both live
-    // until the call returns.
+    // SAFETY: the kernel writes at most `length` bytes, the size of `state`, to the first pointer
+    // and a socklen_t to the second; both live until the call returns.
     let result = unsafe {
         libc::getsockopt(
             socket.as_fd().as_raw_fd(),

@@ -1,4 +1,5 @@
-//! BPF programs and maps that tests write out by hand, without a compiler: what the balancer never does itself.
+//! BPF programs and maps that tests write out by hand, without a compiler: what the balancer never
+//! does itself.
 #![expect(unsafe_code, reason = "bpf(2) takes addresses")]
 
 use std::{
@@ -13,12 +14,13 @@ use aya_obj::generated::{bpf_attach_type, bpf_attr, bpf_cmd, bpf_map_type, bpf_p
 /// The longest name that the kernel keeps, without its closing zero (`BPF_OBJ_NAME_LEN`).
 const LONGEST_NAME: usize = 15;
 
-/// Attaches a program to a cgroup without a link (`BPF_PROG_ATTACH`), which can forbid others: it stays until [`cgroup_detach`] or
-/// the end of the cgroup. The balancer attaches nothing so, but has to get along with programs that are.
+/// Attaches a program to a cgroup without a link (`BPF_PROG_ATTACH`), which can forbid others: it
+/// stays until [`cgroup_detach`] or the end of the cgroup. The balancer attaches nothing so, but
+/// has to get along with programs that are.
 ///
 /// # Errors
-/// `EPERM` without `CAP_NET_ADMIN`, or where a program sits on the cgroup or above it that forbids this one; `EINVAL` where the program
-/// or a flag doesn't fit.
+/// `EPERM` without `CAP_NET_ADMIN`, or where a program sits on the cgroup or above it that forbids
+/// this one; `EINVAL` where the program or a flag doesn't fit.
 pub fn cgroup_attach(
     program: impl AsFd,
     cgroup: impl AsFd,
@@ -82,7 +84,8 @@ pub struct MapTypes<'a> {
 }
 
 impl<'a> MapSpec<'a> {
-    /// A map of one element with keys of four bytes and values of eight, to be changed by struct update.
+    /// A map of one element with keys of four bytes and values of eight, to be changed by struct
+    /// update.
     pub fn new(kind: bpf_map_type, name: &'a str) -> Self {
         Self {
             kind,
@@ -125,8 +128,8 @@ pub fn btf_load(bytes: &[u8]) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     attr.__bindgen_anon_7.btf = address(bytes.as_ptr());
     attr.__bindgen_anon_7.btf_size = u32::try_from(bytes.len()).map_err(io::Error::other)?;
-    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and the
-    // length beside it is that thing's.
+    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and
+    // the length beside it is that thing's.
     unsafe { make(bpf_cmd::BPF_BTF_LOAD, &mut attr) }
 }
 
@@ -251,8 +254,8 @@ pub fn idle(kind: bpf_prog_type, attach_type: bpf_attach_type, name: &str) -> Ow
 /// What the kernel returned and what its verifier said.
 pub fn prog_load(spec: &ProgramSpec<'_>) -> Result<OwnedFd, LoadError> {
     let mut attr = program_attr(spec);
-    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and the
-    // length beside it is that thing's.
+    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and
+    // the length beside it is that thing's.
     if let Ok(program) = unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attr) } {
         return Ok(program);
     }
@@ -265,7 +268,8 @@ pub fn prog_load(spec: &ProgramSpec<'_>) -> Result<OwnedFd, LoadError> {
     })
 }
 
-/// Loads a program, and returns with it the verifier's statistics: how long it took, the stack of each function, its work.
+/// Loads a program, and returns with it the verifier's statistics: how long it took, the stack of
+/// each function, its work.
 ///
 /// # Errors
 /// What the kernel returned. The verifier doesn't say why: for that, [`prog_load`].
@@ -275,8 +279,8 @@ pub fn prog_load_with_statistics(spec: &ProgramSpec<'_>) -> Result<(OwnedFd, Str
     let mut attr = program_attr(spec);
     let mut log = vec![0_u8; LOG_BYTES];
     log_to(&mut attr, &mut log, STATISTICS);
-    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and the
-    // length beside it is that thing's.
+    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and
+    // the length beside it is that thing's.
     let loaded = unsafe { make(bpf_cmd::BPF_PROG_LOAD, &mut attr) };
     match loaded {
         Ok(program) => Ok((program, log_text(&log))),
@@ -338,21 +342,24 @@ fn log_text(log: &[u8]) -> String {
         .into_owned()
 }
 
-/// Runs a program that reads its context alone, and nothing of a packet, so many times in a row (`BPF_PROG_TEST_RUN`); returns how long
-/// a run took, as the kernel measured it. The context is what the program would be called with, in the kernel's layout for user space.
+/// Runs a program that reads its context alone, and nothing of a packet, so many times in a row
+/// (`BPF_PROG_TEST_RUN`); returns how long a run took, as the kernel measured it. The context is
+/// what the program would be called with, in the kernel's layout for user space.
 ///
 /// # Errors
-/// `InvalidInput` where the kernel can't make such a context; `ENOTSUPP` (524) where it can't run such a program.
+/// `InvalidInput` where the kernel can't make such a context; `ENOTSUPP` (524) where it can't run
+/// such a program.
 pub fn prog_test_run(program: impl AsFd, context: &[u8], times: u32) -> io::Result<Duration> {
     let mut attr = zeroed();
     attr.test.prog_fd = number(program.as_fd());
     attr.test.repeat = times;
     attr.test.ctx_in = address(context.as_ptr());
     attr.test.ctx_size_in = length(context);
-    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and the
-    // length beside it is that thing's.
+    // SAFETY: every address in `attr` is of something that is borrowed until the call returns, and
+    // the length beside it is that thing's.
     unsafe { bpf(bpf_cmd::BPF_PROG_TEST_RUN, &mut attr) }?;
-    // SAFETY: all members of the union are plain integers, and this command's is the one that was filled in above.
+    // SAFETY: all members of the union are plain integers, and this command's is the one that was
+    // filled in above.
     let nanoseconds = unsafe { attr.test.duration };
     Ok(Duration::from_nanos(nanoseconds.into()))
 }
@@ -373,10 +380,11 @@ fn zeroed() -> bpf_attr {
 }
 
 /// # Safety
-/// `attr` is filled in for this command. Every address in it is of memory that lives until the call returns and is as long as the
-/// length beside it says.
+/// `attr` is filled in for this command. Every address in it is of memory that lives until the call
+/// returns and is as long as the length beside it says.
 unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long> {
-    // SAFETY: `attr` is readable and writable for the size given; the caller answers for the addresses in it.
+    // SAFETY: `attr` is readable and writable for the size given; the caller answers for the
+    // addresses in it.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

@@ -10,7 +10,8 @@ use crate::{
     dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapshot},
 };
 
-/// A daemon beats every second; one that has not for so long has something the matter, even if the kernel still waits for it.
+/// A daemon beats every second; one that has not for so long has something the matter, even if the
+/// kernel still waits for it.
 const SILENT: Duration = Duration::from_secs(5);
 
 pub(in crate::cli) fn text(snapshot: &Snapshot) -> String {
@@ -167,7 +168,7 @@ fn backends(service: &ServiceSnapshot) -> String {
     if rows.len() > 1 {
         rows.push(total(&service.backends));
     }
-    // Pods all listen on the same wildcard address: only the namespace tells them apart.
+    // Pods all listen on the same wildcard address: only the netns tells them apart.
     let netns = |backend: &BackendSnapshot| backend.netns;
     if service
         .backends
@@ -282,7 +283,8 @@ fn notes(service: &ServiceSnapshot) -> String {
     text
 }
 
-/// Whether the quota was set by hand for this backend, as far as one can tell, and not for the whole service.
+/// Whether the quota was set by hand for this backend, as far as one can tell, and not for the
+/// whole service.
 fn is_own_override(service: &ServiceSnapshot, backend: &BackendSnapshot) -> bool {
     backend.overridden && service.quota_override != backend.quota
 }

@@ -66,7 +66,8 @@ pub struct Progress {
     pub interrupted: bool,
 }
 
-/// Reads one datagram of an answer and adds the sockets in it. Messages with another sequence number are passed over.
+/// Reads one datagram of an answer and adds the sockets in it. Messages with another sequence
+/// number are passed over.
 ///
 /// # Errors
 /// Where lengths contradict each other or a message is too short for what it claims to be.
@@ -125,7 +126,8 @@ fn errno(message: &[u8]) -> Option<i32> {
     u32_at(message, 0).map(|value| value.cast_signed().saturating_neg().max(0))
 }
 
-/// One `struct inet_diag_msg` with its attributes; nothing for a socket of a family or state that isn't ours.
+/// One `struct inet_diag_msg` with its attributes; nothing for a socket of a family or state that
+/// isn't ours.
 fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
     const SHORT: &str = "a socket";
     let fixed: &[u8; SOCKET_MESSAGE] = message.first_chunk().ok_or(SHORT)?;

@@ -1,4 +1,5 @@
-//! The kernel's table of TCP sockets (`sock_diag(7)`), of the network namespace that the calling thread is in.
+//! The kernel's table of TCP sockets (`sock_diag(7)`), of the netns that the calling
+//! thread is in.
 
 mod message;
 
@@ -24,7 +25,8 @@ use nix::{
 pub use message::{Malformed, Progress, parse};
 use smallvec::SmallVec;
 
-/// Larger than anything the kernel puts into one datagram of a dump (32 KiB, more only for huge storage).
+/// Larger than anything the kernel puts into one datagram of a dump (32 KiB, more only for huge
+/// storage).
 const DATAGRAM: usize = 256 * 1024;
 /// The kernel answers at once; a longer silence means that the answer was lost.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -112,13 +114,15 @@ impl Query<'_> {
     }
 }
 
-/// What a storage map holds for a socket. Of very many sockets each one's few bytes must not be an allocation of their own.
+/// What a storage map holds for a socket. Of very many sockets each one's few bytes must not be an
+/// allocation of their own.
 pub type Storage = SmallVec<[u8; 16]>;
 
 /// A TCP socket as the kernel lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Socket {
-    /// What kind of socket: an IPv4 client of a dual-stack listener is on a `V6` one with mapped addresses.
+    /// What kind of socket: an IPv4 client of a dual-stack listener is on a `V6` one with mapped
+    /// addresses.
     pub family: Family,
     /// Its state when it was listed.
     pub state: State,
@@ -132,7 +136,8 @@ pub struct Socket {
     pub cookie: u64,
     /// User who made it.
     pub uid: u32,
-    /// The inode that `/proc/PID/fd` shows; 0 while no process has it (half open, not yet accepted).
+    /// The inode that `/proc/PID/fd` shows; 0 while no process has it (half open, not yet
+    /// accepted).
     pub inode: u32,
     /// Bytes to be read; for a listener, connections that wait for `accept()`.
     pub receive_queue: u32,
@@ -140,7 +145,8 @@ pub struct Socket {
     pub send_queue: u32,
     /// `IPV6_V6ONLY`, reported for `V6` listeners.
     pub v6only: Option<bool>,
-    /// Id of the cgroup2 directory (its inode) that the socket was made in, where the kernel reports it.
+    /// Id of the cgroup2 directory (its inode) that the socket was made in, where the kernel
+    /// reports it.
     pub cgroup: Option<u64>,
     /// Belongs to an MPTCP socket. Known only with [`Query::protocol`].
     pub mptcp: bool,
@@ -148,11 +154,13 @@ pub struct Socket {
     pub storage: Option<Storage>,
 }
 
-/// Lists TCP sockets. Sockets that come and go meanwhile may or may not be in it; no other is missed.
+/// Lists TCP sockets. Sockets that come and go meanwhile may or may not be in it; no other is
+/// missed.
 ///
 /// # Errors
-/// Those of netlink; `NotFound` where the kernel has no `tcp_diag`; `EPERM` for storage without `CAP_BPF`; `Interrupted` where the kernel could not complete a dump in several
-/// attempts; `InvalidData` where its answer makes no sense.
+/// Those of netlink; `NotFound` where the kernel has no `tcp_diag`; `EPERM` for storage without
+/// `CAP_BPF`; `Interrupted` where the kernel could not complete a dump in several attempts;
+/// `InvalidData` where its answer makes no sense.
 pub fn tcp_sockets(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     let mut last = io::Error::from(io::ErrorKind::Interrupted);
     for _ in 0..ATTEMPTS {
@@ -184,11 +192,13 @@ fn dump(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     }
 }
 
-/// Adds the sockets of an answer, which `next` writes into `buffer` one datagram at a time: it gives the length, or nothing where the
-/// datagram is to be passed over. Returns whether the kernel says that the answer is inconsistent.
+/// Adds the sockets of an answer, which `next` writes into `buffer` one datagram at a time: it
+/// gives the length, or nothing where the datagram is to be passed over. Returns whether the kernel
+/// says that the answer is inconsistent.
 ///
 /// # Errors
-/// Those of `next`; that with which the kernel ended the answer; `InvalidData` where the answer makes no sense.
+/// Those of `next`; that with which the kernel ended the answer; `InvalidData` where the answer
+/// makes no sense.
 pub fn read_answer(
     sequence: u32,
     sockets: &mut Vec<Socket>,
@@ -248,7 +258,8 @@ impl Channel {
         }
     }
 
-    /// Reads until the kernel says that it has answered in full; returns whether it says that the answer is inconsistent.
+    /// Reads until the kernel says that it has answered in full; returns whether it says that the
+    /// answer is inconsistent.
     fn receive(&self, sequence: u32, sockets: &mut Vec<Socket>) -> io::Result<bool> {
         let mut buffer = vec![0; DATAGRAM];
         read_answer(sequence, sockets, &mut buffer, |buffer| {
