@@ -59,7 +59,7 @@ struct Requirement {
 enum Remedy {
     /// Debian packages.
     Packages(&'static [&'static str]),
-    /// A command that needs no root, and how somebody would type it.
+    /// A command, and how somebody would type it.
     Command(Result<Box<Command>>, String),
 }
 
@@ -106,6 +106,18 @@ const REQUIREMENTS: &[Requirement] = &[
         needs: &[Need::Kernel],
         is_there: || are_there(&["ip", "ss"]),
         remedy: || Remedy::Packages(&["iproute2"]),
+    },
+    Requirement {
+        name: "a BPF file system on /sys/fs/bpf",
+        reason: "holds pins; what is mounted lasts until the next boot",
+        needs: &[Need::Kernel],
+        is_there: bpffs_is_mounted,
+        remedy: || {
+            let mut mount = Command::new("mount");
+            mount.args(["-t", "bpf", "bpf", BPFFS]);
+            let by_hand = command::line(&mount);
+            Remedy::Command(Ok(Box::new(mount)), by_hand)
+        },
     },
     Requirement {
         name: "nft",
@@ -243,6 +255,17 @@ const REQUIREMENTS: &[Requirement] = &[
         remedy: || Remedy::Packages(&["apt", "debian-archive-keyring"]),
     },
 ];
+
+/// Where tests and the demo pin what they load.
+const BPFFS: &str = "/sys/fs/bpf";
+
+fn bpffs_is_mounted() -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts.lines().any(|mount| {
+        let on_it = mount.split(' ').nth(4) == Some(BPFFS);
+        on_it && mount.contains(" - bpf ")
+    })
+}
 
 /// Installs what these needs lack.
 ///

@@ -1,10 +1,11 @@
-//! The little HTTP that is needed: one exchange a connection, bodies of a length that is told beforehand.
+//! HTTP as OAPs and Envoy are asked: one connection for each request.
 
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use ureq::http::Response;
+use ureq::{Agent, Body, Error};
 
 const CONNECTS_WITHIN: Duration = Duration::from_secs(2);
 const ANSWERS_WITHIN: Duration = Duration::from_secs(15);
@@ -14,10 +15,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(15);
 /// # Errors
 /// When the server does not answer 200.
 pub fn get(server: SocketAddr, path: &str) -> Result<String> {
-    exchange(
-        server,
-        &format!("GET {path} HTTP/1.1\r\nhost: {server}\r\nconnection: close\r\n\r\n"),
-    )
+    body(server, agent().get(url(server, path)).call())
 }
 
 /// The body of the answer to a POST of JSON.
@@ -25,43 +23,34 @@ pub fn get(server: SocketAddr, path: &str) -> Result<String> {
 /// # Errors
 /// When the server does not answer 200.
 pub fn post_json(server: SocketAddr, path: &str, body: &str) -> Result<String> {
-    let length = body.len();
-    exchange(
-        server,
-        &format!(
-            "POST {path} HTTP/1.1\r\nhost: {server}\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
-        ),
-    )
+    let request = agent()
+        .post(url(server, path))
+        .content_type("application/json");
+    self::body(server, request.send(body))
 }
 
-fn exchange(server: SocketAddr, request: &str) -> Result<String> {
-    let (head, body) =
-        transfer(server, request).with_context(|| format!("{server} does not answer HTTP"))?;
-    ensure!(
-        head.split(' ').nth(1) == Some("200"),
-        "{server} answers {head:?}: {body}"
-    );
-    Ok(body)
+/// Not kept for the next request, and so without connections that are kept open.
+fn agent() -> Agent {
+    Agent::config_builder()
+        .timeout_connect(Some(CONNECTS_WITHIN))
+        .timeout_global(Some(ANSWERS_WITHIN))
+        .http_status_as_error(false)
+        .proxy(None)
+        .build()
+        .into()
 }
 
-/// Sends the request; returns the head and the body of the answer.
-fn transfer(server: SocketAddr, request: &str) -> Result<(String, String)> {
-    let mut stream = TcpStream::connect_timeout(&server, CONNECTS_WITHIN)?;
-    stream.set_read_timeout(Some(ANSWERS_WITHIN))?;
-    stream.write_all(request.as_bytes())?;
-    let mut answer = BufReader::new(stream);
-    let mut head = String::new();
-    while !head.ends_with("\r\n\r\n") {
-        ensure!(answer.read_line(&mut head)? > 0, "it ends after {head:?}");
-    }
-    let mut body = vec![0; content_length(&head)?];
-    answer.read_exact(&mut body)?;
-    Ok((head, String::from_utf8(body)?))
+fn url(server: SocketAddr, path: &str) -> String {
+    format!("http://{server}{path}")
 }
 
-fn content_length(head: &str) -> Result<usize> {
-    let mut headers = head.lines().filter_map(|line| line.split_once(':'));
-    let length = headers.find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
-    let (_, length) = length.with_context(|| format!("no content-length in {head:?}"))?;
-    Ok(length.trim().parse()?)
+fn body(server: SocketAddr, answer: Result<Response<Body>, Error>) -> Result<String> {
+    let mut answer = answer.with_context(|| format!("{server} does not answer HTTP"))?;
+    let body = answer.body_mut().with_config().limit(u64::MAX);
+    let text = body
+        .read_to_string()
+        .with_context(|| format!("the answer of {server} breaks off"))?;
+    let status = answer.status();
+    ensure!(status == 200, "{server} answers {status}: {text}");
+    Ok(text)
 }
