@@ -67,6 +67,7 @@ fn exit_codes() {
         1,
         "no daemon answers at",
     );
+    assert!(!directory.path().join("state").exists());
     assert_fails(&run(&["frobnicate"]), 2, "unrecognized subcommand");
     assert_fails(&run(&["run"]), 2, "--config <FILE>");
     assert_fails(

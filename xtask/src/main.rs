@@ -3,6 +3,7 @@
 
 mod build;
 mod command;
+mod comments;
 mod envoy;
 mod fuzz;
 mod helm;

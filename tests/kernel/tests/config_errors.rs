@@ -175,63 +175,6 @@ fn a_reload_can_change_everything_about_a_service() {
 }
 
 #[test]
-fn a_second_daemon_on_the_same_state_is_turned_away() {
-    Machine::with(|machine| {
-        let balancer = Balancer::start(
-            machine,
-            &virtual_port("least-connections", 1, &["quota: {per_backend: 3}"]),
-        );
-        let (code, said) = run(&balancer);
-        assert_eq!(code, 1, "{said}");
-        let pid = balancer.pid().to_string();
-        assert!(
-            said.contains(&pid),
-            "the holder {pid} is not named in {said}"
-        );
-        let mut listeners = farm(1);
-        assert_eq!(tcp::connect_many(agents(), 5).len(), 3);
-        agree(&balancer, &mut listeners);
-    });
-}
-
-#[test]
-fn wrong_usage_is_exit_code_2() {
-    Machine::with(|machine| {
-        let balancer = Balancer::prepare(machine, "");
-        for arguments in [
-            &["run"][..],
-            &["dance"],
-            &["quota", "set", "agents"],
-            &["quota", "set", "agents", "many"],
-            &["explain", "--from", "me", "--to", "11800"],
-        ] {
-            let finished = balancer.verb(arguments);
-            assert_eq!(finished.code, 2, "{arguments:?}: {}", finished.stderr);
-        }
-    });
-}
-
-#[test]
-fn verbs_without_anything_loaded_say_so() {
-    Machine::with(|machine| {
-        let balancer = Balancer::prepare(machine, "");
-        for arguments in [
-            &["status"][..],
-            &["quota", "show"],
-            &["quota", "set", "agents", "5"],
-            &["explain", "--from", "127.0.0.1", "--to", "11800"],
-        ] {
-            let finished = balancer.verb(arguments);
-            assert_eq!(finished.code, 1, "{arguments:?}: {}", finished.stdout);
-            assert!(!finished.stderr.is_empty(), "{arguments:?}");
-        }
-        // Nothing to take out is no failure.
-        assert_eq!(balancer.verb(&["unload"]).code, 0);
-        assert!(!balancer.state().exists());
-    });
-}
-
-#[test]
 fn quotas_of_what_does_not_exist_are_errors() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 1, &[]));

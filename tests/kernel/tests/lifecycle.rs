@@ -165,34 +165,6 @@ fn more_listeners_than_slots_do_no_harm() {
 }
 
 #[test]
-fn what_runs_already_is_adopted() {
-    Machine::with(|machine| {
-        let addresses = ["127.0.0.1:11800", "127.0.0.2:11800"].map(crate::support::at);
-        let mut listeners = addresses.map(|address| Listen::on(&address).open());
-        let connect = |number| {
-            let clients = addresses.map(|address| tcp::connect_many(address, number));
-            clients.into_iter().flatten().collect::<Vec<_>>()
-        };
-        let before = connect(10);
-        assert_eq!(
-            listeners[0].accept_all(),
-            10,
-            "those of the other one wait in its queue"
-        );
-        let yaml = own_port("least-connections", &["quota: {per_backend: 15}"]);
-        let balancer = Balancer::start(machine, &yaml);
-        balancer.wait_active(2);
-        assert_eq!(agree(&balancer, &mut listeners), [10; 2]);
-        let after = connect(20);
-        assert_eq!(agree(&balancer, &mut listeners), [15; 2]);
-        drop(before);
-        assert_eq!(agree(&balancer, &mut listeners), [5; 2]);
-        drop(after);
-        assert_eq!(agree(&balancer, &mut listeners), [0; 2]);
-    });
-}
-
-#[test]
 fn a_new_daemon_goes_on_where_the_old_one_left() {
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         Machine::with(|machine| {

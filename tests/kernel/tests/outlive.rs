@@ -102,15 +102,15 @@ fn killed_at_any_moment_of_the_start() {
 fn without_a_daemon_refusing_ends_and_steering_goes_on() {
     let limit = 2000;
     let rest = ["quota: {per_backend: 4}"];
-    let virtual_port = virtual_port("least-connections", 2, &rest);
-    for (name, yaml, open) in [
-        (
-            "own port",
-            own_port("least-connections", &rest),
-            group as fn(usize) -> Vec<_>,
-        ),
-        ("virtual port", virtual_port, farm),
-    ] {
+    let mut cases = vec![(
+        "own port",
+        own_port("least-connections", &rest),
+        group as fn(usize) -> Vec<_>,
+    )];
+    for policy in ["least-connections", "round-robin", "source-hash"] {
+        cases.push((policy, virtual_port(policy, 2, &rest), farm));
+    }
+    for (name, yaml, open) in cases {
         Machine::with(|machine| {
             let yaml = format!("{yaml}fail_open_after: {limit}ms\n");
             let mut traces = Traces::default();
@@ -118,6 +118,7 @@ fn without_a_daemon_refusing_ends_and_steering_goes_on() {
             let mut listeners = open(2);
             let mut clients = tcp::connect_many(agents(), 8);
             assert_eq!(agree(&balancer, &mut listeners), [4, 4], "{name}");
+            assert!(balancer.status().agent.alive, "{name}");
             traces.note(balancer.state());
             balancer.stop(Signal::SIGKILL);
             let (mut refused, mut admitted) = (0, 0);
@@ -154,7 +155,13 @@ fn without_a_daemon_refusing_ends_and_steering_goes_on() {
             assert!(!balancer.status().agent.alive);
             let stale = balancer.service().verdicts("fail-open-stale");
             assert!(stale >= admitted, "{name}: {stale} of {admitted}");
-            assert_eq!(agree(&balancer, &mut listeners), [14, 14], "{name}");
+            let loads = agree(&balancer, &mut listeners);
+            assert_eq!(loads.iter().sum::<usize>(), 28, "{name}: {loads:?}");
+            // Clients of one source go to the same backend with source-hash.
+            assert!(
+                name == "source-hash" || loads == [14, 14],
+                "{name}: {loads:?}"
+            );
             // The next daemon goes on where that one left.
             balancer.launch();
             assert!(tcp::connect(agents()).is_refused());

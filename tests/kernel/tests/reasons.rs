@@ -6,9 +6,9 @@ use std::time::Duration;
 use balancer_common::Reason;
 use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::wire::Wire;
-use testkit::fixtures::{Balancer, Machine, Service, Signal, eventually};
+use testkit::fixtures::{Balancer, Machine, Service, Signal};
 
-use crate::support::{agents, agree, at, backend, farm, own_port, virtual_port, virtual_port_of};
+use crate::support::{agents, agree, at, backend, farm, own_port, virtual_port};
 
 #[test]
 fn status_lists_every_reason() {
@@ -87,41 +87,6 @@ fn each_ordinary_reason_is_counted_for_what_it_says() {
     });
 }
 
-/// A daemon that is gone must not refuse for ever.
-#[test]
-fn refusals_end_when_the_daemon_has_been_gone_for_long_enough() {
-    for policy in ["least-connections", "round-robin", "source-hash"] {
-        Machine::with(|machine| {
-            let yaml = virtual_port(policy, 2, &["quota: {per_backend: 3}"]);
-            let mut balancer = Balancer::start(machine, &format!("{yaml}fail_open_after: 1s\n"));
-            let mut listeners = farm(2);
-            let mut clients = tcp::connect_many(agents(), 10);
-            assert_eq!(agree(&balancer, &mut listeners), [3, 3]);
-            assert!(balancer.status().agent.alive);
-            balancer.stop(Signal::SIGKILL);
-            clients.push(eventually(Duration::from_secs(4), || {
-                tcp::connect(agents())
-                    .ok()
-                    .ok_or_else(|| anyhow::anyhow!("still refused"))
-            }));
-            let status = balancer.status();
-            assert!(!status.agent.alive);
-            assert!(
-                status.agent.heartbeat_age_ms.is_some_and(|age| age >= 1000),
-                "{:?}",
-                status.agent
-            );
-            clients.extend(tcp::connect_many(agents(), 9));
-            let loads = agree(&balancer, &mut listeners);
-            assert_eq!(loads.iter().sum::<usize>(), 16, "all of them: {loads:?}");
-            assert!(balancer.service().verdicts("fail-open-stale") >= 10);
-            // The next daemon puts the quota in force again.
-            balancer.launch();
-            assert!(tcp::connect(agents()).is_refused());
-        });
-    }
-}
-
 /// The daemon is gone and the backend hangs: no refusal either, the kernel decides.
 #[test]
 fn a_stale_daemon_refuses_nobody_for_a_full_queue() {
@@ -139,30 +104,6 @@ fn a_stale_daemon_refuses_nobody_for_a_full_queue() {
         let service = balancer.service();
         assert_eq!(service.verdicts("accept-queue-full"), 0);
         assert!(service.verdicts("fail-open-error") > 0, "{service:?}");
-    });
-}
-
-/// A second program in the namespace, attached before ours, has chosen already.
-#[test]
-fn another_sk_lookup_program_is_left_alone() {
-    Machine::with(|machine| {
-        let foreign = Balancer::start(
-            machine,
-            &virtual_port_of("least-connections", "\"127.0.0.1:22000\"", &[]),
-        );
-        let ours = Balancer::start(
-            machine,
-            &virtual_port("least-connections", 1, &["quota: {per_backend: 2}"]),
-        );
-        let mut theirs = Listen::on("127.0.0.1:22000").open();
-        let mut listeners = farm(1);
-        let clients = tcp::connect_many(agents(), 5);
-        assert_eq!(clients.len(), 5, "nothing is refused");
-        assert_eq!((theirs.accept_all(), listeners[0].accept_all()), (5, 0));
-        let service = ours.service();
-        assert!(service.verdicts("foreign-sk-lookup") >= 5, "{service:?}");
-        assert_eq!(service.established(), 0);
-        assert_eq!(foreign.service().established(), 5);
     });
 }
 
