@@ -13,7 +13,7 @@ use serde_json::json;
 use testkit::fixtures::{Balancer, Machine, Netns, Signal};
 
 use crate::drive::visit;
-use crate::hold::Crowd;
+use crate::hold::HeldConnections;
 use crate::interrupt;
 use crate::peers::{FRONT, balancer_file};
 use crate::report::{Goal, Rows, Section};
@@ -145,7 +145,7 @@ fn quotas(rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let balancer = Balancer::start(&machine, &balancer_file(POLICIES[0], USUAL, Some(1)));
     let servers = Servers::together(&machine, USUAL)?;
     balancer.wait_active(usize::from(USUAL));
-    let _full = Crowd::gather(&machine, servers.addresses().len(), &[FRONT])?;
+    let _full = HeldConnections::gather(&machine, servers.addresses().len(), &[FRONT])?;
     let done = beside_a_client(&machine, None, |changes| {
         let (mut raised, mut lowered) = (Vec::new(), Vec::new());
         hear(changes, false)?;

@@ -54,9 +54,9 @@ fn connect(from: Ipv4Addr, to: SocketAddr) -> std::io::Result<Socket> {
 }
 
 /// Processes that hold connections.
-pub struct Crowd(Vec<Helper>);
+pub struct HeldConnections(Vec<Helper>);
 
-impl Crowd {
+impl HeldConnections {
     /// Opens so many to these addresses in turn, and returns when all are there.
     ///
     /// # Errors
@@ -78,13 +78,13 @@ impl Crowd {
             interrupt::check()?;
             helper.read()?;
         }
-        let mut crowd = Self(helpers);
-        let held = crowd.len()?;
+        let mut connections = Self(helpers);
+        let held = connections.len()?;
         ensure!(
             held == number,
             "{held} connections are held instead of {number}"
         );
-        Ok(crowd)
+        Ok(connections)
     }
 
     fn len(&mut self) -> Result<usize> {

@@ -12,7 +12,7 @@ use serde_json::json;
 use testkit::fixtures::{Balancer, Machine};
 
 use crate::drive::{Visits, drive};
-use crate::hold::Crowd;
+use crate::hold::HeldConnections;
 use crate::peers::envoy::{Envoy, Layer};
 use crate::peers::haproxy::Haproxy;
 use crate::peers::{FRONT, balancer_file, nft, set_policy};
@@ -269,7 +269,7 @@ struct Full<'a> {
     machines: &'a [Machine; 3],
     // Dropped in this order: nobody hangs on to a machine that is gone.
     _balancer: Balancer<'a>,
-    _held: [Crowd; 2],
+    _held: [HeldConnections; 2],
     _servers: [Servers; 3],
 }
 
@@ -299,8 +299,8 @@ impl<'a> Full<'a> {
         nft::limit(nft, FIRST_PORT..=FIRST_PORT + USUAL - 1, FULL)?;
         let held = usize::try_from(FULL)? * usize::from(USUAL);
         let held = [
-            Crowd::gather(nft, held, &serve::backends(USUAL))?,
-            Crowd::gather(steered, held, &[local(FULL_PORT)])?,
+            HeldConnections::gather(nft, held, &serve::backends(USUAL))?,
+            HeldConnections::gather(steered, held, &[local(FULL_PORT)])?,
         ];
         Ok(Self {
             machines,

@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 use testkit::fixtures::{Balancer, Machine, Service, Signal, diag};
 
-use crate::hold::{Crowd, MOST};
+use crate::hold::{HeldConnections, MOST};
 use crate::interrupt;
 use crate::peers::{FRONT, balancer_file};
 use crate::report::{Goal, Rows, Section};
@@ -116,7 +116,7 @@ fn without(
     let machine = machine();
     let mut servers = Servers::apart(&machine, backends)?;
     let to = servers.addresses().to_vec();
-    let (crowd, grown) = gather(&machine, connections, &to)?;
+    let (held, grown) = gather(&machine, connections, &to)?;
     let file = balancer_file(POLICIES[0], backends, None);
     let mut balancer = Balancer::prepare(&machine, &file).with_arguments(&COMPARISONS_LOG);
     let began = Instant::now();
@@ -125,7 +125,7 @@ fn without(
     let ports: Vec<_> = to.iter().map(SocketAddr::port).collect();
     let exact = is_exact(&machine, &ports, &balancer, &mut servers)?;
     let daemon = observe(&balancer, window)?;
-    drop(crowd);
+    drop(held);
     balancer.stop(Signal::SIGINT);
     Ok((grown, adopt_ms, daemon, exact))
 }
@@ -142,7 +142,7 @@ fn with(
     balancer.launch();
     let mut servers = Servers::apart(&machine, backends)?;
     balancer.wait_active(usize::from(backends));
-    let (crowd, grown) = gather(&machine, connections, &[FRONT])?;
+    let (held, grown) = gather(&machine, connections, &[FRONT])?;
     let mut exact = is_exact(&machine, &[FRONT.port()], &balancer, &mut servers)?;
     let daemon = observe(&balancer, window)?;
     let status_ms = status_time(&balancer);
@@ -151,7 +151,7 @@ fn with(
     balancer.launch();
     let takeover_ms = milliseconds(began);
     exact &= is_exact(&machine, &[FRONT.port()], &balancer, &mut servers)?;
-    drop(crowd);
+    drop(held);
     balancer.wait_until(|service| service.established() == 0);
     let agent = balancer.status().agent;
     exact &= agent.repairs == Some(0) && agent.drift == Some(0);
@@ -177,16 +177,20 @@ fn reserved() -> String {
 }
 
 /// Opens the connections; the slab memory that they took, a connection, by cache.
-fn gather(machine: &Machine, connections: usize, to: &[SocketAddr]) -> Result<(Crowd, Grown)> {
+fn gather(
+    machine: &Machine,
+    connections: usize,
+    to: &[SocketAddr],
+) -> Result<(HeldConnections, Grown)> {
     interrupt::pause(SETTLES)?;
     let before = Slab::read()?;
-    let crowd = Crowd::gather(machine, connections, to)?;
+    let held = HeldConnections::gather(machine, connections, to)?;
     interrupt::pause(SETTLES)?;
     let mut grown = Slab::read()?.since(&before);
     for bytes in grown.values_mut() {
         *bytes /= as_f64(connections);
     }
-    Ok((crowd, grown))
+    Ok((held, grown))
 }
 
 /// Whether the counts are those of the socket table in all, and those of each server's process.
@@ -205,14 +209,14 @@ fn is_exact(
         .iter()
         .map(|address| service.backend(*address).established.into())
         .collect();
-    let truth = servers.loads()?;
+    let accepted = servers.loads()?;
     let total: usize = usize::try_from(counted.iter().sum::<u64>())?;
-    if total != table || counted != truth {
+    if total != table || counted != accepted {
         eprintln!(
-            "counts differ: {counted:?} counted, {truth:?} accepted, {table} in the socket table"
+            "counts differ: {counted:?} counted, {accepted:?} accepted, {table} in the socket table"
         );
     }
-    Ok(total == table && counted == truth)
+    Ok(total == table && counted == accepted)
 }
 
 fn observe(balancer: &Balancer<'_>, window: Duration) -> Result<Daemon> {

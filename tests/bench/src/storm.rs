@@ -179,14 +179,14 @@ fn round(settings: &Settings, name: &'static str) -> Result<Seen> {
         half: percentile(&times, 50),
         all: percentile(&times, 100),
         evenness: max_over_mean(&loads),
-        failed: as_f64(clients.book.failed.load(Ordering::Relaxed)),
+        failed: as_f64(clients.counters.failed.load(Ordering::Relaxed)),
         megabytes: subject.resident()?,
     })
 }
 
 /// What all clients write down.
 #[derive(Default)]
-struct Book {
+struct Counters {
     /// How many have been served: for the first time, and again.
     served: [AtomicUsize; 2],
     came_back: Mutex<Vec<Instant>>,
@@ -195,13 +195,13 @@ struct Book {
 
 /// The clients; gone when dropped.
 struct Clients {
-    book: Arc<Book>,
+    counters: Arc<Counters>,
     runtime: Option<Runtime>,
 }
 
 impl Clients {
     fn arrive(machine: &Machine) -> Result<Self> {
-        let book = Arc::new(Book::default());
+        let counters = Arc::new(Counters::default());
         // Its threads begin where the thread is that starts them.
         let runtime = machine.netns.run(|| {
             Builder::new_multi_thread()
@@ -211,10 +211,10 @@ impl Clients {
         });
         let runtime = runtime.context("cannot start a runtime")?;
         for _ in 0..CLIENTS {
-            runtime.spawn(live(Arc::clone(&book)));
+            runtime.spawn(live(Arc::clone(&counters)));
         }
         Ok(Self {
-            book,
+            counters,
             runtime: Some(runtime),
         })
     }
@@ -223,25 +223,25 @@ impl Clients {
     fn wait(&self, again: usize) -> Result<()> {
         let deadline = Instant::now() + PLACED_WITHIN;
         loop {
-            let served = self.book.served[again].load(Ordering::Relaxed);
+            let served = self.counters.served[again].load(Ordering::Relaxed);
             if served >= CLIENTS {
                 // Failures of the beginning don't count.
                 if again == 0 {
-                    self.book.failed.store(0, Ordering::Relaxed);
+                    self.counters.failed.store(0, Ordering::Relaxed);
                 }
                 return Ok(());
             }
             ensure!(
                 Instant::now() < deadline,
                 "only {served} of {CLIENTS} clients were served within {PLACED_WITHIN:?}, with {} failed attempts",
-                self.book.failed.load(Ordering::Relaxed)
+                self.counters.failed.load(Ordering::Relaxed)
             );
             interrupt::pause(Duration::from_millis(10))?;
         }
     }
 
     fn came_back(&self) -> Vec<Instant> {
-        let times = &self.book.came_back;
+        let times = &self.counters.came_back;
         times.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -255,18 +255,18 @@ impl Drop for Clients {
 }
 
 /// A client that wants one connection, always.
-async fn live(book: Arc<Book>) {
+async fn live(counters: Arc<Counters>) {
     let mut times = 0;
     loop {
         let Ok(Ok(mut stream)) = timeout(PATIENCE, connect()).await else {
-            book.failed.fetch_add(1, Ordering::Relaxed);
+            counters.failed.fetch_add(1, Ordering::Relaxed);
             sleep(RETRY).await;
             continue;
         };
-        if let Some(served) = book.served.get(times) {
+        if let Some(served) = counters.served.get(times) {
             if times == 1 {
                 let now = Instant::now();
-                let times = &book.came_back;
+                let times = &counters.came_back;
                 times
                     .lock()
                     .unwrap_or_else(PoisonError::into_inner)

@@ -10,7 +10,8 @@ use testkit::fixtures::wire::Wire;
 use testkit::fixtures::{Balancer, Machine, Service};
 
 use crate::support::{
-    agents, agree, at, connections, cpus, farm, group, own_port, refusals, storm, virtual_port,
+    agents, agree, at, connections, cpus, group, open_listeners, own_port, refusals, storm,
+    virtual_port,
 };
 
 #[test]
@@ -20,7 +21,7 @@ fn quota_of_a_virtual_port_is_exact_on_each_backend() {
             machine,
             &virtual_port("least-connections", 4, &["quota: {per_backend: 10}"]),
         );
-        let mut listeners = farm(4);
+        let mut listeners = open_listeners(4);
         let outcomes: Vec<_> = (0..60).map(|_| tcp::connect(agents())).collect();
         assert_eq!(refusals(&outcomes), 20);
         let clients = connections(outcomes);
@@ -74,7 +75,7 @@ fn a_backend_over_quota_is_steered_around() {
             machine,
             &virtual_port("source-hash", 3, &["quota: {per_backend: 10}"]),
         );
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         // One source: all of them want the same backend.
         let clients = tcp::connect_many(agents(), 25);
         assert_eq!(clients.len(), 25);
@@ -91,7 +92,7 @@ fn concurrent_connects_stay_within_the_quota() {
             machine,
             &virtual_port("least-connections", 3, &["quota: {per_backend: 50}"]),
         );
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         let outcomes = storm(8, 60, agents());
         let refused = refusals(&outcomes);
         let clients = connections(outcomes);
@@ -204,7 +205,7 @@ fn a_quota_set_by_hand_is_in_force_at_the_next_syn() {
             machine,
             &virtual_port("least-connections", 2, &["quota: {per_backend: 5}"]),
         );
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let mut clients = tcp::connect_many(agents(), 20);
         assert_eq!(agree(&balancer, &mut listeners), [5, 5]);
         balancer.quota_set("agents", None, 8);
@@ -272,7 +273,7 @@ fn a_quota_changed_under_load_holds() {
 fn quota_zero_closes_a_backend_by_hand() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[]));
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let mut clients = tcp::connect_many(agents(), 4);
         let slot = balancer.service().backend(crate::support::backend(0)).slot;
         balancer.quota_set("agents", Some(slot), 0);
@@ -295,7 +296,7 @@ fn a_computed_quota_follows_the_number_of_backends() {
     Machine::with(|machine| {
         let quota = "quota: {clients: 100, connections_per_client: 2, headroom: 20%}";
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 3, &[quota]));
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         balancer.wait_until(|service| quotas(service) == [Some(80); 3]);
         drop(listeners.pop());
         balancer.wait_until(|service| quotas(service) == [Some(120); 2]);
@@ -336,7 +337,7 @@ fn quota_show_tells_the_rule_and_what_was_set_by_hand() {
     Machine::with(|machine| {
         let yaml = virtual_port("least-connections", 2, &["quota: {per_backend: 7}"]);
         let balancer = Balancer::start(machine, &yaml);
-        let _listeners = farm(2);
+        let _listeners = open_listeners(2);
         balancer.wait_until(|service| quotas(service) == [Some(7); 2]);
         let before = shown(&balancer);
         assert_eq!(before["schema"], 1);

@@ -3,7 +3,7 @@
 use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::{Balancer, Machine};
 
-use crate::support::{agents, agree, farm, own_port, virtual_port};
+use crate::support::{agents, agree, open_listeners, own_port, virtual_port};
 
 /// A wrong file: the line of its error if one can be named, what the error must name, the file.
 type Bad = (Option<u32>, &'static [&'static str], &'static str);
@@ -108,7 +108,7 @@ fn a_bad_file_at_a_reload_leaves_the_old_one_in_force() {
     Machine::with(|machine| {
         let good = virtual_port("least-connections", 2, &["quota: {per_backend: 4}"]);
         let balancer = Balancer::start(machine, &good);
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let mut clients = tcp::connect_many(agents(), 3);
         for (round, (_, words, yaml)) in BAD.iter().enumerate() {
             balancer.configure(yaml);
@@ -160,7 +160,7 @@ fn a_reload_can_change_everything_about_a_service() {
         balancer.configure(&virtual_port("round-robin", 2, &["exempt: [127.0.9.0/24]"]));
         balancer.reload();
         balancer.wait_for_log("reloaded", 0);
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let more = tcp::connect_many(agents(), 10);
         assert_eq!((more.len(), own.accept_all()), (10, 0));
         assert_eq!(crate::support::loads(&mut listeners), [5, 5]);

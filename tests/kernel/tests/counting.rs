@@ -13,7 +13,7 @@ use testkit::fixtures::wire::{Segment, Wire, flag};
 use testkit::fixtures::{Balancer, Machine, diag, eventually};
 
 use crate::support::{
-    accept_each, agents, agree, at, by_address, counts, farm, own_port, virtual_port,
+    accept_each, agents, agree, at, by_address, counts, open_listeners, own_port, virtual_port,
 };
 
 const CASES: u32 = 10;
@@ -83,7 +83,7 @@ fn event() -> impl Strategy<Value = Event> {
 }
 
 /// Both services with their listeners, and all that clients and servers hold.
-struct World<'a> {
+struct Fixture<'a> {
     balancer: Balancer<'a>,
     kinds: Vec<Listen>,
     listeners: Vec<Listener>,
@@ -95,7 +95,7 @@ struct World<'a> {
     next: u32,
 }
 
-impl<'a> World<'a> {
+impl<'a> Fixture<'a> {
     fn new(machine: &'a Machine) -> Self {
         let balancer = Balancer::start(machine, SERVICES);
         let kinds = vec![
@@ -218,7 +218,7 @@ impl<'a> World<'a> {
         eventually(Duration::from_secs(3), || {
             let status = self.balancer.status();
             let counted = by_address(status.services.iter().flat_map(counts));
-            let real = self.truth();
+            let real = self.socket_table();
             ensure!(
                 counted == real,
                 "counted {counted:?}, in the socket table {real:?}"
@@ -227,7 +227,7 @@ impl<'a> World<'a> {
         });
     }
 
-    fn truth(&mut self) -> BTreeMap<SocketAddr, Vec<usize>> {
+    fn socket_table(&mut self) -> BTreeMap<SocketAddr, Vec<usize>> {
         accept_each(&mut self.listeners);
         let mut established: Vec<_> = diag::accepted(11800);
         established.extend(diag::accepted(11802));
@@ -273,12 +273,12 @@ fn counts_equal_the_socket_table_after_any_events() {
     };
     let outcome = TestRunner::new(config).run(&prop::collection::vec(event(), EVENTS), |events| {
         Machine::with(|machine| {
-            let mut world = World::new(machine);
+            let mut fixture = Fixture::new(machine);
             for stretch in events.chunks(STRETCH) {
                 for event in stretch {
-                    world.apply(event);
+                    fixture.apply(event);
                 }
-                world.compare();
+                fixture.compare();
             }
         });
         Ok(())
@@ -290,7 +290,7 @@ fn counts_equal_the_socket_table_after_any_events() {
 fn connections_that_nobody_accepted_leave_with_their_listener() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 1, &[]));
-        let listener = farm(1).remove(0);
+        let listener = open_listeners(1).remove(0);
         let clients = tcp::connect_many(agents(), 20);
         balancer.wait_until(|service| service.established() == 20);
         drop(listener);

@@ -3,7 +3,7 @@
 use testkit::fixtures::tcp::Listen;
 use testkit::fixtures::{Balancer, Machine};
 
-use crate::support::{agents, farm, virtual_port};
+use crate::support::{agents, open_listeners, virtual_port};
 
 /// The names of the checks with this status.
 fn with_status(balancer: &Balancer, status: &str) -> Vec<String> {
@@ -37,7 +37,7 @@ const SUBJECTS: [&str; 6] = [
 fn a_machine_in_order_is_said_to_be_so() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[]));
-        let _listeners = farm(2);
+        let _listeners = open_listeners(2);
         let fine = with_status(&balancer, "ok");
         for subject in SUBJECTS {
             assert!(

@@ -8,7 +8,7 @@ use proptest::test_runner::{Config, TestRunner};
 use testkit::fixtures::tcp::{self, Listener, Outcome};
 use testkit::fixtures::{Balancer, Explanation, Machine};
 
-use crate::support::{agents, farm, group, landing, own_port, virtual_port};
+use crate::support::{agents, group, landing, open_listeners, own_port, virtual_port};
 
 /// Of the 1,400 in all.
 const SOURCES_EACH: usize = 200;
@@ -82,7 +82,7 @@ fn with_least_connections() {
     Machine::with(|machine| {
         explained(
             &virtual_port("least-connections", 4, &[]),
-            || farm(4),
+            || open_listeners(4),
             machine,
         );
     });
@@ -91,7 +91,11 @@ fn with_least_connections() {
 #[test]
 fn with_round_robin() {
     Machine::with(|machine| {
-        explained(&virtual_port("round-robin", 5, &[]), || farm(5), machine);
+        explained(
+            &virtual_port("round-robin", 5, &[]),
+            || open_listeners(5),
+            machine,
+        );
     });
 }
 
@@ -101,7 +105,7 @@ fn with_round_robin_and_weights() {
         let backends = r#"{address: "127.0.0.1:21000", weight: 3}, "127.0.0.1:21001", {address: "127.0.0.1:21002", weight: 2}"#;
         explained(
             &crate::support::virtual_port_of("round-robin", backends, &[]),
-            || farm(3),
+            || open_listeners(3),
             machine,
         );
     });
@@ -110,7 +114,11 @@ fn with_round_robin_and_weights() {
 #[test]
 fn with_source_hash() {
     Machine::with(|machine| {
-        explained(&virtual_port("source-hash", 5, &[]), || farm(5), machine);
+        explained(
+            &virtual_port("source-hash", 5, &[]),
+            || open_listeners(5),
+            machine,
+        );
     });
 }
 
@@ -118,7 +126,11 @@ fn with_source_hash() {
 fn with_quotas_and_exempt_sources() {
     Machine::with(|machine| {
         let rest = ["quota: {per_backend: 20}", "exempt: [127.128.0.0/10]"];
-        let explanations = explained(&virtual_port("source-hash", 3, &rest), || farm(3), machine);
+        let explanations = explained(
+            &virtual_port("source-hash", 3, &rest),
+            || open_listeners(3),
+            machine,
+        );
         for reason in ["steered", "over-quota", "exempt"] {
             let number = explanations
                 .iter()

@@ -7,7 +7,7 @@ use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::wire::Wire;
 use testkit::fixtures::{Balancer, Machine, Signal};
 
-use crate::support::{agents, agree, farm, own_port, virtual_port};
+use crate::support::{agents, agree, open_listeners, own_port, virtual_port};
 
 /// Longer than a SYN-ACK waits before it is sent again: from then on a half-open connection is not expected to complete.
 const NO_LONGER_YOUNG: Duration = Duration::from_millis(1_300);
@@ -18,7 +18,7 @@ fn computed_quotas_far_below_what_stands_refuse_nobody() {
     Machine::with(|machine| {
         let yaml = virtual_port("least-connections", 2, &["quota: {clients: 4}"]);
         let balancer = Balancer::start(machine, &format!("{yaml}fail_open_after: 5m\n"));
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         balancer.wait_until(|service| {
             service
                 .backends

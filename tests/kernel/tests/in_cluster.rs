@@ -19,9 +19,9 @@ use testkit::kubernetes::{ApiServer, Kubectl};
 const SETTLES_WITHIN: Duration = Duration::from_secs(40);
 const PORT: u16 = 11800;
 /// Where the balancer's own objects are.
-const HOME: &str = "balancer-system";
+const SYSTEM: &str = "balancer-system";
 /// What the OAPs are in.
-const SHOP: &str = "skywalking";
+const OAPS: &str = "skywalking";
 /// The node that the daemon under test is on.
 const NODE: &str = "node1";
 
@@ -70,11 +70,11 @@ impl<'a> Cluster<'a> {
     fn start(machine: &'a Machine) -> Self {
         let api = ApiServer::start(&machine.netns);
         api.admin().apply(&objects::list(&[
-            objects::namespace(HOME),
-            objects::namespace(SHOP),
+            objects::namespace(SYSTEM),
+            objects::namespace(OAPS),
             objects::node(NODE),
             objects::node("node2"),
-            objects::service_account(HOME, "balancer"),
+            objects::service_account(SYSTEM, "balancer"),
             service(),
         ]));
         api.admin().apply(&rights());
@@ -83,7 +83,7 @@ impl<'a> Cluster<'a> {
 
     /// A daemon with this quota, under the balancer's own service account.
     fn balancer(&self, quota: &str) -> Balancer<'a> {
-        self.balancer_as(&self.api.account(HOME, "balancer"), quota)
+        self.balancer_as(&self.api.account(SYSTEM, "balancer"), quota)
     }
 
     fn balancer_as(&self, account: &Kubectl, quota: &str) -> Balancer<'a> {
@@ -92,7 +92,7 @@ impl<'a> Cluster<'a> {
             ("KUBECONFIG", &kubeconfig),
             ("NODE_NAME", NODE),
             ("POD_NAME", "balancer-x"),
-            ("POD_NAMESPACE", HOME),
+            ("POD_NAMESPACE", SYSTEM),
             ("NODE_IP", "10.89.0.11"),
         ])
     }
@@ -122,7 +122,7 @@ impl<'a> Cluster<'a> {
 
     /// Writes which pods serve the Service.
     fn serve(&self, endpoints: &[Endpoint]) {
-        let mut slice = objects::endpoint_slice(SHOP, "oap-1", "oap", &[("grpc", PORT)], endpoints);
+        let mut slice = objects::endpoint_slice(OAPS, "oap-1", "oap", &[("grpc", PORT)], endpoints);
         for endpoint in slice["endpoints"].as_array_mut().expect("a list") {
             let name = endpoint["targetRef"]["name"]
                 .as_str()
@@ -139,8 +139,8 @@ impl<'a> Cluster<'a> {
             .iter()
             .map(|(pod, established)| {
                 json!({
-                    "group": {"entry": "agents", "service": {"namespace": SHOP, "name": "oap"}, "port": PORT},
-                    "pod": {"namespace": SHOP, "name": pod},
+                    "group": {"entry": "agents", "service": {"namespace": OAPS, "name": "oap"}, "port": PORT},
+                    "pod": {"namespace": OAPS, "name": pod},
                     "uid": uid(pod),
                     "slot": 0,
                     "address": "10.244.2.9",
@@ -159,7 +159,7 @@ impl<'a> Cluster<'a> {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {
-                "namespace": HOME,
+                "namespace": SYSTEM,
                 "name": format!("balancer-{node}"),
                 "labels": {"app.kubernetes.io/name": "balancer", "app.kubernetes.io/component": "publication"},
             },
@@ -222,17 +222,17 @@ fn service() -> Value {
         ("release", "skywalking"),
     ];
     objects::labelled(
-        objects::service(SHOP, "oap", &[("rest", 12800), ("grpc", PORT)]),
+        objects::service(OAPS, "oap", &[("rest", 12800), ("grpc", PORT)]),
         &labels,
     )
 }
 
 /// What the chart gives the daemon.
 fn rights() -> Value {
-    let mut role = objects::cluster_role("balancer", (HOME, "balancer"), &cluster_rules());
+    let mut role = objects::cluster_role("balancer", (SYSTEM, "balancer"), &cluster_rules());
     let home = objects::cluster_role(
         "balancer-home",
-        (HOME, "balancer"),
+        (SYSTEM, "balancer"),
         &[
             (
                 "",
@@ -283,7 +283,7 @@ fn publication(cluster: &Cluster) -> anyhow::Result<Value> {
         "configmap",
         "balancer-node1",
         "-n",
-        HOME,
+        SYSTEM,
     ];
     let got = cluster.api.admin().attempt(&get);
     ensure!(got.code == 0, "{}", got.stderr);
@@ -312,7 +312,7 @@ fn wait_for_quota(balancer: &Balancer, quota: Option<u32>, words: &str) {
 }
 
 /// The machine's host namespace with the address that clients come from.
-fn scene(test: impl FnOnce(&Cluster) + Send) {
+fn with_cluster(test: impl FnOnce(&Cluster) + Send) {
     Machine::with(|machine| {
         machine.netns.add_address(CLIENT);
         let cluster = Cluster::start(machine);
@@ -327,7 +327,7 @@ fn with_route_back(pod: &Pod) {
 
 #[test]
 fn a_pod_that_listens_is_found_counted_and_limited() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let (pod, stranger) = (cluster.pod(5), cluster.pod(6));
         with_route_back(&pod);
         with_route_back(&stranger);
@@ -373,7 +373,7 @@ fn a_pod_that_listens_is_found_counted_and_limited() {
 
 #[test]
 fn quotas_follow_the_pods_that_are_ready() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint()]);
@@ -395,7 +395,7 @@ fn quotas_follow_the_pods_that_are_ready() {
 
 #[test]
 fn what_all_agents_counted_is_shared_out() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1), elsewhere(2)]);
@@ -473,22 +473,22 @@ fn what_all_agents_counted_is_shared_out() {
 
 #[test]
 fn monitored_pods_are_counted() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1)]);
         let java = |name: &str| {
             objects::labelled(
-                objects::pod(SHOP, name, "node2", &["10.244.2.50"]),
+                objects::pod(OAPS, name, "node2", &["10.244.2.50"]),
                 &[("agent", "java")],
             )
         };
         cluster.api.admin().apply(&objects::list(&[
-            objects::service_account(SHOP, "default"),
+            objects::service_account(OAPS, "default"),
             java("shop-1"),
             java("shop-2"),
             objects::labelled(
-                objects::pod(SHOP, "mesh-1", "node2", &["10.244.2.51"]),
+                objects::pod(OAPS, "mesh-1", "node2", &["10.244.2.51"]),
                 &[("sidecar", "envoy")],
             ),
         ]));
@@ -503,7 +503,7 @@ fn monitored_pods_are_counted() {
         cluster
             .api
             .admin()
-            .patch_status("pod", SHOP, "shop-3", &json!({"phase": "Succeeded"}));
+            .patch_status("pod", OAPS, "shop-3", &json!({"phase": "Succeeded"}));
         eventually(SETTLES_WITHIN, || {
             let sentence = group(&balancer)?["sentence"].to_string();
             ensure!(sentence.contains("2 pods × 10"), "{sentence}");
@@ -514,7 +514,7 @@ fn monitored_pods_are_counted() {
 
 #[test]
 fn a_missing_permission_is_named_and_its_return_noticed() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1)]);
@@ -586,7 +586,7 @@ fn while_the_api_server_is_silent_quotas_hold_and_then_open() {
 
 #[test]
 fn an_api_server_that_hangs_harms_nobody() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1)]);
@@ -618,11 +618,11 @@ fn an_api_server_that_hangs_harms_nobody() {
 
 #[test]
 fn who_is_dismissed_takes_everything_along() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let set = json!({
             "apiVersion": "apps/v1",
             "kind": "DaemonSet",
-            "metadata": {"namespace": HOME, "name": "balancer"},
+            "metadata": {"namespace": SYSTEM, "name": "balancer"},
             "spec": {
                 "selector": {"matchLabels": {"app": "balancer"}},
                 "template": {
@@ -635,13 +635,13 @@ fn who_is_dismissed_takes_everything_along() {
         let set = cluster
             .api
             .admin()
-            .get(&["daemonset", "balancer", "-n", HOME]);
-        let mut own = objects::pod(HOME, "balancer-x", NODE, &["10.89.0.11"]);
+            .get(&["daemonset", "balancer", "-n", SYSTEM]);
+        let mut own = objects::pod(SYSTEM, "balancer-x", NODE, &["10.89.0.11"]);
         own["metadata"]["ownerReferences"] = json!([{
             "apiVersion": "apps/v1", "kind": "DaemonSet", "name": "balancer", "uid": set["metadata"]["uid"], "controller": true,
         }]);
         cluster.api.admin().apply(&objects::list(&[
-            objects::service_account(HOME, "default"),
+            objects::service_account(SYSTEM, "default"),
             own,
         ]));
         let pod = cluster.pod(5);
@@ -668,7 +668,7 @@ fn who_is_dismissed_takes_everything_along() {
             "daemonset",
             "balancer",
             "-n",
-            HOME,
+            SYSTEM,
             "--cascade=orphan",
             "--wait=false",
         ]);
@@ -707,7 +707,7 @@ impl Drop for Server {
 
 #[test]
 fn a_pod_of_the_nodes_own_network_is_told_by_its_cgroup() {
-    scene(|cluster| {
+    with_cluster(|cluster| {
         let host: IpAddr = "10.89.0.11".parse().expect("an address");
         cluster.machine.netns.add_address(host);
         cluster.serve(&[Endpoint::new("10.89.0.11", "oap-host", NODE), elsewhere(1)]);

@@ -9,7 +9,9 @@ use std::time::Duration;
 use testkit::fixtures::tcp::{self, Listen, Outcome};
 use testkit::fixtures::{Balancer, Machine, Netns, Service, Signal, process};
 
-use crate::support::{agents, agree, backend, connections, farm, own_port, storm, virtual_port};
+use crate::support::{
+    agents, agree, backend, connections, open_listeners, own_port, storm, virtual_port,
+};
 
 /// Nothing listens on a virtual port: only a backend that is known already can take the first SYN.
 #[test]
@@ -35,7 +37,7 @@ fn a_listener_registers_itself_before_the_first_syn() {
 fn a_slot_is_closed_with_its_listener_and_freed_after_its_last_connection() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[]));
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let clients = tcp::connect_many(agents(), 10);
         agree(&balancer, &mut listeners);
         let closing = listeners.remove(0);
@@ -88,7 +90,7 @@ fn shutdown_and_listening_again_keeps_the_count() {
 fn clients_notice_no_rolling_restart() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 3, &[]));
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         let stop = AtomicBool::new(false);
         let (tried, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
         let restarts = 30;
@@ -172,7 +174,7 @@ fn a_new_daemon_goes_on_where_the_old_one_left() {
                 machine,
                 &virtual_port("least-connections", 2, &["quota: {per_backend: 10}"]),
             );
-            let mut listeners = farm(2);
+            let mut listeners = open_listeners(2);
             let mut clients = tcp::connect_many(agents(), 12);
             agree(&balancer, &mut listeners);
             balancer.stop(signal);
@@ -198,7 +200,7 @@ fn a_new_daemon_goes_on_where_the_old_one_left() {
 fn a_new_daemon_frees_the_slots_of_those_that_left() {
     Machine::with(|machine| {
         let mut balancer = Balancer::start(machine, &virtual_port("least-connections", 3, &[]));
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let _clients = tcp::connect_many(agents(), 4);
         balancer.stop(Signal::SIGKILL);
         drop(listeners.remove(0));
@@ -218,7 +220,7 @@ fn a_listener_of_another_namespace_is_no_backend() {
         let other = Netns::new();
         let _foreign = other.run(|| Listen::on(&backend(0)).open());
         assert!(tcp::connect(agents()).is_refused());
-        let mut listeners = farm(1);
+        let mut listeners = open_listeners(1);
         let _clients = tcp::connect_many(agents(), 5);
         assert_eq!(agree(&balancer, &mut listeners), [5]);
         assert_eq!(balancer.service().active(), 1);

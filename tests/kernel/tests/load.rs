@@ -8,7 +8,7 @@ use caps::{CapSet, Capability};
 use testkit::cost::{Cost, ProgramCost, Stack, measure};
 use testkit::fixtures::{Balancer, Finished, Machine, binary, patiently, preflight, process};
 
-use crate::support::{farm, virtual_port};
+use crate::support::{open_listeners, virtual_port};
 
 const LIMIT: Duration = Duration::from_millis(60);
 
@@ -28,7 +28,7 @@ fn programs_load_fast_with_256_members() {
                 .map(|program| loaded_in(&balancer.logs(), program))
                 .into_iter()
                 .max();
-            let listeners = farm(256);
+            let listeners = open_listeners(256);
             balancer.wait_active(256);
             drop(listeners);
             balancer.stop(testkit::fixtures::Signal::SIGINT);

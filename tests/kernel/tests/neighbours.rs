@@ -11,11 +11,11 @@ use anyhow::ensure;
 use aya_obj::generated::bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
 use balancer::sys::bpf::prog_query;
 use serde::Deserialize;
-use testkit::fixtures::foreign::{Answer, Attachment, Deed, Event, RTT_FLAG, SkLookup, SockOps};
+use testkit::fixtures::foreign::{Action, Answer, Attachment, Event, RTT_FLAG, SkLookup, SockOps};
 use testkit::fixtures::tcp::{self, Listen, Listener};
 use testkit::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventually, preflight};
 
-use crate::support::{agents, agree, at, backend, farm, loads, virtual_port};
+use crate::support::{agents, agree, at, backend, loads, open_listeners, virtual_port};
 
 /// A lasting drift is put right at the third comparison; they are a second apart, or more where they are dear.
 const PUT_RIGHT_WITHIN: Duration = Duration::from_secs(30);
@@ -86,7 +86,7 @@ impl Neighbourhood {
 }
 
 /// A balancer of two backends beside another `sock_ops` program.
-struct Scene<'a> {
+struct Fixture<'a> {
     place: Place,
     home: &'a Neighbourhood,
     balancer: Balancer<'a>,
@@ -94,14 +94,14 @@ struct Scene<'a> {
     neighbour: Option<Attachment>,
 }
 
-/// Plays a scene with the other program at each place.
-fn at_each_place(rules: &[(Event, Deed)], play: impl Fn(&mut Scene<'_>) + Sync) {
-    at_places(&Place::ALL, rules, play);
+/// Plays a fixture with the other program at each place.
+fn at_each_place(rules: &[(Event, Action)], check: impl Fn(&mut Fixture<'_>) + Sync) {
+    at_places(&Place::ALL, rules, check);
 }
 
-/// Plays a scene with the other program at these places, all at the same time.
-fn at_places(places: &[Place], rules: &[(Event, Deed)], play: impl Fn(&mut Scene<'_>) + Sync) {
-    let play = &play;
+/// Plays a fixture with the other program at these places, all at the same time.
+fn at_places(places: &[Place], rules: &[(Event, Action)], check: impl Fn(&mut Fixture<'_>) + Sync) {
+    let check = &check;
     thread::scope(|scope| {
         for &place in places {
             thread::Builder::new()
@@ -110,14 +110,14 @@ fn at_places(places: &[Place], rules: &[(Event, Deed)], play: impl Fn(&mut Scene
                     let home = Neighbourhood::new();
                     let program = SockOps::load("neighbour", rules);
                     home.machine
-                        .run(|| play(&mut Scene::set(&home, &program, place)));
+                        .run(|| check(&mut Fixture::set(&home, &program, place)));
                 })
                 .expect("a thread can be started");
         }
     });
 }
 
-impl<'a> Scene<'a> {
+impl<'a> Fixture<'a> {
     fn set(home: &'a Neighbourhood, program: &'a SockOps, place: Place) -> Self {
         let attach = || program.attach(home.cgroup(place));
         let early = (place == Place::Before).then(attach);
@@ -225,7 +225,7 @@ fn finding(balancer: &Balancer, name: &str) -> Finding {
 
 /// How many comparisons there were, by how much the last one found counts off, and how often one has put them right.
 #[track_caller]
-fn truth(balancer: &Balancer) -> (u64, u64, u64) {
+fn audit_counts(balancer: &Balancer) -> (u64, u64, u64) {
     let agent = balancer.status().agent;
     let all = agent.checks.zip(agent.drift).zip(agent.repairs);
     let ((checks, drift), repairs) = all.expect("status tells what the comparisons have found");
@@ -234,15 +234,15 @@ fn truth(balancer: &Balancer) -> (u64, u64, u64) {
 
 #[track_caller]
 fn repairs(balancer: &Balancer) -> u64 {
-    truth(balancer).2
+    audit_counts(balancer).2
 }
 
 /// Lets some comparisons pass, in which nothing may be off.
 #[track_caller]
 fn stays_right(balancer: &Balancer, repaired: u64) {
-    let until = truth(balancer).0 + COMPARISONS;
+    let until = audit_counts(balancer).0 + COMPARISONS;
     eventually(PUT_RIGHT_WITHIN, || {
-        let (checks, drift, repairs) = truth(balancer);
+        let (checks, drift, repairs) = audit_counts(balancer);
         assert_eq!((drift, repairs), (0, repaired), "{}", balancer.logs());
         ensure!(checks >= until, "{checks} comparisons, want {until}");
         Ok(())
@@ -252,19 +252,19 @@ fn stays_right(balancer: &Balancer, repaired: u64) {
 /// It wipes our flag before a connection enters ESTABLISHED: where it has the last word, the kernel half sees neither entry nor end.
 #[test]
 fn flags_replaced_on_new_connections() {
-    let rules = [(Event::Accepted, Deed::Replace(RTT_FLAG))];
-    at_each_place(&rules, |scene| {
-        let mut listener = [scene.home.listen(0)];
+    let rules = [(Event::Accepted, Action::Replace(RTT_FLAG))];
+    at_each_place(&rules, |fixture| {
+        let mut listener = [fixture.home.listen(0)];
         let mut clients = tcp::connect_many(agents(), 2);
-        scene.settle(&mut listener, &[2]);
-        clients.extend(scene.fill(&mut listener, 2, 3));
-        scene.is_named();
+        fixture.settle(&mut listener, &[2]);
+        clients.extend(fixture.fill(&mut listener, 2, 3));
+        fixture.is_named();
         clients.truncate(1);
-        scene.settle(&mut listener, &[1]);
-        clients.extend(scene.fill(&mut listener, 1, 4));
-        let logs = scene.balancer.logs();
-        let put_right = repairs(&scene.balancer) > 0;
-        let expected = if scene.place.is_last() {
+        fixture.settle(&mut listener, &[1]);
+        clients.extend(fixture.fill(&mut listener, 1, 4));
+        let logs = fixture.balancer.logs();
+        let put_right = repairs(&fixture.balancer) > 0;
+        let expected = if fixture.place.is_last() {
             (9, true)
         } else {
             (0, false)
@@ -273,10 +273,10 @@ fn flags_replaced_on_new_connections() {
             (unseen(&logs), put_right),
             expected,
             "{:?}: {logs}",
-            scene.place
+            fixture.place
         );
         drop(clients);
-        scene.moves_out(&mut listener);
+        fixture.moves_out(&mut listener);
     });
 }
 
@@ -288,61 +288,61 @@ fn unseen(logs: &str) -> u32 {
         .sum()
 }
 
-const CLEARS_LATER: [(Event, Deed); 3] = [
-    (Event::Accepted, Deed::Add(RTT_FLAG)),
-    (Event::Acknowledged, Deed::Count),
-    (Event::Acknowledged, Deed::Replace(0)),
+const CLEARS_LATER: [(Event, Action); 3] = [
+    (Event::Accepted, Action::Add(RTT_FLAG)),
+    (Event::Acknowledged, Action::Count),
+    (Event::Acknowledged, Action::Replace(0)),
 ];
 
 /// It wipes our flag while connections are established: the kernel half counts them and never sees their end, wherever it sits.
 #[test]
 fn flags_cleared_during_connections() {
-    at_each_place(&CLEARS_LATER, |scene| {
-        let mut listener = [scene.home.listen(0)];
+    at_each_place(&CLEARS_LATER, |fixture| {
+        let mut listener = [fixture.home.listen(0)];
         let mut exempt: Vec<_> = (0..2)
             .map(|_| tcp::connect_from(at(EXEMPT), agents()).connected())
             .collect();
-        let mut clients = scene.fill(&mut listener, 2, QUOTA);
+        let mut clients = fixture.fill(&mut listener, 2, QUOTA);
         for mut stream in &listener[0].accepted {
             stream.write_all(b"x").expect("it stands");
         }
         eventually(PUT_RIGHT_WITHIN, || {
-            let counted = scene.program.counted();
+            let counted = fixture.program.counted();
             ensure!(counted == 7, "it has cleared the flags of {counted}");
             Ok(())
         });
         clients.truncate(2);
         exempt.truncate(1);
-        scene.settle(&mut listener, &[3]);
-        assert_eq!(scene.balancer.service().backends[0].exempt, 1);
-        assert!(repairs(&scene.balancer) > 0);
-        scene.balancer.wait_for_log(
+        fixture.settle(&mut listener, &[3]);
+        assert_eq!(fixture.balancer.service().backends[0].exempt, 1);
+        assert!(repairs(&fixture.balancer) > 0);
+        fixture.balancer.wait_for_log(
             "backend 127.0.0.1:21000 (slot 0): the socket table has 3 connections, -4 (-1 exempt) against the count",
             0,
         );
-        clients.extend(scene.fill(&mut listener, 3, 3));
-        scene.is_named();
+        clients.extend(fixture.fill(&mut listener, 3, 3));
+        fixture.is_named();
         drop((clients, exempt));
-        scene.moves_out(&mut listener);
+        fixture.moves_out(&mut listener);
     });
 }
 
 /// The same while connections come and go, so that each comparison finds the count further off: what was off before is put right.
 #[test]
 fn flags_cleared_while_connections_keep_coming() {
-    at_places(&[Place::After], &CLEARS_LATER, |scene| {
-        let mut listener = [scene.home.listen(0)];
+    at_places(&[Place::After], &CLEARS_LATER, |fixture| {
+        let mut listener = [fixture.home.listen(0)];
         let mut served = 0;
         eventually(PUT_RIGHT_WITHIN, || {
             for _ in 0..20 {
                 served += u64::from(serve_one(&mut listener[0], EXEMPT));
             }
-            let repairs = repairs(&scene.balancer);
+            let repairs = repairs(&fixture.balancer);
             ensure!(repairs >= 3, "{repairs} repairs after {served} connections");
             Ok(())
         });
-        scene.settle(&mut listener, &[0]);
-        assert_eq!(scene.balancer.service().backends[0].exempt, 0);
+        fixture.settle(&mut listener, &[0]);
+        assert_eq!(fixture.balancer.service().backends[0].exempt, 0);
     });
 }
 
@@ -350,31 +350,31 @@ fn flags_cleared_while_connections_keep_coming() {
 #[test]
 fn flags_added() {
     let rules = [
-        (Event::Accepted, Deed::Add(RTT_FLAG)),
-        (Event::Acknowledged, Deed::Count),
+        (Event::Accepted, Action::Add(RTT_FLAG)),
+        (Event::Acknowledged, Action::Count),
     ];
-    at_each_place(&rules, |scene| {
-        let mut listener = [scene.home.listen(0)];
+    at_each_place(&rules, |fixture| {
+        let mut listener = [fixture.home.listen(0)];
         let clients = tcp::connect_many(agents(), 3);
-        scene.settle(&mut listener, &[3]);
-        let until = truth(&scene.balancer).0 + COMPARISONS;
+        fixture.settle(&mut listener, &[3]);
+        let until = audit_counts(&fixture.balancer).0 + COMPARISONS;
         let mut served = 0;
-        while truth(&scene.balancer).0 < until {
+        while audit_counts(&fixture.balancer).0 < until {
             for _ in 0..20 {
                 served += u64::from(serve_one(&mut listener[0], ORDINARY));
             }
         }
-        scene.settle(&mut listener, &[3]);
-        let counted = scene.program.counted();
+        fixture.settle(&mut listener, &[3]);
+        let counted = fixture.program.counted();
         assert!(
             served > 0 && counted >= served,
             "{:?}: it was called {counted} times for {served} connections",
-            scene.place
+            fixture.place
         );
-        scene.is_named();
+        fixture.is_named();
         drop(clients);
-        scene.moves_out(&mut listener);
-        assert_eq!(repairs(&scene.balancer), 0, "{:?}", scene.place);
+        fixture.moves_out(&mut listener);
+        assert_eq!(repairs(&fixture.balancer), 0, "{:?}", fixture.place);
     });
 }
 
@@ -396,50 +396,50 @@ fn serve_one(listener: &mut Listener, source: &str) -> bool {
 /// It wipes our flag from listeners: where it has the last word, the kernel half doesn't see them close.
 #[test]
 fn flags_cleared_on_listeners() {
-    let rules = [(Event::Listens, Deed::Replace(0))];
-    at_each_place(&rules, |scene| {
-        let mut listeners = vec![scene.home.listen(0), scene.home.listen(1)];
+    let rules = [(Event::Listens, Action::Replace(0))];
+    at_each_place(&rules, |fixture| {
+        let mut listeners = vec![fixture.home.listen(0), fixture.home.listen(1)];
         let mut clients = tcp::connect_many(agents(), 4);
-        scene.settle(&mut listeners, &[2, 2]);
+        fixture.settle(&mut listeners, &[2, 2]);
         let kept = listeners.remove(0).close();
         // Nobody is sent to the one that has closed, whether that was seen or not.
-        clients.extend(scene.fill(one(&mut listeners), 2, 3));
+        clients.extend(fixture.fill(one(&mut listeners), 2, 3));
         clients.truncate(4);
-        scene.settle(&mut listeners, &[2]);
-        let words = if scene.place.is_last() {
+        fixture.settle(&mut listeners, &[2]);
+        let words = if fixture.place.is_last() {
             "backend 127.0.0.1:21000 (slot 0): its listener is gone"
         } else {
             "127.0.0.1:21000 listens no more (slot 0)"
         };
         eventually(PUT_RIGHT_WITHIN, || {
-            let logs = scene.balancer.logs();
+            let logs = fixture.balancer.logs();
             ensure!(logs.contains(words), "{words:?} is not in the log:\n{logs}");
             Ok(())
         });
-        let service = scene.balancer.service();
+        let service = fixture.balancer.service();
         let old = |address| service.backends.iter().find(|old| old.address == address);
         let old = old(backend(0)).expect("it still has connections");
         assert_eq!((old.state.as_str(), old.established), ("closed", 2));
         // One that takes the address again is another backend.
-        listeners.push(scene.home.listen(0));
+        listeners.push(fixture.home.listen(0));
         clients.extend(tcp::connect_many(agents(), 2));
-        scene.settle(&mut listeners, &[2, 2]);
+        fixture.settle(&mut listeners, &[2, 2]);
         drop(kept);
         eventually(PUT_RIGHT_WITHIN, || {
-            let service = scene.balancer.service();
+            let service = fixture.balancer.service();
             let closed = service.backends.iter().any(|old| old.state == "closed");
             ensure!(!closed, "the old slot is not free: {service:?}");
             Ok(())
         });
-        scene.is_named();
+        fixture.is_named();
         drop((clients, listeners.pop()));
-        drop(scene.neighbour.take());
+        drop(fixture.neighbour.take());
         drop(listeners);
-        let mut listener = [scene.home.listen(0)];
-        scene.moves_out(&mut listener);
-        assert_eq!(repairs(&scene.balancer), 0, "{:?}", scene.place);
+        let mut listener = [fixture.home.listen(0)];
+        fixture.moves_out(&mut listener);
+        assert_eq!(repairs(&fixture.balancer), 0, "{:?}", fixture.place);
         drop(listener);
-        scene
+        fixture
             .balancer
             .wait_for_log("127.0.0.1:21000 listens no more", 0);
     });
@@ -517,20 +517,20 @@ fn an_exclusive_program_below() {
             let yaml = virtual_port("least-connections", 1, &REST);
             let balancer = Balancer::start(&home.machine, &yaml);
             let neighbour = before.or_else(|| Some(attach()));
-            let mut scene = Scene {
+            let mut fixture = Fixture {
                 place: Place::Below,
                 home: &home,
                 balancer,
                 program: &program,
                 neighbour,
             };
-            scene.is_named();
+            fixture.is_named();
             // Without the daemon it is the kernel half alone that registers and counts.
-            scene.balancer.stop(Signal::SIGKILL);
+            fixture.balancer.stop(Signal::SIGKILL);
             let mut listener = [home.listen(0)];
-            let clients = scene.fill(&mut listener, 0, QUOTA);
+            let clients = fixture.fill(&mut listener, 0, QUOTA);
             drop(clients);
-            scene.settle(&mut listener, &[0]);
+            fixture.settle(&mut listener, &[0]);
         });
     }
 }
@@ -554,9 +554,9 @@ struct Lookups<'a> {
 /// How the other program answers, given our listeners and its own.
 type Choice = for<'l> fn(&'l [Listener], &'l Listener) -> Answer<'l>;
 
-fn beside_sk_lookup(turn: Turn, choice: Choice, play: impl FnOnce(&mut Lookups<'_>) + Send) {
+fn beside_sk_lookup(turn: Turn, choice: Choice, check: impl FnOnce(&mut Lookups<'_>) + Send) {
     Machine::with(|machine| {
-        let (ours, theirs) = (farm(2), Listen::on("127.0.0.1:22000").open());
+        let (ours, theirs) = (open_listeners(2), Listen::on("127.0.0.1:22000").open());
         let program = SkLookup::load("neighbour", agents().port(), choice(&ours, &theirs));
         let attach = || program.attach(&machine.netns);
         let before = (turn == Turn::Before).then(attach);
@@ -570,8 +570,8 @@ fn beside_sk_lookup(turn: Turn, choice: Choice, play: impl FnOnce(&mut Lookups<'
             ours,
             theirs,
         };
-        play(&mut lookups);
-        let (_, drift, repairs) = truth(&lookups.balancer);
+        check(&mut lookups);
+        let (_, drift, repairs) = audit_counts(&lookups.balancer);
         assert_eq!((drift, repairs), (0, 0), "{turn:?}");
     });
 }

@@ -3,9 +3,9 @@
 
 mod adoption;
 mod every_step;
+mod fixture;
 mod pins;
 mod poisoned;
-mod scene;
 mod upgrade;
 
 use std::collections::BTreeMap;
@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 use testkit::fixtures::tcp::{self, Outcome};
 use testkit::fixtures::{Balancer, Machine, Signal, long, process};
 
+use self::fixture::{Fixture, Own, random_time};
 use self::pins::Traces;
-use self::scene::{Own, Scene, random_time};
-use crate::support::{agents, agree, farm, group, own_port, virtual_port};
+use crate::support::{agents, agree, group, open_listeners, own_port, virtual_port};
 
 /// Longer than a start takes on a machine that is not busy.
 const A_START: Duration = Duration::from_millis(600);
@@ -36,7 +36,7 @@ fn times(full: usize, short: usize) -> usize {
 #[test]
 fn a_kill_every_300_ms_costs_nothing() {
     Machine::with(|machine| {
-        let mut scene = Scene::start(machine, Own::Group);
+        let mut fixture = Fixture::start(machine, Own::Group);
         let end = Instant::now() + for_long(Duration::from_secs(30), Duration::from_secs(4));
         let (mut kills, mut ready) = (0, 0);
         while Instant::now() < end {
@@ -46,33 +46,33 @@ fn a_kill_every_300_ms_costs_nothing() {
                 0 => thread::sleep(pause),
                 1 => thread::sleep(random_time(2 * pause)),
                 _ => {
-                    scene.balancer.wait_ready();
+                    fixture.balancer.wait_ready();
                     thread::sleep(random_time(pause));
                 }
             }
-            ready += usize::from(scene.kill());
+            ready += usize::from(fixture.kill());
             kills += 1;
-            scene.balancer.spawn();
+            fixture.balancer.spawn();
         }
-        scene.kill();
-        scene.launch();
+        fixture.kill();
+        fixture.launch();
         println!("{kills} kills, {ready} of them of a daemon that was ready");
-        scene.finish("kill_every_300_ms");
+        fixture.finish("kill_every_300_ms");
     });
 }
 
 #[test]
 fn killed_twice_in_a_row() {
     Machine::with(|machine| {
-        let mut scene = Scene::start(machine, Own::Group);
+        let mut fixture = Fixture::start(machine, Own::Group);
         for _ in 0..times(20, 3) {
-            scene.kill();
-            scene.balancer.spawn();
+            fixture.kill();
+            fixture.balancer.spawn();
             thread::sleep(random_time(A_START));
-            scene.kill();
-            scene.launch();
+            fixture.kill();
+            fixture.launch();
         }
-        scene.finish("killed_twice_in_a_row");
+        fixture.finish("killed_twice_in_a_row");
     });
 }
 
@@ -81,19 +81,19 @@ fn killed_twice_in_a_row() {
 #[test]
 fn killed_at_any_moment_of_the_start() {
     Machine::with(|machine| {
-        let mut scene = Scene::late(machine, Own::Addresses);
+        let mut fixture = Fixture::late(machine, Own::Addresses);
         for round in 0..times(60, 8) {
-            scene.balancer.spawn();
+            fixture.balancer.spawn();
             thread::sleep(random_time(A_START));
-            scene.kill();
+            fixture.kill();
             if round % 2 == 0 {
-                scene.balancer.must(&["unload"]);
-                assert!(!scene.balancer.state().exists(), "unload clears it");
+                fixture.balancer.must(&["unload"]);
+                assert!(!fixture.balancer.state().exists(), "unload clears it");
             }
         }
-        scene.launch();
-        scene.press_virtual();
-        scene.finish("killed_at_any_moment_of_the_start");
+        fixture.launch();
+        fixture.press_virtual();
+        fixture.finish("killed_at_any_moment_of_the_start");
     });
 }
 
@@ -108,7 +108,7 @@ fn without_a_daemon_refusing_ends_and_steering_goes_on() {
         group as fn(usize) -> Vec<_>,
     )];
     for policy in ["least-connections", "round-robin", "source-hash"] {
-        cases.push((policy, virtual_port(policy, 2, &rest), farm));
+        cases.push((policy, virtual_port(policy, 2, &rest), open_listeners));
     }
     for (name, yaml, open) in cases {
         Machine::with(|machine| {
@@ -180,29 +180,33 @@ fn without_a_daemon_refusing_ends_and_steering_goes_on() {
 #[test]
 fn a_second_daemon_says_who_holds_it_and_harms_nobody() {
     Machine::with(|machine| {
-        let scene = Scene::start(machine, Own::Group);
-        let before = pins::pins(scene.balancer.state());
-        let heartbeat = || scene.balancer.status().agent;
+        let fixture = Fixture::start(machine, Own::Group);
+        let before = pins::pins(fixture.balancer.state());
+        let heartbeat = || fixture.balancer.status().agent;
         for _ in 0..times(50, 10) {
-            let mut command = scene.balancer.command(&["run", "--config"]);
-            command.arg(scene.balancer.config()).arg("--cgroup");
-            command.arg(scene.balancer.cgroup());
+            let mut command = fixture.balancer.command(&["run", "--config"]);
+            command.arg(fixture.balancer.config()).arg("--cgroup");
+            command.arg(fixture.balancer.cgroup());
             let second = machine
                 .netns
                 .run(|| process::output_within(&mut command, A_START * 10));
             let second = second.expect("the second daemon ends by itself");
             let complaint = String::from_utf8_lossy(&second.stderr).into_owned();
             assert_eq!(second.status.code(), Some(1), "{complaint}");
-            let pid = scene.balancer.pid().to_string();
+            let pid = fixture.balancer.pid().to_string();
             let names_it = complaint
                 .split(|char: char| !char.is_ascii_digit())
                 .any(|word| word == pid);
             assert!(names_it, "process {pid} is not named: {complaint}");
         }
-        assert_eq!(pins::pins(scene.balancer.state()), before, "it is unharmed");
+        assert_eq!(
+            pins::pins(fixture.balancer.state()),
+            before,
+            "it is unharmed"
+        );
         assert!(heartbeat().alive);
-        scene.balancer.quota_set("full", None, 2);
-        scene.finish("two_daemons");
+        fixture.balancer.quota_set("full", None, 2);
+        fixture.finish("two_daemons");
     });
 }
 
@@ -268,7 +272,7 @@ fn readers_and_starts_are_not_in_each_others_way() {
         agree(&balancer, &mut listeners);
         drop(clients);
         assert_eq!(agree(&balancer, &mut listeners), [0, 0]);
-        scene::assert_no_drift(&balancer);
+        fixture::assert_no_drift(&balancer);
         balancer.must(&["unload"]);
         assert!(balancer.wait().success());
         traces.assert_gone(machine, &balancer);

@@ -7,8 +7,8 @@ use testkit::fixtures::tcp::{self, Listen, Listener, Outcome};
 use testkit::fixtures::{Balancer, Machine};
 
 use crate::support::{
-    agents, agree, backend, connections, cpus, farm, group, landing, own_port, source, storm,
-    virtual_port, virtual_port_of,
+    agents, agree, backend, connections, cpus, group, landing, open_listeners, own_port, source,
+    storm, virtual_port, virtual_port_of,
 };
 
 fn spread(loads: &[usize]) -> usize {
@@ -19,7 +19,7 @@ fn spread(loads: &[usize]) -> usize {
 fn least_connections_evens_out() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 3, &[]));
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         let mut clients = tcp::connect_many(agents(), 152);
         assert_eq!(clients.len(), 152);
         assert!(spread(&agree(&balancer, &mut listeners)) <= 1);
@@ -38,7 +38,7 @@ fn least_connections_evens_out() {
 fn least_connections_evens_out_with_concurrent_clients() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 5, &[]));
-        let mut listeners = farm(5);
+        let mut listeners = open_listeners(5);
         let clients = connections(storm(8, 100, agents()));
         assert_eq!(clients.len(), 800);
         let loads = agree(&balancer, &mut listeners);
@@ -55,7 +55,7 @@ fn least_connections_is_exact_among_as_many_as_there_may_be() {
     Machine::with(|machine| {
         let quota = "quota: {per_backend: 2}";
         let balancer = Balancer::start(machine, &virtual_port("least-connections", MANY, &[quota]));
-        let mut listeners = farm(MANY);
+        let mut listeners = open_listeners(MANY);
         balancer.wait_active(MANY);
         let mut clients = tcp::connect_many(agents(), MANY);
         assert_eq!(agree(&balancer, &mut listeners), [1; MANY]);
@@ -70,7 +70,7 @@ fn least_connections_is_exact_among_as_many_as_there_may_be() {
 fn round_robin_is_exact_among_many() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("round-robin", MANY, &[]));
-        let mut listeners = farm(MANY);
+        let mut listeners = open_listeners(MANY);
         balancer.wait_active(MANY);
         let clients = tcp::connect_many(agents(), 3 * MANY);
         assert_eq!(clients.len(), 3 * MANY);
@@ -87,7 +87,7 @@ fn least_connections_minds_weights() {
             machine,
             &virtual_port_of("least-connections", backends, &[]),
         );
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         let clients = tcp::connect_many(agents(), 100);
         assert_eq!(clients.len(), 100);
         assert_eq!(agree(&balancer, &mut listeners), [60, 20, 20]);
@@ -99,7 +99,7 @@ fn least_connections_minds_weights() {
 fn round_robin_is_exact() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("round-robin", 3, &[]));
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         let mut clients = tcp::connect_many(agents(), 60);
         assert_eq!(agree(&balancer, &mut listeners), [20; 3]);
         // In turn, whoever is the least loaded.
@@ -126,7 +126,7 @@ fn round_robin_minds_weights_also_with_concurrent_clients() {
     Machine::with(|machine| {
         let backends = r#"{address: "127.0.0.1:21000", weight: 5}, {address: "127.0.0.1:21001", weight: 2}, "127.0.0.1:21002""#;
         let balancer = Balancer::start(machine, &virtual_port_of("round-robin", backends, &[]));
-        let mut listeners = farm(3);
+        let mut listeners = open_listeners(3);
         let clients = connections(storm(8, 80, agents()));
         assert_eq!(clients.len(), 640);
         assert_eq!(agree(&balancer, &mut listeners), [400, 160, 80]);
@@ -146,7 +146,7 @@ fn connect_from_each(sources: usize, listeners: &mut [Listener]) -> (Vec<TcpStre
 fn source_hash_is_stable_and_a_change_moves_only_what_it_must() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("source-hash", 4, &[]));
-        let mut listeners = farm(4);
+        let mut listeners = open_listeners(4);
         let (_clients, before) = connect_from_each(400, &mut listeners);
         let shares = shares(&before);
         assert!(
@@ -184,7 +184,7 @@ fn source_hash_minds_weights() {
     Machine::with(|machine| {
         let backends = r#"{address: "127.0.0.1:21000", weight: 3}, "127.0.0.1:21001""#;
         let _balancer = Balancer::start(machine, &virtual_port_of("source-hash", backends, &[]));
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let (_clients, landings) = connect_from_each(800, &mut listeners);
         let first = shares(&landings)[&0];
         // 600 expected, standard deviation 12.
@@ -200,7 +200,7 @@ fn each_policy_reaches_every_one_of_256_backends() {
     for policy in ["least-connections", "round-robin", "source-hash"] {
         Machine::with(|machine| {
             let balancer = Balancer::start(machine, &virtual_port(policy, 256, &[]));
-            let mut listeners = farm(256);
+            let mut listeners = open_listeners(256);
             balancer.wait_active(256);
             let clients: Vec<_> = (0..512)
                 .map(|n| tcp::connect_from(source(n), agents()).connected())

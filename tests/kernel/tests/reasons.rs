@@ -8,7 +8,7 @@ use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::wire::Wire;
 use testkit::fixtures::{Balancer, Machine, Service, Signal};
 
-use crate::support::{agents, agree, at, backend, farm, own_port, virtual_port};
+use crate::support::{agents, agree, at, backend, open_listeners, own_port, virtual_port};
 
 #[test]
 fn status_lists_every_reason() {
@@ -53,7 +53,7 @@ fn without_a_backend_the_kernel_decides() {
         let mut hidden = Listen::on(&agents()).open();
         let _client = tcp::connect(agents()).connected();
         assert_eq!(hidden.accept_all(), 1);
-        let mut listeners = farm(1);
+        let mut listeners = open_listeners(1);
         let _steered = tcp::connect(agents()).connected();
         assert_eq!(agree(&balancer, &mut listeners), [1]);
         assert_eq!(hidden.accept_all(), 0);
@@ -115,7 +115,7 @@ fn stray_segments_change_no_count() {
             machine,
             &virtual_port("least-connections", 2, &["quota: {per_backend: 5}"]),
         );
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         let wire = Wire::open(&machine.netns);
         let (opened, _) = wire.half_open(0..1, agents());
         let answer = *opened.values().next().expect("it was answered");
@@ -137,7 +137,7 @@ fn stray_segments_change_no_count() {
 fn a_listener_that_was_shut_down_takes_nothing() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[]));
-        let mut listeners = farm(2);
+        let mut listeners = open_listeners(2);
         balancer.wait_active(2);
         listeners[0].shutdown();
         let clients = tcp::connect_many(agents(), 10);

@@ -62,7 +62,7 @@ pub fn own_port(policy: &str, rest: &[&str]) -> String {
 }
 
 /// Listeners for [`virtual_port`].
-pub fn farm(backends: usize) -> Vec<Listener> {
+pub fn open_listeners(backends: usize) -> Vec<Listener> {
     (0..backends)
         .map(|n| Listen::on(&backend(n)).open())
         .collect()

@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use testkit::fixtures::load::{Load, Settled, crowd};
+use testkit::fixtures::load::{Load, Settled, connect_in_turn};
 use testkit::fixtures::tcp::{self, Listen, Listener};
 use testkit::fixtures::{Balancer, Machine, diag, eventually};
 
+use super::fixture::{agree_everywhere, assert_no_drift, audit_line};
 use super::pins::Traces;
-use super::scene::{agree_everywhere, assert_no_drift, truth};
 use crate::support::{accept_each, agents, at, own_port};
 
 /// Those that are there before the daemon.
-const CROWD: usize = 5000;
+const CLIENTS: usize = 5000;
 
 fn addresses() -> [SocketAddr; 4] {
     [1, 2, 3, 4].map(|n| at(&format!("127.0.0.{n}:11800")))
@@ -28,7 +28,7 @@ fn five_thousand_connections_are_adopted_while_more_arrive() {
     Machine::with(|machine| {
         let mut listeners = addresses().map(|address| Listen::on(&address).open());
         // Both ends of 5,000 and some more: half of what a process may have open.
-        let mut crowd = crowd(&addresses(), CROWD);
+        let mut clients = connect_in_turn(&addresses(), CLIENTS);
         accept_each(&mut listeners);
         let mut load = Load::on(listeners.into());
         for to in addresses() {
@@ -46,23 +46,23 @@ fn five_thousand_connections_are_adopted_while_more_arrive() {
             mut listeners,
             held,
         } = load.settle();
-        let adopted = CROWD + held.len();
+        let adopted = CLIENTS + held.len();
         println!(
-            "adoption: {CROWD} connections, and {} that arrived, in {} ms from start to ready; {report}; {}",
+            "adoption: {CLIENTS} connections, and {} that arrived, in {} ms from start to ready; {report}; {}",
             held.len(),
             took.as_millis(),
-            truth(&balancer.status())
+            audit_line(&balancer.status())
         );
-        report.assert_untroubled();
+        report.assert_no_failures();
         let counted = agree_everywhere(&balancer, &mut listeners);
         assert_eq!(counted.iter().sum::<usize>(), adopted, "each of them once");
         assert_no_drift(&balancer);
         // Adopted and others close in any order.
-        crowd.truncate(CROWD / 2);
+        clients.truncate(CLIENTS / 2);
         agree_everywhere(&balancer, &mut listeners);
         drop(held);
         agree_everywhere(&balancer, &mut listeners);
-        drop(crowd);
+        drop(clients);
         let left = agree_everywhere(&balancer, &mut listeners);
         assert_eq!(left, [0; 4]);
         assert_no_drift(&balancer);
@@ -78,7 +78,7 @@ fn a_dual_stack_listener_is_adopted_with_both_kinds_of_connections() {
     Machine::with(|machine| {
         let mut listeners = vec![Listen::on("[::]:11800").dual_stack().open()];
         let both = [agents(), at("[::1]:11800")];
-        let before = crowd(&both, 20);
+        let before = connect_in_turn(&both, 20);
         accept_each(&mut listeners);
         let mut load = Load::on(listeners);
         load.arrive(both.into(), 200, 30);
@@ -93,8 +93,8 @@ fn a_dual_stack_listener_is_adopted_with_both_kinds_of_connections() {
             mut listeners,
             held,
         } = load.settle();
-        println!("dual_stack: {report}; {}", truth(&balancer.status()));
-        report.assert_untroubled();
+        println!("dual_stack: {report}; {}", audit_line(&balancer.status()));
+        report.assert_no_failures();
         assert_eq!(
             agree_everywhere(&balancer, &mut listeners),
             [20 + held.len()]

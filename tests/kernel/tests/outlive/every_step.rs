@@ -2,12 +2,12 @@
 
 use std::net::{SocketAddr, TcpStream};
 
-use testkit::fixtures::load::crowd;
+use testkit::fixtures::load::connect_in_turn;
 use testkit::fixtures::tcp::{self, Listen, Listener};
 use testkit::fixtures::{Balancer, Machine, Signal, long};
 
+use super::fixture::{agree_everywhere, assert_no_drift, random};
 use super::pins::{Traces, attached, versions};
-use super::scene::{agree_everywhere, assert_no_drift, random};
 use super::upgrade::make_another_abi;
 use crate::support::{accept_each, agents, at, own_port};
 
@@ -26,7 +26,7 @@ fn addresses() -> [SocketAddr; 2] {
 fn killed_before_every_change(test: &str, about: usize, prepare: impl Fn(&mut Balancer) + Sync) {
     Machine::with(|machine| {
         let mut listeners = addresses().map(|address| Listen::on(&address).open());
-        let clients = crowd(&addresses(), 10);
+        let clients = connect_in_turn(&addresses(), 10);
         accept_each(&mut listeners);
         let rest = [format!("quota: {{per_backend: {QUOTA}}}")];
         let yaml = own_port("least-connections", &[&rest[0]]);

@@ -15,8 +15,8 @@ use testbpf::MapSpec;
 use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventually};
 
+use super::fixture::agree_everywhere;
 use super::pins::{Traces, attached, links, only_version, pins};
-use super::scene::agree_everywhere;
 use super::times;
 use super::upgrade::make_another_abi;
 use crate::support::{agents, own_port};

@@ -6,8 +6,8 @@ use std::thread;
 
 use testkit::fixtures::{Machine, Signal};
 
+use super::fixture::{Fixture, Own, random_time};
 use super::pins::{links, only_version, versions};
-use super::scene::{Own, Scene, random_time};
 use super::{A_START, slots, times};
 
 /// What must be the same before and after, and what may only grow.
@@ -19,10 +19,10 @@ struct Before {
 const SERVICES: [&str; 3] = ["agents", "als", "full"];
 
 impl Before {
-    fn read(scene: &Scene) -> Self {
-        let status = scene.balancer.status();
+    fn read(fixture: &Fixture) -> Self {
+        let status = fixture.balancer.status();
         Self {
-            slots: SERVICES.map(|name| slots(&scene.balancer, name)).into(),
+            slots: SERVICES.map(|name| slots(&fixture.balancer, name)).into(),
             verdicts: SERVICES
                 .iter()
                 .flat_map(|name| status.service(name).verdicts.values().copied())
@@ -31,8 +31,8 @@ impl Before {
     }
 
     #[track_caller]
-    fn assert_same(&self, scene: &Scene) {
-        let after = Self::read(scene);
+    fn assert_same(&self, fixture: &Fixture) {
+        let after = Self::read(fixture);
         assert_eq!(after.slots, self.slots, "slots, addresses and quotas");
         let shrunk: Vec<_> = self
             .verdicts
@@ -50,14 +50,17 @@ impl Before {
 #[test]
 fn upgraded_ten_times_in_a_row() {
     Machine::with(|machine| {
-        let mut scene = Scene::start(machine, Own::Group);
+        let mut fixture = Fixture::start(machine, Own::Group);
         // By hand: for all of a service, and for one slot of another.
-        scene.balancer.quota_set("agents", None, 27);
-        let slot = *slots(&scene.balancer, "als").keys().next().expect("a slot");
-        scene.balancer.quota_set("als", Some(slot), 28);
+        fixture.balancer.quota_set("agents", None, 27);
+        let slot = *slots(&fixture.balancer, "als")
+            .keys()
+            .next()
+            .expect("a slot");
+        fixture.balancer.quota_set("als", Some(slot), 28);
         for round in 0..10 {
-            let state = scene.balancer.state().to_owned();
-            let before = Before::read(&scene);
+            let state = fixture.balancer.state().to_owned();
+            let before = Before::read(&fixture);
             let quotas = |service: usize| before.slots[service].values().map(|(_, quota)| *quota);
             assert!(
                 quotas(0).all(|quota| quota == Some(27)),
@@ -72,13 +75,13 @@ fn upgraded_ten_times_in_a_row() {
                 "one for the cgroup, one for the namespace: {old:?}"
             );
             if round % 2 == 0 {
-                let status = scene.balancer.stop(Signal::SIGTERM);
-                assert!(status.success(), "{}", scene.balancer.logs());
+                let status = fixture.balancer.stop(Signal::SIGTERM);
+                assert!(status.success(), "{}", fixture.balancer.logs());
             } else {
-                scene.kill();
+                fixture.kill();
             }
             assert_eq!(links(&state), old, "nothing changes without a daemon");
-            scene.launch();
+            fixture.launch();
             let new = links(&state);
             for (path, (id, program)) in &old {
                 let (new_id, new_program) = new[path];
@@ -86,9 +89,9 @@ fn upgraded_ten_times_in_a_row() {
                 assert_ne!(new_program, *program, "{}: not updated", path.display());
             }
             assert_eq!(new.len(), old.len(), "{new:?}");
-            before.assert_same(&scene);
+            before.assert_same(&fixture);
         }
-        scene.finish("upgraded_ten_times");
+        fixture.finish("upgraded_ten_times");
     });
 }
 
@@ -107,41 +110,41 @@ const OTHER: &str = "v999";
 #[test]
 fn another_abi_is_moved_over() {
     Machine::with(|machine| {
-        let mut scene = Scene::start(machine, Own::Addresses);
+        let mut fixture = Fixture::start(machine, Own::Addresses);
         for _ in 0..times(10, 2) {
-            scene.balancer.stop(Signal::SIGTERM);
-            let current = make_another_abi(scene.balancer.state());
-            scene.launch();
+            fixture.balancer.stop(Signal::SIGTERM);
+            let current = make_another_abi(fixture.balancer.state());
+            fixture.launch();
             assert_eq!(
-                versions(scene.balancer.state()),
+                versions(fixture.balancer.state()),
                 [current],
                 "the other one is gone"
             );
         }
-        scene.finish("upgrade_of_another_abi");
+        fixture.finish("upgrade_of_another_abi");
     });
 }
 
 #[test]
 fn another_abi_is_moved_over_also_when_killed_meanwhile() {
     Machine::with(|machine| {
-        let mut scene = Scene::start(machine, Own::Addresses);
+        let mut fixture = Fixture::start(machine, Own::Addresses);
         for _ in 0..times(10, 2) {
-            scene.balancer.stop(Signal::SIGTERM);
-            let current = make_another_abi(scene.balancer.state());
+            fixture.balancer.stop(Signal::SIGTERM);
+            let current = make_another_abi(fixture.balancer.state());
             for _ in 0..3 {
-                scene.balancer.spawn();
+                fixture.balancer.spawn();
                 thread::sleep(random_time(A_START));
-                scene.kill();
+                fixture.kill();
             }
-            scene.launch();
+            fixture.launch();
             assert_eq!(
-                versions(scene.balancer.state()),
+                versions(fixture.balancer.state()),
                 [current],
                 "the other one is gone"
             );
         }
-        scene.finish("upgrade_of_another_abi_killed");
+        fixture.finish("upgrade_of_another_abi_killed");
     });
 }
 
@@ -149,18 +152,18 @@ fn another_abi_is_moved_over_also_when_killed_meanwhile() {
 #[test]
 fn another_abi_is_unloaded() {
     Machine::with(|machine| {
-        let mut scene = Scene::late(machine, Own::Addresses);
-        scene.launch();
-        scene.balancer.stop(Signal::SIGTERM);
-        make_another_abi(scene.balancer.state());
-        scene.balancer.must(&["unload"]);
+        let mut fixture = Fixture::late(machine, Own::Addresses);
+        fixture.launch();
+        fixture.balancer.stop(Signal::SIGTERM);
+        make_another_abi(fixture.balancer.state());
+        fixture.balancer.must(&["unload"]);
         assert!(
-            !scene.balancer.state().exists(),
+            !fixture.balancer.state().exists(),
             "{:?}",
-            versions(scene.balancer.state())
+            versions(fixture.balancer.state())
         );
-        scene.launch();
-        scene.press_virtual();
-        scene.finish("another_abi_is_unloaded");
+        fixture.launch();
+        fixture.press_virtual();
+        fixture.finish("another_abi_is_unloaded");
     });
 }

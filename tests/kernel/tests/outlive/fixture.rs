@@ -76,7 +76,7 @@ impl Own {
 }
 
 /// An instance, its servers and its clients.
-pub struct Scene<'a> {
+pub struct Fixture<'a> {
     pub machine: &'a Machine,
     pub balancer: Balancer<'a>,
     pub load: Load,
@@ -84,23 +84,23 @@ pub struct Scene<'a> {
     traces: Traces,
 }
 
-impl<'a> Scene<'a> {
+impl<'a> Fixture<'a> {
     /// A daemon, then servers, then clients of all three services.
     #[track_caller]
     pub fn start(machine: &'a Machine, own: Own) -> Self {
-        let mut scene = Self::prepare(machine, own, || Balancer::start(machine, &yaml()));
-        scene.note();
-        scene.press_own();
-        scene.press_virtual();
-        scene
+        let mut fixture = Self::prepare(machine, own, || Balancer::start(machine, &yaml()));
+        fixture.note();
+        fixture.press_own();
+        fixture.press_virtual();
+        fixture
     }
 
     /// Servers and clients of the own port; the daemon is to come late.
     #[track_caller]
     pub fn late(machine: &'a Machine, own: Own) -> Self {
-        let mut scene = Self::prepare(machine, own, || Balancer::prepare(machine, &yaml()));
-        scene.press_own();
-        scene
+        let mut fixture = Self::prepare(machine, own, || Balancer::prepare(machine, &yaml()));
+        fixture.press_own();
+        fixture
     }
 
     fn prepare(machine: &'a Machine, own: Own, balancer: impl FnOnce() -> Balancer<'a>) -> Self {
@@ -109,7 +109,7 @@ impl<'a> Scene<'a> {
             .sysctl("net.ipv4.ip_local_port_range", "22000 65000");
         let balancer = balancer();
         let mut listeners = own.open();
-        listeners.extend(crate::support::farm(3));
+        listeners.extend(crate::support::open_listeners(3));
         listeners.push(Listen::on(&full_service()).open());
         Self {
             machine,
@@ -185,8 +185,8 @@ impl<'a> Scene<'a> {
             held,
         } = load.settle();
         let status = balancer.status();
-        println!("{test}: {report}; {}", truth(&status));
-        report.assert_untroubled();
+        println!("{test}: {report}; {}", audit_line(&status));
+        report.assert_no_failures();
         agree_everywhere(&balancer, &mut listeners);
         assert_no_drift(&balancer);
         drop(held);
@@ -200,8 +200,8 @@ impl<'a> Scene<'a> {
     }
 }
 
-/// The numbers of the truth check, in words.
-pub fn truth(status: &Status) -> String {
+/// The numbers of the audit, in words.
+pub fn audit_line(status: &Status) -> String {
     let agent = &status.agent;
     let number = |number: Option<u64>| number.map_or("unknown".into(), |number| number.to_string());
     format!(
@@ -212,7 +212,7 @@ pub fn truth(status: &Status) -> String {
     )
 }
 
-/// The truth check has found nothing, where there is one.
+/// The audit has found nothing, where there is one.
 #[track_caller]
 pub fn assert_no_drift(balancer: &Balancer) {
     let agent = balancer.status().agent;
