@@ -225,8 +225,7 @@ const fn by_rule(rule: &QuotaRule) -> QuotaSource {
 
 fn slot_quota(view: &SlotView, quota: Option<u32>, source: QuotaSource, weight: u32) -> SlotQuota {
     SlotQuota {
-        slot: view.slot(),
-        generation: view.slot_state().generation(),
+        id: view.id(),
         quota,
         weight,
         source,

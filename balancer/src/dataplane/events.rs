@@ -30,7 +30,8 @@ impl Events {
         Ok(Self(ring))
     }
 
-    /// Waits for events and takes all that are there. Cancel safe: nothing is taken before it returns.
+    /// Waits for events and takes all that are there. Cancel safe: nothing is taken before it
+    /// returns.
     ///
     /// # Errors
     /// When the ring can't be watched any more.
@@ -78,7 +79,8 @@ impl Drop for LogFollower {
     }
 }
 
-/// Hands what the kernel half of one object logs to `tracing`; one that was built without a log has nothing to follow.
+/// Hands what the kernel half of one object logs to `tracing`; one that was built without a log has
+/// nothing to follow.
 pub(super) fn follow_log(mut object: Ebpf) -> Option<LogFollower> {
     object.map("AYA_LOGS")?;
     let logger = EbpfLogger::init(&mut object).map_err(anyhow::Error::from);

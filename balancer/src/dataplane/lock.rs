@@ -15,7 +15,8 @@ use crate::discover::ensure_bpffs;
 
 const HOLDERS: &str = "/run/balancer";
 
-/// The right to change a data plane; given back when dropped, also by the kernel when the process dies.
+/// The right to change a data plane; given back when dropped, also by the kernel when the process
+/// dies.
 #[derive(Debug)]
 pub struct Lock {
     _directory: Flock<File>,
@@ -61,7 +62,8 @@ impl Lock {
     /// Takes the lock without waiting. The state directory must exist.
     ///
     /// # Errors
-    /// When the directory can't be opened or locked, or the file that names the holder can't be written.
+    /// When the directory can't be opened or locked, or the file that names the holder can't be
+    /// written.
     pub fn take(paths: &Paths) -> Result<Held> {
         let directory = File::open(paths.state_dir()).with_context(|| {
             format!(
@@ -140,7 +142,8 @@ pub(super) fn holder(pid: Option<u32>) -> String {
     )
 }
 
-/// Whoever had the lock may have removed the directory before giving it up: then it is the lock of nothing.
+/// Whoever had the lock may have removed the directory before giving it up: then it is the lock of
+/// nothing.
 fn ensure_in_place(locked: &File, state_dir: &Path) -> Result<()> {
     let inode = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     let in_place = fs::metadata(state_dir).map(inode).ok() == locked.metadata().map(inode).ok();

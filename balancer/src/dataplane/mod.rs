@@ -1,6 +1,7 @@
 //! The data plane as user space sees it: the only code that names aya or bpffs.
 //!
-//! [`open`] gives readers the pinned maps; [`Writer`] is the daemon's: it loads, attaches, adopts and changes them.
+//! [`open`] gives readers the pinned maps; [`Writer`] is the daemon's: it loads, attaches, adopts
+//! and changes them.
 
 mod audit;
 mod events;

@@ -132,8 +132,8 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
     }
 }
 
-/// Loads every program and lets go of them: whether this kernel takes them. Nothing is attached, and
-/// the maps are pinned where nobody sees them.
+/// Loads every program and lets go of them: whether this kernel takes them. Nothing is attached,
+/// and the maps are pinned where nobody sees them.
 ///
 /// # Errors
 /// When the kernel half is not built in, no BPF file system can be made, or the kernel refuses

@@ -7,8 +7,8 @@ use balancer_common::abi::VERSION;
 
 use super::programs::{PROGRAMS, Program, Target};
 
-/// Where the pins of one data plane are. Names hold no dots: the BPF file system refuses them (`bpf_lookup`,
-/// kernel/bpf/inode.c).
+/// Where the pins of one data plane are. Names hold no dots: the BPF file system refuses them
+/// (`bpf_lookup`, kernel/bpf/inode.c).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Paths {
     state_dir: PathBuf,
@@ -37,12 +37,14 @@ impl Paths {
         self.state_dir.join(format!("v{VERSION}-new"))
     }
 
-    /// Where a data plane goes that is being removed, so that one that was removed in part is never taken for a whole one.
+    /// Where a data plane goes that is being removed, so that one that was removed in part is never
+    /// taken for a whole one.
     pub fn removed(&self) -> PathBuf {
         self.state_dir.join(format!("v{VERSION}-old"))
     }
 
-    /// Data planes with another layout: what another build has left here, by the number of their layout.
+    /// Data planes with another layout: what another build has left here, by the number of their
+    /// layout.
     ///
     /// # Errors
     /// When the state directory can't be read.

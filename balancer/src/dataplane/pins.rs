@@ -220,7 +220,8 @@ fn remove_tree(directory: &Path) -> Result<()> {
         .with_context(|| format!("cannot remove the directory {}", directory.display()))
 }
 
-/// Every directory with pins of ours, whole or in part, in the order in which they are best removed.
+/// Every directory with pins of ours, whole or in part, in the order in which they are best
+/// removed.
 fn all_directories(paths: &Paths) -> Result<Vec<PathBuf>> {
     let others = paths
         .others()
@@ -267,8 +268,8 @@ pub(super) fn remove_link(_: &Lock, link: &Link) -> Result<()> {
     remove_pin(&link.pin)
 }
 
-/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after. What is no link of ours is left
-/// alone.
+/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after.
+/// What is no link of ours is left alone.
 fn detach(link: &Link) -> Result<()> {
     match open_link(link) {
         Ok(file) => bpf::link_detach(file.as_fd())

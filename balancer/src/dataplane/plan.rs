@@ -1,4 +1,5 @@
-//! What the maps should hold, worked out from the configuration before anything in the kernel changes.
+//! What the maps should hold, worked out from the configuration before anything in the kernel
+//! changes.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -66,7 +67,8 @@ impl Plan {
             .collect()
     }
 
-    /// The content of SERVICES; `ids` are the ids of the services in their order, `quota` what is in force by hand.
+    /// The content of SERVICES; `ids` are the ids of the services in their order, `quota` what is
+    /// in force by hand.
     pub fn ports(&self, ids: &[u16], by_hand: &[Option<u32>]) -> BTreeMap<PortKey, ServicePort> {
         let mut ports = BTreeMap::new();
         for ((service, id), by_hand) in self.services.iter().zip(ids).zip(by_hand) {
@@ -128,8 +130,8 @@ impl Plan {
         Rules(rules)
     }
 
-    /// A listener that is bound to no address receives what is sent to a backend's address too: it is that backend,
-    /// unless two services could claim it.
+    /// A listener that is bound to no address receives what is sent to a backend's address too: it
+    /// is that backend, unless two services could claim it.
     fn add_wildcards(
         &self,
         netns: u64,

@@ -36,8 +36,8 @@ const EMPTY_INFO: ServiceInfo = ServiceInfo {
     quota: 0,
 };
 
-/// Puts a plan in force, and its rules into `rules`. New sources and listeners first, ports last, so
-/// that no SYN is judged by half of it.
+/// Puts a plan in force, and its rules into `rules`. New sources and listeners first, ports last,
+/// so that no SYN is judged by half of it.
 ///
 /// # Errors
 /// When a map can't be changed.

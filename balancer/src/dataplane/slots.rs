@@ -1,6 +1,6 @@
 //! The slots in the maps: quotas in, closed ones out.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -8,22 +8,21 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use balancer_common::abi::{
-    BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState, UNLIMITED,
+    BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState, UNLIMITED,
 };
 use tracing::{debug, info};
 
 use super::tables::{SlotView, Tables, every_slot};
 
-/// A closed slot is given away only after so long without a connection: a last one may be on its way out.
+/// A closed slot is given away only after so long without a connection: a last one may be on its
+/// way out.
 const QUARANTINE: Duration = Duration::from_secs(1);
 
 /// The quota and weight of one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotQuota {
-    /// Its slot.
-    pub slot: u32,
-    /// The tenant that it is meant for.
-    pub generation: u32,
+    /// The backend.
+    pub id: BackendId,
     /// The quota; `None`: unlimited.
     pub quota: Option<u32>,
     /// Its weight.
@@ -60,17 +59,18 @@ impl QuotaSource {
 pub fn set_quota(tables: &Tables, wanted: SlotQuota) {
     let quota = wanted.quota.unwrap_or(UNLIMITED);
     let flags = wanted.source.flags();
-    let policy = SlotPolicy::new(wanted.generation, quota, wanted.weight, flags);
-    let present = tables.policy(wanted.slot);
+    let slot = wanted.id.slot;
+    let policy = SlotPolicy::new(wanted.id.generation, quota, wanted.weight, flags);
+    let present = tables.policy(slot);
     if (present.quota, present.weight) == (policy.quota, policy.weight) {
         return;
     }
     // The quota's word carries the generation that makes both valid: it goes last.
     tables
-        .weight_word(wanted.slot)
+        .weight_word(slot)
         .store(policy.weight, Ordering::SeqCst);
     tables
-        .quota_word(wanted.slot)
+        .quota_word(slot)
         .store(policy.quota, Ordering::SeqCst);
 }
 
@@ -150,9 +150,9 @@ pub fn close_netns(tables: &Tables, netns: u64) -> Result<Vec<(SlotView, u64)>> 
     Ok(counted)
 }
 
-/// Since when each closed slot, with its generation, has been seen without connections.
+/// Since when each closed backend has been seen without connections.
 #[derive(Debug, Default)]
-pub struct EmptySlots(BTreeMap<u32, (u32, Instant)>);
+pub struct EmptySlots(HashMap<BackendId, Instant>);
 
 impl EmptySlots {
     /// Frees the closed slots that have had no connection for a while; returns them.
@@ -165,17 +165,13 @@ impl EmptySlots {
         empty.retain(|view| {
             view.slot_state().is(BackendState::Closed) && view.member.counts.established == 0
         });
-        let slots: HashSet<u32> = empty.iter().map(SlotView::slot).collect();
-        self.0.retain(|slot, _| slots.contains(slot));
+        let ids: HashSet<BackendId> = empty.iter().map(SlotView::id).collect();
+        self.0.retain(|id, _| ids.contains(id));
         let mut freed = Vec::new();
         for view in empty {
-            let generation = view.slot_state().generation();
-            let first = (generation, now);
-            let (seen, since) = *self.0.entry(view.slot()).or_insert(first);
-            if seen != generation {
-                self.0.insert(view.slot(), first);
-            } else if now.duration_since(since) >= QUARANTINE && free(tables, &view)? {
-                self.0.remove(&view.slot());
+            let since = *self.0.entry(view.id()).or_insert(now);
+            if now.duration_since(since) >= QUARANTINE && free(tables, &view)? {
+                self.0.remove(&view.id());
                 freed.push(view);
             }
         }
@@ -199,8 +195,8 @@ fn give_back(tables: &mut Tables, slot: u32, slot_state: SlotState) -> Result<()
     Ok(())
 }
 
-/// Gives back the slots that an earlier daemon died over, after those that still have their listener
-/// have been registered.
+/// Gives back the slots that an earlier daemon died over, after those that still have their
+/// listener have been registered.
 ///
 /// # Errors
 /// When a map can't be changed.

@@ -34,7 +34,21 @@ macro_rules! word {
     };
 }
 
-/// Every map by the name of its pin, with what the kernel must say of it: (type, key size, value size, entries, flags).
+/// Reads a value of a shared array, word by word.
+macro_rules! read {
+    ($array:expr, $index:expr, $value:ident { $($field:ident),* }) => {
+        $value { $($field: $array.word($index, word!($value.$field)).load(Ordering::Acquire)),* }
+    };
+}
+
+/// Writes a value to a shared array word by word, in this order.
+macro_rules! write {
+    ($array:expr, $index:expr, $from:expr, $value:ident { $($field:ident),* }) => {
+        $($array.word($index, word!($value.$field)).store($from.$field, Ordering::Release);)*
+    };
+}
+
+/// Every map by the name of its pin, with what the kernel must say of it.
 pub const LAYOUT: &[(&str, MapShape)] = &[
     ("SERVICES", MapShape::hash::<PortKey, ServicePort>(4096)),
     ("LISTEN_RULES", MapShape::hash::<PortKey, ListenRule>(8192)),
@@ -329,25 +343,25 @@ pub fn slot_of(socket: &Socket) -> Option<u32> {
 impl Tables {
     /// Opens the pins of a directory.
     pub fn open(directory: &Path) -> Result<Self> {
-        let typed = |name: &str| pinned(directory, name);
+        let map = |name: &str| pinned(directory, name);
         let wrong = |name: &'static str| {
             move |error: MapError| {
                 anyhow!(error).context(format!("the pinned map {name} is another kind of map"))
             }
         };
         Ok(Self {
-            services: HashMap::try_from(Map::HashMap(typed("SERVICES")?))
+            services: HashMap::try_from(Map::HashMap(map("SERVICES")?))
                 .map_err(wrong("SERVICES"))?,
-            rules: HashMap::try_from(Map::HashMap(typed("LISTEN_RULES")?))
+            rules: HashMap::try_from(Map::HashMap(map("LISTEN_RULES")?))
                 .map_err(wrong("LISTEN_RULES"))?,
-            info: Array::try_from(Map::Array(typed("SERVICE_INFO")?))
+            info: Array::try_from(Map::Array(map("SERVICE_INFO")?))
                 .map_err(wrong("SERVICE_INFO"))?,
-            exempt: LpmTrie::try_from(Map::LpmTrie(typed("EXEMPT")?)).map_err(wrong("EXEMPT"))?,
-            listeners: SockMap::try_from(Map::SockMap(typed("LISTENERS")?))
+            exempt: LpmTrie::try_from(Map::LpmTrie(map("EXEMPT")?)).map_err(wrong("EXEMPT"))?,
+            listeners: SockMap::try_from(Map::SockMap(map("LISTENERS")?))
                 .map_err(wrong("LISTENERS"))?,
-            connections: typed("CONNECTION")?,
-            backends: Array::try_from(Map::Array(typed("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
-            verdicts: PerCpuArray::try_from(Map::PerCpuArray(typed("VERDICTS")?))
+            connections: map("CONNECTION")?,
+            backends: Array::try_from(Map::Array(map("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
+            verdicts: PerCpuArray::try_from(Map::PerCpuArray(map("VERDICTS")?))
                 .map_err(wrong("VERDICTS"))?,
             states: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
             policies: shared::<SlotPolicy>(directory, "POLICY", MAX_SLOTS)?,
@@ -464,30 +478,33 @@ impl Tables {
 
     /// How COUNTS compared with the socket table last.
     pub fn audit_totals(&self) -> AuditTotals {
-        let word = |index| self.audit_totals.word(0, index).load(Ordering::Acquire);
-        AuditTotals {
-            checks: word(word!(AuditTotals.checks)),
-            drift: word(word!(AuditTotals.drift)),
-            repairs: word(word!(AuditTotals.repairs)),
-            last_ns: word(word!(AuditTotals.last_ns)),
-            cost_ns: word(word!(AuditTotals.cost_ns)),
-        }
+        read!(
+            self.audit_totals,
+            0,
+            AuditTotals {
+                checks,
+                drift,
+                repairs,
+                last_ns,
+                cost_ns
+            }
+        )
     }
 
     /// Says how COUNTS compares with the socket table.
-    pub fn set_audit_totals(&self, audit_totals: AuditTotals) {
-        let words = [
-            (word!(AuditTotals.checks), audit_totals.checks),
-            (word!(AuditTotals.drift), audit_totals.drift),
-            (word!(AuditTotals.repairs), audit_totals.repairs),
-            (word!(AuditTotals.last_ns), audit_totals.last_ns),
-            (word!(AuditTotals.cost_ns), audit_totals.cost_ns),
-        ];
-        for (index, value) in words {
-            self.audit_totals
-                .word(0, index)
-                .store(value, Ordering::Release);
-        }
+    pub fn set_audit_totals(&self, totals: AuditTotals) {
+        write!(
+            self.audit_totals,
+            0,
+            totals,
+            AuditTotals {
+                checks,
+                drift,
+                repairs,
+                last_ns,
+                cost_ns
+            }
+        );
     }
 
     /// Fills a slot that this process has claimed.
@@ -500,34 +517,52 @@ impl Tables {
             .with_context(|| format!("cannot write slot {slot}"))
     }
 
+    /// The word of a service's bitmap that has the bit of a slot, and the bit.
+    fn member_bit(&self, service: u16, slot: u32) -> (&AtomicU64, u64) {
+        let word = (slot / 64) as usize;
+        let word = self.members.word(u32::from(service), word);
+        (word, 1 << (slot % 64))
+    }
+
     /// Adds a slot to a service's bitmap.
     pub fn join(&self, service: u16, slot: u32) {
-        let word = (slot / 64) as usize;
-        self.members
-            .word(u32::from(service), word)
-            .fetch_or(1 << (slot % 64), Ordering::SeqCst);
+        let (word, bit) = self.member_bit(service, slot);
+        word.fetch_or(bit, Ordering::SeqCst);
+    }
+
+    /// Takes a slot out of a service's bitmap.
+    pub fn leave(&self, service: u16, slot: u32) {
+        let (word, bit) = self.member_bit(service, slot);
+        word.fetch_and(!bit, Ordering::SeqCst);
     }
 
     /// The policy of a slot.
     pub fn policy(&self, slot: u32) -> SlotPolicy {
-        SlotPolicy {
-            quota: self.quota_word(slot).load(Ordering::Acquire),
-            weight: self.weight_word(slot).load(Ordering::Acquire),
-            adopted: self.adopted_word(slot).load(Ordering::Acquire),
-        }
+        read!(
+            self.policies,
+            slot,
+            SlotPolicy {
+                quota,
+                weight,
+                adopted
+            }
+        )
     }
 
     /// What the kernel half has counted of a slot.
     pub fn counts(&self, slot: u32) -> Counts {
-        let word = |index| self.counts.word(slot, index).load(Ordering::Acquire);
-        Counts {
-            established: word(word!(Counts.established)),
-            expected: word(word!(Counts.expected)),
-            full: word(word!(Counts.full)),
-            cookies: word(word!(Counts.cookies)),
-            stalled: word(word!(Counts.stalled)),
-            handshake: word(word!(Counts.handshake)),
-        }
+        read!(
+            self.counts,
+            slot,
+            Counts {
+                established,
+                expected,
+                full,
+                cookies,
+                stalled,
+                handshake
+            }
+        )
     }
 
     /// The bitmap of a service's slots.
@@ -539,14 +574,6 @@ impl Tables {
         })
     }
 
-    /// Takes a slot out of a service's bitmap.
-    pub fn leave(&self, service: u16, slot: u32) {
-        let word = (slot / 64) as usize;
-        self.members
-            .word(u32::from(service), word)
-            .fetch_and(!(1 << (slot % 64)), Ordering::SeqCst);
-    }
-
     /// The next ticket of round-robin.
     pub fn turn(&self, service: u16) -> u64 {
         self.service_states
@@ -556,29 +583,16 @@ impl Tables {
 
     /// When the daemon last lived, and for how long the kernel believes it.
     pub fn heartbeat(&self) -> Heartbeat {
-        Heartbeat {
-            last_ns: self
-                .heartbeat
-                .word(0, word!(Heartbeat.last_ns))
-                .load(Ordering::Acquire),
-            limit_ns: self
-                .heartbeat
-                .word(0, word!(Heartbeat.limit_ns))
-                .load(Ordering::Acquire),
-        }
+        read!(self.heartbeat, 0, Heartbeat { last_ns, limit_ns })
     }
 
     /// The daemon lives, and the kernel may believe so for that long.
     pub fn beat(&self, limit: Duration) {
-        let limit = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        let words = [
-            (word!(Heartbeat.limit_ns), limit),
-            (word!(Heartbeat.last_ns), clock::monotonic_ns()),
-        ];
-        for (index, value) in words {
-            let word = self.heartbeat.word(0, index);
-            word.store(value, Ordering::Release);
-        }
+        let beat = Heartbeat {
+            last_ns: clock::monotonic_ns(),
+            limit_ns: u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX),
+        };
+        write!(self.heartbeat, 0, beat, Heartbeat { limit_ns, last_ns });
     }
 
     /// A slot, if it is taken.

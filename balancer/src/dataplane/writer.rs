@@ -44,8 +44,8 @@ impl Writer {
         })
     }
 
-    /// Puts a plan in force; without one, goes on with the rules that are in the kernel, while it is
-    /// not known what they should be.
+    /// Puts a plan in force; without one, goes on with the rules that are in the kernel, while it
+    /// is not known what they should be.
     ///
     /// # Errors
     /// When a map can't be read or changed.

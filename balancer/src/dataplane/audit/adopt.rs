@@ -107,8 +107,9 @@ pub struct Adopter<'a> {
 }
 
 impl Adopter<'_> {
-    /// Registers the listeners that the rules in force claim and nobody has registered; says whether
-    /// there was any. One that can't be registered is named in the log. Must run inside the netns.
+    /// Registers the listeners that the rules in force claim and nobody has registered; says
+    /// whether there was any. One that can't be registered is named in the log. Must run inside the
+    /// netns.
     ///
     /// # Errors
     /// When the socket table can't be read.

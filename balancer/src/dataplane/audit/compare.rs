@@ -3,8 +3,8 @@
 /// So many passes in a row must find a count off before that is more than a socket on its way.
 pub const LASTING: u32 = 3;
 
-/// By how much a count is too low (or, negative, too high), as far as the socket table can tell while
-/// connections come and go.
+/// By how much a count is too low (or, negative, too high), as far as the socket table can tell
+/// while connections come and go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drift {
     least: i64,
@@ -12,9 +12,9 @@ pub struct Drift {
 }
 
 impl Drift {
-    /// From a count before and after the table was read, how many connections were counted as entering
-    /// meanwhile, and how many the table has. A connection that came or went meanwhile may or may not
-    /// be in the table.
+    /// From a count before and after the table was read, how many connections were counted as
+    /// entering meanwhile, and how many the table has. A connection that came or went meanwhile may
+    /// or may not be in the table.
     pub fn between(before: u32, after: u32, entered: u64, found: u32) -> Self {
         let (before, after, found) = (i64::from(before), i64::from(after), i64::from(found));
         let entered = i64::try_from(entered).unwrap_or(i64::MAX / 2);
@@ -138,19 +138,25 @@ mod tests {
     }
 
     proptest! {
-        /// However many come and go while the table is read, and whichever of them it shows: a count
-        /// that is right is never found off, and one that is wrong never by more than it is.
+        /// However many come and go while the table is read, and whichever of them it shows: a
+        /// count that is right is never found off, and one that is wrong never by more than it is.
         #[test]
         fn the_true_drift_is_within_the_bounds(
-            standing in 0..1_000_u32, entered in 0..200_u32, left in 0..200_u32, shown in 0..400_u32, off in -50..50_i64,
+            standing in 0..1_000_u32,
+            entered in 0..200_u32,
+            left in 0..200_u32,
+            shown in 0..400_u32,
+            off in -50..50_i64,
         ) {
             let left = left.min(standing + entered);
-            let counted = |audit_totals: u32| u32::try_from((i64::from(audit_totals) + off).max(0)).unwrap();
-            prop_assume!(i64::from(standing) + off >= 0 && i64::from(standing + entered - left) + off >= 0);
+            let remaining = standing + entered - left;
+            prop_assume!(i64::from(standing) + off >= 0 && i64::from(remaining) + off >= 0);
+            let counted = |true_count: u32| u32::try_from(i64::from(true_count) + off).unwrap();
             // Those that stood throughout are in the table, and of the rest some.
             let throughout = standing.saturating_sub(left);
             let found = throughout + shown.min(standing - throughout + entered);
-            let drift = Drift::between(counted(standing), counted(standing + entered - left), entered.into(), found);
+            let (before, after) = (counted(standing), counted(remaining));
+            let drift = Drift::between(before, after, entered.into(), found);
             prop_assert!(drift.least <= -off && -off <= drift.most, "{drift:?} {off}");
         }
     }

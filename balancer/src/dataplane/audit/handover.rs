@@ -1,5 +1,6 @@
-//! What another build's data plane knows that the socket table does not tell: whose a connection is.
-//! All connections of a virtual port have the same local address, whichever backend accepted them.
+//! What another build's data plane knows that the socket table does not tell: whose a connection
+//! is. All connections of a virtual port have the same local address, whichever backend accepted
+//! them.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -18,8 +19,8 @@ use crate::sys::sock_diag::{Socket, State};
 use crate::sys::socket;
 
 /// The maps of other layouts that name the slots of connections, and the connections that could not
-/// be given a slot of their own because no process has them yet (they wait to be accepted), by their
-/// cookie.
+/// be given a slot of their own because no process has them yet (they wait to be accepted), by
+/// their cookie.
 #[derive(Debug, Default)]
 pub struct Handover {
     maps: Vec<OwnedFd>,

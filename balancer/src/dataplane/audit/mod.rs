@@ -1,5 +1,5 @@
-//! The audit: the counts of the kernel half compared with the socket table, and put right where they
-//! stay wrong.
+//! The audit: the counts of the kernel half compared with the socket table, and put right where
+//! they stay wrong.
 
 mod adopt;
 mod compare;
@@ -27,8 +27,8 @@ use super::slots;
 use super::tables::{SlotView, Tables, backend_of};
 use crate::sys::{clock, memory};
 
-/// So many connections take megabytes while they are compared, which the process must not keep until
-/// the next pass.
+/// So many connections take megabytes while they are compared, which the process must not keep
+/// until the next pass.
 const MANY: usize = 10_000;
 
 /// What the passes have found so far. One pass goes over all guarded netns, one after the other.
@@ -93,8 +93,8 @@ impl Audit {
     }
 
     /// Looks at one netns: registers listeners that nobody has registered (where `eager`, at first
-    /// sight), closes slots whose listeners are gone, and puts counts right that stay wrong. Must run
-    /// inside that netns.
+    /// sight), closes slots whose listeners are gone, and puts counts right that stay wrong. Must
+    /// run inside that netns.
     ///
     /// # Errors
     /// When the socket table or a map can't be read.
@@ -148,7 +148,8 @@ impl Audit {
         self.totals
     }
 
-    /// Whether the last pass saw something that only the next one can tell from a socket on its way.
+    /// Whether the last pass saw something that only the next one can tell from a socket on its
+    /// way.
     pub fn is_in_doubt(&self) -> bool {
         let last = &self.last;
         !(last.deviations.is_empty() && last.leaving.is_empty() && last.without_listener.is_empty())
@@ -258,8 +259,8 @@ impl Audit {
         self.this.drift += drift;
     }
 
-    /// Connections whose entry the kernel half didn't see are counted from the socket table from now
-    /// on, which puts a count right, too.
+    /// Connections whose entry the kernel half didn't see are counted from the socket table from
+    /// now on, which puts a count right, too.
     fn note_unseen(&mut self, table: &SocketTable, connections: &Connections<'_>) {
         for view in &table.slots {
             let Some(unseen) = connections.unseen.get(&view.slot()) else {
