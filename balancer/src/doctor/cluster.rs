@@ -1,4 +1,5 @@
-//! The Kubernetes cluster that a configuration asks for: whether its API server answers, and what it would refuse.
+//! The Kubernetes cluster of a configuration: whether its API server answers, and what it would
+//! refuse.
 
 use anyhow::{Context as _, Result};
 

@@ -215,7 +215,8 @@ fn shortened(text: &str) -> String {
     }
 }
 
-/// The part in quotes of `… User "system:serviceaccount:a:b" cannot …`, if a shell takes it as it is.
+/// The part in quotes of `… User "system:serviceaccount:a:b" cannot …`, if it needs no quotes in a
+/// shell.
 fn user(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("User \"")?;
     let (user, _) = rest.split_once('"')?;

@@ -1,4 +1,4 @@
-//! The whole of it against an API server that is a function.
+//! The cluster against an API server that is a function.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -25,13 +25,13 @@ use crate::config::{
 /// The body of an answer.
 type Frames = StreamBody<BoxStream<'static, io::Result<Frame<Bytes>>>>;
 
-/// What the server does with a request.
+/// What the server does with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mood {
+enum Behaviour {
     Well,
-    /// No connection.
+    /// It accepts no connection.
     Refuses,
-    /// 403 to all about this resource.
+    /// It answers 403 to all requests about this resource.
     Forbids(&'static str),
     /// It accepts requests and says nothing.
     Stalls,
@@ -41,21 +41,22 @@ enum Mood {
     IsGone,
 }
 
-/// A server with a few objects, by resource. Watches say nothing and stay open until the server is shaken.
+/// A server with a few objects, by resource. Watches say nothing, and stay open until the server
+/// behaves in another way.
 struct Server {
-    mood: Mutex<Mood>,
+    behaviour: Mutex<Behaviour>,
     objects: Mutex<BTreeMap<String, Vec<Value>>>,
     requests: Mutex<Vec<(Method, String)>>,
-    shaken: Notify,
+    changed: Notify,
 }
 
 impl Server {
     fn new() -> Arc<Self> {
         Arc::new(Self {
-            mood: Mutex::new(Mood::Well),
+            behaviour: Mutex::new(Behaviour::Well),
             objects: Mutex::default(),
             requests: Mutex::default(),
-            shaken: Notify::new(),
+            changed: Notify::new(),
         })
     }
 
@@ -69,10 +70,10 @@ impl Server {
             .insert(resource.to_owned(), objects);
     }
 
-    /// From now on it is so; watches that are open end.
-    fn set(&self, mood: Mood) {
-        *self.mood.lock().unwrap() = mood;
-        self.shaken.notify_waiters();
+    /// Behaves so from now on. Watches that are open end.
+    fn set(&self, behaviour: Behaviour) {
+        *self.behaviour.lock().unwrap() = behaviour;
+        self.changed.notify_waiters();
     }
 
     fn count(&self, method: &Method, part: &str) -> usize {
@@ -87,7 +88,7 @@ impl Server {
             .lock()
             .unwrap()
             .push((method.clone(), uri.clone()));
-        let mood = *self.mood.lock().unwrap();
+        let behaviour = *self.behaviour.lock().unwrap();
         let path = uri.split('?').next().unwrap_or_default();
         let resource = path
             .split('/')
@@ -104,16 +105,16 @@ impl Server {
             .unwrap_or_default()
             .to_owned();
         let watches = uri.contains("watch=true");
-        match mood {
-            Mood::Refuses => return Err(io::Error::other("connection refused").into()),
-            Mood::Stalls => std::future::pending().await,
-            Mood::Forbids(what) if what == resource => {
+        match behaviour {
+            Behaviour::Refuses => return Err(io::Error::other("connection refused").into()),
+            Behaviour::Stalls => std::future::pending().await,
+            Behaviour::Forbids(what) if what == resource => {
                 let message = format!(
                     "{resource} is forbidden: User \"system:serviceaccount:b:agent\" cannot"
                 );
                 return Ok(status(403, &message));
             }
-            Mood::IsGone if watches => return Ok(status(410, "too old")),
+            Behaviour::IsGone if watches => return Ok(status(410, "too old")),
             _ => (),
         }
         if method == Method::POST || method == Method::PATCH {
@@ -125,7 +126,7 @@ impl Server {
             return Ok(ok(&json!({"kind": "Status", "status": "Success"})));
         }
         if watches {
-            return Ok(self.watch(mood));
+            return Ok(self.watch(behaviour));
         }
         let objects = self.objects.lock().unwrap();
         let items = objects.get(&resource).cloned().unwrap_or_default();
@@ -137,11 +138,11 @@ impl Server {
         Ok(items.first().map_or_else(|| status(404, "not found"), ok))
     }
 
-    fn watch(self: Arc<Self>, mood: Mood) -> Response<Frames> {
+    fn watch(self: Arc<Self>, behaviour: Behaviour) -> Response<Frames> {
         let gone = json!({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"}});
-        let first = (mood == Mood::Forgets).then(|| format!("{gone}\n"));
+        let first = (behaviour == Behaviour::Forgets).then(|| format!("{gone}\n"));
         let end = stream::once(async move {
-            self.shaken.notified().await;
+            self.changed.notified().await;
             Err(io::ErrorKind::ConnectionReset.into())
         });
         respond(stream::iter(first.map(|line| Ok(Bytes::from(line)))).chain(end))
@@ -216,12 +217,12 @@ fn config() -> Kubernetes {
     }
 }
 
-fn pod(name: &str, daemon_set: &str, weight: Option<&str>) -> Value {
+fn pod(name: &str, owner: &str, weight: Option<&str>) -> Value {
     let annotations =
         weight.map_or_else(|| json!({}), |weight| json!({watch::pods::WEIGHT: weight}));
     json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {"name": name, "namespace": "sw",
         "uid": format!("uid-{name}"), "annotations": annotations,
-        "ownerReferences": [{"apiVersion": "apps/v1", "kind": daemon_set, "name": "balancer", "uid": "o"}]}})
+        "ownerReferences": [{"apiVersion": "apps/v1", "kind": owner, "name": "balancer", "uid": "o"}]}})
 }
 
 fn service(name: &str) -> Value {
@@ -239,7 +240,7 @@ fn slice(service: &str, pods: &[&str]) -> Value {
         "endpoints": endpoints.collect::<Vec<_>>()})
 }
 
-/// One Service with two pods that serve and one of a Job.
+/// A server with one Service, two pods that serve and one of a Job.
 fn populated() -> Arc<Server> {
     let server = Server::new();
     server.put("services", json!([service("oap")]));
@@ -263,7 +264,7 @@ fn populated() -> Arc<Server> {
     server
 }
 
-/// Waits until it is so; with a clock that jumps, for no more than a quarter of an hour.
+/// Waits until the view is so, for a quarter of an hour of a clock that jumps at most.
 async fn eventually(cluster: &mut Cluster, what: &str, is: impl Fn(&View) -> bool) -> View {
     for _ in 0..9000 {
         let view = cluster.view();
@@ -341,7 +342,7 @@ async fn what_is_listed_becomes_groups_and_entries_share_watches() {
 #[tokio::test(start_paused = true)]
 async fn a_refusal_is_told_for_as_long_as_it_lasts() {
     let server = populated();
-    server.set(Mood::Forbids("endpointslices"));
+    server.set(Behaviour::Forbids("endpointslices"));
     let mut cluster = server.cluster(&config());
     let view = eventually(&mut cluster, "a problem", |view| {
         view.problems.iter().any(|problem| {
@@ -352,7 +353,7 @@ async fn a_refusal_is_told_for_as_long_as_it_lasts() {
     assert!(!view.complete);
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert!(cluster.view().silent_for >= Duration::from_secs(60));
-    server.set(Mood::Well);
+    server.set(Behaviour::Well);
     let view = eventually(&mut cluster, "complete", |view| view.complete).await;
     eventually(&mut cluster, "no longer silent", |view| {
         view.silent_for.is_zero()
@@ -366,7 +367,7 @@ async fn an_outage_keeps_what_was_known_and_ends_with_a_new_list() {
     let server = populated();
     let mut cluster = server.cluster(&config());
     let before = eventually(&mut cluster, "complete", |view| view.complete).await;
-    server.set(Mood::Refuses);
+    server.set(Behaviour::Refuses);
     let view = eventually(&mut cluster, "silence", |view| {
         view.silent_for >= Duration::from_secs(30)
     })
@@ -386,7 +387,7 @@ async fn an_outage_keeps_what_was_known_and_ends_with_a_new_list() {
     );
     // It comes back from a backup: fewer pods, lower versions.
     server.put("endpointslices", json!([slice("oap", &["oap-0"])]));
-    server.set(Mood::Well);
+    server.set(Behaviour::Well);
     let view = eventually(&mut cluster, "the new list", |view| {
         view.groups[&group("als")].len() == 1
     })
@@ -404,9 +405,9 @@ async fn an_outage_keeps_what_was_known_and_ends_with_a_new_list() {
 
 #[tokio::test(start_paused = true)]
 async fn versions_that_are_gone_lead_to_a_new_list_and_are_no_problem() {
-    for mood in [Mood::Forgets, Mood::IsGone] {
+    for behaviour in [Behaviour::Forgets, Behaviour::IsGone] {
         let server = populated();
-        server.set(mood);
+        server.set(behaviour);
         let mut cluster = server.cluster(&config());
         eventually(&mut cluster, "complete", |view| view.complete).await;
         tokio::time::sleep(Duration::from_secs(60)).await;
@@ -419,13 +420,13 @@ async fn versions_that_are_gone_lead_to_a_new_list_and_are_no_problem() {
             .filter(|(_, uri)| is_list(uri))
             .count();
         let view = cluster.view();
-        assert!(view.silent_for.is_zero(), "{mood:?}: {view:?}");
+        assert!(view.silent_for.is_zero(), "{behaviour:?}: {view:?}");
         assert!(
             (3..=20).contains(&lists),
-            "{mood:?}: {lists} lists a minute"
+            "{behaviour:?}: {lists} lists a minute"
         );
         server.put("endpointslices", json!([slice("oap", &["oap-0"])]));
-        server.set(Mood::Well);
+        server.set(Behaviour::Well);
         eventually(&mut cluster, "the new list", |view| {
             view.groups[&group("als")].len() == 1
         })
@@ -438,7 +439,7 @@ async fn a_server_that_says_nothing_is_noticed() {
     let server = populated();
     let mut cluster = server.cluster(&config());
     eventually(&mut cluster, "complete", |view| view.complete).await;
-    *server.mood.lock().unwrap() = Mood::Stalls;
+    *server.behaviour.lock().unwrap() = Behaviour::Stalls;
     let begun = tokio::time::Instant::now();
     eventually(&mut cluster, "silence", |view| !view.silent_for.is_zero()).await;
     assert!(
@@ -458,7 +459,7 @@ async fn a_service_that_appears_is_served_without_an_incomplete_view() {
         "endpointslices",
         json!([slice("oap", &["oap-0"]), slice("oap2", &["oap-1"])]),
     );
-    server.set(Mood::Well);
+    server.set(Behaviour::Well);
     for _ in 0..9000 {
         let view = cluster.view();
         assert!(view.complete);
@@ -515,7 +516,7 @@ async fn the_daemon_set_that_goes_dismisses_the_daemon() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(!cluster.dismissed());
     server.put("daemonsets", json!([]));
-    server.set(Mood::Well);
+    server.set(Behaviour::Well);
     for _ in 0..600 {
         if cluster.dismissed() {
             return;
@@ -539,7 +540,7 @@ async fn reports_are_paced_renewed_and_taken_away() {
         "nothing is said by who has nothing to say"
     );
     assert_eq!(server.count(&Method::DELETE, own), 0);
-    let said = |connections| NodeReport {
+    let report = |connections| NodeReport {
         schema: SCHEMA,
         node: "node-a".to_owned(),
         peaks: vec![Peak {
@@ -550,7 +551,7 @@ async fn reports_are_paced_renewed_and_taken_away() {
         ..NodeReport::default()
     };
     for connections in 0..100 {
-        cluster.publish(said(connections));
+        cluster.publish(report(connections));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let written = server.count(&Method::PATCH, own);
@@ -577,10 +578,10 @@ async fn what_others_wrote_is_received_with_its_age_or_told_to_be_garbage() {
         json!({"metadata": {"name": format!("balancer-{node}"), "namespace": "balancer", "resourceVersion": "4"},
             "data": {"publication.json": text}})
     };
-    let said = json!({"schema": 1, "node": "node-b", "backends": [], "peaks": [], "refused": []});
+    let report = json!({"schema": 1, "node": "node-b", "backends": [], "peaks": [], "refused": []});
     server.put(
         "configmaps",
-        json!([map("node-b", &said.to_string()), map("node-c", "{]")]),
+        json!([map("node-b", &report.to_string()), map("node-c", "{]")]),
     );
     let mut cluster = server.cluster(&config());
     let view = eventually(&mut cluster, "complete", |view| view.complete).await;
@@ -598,7 +599,7 @@ async fn what_others_wrote_is_received_with_its_age_or_told_to_be_garbage() {
         "old ones stay in the view"
     );
     // A new list is no news of what has not changed.
-    server.set(Mood::Well);
+    server.set(Behaviour::Well);
     tokio::time::sleep(Duration::from_secs(30)).await;
     assert!(cluster.view().nodes["node-b"].age >= Duration::from_secs(130));
 }
@@ -635,12 +636,12 @@ async fn missing_permissions_are_listed() {
             .unwrap(),
         []
     );
-    server.set(Mood::Refuses);
+    server.set(Behaviour::Refuses);
     let error = permissions(&connection, &config(), &identity())
         .await
         .unwrap_err();
     assert!(format!("{error:#}").contains("https://api"), "{error:#}");
-    server.set(Mood::Stalls);
+    server.set(Behaviour::Stalls);
     let error = reachable(&connection).await.unwrap_err();
     assert!(
         format!("{error:#}").contains("does not answer within 5 s"),

@@ -1,4 +1,5 @@
-//! The daemon in a cluster: a real API server, and nodes and pods that the test writes; the pods' namespaces and connections are real.
+//! The daemon in a cluster with a real API server. Nodes and pods are objects that the test writes;
+//! the netns and connections of the pods are real.
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -18,9 +19,9 @@ use testkit::kubernetes::{ApiServer, Kubectl};
 
 const SETTLES_WITHIN: Duration = Duration::from_secs(40);
 const PORT: u16 = 11800;
-/// Where the balancer's own objects are.
+/// The namespace of the balancer's own objects.
 const SYSTEM: &str = "balancer-system";
-/// What the OAPs are in.
+/// The namespace of the OAPs.
 const OAPS: &str = "skywalking";
 /// The node that the daemon under test is on.
 const NODE: &str = "node1";
@@ -31,7 +32,7 @@ struct Cluster<'a> {
     api: ApiServer,
 }
 
-/// A pod of this node: its namespace, and its OAP.
+/// A pod of this node: its netns, and its OAP.
 struct Pod {
     name: String,
     address: String,
@@ -39,7 +40,7 @@ struct Pod {
     _resident: Resident,
 }
 
-/// A thread that lives in a namespace, as a pod's processes do.
+/// A thread that lives in a netns, as a pod's processes do.
 struct Resident(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl Resident {
@@ -77,7 +78,7 @@ impl<'a> Cluster<'a> {
             objects::service_account(SYSTEM, "balancer"),
             service(),
         ]));
-        api.admin().apply(&rights());
+        api.admin().apply(&permissions());
         Self { machine, api }
     }
 
@@ -133,7 +134,7 @@ impl<'a> Cluster<'a> {
         self.api.admin().apply(&slice);
     }
 
-    /// What another node's daemon would write.
+    /// Writes the node report of another node's daemon.
     fn publish(&self, node: &str, pods: &[(&str, u32)]) {
         let backends: Vec<Value> = pods
             .iter()
@@ -153,7 +154,7 @@ impl<'a> Cluster<'a> {
                 })
             })
             .collect();
-        let publication =
+        let report =
             json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "refused": []});
         let object = json!({
             "apiVersion": "v1",
@@ -163,12 +164,12 @@ impl<'a> Cluster<'a> {
                 "name": format!("balancer-{node}"),
                 "labels": {"app.kubernetes.io/name": "balancer", "app.kubernetes.io/component": "publication"},
             },
-            "data": {"publication.json": publication.to_string()},
+            "data": {"publication.json": report.to_string()},
         });
         self.api.admin().apply(&object);
     }
 
-    /// A thread's work in the cgroup and namespace of a pod.
+    /// A thread's work in the cgroup and netns of a pod.
     fn in_pod<T: Send>(&self, pod: &Pod, work: impl FnOnce() -> T + Send) -> T {
         self.machine.cgroup.run(|| pod.netns.run(work))
     }
@@ -177,7 +178,7 @@ impl<'a> Cluster<'a> {
         self.in_pod(pod, || Listen::on(&format!("0.0.0.0:{PORT}")).open())
     }
 
-    /// A client from outside: an address of the host that is not the one the node itself sends from.
+    /// A client from outside: its address is not the one that the node itself sends from.
     fn connect(&self, pod: &Pod) -> tcp::Outcome {
         let from = SocketAddr::new(CLIENT, 0);
         self.machine.netns.run(|| tcp::connect_from(from, pod.at()))
@@ -227,8 +228,8 @@ fn service() -> Value {
     )
 }
 
-/// What the chart gives the daemon.
-fn rights() -> Value {
+/// The permissions that the chart gives the daemon.
+fn permissions() -> Value {
     let mut role = objects::cluster_role("balancer", (SYSTEM, "balancer"), &cluster_rules());
     let home = objects::cluster_role(
         "balancer-home",
@@ -262,7 +263,7 @@ fn config(quota: &str) -> String {
     )
 }
 
-/// `status --cluster`.
+/// The JSON of `status --cluster`.
 fn cluster_status(balancer: &Balancer) -> Value {
     let json = balancer.must(&["status", "--cluster", "-o", "json"]);
     serde_json::from_str(&json).expect("JSON")
@@ -274,8 +275,8 @@ fn group(balancer: &Balancer) -> anyhow::Result<Value> {
     group.with_context(|| format!("no group: {status}"))
 }
 
-/// The `ConfigMap` of this node's daemon.
-fn publication(cluster: &Cluster) -> anyhow::Result<Value> {
+/// The `ConfigMap` with the report of this node.
+fn own_report(cluster: &Cluster) -> anyhow::Result<Value> {
     let get = [
         "get",
         "-o",
@@ -290,7 +291,7 @@ fn publication(cluster: &Cluster) -> anyhow::Result<Value> {
     Ok(serde_json::from_str(&got.stdout)?)
 }
 
-/// Waits until the quota of the only backend of this node is this, and its sentence has these words.
+/// Waits until the only backend of this node has this quota, and its sentence these words.
 fn wait_for_quota(balancer: &Balancer, quota: Option<u32>, words: &str) {
     eventually(SETTLES_WITHIN, || {
         let status = balancer.status();
@@ -311,7 +312,7 @@ fn wait_for_quota(balancer: &Balancer, quota: Option<u32>, words: &str) {
     });
 }
 
-/// The machine's host namespace with the address that clients come from.
+/// The machine's host netns with the address that clients come from.
 fn with_cluster(test: impl FnOnce(&Cluster) + Send) {
     Machine::with(|machine| {
         machine.netns.add_address(CLIENT);
@@ -436,10 +437,10 @@ fn what_all_agents_counted_is_shared_out() {
         });
         // And what this one counted is told to the others.
         eventually(SETTLES_WITHIN, || {
-            let own = publication(cluster)?;
+            let own = own_report(cluster)?;
             let text = own["data"]["publication.json"]
                 .as_str()
-                .context("no publication")?;
+                .context("no report")?;
             let told: Value = serde_json::from_str(text)?;
             ensure!(told["backends"][0]["established"] == 12, "{told}");
             ensure!(told["backends"][0]["pod"]["name"] == "oap-5", "{told}");
@@ -545,7 +546,7 @@ fn a_missing_permission_is_named_and_its_return_noticed() {
             15,
             "nobody is refused meanwhile"
         );
-        cluster.api.admin().apply(&rights());
+        cluster.api.admin().apply(&permissions());
         wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
         eventually(SETTLES_WITHIN, || {
             let problems = cluster_status(&balancer)["problems"].clone();
@@ -651,7 +652,7 @@ fn who_is_dismissed_takes_everything_along() {
         balancer.launch();
         let _listener = cluster.listen(&pod);
         eventually(SETTLES_WITHIN, || {
-            let own = publication(cluster)?;
+            let own = own_report(cluster)?;
             ensure!(
                 own["metadata"]["ownerReferences"][0]["name"] == "balancer",
                 "{own}"

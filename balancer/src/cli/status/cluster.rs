@@ -7,7 +7,7 @@ use crate::{
     kubernetes::{BackendStatus, ClusterStatus, GroupStatus},
 };
 
-/// A node report that is older than this, in seconds, is marked: its daemon or its node may be gone.
+/// An older node report is marked, in seconds: its daemon or its node may be gone.
 const OLD: u64 = 60;
 
 pub(super) fn text(status: &ClusterStatus) -> String {
