@@ -110,7 +110,9 @@ pub async fn run(options: Options) -> Result<()> {
     let events = match started {
         Ok(events) => events,
         Err(error) => {
-            agent.writer.loader.withdraw()?;
+            if let Err(left) = agent.writer.loader.withdraw() {
+                warn!("what was loaded could not be taken out of the kernel: {left:#}");
+            }
             return Err(error);
         }
     };

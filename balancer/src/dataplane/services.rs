@@ -12,16 +12,8 @@ use tracing::{info, warn};
 
 use super::plain::Plain;
 use super::plan::{Plan, Rules, ServicePlan};
-use super::read::snapshot::{services, text};
 use super::slots;
-use super::tables::Tables;
-
-/// How many ids there are for services.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "a constant far below 65,536"
-)]
-const SERVICE_IDS: u16 = MAX_SERVICES as u16;
+use super::tables::{Tables, every_service, text};
 
 const EMPTY_INFO: ServiceInfo = ServiceInfo {
     name: [0; 64],
@@ -73,8 +65,8 @@ fn write_ports(tables: &mut Tables, plan: &Plan, ids: &[u16]) -> Result<()> {
 /// A service keeps its id by its name, over reloads and restarts.
 fn assign_ids(tables: &mut Tables, plan: &Plan) -> Result<Vec<u16>> {
     let mut names: BTreeMap<String, u16> = BTreeMap::new();
-    for id in 0..SERVICE_IDS {
-        let info = info(tables, id)?;
+    for id in every_service() {
+        let info = tables.service(id)?;
         if info.name[0] != 0 {
             names.insert(text(&info.name), id);
         }
@@ -88,7 +80,7 @@ fn assign_ids(tables: &mut Tables, plan: &Plan) -> Result<Vec<u16>> {
 }
 
 fn new_id(tables: &mut Tables, used: &mut HashSet<u16>) -> Result<u16> {
-    let Some(id) = (0..SERVICE_IDS).find(|id| !used.contains(id)) else {
+    let Some(id) = every_service().find(|id| !used.contains(id)) else {
         bail!(
             "all {MAX_SERVICES} service ids are in use (services that were removed keep theirs \
              until their last connection is gone)"
@@ -99,14 +91,9 @@ fn new_id(tables: &mut Tables, used: &mut HashSet<u16>) -> Result<u16> {
     Ok(id)
 }
 
-fn info(tables: &Tables, id: u16) -> Result<ServiceInfo> {
-    let info = tables.info.get(&u32::from(id), 0);
-    Ok(info.context("cannot read the services")?.0)
-}
-
 /// Changes what is known of a service; says whether that is another thing than before.
 fn update(tables: &mut Tables, id: u16, change: impl FnOnce(&mut ServiceInfo)) -> Result<bool> {
-    let old = info(tables, id)?;
+    let old = tables.service(id)?;
     let mut new = old;
     change(&mut new);
     if new != old {
@@ -146,7 +133,7 @@ pub fn write_sentence(tables: &mut Tables, id: u16, sentence: &str) -> Result<()
 /// # Errors
 /// When the map can't be read.
 pub fn quota_by_hand(tables: &Tables, id: u16) -> Result<Option<u32>> {
-    let info = info(tables, id)?;
+    let info = tables.service(id)?;
     Ok((info.by_hand == 1).then_some(info.quota_by_hand))
 }
 
@@ -167,7 +154,7 @@ pub fn set_quota_by_hand(tables: &mut Tables, id: u16, quota: Option<u32>) -> Re
 /// # Errors
 /// When the map can't be read.
 pub fn ids(tables: &Tables) -> Result<BTreeMap<String, u16>> {
-    let named = services(tables)?.into_iter();
+    let named = tables.named_services()?.into_iter();
     Ok(named.map(|(id, info)| (text(&info.name), id)).collect())
 }
 
@@ -176,20 +163,20 @@ pub fn ids(tables: &Tables) -> Result<BTreeMap<String, u16>> {
 /// # Errors
 /// When the map can't be read.
 pub fn ports(tables: &Tables) -> Result<Vec<(String, u16)>> {
-    let named = services(tables)?.into_iter();
+    let named = tables.named_services()?.into_iter();
     let port = |(_, info): (u16, ServiceInfo)| (text(&info.name), info.port);
     Ok(named.map(port).collect())
 }
 
 /// The port of a service; `None`: there is none with that id.
 pub fn port_of(tables: &Tables, id: u16) -> Option<u16> {
-    let info = info(tables, id).ok()?;
+    let info = tables.service(id).ok()?;
     (info.port != 0).then_some(info.port)
 }
 
 /// What a service is called; its id where it is not known any more.
 pub fn name(tables: &Tables, id: u16) -> String {
-    let info = info(tables, id).ok().filter(|info| info.name[0] != 0);
+    let info = tables.service(id).ok().filter(|info| info.name[0] != 0);
     info.map_or_else(|| format!("service {id}"), |info| text(&info.name))
 }
 
@@ -237,7 +224,7 @@ fn retire(tables: &mut Tables, configured: &[u16]) -> Result<()> {
         .iter()
         .map(|view| view.member.backend.service)
         .collect();
-    for id in (0..SERVICE_IDS).filter(|id| !configured.contains(id)) {
+    for id in every_service().filter(|id| !configured.contains(id)) {
         let name = name(tables, id);
         let retired = update(tables, id, |info| {
             if info.name[0] == 0 {

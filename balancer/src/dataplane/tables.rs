@@ -320,6 +320,21 @@ pub fn every_slot() -> impl Iterator<Item = u32> {
     0..u32_of(MAX_SLOTS)
 }
 
+/// The ids of all services.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a constant far below 65,536"
+)]
+pub fn every_service() -> impl Iterator<Item = u16> {
+    0..MAX_SERVICES as u16
+}
+
+/// A zero-padded text of a map.
+pub fn text(bytes: &[u8]) -> String {
+    let text = bytes.split(|byte| *byte == 0).next();
+    String::from_utf8_lossy(text.unwrap_or_default()).into_owned()
+}
+
 /// What the storage of a listed socket holds.
 pub fn connection_of(socket: &Socket) -> Option<Connection> {
     let mut bytes = socket.storage.as_deref()?;
@@ -397,6 +412,24 @@ impl Tables {
                 "its socket storage can't be set (the kernel half has just registered it, or \
                  memory is short)",
             )
+    }
+
+    /// What user space knows of a service.
+    pub fn service(&self, id: u16) -> Result<ServiceInfo> {
+        let info = self.info.get(&u32::from(id), 0);
+        Ok(info.context("cannot read the services")?.0)
+    }
+
+    /// The services that are configured, with their ids.
+    pub fn named_services(&self) -> Result<Vec<(u16, ServiceInfo)>> {
+        let mut named = Vec::new();
+        for id in every_service() {
+            let info = self.service(id)?;
+            if info.name[0] != 0 && info.port != 0 {
+                named.push((id, info));
+            }
+        }
+        Ok(named)
     }
 
     /// Whether a source is exempt for a service.

@@ -59,32 +59,6 @@ pub fn netns(socket: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Whether a TCP socket is in ESTABLISHED (`TCP_INFO`, whose first byte is the state).
-///
-/// # Errors
-/// `ENOTSOCK` where the file is no socket, `EOPNOTSUPP` where it is no TCP socket.
-pub fn is_established(socket: impl AsFd) -> io::Result<bool> {
-    const TCP_ESTABLISHED: u8 = 1;
-    let mut state = 0_u8;
-    let mut length: libc::socklen_t = 1;
-    // SAFETY: the kernel writes at most `length` bytes, the size of `state`, to the first pointer
-    // and a socklen_t to the second; both live until the call returns.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            (&raw mut state).cast(),
-            &raw mut length,
-        )
-    };
-    if result == 0 {
-        Ok(state == TCP_ESTABLISHED)
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,18 +78,5 @@ mod tests {
             cookie(file).expect_err("no socket").raw_os_error(),
             Some(libc::ENOTSOCK)
         );
-    }
-
-    #[test]
-    fn a_connection_is_established_until_one_side_closes() {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
-        assert!(!is_established(&listener).expect("a TCP socket"));
-        let address = listener.local_addr().expect("address");
-        let client = std::net::TcpStream::connect(address).expect("connect");
-        assert!(is_established(&client).expect("a TCP socket"));
-        client
-            .shutdown(std::net::Shutdown::Write)
-            .expect("shut down");
-        assert!(!is_established(&client).expect("a TCP socket"));
     }
 }

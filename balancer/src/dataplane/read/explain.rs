@@ -22,8 +22,7 @@ use balancer_common::decision::{
 use balancer_common::{Reason, Verdict};
 
 use super::super::plain::Plain;
-use super::super::tables::{Tables, lookup, slot_of};
-use super::snapshot::{services, text};
+use super::super::tables::{Tables, lookup, slot_of, text};
 use crate::sys::sock_diag::{Family, Query, State, States, tcp_sockets};
 use crate::sys::{clock, netns};
 
@@ -52,7 +51,8 @@ pub fn explain(
     let Some(port) = service_of(tables, to.into(), to_port)? else {
         return Ok(not_ours(from, to_port));
     };
-    let name = services(tables)?
+    let name = tables
+        .named_services()?
         .into_iter()
         .find(|(id, _)| *id == port.service)
         .map_or_else(

@@ -7,13 +7,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use balancer_common::Reason;
 use balancer_common::abi::{
-    AuditTotals, Backend, BackendState, Heartbeat, MAX_SERVICES, Policy, ServiceInfo, ServicePort,
-    UNLIMITED, ticks,
+    AuditTotals, Backend, BackendState, Heartbeat, Policy, ServiceInfo, ServicePort, UNLIMITED,
+    ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
 
-use super::super::tables::{Tables, check_maps};
+use super::super::tables::{Tables, check_maps, text};
 use super::explain::{self, Explanation};
 use crate::dataplane::Paths;
 use crate::sys::clock;
@@ -185,7 +185,9 @@ impl Reader {
     /// # Errors
     /// When a map can't be read.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        let services = services(&self.tables)?
+        let services = self
+            .tables
+            .named_services()?
             .into_iter()
             .map(|(id, info)| {
                 let verdicts = self.tables.verdicts(id)?;
@@ -214,22 +216,6 @@ impl Reader {
     ) -> Result<Explanation> {
         explain::explain(&self.tables, from, to_address, to_port)
     }
-}
-
-/// The services that have a name.
-pub fn services(tables: &Tables) -> Result<Vec<(u16, ServiceInfo)>> {
-    let mut found = Vec::new();
-    for id in 0..u16::try_from(MAX_SERVICES)? {
-        let info = tables
-            .info
-            .get(&u32::from(id), 0)
-            .context("cannot read the services")?
-            .0;
-        if info.name[0] != 0 && info.port != 0 {
-            found.push((id, info));
-        }
-    }
-    Ok(found)
 }
 
 fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
@@ -320,13 +306,4 @@ fn note(backend: &Backend) -> Option<String> {
             errno.desc()
         )
     })
-}
-
-/// A zero-padded text of a map.
-pub fn text(bytes: &[u8]) -> String {
-    let end = bytes
-        .iter()
-        .position(|byte| *byte == 0)
-        .unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
