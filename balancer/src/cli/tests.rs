@@ -112,7 +112,7 @@ fn assert_text(actual: &str, expected: &str) {
 fn status_of_a_service_under_pressure() {
     let snapshot = Snapshot {
         services: vec![agents()],
-        agent: alive(),
+        daemon: alive(),
     };
     assert_text(
         &status::text(&snapshot),
@@ -140,7 +140,7 @@ agents: virtual port 11800, least-connections
 fn status_of_backends_with_something_the_matter() {
     let snapshot = Snapshot {
         services: vec![als()],
-        agent: alive(),
+        daemon: alive(),
     };
     assert_text(
         &status::text(&snapshot),
@@ -172,7 +172,7 @@ fn status_says_when_everybody_is_refused() {
     service.backends[1].established = 229;
     let snapshot = Snapshot {
         services: vec![service],
-        agent: alive(),
+        daemon: alive(),
     };
     let text = status::text(&snapshot);
     assert!(text.contains("  ! Every backend is at its quota: new clients are refused. Raise it with\n    `balancer quota set agents N`, or start another backend.\n"), "{text}");
@@ -191,7 +191,7 @@ fn status_says_when_nobody_listens() {
     none.backends.clear();
     let text = status::text(&Snapshot {
         services: vec![closed, none],
-        agent: alive(),
+        daemon: alive(),
     });
     assert!(
         text.contains("  ! No backend: none of its backends listens"),
@@ -210,7 +210,7 @@ fn status_says_when_nobody_listens() {
 #[test]
 fn status_says_what_a_dead_daemon_means() {
     let with = |alive: bool, seconds: Option<u64>| {
-        let agent = DaemonSnapshot {
+        let daemon = DaemonSnapshot {
             alive,
             heartbeat_age: seconds.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
@@ -218,7 +218,7 @@ fn status_says_what_a_dead_daemon_means() {
         };
         status::text(&Snapshot {
             services: Vec::new(),
-            agent,
+            daemon,
         })
     };
     assert_text(
@@ -249,7 +249,7 @@ fn status_tells_what_was_done_by_hand_from_what_is_full() {
     }
     let text = status::text(&Snapshot {
         services: vec![service],
-        agent: alive(),
+        daemon: alive(),
     });
     assert!(
         text.contains("  ! Every backend is closed by hand (quota 0)"),
@@ -281,7 +281,7 @@ fn text_fits_into_a_hundred_columns_with_ordinary_addresses() {
     let text = quota::text(&services)
         + &status::text(&Snapshot {
             services: vec![agents(), service],
-            agent: alive(),
+            daemon: alive(),
         });
     for line in text.lines() {
         assert!(line.chars().count() <= 100, "{line}");
@@ -293,7 +293,7 @@ fn text_fits_into_a_hundred_columns_with_ordinary_addresses() {
 fn status_as_json_is_as_contracted() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
-        agent: alive(),
+        daemon: alive(),
     };
     snapshot.services[0].backends.truncate(1);
     let backend = &mut snapshot.services[0].backends[0];
@@ -337,11 +337,11 @@ fn status_as_json_is_as_contracted() {
 fn metrics_are_what_status_shows() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
-        agent: alive(),
+        daemon: alive(),
     };
     (
-        snapshot.agent.audit_totals.drift,
-        snapshot.agent.audit_totals.repairs,
+        snapshot.daemon.audit_totals.drift,
+        snapshot.daemon.audit_totals.repairs,
     ) = (3, 2);
     snapshot.services[0].backends.truncate(2);
     snapshot.services[0].backends[1].quota = None;

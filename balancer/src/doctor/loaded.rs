@@ -29,7 +29,7 @@ pub(super) fn look(state_dir: &Path) -> (Option<Snapshot>, Check) {
             ),
         ),
         Ok(Some(snapshot)) => {
-            let check = loaded(snapshot.services.len(), &snapshot.agent);
+            let check = loaded(snapshot.services.len(), &snapshot.daemon);
             (Some(snapshot), check)
         }
         Err(error) => (

@@ -137,7 +137,7 @@ pub fn run(options: &Options) -> Report {
     let (snapshot, check) = loaded::look(&options.state_dir);
     checks.push(check);
     if let Some(snapshot) = &snapshot {
-        checks.push(loaded::counts(&snapshot.agent));
+        checks.push(loaded::counts(&snapshot.daemon));
     }
     let config = options.config.as_ref();
     if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {

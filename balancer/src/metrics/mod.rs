@@ -20,7 +20,7 @@ type Counters = Family<Labels, Counter<u64, AtomicU64>>;
 /// When it can't be written as text.
 pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("balancer");
-    daemon(&mut registry, &snapshot.agent);
+    daemon(&mut registry, &snapshot.daemon);
     let mut backends = Backends::new(&mut registry);
     let lookups = counters(&mut registry, "lookups", "Look-ups by how they ended");
     for service in &snapshot.services {

@@ -11,11 +11,12 @@ use crate::dataplane::{BackendSnapshot, ServiceSnapshot, Snapshot};
 pub(in crate::cli) struct Json<'a> {
     schema: u32,
     services: Vec<JsonService<'a>>,
-    agent: JsonAgent,
+    /// The daemon; the key is part of the contract.
+    agent: JsonDaemon,
 }
 
 #[derive(Serialize)]
-struct JsonAgent {
+struct JsonDaemon {
     alive: bool,
     heartbeat_age_ms: Option<u128>,
     checks: u64,
@@ -62,12 +63,12 @@ impl<'a> Json<'a> {
         Self {
             schema: 1,
             services: snapshot.services.iter().map(JsonService::new).collect(),
-            agent: JsonAgent {
-                alive: snapshot.agent.alive,
-                heartbeat_age_ms: snapshot.agent.heartbeat_age.map(|age| age.as_millis()),
-                checks: snapshot.agent.audit_totals.checks,
-                drift: snapshot.agent.audit_totals.drift,
-                repairs: snapshot.agent.audit_totals.repairs,
+            agent: JsonDaemon {
+                alive: snapshot.daemon.alive,
+                heartbeat_age_ms: snapshot.daemon.heartbeat_age.map(|age| age.as_millis()),
+                checks: snapshot.daemon.audit_totals.checks,
+                drift: snapshot.daemon.audit_totals.drift,
+                repairs: snapshot.daemon.audit_totals.repairs,
             },
         }
     }

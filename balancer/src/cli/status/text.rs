@@ -15,7 +15,7 @@ use crate::{
 const SILENT: Duration = Duration::from_secs(5);
 
 pub(in crate::cli) fn text(snapshot: &Snapshot) -> String {
-    let mut text = daemon(&snapshot.agent);
+    let mut text = daemon(&snapshot.daemon);
     for service in &snapshot.services {
         text += "\n";
         text += &service_text(service);
@@ -26,13 +26,13 @@ pub(in crate::cli) fn text(snapshot: &Snapshot) -> String {
     text
 }
 
-fn daemon(agent: &DaemonSnapshot) -> String {
-    let limit = span(agent.fail_open_after);
-    let words = match agent.heartbeat_age {
-        Some(age) if agent.alive && age < SILENT => {
+fn daemon(daemon: &DaemonSnapshot) -> String {
+    let limit = span(daemon.fail_open_after);
+    let words = match daemon.heartbeat_age {
+        Some(age) if daemon.alive && age < SILENT => {
             format!("alive, last heartbeat {} ago", span(age))
         }
-        Some(age) if agent.alive => format!(
+        Some(age) if daemon.alive => format!(
             "SILENT for {}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). Look at its log, or start it \
              again with `balancer run --config FILE`.",
             span(age)
@@ -44,7 +44,7 @@ fn daemon(agent: &DaemonSnapshot) -> String {
         ),
         None => "has not lived since the balancer was loaded: nobody is refused. Start it with `balancer run --config FILE`.".to_owned(),
     };
-    wrapped("Daemon: ", &words) + &counts(&agent.audit_totals)
+    wrapped("Daemon: ", &words) + &counts(&daemon.audit_totals)
 }
 
 /// Nothing to be said where the counts have always been those of the socket table.

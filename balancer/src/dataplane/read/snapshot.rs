@@ -24,7 +24,7 @@ pub struct Snapshot {
     /// The services, in the order of their ids.
     pub services: Vec<ServiceSnapshot>,
     /// The daemon.
-    pub agent: DaemonSnapshot,
+    pub daemon: DaemonSnapshot,
 }
 
 /// Whether the daemon lives.
@@ -174,7 +174,7 @@ impl Snapshot {
         };
         Self {
             services: image.services.iter().map(service).collect(),
-            agent: agent(image),
+            daemon: daemon(image),
         }
     }
 }
@@ -244,7 +244,7 @@ fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSna
     }
 }
 
-fn agent(image: &MapContents) -> DaemonSnapshot {
+fn daemon(image: &MapContents) -> DaemonSnapshot {
     let beat = image.heartbeat;
     let lived = beat.last_ns != 0;
     DaemonSnapshot {
