@@ -31,7 +31,8 @@ impl ObjectLoader {
         let mut loader = EbpfLoader::new();
         // Tens of megabytes that nothing in the kernel half is relocated by.
         loader.btf(None);
-        for (name, value) in constants()? {
+        let hz = clock::jiffies_per_second().context("cannot find out the kernel's tick rate")?;
+        for (name, value) in kernel_offsets()?.into_iter().chain([("HZ", hz)]) {
             loader.override_global(name, forever(value), true);
         }
         Ok(Self(loader))
@@ -55,29 +56,6 @@ impl ObjectLoader {
             )
         })
     }
-}
-
-fn constants() -> Result<[(&'static str, u32); 16]> {
-    let hz = clock::jiffies_per_second().context("cannot find out the kernel's tick rate")?;
-    let at = kernel_offsets()?;
-    Ok([
-        ("HZ", hz),
-        ("AT_HALF_OPEN", at.accept_qlen),
-        ("AT_YOUNG", at.accept_young),
-        ("AT_FAST_OPEN", at.fastopen_qlen),
-        ("AT_QUEUE", at.ack_backlog),
-        ("AT_BACKLOG", at.max_ack_backlog),
-        ("AT_OVERFLOW", at.ts_recent_stamp),
-        ("AT_REUSEPORT", at.reuseport_cb),
-        ("AT_GROUP_OVERFLOW", at.synq_overflow_ts),
-        ("AT_NET", at.netns),
-        ("AT_SYNCOOKIES", at.sysctl_tcp_syncookies),
-        ("AT_UID", at.uid),
-        ("AT_V6_ONLY", at.ipv6only),
-        ("V6_ONLY_BIT", at.ipv6only_mask),
-        ("AT_TGID", at.task_tgid),
-        ("AT_PID", at.task_pid),
-    ])
 }
 
 /// The loader borrows its constants: a few bytes for each netns that is ever guarded.

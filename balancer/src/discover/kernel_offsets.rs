@@ -11,56 +11,49 @@ const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// More typedefs and qualifiers in a row than any kernel has: a chain this long is a loop.
 const LONGEST_TYPE_CHAIN: usize = 64;
 
-/// Byte offsets of kernel structure members.
-///
-/// Members of `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct
-/// tcp_sock` are relative to the start of the socket, which these four share; the others are
-/// relative to the structure that the field's comment names. A member that is a bit field has the
-/// byte that holds it and its mask within that byte.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct KernelOffsets {
-    /// `sock_common.skc_net.net`: pointer to `struct net`.
-    pub netns: u32,
-    /// The byte of the bit field `sock_common.skc_ipv6only` (`IPV6_V6ONLY` is set).
-    pub ipv6only: u32,
-    /// Mask of `skc_ipv6only` in its byte.
-    pub ipv6only_mask: u32,
-    /// `sock.sk_ack_backlog`: u32, connections that wait for `accept()`.
-    pub ack_backlog: u32,
-    /// `sock.sk_max_ack_backlog`: u32, the listener's backlog.
-    pub max_ack_backlog: u32,
-    /// `sock.sk_uid.val`: u32, owner of the socket.
-    pub uid: u32,
-    /// `sock.sk_reuseport_cb`: pointer to `struct sock_reuseport`, null outside a group.
-    pub reuseport_cb: u32,
-    /// `inet_connection_sock.icsk_accept_queue.qlen`: i32, half-open connections.
-    pub accept_qlen: u32,
-    /// `inet_connection_sock.icsk_accept_queue.young`: i32, those whose SYN-ACK was not yet sent
-    /// again.
-    pub accept_young: u32,
-    /// `inet_connection_sock.icsk_accept_queue.fastopenq.qlen`: i32, TCP Fast Open requests not yet
-    /// confirmed.
-    pub fastopen_qlen: u32,
-    /// `tcp_sock.rx_opt.ts_recent_stamp`: i32, on a listener the low half of jiffies at its last
-    /// SYN queue overflow.
-    pub ts_recent_stamp: u32,
-    /// `sock_reuseport.synq_overflow_ts`: u32, the same for a `SO_REUSEPORT` group; relative to
-    /// `struct sock_reuseport`.
-    pub synq_overflow_ts: u32,
-    /// `net.ipv4.sysctl_tcp_syncookies`: u8; relative to `struct net`.
-    pub sysctl_tcp_syncookies: u32,
-    /// `task_struct.tgid`: i32, the process id; relative to `struct task_struct`.
-    pub task_tgid: u32,
-    /// `task_struct.pid`: i32, the thread id; relative to `struct task_struct`.
-    pub task_pid: u32,
-}
+/// A constant of the kernel half, the member whose byte offset it is, and the member's size in bytes.
+type Offset = (&'static str, &'static str, &'static str, usize);
 
-/// Reads the layout of the running kernel from `/sys/kernel/btf/vmlinux`.
+/// Offsets in `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct tcp_sock`
+/// are those from the start of the socket, which these four share.
+const OFFSETS: [Offset; 13] = [
+    ("AT_NET", "sock_common", "skc_net.net", 8),
+    ("AT_QUEUE", "sock", "sk_ack_backlog", 4),
+    ("AT_BACKLOG", "sock", "sk_max_ack_backlog", 4),
+    ("AT_UID", "sock", "sk_uid.val", 4),
+    ("AT_REUSEPORT", "sock", "sk_reuseport_cb", 8),
+    (
+        "AT_HALF_OPEN",
+        "inet_connection_sock",
+        "icsk_accept_queue.qlen.counter",
+        4,
+    ),
+    (
+        "AT_YOUNG",
+        "inet_connection_sock",
+        "icsk_accept_queue.young.counter",
+        4,
+    ),
+    (
+        "AT_FAST_OPEN",
+        "inet_connection_sock",
+        "icsk_accept_queue.fastopenq.qlen",
+        4,
+    ),
+    ("AT_OVERFLOW", "tcp_sock", "rx_opt.ts_recent_stamp", 4),
+    ("AT_GROUP_OVERFLOW", "sock_reuseport", "synq_overflow_ts", 4),
+    ("AT_SYNCOOKIES", "net", "ipv4.sysctl_tcp_syncookies", 1),
+    ("AT_TGID", "task_struct", "tgid", 4),
+    ("AT_PID", "task_struct", "pid", 4),
+];
+
+/// The values of the kernel half's constants that say where the running kernel keeps what it reads, from
+/// `/sys/kernel/btf/vmlinux`.
 ///
 /// # Errors
 /// Where the kernel has no BTF (`CONFIG_DEBUG_INFO_BTF`), or a field is missing or of another size
 /// than the kernel half expects; the error names the field.
-pub fn kernel_offsets() -> Result<KernelOffsets> {
+pub fn kernel_offsets() -> Result<Vec<(&'static str, u32)>> {
     let btf = Btf::from_file(Path::new(VMLINUX_BTF)).with_context(|| {
         format!(
             "cannot read the kernel's type information from {VMLINUX_BTF}: the kernel was built without \
@@ -70,7 +63,7 @@ pub fn kernel_offsets() -> Result<KernelOffsets> {
     offsets(&Layout(&btf))
 }
 
-fn offsets(layout: &Layout<'_>) -> Result<KernelOffsets> {
+fn offsets(layout: &Layout<'_>) -> Result<Vec<(&'static str, u32)>> {
     for (outer, first) in [
         ("tcp_sock", "inet_conn"),
         ("inet_connection_sock", "icsk_inet"),
@@ -83,25 +76,13 @@ fn offsets(layout: &Layout<'_>) -> Result<KernelOffsets> {
             "the kernel's {outer}.{first} is at byte {at} and not at the start: {UNSUPPORTED}"
         );
     }
-    let (ipv6only, ipv6only_mask) = layout.bit("sock_common", "skc_ipv6only")?;
-    let queue = |member| layout.byte("inet_connection_sock", member, 4);
-    Ok(KernelOffsets {
-        netns: layout.byte("sock_common", "skc_net.net", 8)?,
-        ipv6only,
-        ipv6only_mask,
-        ack_backlog: layout.byte("sock", "sk_ack_backlog", 4)?,
-        max_ack_backlog: layout.byte("sock", "sk_max_ack_backlog", 4)?,
-        uid: layout.byte("sock", "sk_uid.val", 4)?,
-        reuseport_cb: layout.byte("sock", "sk_reuseport_cb", 8)?,
-        accept_qlen: queue("icsk_accept_queue.qlen.counter")?,
-        accept_young: queue("icsk_accept_queue.young.counter")?,
-        fastopen_qlen: queue("icsk_accept_queue.fastopenq.qlen")?,
-        ts_recent_stamp: layout.byte("tcp_sock", "rx_opt.ts_recent_stamp", 4)?,
-        synq_overflow_ts: layout.byte("sock_reuseport", "synq_overflow_ts", 4)?,
-        sysctl_tcp_syncookies: layout.byte("net", "ipv4.sysctl_tcp_syncookies", 1)?,
-        task_tgid: layout.byte("task_struct", "tgid", 4)?,
-        task_pid: layout.byte("task_struct", "pid", 4)?,
-    })
+    // A bit field has the byte that holds it and its mask within that byte.
+    let (v6_only, mask) = layout.bit("sock_common", "skc_ipv6only")?;
+    let mut offsets = vec![("AT_V6_ONLY", v6_only), ("V6_ONLY_BIT", mask)];
+    for (name, root, path, size) in OFFSETS {
+        offsets.push((name, layout.byte(root, path, size)?));
+    }
+    Ok(offsets)
 }
 
 const UNSUPPORTED: &str = "this kernel is older than 6.1, or so new that its layout changed and a newer balancer is needed";
@@ -273,37 +254,33 @@ mod tests {
         ));
     }
 
+    fn found() -> impl Fn(&str) -> u32 {
+        let found = kernel_offsets().expect("this kernel is supported");
+        move |wanted| {
+            let known = found.iter().find(|(name, _)| *name == wanted);
+            known.unwrap_or_else(|| panic!("no {wanted}")).1
+        }
+    }
+
     #[test]
     fn the_running_kernel_has_every_field_inside_its_structure() {
-        let found = kernel_offsets().expect("this kernel is supported");
+        let found = found();
+        // A structure begins where the one before it, which it contains, ends.
+        let begins = [
+            ("sock", "sock_common"),
+            ("inet_connection_sock", "inet_sock"),
+        ];
+        let begins = begins
+            .into_iter()
+            .chain([("tcp_sock", "inet_connection_sock")]);
+        let begins: std::collections::HashMap<_, _> = begins.collect();
         layout(|layout| {
             let size = |name| u32::try_from(layout.root(name).expect(name).size()).expect("small");
-            for at in [found.netns, found.ipv6only] {
-                assert!(at < size("sock_common"), "{found:?}");
+            for (name, root, ..) in OFFSETS {
+                let first = begins.get(root).map_or(0, |inner| size(inner));
+                assert!((first..size(root)).contains(&found(name)), "{name}");
             }
-            for at in [
-                found.ack_backlog,
-                found.max_ack_backlog,
-                found.uid,
-                found.reuseport_cb,
-            ] {
-                assert!(
-                    (size("sock_common")..size("sock")).contains(&at),
-                    "{found:?}"
-                );
-            }
-            for at in [found.accept_qlen, found.accept_young, found.fastopen_qlen] {
-                assert!(
-                    (size("inet_sock")..size("inet_connection_sock")).contains(&at),
-                    "{found:?}"
-                );
-            }
-            assert!(
-                (size("inet_connection_sock")..size("tcp_sock")).contains(&found.ts_recent_stamp)
-            );
-            assert!(found.synq_overflow_ts < size("sock_reuseport"));
-            assert!(found.sysctl_tcp_syncookies < size("net"));
-            assert!(found.task_tgid < size("task_struct"));
+            assert!(found("AT_V6_ONLY") < size("sock_common"));
         });
     }
 
@@ -311,11 +288,11 @@ mod tests {
     /// (include/net/sock.h).
     #[test]
     fn well_known_places_come_out_right() {
-        let found = kernel_offsets().expect("this kernel is supported");
-        assert_eq!((found.ipv6only, found.ipv6only_mask), (19, 0x20));
-        assert_eq!(found.netns, 48);
-        assert_eq!(found.accept_young, found.accept_qlen + 4);
-        assert_eq!(found.max_ack_backlog, found.ack_backlog + 4);
+        let found = found();
+        assert_eq!((found("AT_V6_ONLY"), found("V6_ONLY_BIT")), (19, 0x20));
+        assert_eq!(found("AT_NET"), 48);
+        assert_eq!(found("AT_YOUNG"), found("AT_HALF_OPEN") + 4);
+        assert_eq!(found("AT_BACKLOG"), found("AT_QUEUE") + 4);
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod pods;
 mod processes;
 
 pub use cgroups::{cgroup_ids, cgroups};
-pub use kernel_offsets::{KernelOffsets, kernel_offsets};
+pub use kernel_offsets::kernel_offsets;
 pub use listeners::{Listener, listeners, listening};
 pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
 pub use netns::{Netns, NetnsHint, find_netns, live_netns};
