@@ -1,7 +1,8 @@
 //! Services: their ports, how they choose, who listens for them and who is exempt.
 
 use super::address::{Address, PortKey};
-use super::limits::{ANY_NETNS, MAX_NAME, MEMBER_WORDS};
+use super::limits::{ANY_NETNS, MAX_NAME, MEMBER_WORDS, NO_SERVICE};
+use crate::opaque;
 
 /// How a service chooses among its backends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +55,30 @@ pub struct ServicePort {
 }
 
 impl ServicePort {
+    /// The service of a destination: an exact address before any; `lookup` reads SERVICES, `address`
+    /// is the destination's.
+    ///
+    /// # Errors
+    /// Those of `lookup`.
+    #[inline(always)]
+    pub fn of_destination<E>(
+        address: impl FnOnce() -> Address,
+        port: u16,
+        lookup: impl Fn(&PortKey) -> Result<Option<Self>, E>,
+    ) -> Result<Option<Self>, E> {
+        // Made anew, for the kernel half: a constant would lie in a map of its own.
+        let key = PortKey::new(opaque(ANY_NETNS), Address([opaque(0); 4]), port);
+        let Some(any) = lookup(&key)? else {
+            return Ok(None);
+        };
+        if any.flags & Self::EXACT_ADDRESSES != 0
+            && let Some(exact) = lookup(&PortKey::new(ANY_NETNS, address(), port))?
+        {
+            return Ok(Some(exact));
+        }
+        Ok((any.service != NO_SERVICE).then_some(any))
+    }
+
     /// A key with this port and an exact address exists too and wins.
     pub const EXACT_ADDRESSES: u8 = 1;
     /// Nothing listens on the port itself: its backends listen elsewhere.

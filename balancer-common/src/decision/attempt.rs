@@ -1,6 +1,11 @@
-//! One attempt at one backend.
+//! One attempt at one backend: how its socket is judged, and what that leaves in its counters.
 
-use crate::decision::admission::Judgement;
+use crate::abi::{BackendState, Cookies, Counts};
+use crate::decision::admission::{
+    Judgement, Observation, judge, pack_cookies, pack_expected, pack_full, pack_over, pack_stalled,
+};
+use crate::decision::member::Member;
+use crate::decision::scan::Scan;
 
 /// How one attempt at a backend ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +60,151 @@ impl Attempt {
             _ => Self::Failed,
         }
     }
+}
+
+/// How a backend is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effort {
+    /// Give way to another CPU that has sent a SYN to the backend since it was chosen.
+    pub yielding: bool,
+    /// Take it although its accept queue is full.
+    pub last_resort: bool,
+}
+
+/// What a look at a backend leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// [`Attempt::Assigned`]: the SYN is to be assigned to it once the words are written.
+    pub attempt: Attempt,
+    /// What the look leaves in its counters.
+    pub writes: Writes,
+}
+
+/// New words of a backend's [`Counts`]; `None` leaves a word as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Writes {
+    /// `Counts::cookies`.
+    pub cookies: Option<u64>,
+    /// `Counts::full`.
+    pub full: Option<u64>,
+    /// `Counts::stalled`, only in place of the word that was judged by: a handshake that completes
+    /// on another CPU takes it back.
+    pub stalled: Option<u64>,
+    /// `Counts::expected`.
+    pub expected: Option<Expected>,
+}
+
+/// A new word of [`Counts::expected`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Expected {
+    /// The word.
+    pub word: u64,
+    /// Only in place of this word; another one there means that another CPU was faster, and the
+    /// attempt has [`Attempt::Raced`].
+    pub instead_of: Option<u64>,
+}
+
+impl Writes {
+    const NONE: Self = Self {
+        cookies: None,
+        full: None,
+        stalled: None,
+        expected: None,
+    };
+
+    /// Writes the words to counters that nobody else changes.
+    pub const fn apply(&self, counts: &mut Counts) {
+        if let Some(word) = self.cookies {
+            counts.cookies = word;
+        }
+        if let Some(word) = self.full {
+            counts.full = word;
+        }
+        if let Some(word) = self.stalled {
+            counts.stalled = word;
+        }
+        if let Some(expected) = self.expected {
+            counts.expected = expected.word;
+        }
+    }
+}
+
+/// Judges one look at a member that a scan has chosen. `seen` is `None` for a listener that can be
+/// neither looked at nor assigned (MPTCP): on its own port the kernel finds it without our help.
+#[inline(always)]
+pub fn attempt(
+    seen: Option<&Observation>,
+    member: &Member,
+    scan: &Scan,
+    effort: Effort,
+) -> Outcome {
+    let mut writes = Writes::NONE;
+    let attempt = if !member.backend.slot_state().is(BackendState::Active) {
+        Attempt::Gone
+    } else if let Some(seen) = seen {
+        look(seen, member, scan, effort, &mut writes)
+    } else {
+        match judge_member(&Observation::BLIND, member, scan) {
+            Judgement::Take => Attempt::Assigned,
+            judgement => Attempt::Judged(judgement),
+        }
+    };
+    Outcome { attempt, writes }
+}
+
+#[inline(always)]
+fn look(
+    seen: &Observation,
+    member: &Member,
+    scan: &Scan,
+    effort: Effort,
+    writes: &mut Writes,
+) -> Attempt {
+    let (counts, now) = (&member.counts, scan.request.now);
+    writes.cookies = pack_cookies(seen, counts.cookies, now);
+    if must_choose_by_tuple(seen.cookies(), scan) {
+        return Attempt::Cookies;
+    }
+    let pending = seen.pending(counts, member.quota(scan.request.quota), now);
+    match judge_member(seen, member, scan) {
+        Judgement::QueueFull { since } if !effort.last_resort => {
+            writes.full = Some(pack_full(since, now));
+            return Attempt::Judged(Judgement::QueueFull { since });
+        }
+        Judgement::OverQuota => {
+            // Corrects the hint that the look has found wrong.
+            writes.expected = Some(Expected {
+                word: pack_over(pending, now),
+                instead_of: None,
+            });
+            // By established connections alone it would not have been looked at: half-open ones
+            // hold the room.
+            writes.stalled = pack_stalled(counts, now);
+            return Attempt::Judged(Judgement::OverQuota);
+        }
+        Judgement::Take if counts.full != 0 => writes.full = Some(0),
+        _ => {}
+    }
+    // Tells the other CPUs of the SYN that goes there.
+    writes.expected = Some(Expected {
+        word: pack_expected(pending, now),
+        instead_of: effort.yielding.then_some(scan.best_expected()),
+    });
+    Attempt::Assigned
+}
+
+#[inline(always)]
+fn judge_member(seen: &Observation, member: &Member, scan: &Scan) -> Judgement {
+    let quota = member.quota(scan.request.quota);
+    let enforce = scan.enforces(quota);
+    judge(seen, &member.counts, quota, enforce, scan.request.now)
+}
+
+/// Whether the choice must be made anew because cookies turn out to be in use, or about to be: a
+/// SYN queue that is found full, and not nearly full first, answers the very SYN at hand with one.
+#[inline(always)]
+const fn must_choose_by_tuple(cookies: Cookies, scan: &Scan) -> bool {
+    !matches!(cookies, Cookies::Off) && !scan.cookies
 }
 
 #[cfg(test)]

@@ -53,6 +53,12 @@ impl Cursor {
         }
     }
 
+    /// Whether the next step finds the end.
+    #[inline(always)]
+    pub const fn is_at_end(&self) -> bool {
+        self.word == 0 && self.words == 0
+    }
+
     /// The next step; `load` reads a word of the bitmap.
     #[inline(always)]
     pub fn step(&mut self, load: impl FnOnce(u32) -> u64) -> Step {

@@ -13,9 +13,7 @@ mod state;
 mod tests;
 
 pub use attempt::Attempt;
-pub use state::{
-    BackendAccess, Decision, DecisionState, LookupFlags, MAX_ROUNDS, advance, must_choose_by_tuple,
-};
+pub use state::{BackendAccess, Decision, DecisionState, LookupFlags, MAX_ROUNDS, advance};
 
 /// Decides one look-up for a service. The kernel program does the same with `bpf_loop` for the loop, which the verifier
 /// follows once instead of for every round.

@@ -1,8 +1,8 @@
 //! The state of one decision, and its rounds.
 
-use crate::abi::Cookies;
-use crate::decision::admission::{Judgement, QUEUE_GRACE};
-use crate::decision::attempt::Attempt;
+use crate::decision::admission::{Judgement, Observation, QUEUE_GRACE};
+use crate::decision::attempt::{self, Attempt, Effort, Outcome};
+use crate::decision::member::Member;
 use crate::decision::request::Request;
 use crate::decision::scan::{Enforce, MAX_LOOKS, Scan};
 use crate::{Reason, opaque};
@@ -13,8 +13,8 @@ pub trait BackendAccess {
     fn begin(&mut self, scan: &mut Scan);
     /// Feeds to the scan what its cursor leads to.
     fn walk(&mut self, scan: &mut Scan);
-    /// Looks at the backend's socket, judges, and assigns the SYN to it where the judgement is to take it. What it finds
-    /// out must show in the counters of the next scan (see [`pack_full`](crate::decision::admission::pack_full), [`pack_over`](crate::decision::admission::pack_over)).
+    /// Looks at the backend's socket, judges with [`DecisionState::judge`], makes the writes of that,
+    /// and assigns the SYN to it where that is the outcome.
     fn attempt(&mut self, slot: u32, decision: &DecisionState) -> Attempt;
     /// Keeps the sum of the weights for [`Request::weights`] of later look-ups.
     fn remember_weights(&mut self, service: u16, weights: u64);
@@ -71,10 +71,8 @@ pub struct DecisionState {
     /// The choice.
     pub scan: Scan,
     flags: LookupFlags,
-    /// Give way to another CPU that has sent a SYN to the chosen backend since the choice.
-    pub yielding: bool,
-    /// The backend at hand is taken although its accept queue is full.
-    pub last_resort: bool,
+    /// How the backend at hand is tried.
+    effort: Effort,
     /// What the first passes are for is known: whether cookies are in use, and the sum of the weights.
     cookies_known: bool,
     total_known: bool,
@@ -97,8 +95,10 @@ impl DecisionState {
         let mut state = Self {
             scan: Scan::new(request),
             flags,
-            yielding: true,
-            last_resort: false,
+            effort: Effort {
+                yielding: true,
+                last_resort: false,
+            },
             cookies_known: false,
             total_known: false,
             looks: 0,
@@ -124,8 +124,8 @@ impl DecisionState {
         };
         self.scan.start(request, enforce);
         self.flags = flags;
-        self.yielding = true;
-        self.last_resort = false;
+        self.effort.yielding = true;
+        self.effort.last_resort = false;
         let no = opaque(false);
         self.cookies_known = no;
         self.total_known = no;
@@ -149,6 +149,12 @@ impl DecisionState {
             });
         }
         None
+    }
+
+    /// Judges one look at the member at hand; `seen` is `None` where it can't be looked at.
+    #[inline(always)]
+    pub fn judge(&self, seen: Option<&Observation>, member: &Member) -> Outcome {
+        attempt::attempt(seen, member, &self.scan, self.effort)
     }
 
     /// The decision when nothing is left to try.
@@ -191,7 +197,7 @@ impl DecisionState {
 
     #[inline(always)]
     fn next(&self) -> Option<u32> {
-        if !self.last_resort {
+        if !self.effort.last_resort {
             if self.looks < MAX_LOOKS as u32 {
                 self.scan.best()
             } else {
@@ -215,8 +221,8 @@ impl DecisionState {
                 return true;
             }
         }
-        if !self.last_resort && self.momentary != NOBODY {
-            self.last_resort = true;
+        if !self.effort.last_resort && self.momentary != NOBODY {
+            self.effort.last_resort = true;
             return true;
         }
         false
@@ -301,7 +307,7 @@ impl DecisionState {
             FailOpenCause::Error => return Reason::FailOpenError,
             FailOpenCause::None => {}
         }
-        if self.last_resort {
+        if self.effort.last_resort {
             Reason::AcceptQueueGrace
         } else if self.scan.request.virtual_port {
             Reason::Steered
@@ -351,7 +357,7 @@ pub fn advance<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Op
             Some(state.failure())
         };
     };
-    state.yielding &= state.rounds < YIELDING_ROUNDS && !state.last_resort;
+    state.effort.yielding &= state.rounds < YIELDING_ROUNDS && !state.effort.last_resort;
     let attempt = world.attempt(slot, state);
     match attempt {
         Attempt::Assigned => {
@@ -369,7 +375,7 @@ pub fn advance<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Op
         Attempt::Raced => {}
         Attempt::Cookies => state.scan.cookies = true,
         attempt => {
-            let last = state.last_resort;
+            let last = state.effort.last_resort;
             state.note(attempt, slot);
             if last {
                 return Some(state.failure());
@@ -377,11 +383,4 @@ pub fn advance<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Op
         }
     }
     None
-}
-
-/// Whether a look must make the choice anew because cookies turn out to be in use, or about to be: a SYN queue that is found full,
-/// and not nearly full first, answers the very SYN at hand with one.
-#[inline(always)]
-pub const fn must_choose_by_tuple(cookies: Cookies, state: &DecisionState) -> bool {
-    !matches!(cookies, Cookies::Off) && !state.scan.cookies
 }

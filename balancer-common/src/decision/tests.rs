@@ -1,8 +1,6 @@
 //! The decision with a model of backends.
 
-use super::admission::{
-    Judgement, Observation, QUEUE_GRACE, judge, pack_cookies, pack_expected, pack_full, pack_over,
-};
+use super::admission::{Observation, QUEUE_GRACE, pack_cookies, pack_expected, pack_full};
 use super::cursor::Cursor;
 use super::member::Member;
 use super::request::Request;
@@ -133,27 +131,12 @@ impl BackendAccess for Model {
 
     fn attempt(&mut self, slot: u32, state: &DecisionState) -> Attempt {
         let index = self.index(slot);
-        let (member, seen) = (&self.members[index], &self.sockets[index]);
-        if must_choose_by_tuple(seen.cookies(), state) {
-            return Attempt::Cookies;
-        }
-        let quota = member.quota(state.scan.request.quota);
-        let pending = seen.pending(&member.counts, quota, NOW);
-        let enforce = state.scan.enforces(quota);
-        let judgement = judge(seen, &member.counts, quota, enforce, NOW);
-        let counts = &mut self.members[index].counts;
-        match judgement {
-            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
-            Judgement::QueueFull { since } => {
-                counts.full = pack_full(since, NOW);
-                Attempt::Judged(judgement)
-            }
-            Judgement::OverQuota => {
-                counts.expected = pack_over(pending, NOW);
-                Attempt::Judged(judgement)
-            }
-            Judgement::Take if self.broken.contains(&slot) => Attempt::Failed,
-            Judgement::Take => Attempt::Assigned,
+        let member = &mut self.members[index];
+        let outcome = state.judge(Some(&self.sockets[index]), member);
+        outcome.writes.apply(&mut member.counts);
+        match outcome.attempt {
+            Attempt::Assigned if self.broken.contains(&slot) => Attempt::Failed,
+            attempt => attempt,
         }
     }
 

@@ -6,20 +6,19 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, BackendState, Counts, ExemptKey, MEMBER_WORDS, Members,
-    NO_SERVICE, Policy, PortKey, REASON_SLOTS, ServicePort, ticks,
+    Address, Backend, Counts, ExemptKey, MEMBER_WORDS, Members, Policy, PortKey, REASON_SLOTS,
+    ServicePort, ticks,
 };
-use balancer_common::decision::admission::{
-    Judgement, Observation, judge, pack_cookies, pack_expected, pack_full, pack_over, pack_stalled,
-};
+use balancer_common::decision::attempt::{Expected, Writes};
 use balancer_common::decision::cursor::{Cursor, Step};
 use balancer_common::decision::member::Member;
 use balancer_common::decision::request::{Arrival, Request};
 use balancer_common::decision::scan::Scan;
 use balancer_common::decision::{
-    Attempt, BackendAccess, DecisionState, LookupFlags, MAX_ROUNDS, advance, must_choose_by_tuple,
+    Attempt, BackendAccess, DecisionState, LookupFlags, MAX_ROUNDS, advance,
 };
 use balancer_common::{Reason, Verdict, opaque};
+use core::convert::Infallible;
 use core::ffi::c_void;
 use core::ptr::read_volatile;
 
@@ -115,19 +114,13 @@ fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
     }
 }
 
-/// The service of a port: an exact address wins over any.
+/// The service of a look-up's destination.
 #[inline(always)]
 fn service_of(lookup: *const bpf_sk_lookup) -> Option<ServicePort> {
-    let port = context!(lookup, local_port) as u16;
-    let key = PortKey::new(opaque(ANY_NETNS), Address([opaque(0); 4]), port);
-    let any = *unsafe { SERVICES.get(key) }?;
-    if any.flags & ServicePort::EXACT_ADDRESSES != 0 {
-        let key = PortKey::new(ANY_NETNS, arrival_of(lookup).to, port);
-        if let Some(exact) = unsafe { SERVICES.get(key) } {
-            return Some(*exact);
-        }
-    }
-    (any.service != NO_SERVICE).then_some(any)
+    let read = |key: &PortKey| Ok::<_, Infallible>(unsafe { SERVICES.get(key) }.copied());
+    let address = || arrival_of(lookup).to;
+    let Ok(found) = ServicePort::of_destination(address, context!(lookup, local_port) as u16, read);
+    found
 }
 
 /// For round-robin a look-up's own ticket, so that no two CPUs have the same turn, and what the weights added up to.
@@ -304,7 +297,7 @@ impl BackendAccess for Sockets {
 
 /// Steps over the members for one call. Returns are dear: where the kernel mitigates Speculative Return Stack Overflow (AMD), none is predicted.
 /// More steps are more work for the verifier, which goes through each.
-const STEPS_A_CALL: u32 = 4;
+const STEPS_A_CALL: u32 = 3;
 
 /// Global like [`steer_round`].
 #[unsafe(no_mangle)]
@@ -326,7 +319,7 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> At
         return Attempt::Gone;
     };
     if member.backend.flags & Backend::UNSTEERABLE != 0 {
-        return attempt_blind(&member, state);
+        return state.judge(None, &member).attempt;
     }
     let socket: *mut bpf_sock = unsafe {
         bpf_map_lookup_elem(
@@ -365,7 +358,7 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
         }
         left -= 1;
     }
-    0
+    i64::from(scan.cursor.is_at_end())
 }
 
 /// Takes a backend into account.
@@ -388,22 +381,6 @@ fn member(slot: u32) -> Option<Member> {
     })
 }
 
-/// An MPTCP listener can be neither looked at nor assigned; on its own port the kernel finds it without our help.
-#[inline(always)]
-fn attempt_blind(member: &Member, state: &DecisionState) -> Attempt {
-    let quota = member.quota(state.scan.request.quota);
-    match judge(
-        &Observation::BLIND,
-        &member.counts,
-        quota,
-        state.scan.enforces(quota),
-        state.scan.request.now,
-    ) {
-        Judgement::Take => Attempt::Assigned,
-        judgement => Attempt::Judged(judgement),
-    }
-}
-
 #[inline(always)]
 fn attempt_socket(
     ctx: *mut bpf_sk_lookup,
@@ -411,7 +388,7 @@ fn attempt_socket(
     member: &Member,
     state: &DecisionState,
 ) -> Attempt {
-    if !listens(socket) || !member.backend.slot_state().is(BackendState::Active) {
+    if !listens(socket) {
         return Attempt::Gone;
     }
     let Some(tcp) = TcpSocket::of(socket) else {
@@ -420,35 +397,12 @@ fn attempt_socket(
     let Some(counts) = COUNTS.get_ptr_mut(member.slot) else {
         return Attempt::Gone;
     };
-    let now = state.scan.request.now;
-    let seen = tcp.observe();
-    note_cookies(counts, &seen, now);
-    if must_choose_by_tuple(seen.cookies(), state) {
-        return Attempt::Cookies;
-    }
-    let quota = member.quota(state.scan.request.quota);
-    let pending = seen.pending(&member.counts, quota, now);
-    let enforce = state.scan.enforces(quota);
-    match judge(&seen, &member.counts, quota, enforce, now) {
-        Judgement::QueueFull { since } if !state.last_resort => {
-            unsafe { atomic::store(&raw mut (*counts).full, pack_full(since, now)) };
-            return Attempt::Judged(Judgement::QueueFull { since });
-        }
-        Judgement::OverQuota => {
-            // Corrects the hint that the look has found wrong.
-            let word = pack_over(pending, now);
-            unsafe { atomic::store(&raw mut (*counts).expected, word) };
-            // By established connections alone it would not have been looked at: half-open ones hold the room.
-            note_stalled(counts, member, now);
-            return Attempt::Judged(Judgement::OverQuota);
-        }
-        Judgement::Take if member.counts.full != 0 => unsafe {
-            atomic::store(&raw mut (*counts).full, 0)
-        },
-        _ => {}
-    }
-    if !announce(counts, pack_expected(pending, now), state) {
+    let outcome = state.judge(Some(&tcp.observe()), member);
+    if !unsafe { write(&outcome.writes, counts, member) } {
         return Attempt::Raced;
+    }
+    if !matches!(outcome.attempt, Attempt::Assigned) {
+        return outcome.attempt;
     }
     match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
         0 => Attempt::Assigned,
@@ -457,34 +411,28 @@ fn attempt_socket(
     }
 }
 
-/// Tells the other CPUs of the SYN that goes there; false if one of them was faster and the choice stands no more.
+/// Makes the writes of a look; false if another CPU was faster and the choice stands no more.
 #[inline(always)]
-fn announce(counts: *mut Counts, word: u64, state: &DecisionState) -> bool {
-    if state.yielding {
-        return unsafe {
-            atomic::replace(
-                &raw mut (*counts).expected,
-                state.scan.best_expected(),
-                word,
-            )
-        };
-    }
-    unsafe { atomic::store(&raw mut (*counts).expected, word) };
-    true
-}
-
-#[inline(always)]
-fn note_cookies(counts: *mut Counts, seen: &Observation, now: u32) {
-    let before = unsafe { read_volatile(&raw const (*counts).cookies) };
-    if let Some(word) = pack_cookies(seen, before, now) {
+unsafe fn write(writes: &Writes, counts: *mut Counts, member: &Member) -> bool {
+    if let Some(word) = writes.cookies {
         unsafe { atomic::store(&raw mut (*counts).cookies, word) };
     }
-}
-
-/// Only where the word is still the one that was judged by: a handshake completed on another CPU takes it back.
-#[inline(always)]
-fn note_stalled(counts: *mut Counts, member: &Member, now: u32) {
-    if let Some(word) = pack_stalled(&member.counts, now) {
+    if let Some(word) = writes.full {
+        unsafe { atomic::store(&raw mut (*counts).full, word) };
+    }
+    if let Some(word) = writes.stalled {
         unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
     }
+    match writes.expected {
+        None => {}
+        Some(Expected {
+            word,
+            instead_of: None,
+        }) => unsafe { atomic::store(&raw mut (*counts).expected, word) },
+        Some(Expected {
+            word,
+            instead_of: Some(old),
+        }) => return unsafe { atomic::replace(&raw mut (*counts).expected, old, word) },
+    }
+    true
 }

@@ -89,6 +89,22 @@ fn with_least_connections() {
 }
 
 #[test]
+fn with_syn_cookies_for_all() {
+    Machine::with(|machine| {
+        machine.netns.sysctl("net.ipv4.tcp_syncookies", "2");
+        let explanations = explained(
+            &virtual_port("least-connections", 4, &[]),
+            || open_listeners(4),
+            machine,
+        );
+        for explanation in explanations {
+            let sentence = explanation.sentence;
+            assert!(sentence.contains("SYN cookies are in use"), "{sentence}");
+        }
+    });
+}
+
+#[test]
 fn with_round_robin() {
     Machine::with(|machine| {
         explained(

@@ -6,12 +6,9 @@ use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result};
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, Cookies, Counts, MEMBER_WORDS, NO_SERVICE, Policy, PortKey,
-    ServicePort, UNLIMITED, ticks,
+    Address, Backend, Cookies, MEMBER_WORDS, Policy, ServicePort, UNLIMITED, ticks,
 };
-use balancer_common::decision::admission::{
-    Judgement, Observation, cookies_state, expected, judge, pack_full, pack_over,
-};
+use balancer_common::decision::admission::{Observation, cookies_state, expected};
 use balancer_common::decision::cursor::Cursor;
 use balancer_common::decision::member::Member;
 use balancer_common::decision::request::{Arrival, Request};
@@ -103,22 +100,11 @@ fn not_ours(from: SocketAddr, port: u16) -> Explanation {
 }
 
 fn service_of(tables: &Tables, to: Address, port: u16) -> Result<Option<ServicePort>> {
-    let at = |address| {
-        lookup(
-            tables
-                .services
-                .get(&Plain(PortKey::new(ANY_NETNS, address, port)), 0),
-        )
-    };
-    let Some(Plain(any)) = at(Address::ANY)? else {
-        return Ok(None);
-    };
-    if any.flags & ServicePort::EXACT_ADDRESSES != 0
-        && let Some(Plain(exact)) = at(to)?
-    {
-        return Ok(Some(exact));
-    }
-    Ok((any.service != NO_SERVICE).then_some(any))
+    ServicePort::of_destination(
+        || to,
+        port,
+        |key| Ok(lookup(tables.services.get(&Plain(*key), 0))?.map(|Plain(port)| port)),
+    )
 }
 
 /// The maps and listening sockets of one service as they were a moment ago.
@@ -127,6 +113,8 @@ struct Model {
     members: HashMap<u32, Member>,
     /// Connections that wait in the accept queue, and the backlog, by slot.
     queues: HashMap<u32, (u32, u32)>,
+    /// `net.ipv4.tcp_syncookies` of this netns.
+    syncookies: u8,
     unregistered: bool,
 }
 
@@ -143,6 +131,7 @@ impl Model {
             words,
             members,
             queues: queues(tables)?,
+            syncookies: syncookies()?,
             unregistered: tables
                 .unregistered_word(port.service)
                 .load(Ordering::Acquire)
@@ -150,9 +139,10 @@ impl Model {
         })
     }
 
-    fn observe(&self, member: &Member, now: u32) -> Observation {
+    /// What the kernel half would see of a backend's socket; `None`: it can't look at it.
+    fn observe(&self, member: &Member, now: u32) -> Option<Observation> {
         if member.backend.flags & Backend::UNSTEERABLE != 0 {
-            return Observation::BLIND;
+            return None;
         }
         let (queue, backlog) = self
             .queues
@@ -161,21 +151,15 @@ impl Model {
             .unwrap_or((0, u32::MAX));
         let pending = expected(member.counts.expected, now);
         let in_use = cookies_state(member.counts.cookies, now) == Cookies::InUse;
-        Observation {
+        Some(Observation {
             half_open: pending,
             young: pending,
             fast_open: 0,
             queue,
             backlog,
-            syncookies: 1,
+            syncookies: self.syncookies,
             overflow_age: if in_use { 0 } else { u32::MAX },
-        }
-    }
-
-    fn note(&mut self, slot: u32, change: impl FnOnce(&mut Counts)) {
-        if let Some(member) = self.members.get_mut(&slot) {
-            change(&mut member.counts);
-        }
+        })
     }
 
     fn describe(
@@ -292,24 +276,15 @@ impl BackendAccess for Model {
         let Some(member) = self.members.get(&slot).copied() else {
             return Attempt::Gone;
         };
-        let now = state.scan.request.now;
-        let quota = member.quota(state.scan.request.quota);
-        let seen = self.observe(&member, now);
-        let enforce = state.scan.enforces(quota);
-        let judgement = judge(&seen, &member.counts, quota, enforce, now);
-        match judgement {
-            Judgement::Take => Attempt::Assigned,
-            Judgement::QueueFull { .. } if state.last_resort => Attempt::Assigned,
-            Judgement::QueueFull { since } => {
-                self.note(slot, |counts| counts.full = pack_full(since, now));
-                Attempt::Judged(judgement)
-            }
-            Judgement::OverQuota => {
-                let pending = seen.pending(&member.counts, quota, now);
-                self.note(slot, |counts| counts.expected = pack_over(pending, now));
-                Attempt::Judged(judgement)
-            }
+        let seen = self.observe(&member, state.scan.request.now);
+        let outcome = state.judge(seen.as_ref(), &member);
+        // No SYN is sent: what is expected of the one that would have it stays as it is.
+        if outcome.attempt != Attempt::Assigned
+            && let Some(member) = self.members.get_mut(&slot)
+        {
+            outcome.writes.apply(&mut member.counts);
         }
+        outcome.attempt
     }
 
     fn remember_weights(&mut self, _service: u16, _weights: u64) {}
@@ -317,6 +292,15 @@ impl BackendAccess for Model {
     fn has_unregistered(&self, _service: u16) -> bool {
         self.unregistered
     }
+}
+
+fn syncookies() -> Result<u8> {
+    const PATH: &str = "/proc/sys/net/ipv4/tcp_syncookies";
+    let value = std::fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?;
+    value
+        .trim()
+        .parse()
+        .with_context(|| format!("{PATH} is no number"))
 }
 
 /// The accept queues of the listeners of this namespace, by the slot that their storage names.
