@@ -1,4 +1,4 @@
-//! The `DaemonSet` of this daemon. It owns the node report, and when it goes, so does the data plane.
+//! The `DaemonSet` of this daemon. It owns the node report; when it goes, so does the data plane.
 
 use std::sync::Arc;
 

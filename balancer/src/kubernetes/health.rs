@@ -215,8 +215,8 @@ fn shortened(text: &str) -> String {
     }
 }
 
-/// The part in quotes of `… User "system:serviceaccount:a:b" cannot …`, if it needs no quotes in a
-/// shell.
+/// The part in quotes of `… User "system:serviceaccount:a:b" cannot …`, if a shell takes it
+/// without quotes.
 fn user(message: &str) -> Option<String> {
     let (_, rest) = message.split_once("User \"")?;
     let (user, _) = rest.split_once('"')?;

@@ -410,7 +410,8 @@ fn what_all_agents_counted_is_shared_out() {
         );
         let clients = cluster.clients(&pod, 12);
         cluster.publish("node2", &[("far-1", 10)]);
-        // Who has not told after a while is taken to hold as many as the others: (12 + 10) × 3 / 2.
+        // A pod without a report for a while is taken to hold as many as the others:
+        // (12 + 10) × 3 / 2.
         wait_for_quota(
             &balancer,
             Some(13),

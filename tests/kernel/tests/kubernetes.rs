@@ -241,8 +241,8 @@ fn pod(name: &str, image: &str, command: &[&str]) -> Value {
     })
 }
 
-/// A pod like the balancer's: in the netns and pid namespace of the node, with its bpffs, in which it
-/// mounts something.
+/// A pod like the balancer's: in the netns and pid namespace of the node, with its bpffs, in which
+/// it mounts something.
 fn mounter(node: &str) -> Value {
     let mount = "mkdir -p /sys/fs/bpf/below; mount -t tmpfs none /sys/fs/bpf/below; touch /sys/fs/bpf/below/seen; exec sleep 1000";
     let mut pod = pod("mounter", BUSYBOX, &["sh", "-c", mount]);
