@@ -1,54 +1,53 @@
-//! The maps, all pinned by name. Their values are laid out in `balancer_common::abi`.
+//! The maps, all pinned by name. `balancer_common::abi` says what each one is and how its values
+//! are laid out.
 
 use core::mem::MaybeUninit;
 
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    AuditTotals, Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, MAX_SERVICES,
-    MAX_SLOTS, Members, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy,
-    Totals,
+    AuditTotals, Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, Members, PortKey,
+    ServiceInfo, ServicePort, ServiceState, SlotPolicy, Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
-const SLOTS: u32 = MAX_SLOTS as u32;
-const SERVICE_IDS: u32 = MAX_SERVICES as u32;
-/// `BPF_F_MMAPABLE`.
-const MMAPABLE: u32 = 1 << 10;
-/// `BPF_F_NO_PREALLOC`, which LPM tries demand.
-const NO_PREALLOC: u32 = 1;
-const EVENT_BYTES: u32 = 256 * 1024;
-
 #[map]
-pub static SERVICES: HashMap<PortKey, ServicePort> = HashMap::pinned(4096, 0);
+pub static SERVICES: HashMap<PortKey, ServicePort> =
+    HashMap::pinned(maps::SERVICES.entries, maps::SERVICES.flags);
 #[map]
-pub static LISTEN_RULES: HashMap<PortKey, ListenRule> = HashMap::pinned(8192, 0);
+pub static LISTEN_RULES: HashMap<PortKey, ListenRule> =
+    HashMap::pinned(maps::LISTEN_RULES.entries, maps::LISTEN_RULES.flags);
 #[map]
-pub static BACKENDS: Array<Backend> = Array::pinned(SLOTS, MMAPABLE);
+pub static BACKENDS: Array<Backend> = Array::pinned(maps::BACKENDS.entries, maps::BACKENDS.flags);
 #[map]
-pub static POLICY: Array<SlotPolicy> = Array::pinned(SLOTS, MMAPABLE);
+pub static POLICY: Array<SlotPolicy> = Array::pinned(maps::POLICY.entries, maps::POLICY.flags);
 #[map]
-pub static COUNTS: Array<Counts> = Array::pinned(SLOTS, MMAPABLE);
+pub static COUNTS: Array<Counts> = Array::pinned(maps::COUNTS.entries, maps::COUNTS.flags);
 #[map]
-pub static TOTALS: Array<Totals> = Array::pinned(SLOTS, MMAPABLE);
+pub static TOTALS: Array<Totals> = Array::pinned(maps::TOTALS.entries, maps::TOTALS.flags);
 #[map]
-pub static LISTENERS: SockMap = SockMap::pinned(SLOTS, 0);
+pub static LISTENERS: SockMap = SockMap::pinned(maps::LISTENERS.entries, maps::LISTENERS.flags);
 #[map]
-pub static MEMBERS: Array<Members> = Array::pinned(SERVICE_IDS, MMAPABLE);
+pub static MEMBERS: Array<Members> = Array::pinned(maps::MEMBERS.entries, maps::MEMBERS.flags);
 #[map]
-pub static SERVICE_STATE: Array<ServiceState> = Array::pinned(SERVICE_IDS, MMAPABLE);
+pub static SERVICE_STATE: Array<ServiceState> =
+    Array::pinned(maps::SERVICE_STATE.entries, maps::SERVICE_STATE.flags);
 #[map]
-pub static SERVICE_INFO: Array<ServiceInfo> = Array::pinned(SERVICE_IDS, 0);
+pub static SERVICE_INFO: Array<ServiceInfo> =
+    Array::pinned(maps::SERVICE_INFO.entries, maps::SERVICE_INFO.flags);
 #[map]
-pub static EXEMPT: LpmTrie<ExemptKey, u32> = LpmTrie::pinned(16384, NO_PREALLOC);
+pub static EXEMPT: LpmTrie<ExemptKey, u32> =
+    LpmTrie::pinned(maps::EXEMPT.entries, maps::EXEMPT.flags);
 #[map]
-pub static VERDICTS: PerCpuArray<u64> = PerCpuArray::pinned(SERVICE_IDS * REASON_SLOTS as u32, 0);
+pub static VERDICTS: PerCpuArray<u64> =
+    PerCpuArray::pinned(maps::VERDICTS.entries, maps::VERDICTS.flags);
 #[map]
-pub static EVENTS: RingBuf = RingBuf::pinned(EVENT_BYTES, 0);
+pub static EVENTS: RingBuf = RingBuf::pinned(maps::EVENTS.entries, maps::EVENTS.flags);
 #[map]
-pub static HEARTBEAT: Array<Heartbeat> = Array::pinned(1, MMAPABLE);
+pub static HEARTBEAT: Array<Heartbeat> =
+    Array::pinned(maps::HEARTBEAT.entries, maps::HEARTBEAT.flags);
 #[map]
-pub static AUDIT: Array<AuditTotals> = Array::pinned(1, MMAPABLE);
+pub static AUDIT: Array<AuditTotals> = Array::pinned(maps::AUDIT.entries, maps::AUDIT.flags);
 
 /// Look-ups that can be under way on one CPU at a time.
 const SCRATCH_LEVELS: u32 = 3;
@@ -73,12 +72,9 @@ pub struct SkStorage<T: 'static, const FLAGS: usize> {
 
 unsafe impl<T, const FLAGS: usize> Sync for SkStorage<T, FLAGS> {}
 
-/// `BPF_F_NO_PREALLOC | BPF_F_CLONE`: accepted sockets inherit their listener's value.
-const CLONED: usize = 1 | 512;
-
 #[unsafe(link_section = ".maps")]
 #[unsafe(no_mangle)]
-pub static CONNECTION: SkStorage<Connection, CLONED> = SkStorage {
+pub static CONNECTION: SkStorage<Connection, { maps::CONNECTION.flags as usize }> = SkStorage {
     r#type: core::ptr::null(),
     key: core::ptr::null(),
     value: core::ptr::null(),

@@ -9,6 +9,7 @@ mod counts;
 mod daemon;
 mod events;
 mod limits;
+pub mod maps;
 mod service;
 mod ticks;
 

@@ -28,9 +28,9 @@ pub use plan::{ListenAt, Plan, ServicePlan};
 pub use programs::{Hook, PROGRAMS, Program, Target};
 pub use read::explain::Explanation;
 pub use read::snapshot::{
-    BackendSnapshot, DaemonSnapshot, MapContents, Reader, ServiceContents, ServiceSnapshot,
-    Snapshot, open,
+    BackendSnapshot, DaemonSnapshot, MapContents, ServiceContents, ServiceSnapshot, Snapshot,
 };
+pub use read::{Reader, open};
 pub use slots::{QuotaSource, SlotQuota};
 pub use tables::SlotView;
 pub use writer::Writer;

@@ -12,9 +12,10 @@ use aya::maps::{
     Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockMap,
 };
 use balancer_common::Reason;
+use balancer_common::abi::maps::{self, MapShape};
 use balancer_common::abi::{
     Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey,
-    Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, Members, PortKey, REASON_SLOTS,
+    Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, PortKey, REASON_SLOTS,
     ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
@@ -48,147 +49,12 @@ macro_rules! write {
     };
 }
 
-/// Every map by the name of its pin, with what the kernel must say of it.
-pub const LAYOUT: &[(&str, MapShape)] = &[
-    ("SERVICES", MapShape::hash::<PortKey, ServicePort>(4096)),
-    ("LISTEN_RULES", MapShape::hash::<PortKey, ListenRule>(8192)),
-    ("BACKENDS", MapShape::shared::<Backend>(MAX_SLOTS)),
-    ("POLICY", MapShape::shared::<SlotPolicy>(MAX_SLOTS)),
-    ("COUNTS", MapShape::shared::<Counts>(MAX_SLOTS)),
-    ("TOTALS", MapShape::shared::<Totals>(MAX_SLOTS)),
-    (
-        "LISTENERS",
-        MapShape {
-            kind: 15,
-            key: 4,
-            value: 4,
-            entries: u32_of(MAX_SLOTS),
-            flags: 0,
-        },
-    ),
-    ("MEMBERS", MapShape::shared::<Members>(MAX_SERVICES)),
-    (
-        "SERVICE_STATE",
-        MapShape::shared::<ServiceState>(MAX_SERVICES),
-    ),
-    ("SERVICE_INFO", MapShape::array::<ServiceInfo>(MAX_SERVICES)),
-    (
-        "EXEMPT",
-        MapShape {
-            kind: 11,
-            key: 4 + u32_of(size_of::<ExemptKey>()),
-            value: 4,
-            entries: 16384,
-            flags: 1,
-        },
-    ),
-    (
-        "VERDICTS",
-        MapShape {
-            kind: 6,
-            key: 4,
-            value: 8,
-            entries: u32_of(MAX_SERVICES * REASON_SLOTS),
-            flags: 0,
-        },
-    ),
-    (
-        "EVENTS",
-        MapShape {
-            kind: 27,
-            key: 0,
-            value: 0,
-            entries: 256 * 1024,
-            flags: 0,
-        },
-    ),
-    ("HEARTBEAT", MapShape::shared::<Heartbeat>(1)),
-    ("AUDIT", MapShape::shared::<AuditTotals>(1)),
-    (
-        "CONNECTION",
-        MapShape {
-            kind: 24,
-            key: 4,
-            value: u32_of(size_of::<Connection>()),
-            entries: 0,
-            flags: 513,
-        },
-    ),
-];
-
-/// A number of bytes or entries as bpf(2) takes it.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "the sizes of the maps are constants far below 4 Gi"
-)]
-const fn u32_of(size: usize) -> u32 {
-    size as u32
-}
-
-/// What a map must look like to be ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MapShape {
-    /// `enum bpf_map_type`.
-    pub kind: u32,
-    /// Bytes of a key.
-    pub key: u32,
-    /// Bytes of a value.
-    pub value: u32,
-    /// Most entries.
-    pub entries: u32,
-    /// `BPF_F_…`.
-    pub flags: u32,
-}
-
-impl MapShape {
-    const MMAPABLE: u32 = 1 << 10;
-
-    const fn hash<K, V>(entries: u32) -> Self {
-        Self {
-            kind: 1,
-            key: u32_of(size_of::<K>()),
-            value: u32_of(size_of::<V>()),
-            entries,
-            flags: 0,
-        }
-    }
-
-    const fn array<V>(entries: usize) -> Self {
-        Self {
-            kind: 2,
-            key: 4,
-            value: u32_of(size_of::<V>()),
-            entries: u32_of(entries),
-            flags: 0,
-        }
-    }
-
-    const fn shared<V>(entries: usize) -> Self {
-        Self {
-            flags: Self::MMAPABLE,
-            ..Self::array::<V>(entries)
-        }
-    }
-}
-
-impl From<bpf::MapInfo> for MapShape {
-    fn from(info: bpf::MapInfo) -> Self {
-        Self {
-            kind: info.kind,
-            key: info.key_size,
-            value: info.value_size,
-            entries: info.max_entries,
-            flags: info.flags,
-        }
-    }
-}
-
 /// Compares every map that is pinned in a directory with the shape that this build expects.
 ///
 /// # Errors
 /// Names the map that is missing or different.
 pub fn check_maps(directory: &Path) -> Result<()> {
-    for (name, expected) in LAYOUT {
+    for (name, expected) in maps::PINNED {
         let path = directory.join(name);
         let map = bpf::obj_get(&path).with_context(|| {
             format!(
@@ -209,7 +75,13 @@ pub fn check_maps(directory: &Path) -> Result<()> {
         }
         let found = bpf::map_info(&map);
         let found = found.with_context(|| format!("cannot query {}", path.display()))?;
-        let found = MapShape::from(found);
+        let found = MapShape {
+            kind: found.kind,
+            key: found.key_size,
+            value: found.value_size,
+            entries: found.max_entries,
+            flags: found.flags,
+        };
         if found != *expected {
             bail!(strange(format!("{found:?}")));
         }
@@ -294,9 +166,9 @@ fn pinned(directory: &Path, name: &str) -> Result<MapData> {
         .with_context(|| format!("cannot open the pinned map {}", path.display()))
 }
 
-fn shared<T>(directory: &Path, name: &str, len: usize) -> Result<SharedArray> {
+fn shared(directory: &Path, name: &str, shape: MapShape) -> Result<SharedArray> {
     let map = pinned(directory, name)?;
-    SharedArray::open(map.fd(), size_of::<T>(), u32::try_from(len)?)
+    SharedArray::open(map.fd(), shape.value as usize, shape.entries)
         .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))
 }
 
@@ -313,6 +185,15 @@ pub fn lookup<T>(found: Result<T, MapError>) -> Result<Option<T>> {
         Err(MapError::KeyNotFound) => Ok(None),
         Err(error) => Err(error).context("cannot read a map"),
     }
+}
+
+/// A number of slots or counters, as a map has it for an index.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the limits are constants far below 4 Gi"
+)]
+const fn u32_of(count: usize) -> u32 {
+    count as u32
 }
 
 /// The numbers of all slots.
@@ -378,14 +259,14 @@ impl Tables {
             backends: Array::try_from(Map::Array(map("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
             verdicts: PerCpuArray::try_from(Map::PerCpuArray(map("VERDICTS")?))
                 .map_err(wrong("VERDICTS"))?,
-            states: shared::<Backend>(directory, "BACKENDS", MAX_SLOTS)?,
-            policies: shared::<SlotPolicy>(directory, "POLICY", MAX_SLOTS)?,
-            counts: shared::<Counts>(directory, "COUNTS", MAX_SLOTS)?,
-            totals: shared::<Totals>(directory, "TOTALS", MAX_SLOTS)?,
-            members: shared::<Members>(directory, "MEMBERS", MAX_SERVICES)?,
-            service_states: shared::<ServiceState>(directory, "SERVICE_STATE", MAX_SERVICES)?,
-            heartbeat: shared::<Heartbeat>(directory, "HEARTBEAT", 1)?,
-            audit_totals: shared::<AuditTotals>(directory, "AUDIT", 1)?,
+            states: shared(directory, "BACKENDS", maps::BACKENDS)?,
+            policies: shared(directory, "POLICY", maps::POLICY)?,
+            counts: shared(directory, "COUNTS", maps::COUNTS)?,
+            totals: shared(directory, "TOTALS", maps::TOTALS)?,
+            members: shared(directory, "MEMBERS", maps::MEMBERS)?,
+            service_states: shared(directory, "SERVICE_STATE", maps::SERVICE_STATE)?,
+            heartbeat: shared(directory, "HEARTBEAT", maps::HEARTBEAT)?,
+            audit_totals: shared(directory, "AUDIT", maps::AUDIT)?,
         })
     }
 

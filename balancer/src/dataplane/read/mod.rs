@@ -2,3 +2,71 @@
 
 pub mod explain;
 pub mod snapshot;
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, Result, bail};
+
+use self::explain::Explanation;
+use self::snapshot::Snapshot;
+use super::paths::Paths;
+use super::tables::{Tables, check_maps};
+
+/// The pinned maps, for reading.
+pub struct Reader {
+    tables: Tables,
+}
+
+/// Opens the data plane of a state directory; `None`: there is none.
+///
+/// # Errors
+/// When the pins are of another build, or can't be opened.
+pub fn open(paths: &Paths) -> Result<Option<Reader>> {
+    let directory = paths.current();
+    match std::fs::metadata(&directory) {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return match paths.others() {
+                Ok(others) if !others.is_empty() => bail!(
+                    "the data plane there is of another build ({}; this one reads {}): ask the program that made it, or take it over with \
+                     `balancer run`",
+                    others[0].display(),
+                    directory.display()
+                ),
+                _ => Ok(None),
+            };
+        }
+        Err(error) => {
+            return Err(error).with_context(|| {
+                format!("cannot look into {} (are we root?)", directory.display())
+            });
+        }
+    }
+    check_maps(&directory)?;
+    Ok(Some(Reader {
+        tables: Tables::open(&directory)?,
+    }))
+}
+
+impl Reader {
+    /// The data plane now.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn snapshot(&self) -> Result<Snapshot> {
+        snapshot::take(&self.tables)
+    }
+
+    /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the maps.
+    ///
+    /// # Errors
+    /// When a map or the socket table can't be read.
+    pub fn explain(
+        &self,
+        from: SocketAddr,
+        to_address: Option<IpAddr>,
+        to_port: u16,
+    ) -> Result<Explanation> {
+        explain::explain(&self.tables, from, to_address, to_port)
+    }
+}

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::Result;
 use balancer_common::Reason;
 use balancer_common::abi::{
     AuditTotals, Backend, BackendState, Heartbeat, Policy, ServiceInfo, ServicePort, UNLIMITED,
@@ -13,9 +13,7 @@ use balancer_common::abi::{
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
 
-use super::super::tables::{Tables, check_maps, text};
-use super::explain::{self, Explanation};
-use crate::dataplane::Paths;
+use super::super::tables::{Tables, text};
 use crate::sys::clock;
 
 /// The data plane at one moment.
@@ -96,42 +94,6 @@ pub struct BackendSnapshot {
     pub note: Option<String>,
 }
 
-/// The pinned maps, for reading.
-pub struct Reader {
-    tables: Tables,
-}
-
-/// Opens the data plane of a state directory; `None`: there is none.
-///
-/// # Errors
-/// When the pins are of another build, or can't be opened.
-pub fn open(paths: &Paths) -> Result<Option<Reader>> {
-    let directory = paths.current();
-    match std::fs::metadata(&directory) {
-        Ok(_) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return match paths.others() {
-                Ok(others) if !others.is_empty() => bail!(
-                    "the data plane there is of another build ({}; this one reads {}): ask the program that made it, or take it over with \
-                     `balancer run`",
-                    others[0].display(),
-                    directory.display()
-                ),
-                _ => Ok(None),
-            };
-        }
-        Err(error) => {
-            return Err(error).with_context(|| {
-                format!("cannot look into {} (are we root?)", directory.display())
-            });
-        }
-    }
-    check_maps(&directory)?;
-    Ok(Some(Reader {
-        tables: Tables::open(&directory)?,
-    }))
-}
-
 /// What the maps hold of a service.
 #[derive(Clone, Debug)]
 pub struct ServiceContents {
@@ -179,43 +141,24 @@ impl Snapshot {
     }
 }
 
-impl Reader {
-    /// The data plane now.
-    ///
-    /// # Errors
-    /// When a map can't be read.
-    pub fn snapshot(&self) -> Result<Snapshot> {
-        let services = self
-            .tables
-            .named_services()?
-            .into_iter()
-            .map(|(id, info)| {
-                let verdicts = self.tables.verdicts(id)?;
-                Ok(ServiceContents { id, info, verdicts })
-            })
-            .collect::<Result<_>>()?;
-        let slots = self.tables.slots()?;
-        Ok(Snapshot::of(&MapContents {
-            services,
-            slots: slots.into_iter().map(|view| view.member).collect(),
-            heartbeat: self.tables.heartbeat(),
-            audit_totals: self.tables.audit_totals(),
-            now_ns: clock::monotonic_ns(),
-        }))
-    }
-
-    /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the maps.
-    ///
-    /// # Errors
-    /// When a map or the socket table can't be read.
-    pub fn explain(
-        &self,
-        from: SocketAddr,
-        to_address: Option<IpAddr>,
-        to_port: u16,
-    ) -> Result<Explanation> {
-        explain::explain(&self.tables, from, to_address, to_port)
-    }
+/// Reads the data plane as it is now.
+pub fn take(tables: &Tables) -> Result<Snapshot> {
+    let services = tables
+        .named_services()?
+        .into_iter()
+        .map(|(id, info)| {
+            let verdicts = tables.verdicts(id)?;
+            Ok(ServiceContents { id, info, verdicts })
+        })
+        .collect::<Result<_>>()?;
+    let slots = tables.slots()?;
+    Ok(Snapshot::of(&MapContents {
+        services,
+        slots: slots.into_iter().map(|view| view.member).collect(),
+        heartbeat: tables.heartbeat(),
+        audit_totals: tables.audit_totals(),
+        now_ns: clock::monotonic_ns(),
+    }))
 }
 
 fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
