@@ -13,9 +13,9 @@ use testkit::fixtures::{Machine, process};
 /// Where a child runs.
 #[derive(Clone, Copy)]
 pub enum Place<'a> {
-    /// In the machine's namespace and cgroup: its sockets are those of a guarded server.
+    /// In the machine's netns and cgroup: its sockets are those of a guarded server.
     Inside(&'a Machine),
-    /// In its namespace only: its sockets are somebody else's.
+    /// In its netns only: its sockets are somebody else's.
     Beside(&'a Machine),
 }
 

@@ -193,7 +193,7 @@ fn start_servers(machine: &Machine, servers: &mut Vec<Helper>, number: u16) -> R
     Ok(())
 }
 
-/// Its threads, and so the clients' connections, are in the machine's namespace.
+/// Its threads, and so the clients' connections, are in the machine's netns.
 fn runtime(machine: &Machine) -> Result<Runtime> {
     let build = || {
         Builder::new_multi_thread()

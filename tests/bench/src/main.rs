@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! Measures this build side by side with the bare kernel, nft, `HAProxy` and Envoy, on this machine's kernel.
 //!
-//! Every subject has a network namespace and a cgroup of its own, with the same servers and clients. Subjects are measured in turns, so
+//! Every subject has a netns and a cgroup of its own, with the same servers and clients. Subjects are measured in turns, so
 //! that what disturbs the machine disturbs all of them, and compared with what stood beside them in the same round. docs/performance.md
 //! says what each figure is and what limits it.
 

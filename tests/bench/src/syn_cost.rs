@@ -129,7 +129,7 @@ fn alone(machine: &Machine, program: impl AsFd + Send + Sync) -> Result<f64> {
     let batch = || prog_test_run(&program, &syn, ALONE_TIMES);
     let mut times = Vec::new();
     for _ in 0..ALONE_BATCHES {
-        // The kernel takes the namespace of the caller.
+        // The kernel takes the netns of the caller.
         let time = machine.netns.run(batch);
         let time = time.context("cannot run steer on trial (BPF_PROG_TEST_RUN)")?;
         times.push(time.as_secs_f64() * 1e9);

@@ -1,10 +1,10 @@
 #![forbid(unsafe_code)]
 //! Watch the balancer balance: stand-in OAPs, several hundred gRPC clients that keep their connections, and the real daemon on the
-//! real kernel, in network namespaces and cgroups of their own. What is shown is held against the socket table; the exit code is 1
+//! real kernel, in netns and cgroups of their own. What is shown is held against the socket table; the exit code is 1
 //! where something is off.
 //!
 //! ```text
-//!   namespace "node A", 10.77.0.1                                namespace "node B", 10.77.0.2
+//!   netns "node A", 10.77.0.1                                    netns "node B", 10.77.0.2
 //!   clients ──► :11800 ──balancer──► oap-1, oap-2, oap-3 (, oap-4)   :11800 ──balancer──► oap-5, oap-6
 //!      └───────────────────────── veth, when A refuses ──────────────────┘
 //! ```
@@ -29,7 +29,7 @@ const INTERRUPTED: u8 = 130;
 fn main() -> ExitCode {
     let began = Instant::now();
     let machines = [Machine::new(), Machine::new()];
-    // Clients live in node A's namespace, but in no cgroup that a balancer looks at: they are somebody else's sockets.
+    // Clients live in node A's netns, but in no cgroup that a balancer looks at: they are somebody else's sockets.
     let report = machines[0].netns.run(|| run(&machines));
     drop(machines);
     let Some(report) = report else {
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         return ExitCode::from(INTERRUPTED);
     };
     println!(
-        "\n{report}\n{:.0} s in all; namespaces, cgroups, pins and processes are gone.",
+        "\n{report}\n{:.0} s in all; netns, cgroups, pins and processes are gone.",
         began.elapsed().as_secs_f64()
     );
     if report.is_as_expected() {

@@ -57,7 +57,7 @@ impl<'a> Node<'a> {
         self.balancer.as_mut().expect("the balancer was started")
     }
 
-    /// The truth: what `ss` in the node's namespace says of the established connections that each OAP's process holds.
+    /// What `ss` in the node's netns says of the established connections that each OAP's process holds.
     ///
     /// # Panics
     /// When `ss` fails.

@@ -240,7 +240,7 @@ fn namespaces_that_are_named_are_guarded() {
             machine,
             &format!("{yaml}namespaces: [{}]\n", paths.join(", ")),
         );
-        // Both listen before anybody connects: each is the only choice of its own namespace.
+        // Both listen before anybody connects: each is the only choice of its own netns.
         let _listeners = others.each_ref().map(|netns| {
             netns.run(|| {
                 machine.cgroup.enter();
@@ -251,7 +251,7 @@ fn namespaces_that_are_named_are_guarded() {
             .each_ref()
             .map(|netns| netns.run(|| tcp::connect_many(agents(), 7)));
         assert_eq!(clients.each_ref().map(Vec::len), [4, 4]);
-        // The daemon's own namespace is not named.
+        // The daemon's own netns is not named.
         let own = Listen::on(&agents()).open();
         assert_eq!(tcp::connect_many(agents(), 7).len(), 7);
         balancer.wait_until(|service| {

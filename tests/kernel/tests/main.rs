@@ -1,4 +1,4 @@
-//! Integration tests on the real kernel, each on a machine (network namespace and cgroup) of its own. They need root.
+//! Integration tests on the real kernel, each on a machine (netns and cgroup) of its own. They need root.
 #![forbid(unsafe_code)]
 
 mod admission;
@@ -15,8 +15,8 @@ mod in_cluster;
 mod kubernetes;
 mod lifecycle;
 mod load;
-mod namespaces;
 mod neighbours;
+mod netns;
 mod outlive;
 mod policies;
 mod privileges;

@@ -492,10 +492,10 @@ fn path(path: &Path) -> &str {
     path.to_str().expect("a UTF-8 path")
 }
 
-/// How many programs are attached to the cgroup and the namespace of a machine.
+/// How many programs are attached to the cgroup and the netns of a machine.
 fn programs_at(machine: &Machine) -> (usize, usize) {
     let cgroup = File::open(machine.cgroup.path()).expect("a cgroup can be opened");
-    let netns = File::open(machine.netns.path()).expect("a namespace can be opened");
+    let netns = File::open(machine.netns.path()).expect("a netns can be opened");
     let count = |attached: std::io::Result<balancer::sys::bpf::Attached>| {
         attached.expect("it can be queried").programs.len()
     };

@@ -212,7 +212,7 @@ fn a_reload_that_needs_what_was_given_up_changes_nothing() {
             "{}",
             balancer.logs()
         );
-        // The old one is in force, for its port and its namespace.
+        // The old one is in force, for its port and its netns.
         assert_eq!(balancer.service().port, 11800);
         assert_eq!(tcp::connect_many(agents(), 2 * QUOTA).len(), QUOTA);
         // And a good one is taken.

@@ -96,10 +96,10 @@ pub fn only_version(state: &Path) -> String {
     names.swap_remove(0)
 }
 
-/// How many programs are attached to the cgroup and in the namespace of the machine.
+/// How many programs are attached to the cgroup and in the netns of the machine.
 pub fn attached(machine: &Machine) -> (usize, usize) {
     let cgroup = File::open(machine.cgroup.path()).expect("the cgroup is there");
-    let netns = File::open(machine.netns.path()).expect("the namespace is there");
+    let netns = File::open(machine.netns.path()).expect("the netns is there");
     let number = |target: &File, kind| {
         let attached = bpf::prog_query(target, kind).expect("programs can be listed");
         attached.programs.len()

@@ -109,7 +109,7 @@ fn a_foreign_pin_in_the_data_plane_of_another_build() {
         balancer.wait_active(1);
         balancer.stop(Signal::SIGTERM);
         make_another_abi(balancer.state());
-        // As if it guarded one namespace more, by a link that is none.
+        // As if it guarded one netns more, by a link that is none.
         let pin = balancer.state().join("v999/link_steer_77");
         bpf::obj_pin(a_map(), &pin).expect("an object can be pinned");
         let before = attached(machine);
@@ -278,7 +278,7 @@ fn link_to_a_namespace_in_place_of(kind: &'static str) {
     poisoned(|state| {
         let pin = link(state, kind);
         let netns = Netns::new();
-        let target = File::open(netns.path()).expect("the namespace is there");
+        let target = File::open(netns.path()).expect("the netns is there");
         let foreign = bpf::link_create(a_sk_lookup(), &target, BPF_SK_LOOKUP).expect("a link");
         replace(&pin, &foreign);
         (pin, netns)

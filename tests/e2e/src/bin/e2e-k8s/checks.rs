@@ -19,7 +19,7 @@ use crate::oaps::Held;
 pub const CLIENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
 /// What happened in the kernel is in the status at once, and with the other daemons two seconds later.
 const DAEMONS_FOLLOW_WITHIN: Duration = Duration::from_secs(15);
-/// From the listener until the kernel half is in its namespace.
+/// From the listener until the kernel half is in its netns.
 const ATTACHED_WITHIN: Duration = Duration::from_secs(1);
 /// A daemon starts; or a pod of the OAP.
 pub const PODS_START_WITHIN: Duration = Duration::from_secs(60);
@@ -123,7 +123,7 @@ impl Fixture {
         })
     }
 
-    /// Each OAP's namespace is guarded soon after its listener, or after the daemon of its node was ready, where `since` says when.
+    /// Each OAP's netns is guarded soon after its listener, or after the daemon of its node was ready, where `since` says when.
     pub fn attached(
         &mut self,
         report: &mut Report,

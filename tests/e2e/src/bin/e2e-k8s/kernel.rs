@@ -13,7 +13,7 @@ use crate::timestamp;
 
 const PINS: &str = "/sys/fs/bpf/balancer";
 
-/// When `steer` was attached to the network namespace with that cookie; `None`: it is not.
+/// When `steer` was attached to the netns with that cookie; `None`: it is not.
 pub fn guarded_since(cluster: &TestCluster, node: &str, cookie: u64) -> Option<u64> {
     let name = format!("link_steer_{cookie}");
     let pin = pins(cluster, node)

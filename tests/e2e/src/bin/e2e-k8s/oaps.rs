@@ -1,4 +1,4 @@
-//! The OAP pods, and the truth about their connections: the socket tables of their network namespaces.
+//! The OAP pods, and the truth about their connections: the socket tables of their netns.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -20,7 +20,7 @@ pub struct Oap {
     pub address: IpAddr,
     pub ready: bool,
     netns: Netns,
-    /// The cookie of its network namespace, by which the balancer knows it.
+    /// The cookie of its netns, by which the balancer knows it.
     pub cookie: u64,
 }
 
@@ -83,11 +83,11 @@ impl Oap {
             address: text(&pod["status"]["podIP"])?.parse()?,
             ready: is_ready(pod),
             netns,
-            cookie: cookie.context("cannot read the cookie of the pod's namespace")?,
+            cookie: cookie.context("cannot read the cookie of the pod's netns")?,
         })
     }
 
-    /// What the socket table of its namespace holds.
+    /// What the socket table of its netns holds.
     pub fn held(&self, peers: &BTreeSet<IpAddr>) -> Held {
         let rows = self.netns.run(|| diag::accepted(PORT));
         let number = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);

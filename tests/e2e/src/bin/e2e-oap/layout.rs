@@ -1,4 +1,4 @@
-//! Who has which address in the run's network namespace.
+//! Who has which address in the run's netns.
 //!
 //! A connection to an address of the own machine has this address as its source too. So what goes to an OAP's own address, which
 //! only the other OAPs do, comes from [`PEERS`] and is exempt; what goes to the virtual address is not.
@@ -70,7 +70,7 @@ pub fn is_peer(address: IpAddr) -> bool {
     (0..NODES).any(|index| node(index) == address)
 }
 
-/// All addresses that the namespace must have.
+/// All addresses that the netns must have.
 pub fn addresses() -> Vec<IpAddr> {
     let mut addresses: Vec<_> = (0..NODES).map(node).collect();
     addresses.extend([VIRTUAL, ZOOKEEPER.ip()]);

@@ -17,7 +17,7 @@ pub struct Connection {
     pub process: Option<u32>,
 }
 
-/// Both ends of all established connections of the calling thread's network namespace.
+/// Both ends of all established connections of the calling thread's netns.
 ///
 /// # Errors
 /// When `ss` fails, or prints what is not understood.

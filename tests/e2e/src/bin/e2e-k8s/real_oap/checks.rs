@@ -152,7 +152,7 @@ impl Fixture {
         })
     }
 
-    /// The kernel half is in every OAP's namespace.
+    /// The kernel half is in every OAP's netns.
     pub fn guarded(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let step = format!("{step}: OAPs that are guarded");
         wait(report, &step, GUARDED_WITHIN, "all", || {

@@ -1,4 +1,4 @@
-//! Network namespaces come and go, as those of pods do.
+//! Netns come and go, as those of pods do.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -52,7 +52,7 @@ fn live_and_die(machine: &Machine, balancer: &Balancer, round: usize) -> Duratio
     let netns = Netns::new();
     netns.run(|| {
         machine.cgroup.enter();
-        let cookie = balancer::sys::netns::cookie().expect("the namespace has a cookie");
+        let cookie = balancer::sys::netns::cookie().expect("the netns has a cookie");
         let listener = Listen::on(&agents()).open();
         let begin = Instant::now();
         eventually(SETTLES_WITHIN, || {
@@ -128,7 +128,7 @@ fn namespaces_that_come_and_go_leave_nothing() {
     });
 }
 
-/// A name for a namespace that can be given to another one, as `ip netns` does.
+/// A name for a netns that can be given to another one, as `ip netns` does.
 struct Name {
     directory: tempfile::TempDir,
 }
@@ -214,12 +214,12 @@ fn a_namespace_that_is_named_may_come_late_go_and_be_another() {
     });
 }
 
-/// What listens in another namespace before the daemon comes.
+/// What listens in another netns before the daemon comes.
 #[test]
 fn what_runs_already_in_another_namespace_is_adopted() {
     Machine::with(|machine| {
         let other = Netns::new();
-        // This thread stays there: by it the namespace is found.
+        // This thread stays there: by it the netns is found.
         other.run(|| {
             machine.cgroup.enter();
             let mut listeners = vec![Listen::on(&agents()).open()];
