@@ -2,41 +2,105 @@
 
 use std::fmt;
 
-use super::{
-    Ready,
-    share::{Demand, Shares},
-};
+use super::model::{Amount, Demand, ReadyBackend};
+use super::share::{Shares, sum};
 
 /// The most bytes of a sentence.
-pub(super) const MAX_SENTENCE: usize = 255;
+const MAX_SENTENCE: usize = 255;
+/// What stands where something was cut.
+const MORE: &str = "…";
 
-/// What is shared out.
-#[derive(Clone, Copy)]
-pub(super) enum What<'a> {
-    /// So many clients, each with so many connections.
-    Clients { clients: u32, each: u32 },
-    /// So many connections, and in words how that comes about.
-    Connections { connections: u64, words: &'a str },
+/// How the parts of a demand come about, between words of the caller's; the words of the demand
+/// become as short as they must.
+pub(super) fn sentence(
+    start: &str,
+    demand: &Demand,
+    backends: &[ReadyBackend],
+    shares: &Shares,
+    end: &str,
+) -> String {
+    let rest = formula(demand, backends, shares) + &what_moved_it(demand, backends, shares) + end;
+    let whole = match demand.amount {
+        Amount::Clients { clients, each } => {
+            format!("{start}ceil({clients} clients × {each}{rest}")
+        }
+        Amount::Connections { connections, words } => {
+            let before = format!("{start}ceil({} (", Connections(connections));
+            let fits = MAX_SENTENCE.saturating_sub(before.len() + ")".len() + rest.len());
+            format!("{before}{}){rest}", shortened(words, fits))
+        }
+    };
+    if whole.len() <= MAX_SENTENCE {
+        return whole;
+    }
+    format!("{}{MORE}", first(&whole, MAX_SENTENCE - MORE.len()))
 }
 
-impl What<'_> {
-    pub(super) fn connections(&self) -> u64 {
-        match *self {
-            Self::Clients { clients, each } => u64::from(clients) * u64::from(each),
-            Self::Connections { connections, .. } => connections,
-        }
-    }
+/// The formula behind its total, and its result.
+fn formula(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) -> String {
+    let factor = match demand.headroom_percent {
+        0 => String::new(),
+        percent => format!(" × {}", Factor(percent)),
+    };
+    let ready = backends.len();
+    let mut weights = backends.iter().map(|backend| backend.weight);
+    let divided = if weights.all(|weight| weight == backends[0].weight) {
+        format!(" / {ready} ready)")
+    } else {
+        let weights = backends.iter().map(|backend| u64::from(backend.weight));
+        format!(" × weight / {}, {ready} ready)", weights.sum::<u64>())
+    };
+    format!("{factor}{divided} = {}", Spread(&shares.formula))
 }
 
-impl fmt::Display for What<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Clients { clients, each } => write!(f, "{clients} clients × {each}"),
-            Self::Connections { connections, words } => {
-                write!(f, "{} ({words})", Connections(*connections))
-            }
+/// What makes the targets differ from the formula.
+fn what_moved_it(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) -> String {
+    let mut words = String::new();
+    let min_quota = demand.min_quota;
+    if shares.formula.iter().any(|part| *part < min_quota) {
+        words += &format!("; at least min_quota {min_quota}");
+    }
+    let unheld: Vec<u32> = shares
+        .formula
+        .iter()
+        .map(|part| (*part).max(min_quota))
+        .collect();
+    let established = demand.established(backends);
+    if sum(&unheld) < established {
+        let held = Spread(&shares.held);
+        words += &format!("; held at {held} because {established} are established");
+        if demand.elsewhere > 0 {
+            words += &format!(" ({} on backends not ready)", demand.elsewhere);
         }
     }
+    if demand.extra > 0 {
+        let extra = demand.extra;
+        words += &format!("; {extra} more each for as many sources refused for long");
+    }
+    words
+}
+
+/// The first summands of `words` that fit into so many bytes, or of the first one what fits.
+fn shortened(words: &str, bytes: usize) -> String {
+    const PLUS: &str = " + ";
+    if words.len() <= bytes {
+        return words.to_owned();
+    }
+    let room = bytes.saturating_sub(MORE.len());
+    let summands = words
+        .match_indices(PLUS)
+        .map(|(at, _)| at + PLUS.len())
+        .take_while(|end| *end <= room)
+        .last();
+    let kept = summands.map_or_else(|| first(words, room), |end| &words[..end]);
+    format!("{kept}{MORE}")
+}
+
+/// The characters that end within so many bytes.
+fn first(text: &str, bytes: usize) -> &str {
+    let mut ends = (0..=bytes.min(text.len())).rev();
+    let end = ends.find(|end| text.is_char_boundary(*end));
+    &text[..end.unwrap_or_default()]
 }
 
 /// A number of connections.
@@ -47,152 +111,6 @@ impl fmt::Display for Connections {
         let plural = if self.0 == 1 { "" } else { "s" };
         write!(f, "{} connection{plural}", self.0)
     }
-}
-
-/// What explains computed quotas.
-#[derive(Clone, Copy)]
-pub(super) struct Explained<'a> {
-    pub(super) demand: &'a Demand<'a>,
-    pub(super) backends: &'a [Ready],
-    pub(super) shares: &'a Shares,
-    /// With slow lowering.
-    pub(super) quotas: &'a [u32],
-}
-
-impl Explained<'_> {
-    /// The sentence; the words of the demand become as short as they must.
-    pub(super) fn sentence(&self) -> String {
-        self.between("", "")
-    }
-
-    /// The same between words of the caller's.
-    pub(super) fn between(&self, start: &str, end: &str) -> String {
-        shortest_words(self.demand, |demand| {
-            let explained = Explained { demand, ..*self };
-            format!("{start}{explained}{end}")
-        })
-    }
-
-    /// The formula with its numbers and its result.
-    fn formula(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Demand {
-            what,
-            headroom_percent,
-            ..
-        } = self.demand;
-        write!(f, "ceil({what}")?;
-        if *headroom_percent > 0 {
-            write!(f, " × {}", Factor(*headroom_percent))?;
-        }
-        let ready = self.backends.len();
-        let weight = self.backends[0].weight;
-        if self.backends.iter().all(|backend| backend.weight == weight) {
-            write!(f, " / {ready} ready)")?;
-        } else {
-            let sum: u64 = self
-                .backends
-                .iter()
-                .map(|backend| u64::from(backend.weight))
-                .sum();
-            write!(f, " × weight / {sum}, {ready} ready)")?;
-        }
-        write!(f, " = {}", Spread(&self.shares.formula))
-    }
-
-    /// What makes the targets differ from the formula.
-    fn targets(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Shares { formula, held, .. } = self.shares;
-        let Demand {
-            min_quota,
-            elsewhere,
-            more,
-            ..
-        } = self.demand;
-        if formula.iter().any(|share| share < min_quota) {
-            write!(f, "; at least min_quota {min_quota}")?;
-        }
-        let unheld: u64 = formula
-            .iter()
-            .map(|share| u64::from(*share.max(min_quota)))
-            .sum();
-        let established = self.demand.established(self.backends);
-        if unheld < established {
-            let held = Spread(held);
-            write!(f, "; held at {held} because {established} are established")?;
-            if *elsewhere > 0 {
-                write!(f, " ({elsewhere} on backends not ready)")?;
-            }
-        }
-        if *more > 0 {
-            write!(f, "; {more} more each for as many sources refused for long")?;
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Display for Explained<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.formula(f)?;
-        self.targets(f)?;
-        if self.quotas != self.shares.targets {
-            write!(
-                f,
-                "; lowered by at most 10 % a minute: {} now",
-                Spread(self.quotas)
-            )?;
-        }
-        Ok(())
-    }
-}
-
-/// What `sentence` makes of `demand`, whose words are cut so that it is not too long: what stands behind them says what came of it.
-fn shortest_words(demand: &Demand, sentence: impl Fn(&Demand) -> String) -> String {
-    let whole = sentence(demand);
-    let What::Connections { connections, words } = demand.what else {
-        return cut(whole);
-    };
-    let Some(excess) = whole.len().checked_sub(MAX_SENTENCE + 1) else {
-        return whole;
-    };
-    let fits = words.len().saturating_sub(excess + 1);
-    cut(sentence(&Demand {
-        what: What::Connections {
-            connections,
-            words: &shortened(words, fits),
-        },
-        ..*demand
-    }))
-}
-
-/// The first summands of `words` that fit into so many bytes, or of the first one what fits.
-fn shortened(words: &str, bytes: usize) -> String {
-    const PLUS: &str = " + ";
-    const MORE: &str = "…";
-    let summands = words
-        .match_indices(PLUS)
-        .map(|(at, _)| at + PLUS.len())
-        .take_while(|end| end + MORE.len() <= bytes)
-        .last();
-    let end = summands.unwrap_or_else(|| boundary(words, bytes.saturating_sub(MORE.len())));
-    format!("{}{MORE}", &words[..end])
-}
-
-/// `sentence` in as many bytes as one may have.
-fn cut(mut sentence: String) -> String {
-    const MORE: &str = "…";
-    if sentence.len() > MAX_SENTENCE {
-        sentence.truncate(boundary(&sentence, MAX_SENTENCE - MORE.len()));
-        sentence.push_str(MORE);
-    }
-    sentence
-}
-
-/// Where the last character ends that ends within so many bytes.
-fn boundary(text: &str, bytes: usize) -> usize {
-    (0..=bytes.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at))
-        .unwrap_or_default()
 }
 
 /// 1 + this many percent, as short as it is exact.
@@ -210,7 +128,7 @@ impl fmt::Display for Factor {
     }
 }
 
-/// Numbers that are mostly the same: the one, or the smallest and the largest.
+/// Numbers that are mostly equal: the one, or the smallest and the largest.
 pub(super) struct Spread<'a>(pub(super) &'a [u32]);
 
 impl fmt::Display for Spread<'_> {

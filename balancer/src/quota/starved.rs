@@ -1,13 +1,17 @@
-//! Sources that are refused and come back, again and again: no backend serves them. Pure: the caller says what time it is.
+//! Sources that are refused and come back, again and again: no backend serves them. Pure: the
+//! caller says what time it is.
 //!
-//! A refused client tries again, and elsewhere: each agent sees a part of the refusals, and only all of them together tell who is served by nobody.
-//! So an agent passes on every source that it refused of late, and [`count`] decides for the union.
+//! A refused client tries again, and elsewhere: each daemon sees a part of the refusals, and only
+//! all of them together tell who is starved. So a daemon reports every source that it refused of
+//! late, and [`count`] decides for the union.
 
 use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-/// For how long a source must have been refused, from the first time to the last: who finds another backend at the next try is served.
-pub const UNSERVED_AFTER: Duration = Duration::from_secs(5);
-/// Who has been refused for this long is not left to the Service's choice, which may fall on a full backend again and again: there is room on every one.
+/// For how long a source must have been refused, from the first time to the last: who finds another
+/// backend at the next try is served.
+pub const STARVED_AFTER: Duration = Duration::from_secs(5);
+/// Who has been refused for this long is not left to the Kubernetes Service's choice, which may
+/// fall on a full backend again and again: there is room on every one.
 pub const ROOM_AFTER: Duration = Duration::from_secs(20);
 /// How long after it was refused last a source counts: by then it has found a backend or given up.
 pub const FORGOTTEN_AFTER: Duration = Duration::from_secs(60);
@@ -32,10 +36,10 @@ impl Refused {
     }
 }
 
-/// How many sources are served by nobody.
+/// How many sources are starved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Starved {
-    /// All of them, refused for [`UNSERVED_AFTER`] or longer.
+    /// All of them, refused for [`STARVED_AFTER`] or longer.
     pub sources: u32,
     /// Those for which every backend gets room, refused for [`ROOM_AFTER`] or longer.
     pub long: u32,
@@ -71,14 +75,10 @@ impl<K> Default for Refusals<K> {
 }
 
 impl<K: Ord + Clone> Refusals<K> {
-    /// Takes a refusal. Of more than [`MAX_SOURCES`] sources the one goes that was refused last the longest time ago.
+    /// Takes a refusal. Of more than [`MAX_SOURCES`] sources the one goes that was refused last the
+    /// longest time ago.
     pub fn refused(&mut self, group: &K, source: IpAddr, now: Duration) {
-        if !self.groups.contains_key(group) {
-            self.groups.insert(group.clone(), BTreeMap::new());
-        }
-        let Some(sources) = self.groups.get_mut(group) else {
-            return;
-        };
+        let sources = self.groups.entry(group.clone()).or_default();
         let times = sources.entry(source).or_insert(Times {
             first: now,
             last: now,
@@ -124,7 +124,8 @@ impl<K: Ord + Clone> Refusals<K> {
     }
 }
 
-/// What several agents say of one group, by source: refused since the first that any of them knows, until the last. Who was forgotten is left out.
+/// What several daemons say of one group, by source: refused since the first time that any of them
+/// knows of, until the last. Who was forgotten is left out.
 pub fn merge(refused: impl IntoIterator<Item = Refused>) -> BTreeMap<IpAddr, Refused> {
     let mut merged: BTreeMap<IpAddr, Refused> = BTreeMap::new();
     for refused in refused {
@@ -142,11 +143,11 @@ pub fn merge(refused: impl IntoIterator<Item = Refused>) -> BTreeMap<IpAddr, Ref
     merged
 }
 
-/// How many sources are served by nobody, by what several agents say of one group.
+/// How many sources are starved, by what several daemons say of one group.
 pub fn count(refused: impl IntoIterator<Item = Refused>) -> Starved {
     let mut starved = Starved::default();
     for refused in merge(refused).values() {
-        starved.sources += u32::from(refused.for_as_long_as(UNSERVED_AFTER));
+        starved.sources += u32::from(refused.for_as_long_as(STARVED_AFTER));
         starved.long += u32::from(refused.for_as_long_as(ROOM_AFTER));
     }
     starved

@@ -1,6 +1,9 @@
+use std::time::Duration;
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::config::QuotaRule;
 
 mod cluster;
 mod starved;
@@ -17,15 +20,15 @@ fn computed(clients: u32, per_client: u32, headroom: u32) -> QuotaRule {
     }
 }
 
-fn ready(weight: u32, established: u32, previous: Option<u32>) -> Ready {
-    Ready {
+fn ready(weight: u32, established: u32, previous: Option<u32>) -> ReadyBackend {
+    ReadyBackend {
         weight,
         established,
         previous: previous.map(Quota::Limited),
     }
 }
 
-fn fresh(count: usize) -> Vec<Ready> {
+fn fresh(count: usize) -> Vec<ReadyBackend> {
     vec![ready(1, 0, None); count]
 }
 
@@ -164,7 +167,7 @@ fn a_lower_quota_comes_by_a_tenth_a_minute() {
 }
 
 /// The caller's part, as the documentation of `compute` asks for it, in ticks of one second.
-fn run_until_settled(rule: &QuotaRule, mut backends: Vec<Ready>, limit: u64) -> (Vec<u32>, u64) {
+fn run_until_settled(rule: &QuotaRule, mut backends: Vec<ReadyBackend>, limit: u64) -> (Vec<u32>, u64) {
     let mut waiting = Duration::ZERO;
     for second in 0..limit {
         let outcome = compute(rule, &backends, waiting);
@@ -255,14 +258,14 @@ fn any_quota() -> impl Strategy<Value = Option<Quota>> {
 }
 
 prop_compose! {
-    fn any_ready()(weight: u32, established: u32, previous in any_quota()) -> Ready {
-        Ready { weight, established, previous }
+    fn any_ready()(weight: u32, established: u32, previous in any_quota()) -> ReadyBackend {
+        ReadyBackend { weight, established, previous }
     }
 }
 
 prop_compose! {
     /// What the configuration allows and a machine may hold.
-    fn sane_ready()(weight in 1..=1000u32, established in 0..200_000u32, limit in proptest::option::of(1..200_000u32)) -> Ready {
+    fn sane_ready()(weight in 1..=1000u32, established in 0..200_000u32, limit in proptest::option::of(1..200_000u32)) -> ReadyBackend {
         ready(weight, established, limit)
     }
 }
@@ -335,7 +338,7 @@ proptest! {
         backends in proptest::collection::vec(sane_ready(), 2..20),
         since in 0..200u64,
     ) {
-        let forgotten: Vec<Ready> = backends.iter().map(|ready| Ready { previous: None, ..*ready }).collect();
+        let forgotten: Vec<ReadyBackend> = backends.iter().map(|ready| ReadyBackend { previous: None, ..*ready }).collect();
         let targets = limits(&compute(&rule, &forgotten, NOW));
         let outcome = compute(&rule, &backends, Duration::from_secs(since));
         let quotas = limits(&outcome);
@@ -355,7 +358,7 @@ proptest! {
         weights in proptest::collection::vec(1..=1000u32, 2..20),
     ) {
         let rule = QuotaRule::Computed { clients: Some(clients), connections_per_client: 1, headroom_percent: 0, min_quota: 1 };
-        let backends: Vec<Ready> = weights.iter().map(|weight| ready(*weight, 0, None)).collect();
+        let backends: Vec<ReadyBackend> = weights.iter().map(|weight| ready(*weight, 0, None)).collect();
         let sum: u64 = weights.iter().map(|weight| u64::from(*weight)).sum();
         for (quota, weight) in limits(&compute(&rule, &backends, NOW)).into_iter().zip(weights) {
             let exact = u64::from(clients) * u64::from(weight);

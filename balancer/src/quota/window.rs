@@ -7,8 +7,8 @@ const PARTS: u32 = 30;
 
 /// The largest of the values seen within a time.
 ///
-/// A value counts for the length of the window, and for up to a thirtieth of it longer: values of the same thirtieth go together, with the last
-/// of them.
+/// A value counts for the length of the window, and for up to a thirtieth of it longer: values of
+/// one thirtieth go together, with the last of them.
 ///
 /// Times are since some start that the caller keeps to.
 #[derive(Clone, Debug)]
@@ -41,7 +41,8 @@ impl Window {
         self.add_old(now, value, Duration::ZERO);
     }
 
-    /// Takes a value that held some time ago, also before the start: what somebody else saw. One that is too old does nothing.
+    /// Takes a value that held some time ago, also before the start: what somebody else saw. One
+    /// that is too old does nothing.
     pub fn add_old(&mut self, now: Duration, value: u64, age: Duration) {
         let now = milliseconds(now);
         let at = now.saturating_sub(milliseconds(age));
@@ -55,7 +56,8 @@ impl Window {
 
     /// The largest value within the window and how long ago that was (of several times: the last).
     ///
-    /// Who passes the age on in whole seconds should round it up: agents that tell each other of the same value must not make it younger each time.
+    /// Who passes the age on in whole seconds should round it up: daemons that tell each other of
+    /// one value must not make it younger each time.
     pub fn peak(&self, now: Duration) -> Option<(u64, Duration)> {
         let now = milliseconds(now);
         let most = self

@@ -22,6 +22,7 @@ fn known(connections: u64, words: &str) -> Known {
         established_elsewhere: 0,
         refused_for_long: 0,
         all_full: false,
+        unreported: 0,
         silent_for: Duration::ZERO,
         hold_for: Duration::from_secs(300),
     }
@@ -34,8 +35,8 @@ fn silent(seconds: u64) -> Known {
     }
 }
 
-fn opened(established: u32) -> Ready {
-    Ready {
+fn opened(established: u32) -> ReadyBackend {
+    ReadyBackend {
         previous: Some(Quota::Unlimited),
         ..ready(1, established, None)
     }
@@ -392,11 +393,12 @@ prop_compose! {
         established_elsewhere: u64,
         refused_for_long in prop_oneof![0..10u32, any::<u32>()],
         all_full in proptest::bool::weighted(0.1),
+        unreported in prop_oneof![9 => Just(0), 1 => 1..20usize],
         silent_for in prop_oneof![Just(Duration::ZERO), any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
         hold_for in prop_oneof![any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
     ) -> Known {
         let total = total.map(|(connections, words)| Total { connections, words });
-        Known { total, established_elsewhere, refused_for_long, all_full, silent_for, hold_for }
+        Known { total, established_elsewhere, refused_for_long, all_full, unreported, silent_for, hold_for }
     }
 }
 
@@ -415,8 +417,8 @@ prop_compose! {
 
 prop_compose! {
     /// A backend here, with its quota so far, or one of another node.
-    fn some_ready()(weight in 1..=1000u32, established in 0..50_000u32, previous in any_sane_quota()) -> Ready {
-        Ready { weight, established, previous }
+    fn some_ready()(weight in 1..=1000u32, established in 0..50_000u32, previous in any_sane_quota()) -> ReadyBackend {
+        ReadyBackend { weight, established, previous }
     }
 }
 
@@ -511,7 +513,7 @@ proptest! {
         more in 0..10_000u64,
         backends in proptest::collection::vec(sane_ready(), 2..20),
     ) {
-        let forgotten: Vec<Ready> = backends.iter().map(|ready| Ready { previous: None, ..*ready }).collect();
+        let forgotten: Vec<ReadyBackend> = backends.iter().map(|ready| ReadyBackend { previous: None, ..*ready }).collect();
         let mut larger = known.clone();
         larger.total.as_mut().expect("sane_known knows").connections += more;
         let before = limits(&compute_cluster(&rule, &known, &forgotten, NOW));
@@ -527,8 +529,8 @@ proptest! {
         backends in proptest::collection::vec(sane_ready(), 2..12),
         mine in proptest::collection::vec(any::<bool>(), 12),
     ) {
-        let seen = |own: bool| -> Vec<Ready> {
-            let with = |(ready, mine): (&Ready, &bool)| Ready { previous: ready.previous.filter(|_| *mine == own), ..*ready };
+        let seen = |own: bool| -> Vec<ReadyBackend> {
+            let with = |(ready, mine): (&ReadyBackend, &bool)| ReadyBackend { previous: ready.previous.filter(|_| *mine == own), ..*ready };
             backends.iter().zip(&mine).map(with).collect()
         };
         let (here, there) = (seen(true), seen(false));

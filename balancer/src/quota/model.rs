@@ -1,0 +1,115 @@
+//! What quotas are computed from, and what comes out.
+
+/// The most established connections that a backend should hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quota {
+    /// As many as come.
+    Unlimited,
+    /// No new connection once this many are established or pending; 0 takes none.
+    Limited(u32),
+}
+
+impl Quota {
+    /// The number, where there is one.
+    pub fn limit(self) -> Option<u32> {
+        match self {
+            Self::Unlimited => None,
+            Self::Limited(limit) => Some(limit),
+        }
+    }
+}
+
+impl std::fmt::Display for Quota {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unlimited => f.write_str("unlimited"),
+            Self::Limited(limit) => write!(f, "{limit}"),
+        }
+    }
+}
+
+/// What the quota of a backend that is ready to take connections depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadyBackend {
+    /// Its part relative to the others. Backends whose weights are all 0 get equal parts.
+    pub weight: u32,
+    /// The connections established now that count against the quota.
+    pub established: u32,
+    /// The quota computed for it so far; `None` when it has just become ready.
+    pub previous: Option<Quota>,
+}
+
+/// The quotas of one service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// One for each backend, in their order.
+    pub quotas: Vec<Quota>,
+    /// How they come about, for an operator: one line, at most 255 bytes.
+    pub sentence: String,
+    /// Whether a quota is still above what it should be, because it goes down slowly.
+    pub lowering: bool,
+}
+
+impl Outcome {
+    /// One quota for all backends.
+    pub(super) fn equal(
+        quota: Quota,
+        backends: &[ReadyBackend],
+        sentence: impl Into<String>,
+    ) -> Self {
+        Self {
+            quotas: vec![quota; backends.len()],
+            sentence: sentence.into(),
+            lowering: false,
+        }
+    }
+}
+
+/// How many connections there are to make room for.
+#[derive(Clone, Copy)]
+pub(super) enum Amount<'a> {
+    /// So many clients, each with so many connections.
+    Clients { clients: u32, each: u32 },
+    /// So many connections, and in words how that comes about.
+    Connections { connections: u64, words: &'a str },
+}
+
+impl Amount<'_> {
+    pub(super) fn connections(&self) -> u64 {
+        match *self {
+            Self::Clients { clients, each } => u64::from(clients) * u64::from(each),
+            Self::Connections { connections, .. } => connections,
+        }
+    }
+}
+
+/// What the clients of one service, or of one backend group, need.
+pub(super) struct Demand<'a> {
+    pub(super) amount: Amount<'a>,
+    pub(super) headroom_percent: u32,
+    pub(super) min_quota: u32,
+    /// What is established on backends that are not ready: it needs room on those that are.
+    pub(super) elsewhere: u64,
+    /// Room on every backend beyond its part, for clients that are sent to a full one again and
+    /// again.
+    pub(super) extra: u32,
+}
+
+impl Demand<'_> {
+    /// The connections to make room for, in hundredths of one.
+    pub(super) fn hundredths(&self) -> u128 {
+        u128::from(self.amount.connections()).saturating_mul(100 + u128::from(self.headroom_percent))
+    }
+
+    /// What is established now, wherever it is.
+    pub(super) fn established(&self, backends: &[ReadyBackend]) -> u64 {
+        established(backends).saturating_add(self.elsewhere)
+    }
+}
+
+pub(super) fn established(backends: &[ReadyBackend]) -> u64 {
+    backends
+        .iter()
+        .map(|backend| u64::from(backend.established))
+        .sum()
+}
