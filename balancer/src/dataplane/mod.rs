@@ -31,6 +31,6 @@ pub use read::snapshot::{
     BackendSnapshot, DaemonSnapshot, MapContents, ServiceContents, ServiceSnapshot, Snapshot,
 };
 pub use read::{Reader, open};
-pub use slots::{QuotaSource, SlotQuota};
+pub use slots::SlotQuota;
 pub use tables::SlotView;
 pub use writer::Writer;

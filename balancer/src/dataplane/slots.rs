@@ -13,6 +13,7 @@ use balancer_common::abi::{
 use tracing::{debug, info};
 
 use super::tables::{SlotView, Tables, every_slot};
+use crate::quota::QuotaSource;
 
 /// A closed slot is given away only after so long without a connection: a last one may be on its
 /// way out.
@@ -29,19 +30,6 @@ pub struct SlotQuota {
     pub weight: u32,
     /// Where the quota comes from.
     pub source: QuotaSource,
-}
-
-/// Where a quota comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum QuotaSource {
-    /// The service's rule, as somebody wrote it down.
-    Rule,
-    /// Computed by the service's rule from what is known of its clients.
-    Computed,
-    /// Set by hand for every backend of the service.
-    Service,
-    /// Set by hand for this backend.
-    Backend,
 }
 
 impl QuotaSource {

@@ -38,8 +38,32 @@ impl From<Netns> for OwnedFd {
     }
 }
 
-/// All netns that a thread lives in, each once, in the order of their processes'
-/// numbers.
+/// An open netns. It can't end while this is held, so it is not kept.
+#[derive(Debug)]
+pub struct OpenNetns {
+    /// Its cookie.
+    pub cookie: u64,
+    /// The descriptor that keeps it.
+    pub file: OwnedFd,
+}
+
+impl From<Netns> for OpenNetns {
+    fn from(netns: Netns) -> Self {
+        let Netns { cookie, file, .. } = netns;
+        Self { cookie, file }
+    }
+}
+
+/// A thread of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Thread {
+    /// The process.
+    pub pid: u32,
+    /// The thread; 0: not known.
+    pub tid: u32,
+}
+
+/// All netns that a thread lives in, each once, in the order of their processes' numbers.
 ///
 /// Namespaces that only a file, a mount or a socket keeps alive are not among them.
 ///
@@ -91,8 +115,8 @@ fn thread(pid: u32, tid: u32) -> PathBuf {
 pub struct NetnsHint {
     /// Its cookie.
     pub cookie: u64,
-    /// Processes and threads (0: not known) that listened there.
-    pub listened: Vec<(u32, u32)>,
+    /// Threads that listened there.
+    pub listened: Vec<Thread>,
 }
 
 /// Finds netns: first by the threads that listened there, then by the sockets of their
@@ -101,12 +125,15 @@ pub struct NetnsHint {
 ///
 /// # Errors
 /// Those of [`live_netns`].
-pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<(u64, OwnedFd)>> {
+pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<OpenNetns>> {
     let mut found = Vec::new();
     let mut lost = HashSet::new();
     for wanted in wanted {
         match wanted.by_thread().or_else(|| wanted.by_socket()) {
-            Some(file) => found.push((wanted.cookie, file)),
+            Some(file) => found.push(OpenNetns {
+                cookie: wanted.cookie,
+                file,
+            }),
             None => {
                 lost.insert(wanted.cookie);
             }
@@ -116,7 +143,7 @@ pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<(u64, OwnedFd)>> {
         let others = live_netns()?
             .into_iter()
             .filter(|netns| lost.contains(&netns.cookie))
-            .map(|netns| (netns.cookie, netns.file));
+            .map(OpenNetns::from);
         found.extend(others);
     }
     Ok(found)
@@ -130,17 +157,17 @@ impl NetnsHint {
         let mut tried = HashSet::new();
         self.listened
             .iter()
-            .flat_map(|(pid, tid)| [(*pid, *tid), (*pid, 0)])
-            .filter(|(pid, tid)| tried.insert((*pid, *tid)))
-            .find_map(|(pid, tid)| open(pid, tid))
+            .flat_map(|thread| [*thread, Thread { tid: 0, ..*thread }])
+            .filter(|thread| tried.insert(*thread))
+            .find_map(|thread| open(thread.pid, thread.tid))
     }
 
     fn by_socket(&self) -> Option<OwnedFd> {
         let mut tried = HashSet::new();
         self.listened
             .iter()
-            .filter(|(pid, _)| tried.insert(*pid))
-            .flat_map(|(pid, _)| sockets_of(*pid))
+            .filter(|thread| tried.insert(thread.pid))
+            .flat_map(|thread| sockets_of(thread.pid))
             .filter_map(|(_, owner)| owner.file().ok())
             .find(|file| socket::netns_cookie(file).is_ok_and(|cookie| cookie == self.cookie))
             .and_then(|file| socket::netns(&file).ok())
@@ -204,7 +231,7 @@ mod tests {
         let netns = netns::tests::fresh();
         let cookie = netns::cookie_of(&netns).expect("cookie");
         let own = std::process::id();
-        let look = |listened: &[(u32, u32)]| {
+        let look = |listened: &[Thread]| {
             let wanted = NetnsHint {
                 cookie,
                 listened: listened.to_vec(),
@@ -212,22 +239,24 @@ mod tests {
             let found = find_netns(&[wanted]).expect("find");
             found
                 .iter()
-                .map(|(found, file)| {
-                    assert_eq!(netns::cookie_of(file).expect("cookie"), *found);
-                    *found
+                .map(|found| {
+                    assert_eq!(netns::cookie_of(&found.file).expect("cookie"), found.cookie);
+                    found.cookie
                 })
                 .collect::<Vec<_>>()
         };
         // Only our file keeps it alive: there is nothing to find it by.
-        assert!(look(&[(own, 0)]).is_empty());
+        let process = Thread { pid: own, tid: 0 };
+        assert!(look(&[process]).is_empty());
         let listener = netns::inside(&netns, || {
             let tid = nix::unistd::gettid().as_raw().cast_unsigned();
-            assert_eq!(look(&[(own, tid)]), [cookie], "by its thread");
+            let thread = Thread { pid: own, tid };
+            assert_eq!(look(&[thread]), [cookie], "by its thread");
             assert_eq!(look(&[]), [cookie], "among all threads");
             std::net::TcpListener::bind("127.0.0.1:0").expect("bind")
         })
         .expect("inside");
-        assert_eq!(look(&[(own, 0)]), [cookie], "by a socket of its process");
+        assert_eq!(look(&[process]), [cookie], "by a socket of its process");
         drop(listener);
     }
 }

@@ -161,9 +161,9 @@ fn fixed(limit: u32, backends: &[ReadyBackend]) -> Outcome {
 const fn too_few(backends: &[ReadyBackend]) -> Option<&'static str> {
     match backends.len() {
         0 => Some("no backend is ready: nothing to share out"),
-        1 => Some(
-            "unlimited: one backend is ready, a refused client would have nowhere else to go",
-        ),
+        1 => {
+            Some("unlimited: one backend is ready, a refused client would have nowhere else to go")
+        }
         _ => None,
     }
 }
@@ -174,7 +174,10 @@ fn lowered_slowly(demand: &Demand, backends: &[ReadyBackend], waited: Duration) 
     let quotas = lower_slowly(&shares.targets, backends, waited);
     let lowering = quotas != shares.targets;
     let end = if lowering {
-        format!("; lowered by at most 10 % a minute: {} now", Spread(&quotas))
+        format!(
+            "; lowered by at most 10 % a minute: {} now",
+            Spread(&quotas)
+        )
     } else {
         String::new()
     };

@@ -1,5 +1,9 @@
 //! What quotas are computed from, and what comes out.
 
+use std::fmt;
+
+use balancer_common::abi::UNLIMITED;
+
 /// The most established connections that a backend should hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quota {
@@ -10,6 +14,14 @@ pub enum Quota {
 }
 
 impl Quota {
+    /// The quota that a map holds as a number.
+    pub const fn from_map(number: u32) -> Self {
+        match number {
+            UNLIMITED => Self::Unlimited,
+            limit => Self::Limited(limit),
+        }
+    }
+
     /// The number, where there is one.
     pub fn limit(self) -> Option<u32> {
         match self {
@@ -19,8 +31,8 @@ impl Quota {
     }
 }
 
-impl std::fmt::Display for Quota {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for Quota {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Unlimited => f.write_str("unlimited"),
             Self::Limited(limit) => write!(f, "{limit}"),
@@ -98,7 +110,8 @@ pub(super) struct Demand<'a> {
 impl Demand<'_> {
     /// The connections to make room for, in hundredths of one.
     pub(super) fn hundredths(&self) -> u128 {
-        u128::from(self.amount.connections()).saturating_mul(100 + u128::from(self.headroom_percent))
+        u128::from(self.amount.connections())
+            .saturating_mul(100 + u128::from(self.headroom_percent))
     }
 
     /// What is established now, wherever it is.

@@ -55,10 +55,10 @@ fn formula(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) -> Strin
 
 /// What makes the targets differ from the formula.
 fn what_moved_it(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) -> String {
-    let mut words = String::new();
+    let mut words = Vec::new();
     let min_quota = demand.min_quota;
     if shares.formula.iter().any(|part| *part < min_quota) {
-        words += &format!("; at least min_quota {min_quota}");
+        words.push(format!("; at least min_quota {min_quota}"));
     }
     let unheld: Vec<u32> = shares
         .formula
@@ -68,16 +68,20 @@ fn what_moved_it(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) ->
     let established = demand.established(backends);
     if sum(&unheld) < established {
         let held = Spread(&shares.held);
-        words += &format!("; held at {held} because {established} are established");
+        words.push(format!(
+            "; held at {held} because {established} are established"
+        ));
         if demand.elsewhere > 0 {
-            words += &format!(" ({} on backends not ready)", demand.elsewhere);
+            words.push(format!(" ({} on backends not ready)", demand.elsewhere));
         }
     }
     if demand.extra > 0 {
         let extra = demand.extra;
-        words += &format!("; {extra} more each for as many sources refused for long");
+        words.push(format!(
+            "; {extra} more each for as many sources refused for long"
+        ));
     }
-    words
+    words.concat()
 }
 
 /// The first summands of `words` that fit into so many bytes, or of the first one what fits.

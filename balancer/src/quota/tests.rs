@@ -167,7 +167,11 @@ fn a_lower_quota_comes_by_a_tenth_a_minute() {
 }
 
 /// The caller's part, as the documentation of `compute` asks for it, in ticks of one second.
-fn run_until_settled(rule: &QuotaRule, mut backends: Vec<ReadyBackend>, limit: u64) -> (Vec<u32>, u64) {
+fn run_until_settled(
+    rule: &QuotaRule,
+    mut backends: Vec<ReadyBackend>,
+    limit: u64,
+) -> (Vec<u32>, u64) {
     let mut waiting = Duration::ZERO;
     for second in 0..limit {
         let outcome = compute(rule, &backends, waiting);

@@ -1,3 +1,157 @@
 //! What the daemon does alone on a host, and what it does in a Kubernetes cluster.
 
-pub mod kubernetes;
+mod kubernetes;
+mod standalone;
+
+use std::net::IpAddr;
+
+use anyhow::{Result, bail};
+
+use self::kubernetes::KubernetesMode;
+use self::standalone::StandaloneMode;
+use super::attach::GuardedNetns;
+use crate::config::Config;
+use crate::dataplane::{Plan, Writer};
+use crate::kubernetes::ClusterStatus;
+
+/// Where the daemon runs.
+pub enum Mode {
+    /// Alone on a host: the file lists the services.
+    Standalone(StandaloneMode),
+    /// On a node of a Kubernetes cluster.
+    Kubernetes(Box<KubernetesMode>),
+}
+
+impl Mode {
+    /// The mode that a configuration is for; in a cluster, with what the API server has told within
+    /// a while.
+    ///
+    /// # Errors
+    /// When it is not known where in which cluster this is.
+    pub async fn start(config: &Config) -> Result<Self> {
+        Ok(match &config.kubernetes {
+            None => Self::Standalone(StandaloneMode::new(config.services.clone())),
+            Some(kubernetes) => {
+                Self::Kubernetes(Box::new(KubernetesMode::start(kubernetes.clone()).await?))
+            }
+        })
+    }
+
+    /// Follows a new configuration.
+    ///
+    /// # Errors
+    /// When it is for the other mode; then nothing changes.
+    pub fn reconfigure(&mut self, config: &Config) -> Result<()> {
+        match (self, &config.kubernetes) {
+            (Self::Standalone(mode), None) => mode.reconfigure(config.services.clone()),
+            (Self::Kubernetes(mode), Some(kubernetes)) => mode.reconfigure(kubernetes.clone()),
+            _ => bail!(
+                "a daemon does not become one of a cluster, or leave it, by a reload: restart it \
+                 (TERM, then `balancer run`: nothing is lost meanwhile)"
+            ),
+        }
+        Ok(())
+    }
+
+    /// Waits until something in the cluster has changed; for ever, where there is none. Cancel safe.
+    pub async fn changed(&mut self) {
+        match self {
+            Self::Standalone(_) => std::future::pending().await,
+            Self::Kubernetes(mode) => mode.changed().await,
+        }
+    }
+
+    /// Takes in what is known of the cluster now.
+    pub fn refresh(&mut self) {
+        if let Self::Kubernetes(mode) = self {
+            mode.refresh();
+        }
+    }
+
+    /// Goes on with the services of an earlier daemon.
+    ///
+    /// # Errors
+    /// When the services can't be read.
+    pub fn resume(&mut self, writer: &Writer) -> Result<()> {
+        match self {
+            Self::Standalone(_) => Ok(()),
+            Self::Kubernetes(mode) => mode.resume(writer),
+        }
+    }
+
+    /// What the maps should hold by what is known now; `None`: that is not known yet.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn plan(&mut self, guarded: &GuardedNetns, writer: &Writer) -> Result<Option<Plan>> {
+        match self {
+            Self::Standalone(mode) => Ok(Some(mode.plan(guarded))),
+            Self::Kubernetes(mode) => mode.plan(writer),
+        }
+    }
+
+    /// Finds the pods of the listeners that are there.
+    ///
+    /// # Errors
+    /// When slots or network namespaces can't be read.
+    pub fn find_pods(&mut self, guarded: &mut GuardedNetns, writer: &mut Writer) -> Result<()> {
+        match self {
+            Self::Standalone(_) => Ok(()),
+            Self::Kubernetes(mode) => mode.find_pods(guarded, writer).map(drop),
+        }
+    }
+
+    /// Attaches `steer` to the network namespaces of backends that it is not attached to yet.
+    ///
+    /// # Errors
+    /// When slots or network namespaces can't be read.
+    pub fn attach(&mut self, guarded: &mut GuardedNetns, writer: &mut Writer) -> Result<()> {
+        let found = match self {
+            Self::Standalone(_) => guarded.find_unguarded(writer, |_| true)?,
+            Self::Kubernetes(mode) => mode.find_pods(guarded, writer)?,
+        };
+        guarded.attach_to(&found, writer);
+        Ok(())
+    }
+
+    /// Computes quotas and puts them in force at the next SYN; in a cluster, also reports to the
+    /// other daemons.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply_quotas(&mut self, guarded: &GuardedNetns, writer: &mut Writer) -> Result<()> {
+        match self {
+            Self::Standalone(mode) => mode.apply_quotas(guarded, writer),
+            Self::Kubernetes(mode) => mode.apply_quotas(writer),
+        }
+    }
+
+    /// Notes that a source was refused in a network namespace, on a port.
+    pub fn on_refusal(&mut self, netns: u64, port: u16, source: IpAddr) {
+        if let Self::Kubernetes(mode) = self {
+            mode.on_refusal(netns, port, source);
+        }
+    }
+
+    /// Whether no daemon will follow this one: its `DaemonSet` is gone.
+    pub fn is_uninstalled(&self) -> bool {
+        match self {
+            Self::Standalone(_) => false,
+            Self::Kubernetes(mode) => mode.is_uninstalled(),
+        }
+    }
+
+    /// What `status --cluster` shows.
+    ///
+    /// # Errors
+    /// When this is no cluster, or the slots can't be read.
+    pub fn cluster_status(&self, writer: &Writer) -> Result<ClusterStatus> {
+        match self {
+            Self::Standalone(_) => bail!(
+                "this daemon is not in a Kubernetes cluster: its configuration has no section \
+                 `kubernetes`"
+            ),
+            Self::Kubernetes(mode) => mode.status(writer),
+        }
+    }
+}

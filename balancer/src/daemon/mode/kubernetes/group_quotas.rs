@@ -1,0 +1,305 @@
+//! The quotas of backend groups: each group's total, shared among its pods that are ready.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
+use super::group::{Group, STALE};
+use super::pod_resolver::{Groups, PodResolver};
+use crate::config::{ClusterInput, ClusterQuota, Kubernetes};
+use crate::dataplane::{SlotView, Writer};
+use crate::kubernetes::{GroupId, Peak, RefusedSource, View};
+use crate::quota::starved::{self, Refusals, Refused, Starved};
+use crate::quota::window::Window;
+use crate::quota::{InForce, Known, Outcome, QuotaSource, Total, compute_cluster};
+
+/// For so long a report of a pod that has become ready is waited for. Then its node has no daemon,
+/// or one that is not well.
+const REPORTED_WITHIN: Duration = Duration::from_secs(20);
+
+/// The most refused sources of a group in a node report.
+const MAX_REPORTED_SOURCES: usize = 64;
+
+/// What the quotas of groups depend on besides the moment.
+#[derive(Debug)]
+pub struct GroupQuotas {
+    started: Instant,
+    clocks: LoweringClocks<GroupId>,
+    /// The totals of groups whose connections are observed.
+    windows: BTreeMap<GroupId, Window>,
+    refusals: Refusals<GroupId>,
+    /// Why the quotas are as they are.
+    sentences: BTreeMap<GroupId, String>,
+    /// Pods that no daemon has reported yet, by uid, and since when they have been ready.
+    unreported: BTreeMap<String, Instant>,
+}
+
+impl GroupQuotas {
+    /// Nothing is known yet.
+    pub fn new() -> Self {
+        Self {
+            started: Instant::now(),
+            clocks: LoweringClocks::default(),
+            windows: BTreeMap::new(),
+            refusals: Refusals::default(),
+            sentences: BTreeMap::new(),
+            unreported: BTreeMap::new(),
+        }
+    }
+
+    /// Notes that a source was refused.
+    pub fn on_refusal(&mut self, group: &GroupId, source: IpAddr) {
+        let now = self.started.elapsed();
+        self.refusals.refused(group, source, now);
+    }
+
+    /// Windows may have other lengths from now on; what was observed comes back with the others'
+    /// reports.
+    pub fn reconfigure(&mut self) {
+        self.windows.clear();
+    }
+
+    /// Why the quotas of a group are as they are; `None`: not computed yet.
+    pub fn sentence(&self, group: &GroupId) -> Option<&str> {
+        self.sentences.get(group).map(String::as_str)
+    }
+
+    /// How many sources are starved, by all daemons' reports.
+    pub fn starved(&self, group: &GroupId, view: &View) -> Starved {
+        let received = view.nodes.values().filter(|received| received.age < STALE);
+        let reported = received.flat_map(|received| {
+            let refused = received.node_report.refused.iter();
+            refused
+                .filter(|refused| refused.group == *group)
+                .map(|refused| Refused {
+                    source: refused.source,
+                    first: received.age + Duration::from_secs(refused.first_seconds_ago),
+                    last: received.age + Duration::from_secs(refused.last_seconds_ago),
+                })
+        });
+        let own = self.refusals.of(group, self.started.elapsed());
+        starved::count(own.into_iter().chain(reported))
+    }
+
+    /// What the others should know of the sources that this node has refused of late.
+    pub fn refused_sources(&self) -> Vec<RefusedSource> {
+        let now = self.started.elapsed();
+        let of_group = |group: &GroupId| {
+            let mut refused = self.refusals.of(group, now);
+            // Those that are starved were refused first the longest time ago.
+            refused.sort_by_key(|refused| Reverse(refused.first));
+            refused.truncate(MAX_REPORTED_SOURCES);
+            let reported = refused.into_iter().map(|refused| RefusedSource {
+                group: group.clone(),
+                source: refused.source,
+                first_seconds_ago: refused.first.as_secs(),
+                last_seconds_ago: seconds_up(refused.last),
+            });
+            reported.collect::<Vec<_>>()
+        };
+        self.refusals.groups().flat_map(of_group).collect()
+    }
+
+    /// What the others should know of the most connections that there were.
+    pub fn peaks(&self) -> Vec<Peak> {
+        let now = self.started.elapsed();
+        let peak = |(group, window): (&GroupId, &Window)| {
+            let (connections, age) = window.peak(now)?;
+            Some(Peak {
+                group: group.clone(),
+                connections,
+                // Up: daemons that tell each other of a peak must not make it younger each time.
+                seconds_ago: seconds_up(age),
+            })
+        };
+        self.windows.iter().filter_map(peak).collect()
+    }
+
+    /// Computes the quotas of every group and puts those of this node in force at the next SYN.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply(
+        &mut self,
+        config: &Kubernetes,
+        view: &View,
+        resolver: &PodResolver,
+        writer: &mut Writer,
+    ) -> Result<()> {
+        let slots = writer.tables.slots()?;
+        self.forget_others(&view.groups);
+        for id in view.groups.keys() {
+            let Some(entry) = config.services.iter().find(|entry| entry.name == id.entry) else {
+                continue;
+            };
+            let group = Group::new(id, entry, view, resolver, &slots);
+            let outcome = self.compute(&group, view, config.hold_for);
+            put_group_in_force(&group, &outcome, writer)?;
+            self.sentences.insert(id.clone(), outcome.sentence);
+        }
+        self.explain_services(&slots, view, resolver, writer)
+    }
+
+    fn forget_others(&mut self, groups: &Groups) {
+        let uids: HashSet<&str> = groups
+            .values()
+            .flatten()
+            .map(|endpoint| endpoint.uid.as_str())
+            .collect();
+        self.unreported.retain(|uid, _| uids.contains(uid.as_str()));
+        self.refusals
+            .tidy(self.started.elapsed(), |id| groups.contains_key(id));
+        self.windows.retain(|id, _| groups.contains_key(id));
+        self.sentences.retain(|id, _| groups.contains_key(id));
+        self.clocks.retain(|id| groups.contains_key(id));
+    }
+
+    fn compute(&mut self, group: &Group<'_>, view: &View, hold_for: Duration) -> Outcome {
+        let starved = self.starved(group.id, view);
+        let known = Known {
+            total: self.total(group, view, starved),
+            established_elsewhere: group.established_elsewhere(),
+            refused_for_long: starved.long,
+            all_full: group.all_full(),
+            unreported: self.unreported(group),
+            silent_for: view.silent_for,
+            hold_for,
+        };
+        let ready = group.ready_backends();
+        self.clocks.compute(group.id, |waited| {
+            compute_cluster(&group.entry.quota, &known, &ready, waited)
+        })
+    }
+
+    /// How many pods that are ready no daemon has reported yet, where what they hold matters.
+    fn unreported(&mut self, group: &Group<'_>) -> usize {
+        if !matches!(
+            group.entry.quota,
+            ClusterQuota::Shared {
+                input: ClusterInput::Observed { .. },
+                ..
+            }
+        ) {
+            return 0;
+        }
+        let mut unreported = 0;
+        for (endpoint, load) in group.ready() {
+            if load.is_some() {
+                self.unreported.remove(&endpoint.uid);
+                continue;
+            }
+            let since = self.unreported.entry(endpoint.uid.clone());
+            if since.or_insert_with(Instant::now).elapsed() < REPORTED_WITHIN {
+                unreported += 1;
+            }
+        }
+        unreported
+    }
+
+    /// The connections to make room for.
+    fn total(&mut self, group: &Group<'_>, view: &View, starved: Starved) -> Option<Total> {
+        let ClusterQuota::Shared { input, .. } = &group.entry.quota else {
+            return None;
+        };
+        match input {
+            // The rule itself says it.
+            ClusterInput::Clients { .. } => None,
+            ClusterInput::Pods(_) => view.demands.get(&group.id.entry).map(|demand| Total {
+                connections: demand.connections,
+                words: demand.words.clone(),
+            }),
+            ClusterInput::Observed { window } => {
+                let observed = self.observed(group, *window, view, starved);
+                observed.map(|connections| Total {
+                    connections,
+                    words: "observed".to_owned(),
+                })
+            }
+        }
+    }
+
+    /// The most that all daemons together have counted within a time, starved sources included.
+    fn observed(
+        &mut self,
+        group: &Group<'_>,
+        length: Duration,
+        view: &View,
+        starved: Starved,
+    ) -> Option<u64> {
+        let now = self.started.elapsed();
+        let starved = u64::from(starved.sources);
+        let window = self
+            .windows
+            .entry(group.id.clone())
+            .or_insert_with(|| Window::new(length));
+        for received in view.nodes.values() {
+            let peaks = received.node_report.peaks.iter();
+            for peak in peaks.filter(|peak| peak.group == *group.id) {
+                let age = received.age + Duration::from_secs(peak.seconds_ago);
+                window.add_old(now, peak.connections, age);
+            }
+        }
+        let load = group.load();
+        if let Some(load) = &load {
+            window.add(now, load.reported + starved);
+        }
+        let peak = window.peak(now).map(|(connections, _)| connections);
+        peak.max(load.map(|load| load.estimated + starved))
+    }
+
+    /// A service of the kernel may have several groups: its sentence is all of theirs.
+    fn explain_services(
+        &self,
+        slots: &[SlotView],
+        view: &View,
+        resolver: &PodResolver,
+        writer: &mut Writer,
+    ) -> Result<()> {
+        let mut groups: BTreeMap<u16, BTreeMap<&GroupId, &str>> = BTreeMap::new();
+        for slot in slots {
+            if let Some((group, _)) = resolver.pod(slot, &view.groups) {
+                let of_service = groups.entry(slot.member.backend.service).or_default();
+                of_service.insert(group, self.sentence(group).unwrap_or_default());
+            }
+        }
+        for (service, of_service) in groups {
+            let alone = of_service.len() == 1;
+            let words = of_service.into_iter().map(|(group, sentence)| {
+                if alone {
+                    sentence.to_owned()
+                } else {
+                    format!("{}: {sentence}", group.service)
+                }
+            });
+            explain(writer, service, &words.collect::<Vec<_>>().join("; "))?;
+        }
+        Ok(())
+    }
+}
+
+/// Puts the quotas of this node's backends in force: the ready ones come first in the outcome.
+fn put_group_in_force(group: &Group<'_>, outcome: &Outcome, writer: &Writer) -> Result<()> {
+    let mut computed = outcome.quotas.iter();
+    for (slot, endpoint) in &group.own {
+        // Nobody is sent to a pod that is not ready: who comes all the same means it.
+        let quota = endpoint.ready.then(|| computed.next()).flatten();
+        let (quota, why) = match quota {
+            Some(quota) => (*quota, outcome.sentence.as_str()),
+            None => (group.entry.quota.uncomputed(), "its pod is not ready"),
+        };
+        let source = QuotaSource::Rule;
+        let rule = InForce { quota, source };
+        put_in_force(writer, slot, rule, endpoint.weight, why)?;
+    }
+    Ok(())
+}
+
+/// Whole seconds, rounded up.
+fn seconds_up(age: Duration) -> u64 {
+    let seconds = age.as_millis().div_ceil(1000);
+    seconds.try_into().unwrap_or(u64::MAX)
+}

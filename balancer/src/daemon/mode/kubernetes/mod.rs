@@ -1,0 +1,303 @@
+//! On a node of a Kubernetes cluster: ports and sources from the API server, quotas with the other
+//! daemons.
+
+mod group;
+mod group_quotas;
+mod plan;
+mod pod_resolver;
+mod report;
+
+use std::collections::{BTreeSet, HashSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use balancer_common::BackendState;
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, info, warn};
+
+use self::group_quotas::GroupQuotas;
+use self::plan::PortNames;
+use self::pod_resolver::PodResolver;
+use super::super::attach::GuardedNetns;
+use super::super::quotas::{explain, put_in_force};
+use crate::config::{ClusterQuota, Kubernetes};
+use crate::dataplane::{Plan, SlotView, Writer, services};
+use crate::discover::{OpenNetns, source_towards};
+use crate::kubernetes::{Cluster, ClusterStatus, Endpoint, GroupId, Identity, NodeReport, View};
+use crate::quota::{InForce, Quota, QuotaSource};
+use crate::sys::netns;
+
+/// How long a start waits for the API server. Without it the daemon goes on with what is in the
+/// kernel.
+const FIRST_VIEW: Duration = Duration::from_secs(5);
+
+/// The daemon's part in its cluster.
+pub struct KubernetesMode {
+    config: Kubernetes,
+    api: Cluster,
+    started: Instant,
+    identity: Identity,
+    view: View,
+    /// The `DaemonSet` of this daemon is gone, or about to go.
+    uninstalled: bool,
+    port_names: PortNames,
+    pod_resolver: PodResolver,
+    quotas: GroupQuotas,
+}
+
+impl KubernetesMode {
+    /// Begins to watch the cluster, and waits a while for the first answer.
+    ///
+    /// # Errors
+    /// When it is not known where in which cluster this is.
+    pub async fn start(config: Kubernetes) -> Result<Self> {
+        let identity = Identity::from_env()?;
+        let pod_resolver = PodResolver::new(identity.node.clone())
+            .context("cannot read the cookie of the node's network namespace")?;
+        let mut api = Cluster::connect(&config, identity.clone())?;
+        let view = first_view(&mut api).await;
+        Ok(Self {
+            config,
+            api,
+            started: Instant::now(),
+            identity,
+            view,
+            uninstalled: false,
+            port_names: PortNames::default(),
+            pod_resolver,
+            quotas: GroupQuotas::new(),
+        })
+    }
+
+    /// Follows a new configuration.
+    pub fn reconfigure(&mut self, config: Kubernetes) {
+        self.api.reconfigure(&config);
+        self.quotas.reconfigure();
+        self.config = config;
+    }
+
+    /// Waits until something in the cluster has changed. Cancel safe.
+    pub async fn changed(&mut self) {
+        self.api.changed().await;
+    }
+
+    /// Takes in what is known now.
+    pub fn refresh(&mut self) {
+        if self.is_uninstalled() != self.uninstalled {
+            self.uninstalled = !self.uninstalled;
+            info!(
+                "{}",
+                if self.uninstalled {
+                    "the DaemonSet of this daemon is gone, or about to go: at TERM everything is \
+                     taken out of the kernel"
+                } else {
+                    "there is a DaemonSet of this daemon again: at TERM the data plane stays for \
+                     the next one"
+                }
+            );
+        }
+        let mut view = view(&self.api);
+        // What was known is better than a list that is not complete yet.
+        if !view.complete && self.view.complete {
+            view.complete = true;
+            view.groups = std::mem::take(&mut self.view.groups);
+            view.demands = std::mem::take(&mut self.view.demands);
+        }
+        self.view = view;
+    }
+
+    /// Goes on with the names that an earlier daemon gave to ports.
+    ///
+    /// # Errors
+    /// When the services can't be read.
+    pub fn resume(&mut self, writer: &Writer) -> Result<()> {
+        for (name, port) in services::ports(&writer.tables)? {
+            self.port_names.keep(&self.config, &name, port);
+        }
+        Ok(())
+    }
+
+    /// What the maps should hold; `None`: that is not known yet.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn plan(&mut self, writer: &Writer) -> Result<Option<Plan>> {
+        if !self.view.complete {
+            return Ok(None);
+        }
+        let slots = writer.tables.slots()?;
+        let busy: HashSet<u16> = slots.iter().map(|slot| slot.member.backend.port).collect();
+        let groups = &self.view.groups;
+        self.port_names.update(&self.config, groups, &busy);
+        let node = self.node_addresses();
+        Ok(Some(self.port_names.plan(&self.config, groups, &node)))
+    }
+
+    /// The addresses that this node's own processes, its kubelet among them, send from to its pods.
+    fn node_addresses(&self) -> BTreeSet<IpAddr> {
+        let sources = self
+            .pod_resolver
+            .local_endpoints(&self.view.groups)
+            .filter(|(_, endpoint)| endpoint.node.is_some())
+            .flat_map(|(_, endpoint)| &endpoint.addresses)
+            .filter_map(|address| match source_towards(*address) {
+                Ok(source) => Some(source),
+                Err(error) => {
+                    debug!("cannot tell from which address this node sends to {address}: {error}");
+                    None
+                }
+            });
+        sources
+            .chain(self.identity.node_ips.iter().copied())
+            .collect()
+    }
+
+    /// Finds the pods of the listeners that are there, and returns those of their network namespaces
+    /// that `steer` is not attached to yet.
+    ///
+    /// # Errors
+    /// When slots or network namespaces can't be read.
+    pub fn find_pods(
+        &mut self,
+        guarded: &mut GuardedNetns,
+        writer: &mut Writer,
+    ) -> Result<Vec<OpenNetns>> {
+        let (resolver, groups) = (&mut self.pod_resolver, &self.view.groups);
+        resolver.update_host(&writer.tables.slots()?);
+        let mut found =
+            guarded.find_unguarded(writer, |cookie| resolver.is_worth_a_look(cookie, groups))?;
+        found.retain(|netns| resolver.may_be_a_pod(netns, groups));
+        let of_pods = resolver.netns_of_pods(&writer.tables.slots()?, groups);
+        let host = resolver.host();
+        if of_pods.contains(&host) && !writer.loader.guards(host) {
+            let file = netns::current().context("cannot open the node's own network namespace")?;
+            found.push(OpenNetns { cookie: host, file });
+        }
+        guarded.restrict_to(of_pods);
+        Ok(found)
+    }
+
+    /// Computes quotas, puts them in force, and reports to the other daemons.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply_quotas(&mut self, writer: &mut Writer) -> Result<()> {
+        if self.view.complete {
+            self.quotas
+                .apply(&self.config, &self.view, &self.pod_resolver, writer)?;
+            if !self.uninstalled {
+                self.api.publish(self.node_report(&writer.tables.slots()?));
+            }
+        } else if self.started.elapsed() > self.config.hold_for {
+            self.open(writer)?;
+        }
+        Ok(())
+    }
+
+    /// Opens computed quotas: what an earlier daemon computed them from is too old, and this one has
+    /// not been told anything.
+    fn open(&self, writer: &mut Writer) -> Result<()> {
+        let why = format!(
+            "unlimited: the API server has told nothing since this daemon started, {} s ago at \
+             least",
+            self.config.hold_for.as_secs()
+        );
+        let unlimited = InForce {
+            quota: Quota::Unlimited,
+            source: QuotaSource::Rule,
+        };
+        for slot in &writer.tables.slots()? {
+            let backend = &slot.member.backend;
+            let entry = self.port_names.entry(backend.port, &self.config);
+            let computed =
+                entry.is_some_and(|entry| matches!(entry.quota, ClusterQuota::Shared { .. }));
+            if computed && slot.slot_state().is(BackendState::Active) {
+                put_in_force(
+                    writer,
+                    slot,
+                    unlimited,
+                    writer.rules.weight_of(&slot.member.backend),
+                    &why,
+                )?;
+                explain(writer, backend.service, &why)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes that a source was refused in a network namespace, on a port.
+    pub fn on_refusal(&mut self, netns: u64, port: u16, source: IpAddr) {
+        if let Some(group) = self.pod_resolver.group(netns, port, &self.view.groups) {
+            self.quotas.on_refusal(group, source);
+        }
+    }
+
+    /// Whether no daemon will follow this one: its `DaemonSet` is gone.
+    pub fn is_uninstalled(&self) -> bool {
+        self.api.dismissed()
+    }
+
+    /// What `status --cluster` shows.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn status(&self, writer: &Writer) -> Result<ClusterStatus> {
+        let own = self.node_report(&writer.tables.slots()?);
+        Ok(report::cluster_status(&self.view, &own, &self.quotas))
+    }
+
+    fn node_report(&self, slots: &[SlotView]) -> NodeReport {
+        let (resolver, groups) = (&self.pod_resolver, &self.view.groups);
+        report::node_report(&self.identity.node, slots, resolver, groups, &self.quotas)
+    }
+}
+
+async fn first_view(api: &mut Cluster) -> View {
+    let until = Instant::now() + FIRST_VIEW;
+    loop {
+        let view = view(api);
+        if view.complete {
+            info!(
+                "the API server has told of {} groups of backends",
+                view.groups.len()
+            );
+            return view;
+        }
+        if timeout_at(until, api.changed()).await.is_err() {
+            warn!(
+                "the API server has not told everything within {} s: going on with what is in the \
+                 kernel until it has",
+                FIRST_VIEW.as_secs()
+            );
+            return view;
+        }
+    }
+}
+
+/// What is known now, without the groups whose pods another Service of their entry serves on their
+/// port as well (a headless one beside the ordinary one): no connection tells through which of them
+/// it came.
+fn view(api: &Cluster) -> View {
+    let mut view = api.view();
+    let uids = |endpoints: &[Endpoint]| -> BTreeSet<String> {
+        let uids = endpoints.iter().map(|endpoint| endpoint.uid.clone());
+        uids.collect()
+    };
+    let sets: Vec<(GroupId, BTreeSet<String>)> = view
+        .groups
+        .iter()
+        .map(|(id, endpoints)| (id.clone(), uids(endpoints)))
+        .collect();
+    let is_covered = |id: &GroupId, pods: &BTreeSet<String>| {
+        !pods.is_empty()
+            && sets.iter().any(|(other, others)| {
+                (other.entry == id.entry && other.port == id.port && other != id)
+                    && pods.is_subset(others)
+                    && (pods.len() < others.len() || other < id)
+            })
+    };
+    view.groups
+        .retain(|id, endpoints| !is_covered(id, &uids(endpoints)));
+    view
+}

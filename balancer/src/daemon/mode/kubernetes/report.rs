@@ -1,0 +1,104 @@
+//! What the daemon tells of this node and its cluster: to the other daemons, and to
+//! `status --cluster`.
+
+use super::group_quotas::GroupQuotas;
+use super::pod_resolver::{Groups, PodResolver};
+use crate::dataplane::SlotView;
+use crate::kubernetes::{
+    BackendStatus, ClusterStatus, Endpoint, GroupId, GroupStatus, NodeReport, ReportedBackend,
+    SCHEMA, View,
+};
+
+/// What the other daemons should know of a node.
+pub fn node_report(
+    node: &str,
+    slots: &[SlotView],
+    resolver: &PodResolver,
+    groups: &Groups,
+    quotas: &GroupQuotas,
+) -> NodeReport {
+    let reported = |slot: &SlotView| {
+        let (group, endpoint) = resolver.pod(slot, groups)?;
+        let counts = &slot.member.counts;
+        Some(ReportedBackend {
+            group: group.clone(),
+            pod: endpoint.pod.clone(),
+            uid: endpoint.uid.clone(),
+            slot: slot.slot(),
+            address: endpoint.addresses.first().copied()?,
+            state: slot.state().name().to_owned(),
+            established: counts.established(),
+            exempt: counts.exempt(),
+            pending: Some(slot.expected()),
+            quota: slot.limit(),
+            room: slot.room(),
+        })
+    };
+    let mut report = NodeReport {
+        schema: SCHEMA,
+        node: node.to_owned(),
+        backends: slots.iter().filter_map(reported).collect(),
+        ..NodeReport::default()
+    };
+    // What was counted together is told by those who count.
+    if !report.backends.is_empty() {
+        report.peaks = quotas.peaks();
+        report.refused = quotas.refused_sources();
+    }
+    report
+}
+
+/// What `status --cluster` shows; `own` is the report of this node.
+pub fn cluster_status(view: &View, own: &NodeReport, quotas: &GroupQuotas) -> ClusterStatus {
+    let groups = view.groups.iter().map(|(id, endpoints)| GroupStatus {
+        id: id.clone(),
+        sentence: quotas.sentence(id).unwrap_or("not computed yet").to_owned(),
+        starved: quotas.starved(id, view).sources,
+        backends: endpoints
+            .iter()
+            .map(|endpoint| backend_status(id, endpoint, view, own))
+            .collect(),
+    });
+    ClusterStatus {
+        schema: 1,
+        node: own.node.clone(),
+        complete: view.complete,
+        silent_seconds: view.silent_for.as_secs(),
+        problems: view.problems.clone(),
+        groups: groups.collect(),
+    }
+}
+
+fn backend_status(
+    id: &GroupId,
+    endpoint: &Endpoint,
+    view: &View,
+    own: &NodeReport,
+) -> BackendStatus {
+    let received = view.nodes.values();
+    let received = received.map(|received| (&received.node_report, received.age.as_secs()));
+    let (told, seconds_ago) = std::iter::once((own, 0))
+        .chain(received)
+        .find_map(|(report, seconds_ago)| {
+            let mut backends = report.backends.iter();
+            backends
+                .find(|backend| backend.group == *id && backend.uid == endpoint.uid)
+                .map(|backend| (backend, seconds_ago))
+        })
+        .unzip();
+    BackendStatus {
+        pod: endpoint.pod.clone(),
+        node: endpoint.node.clone(),
+        address: endpoint.addresses.first().copied(),
+        ready: endpoint.ready,
+        terminating: endpoint.terminating,
+        weight: endpoint.weight,
+        state: told.map(|told| told.state.clone()),
+        established: told.map(|told| told.established),
+        exempt: told.map(|told| told.exempt),
+        pending: told.and_then(|told| told.pending),
+        quota: told.and_then(|told| told.quota),
+        room: told.and_then(|told| told.room),
+        seconds_ago,
+    }
+}

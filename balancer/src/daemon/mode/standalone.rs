@@ -1,0 +1,110 @@
+//! Alone on a host: the configuration lists the services.
+
+use anyhow::Result;
+use balancer_common::abi::BackendState;
+
+use super::super::attach::GuardedNetns;
+use super::super::quotas::{LoweringClocks, explain, put_in_force, ready_backend};
+use crate::config::{QuotaRule, Service};
+use crate::dataplane::{ListenAt, Plan, ServicePlan, SlotView, Writer, services};
+use crate::quota::{InForce, QuotaSource, compute};
+
+/// The daemon's part alone on a host.
+pub struct StandaloneMode {
+    services: Vec<Service>,
+    /// By the name of the service.
+    clocks: LoweringClocks<String>,
+}
+
+impl StandaloneMode {
+    /// With the services of the configuration.
+    pub fn new(services: Vec<Service>) -> Self {
+        Self {
+            services,
+            clocks: LoweringClocks::default(),
+        }
+    }
+
+    /// Follows a new configuration.
+    pub fn reconfigure(&mut self, services: Vec<Service>) {
+        self.services = services;
+    }
+
+    /// What the maps should hold.
+    pub fn plan(&self, guarded: &GuardedNetns) -> Plan {
+        Plan {
+            services: self.services.iter().map(service_plan).collect(),
+            namespaces: guarded.named_cookies(),
+            any_namespace: guarded.any(),
+        }
+    }
+
+    /// Computes every service's quotas and puts them in force at the next SYN.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply_quotas(&mut self, guarded: &GuardedNetns, writer: &mut Writer) -> Result<()> {
+        let ids = services::ids(&writer.tables)?;
+        let slots = writer.tables.slots()?;
+        self.clocks
+            .retain(|name| self.services.iter().any(|service| service.name == *name));
+        for service in &self.services {
+            let Some(id) = ids.get(&service.name) else {
+                continue;
+            };
+            let ready: Vec<(&SlotView, u32)> = slots
+                .iter()
+                .filter(|slot| slot.member.backend.service == *id)
+                .filter(|slot| slot.slot_state().is(BackendState::Active))
+                .filter(|slot| guarded.covers(slot.member.backend.netns))
+                .map(|slot| (slot, writer.rules.weight_of(&slot.member.backend)))
+                .collect();
+            let inputs: Vec<_> = ready
+                .iter()
+                .map(|(slot, weight)| ready_backend(slot, *weight))
+                .collect();
+            let outcome = self.clocks.compute(&service.name, |waited| {
+                compute(&service.quota, &inputs, waited)
+            });
+            let source = match service.quota {
+                QuotaRule::Computed { .. } => QuotaSource::Computed,
+                QuotaRule::Unlimited | QuotaRule::Fixed(_) => QuotaSource::Rule,
+            };
+            for ((slot, weight), quota) in ready.iter().zip(outcome.quotas) {
+                let rule = InForce { quota, source };
+                put_in_force(writer, slot, rule, *weight, &outcome.sentence)?;
+            }
+            explain(writer, *id, &outcome.sentence)?;
+        }
+        Ok(())
+    }
+}
+
+fn service_plan(service: &Service) -> ServicePlan {
+    let listen = match &service.backends {
+        None => vec![ListenAt {
+            address: service.address,
+            port: service.port,
+            weight: 1,
+        }],
+        Some(backends) => backends
+            .iter()
+            .map(|backend| ListenAt {
+                address: Some(backend.address.ip()),
+                port: backend.address.port(),
+                weight: backend.weight,
+            })
+            .collect(),
+    };
+    ServicePlan {
+        name: service.name.clone(),
+        port: service.port,
+        address: service.address,
+        policy: service.policy,
+        virtual_port: service.backends.is_some(),
+        quota: service.quota.uncomputed().limit(),
+        rule: service.quota.to_string(),
+        exempt: service.exempt.clone(),
+        listen,
+    }
+}

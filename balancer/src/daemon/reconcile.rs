@@ -1,0 +1,251 @@
+//! Bringing the data plane up to date with the configuration, the cluster and the kernel.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use balancer_common::abi::{Event, EventKind};
+use tracing::{debug, error, info};
+
+use super::attach::{GuardedNetns, Scope};
+use super::event_log;
+use super::mode::Mode;
+use crate::config::{Config, NetnsScope};
+use crate::dataplane::{Plan, Writer, services, slots};
+use crate::sys::clock;
+use crate::sys::privileges::{Kept, suffice_for};
+
+/// The shortest time between two audits: a little less than a tick, so that not every other tick
+/// finds the audit not yet due.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
+/// The longest time between two audits, however long they take.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// An audit may take one part in so many of the time;
+const AUDIT_SHARE: u32 = 200;
+/// where there are backends or connections that the kernel half does not see go;
+const ADOPTED_SHARE: u32 = 30;
+/// and where a deviation is to be confirmed by the next pass.
+const DOUBTFUL_SHARE: u32 = 20;
+
+/// The privileges that a configuration needs for as long as the daemon runs.
+pub fn kept(config: &Config) -> Kept {
+    Kept {
+        other_netns: config.namespaces != NetnsScope::Own,
+    }
+}
+
+/// The daemon's state.
+pub struct Daemon {
+    pub mode: Mode,
+    pub writer: Writer,
+    guarded: GuardedNetns,
+    fail_open_after: Duration,
+    /// What the maps hold; `None`: the cluster has not told yet, and what an earlier daemon put in
+    /// force stays.
+    plan: Option<Plan>,
+    next_audit: Instant,
+}
+
+impl Daemon {
+    /// Nothing is in force yet.
+    pub fn new(config: &Config, guarded: GuardedNetns, mode: Mode, writer: Writer) -> Self {
+        Self {
+            mode,
+            writer,
+            guarded,
+            fail_open_after: config.fail_open_after,
+            plan: None,
+            next_audit: Instant::now(),
+        }
+    }
+
+    /// How long after the daemon last lived the kernel stops refusing.
+    pub const fn fail_open_after(&self) -> Duration {
+        self.fail_open_after
+    }
+
+    /// Rules first: a listener that comes up from then on registers itself. Then what listens
+    /// already is registered, with what it holds, and has its quotas; only then does this build
+    /// decide.
+    ///
+    /// # Errors
+    /// When the kernel refuses something.
+    pub fn start(&mut self) -> Result<()> {
+        self.mode.resume(&self.writer)?;
+        self.plan = self.mode.plan(&self.guarded, &self.writer)?;
+        self.writer.apply(self.plan.as_ref())?;
+        self.audit(Scope::Everywhere)?;
+        slots::give_back_held(&mut self.writer.tables)?;
+        self.mode.find_pods(&mut self.guarded, &mut self.writer)?;
+        self.apply_quotas()?;
+        // Not before: the quotas that the last daemon left may have been refusing nobody for a
+        // while. And not later: a data plane that has never had a sign of life refuses nobody.
+        self.beat();
+        self.writer.switch()?;
+        self.guarded.attach(&mut self.writer)?;
+        self.writer.loader.follow_logs();
+        self.update()?;
+        self.beat();
+        Ok(())
+    }
+
+    /// Once a while. What failed is tried again at the next tick; counting and steering go on
+    /// meanwhile.
+    pub fn tick(&mut self) {
+        self.beat();
+        log_failure(self.reconcile());
+    }
+
+    /// What the cluster has told is put in force at once.
+    pub fn on_cluster_change(&mut self) {
+        let followed = self.follow_plan().and_then(|_| self.update());
+        log_failure(followed);
+    }
+
+    /// What happens in the kernel is logged, and followed where it is about listeners.
+    pub fn on_events(&mut self, events: &[Event]) {
+        let mut listeners_changed = false;
+        for event in events {
+            event_log::log(event, &services::name(&self.writer.tables, event.service));
+            match EventKind::from_number(event.kind) {
+                Some(EventKind::Refused) => {
+                    if let Some(port) = services::port_of(&self.writer.tables, event.service) {
+                        let source = event.address.into();
+                        self.mode.on_refusal(event.netns, port, source);
+                    }
+                }
+                Some(_) => listeners_changed = true,
+                None => {}
+            }
+        }
+        if listeners_changed {
+            log_failure(self.update());
+        }
+    }
+
+    /// Puts the file in force again; a bad one changes nothing.
+    pub fn reload(&mut self, path: &Path) {
+        if let Err(error) = self.reconfigure(path) {
+            error!("the configuration was not reloaded, the old one stays in force: {error:#}");
+            return;
+        }
+        self.beat();
+        if let Err(error) = self.reconcile() {
+            error!("the new configuration is in force only in part: {error:#}");
+        }
+        info!("reloaded {}", path.display());
+    }
+
+    fn reconfigure(&mut self, path: &Path) -> Result<()> {
+        let config = Config::load(path)?;
+        suffice_for(kept(&config))?;
+        let guarded = GuardedNetns::resolve(&config.namespaces)?;
+        self.mode.reconfigure(&config)?;
+        self.guarded = guarded;
+        self.fail_open_after = config.fail_open_after;
+        // Whatever the maps hold, it is written again.
+        self.plan = None;
+        Ok(())
+    }
+
+    /// Puts quotas in force after one was set by hand.
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn apply_quotas_by_hand(&mut self) -> Result<()> {
+        if let Some(plan) = &self.plan {
+            services::refresh_ports(&mut self.writer.tables, plan)?;
+        }
+        self.apply_quotas()
+    }
+
+    /// Follows what no event tells of.
+    fn reconcile(&mut self) -> Result<()> {
+        self.guarded.refresh();
+        let audited = self.follow_plan()?;
+        if !audited && Instant::now() >= self.next_audit {
+            self.audit(Scope::Known)?;
+        }
+        self.update()
+    }
+
+    /// Puts in force what the maps should hold by now. Listeners on other ports or in other network
+    /// namespaces than before are registered with their connections; true: that was done.
+    fn follow_plan(&mut self) -> Result<bool> {
+        self.mode.refresh();
+        let Some(plan) = self.mode.plan(&self.guarded, &self.writer)? else {
+            return Ok(false);
+        };
+        let before = self.plan.as_ref();
+        if before == Some(&plan) {
+            return Ok(false);
+        }
+        let other_listeners = before.is_none_or(|before| {
+            before.ports_listened_on() != plan.ports_listened_on()
+                || before.namespaces != plan.namespaces
+        });
+        self.writer.apply(Some(&plan))?;
+        self.plan = Some(plan);
+        if other_listeners {
+            self.audit(Scope::Everywhere)?;
+            self.guarded.attach(&mut self.writer)?;
+        }
+        Ok(other_listeners)
+    }
+
+    /// Follows the listeners that have come and gone.
+    fn update(&mut self) -> Result<()> {
+        for freed in self.writer.empty.free(&mut self.writer.tables)? {
+            let slot = freed.slot();
+            debug!("slot {slot} is free: its last connection has left");
+        }
+        // `steer` before quotas: the backends of a newly guarded network namespace are confirmed by
+        // their quotas, and active from then on.
+        self.mode.attach(&mut self.guarded, &mut self.writer)?;
+        self.apply_quotas()?;
+        self.guarded.detach_unwanted(&mut self.writer)?;
+        self.writer.loader.follow_logs();
+        Ok(())
+    }
+
+    fn apply_quotas(&mut self) -> Result<()> {
+        self.mode.apply_quotas(&self.guarded, &mut self.writer)
+    }
+
+    fn beat(&self) {
+        self.writer.tables.beat(self.fail_open_after);
+    }
+
+    /// Compares the counts with the socket table, so seldom that it takes only a small part of one
+    /// processor.
+    fn audit(&mut self, scope: Scope) -> Result<()> {
+        let before = clock::processor_time();
+        let audited = self.guarded.audit(&mut self.writer, scope);
+        let cost = clock::processor_time().saturating_sub(before);
+        self.next_audit = Instant::now() + SHORTEST_PAUSE;
+        audited?;
+        let totals = self.writer.audit.end(&self.writer.tables, cost);
+        debug!(
+            "audit {}: {:.1} ms of processor time, drift {}, {} repairs so far",
+            totals.checks,
+            cost.as_secs_f64() * 1e3,
+            totals.drift,
+            totals.repairs
+        );
+        let share = match scope {
+            // It also looks for owners and network namespaces, which later ones don't.
+            Scope::Everywhere => 0,
+            Scope::Known if self.writer.audit.is_in_doubt() => DOUBTFUL_SHARE,
+            Scope::Known if self.writer.audit.has_adopted() => ADOPTED_SHARE,
+            Scope::Known => AUDIT_SHARE,
+        };
+        self.next_audit = Instant::now() + (cost * share).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
+        Ok(())
+    }
+}
+
+fn log_failure(result: Result<()>) {
+    if let Err(error) = result {
+        error!("the data plane could not be brought up to date: {error:#}");
+    }
+}

@@ -1,0 +1,51 @@
+//! The answers to the verbs that ask the daemon.
+
+use anyhow::Result;
+use tracing::info;
+
+use super::quotas::set_by_hand;
+use super::reconcile::Daemon;
+use crate::api::{Reply, Request, Response};
+
+/// Answers a request; true: everything is unloaded and the daemon is to end.
+pub fn answer(daemon: &mut Daemon, request: &Request, reply: Reply) -> bool {
+    let done = |message| Response::Done { message };
+    let response = match request {
+        Request::SetQuota {
+            service,
+            slot,
+            quota,
+        } => set_quota(daemon, service, *slot, Some(*quota)).map(done),
+        Request::ClearQuota { service, slot } => set_quota(daemon, service, *slot, None).map(done),
+        // The answer must come after the deed, and the deed ends the daemon.
+        Request::Unload => (daemon.writer.loader.remove())
+            .map(|()| done("the data plane is out of the kernel; the daemon ends".into())),
+        Request::Ping => Ok(done("the daemon lives".into())),
+        Request::Cluster => (daemon.mode.cluster_status(&daemon.writer)).map(|status| {
+            let cluster = Box::new(status);
+            Response::Cluster { cluster }
+        }),
+    };
+    let unloaded = matches!(request, Request::Unload) && response.is_ok();
+    let response = response.unwrap_or_else(|error| Response::Failed {
+        message: format!("{error:#}"),
+    });
+    match request {
+        Request::Cluster => reply.send_long(&response),
+        _ => reply.send(&response),
+    }
+    unloaded
+}
+
+/// Sets a quota by hand or, with `None`, clears it; in force when this returns.
+fn set_quota(
+    daemon: &mut Daemon,
+    service: &str,
+    slot: Option<u32>,
+    quota: Option<u32>,
+) -> Result<String> {
+    let message = set_by_hand(&mut daemon.writer, service, slot, quota)?;
+    daemon.apply_quotas_by_hand()?;
+    info!("by hand: {message}");
+    Ok(message)
+}
