@@ -406,7 +406,7 @@ fn what_all_agents_counted_is_shared_out() {
         wait_for_quota(
             &balancer,
             None,
-            "the agents of 2 of 3 ready pods have not told yet",
+            "the daemons of 2 of 3 ready pods have not told yet",
         );
         let clients = cluster.clients(&pod, 12);
         cluster.publish("node2", &[("far-1", 10)]);
