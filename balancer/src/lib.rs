@@ -22,8 +22,8 @@ pub mod sys;
 #[doc(hidden)]
 pub mod fuzzing {
     pub use crate::api::{
-        client::{answer, question},
-        server::{line, understand},
+        client::{encode_request, read_response},
+        server::{parse_request, read_line},
     };
     pub use crate::cli::{status_json, status_text};
 }

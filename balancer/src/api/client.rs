@@ -42,7 +42,7 @@ pub fn ask(
     let Some(stream) = open(socket, within)? else {
         return Ok(None);
     };
-    match (&stream).write_all(&question(state_dir, request)?) {
+    match (&stream).write_all(&encode_request(state_dir, request)?) {
         // The daemon may refuse before it has read everything: what it says is what counts.
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             return Err(error)
@@ -50,7 +50,7 @@ pub fn ask(
         }
         _ => {}
     }
-    answer(&stream).map(Some).with_context(|| {
+    read_response(&stream).map(Some).with_context(|| {
         format!(
             "no proper answer from the daemon behind {}; see its log for what it did",
             socket.display()
@@ -58,11 +58,11 @@ pub fn ask(
     })
 }
 
-/// What is sent to ask for `request`.
+/// A request as it is sent: one JSON line.
 ///
 /// # Errors
 /// When the state directory is not UTF-8.
-pub fn question(state_dir: &Path, request: &Request) -> Result<Vec<u8>> {
+pub fn encode_request(state_dir: &Path, request: &Request) -> Result<Vec<u8>> {
     let envelope = Envelope {
         state_dir: comparable(state_dir),
         request,
@@ -117,11 +117,11 @@ fn open(path: &Path, within: Duration) -> Result<Option<UnixStream>> {
     }
 }
 
-/// What the daemon answers on `stream`.
+/// Reads the answer of a daemon.
 ///
 /// # Errors
 /// When it says nothing, not all of it, too much, or what no daemon of this version says.
-pub fn answer(stream: impl Read) -> Result<Response> {
+pub fn read_response(stream: impl Read) -> Result<Response> {
     let mut line = Vec::new();
     BufReader::new(stream.take(MAX_ANSWER_BYTES))
         .read_until(b'\n', &mut line)

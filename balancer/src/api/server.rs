@@ -62,7 +62,7 @@ impl Server {
     /// When another daemon listens there, something else than a socket is there, or the socket
     /// can't be made.
     pub fn bind(path: &Path, state_dir: &Path) -> Result<Self> {
-        let (listener, file) = claim(path)
+        let (listener, file) = bind_socket(path)
             .with_context(|| format!("can't listen for requests on {}", path.display()))?;
         let listener = UnixListener::from_std(listener).context("can't watch the admin socket")?;
         let (sender, requests) = mpsc::channel(MAX_WAITING);
@@ -141,7 +141,7 @@ impl Reply {
     }
 }
 
-fn claim(path: &Path) -> Result<(net::UnixListener, FileId)> {
+fn bind_socket(path: &Path) -> Result<(net::UnixListener, FileId)> {
     let path = std::path::absolute(path)?;
     let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
         bail!("that is not the path of a file: give one with --admin-socket");
@@ -157,7 +157,7 @@ fn claim(path: &Path) -> Result<(net::UnixListener, FileId)> {
             Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
         })
         .with_context(|| format!("can't lock the directory {}", directory.display()))?;
-    refuse_if_taken(&path)?;
+    check_free(&path)?;
 
     let mut aside = OsString::from(".");
     aside.push(name);
@@ -175,7 +175,7 @@ fn claim(path: &Path) -> Result<(net::UnixListener, FileId)> {
     listener
 }
 
-fn refuse_if_taken(path: &Path) -> Result<()> {
+fn check_free(path: &Path) -> Result<()> {
     let kind = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata.file_type(),
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -224,14 +224,14 @@ struct RequestQueue {
 }
 
 async fn accept(listener: UnixListener, queue: RequestQueue) {
-    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+    let permits = Arc::new(Semaphore::new(MAX_CLIENTS));
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
             return;
         };
         match listener.accept().await {
             Ok((stream, _)) => {
-                tokio::spawn(serve(stream, queue.clone(), place));
+                tokio::spawn(serve(stream, queue.clone(), permit));
             }
             Err(error) => {
                 tracing::warn!(%error, "can't accept an admin client");
@@ -242,8 +242,8 @@ async fn accept(listener: UnixListener, queue: RequestQueue) {
     }
 }
 
-async fn serve(mut stream: UnixStream, queue: RequestQueue, _place: OwnedSemaphorePermit) {
-    match read(&mut stream, &queue.state_dir).await {
+async fn serve(mut stream: UnixStream, queue: RequestQueue, _permit: OwnedSemaphorePermit) {
+    match read_request(&mut stream, &queue.state_dir).await {
         Ok(request) => {
             // Nobody to take it: the daemon is ending, and dropping the stream says so.
             let _ = queue.sender.send((request, Reply(stream))).await;
@@ -256,7 +256,7 @@ async fn serve(mut stream: UnixStream, queue: RequestQueue, _place: OwnedSemapho
 }
 
 /// The request of a client that may make it, or why it is refused.
-async fn read(stream: &mut UnixStream, state_dir: &Path) -> Result<Request, String> {
+async fn read_request(stream: &mut UnixStream, state_dir: &Path) -> Result<Request, String> {
     let peer = stream
         .peer_cred()
         .map_err(|error| format!("can't tell who is asking: {error}"))?;
@@ -266,17 +266,17 @@ async fn read(stream: &mut UnixStream, state_dir: &Path) -> Result<Request, Stri
             peer.uid()
         ));
     }
-    let line = timeout(ASKS_WITHIN, line(stream))
+    let line = timeout(ASKS_WITHIN, read_line(stream))
         .await
         .map_err(|_| format!("no request within {} seconds", ASKS_WITHIN.as_secs()))??;
-    understand(&line, state_dir)
+    parse_request(&line, state_dir)
 }
 
 /// The request that `line` makes of the daemon that keeps its state in `state_dir`.
 ///
 /// # Errors
 /// Why it is refused: it is no request, or one for another daemon.
-pub fn understand(line: &[u8], state_dir: &Path) -> Result<Request, String> {
+pub fn parse_request(line: &[u8], state_dir: &Path) -> Result<Request, String> {
     let envelope: Envelope<Request> = serde_json::from_slice(line).map_err(|error| {
         format!(
             "the request is not understood ({}): is the asking program of another version?",
@@ -303,7 +303,7 @@ fn shown(text: &str) -> String {
 ///
 /// # Errors
 /// When the client ends before its line does, or its line does not end in time.
-pub async fn line(stream: impl AsyncRead + Unpin) -> Result<Vec<u8>, String> {
+pub async fn read_line(stream: impl AsyncRead + Unpin) -> Result<Vec<u8>, String> {
     let mut line = Vec::new();
     let limit = MAX_REQUEST_BYTES as u64;
     BufReader::new(stream.take(limit))

@@ -228,7 +228,7 @@ fn a_refusal_quotes_little_of_the_request_and_no_control_characters() {
         format!("{{\"state_dir\":\"{STATE}\",\"request\":\"{long}\"}}\n"),
         "{\"\\u001b[2J\\u0007\u{7f}\":1}\n".to_owned(),
     ] {
-        let refusal = server::understand(request.as_bytes(), Path::new(STATE)).unwrap_err();
+        let refusal = server::parse_request(request.as_bytes(), Path::new(STATE)).unwrap_err();
         assert!(refusal.len() <= 4096, "{} bytes", refusal.len());
         assert!(!refusal.contains(char::is_control), "{refusal:?}");
     }

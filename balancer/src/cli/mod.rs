@@ -122,7 +122,7 @@ pub fn main() -> ExitCode {
         }
     };
     cli.verb.perform(&cli.place).unwrap_or_else(|error| {
-        output::complain(&error);
+        output::print_error(&error);
         ExitCode::FAILURE
     })
 }

@@ -53,7 +53,7 @@ pub(super) fn print(text: &str) -> Result<()> {
 }
 
 /// Prints why a verb failed to standard error.
-pub(super) fn complain(error: &Error) {
+pub(super) fn print_error(error: &Error) {
     // With standard error gone there is nobody left to tell.
     let _ = writeln!(io::stderr(), "error: {error:#}");
 }

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What is loaded under a state directory, and what to say of it.
-pub(super) fn look(state_dir: &Path) -> (Option<Snapshot>, Check) {
+pub(super) fn snapshot(state_dir: &Path) -> (Option<Snapshot>, Check) {
     const NAME: &str = "data plane";
     let snapshot = || {
         dataplane::open(&Paths::new(state_dir))?
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn nothing_loaded_is_no_fault() {
-        let (snapshot, check) = look(Path::new("/sys/fs/bpf/no-such-balancer"));
+        let (snapshot, check) = snapshot(Path::new("/sys/fs/bpf/no-such-balancer"));
         assert!(snapshot.is_none());
         assert_eq!(check.status, Status::Ok);
     }

@@ -134,7 +134,7 @@ pub fn run(options: &Options) -> Report {
     let mut checks = features::checks();
     checks.push(features::programs());
     checks.extend(machine::checks(&options.state_dir));
-    let (snapshot, check) = loaded::look(&options.state_dir);
+    let (snapshot, check) = loaded::snapshot(&options.state_dir);
     checks.push(check);
     if let Some(snapshot) = &snapshot {
         checks.push(loaded::counts(&snapshot.daemon));
@@ -155,11 +155,15 @@ pub fn run(options: &Options) -> Report {
     checks.extend(machine::settings(&netns));
     checks.extend(attached::checks(options, &netns));
     let watched: Vec<_> = match (file, &snapshot) {
-        (Some(file), _) => file.services.iter().map(services::Watched::from).collect(),
+        (Some(file), _) => file
+            .services
+            .iter()
+            .map(services::CheckedService::from)
+            .collect(),
         (None, Some(snapshot)) => snapshot
             .services
             .iter()
-            .map(services::Watched::from)
+            .map(services::CheckedService::from)
             .collect(),
         (None, None) => Vec::new(),
     };

@@ -20,7 +20,7 @@ use crate::{
 
 /// A service, as far as its listeners go.
 #[derive(Clone, Debug)]
-pub(super) struct Watched {
+pub(super) struct CheckedService {
     name: String,
     port: u16,
     address: Option<IpAddr>,
@@ -34,7 +34,7 @@ pub(super) struct Watched {
     loaded: Option<Vec<SocketAddr>>,
 }
 
-impl From<&Service> for Watched {
+impl From<&Service> for CheckedService {
     fn from(service: &Service) -> Self {
         let addresses =
             |backends: &Vec<Backend>| backends.iter().map(|backend| backend.address).collect();
@@ -53,7 +53,7 @@ impl From<&Service> for Watched {
     }
 }
 
-impl From<&ServiceSnapshot> for Watched {
+impl From<&ServiceSnapshot> for CheckedService {
     fn from(service: &ServiceSnapshot) -> Self {
         let backends = service.backends.iter();
         let ours = backends.filter(|backend| backend.state != BackendState::Candidate);
@@ -81,7 +81,7 @@ struct ServiceListener<'a> {
 
 /// The services' listeners; `cgroup` is where sockets are counted.
 pub(super) fn checks(
-    services: &[Watched],
+    services: &[CheckedService],
     netns: &[GuardedNetns],
     cgroup: Option<&Path>,
 ) -> Vec<Check> {
@@ -115,7 +115,7 @@ pub(super) fn checks(
 }
 
 fn listeners<'a>(
-    services: &[Watched],
+    services: &[CheckedService],
     netns: &'a [GuardedNetns],
 ) -> io::Result<Vec<ServiceListener<'a>>> {
     let backends = services
@@ -165,13 +165,13 @@ impl ServiceListener<'_> {
     }
 
     /// Whether it is on the service's own port and address.
-    fn is_on_port(&self, service: &Watched) -> bool {
+    fn is_on_port(&self, service: &CheckedService) -> bool {
         self.socket.local.port() == service.port
             && service.address.is_none_or(|address| self.covers(address))
     }
 
     /// Whether it is a backend of a service.
-    fn serves(&self, service: &Watched) -> bool {
+    fn serves(&self, service: &CheckedService) -> bool {
         match &service.backends {
             None => self.is_on_port(service),
             Some(backends) => backends.iter().any(|backend| self.covers_backend(backend)),
@@ -181,11 +181,11 @@ impl ServiceListener<'_> {
 
 /// `service: listener` for every pair that fits.
 fn pairs(
-    services: &[Watched],
+    services: &[CheckedService],
     listeners: &[ServiceListener<'_>],
-    fits: impl Fn(&Watched, &ServiceListener<'_>) -> bool,
+    fits: impl Fn(&CheckedService, &ServiceListener<'_>) -> bool,
 ) -> Vec<String> {
-    let of = |service: &Watched| {
+    let of = |service: &CheckedService| {
         let fitting = listeners.iter().filter(|listener| fits(service, listener));
         let named = fitting.map(|listener| format!("{}: {}", service.name, listener.describe()));
         named.collect::<Vec<_>>()
@@ -193,7 +193,7 @@ fn pairs(
     services.iter().flat_map(of).collect()
 }
 
-fn mptcp(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
+fn mptcp(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
     let found = pairs(services, listeners, |service, listener| {
         listener.socket.mptcp && listener.serves(service)
     });
@@ -210,7 +210,7 @@ fn mptcp(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
 }
 
 /// Listeners that wait on a port whose connections all go elsewhere.
-fn hidden(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
+fn hidden(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
     let found = pairs(services, listeners, |service, listener| {
         service.backends.is_some() && listener.is_on_port(service) && !listener.serves(service)
     });
@@ -227,7 +227,7 @@ fn hidden(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
     )
 }
 
-fn missing(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
+fn missing(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
     let found: Vec<_> = services
         .iter()
         .flat_map(|service| absent(service, listeners))
@@ -243,7 +243,7 @@ fn missing(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
     )
 }
 
-fn absent(service: &Watched, listeners: &[ServiceListener<'_>]) -> Vec<String> {
+fn absent(service: &CheckedService, listeners: &[ServiceListener<'_>]) -> Vec<String> {
     let name = &service.name;
     match &service.backends {
         None if listeners.iter().any(|listener| listener.serves(service)) => Vec::new(),
@@ -268,7 +268,7 @@ fn absent(service: &Watched, listeners: &[ServiceListener<'_>]) -> Vec<String> {
 }
 
 /// Listeners that the loaded data plane doesn't have; nothing where none is loaded.
-fn unclaimed(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Option<Check> {
+fn unclaimed(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Option<Check> {
     if services.iter().all(|service| service.loaded.is_none()) {
         return None;
     }
@@ -294,7 +294,7 @@ fn is_same(left: SocketAddr, right: SocketAddr) -> bool {
     left.port() == right.port() && bare(left) == bare(right)
 }
 
-fn outside(services: &[Watched], listeners: &[ServiceListener<'_>], cgroup: &Path) -> Check {
+fn outside(services: &[CheckedService], listeners: &[ServiceListener<'_>], cgroup: &Path) -> Check {
     let inside = cgroup_ids(cgroup);
     let found = pairs(services, listeners, |service, listener| {
         let is_outside = |id: u64| !inside.contains(&id);
@@ -315,7 +315,7 @@ fn outside(services: &[Watched], listeners: &[ServiceListener<'_>], cgroup: &Pat
 }
 
 /// A process that may open fewer files than the quota lets connections in can't accept them.
-fn file_limits(services: &[Watched], listeners: &[ServiceListener<'_>]) -> Check {
+fn file_limits(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
     let mut limits = HashMap::new();
     let mut limit = |pid: u32| *limits.entry(pid).or_insert_with(|| open_files(pid));
     let mut found = Vec::new();
@@ -358,7 +358,7 @@ fn soft_limit(limits: &str) -> Option<u64> {
 }
 
 /// The remark on exempt sources; nothing where it isn't known which they are.
-fn exempt(services: &[Watched]) -> Option<Check> {
+fn exempt(services: &[CheckedService]) -> Option<Check> {
     const NAME: &str = "exempt sources";
     let mut found = Vec::new();
     for service in services {
@@ -404,12 +404,12 @@ mod tests {
         netns::inside(netns, || addresses.iter().map(bind).collect()).expect("inside")
     }
 
-    fn config(services: &str) -> Vec<Watched> {
+    fn config(services: &str) -> Vec<CheckedService> {
         let config = Config::parse(&format!("services:\n{services}")).expect("a configuration");
-        config.services.iter().map(Watched::from).collect()
+        config.services.iter().map(CheckedService::from).collect()
     }
 
-    fn check(services: &[Watched], netns: &GuardedNetns, name: &str) -> Check {
+    fn check(services: &[CheckedService], netns: &GuardedNetns, name: &str) -> Check {
         let all = checks(services, std::slice::from_ref(netns), None);
         all.into_iter()
             .find(|check| check.name == name)
@@ -432,7 +432,7 @@ mod tests {
     }
 
     /// A service of the loaded data plane as `status` sees it.
-    fn loaded(virtual_port: bool, backends: &[(&str, BackendState)]) -> Watched {
+    fn loaded(virtual_port: bool, backends: &[(&str, BackendState)]) -> CheckedService {
         let backend = |(address, state): &(&str, BackendState)| BackendSnapshot {
             slot: 0,
             address: address.parse().expect("an address"),
@@ -447,7 +447,7 @@ mod tests {
             steerable: true,
             note: None,
         };
-        Watched::from(&ServiceSnapshot {
+        CheckedService::from(&ServiceSnapshot {
             id: 0,
             name: "agents".to_owned(),
             port: 11800,
@@ -520,7 +520,7 @@ mod tests {
                 "{check:?}"
             );
         }
-        let names = |services: &[Watched]| {
+        let names = |services: &[CheckedService]| {
             checks(services, std::slice::from_ref(&netns), None)
                 .iter()
                 .map(|check| check.name)

@@ -8,7 +8,7 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use balancer::api::{MAX_REQUEST_BYTES, Request, Response};
-use balancer::fuzzing::{answer, line, question, understand};
+use balancer::fuzzing::{encode_request, parse_request, read_line, read_response};
 use libfuzzer_sys::fuzz_target;
 
 /// The state directory of the daemon that is asked.
@@ -21,7 +21,7 @@ fuzz_target!(|bytes: &[u8]| {
         Ok(request) => arrives_when_asked(&request),
         Err(refusal) => arrives_when_answered(refusal),
     }
-    match answer(bytes) {
+    match read_response(bytes) {
         Ok(response) => assert_eq!(heard(&response), response),
         Err(error) => assert!(!format!("{error:#}").is_empty()),
     }
@@ -29,17 +29,17 @@ fuzz_target!(|bytes: &[u8]| {
 
 /// What the daemon makes of a client that sends these bytes and no more.
 fn asked(bytes: &[u8]) -> Result<Request, String> {
-    let line = now(line(bytes))?;
+    let line = now(read_line(bytes))?;
     assert!(line.len() <= MAX_REQUEST_BYTES && bytes.starts_with(&line));
-    understand(&line, Path::new(STATE))
+    parse_request(&line, Path::new(STATE))
 }
 
 fn arrives_when_asked(request: &Request) {
-    let question = question(Path::new(STATE), request).expect("a request can be written");
-    assert_eq!(asked(&question).as_ref(), Ok(request));
+    let sent = encode_request(Path::new(STATE), request).expect("a request can be written");
+    assert_eq!(asked(&sent).as_ref(), Ok(request));
     // Whatever follows the line is not looked at, and a daemon with another state does nothing.
-    assert_eq!(asked(&[&question[..], b"{"].concat()).as_ref(), Ok(request));
-    assert!(understand(&question, Path::new("/another")).is_err());
+    assert_eq!(asked(&[&sent[..], b"{"].concat()).as_ref(), Ok(request));
+    assert!(parse_request(&sent, Path::new("/another")).is_err());
 }
 
 fn arrives_when_answered(refusal: String) {
@@ -53,7 +53,7 @@ fn arrives_when_answered(refusal: String) {
 fn heard(response: &Response) -> Response {
     let mut line = serde_json::to_vec(response).expect("a response can be written");
     line.push(b'\n');
-    answer(&line[..]).expect("a response can be read")
+    read_response(&line[..]).expect("a response can be read")
 }
 
 /// Bytes in memory are always ready.
