@@ -7,7 +7,9 @@
 use balancer::dataplane::{MapContents, ServiceContents, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
-use balancer_common::abi::{Address, Backend, Counts, Heartbeat, ServiceInfo, SlotPolicy, AuditTotals};
+use balancer_common::abi::{
+    Address, AuditTotals, Backend, Counts, Heartbeat, ServiceInfo, SlotPolicy,
+};
 use balancer_common::decision::member::Member;
 use bytes::Buf;
 use libfuzzer_sys::fuzz_target;
