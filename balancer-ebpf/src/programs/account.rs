@@ -17,7 +17,8 @@ use core::ptr::read_volatile;
 use super::steer::is_exempt;
 use crate::events;
 use crate::kernel::atomic;
-use crate::kernel::{TcpSocket, context, current_task};
+use crate::kernel::context::context;
+use crate::kernel::socket::{TcpSocket, current_task};
 use crate::maps::{
     BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
 };

@@ -24,10 +24,13 @@ use core::ptr::read_volatile;
 
 use crate::events;
 use crate::kernel::atomic;
-use crate::kernel::{TcpSocket, constant, context, listens};
+use crate::kernel::context::context;
+use crate::kernel::offsets::constant;
+use crate::kernel::scratch::Scratch;
+use crate::kernel::socket::{TcpSocket, listens};
 use crate::maps::{
-    BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SCRATCH, SCRATCH_DEPTH,
-    SERVICE_STATE, SERVICES, VERDICTS,
+    BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE, SERVICES,
+    VERDICTS,
 };
 
 const SK_DROP: u32 = 0;
@@ -53,9 +56,9 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     }
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let reason = match Scratch::take() {
-        Some(desk) => {
-            start(desk.state, lookup, port, now_ns);
-            decide(ctx, desk.state)
+        Some(scratch) => {
+            start(scratch.state, lookup, port, now_ns);
+            decide(ctx, scratch.state)
         }
         None => Reason::FailOpenError,
     };
@@ -161,35 +164,6 @@ fn count(service: u16, reason: Reason) {
     if let Some(counter) = VERDICTS.get_ptr_mut(index) {
         // Per CPU: only a SYN that interrupts a process's look-up right here can make a count get lost.
         unsafe { *counter += 1 };
-    }
-}
-
-/// A place for the state of one decision, of the CPU's few. A look-up by a process (of a socket-destroying tool, of
-/// another program) can be interrupted by a SYN on the same CPU: each takes the next place and gives it back.
-struct Scratch<'a> {
-    state: &'a mut DecisionState,
-    taken: *mut u64,
-}
-
-impl Scratch<'_> {
-    #[inline(always)]
-    fn take() -> Option<Self> {
-        let taken = SCRATCH_DEPTH.get_ptr_mut(0)?;
-        let level = unsafe { read_volatile(taken) };
-        let state = SCRATCH.get_ptr_mut(level as u32)?;
-        unsafe { core::ptr::write_volatile(taken, level + 1) };
-        Some(Self {
-            state: unsafe { (*state).assume_init_mut() },
-            taken,
-        })
-    }
-}
-
-impl Drop for Scratch<'_> {
-    #[inline(always)]
-    fn drop(&mut self) {
-        let level = unsafe { read_volatile(self.taken) };
-        unsafe { core::ptr::write_volatile(self.taken, level.saturating_sub(1)) };
     }
 }
 
