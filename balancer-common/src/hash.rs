@@ -8,7 +8,8 @@ const STEP_BITS: u32 = 8;
 /// log2(1 + i / 256) with 32 fractional bits.
 static LOG2: [u64; STEPS + 1] = log2_table();
 
-/// One bit of the logarithm for each squaring: x in [1, 2), x² in [1, 4), the bit says whether it left [1, 2).
+/// One bit of the logarithm for each squaring: x in [1, 2), x² in [1, 4), the bit says whether it
+/// left [1, 2).
 const fn log2_of_mantissa(step: usize) -> u64 {
     if step == STEPS {
         return 1 << LOG_BITS;
@@ -60,7 +61,8 @@ pub fn of_tuple(source: u64, source_port: u16, local: u64, local_port: u16) -> u
     mix(source ^ mix(local ^ ((source_port as u64) << 16 | local_port as u64)))
 }
 
-/// -log2((hash + 1) / 2³²) with [`LOG_BITS`] fractional bits, by table and linear interpolation (error below 3e-6).
+/// -log2((hash + 1) / 2³²) with [`LOG_BITS`] fractional bits, by table and linear interpolation
+/// (error below 3e-6).
 #[inline(always)]
 pub fn negative_log2(hash: u32) -> u64 {
     let x = hash as u64 + 1;
@@ -75,9 +77,9 @@ pub fn negative_log2(hash: u32) -> u64 {
     (32 << LOG_BITS) - log
 }
 
-/// Weighted rendezvous hashing: the member with the smallest score wins. Each member's score depends on the key and on
-/// itself alone, so that a member that comes or goes moves only what it must; with -ln(u)/weight each wins in
-/// proportion to its weight.
+/// Weighted rendezvous hashing: the member with the smallest score wins. Each member's score
+/// depends on the key and on itself alone, so that a member that comes or goes moves only what it
+/// must; with -ln(u)/weight each wins in proportion to its weight.
 #[inline(always)]
 pub fn rendezvous_score(key: u64, member: u64, weight: u32) -> u64 {
     let hash = mix(key ^ mix(member)) >> 32;

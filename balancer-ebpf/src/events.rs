@@ -20,6 +20,8 @@ pub fn listener(kind: EventKind, slot: u32, backend: &Backend) {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -> u32 {
+    // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
+    // whole structure. Nobody else has it meanwhile.
     let Some(backend) = (unsafe { backend.as_ref() }) else {
         return 0;
     };
@@ -53,7 +55,9 @@ pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u32) {
     let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
         return;
     };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let last = unsafe { (*state).last_event };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     if now.wrapping_sub(last as u32) < REFUSAL_INTERVAL
         || !unsafe { atomic::replace(&raw mut (*state).last_event, last, u64::from(now)) }
     {

@@ -1,6 +1,7 @@
 //! The kernel half: `account` counts and registers, `steer` admits and steers.
 //!
-//! On the host this is an empty program, so that editors and `cargo check` work; `cargo xtask build` makes the object.
+//! On the host this is an empty program, so that editors and `cargo check` work; `cargo xtask
+//! build` makes the object.
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(core_intrinsics))]
 #![cfg_attr(
     target_arch = "bpf",

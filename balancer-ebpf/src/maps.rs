@@ -59,7 +59,8 @@ pub static SCRATCH: PerCpuArray<MaybeUninit<DecisionState>> =
 #[map]
 pub static SCRATCH_DEPTH: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
-/// A BTF definition of a socket storage, as libbpf's `__type` and `__uint` macros make it: numbers are array lengths.
+/// A BTF definition of a socket storage, as libbpf's `__type` and `__uint` macros make it: numbers
+/// are array lengths.
 #[repr(C)]
 pub struct SkStorage<T: 'static, const FLAGS: usize> {
     r#type: *const [i32; 24],
@@ -70,6 +71,7 @@ pub struct SkStorage<T: 'static, const FLAGS: usize> {
     pinning: *const [i32; 1],
 }
 
+// SAFETY: it is never read or written: only its type matters, which the loader reads as BTF.
 unsafe impl<T, const FLAGS: usize> Sync for SkStorage<T, FLAGS> {}
 
 #[unsafe(link_section = ".maps")]

@@ -14,6 +14,7 @@ mod linker;
 mod machine;
 mod places;
 mod setup;
+mod unsafe_code;
 mod verbs;
 mod vm;
 

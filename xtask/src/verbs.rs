@@ -7,14 +7,16 @@ use anyhow::{Context, Result};
 
 use crate::build::{self, PRODUCT, Profile};
 use crate::setup::{self, Need};
-use crate::{command, comments, fuzz, helm, image, kubernetes, machine, places};
+use crate::{command, comments, fuzz, helm, image, kubernetes, machine, places, unsafe_code};
 
-/// Formatting, the width of comments, the kernel half's warnings, and clippy on everything that the host can compile.
+/// Formatting, the width of comments, the kernel half's warnings and unsafe code, and clippy on
+/// everything that the host can compile.
 pub fn lint() -> Result<ExitCode> {
     setup::ensure(&[Need::Build, Need::Lint, Need::Fuzz])?;
     command::run(build::cargo("fmt").args(["--all", "--check"]))?;
     command::run(fuzz::cargo("fmt").arg("--check"))?;
     comments::check()?;
+    unsafe_code::check()?;
     build::check_kernel_half()?;
     build::kernel_half(Profile::Debug)?;
     command::run(build::cargo("clippy").args([

@@ -55,7 +55,8 @@ impl Address {
 }
 
 impl Address {
-    /// An address as it stands in a packet: unlike with `From`, 0.0.0.0 is an IPv4 address here, not "any".
+    /// An address as it stands in a packet: unlike with `From`, 0.0.0.0 is an IPv4 address here,
+    /// not "any".
     pub fn of_packet(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(v4) => Self::from_v4_be(u32::from(v4).to_be()),

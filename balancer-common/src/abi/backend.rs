@@ -128,7 +128,8 @@ pub struct Backend {
     pub map_error: u32,
     /// The process that listened (thread group id in the initial pid namespace), 0 if not known.
     pub pid: u32,
-    /// Its thread that did: a thread can be in another network namespace than its process. 0 if not known.
+    /// Its thread that did: a thread can be in another network namespace than its process. 0 if
+    /// not known.
     pub tid: u32,
 }
 
@@ -137,12 +138,13 @@ impl Backend {
     pub const V6: u32 = 1;
     /// An IPv6 socket that takes no IPv4.
     pub const V6_ONLY: u32 = 2;
-    /// Refused by the SOCKMAP (MPTCP): counted and, on its own port, admitted, but never steered to.
+    /// Refused by the SOCKMAP (MPTCP): counted and, on its own port, admitted, but never steered
+    /// to.
     pub const UNSTEERABLE: u32 = 4;
     /// Claimed by a rule for any namespace.
     pub const CANDIDATE: u32 = 8;
-    /// Registered by the daemon: it listened before, and may have connections that the kernel half does not count. The kernel half
-    /// does not see it close.
+    /// Registered by the daemon: it listened before, and may have connections that the kernel half
+    /// does not count. The kernel half does not see it close.
     pub const ADOPTED: u32 = 16;
 
     /// An empty slot.
@@ -168,8 +170,8 @@ impl Backend {
     }
 }
 
-/// Value of POLICY: what the daemon wants and knows of a slot. Each word is written atomically; quota and weight are valid
-/// for one generation.
+/// Value of POLICY: what the daemon wants and knows of a slot. Each word is written atomically;
+/// quota and weight are valid for one generation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct SlotPolicy {
@@ -177,9 +179,9 @@ pub struct SlotPolicy {
     pub quota: u64,
     /// weight | flags << 32.
     pub weight: u64,
-    /// Connections that only the daemon can count, as `Counts::established` packs them: those that were there before their
-    /// listener was registered, and those whose state changes another program has switched off. It counts them again at each
-    /// check until they are gone.
+    /// Connections that only the daemon can count, as `Counts::established` packs them: those that
+    /// were there before their listener was registered, and those whose state changes another
+    /// program has switched off. It counts them again at each check until they are gone.
     pub adopted: u64,
 }
 
@@ -230,9 +232,11 @@ impl SlotPolicy {
     }
 }
 
-/// Value of CONNECTION (socket storage): on a listener its slot; on an accepted socket what it was counted as.
+/// Value of CONNECTION (socket storage): on a listener its slot; on an accepted socket what it was
+/// counted as.
 ///
-/// Its size and the places of slot and generation are the same in every layout, so that another build can tell whose a connection is.
+/// Its size and the places of slot and generation are the same in every layout, so that another
+/// build can tell whose a connection is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Connection {

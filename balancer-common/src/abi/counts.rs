@@ -6,18 +6,21 @@ use super::backend::SlotPolicy;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Counts {
-    /// established | exempt established << 32. Exact: changed on entering and on leaving ESTABLISHED alone.
+    /// established | exempt established << 32. Exact: changed on entering and on leaving
+    /// ESTABLISHED alone.
     pub established: u64,
-    /// SYNs sent here that have not become established | tick of the last << 32. A hint for the order of candidates.
+    /// SYNs sent here that have not become established | tick of the last << 32. A hint for the
+    /// order of candidates.
     pub expected: u64,
     /// Tick when the accept queue was first seen full | tick when last << 32; 0: not full.
     pub full: u64,
     /// Tick until which SYN cookies are in use | [`Cookies`] << 32.
     pub cookies: u64,
-    /// Tick from when on the half-open connections, which hold all the room, are a flood unless one is completed before | 1 << 32;
-    /// 0: they hold it not.
+    /// Tick from when on the half-open connections, which hold all the room, are a flood unless
+    /// one is completed before | 1 << 32; 0: they hold it not.
     pub stalled: u64,
-    /// The longest handshake of late, in microseconds | tick when it was completed << 32; 0: none yet.
+    /// The longest handshake of late, in microseconds | tick when it was completed << 32; 0: none
+    /// yet.
     pub handshake: u64,
 }
 
@@ -73,6 +76,7 @@ pub enum Cookies {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Totals {
-    /// Connections that have entered ESTABLISHED, of all backends that the slot has had. Raised after COUNTS. Atomic.
+    /// Connections that have entered ESTABLISHED, of all backends that the slot has had. Raised
+    /// after COUNTS. Atomic.
     pub entered: u64,
 }

@@ -18,13 +18,15 @@ impl Heartbeat {
     }
 }
 
-/// Value of AUDIT: how COUNTS compares with the socket table. Written by the daemon, each word atomically.
+/// Value of AUDIT: how COUNTS compares with the socket table. Written by the daemon, each word
+/// atomically.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct AuditTotals {
     /// Comparisons made.
     pub checks: u64,
-    /// Connections by which counts were lastingly off at the last comparison, all backends together.
+    /// Connections by which counts were lastingly off at the last comparison, all backends
+    /// together.
     pub drift: u64,
     /// Counts that were put right, ever.
     pub repairs: u64,

@@ -29,7 +29,8 @@ impl Policy {
         }
     }
 
-    /// The policy of its number in a map; an unknown number is least-connections, so that no map content can panic.
+    /// The policy of its number in a map; an unknown number is least-connections, so that no map
+    /// content can panic.
     #[inline(always)]
     pub const fn from_number(number: u8) -> Self {
         match number {
@@ -55,8 +56,8 @@ pub struct ServicePort {
 }
 
 impl ServicePort {
-    /// The service of a destination: an exact address before any; `lookup` reads SERVICES, `address`
-    /// is the destination's.
+    /// The service of a destination: an exact address before any; `lookup` reads SERVICES,
+    /// `address` is the destination's.
     ///
     /// # Errors
     /// Those of `lookup`.
@@ -100,10 +101,12 @@ pub struct ListenRule {
 impl ListenRule {
     /// Only for listeners that are bound to no address.
     pub const WILDCARD_ONLY: u16 = 1;
-    /// The namespace is not known to be guarded: counted, not steered to until the daemon confirms it.
+    /// The namespace is not known to be guarded: counted, not steered to until the daemon confirms
+    /// it.
     pub const CANDIDATE: u16 = 2;
 
-    /// The rule for a listener: an exact address before any, the namespace before any; `lookup` reads `LISTEN_RULES`.
+    /// The rule for a listener: an exact address before any, the namespace before any; `lookup`
+    /// reads `LISTEN_RULES`.
     #[inline(always)]
     pub fn most_specific(
         netns: u64,
@@ -145,12 +148,14 @@ pub struct Members {
 pub struct ServiceState {
     /// The next ticket of round-robin. Atomic.
     pub turn: u64,
-    /// The sum of the weights of those that could be chosen when round-robin last added it up: it says nothing of now. Atomic.
+    /// The sum of the weights of those that could be chosen when round-robin last added it up: it
+    /// says nothing of now. Atomic.
     pub weights: u64,
     /// Tick of the last refusal event. Atomic.
     pub last_event: u64,
-    /// Listeners of the service that could not be registered: while there are any, nobody is refused because the registered
-    /// ones are full. The kernel half adds, the daemon corrects. Atomic.
+    /// Listeners of the service that could not be registered: while there are any, nobody is
+    /// refused because the registered ones are full. The kernel half adds, the daemon
+    /// corrects. Atomic.
     pub unregistered: u64,
 }
 

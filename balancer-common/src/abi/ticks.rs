@@ -1,6 +1,7 @@
 //! Coarse time, in which the packed words have their stamps.
 
-/// Coarse time for packed stamps: units of 2²⁰ ns (about 1.05 ms) of `CLOCK_MONOTONIC`; compare by wrapping difference.
+/// Coarse time for packed stamps: units of 2²⁰ ns (about 1.05 ms) of `CLOCK_MONOTONIC`; compare by
+/// wrapping difference.
 #[inline(always)]
 pub const fn ticks(monotonic_ns: u64) -> u32 {
     (monotonic_ns >> 20) as u32

@@ -2,23 +2,28 @@
 
 use crate::abi::{Cookies, Counts, ticks_of_ms, ticks_of_us};
 
-/// How long a queue may be full without a pause before connections are refused because of it, in ticks.
+/// How long a queue may be full without a pause before connections are refused because of it, in
+/// ticks.
 pub const QUEUE_GRACE: u32 = ticks_of_ms(1_000);
 
-/// How long a SYN that was sent to a backend counts as expected there: as long as the kernel calls it young.
+/// How long a SYN that was sent to a backend counts as expected there: as long as the kernel calls
+/// it young.
 pub const EXPECTED_FOR: u32 = ticks_of_ms(1_100);
 
-/// How long after the last overflow the kernel accepts cookies (`TCP_SYNCOOKIE_VALID`, include/net/tcp.h), in seconds.
+/// How long after the last overflow the kernel accepts cookies (`TCP_SYNCOOKIE_VALID`,
+/// include/net/tcp.h), in seconds.
 pub const COOKIES_FOR_SECONDS: u32 = 120;
 
 /// How long a SYN queue that is about to overflow makes the choice stable for cookies, in ticks.
 pub const COOKIES_SOON_FOR: u32 = ticks_of_ms(3_000);
 
-/// Free places in the SYN queue below which other CPUs may fill it before the SYN at hand gets there.
+/// Free places in the SYN queue below which other CPUs may fill it before the SYN at hand gets
+/// there.
 const QUEUE_MARGIN: u32 = 4;
 
-/// How long the room may be full of half-open connections none of which completes, before they are taken for a flood, in
-/// ticks: where no handshake was seen yet, and at most. Shorter than the kernel calls them young.
+/// How long the room may be full of half-open connections none of which completes, before they are
+/// taken for a flood, in ticks: where no handshake was seen yet, and at most. Shorter than the
+/// kernel calls them young.
 const STALL_LONGEST: u32 = ticks_of_ms(900);
 
 /// The same at least, for handshakes that take next to no time.
@@ -27,7 +32,8 @@ const STALL_SHORTEST: u32 = ticks_of_ms(20);
 /// The same as a multiple of the longest handshake.
 const STALL_HANDSHAKES: u64 = 8;
 
-/// How long what was taken for a flood is, in ticks: by then the SYN queue itself shows one that goes on.
+/// How long what was taken for a flood is, in ticks: by then the SYN queue itself shows one that
+/// goes on.
 const FLOOD_FOR: u32 = ticks_of_ms(5_000);
 
 /// How long the longest handshake is remembered, in ticks.
@@ -67,7 +73,8 @@ impl Observation {
         overflow_age: u32::MAX,
     };
 
-    /// The accept queue is full (`sk_acceptq_is_full`, include/net/sock.h: with >=, listen(0) would never accept).
+    /// The accept queue is full (`sk_acceptq_is_full`, include/net/sock.h: with >=, listen(0) would
+    /// never accept).
     #[inline(always)]
     pub const fn queue_is_full(&self) -> bool {
         self.queue > self.backlog
@@ -87,8 +94,8 @@ impl Observation {
         }
     }
 
-    /// Half-open connections that may still complete; none during a half-open flood, which would otherwise use up the
-    /// room of honest clients.
+    /// Half-open connections that may still complete; none during a half-open flood, which would
+    /// otherwise use up the room of honest clients.
     #[inline(always)]
     pub const fn pending(&self, counts: &Counts, quota: u32, now: u32) -> u32 {
         if is_stalled(counts, now) {
@@ -110,8 +117,8 @@ impl Observation {
     }
 }
 
-/// Whether the half-open connections are a flood by what became of them: they held all the room for longer than handshakes
-/// take here, and not one was completed.
+/// Whether the half-open connections are a flood by what became of them: they held all the room for
+/// longer than handshakes take here, and not one was completed.
 #[inline(always)]
 const fn is_stalled(counts: &Counts, now: u32) -> bool {
     counts.stalled != 0 && now.wrapping_sub(counts.stalled as u32) <= FLOOD_FOR
@@ -176,7 +183,8 @@ pub const fn used(established: u32, exempt: u32, pending: u32) -> u64 {
     established.saturating_sub(exempt) as u64 + pending as u64
 }
 
-/// What must be more than [`used`]. Without a branch, after which the verifier would follow both ways through all that comes.
+/// What must be more than [`used`]. Without a branch, after which the verifier would follow both
+/// ways through all that comes.
 #[inline(always)]
 pub const fn limit(quota: u32) -> u64 {
     let quota = quota as u64;
@@ -197,7 +205,8 @@ pub enum Judgement {
     },
 }
 
-/// Judges one look. `enforce` is false where the quota does not matter (exempt source, stale daemon).
+/// Judges one look. `enforce` is false where the quota does not matter (exempt source, stale
+/// daemon).
 #[inline(always)]
 pub fn judge(
     seen: &Observation,
@@ -224,7 +233,8 @@ pub fn judge(
     Judgement::Take
 }
 
-/// Since when the queue has been full, given the word of the last look: a pause of more than the grace starts anew.
+/// Since when the queue has been full, given the word of the last look: a pause of more than the
+/// grace starts anew.
 #[inline(always)]
 pub const fn full_since(word: u64, now: u32) -> u32 {
     let (since, seen) = (word as u32, (word >> 32) as u32);
@@ -248,7 +258,8 @@ pub const fn is_full(word: u64, now: u32) -> bool {
     word != 0 && now.wrapping_sub((word >> 32) as u32) <= QUEUE_GRACE
 }
 
-/// SYNs that were sent to a backend and may still become established. Without a branch, like [`limit`].
+/// SYNs that were sent to a backend and may still become established. Without a branch, like
+/// [`limit`].
 #[inline(always)]
 pub const fn expected(word: u64, now: u32) -> u32 {
     let count = word as u32;
@@ -266,7 +277,8 @@ pub const fn pack_expected(pending: u32, now: u32) -> u64 {
     pack_over(pending.saturating_add(1), now)
 }
 
-/// The same word after a look that found so many pending that the quota is reached: no SYN was sent.
+/// The same word after a look that found so many pending that the quota is reached: no SYN was
+/// sent.
 #[inline(always)]
 pub const fn pack_over(pending: u32, now: u32) -> u64 {
     (now as u64) << 32 | pending as u64
@@ -299,7 +311,8 @@ pub const fn cookies_in_use(word: u64, now: u32) -> u64 {
     cookies_near(word, now) & word >> 33
 }
 
-/// The word after a look: until when the choice must be stable for cookies. `None`: leave it as it is.
+/// The word after a look: until when the choice must be stable for cookies. `None`: leave it as it
+/// is.
 #[inline(always)]
 pub const fn pack_cookies(seen: &Observation, word: u64, now: u32) -> Option<u64> {
     match seen.cookies() {
@@ -549,7 +562,8 @@ mod tests {
         assert!(model.syn(QUOTA + STALL_LONGEST, Some(1)));
     }
 
-    /// However little room is left: the dead ones in the SYN queue would take many seconds to be too many.
+    /// However little room is left: the dead ones in the SYN queue would take many seconds to be
+    /// too many.
     #[test]
     fn one_place_that_is_left_is_not_held_for_long() {
         let mut model = Model::new(1);
@@ -603,7 +617,8 @@ mod tests {
             prop_assert_eq!(model.counts.established() as usize, wanted);
         }
 
-        /// Whatever the rate of a flood and the room that it finds: an honest client that was refused gets in soon after.
+        /// Whatever the rate of a flood and the room that it finds: an honest client that was
+        /// refused gets in soon after.
         #[test]
         fn a_flood_refuses_honest_clients_for_a_moment_only(
             gaps in prop::collection::vec(0..60_u32, 400), established in 0..QUOTA, longest in 1..100_u32,

@@ -14,7 +14,8 @@ pub enum Attempt {
     Assigned,
     /// Another CPU sent a SYN there since the scan: the choice must be made anew.
     Raced,
-    /// SYN cookies are in use, which the scan did not know: the choice must be made anew, by four-tuple.
+    /// SYN cookies are in use, which the scan did not know: the choice must be made anew, by
+    /// four-tuple.
     Cookies,
     /// It was looked at and can't take it.
     Judged(Judgement),

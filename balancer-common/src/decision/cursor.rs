@@ -41,7 +41,8 @@ impl Cursor {
         let mut index = 0;
         while index < MEMBER_WORDS as u32 {
             let word = load(index);
-            // The top bit says whether it is not 0, without a branch, after which the verifier would follow both ways for each word.
+            // The top bit says whether it is not 0, without a branch, after which the verifier
+            // would follow both ways for each word.
             let top = opaque(word | word.wrapping_neg());
             words |= (top >> 63 << index) as u32;
             index += 1;

@@ -53,7 +53,8 @@ impl Member {
         if weight == 0 { DEFAULT_WEIGHT } else { weight }
     }
 
-    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks for that.
+    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks
+    /// for that.
     #[inline(always)]
     pub const fn is_ready(&self) -> bool {
         self.backend.slot_state().is(BackendState::Active)
@@ -74,8 +75,9 @@ impl Member {
         self.backend.flags & Backend::UNSTEERABLE == 0
     }
 
-    /// How well its socket fits the destination, as the kernel would score it on an own port (`compute_score`,
-    /// `net/ipv4/inet_hashtables.c`): an exact address before the wildcard, a bound device before none. `None`: not at all.
+    /// How well its socket fits the destination, as the kernel would score it on an own port
+    /// (`compute_score`, `net/ipv4/inet_hashtables.c`): an exact address before the wildcard, a
+    /// bound device before none. `None`: not at all.
     #[inline(always)]
     pub(super) fn fit(&self, request: &Request) -> Option<u32> {
         if self.backend.netns != request.netns || !fits_family(self.backend.flags, request.v4) {
@@ -102,7 +104,8 @@ const fn differ(one: u64, other: u64) -> u64 {
     (bits | bits.wrapping_neg()) >> 63
 }
 
-/// Whether a listener can take a packet of that family (`inet_csk` sockets: `bpf_sk_assign` says EAFNOSUPPORT otherwise).
+/// Whether a listener can take a packet of that family (`inet_csk` sockets: `bpf_sk_assign` says
+/// EAFNOSUPPORT otherwise).
 #[inline(always)]
 pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
     if packet_is_v4 {

@@ -15,8 +15,8 @@ mod tests;
 pub use attempt::Attempt;
 pub use state::{BackendAccess, Decision, DecisionState, LookupFlags, MAX_ROUNDS, advance};
 
-/// Decides one look-up for a service. The kernel program does the same with `bpf_loop` for the loop, which the verifier
-/// follows once instead of for every round.
+/// Decides one look-up for a service. The kernel program does the same with `bpf_loop` for the
+/// loop, which the verifier follows once instead of for every round.
 pub fn decide<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Decision {
     if let Some(decision) = state.without_looking() {
         return decision;

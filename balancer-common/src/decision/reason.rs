@@ -3,8 +3,8 @@
 /// What the kernel is told to do with a look-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// The kernel goes on as it would without the balancer (`SK_PASS`, no socket chosen, except for an exempt source
-    /// on a virtual port, which still needs a socket).
+    /// The kernel goes on as it would without the balancer (`SK_PASS`, no socket chosen, except for
+    /// an exempt source on a virtual port, which still needs a socket).
     Pass,
     /// The look-up ends at the socket that was chosen (`SK_PASS` after `bpf_sk_assign`).
     Steer,
@@ -26,7 +26,8 @@ impl Verdict {
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $name:literal, $verdict:ident, $meaning:literal;)*) => {
         #[allow(clippy::doc_markdown, reason = "the meanings are sentences for people, not documentation")]
-        /// Every way a look-up for a service's port can end. Counters, JSON names, log words and docs derive from it.
+        /// Every way a look-up for a service's port can end. Counters, JSON names, log words and docs
+        /// derive from it.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         #[repr(u8)]
         pub enum Reason {

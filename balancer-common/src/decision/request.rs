@@ -45,7 +45,8 @@ pub struct Request {
     pub tuple: u64,
     /// Ticket of round-robin.
     pub ticket: u64,
-    /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass where it is still that.
+    /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass
+    /// where it is still that.
     pub weights: u64,
     /// The time, in ticks.
     pub now: u32,

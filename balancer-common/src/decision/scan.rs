@@ -10,7 +10,8 @@ use crate::decision::request::Request;
 use crate::hash::{self, rendezvous_score};
 use crate::opaque;
 
-/// Most backends that are tried for one SYN though their counters say that it is in vain, or that turn out to be gone.
+/// Most backends that are tried for one SYN though their counters say that it is in vain, or that
+/// turn out to be gone.
 pub const MAX_LOOKS: usize = 6;
 const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
@@ -78,8 +79,8 @@ impl Tally {
         };
     }
 
-    /// Whether computed quotas are contradicted by what stands: quotas are never computed so low. A burst may exceed
-    /// them by a few connections for each CPU, which is no contradiction.
+    /// Whether computed quotas are contradicted by what stands: quotas are never computed so low. A
+    /// burst may exceed them by a few connections for each CPU, which is no contradiction.
     #[inline(always)]
     pub const fn quotas_are_nonsense(&self) -> bool {
         let slack = if self.quotas / 8 > 16 {
@@ -98,7 +99,8 @@ pub struct Scan {
     pub request: Request,
     /// Which quotas count.
     pub enforce: Enforce,
-    /// SYN cookies are in use, or about to be: choose by four-tuple, so that the ACK finds the same listener.
+    /// SYN cookies are in use, or about to be: choose by four-tuple, so that the ACK finds the
+    /// same listener.
     pub cookies: bool,
     /// What was seen in this pass.
     pub tally: Tally,
@@ -111,7 +113,8 @@ pub struct Scan {
     best: u64,
     /// `Counts::expected` of the best, as the choice saw it.
     best_expected: u64,
-    /// The best was chosen without its `expected`: a look at it that fails does not put it behind others.
+    /// The best was chosen without its `expected`: a look at it that fails does not put it behind
+    /// others.
     best_has_no_hint: u64,
     /// Where the walk over the members stands.
     pub cursor: Cursor,
@@ -219,7 +222,8 @@ impl Scan {
         self.best_has_no_hint != 0
     }
 
-    /// The sum of the weights, where another pass is needed before [`Scan::best`] means something: round-robin took another one for it.
+    /// The sum of the weights, where another pass is needed before [`Scan::best`] means something:
+    /// round-robin took another one for it.
     #[inline(always)]
     pub const fn other_total(&self) -> Option<u64> {
         let matters = matches!(self.request.policy, Policy::RoundRobin) && !self.cookies;
@@ -261,8 +265,8 @@ impl Scan {
         }
     }
 
-    /// Takes all into account that the cursor leads to; `load` reads a word of the bitmap, `member` finds who is in a slot. The kernel does the
-    /// same with `bpf_loop`.
+    /// Takes all into account that the cursor leads to; `load` reads a word of the bitmap, `member`
+    /// finds who is in a slot. The kernel does the same with `bpf_loop`.
     pub fn walk<'a>(
         &mut self,
         load: impl Fn(u32) -> u64,
@@ -339,7 +343,8 @@ impl Scan {
         // Before what else there is to decide: the verifier would follow every decision through it.
         let metric = self.metric(member, weight, expected, before);
         let key = opaque(metric << SLOT_BITS | u64::from(member.slot));
-        // What is expected may be the very client whose ACK this is: with it counted, the ACK of a cookie would go elsewhere.
+        // What is expected may be the very client whose ACK this is: with it counted, the ACK of a
+        // cookie would go elsewhere.
         let no_hint = cookies & u64::from(self.cookies);
         let hint = u64::from(expected) & no_hint.wrapping_sub(1);
         let doubtful = is_full(member.counts.full, self.request.now) || used + hint >= limit;
@@ -387,8 +392,9 @@ impl Scan {
         }
     }
 
-    /// By the backend's address, so that one that comes back under another slot gets its own clients again; the slot
-    /// decides only among the listeners of one address (a `SO_REUSEPORT` group).
+    /// By the backend's address, so that one that comes back under another slot gets its own
+    /// clients again; the slot decides only among the listeners of one address (a
+    /// `SO_REUSEPORT` group).
     #[inline(always)]
     fn rendezvous(&self, key: u64, member: &Member, weight: u32) -> u64 {
         let (high, low) = member.backend.address.halves();
@@ -402,7 +408,8 @@ impl Scan {
         score | among_siblings
     }
 
-    /// How many tickets after the one at hand it is this member's turn, its turns being `before..before + weight`.
+    /// How many tickets after the one at hand it is this member's turn, its turns being
+    /// `before..before + weight`.
     #[inline(always)]
     fn turns_away(&self, before: u64, weight: u64) -> u64 {
         let turn = self.turn;

@@ -13,8 +13,8 @@ pub trait BackendAccess {
     fn begin(&mut self, scan: &mut Scan);
     /// Feeds to the scan what its cursor leads to.
     fn walk(&mut self, scan: &mut Scan);
-    /// Looks at the backend's socket, judges with [`DecisionState::judge`], makes the writes of that,
-    /// and assigns the SYN to it where that is the outcome.
+    /// Looks at the backend's socket, judges with [`DecisionState::judge`], makes the writes of
+    /// that, and assigns the SYN to it where that is the outcome.
     fn attempt(&mut self, slot: u32, decision: &DecisionState) -> Attempt;
     /// Keeps the sum of the weights for [`Request::weights`] of later look-ups.
     fn remember_weights(&mut self, service: u16, weights: u64);
@@ -56,12 +56,14 @@ pub struct Decision {
     pub slot: Option<u32>,
 }
 
-/// Rounds in all: looks, passes for the sum of the weights and for cookies, choices made anew because of other CPUs.
+/// Rounds in all: looks, passes for the sum of the weights and for cookies, choices made anew
+/// because of other CPUs.
 pub const MAX_ROUNDS: u32 = 48;
 /// After so many rounds another CPU's SYN is no reason to choose anew.
 const YIELDING_ROUNDS: u32 = 6;
 
-/// The state of one decision. The kernel keeps it in a map: on the stack the verifier would follow every value in it.
+/// The state of one decision. The kernel keeps it in a map: on the stack the verifier would follow
+/// every value in it.
 #[derive(Clone, Copy, Debug)]
 #[expect(
     clippy::struct_excessive_bools,
@@ -73,7 +75,8 @@ pub struct DecisionState {
     flags: LookupFlags,
     /// How the backend at hand is tried.
     effort: Effort,
-    /// What the first passes are for is known: whether cookies are in use, and the sum of the weights.
+    /// What the first passes are for is known: whether cookies are in use, and the sum of the
+    /// weights.
     cookies_known: bool,
     total_known: bool,
     looks: u32,
@@ -114,7 +117,8 @@ impl DecisionState {
         state
     }
 
-    /// Makes a used one new, in place: a copy of the whole would be a loop over its bytes in the kernel.
+    /// Makes a used one new, in place: a copy of the whole would be a loop over its bytes in the
+    /// kernel.
     #[inline(always)]
     pub fn start(&mut self, request: Request, flags: LookupFlags) {
         let enforce = if flags.exempt {
@@ -166,7 +170,8 @@ impl DecisionState {
         }
     }
 
-    /// Scans all members. Whether there must be another pass before the best of the scan means something.
+    /// Scans all members. Whether there must be another pass before the best of the scan means
+    /// something.
     #[inline(always)]
     fn scan<W: BackendAccess>(&mut self, world: &mut W) -> bool {
         self.scan.again();
@@ -210,8 +215,8 @@ impl DecisionState {
         }
     }
 
-    /// Nobody has room. Before a refusal: quotas that must not be trusted must not refuse, and a queue full for a moment is
-    /// no end. False: there is nothing left to try.
+    /// Nobody has room. Before a refusal: quotas that must not be trusted must not refuse, and a
+    /// queue full for a moment is no end. False: there is nothing left to try.
     #[inline(always)]
     fn fail_open<W: BackendAccess>(&mut self, world: &W) -> bool {
         if matches!(self.scan.enforce, Enforce::Quotas) {
@@ -284,8 +289,9 @@ impl DecisionState {
             Attempt::Failed => self.failed = true,
             _ => {}
         }
-        // A look that fails changes the counters, which put the backend behind those that may have room. Only one that was
-        // there already, or has no counters to change, must be remembered.
+        // A look that fails changes the counters, which put the backend behind those that may have
+        // room. Only one that was there already, or has no counters to change, must be
+        // remembered.
         if self.scan.best_is_doubtful()
             || self.scan.best_has_no_hint()
             || matches!(attempt, Attempt::Gone | Attempt::Failed)

@@ -396,7 +396,8 @@ fn pending_counts_and_the_next_candidate_is_taken() {
     );
 }
 
-/// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill. The client takes the last place.
+/// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill. The
+/// client takes the last place.
 #[test]
 fn the_ack_of_a_first_cookie_finds_the_listener_of_the_syn() {
     let of = |source| from_source(Policy::LeastConnections, source);

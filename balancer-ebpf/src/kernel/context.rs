@@ -1,7 +1,8 @@
 //! Reads of the contexts that the kernel gives to programs.
 
-/// Reads a field of a program's context; volatile, because the verifier forbids what the compiler likes to do: to choose
-/// among fields by arithmetic on the pointer. Arrays are read word by word, as the verifier demands.
+/// Reads a field of a program's context; volatile, because the verifier forbids what the compiler
+/// likes to do: to choose among fields by arithmetic on the pointer. Arrays are read word by word,
+/// as the verifier demands.
 macro_rules! context {
     ($context:expr, local_ip6) => {
         $crate::kernel::context::words!($context, local_ip6)

@@ -22,7 +22,8 @@ constants! {
     AT_QUEUE: u32;
     /// `sock.sk_max_ack_backlog`.
     AT_BACKLOG: u32;
-    /// `tcp_sock.rx_opt.ts_recent_stamp`: the last overflow of a listener (`tcp_synq_overflow`, include/net/tcp.h).
+    /// `tcp_sock.rx_opt.ts_recent_stamp`: the last overflow of a listener (`tcp_synq_overflow`,
+    /// include/net/tcp.h).
     AT_OVERFLOW: u32;
     /// `sock.sk_reuseport_cb`.
     AT_REUSEPORT: u32;

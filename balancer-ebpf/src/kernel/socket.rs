@@ -15,6 +15,7 @@ impl TcpSocket {
     /// `None` where it is no TCP socket.
     #[inline(always)]
     pub fn of(socket: *mut bpf_sock) -> Option<Self> {
+        // SAFETY: the socket lives as long as the program runs; the verifier checks that it is one.
         let tcp: *const tcp_sock = unsafe { bpf_skc_to_tcp_sock(socket.cast()) };
         if tcp.is_null() {
             None
@@ -41,9 +42,10 @@ impl TcpSocket {
     pub fn observe(&self) -> Observation {
         let hz = constant!(HZ);
         let overflow = self.overflow();
+        // SAFETY: a helper without arguments.
         let age = (unsafe { bpf_jiffies64() } as u32).wrapping_sub(overflow);
-        // 0 is never. It would be a moment ago when the low half of jiffies wraps around, which is also five minutes after each boot
-        // (`INITIAL_JIFFIES`, include/linux/jiffies.h).
+        // 0 is never. It would be a moment ago when the low half of jiffies wraps around, which is
+        // also five minutes after each boot (`INITIAL_JIFFIES`, include/linux/jiffies.h).
         let unknown = hz == 0 || overflow == 0;
         Observation {
             half_open: field!(self.0, AT_HALF_OPEN as u32),
@@ -59,8 +61,8 @@ impl TcpSocket {
     /// Jiffies (32 bits) of the last overflow of its SYN queue.
     #[inline(always)]
     fn overflow(&self) -> u32 {
-        // Both are read before the choice: the compiler would merge two conditional reads into one of an unknown type.
-        // A read through a null pointer gives 0 (BPF_PROBE_MEM).
+        // Both are read before the choice: the compiler would merge two conditional reads into one
+        // of an unknown type. A read through a null pointer gives 0 (BPF_PROBE_MEM).
         let group: *const u8 = field!(self.0, AT_REUSEPORT as *const u8);
         let (own, shared) = (
             field!(self.0, AT_OVERFLOW as u32),
@@ -79,12 +81,14 @@ impl TcpSocket {
 /// Whether a socket listens.
 #[inline(always)]
 pub fn listens(socket: *mut bpf_sock) -> bool {
+    // SAFETY: the socket lives as long as the program runs; the verifier checks that it is one.
     unsafe { (*socket).state == TCP_LISTEN }
 }
 
 /// Thread group id and thread id of the current task, in the initial pid namespace.
 #[inline(always)]
 pub fn current_task() -> (u32, u32) {
+    // SAFETY: a helper without arguments.
     let task: *const u8 = unsafe { bpf_get_current_task_btf() }.cast();
     if task.is_null() {
         (0, 0)

@@ -95,13 +95,18 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     }
     let class = class_of(backend.service, &remote(ctx));
     connection.class = class;
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
-    // After the count: who reads it before the count is read never misses an entry that the count has.
+    // After the count: who reads it before the count is read never misses an entry that the count
+    // has.
     if let Some(totals) = TOTALS.get_ptr_mut(slot) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::add(&raw mut (*totals).entered, 1) };
     }
     // It is no longer expected. Counted first, so that it is never missing from both.
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     if unsafe { (*counts).expected } as u32 as i32 > 0 {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
     }
     // Exempt ones are let in whatever the room: they say nothing of those that hold it.
@@ -110,7 +115,8 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     }
 }
 
-/// How a connection from there counts. A function of its own: the key would crowd the caller's stack.
+/// How a connection from there counts. A function of its own: the key would crowd the caller's
+/// stack.
 #[inline(never)]
 fn class_of(service: u16, source: &Address) -> u16 {
     if is_exempt(service, source) {
@@ -123,18 +129,24 @@ fn class_of(service: u16, source: &Address) -> u16 {
 /// A handshake was completed: those under way are no flood, and this is how long one takes.
 #[inline(always)]
 fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let stalled = unsafe { read_volatile(&raw const (*counts).stalled) };
+    // SAFETY: a helper without arguments.
     let now = ticks(unsafe { bpf_ktime_get_ns() });
     if is_held(stalled, now) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::replace(&raw mut (*counts).stalled, stalled, 0) };
     }
-    // Eighths of a microsecond; 0 where the SYN-ACK was sent again or was a cookie, and nothing was measured.
+    // Eighths of a microsecond; 0 where the SYN-ACK was sent again or was a cookie, and nothing was
+    // measured.
     let ops: *const bpf_sock_ops = ctx.ops;
     let eighths = context!(ops, srtt_us);
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let word = unsafe { read_volatile(&raw const (*counts).handshake) };
     if eighths != 0
         && let Some(word) = pack_handshake(word, eighths >> 3, now)
     {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::store(&raw mut (*counts).handshake, word) };
     }
 }
@@ -149,6 +161,7 @@ fn left(connection: &mut Connection) {
     if !counted || backend.slot_state().generation() != connection.generation {
         return;
     }
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe {
         atomic::add(
             &raw mut (*counts).established,
@@ -164,7 +177,9 @@ fn closed(connection: &Connection) {
     let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
         return;
     };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let slot_state = unsafe { (*backend).slot_state() };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     if slot_state.generation() != connection.generation
         || !slot_state.is(BackendState::Active)
         || !unsafe {
@@ -177,6 +192,8 @@ fn closed(connection: &Connection) {
     {
         return;
     }
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program; the words
+    // that are read here change only while the slot is claimed.
     let backend = unsafe { &*backend };
     change_membership(backend.service, slot, false);
     events::listener(EventKind::ListenerDown, slot, backend);
@@ -188,16 +205,20 @@ fn change_membership(service: u16, slot: u32, member: bool) {
         return;
     };
     let bit = 1u64 << (slot & 63);
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let word = unsafe { &raw mut (*members).words[(slot / 64) as usize & (MEMBER_WORDS - 1)] };
     if member {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::or(word, bit) };
     } else {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::and(word, !bit) };
     }
 }
 
 #[inline(always)]
 fn listened(ctx: &SockOpsContext) {
+    // SAFETY: the context lives as long as the program runs.
     let netns = unsafe { bpf_get_netns_cookie(ctx.ops.cast()) };
     let address = local(ctx);
     let port = ctx.local_port() as u16;
@@ -216,10 +237,12 @@ fn listened(ctx: &SockOpsContext) {
     }
 }
 
-/// A listener serves without the balancer: until the daemon has mended that, nobody is refused for its service.
+/// A listener serves without the balancer: until the daemon has mended that, nobody is refused for
+/// its service.
 #[inline(always)]
 fn unregistered(kind: EventKind, backend: &Backend) {
     if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(backend.service)) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::add(&raw mut (*state).unregistered, 1) };
     }
     events::listener(kind, u32::MAX, backend);
@@ -239,14 +262,18 @@ fn rule_of(netns: u64, address: Address, port: u16) -> Option<ListenRule> {
     })
 }
 
-/// A packed rule, or [`NONE`]. Global functions are looked at by the verifier once, by themselves, and not on every path
-/// that leads to them.
+/// A packed rule, or [`NONE`]. Global functions are looked at by the verifier once, by themselves,
+/// and not on every path that leads to them.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -> u64 {
+    // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
+    // whole structure. Nobody else has it meanwhile.
     let Some(address) = (unsafe { address.as_ref() }) else {
         return NONE;
     };
+    // SAFETY: the value is copied at once. Should an update reuse its element meanwhile: any bytes
+    // are a value.
     let read = |key| unsafe { LISTEN_RULES.get(key) }.copied();
     match ListenRule::most_specific(netns, *address, port as u16, read) {
         Some(rule) => {
@@ -256,21 +283,24 @@ pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -
     }
 }
 
-/// The same socket was shut down and listens again: its slot is still its own, with the connections that it has. An
-/// adopted one's end went unseen.
+/// The same socket was shut down and listens again: its slot is still its own, with the connections
+/// that it has. An adopted one's end went unseen.
 #[inline(always)]
 fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) -> bool {
     let slot = u32::from(connection.slot);
     let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
         return false;
     };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let slot_state = unsafe { (*backend).slot_state() };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     if slot_state.generation() != connection.generation
         || !(slot_state.is(BackendState::Closed) || slot_state.is(BackendState::Active))
         || unsafe { (*backend).service } != service
     {
         return false;
     }
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     if !unsafe {
         atomic::replace(
             &raw mut (*backend).slot_state,
@@ -309,8 +339,9 @@ fn backend_of(
     if ctx.family() != AF_INET {
         backend.flags |= Backend::V6;
     }
-    let socket: *mut bpf_sock = unsafe { socket(ctx) };
+    let socket: *mut bpf_sock = socket(ctx);
     if !socket.is_null() {
+        // SAFETY: the socket lives as long as the program runs; the verifier checks that it is one.
         backend.device = unsafe { (*socket).bound_dev_if };
         if let Some(tcp) = TcpSocket::of(socket) {
             backend.uid = tcp.uid();
@@ -339,6 +370,7 @@ pub extern "C" fn account_claim(service: u32) -> u64 {
     for _ in 0..CLAIMS {
         let mut found = NONE;
         let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+        // SAFETY: the callback gets a pointer to `found`, which outlives the loop.
         unsafe {
             bpf_loop(
                 MAX_SLOTS as u32,
@@ -347,11 +379,14 @@ pub extern "C" fn account_claim(service: u32) -> u64 {
                 0,
             )
         };
+        // SAFETY: a variable of this function. Volatile, because the callback has written it.
         let slot = unsafe { read_volatile(&raw const found) };
         let Some(place) = BACKENDS.get_ptr_mut(slot as u32) else {
             return NONE;
         };
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         let slot_state = unsafe { (*place).slot_state() };
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         if slot_state.is(BackendState::Free)
             && unsafe {
                 atomic::replace(
@@ -379,14 +414,18 @@ fn is_crowded(service: u16) -> bool {
     };
     let mut count = 0;
     for word in &members.words {
-        // Volatile, so that the words are not all loaded first and kept on the stack: Linux 6.1 rounds each frame up to 32
-        // bytes, and a chain of calls may take 512.
+        // Volatile, so that the words are not all loaded first and kept on the stack: Linux 6.1
+        // rounds each frame up to 32 bytes, and a chain of calls may take 512.
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         count += unsafe { read_volatile(word) }.count_ones();
     }
     count >= MAX_MEMBERS as u32
 }
 
 /// The callback of `bpf_loop` over all slots; 1 ends the loop.
+///
+/// # Safety
+/// `found` points to a word that nobody else uses.
 unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
     let Some(backend) = BACKENDS.get(slot) else {
         return 1;
@@ -394,6 +433,7 @@ unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
     if !backend.slot_state().is(BackendState::Free) {
         return 0;
     }
+    // SAFETY: by this function's contract.
     unsafe { *found.cast::<u64>() = u64::from(slot) };
     1
 }
@@ -408,10 +448,11 @@ fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
         class: Connection::UNCOUNTED,
         generation: id.generation,
     };
-    let socket = unsafe { socket(ctx) };
+    let socket = socket(ctx);
     let stored = if socket.is_null() {
         core::ptr::null_mut()
     } else {
+        // SAFETY: a map, a live socket, and no value or one of its size.
         unsafe {
             bpf_sk_storage_get(
                 (&raw const CONNECTION).cast_mut().cast(),
@@ -423,6 +464,7 @@ fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
         .cast::<Connection>()
     };
     if stored.is_null() {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe {
             atomic::store(
                 &raw mut (*place).slot_state,
@@ -433,10 +475,13 @@ fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
         return;
     }
     // A socket whose old slot was given away has a storage already, with the old value.
+    // SAFETY: it is the socket's own storage, which lives as long as the socket.
     unsafe { *stored = value };
     backend.slot_state = SlotState::new(id.generation, BackendState::Claimed).0;
+    // SAFETY: this CPU has claimed the slot: nobody else writes its element.
     unsafe { *place = backend };
     if let Some(counts) = COUNTS.get_ptr_mut(id.slot) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe {
             atomic::store(&raw mut (*counts).expected, 0);
             atomic::store(&raw mut (*counts).full, 0);
@@ -452,6 +497,7 @@ fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
 #[inline(always)]
 fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
     let mut key = id.slot;
+    // SAFETY: the context, a map and a key of its size, on the stack.
     let error = unsafe {
         bpf_sock_map_update(
             ctx.ops,
@@ -460,6 +506,7 @@ fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
             0,
         )
     };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe {
         if error == 0 {
             (*place).flags &= !Backend::UNSTEERABLE;
@@ -473,25 +520,31 @@ fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
         );
     }
     watch_states(ctx);
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program; the words
+    // that are read here change only while the slot is claimed.
     let backend = unsafe { &*place };
     change_membership(backend.service, id.slot, true);
     events::listener(EventKind::ListenerUp, id.slot, backend);
 }
 
+/// The socket that the program runs for; null where the kernel has only a request for one.
 #[inline(always)]
-unsafe fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+    // SAFETY: the context lives as long as the program runs.
     unsafe { (*ctx.ops).__bindgen_anon_2.sk }
 }
 
 /// The storage of the socket, inherited from its listener.
 #[inline(always)]
 fn storage<'a>(ctx: &SockOpsContext) -> Option<&'a mut Connection> {
-    let socket = unsafe { socket(ctx) };
+    let socket = socket(ctx);
     if socket.is_null() {
         return None;
     }
     let map = (&raw const CONNECTION).cast_mut().cast();
+    // SAFETY: a map, a live socket, and no value or one of its size.
     let value = unsafe { bpf_sk_storage_get(map, socket.cast(), core::ptr::null_mut(), 0) };
+    // SAFETY: null, or the socket's own storage, which lives as long as the socket.
     unsafe { value.cast::<Connection>().as_mut() }
 }
 

@@ -54,6 +54,7 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         count(port.service, Reason::ForeignSkLookup);
         return SK_PASS;
     }
+    // SAFETY: a helper without arguments.
     let now_ns = unsafe { bpf_ktime_get_ns() };
     let reason = match Scratch::take() {
         Some(scratch) => {
@@ -72,7 +73,8 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     }
 }
 
-/// Writes down what is asked. A function of its own: what it needs would crowd the stack of the chain of calls that decides.
+/// Writes down what is asked. A function of its own: what it needs would crowd the stack of the
+/// chain of calls that decides.
 #[inline(never)]
 fn start(state: &mut DecisionState, lookup: *const bpf_sk_lookup, port: ServicePort, now_ns: u64) {
     let arrival = arrival_of(lookup);
@@ -85,10 +87,11 @@ fn start(state: &mut DecisionState, lookup: *const bpf_sk_lookup, port: ServiceP
     state.start(request, flags);
 }
 
-/// Whether a program that ran before has chosen a socket: its choice stands, whatever this one says (`bpf_sk_lookup_run_v4`,
-/// include/linux/filter.h).
+/// Whether a program that ran before has chosen a socket: its choice stands, whatever this one says
+/// (`bpf_sk_lookup_run_v4`, include/linux/filter.h).
 #[inline(always)]
 fn has_chosen(lookup: *const bpf_sk_lookup) -> bool {
+    // SAFETY: the context lives as long as the program runs.
     let chosen =
         unsafe { read_volatile(&raw const (*lookup).__bindgen_anon_1.__bindgen_anon_1.sk) };
     !chosen.is_null()
@@ -120,18 +123,22 @@ fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
 /// The service of a look-up's destination.
 #[inline(always)]
 fn service_of(lookup: *const bpf_sk_lookup) -> Option<ServicePort> {
+    // SAFETY: the value is copied at once. Should an update reuse its element meanwhile: any bytes
+    // are a value.
     let read = |key: &PortKey| Ok::<_, Infallible>(unsafe { SERVICES.get(key) }.copied());
     let address = || arrival_of(lookup).to;
     let Ok(found) = ServicePort::of_destination(address, context!(lookup, local_port) as u16, read);
     found
 }
 
-/// For round-robin a look-up's own ticket, so that no two CPUs have the same turn, and what the weights added up to.
+/// For round-robin a look-up's own ticket, so that no two CPUs have the same turn, and what the
+/// weights added up to.
 #[inline(always)]
 fn next_ticket(port: &ServicePort) -> (u64, u64) {
     if matches!(Policy::from_number(port.policy), Policy::RoundRobin)
         && let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(port.service))
     {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe {
             (
                 atomic::add(&raw mut (*state).turn, 1),
@@ -162,7 +169,8 @@ fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason, now: u32)
 fn count(service: u16, reason: Reason) {
     let index = u32::from(service) * REASON_SLOTS as u32 + reason as u32;
     if let Some(counter) = VERDICTS.get_ptr_mut(index) {
-        // Per CPU: only a SYN that interrupts a process's look-up right here can make a count get lost.
+        // Per CPU: only a SYN that interrupts a process's look-up right here can make a count get
+        // lost. SAFETY: the element is that of this CPU.
         unsafe { *counter += 1 };
     }
 }
@@ -183,7 +191,8 @@ fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
     if let Some(decision) = state.without_looking() {
         return decision.reason;
     }
-    // Most end with the first. Apart, because the compiler knows what values there are and would leave out the check that the verifier wants.
+    // Most end with the first. Apart, because the compiler knows what values there are and would
+    // leave out the check that the verifier wants.
     let reason = opaque(steer_round(ctx.lookup, state));
     if reason != UNDECIDED {
         return Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError);
@@ -194,6 +203,7 @@ fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
         reason: UNDECIDED,
     };
     let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+    // SAFETY: the callback gets a pointer to `rounds`, which outlives the loop.
     unsafe {
         bpf_loop(
             MAX_ROUNDS - 1,
@@ -202,22 +212,29 @@ fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
             0,
         )
     };
+    // SAFETY: a variable of this function. Volatile, because the callback has written it.
     let reason = unsafe { read_volatile(&raw const rounds.reason) };
     Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError)
 }
 
 /// One round; the callback of `bpf_loop`. 1 ends the loop.
+///
+/// # Safety
+/// `rounds` points to [`Rounds`] that nobody else uses.
 unsafe extern "C" fn round(_index: u32, rounds: *mut c_void) -> i64 {
+    // SAFETY: by this function's contract.
     let rounds = unsafe { &mut *rounds.cast::<Rounds>() };
     rounds.reason = steer_round(rounds.ctx, rounds.state);
     i64::from(rounds.reason != UNDECIDED)
 }
 
-/// One round; the reason, or [`UNDECIDED`]. Global functions are looked at by the verifier once, by themselves, and not
-/// on every path that leads to them.
+/// One round; the reason, or [`UNDECIDED`]. Global functions are looked at by the verifier once, by
+/// themselves, and not on every path that leads to them.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn steer_round(ctx: *mut bpf_sk_lookup, state: *mut DecisionState) -> u64 {
+    // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
+    // whole structure. Nobody else has it meanwhile.
     let Some(state) = (unsafe { state.as_mut() }) else {
         return Reason::FailOpenError as u64;
     };
@@ -236,16 +253,19 @@ impl BackendAccess for Sockets {
     #[inline(always)]
     fn begin(&mut self, scan: &mut Scan) {
         if let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) {
+            // SAFETY: the pointer is to an element of a map, which lives as long as the program.
             scan.cursor = Cursor::new(|word| unsafe { load(members, word) });
         }
     }
 
     #[inline(always)]
     fn walk(&mut self, scan: &mut Scan) {
-        // The verifier takes only a pointer to the stack here; what it points to is the pointer to the scan.
+        // The verifier takes only a pointer to the stack here; what it points to is the pointer to
+        // the scan.
         let mut scan = core::ptr::from_mut(scan);
         let visit = visit as unsafe extern "C" fn(u32, *mut c_void) -> i64;
         let calls = Cursor::STEPS.div_ceil(STEPS_A_CALL);
+        // SAFETY: the callback gets a pointer to the pointer to the scan, which outlive the loop.
         unsafe { bpf_loop(calls, visit as *mut c_void, (&raw mut scan).cast(), 0) };
     }
 
@@ -257,6 +277,7 @@ impl BackendAccess for Sockets {
     #[inline(always)]
     fn remember_weights(&mut self, service: u16, weights: u64) {
         if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) {
+            // SAFETY: the pointer is to an element of a map, which lives as long as the program.
             unsafe { atomic::store(&raw mut (*state).weights, weights) };
         }
     }
@@ -269,8 +290,9 @@ impl BackendAccess for Sockets {
     }
 }
 
-/// Steps over the members for one call. Returns are dear: where the kernel mitigates Speculative Return Stack Overflow (AMD), none is predicted.
-/// More steps are more work for the verifier, which goes through each.
+/// Steps over the members for one call. Returns are dear: where the kernel mitigates Speculative
+/// Return Stack Overflow (AMD), none is predicted. More steps are more work for the verifier, which
+/// goes through each.
 const STEPS_A_CALL: u32 = 3;
 
 /// Global like [`steer_round`].
@@ -281,6 +303,8 @@ pub extern "C" fn steer_attempt(
     state: *const DecisionState,
     slot: u32,
 ) -> u64 {
+    // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
+    // whole structure. Nobody else has it meanwhile.
     let Some(state) = (unsafe { state.as_ref() }) else {
         return Attempt::Gone.encode();
     };
@@ -295,6 +319,7 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> At
     if member.backend.flags & Backend::UNSTEERABLE != 0 {
         return state.judge(None, &member).attempt;
     }
+    // SAFETY: a map and a key of its size, on the stack.
     let socket: *mut bpf_sock = unsafe {
         bpf_map_lookup_elem(
             (&raw const LISTENERS).cast_mut().cast(),
@@ -306,18 +331,27 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> At
         return Attempt::Gone;
     }
     let attempt = attempt_socket(ctx, socket, &member, state);
+    // SAFETY: the reference that the look-up in the map took, given back once.
     unsafe { bpf_sk_release(socket.cast()) };
     attempt
 }
 
 /// A word of a bitmap.
+///
+/// # Safety
+/// `members` points to an element of MEMBERS.
 #[inline(always)]
 unsafe fn load(members: *const Members, word: u32) -> u64 {
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe { read_volatile(&raw const (*members).words[word as usize & (MEMBER_WORDS - 1)]) }
 }
 
 /// A few steps over the members; the callback of `bpf_loop`. 1 ends the loop.
+///
+/// # Safety
+/// `scan` points to a pointer to a [`Scan`] that nobody else uses.
 unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
+    // SAFETY: by this function's contract.
     let scan = unsafe { &mut **scan.cast::<*mut Scan>() };
     let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
         return 1;
@@ -325,6 +359,7 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     // Apart, so that it stays a loop.
     let mut left = opaque(u64::from(STEPS_A_CALL));
     while left > 0 {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         match scan.cursor.step(|word| unsafe { load(members, word) }) {
             Step::End => return 1,
             Step::Nobody => {}
@@ -372,12 +407,14 @@ fn attempt_socket(
         return Attempt::Gone;
     };
     let outcome = state.judge(Some(&tcp.observe()), member);
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     if !unsafe { write(&outcome.writes, counts, member) } {
         return Attempt::Raced;
     }
     if !matches!(outcome.attempt, Attempt::Assigned) {
         return outcome.attempt;
     }
+    // SAFETY: the context and a socket with a reference, as the verifier demands.
     match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
         0 => Attempt::Assigned,
         EEXIST => Attempt::Foreign,
@@ -386,27 +423,35 @@ fn attempt_socket(
 }
 
 /// Makes the writes of a look; false if another CPU was faster and the choice stands no more.
+///
+/// # Safety
+/// `counts` points to an element of COUNTS.
 #[inline(always)]
 unsafe fn write(writes: &Writes, counts: *mut Counts, member: &Member) -> bool {
-    if let Some(word) = writes.cookies {
-        unsafe { atomic::store(&raw mut (*counts).cookies, word) };
+    // SAFETY: by this function's contract. Other CPUs change the words atomically, too.
+    unsafe {
+        if let Some(word) = writes.cookies {
+            atomic::store(&raw mut (*counts).cookies, word);
+        }
+        if let Some(word) = writes.full {
+            atomic::store(&raw mut (*counts).full, word);
+        }
+        if let Some(word) = writes.stalled {
+            atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word);
+        }
+        match writes.expected {
+            None => true,
+            Some(Expected {
+                word,
+                instead_of: None,
+            }) => {
+                atomic::store(&raw mut (*counts).expected, word);
+                true
+            }
+            Some(Expected {
+                word,
+                instead_of: Some(old),
+            }) => atomic::replace(&raw mut (*counts).expected, old, word),
+        }
     }
-    if let Some(word) = writes.full {
-        unsafe { atomic::store(&raw mut (*counts).full, word) };
-    }
-    if let Some(word) = writes.stalled {
-        unsafe { atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word) };
-    }
-    match writes.expected {
-        None => {}
-        Some(Expected {
-            word,
-            instead_of: None,
-        }) => unsafe { atomic::store(&raw mut (*counts).expected, word) },
-        Some(Expected {
-            word,
-            instead_of: Some(old),
-        }) => return unsafe { atomic::replace(&raw mut (*counts).expected, old, word) },
-    }
-    true
 }

@@ -77,7 +77,8 @@ pub fn explain(
     Ok(model.describe(from, &name, decision, &state))
 }
 
-/// A SYN needs a destination of the source's family; which one matters only where backends are bound to addresses.
+/// A SYN needs a destination of the source's family; which one matters only where backends are
+/// bound to addresses.
 fn default_destination(from: SocketAddr) -> IpAddr {
     if from.is_ipv4() {
         IpAddr::V4(std::net::Ipv4Addr::LOCALHOST)

@@ -57,7 +57,8 @@ impl Reader {
         snapshot::take(&self.tables)
     }
 
-    /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the maps.
+    /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the
+    /// maps.
     ///
     /// # Errors
     /// When a map or the socket table can't be read.
