@@ -225,11 +225,6 @@ impl SlotPolicy {
     pub const fn flags(&self) -> u32 {
         (self.weight >> 32) as u32
     }
-
-    /// Whether somebody set the quota by hand, for this backend or for its service.
-    pub const fn is_by_hand(&self) -> bool {
-        self.flags() & (Self::BY_HAND | Self::SERVICE_BY_HAND) != 0
-    }
 }
 
 /// Value of CONNECTION (socket storage): on a listener its slot; on an accepted socket what it was

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use balancer_common::abi::SlotPolicy;
 use tracing::info;
 
 use crate::dataplane::{SlotQuota, SlotView, Writer, services, slots};
-use crate::quota::{InForce, Outcome, Quota, QuotaSource, ReadyBackend, in_force};
+use crate::quota::in_force::{in_force, written};
+use crate::quota::{InForce, Outcome, Quota, QuotaSource, ReadyBackend};
 
 /// Since when quotas that are computed together have been waiting to go down.
 #[derive(Debug)]
@@ -48,12 +48,12 @@ impl<K: Ord + Clone> LoweringClocks<K> {
 
 /// What the quota of a backend that is ready depends on.
 pub fn ready_backend(slot: &SlotView, weight: u32) -> ReadyBackend {
-    let policy = &slot.member.policy;
-    let computed = policy.is_for(slot.slot_state()) && !policy.is_by_hand();
+    let before = written(&slot.member.policy, slot.slot_state());
+    let computed = before.filter(|before| !before.source.is_by_hand());
     ReadyBackend {
         weight,
         established: slot.counted(),
-        previous: computed.then(|| Quota::from_map(policy.quota())),
+        previous: computed.map(|before| before.quota),
     }
 }
 
@@ -69,19 +69,18 @@ pub fn put_in_force(
     weight: u32,
     why: &str,
 ) -> Result<()> {
-    let policy = &slot.member.policy;
-    let written = policy.is_for(slot.slot_state());
-    let before = written.then(|| Quota::from_map(policy.quota()));
-    let for_backend = before.filter(|_| policy.flags() & SlotPolicy::BY_HAND != 0);
-    let for_service = services::quota_by_hand(&writer.tables, slot.member.backend.service)?;
-    let for_service = for_service.map(Quota::from_map);
-    let now = in_force(for_backend, for_service, rule);
+    let service = slot.member.backend.service;
+    let before = written(&slot.member.policy, slot.slot_state());
+    let by_hand = before.filter(|before| before.source == QuotaSource::Backend);
+    let by_hand_for_all = services::quota_by_hand(&writer.tables, service)?;
+    let before = before.map(|before| before.quota);
+    let now = in_force(by_hand.map(|before| before.quota), by_hand_for_all, rule);
     if before != Some(now.quota) {
         let before = before.map_or_else(|| "new".to_owned(), |before| before.to_string());
         let why = if now == rule { why } else { "set by hand" };
         info!(
             "{}: quota of slot {}: {before} -> {} ({why})",
-            services::name(&writer.tables, slot.member.backend.service),
+            services::name(&writer.tables, service),
             slot.slot(),
             now.quota
         );
@@ -95,9 +94,8 @@ fn write(writer: &Writer, slot: &SlotView, now: InForce, weight: u32) {
         &writer.tables,
         SlotQuota {
             id: slot.id(),
-            quota: now.quota.limit(),
+            in_force: now,
             weight,
-            source: now.source,
         },
     );
 }

@@ -10,6 +10,8 @@ use balancer_common::abi::{
 };
 use ipnet::IpNet;
 
+use crate::quota::Quota;
+
 /// Where a listener of a service may listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenAt {
@@ -34,8 +36,8 @@ pub struct ServicePlan {
     pub policy: Policy,
     /// Nothing listens on the port itself.
     pub virtual_port: bool,
-    /// Quota of a backend that the daemon has not seen yet; `None`: unlimited.
-    pub quota: Option<u32>,
+    /// The quota by its rule of a backend that the daemon has not seen yet.
+    pub quota: Quota,
     /// The quota rule in words.
     pub rule: String,
     /// Sources that are never refused.
@@ -67,11 +69,11 @@ impl Plan {
             .collect()
     }
 
-    /// The content of SERVICES; `ids` are the ids of the services in their order, `quota` what is
-    /// in force by hand.
-    pub fn ports(&self, ids: &[u16], by_hand: &[Option<u32>]) -> BTreeMap<PortKey, ServicePort> {
+    /// The content of SERVICES; `ids` are the ids of the services in their order, `quotas` what
+    /// holds for backends that the daemon has not seen yet.
+    pub fn ports(&self, ids: &[u16], quotas: &[Quota]) -> BTreeMap<PortKey, ServicePort> {
         let mut ports = BTreeMap::new();
-        for ((service, id), by_hand) in self.services.iter().zip(ids).zip(by_hand) {
+        for ((service, id), quota) in self.services.iter().zip(ids).zip(quotas) {
             let any = PortKey::new(ANY_NETNS, Address::ANY, service.port);
             let entry = ports.entry(any).or_insert(ServicePort {
                 service: NO_SERVICE,
@@ -87,7 +89,7 @@ impl Plan {
                 } else {
                     0
                 },
-                quota: by_hand.or(service.quota).unwrap_or(UNLIMITED),
+                quota: quota.to_map(),
             };
             match service.address {
                 None => {
@@ -217,7 +219,7 @@ mod tests {
             address: address.map(|text| text.parse().unwrap()),
             policy: Policy::LeastConnections,
             virtual_port: false,
-            quota: Some(5),
+            quota: Quota::Limited(5),
             rule: String::new(),
             exempt: vec![
                 "10.0.0.0/24".parse().unwrap(),
@@ -248,7 +250,7 @@ mod tests {
             ],
             ..Plan::default()
         };
-        let ports = plan.ports(&[3, 4], &[None, Some(9)]);
+        let ports = plan.ports(&[3, 4], &[Quota::Limited(5), Quota::Limited(9)]);
         let any = ports[&PortKey::new(ANY_NETNS, Address::ANY, 11800)];
         assert_eq!(
             (any.service, any.flags, any.quota),
@@ -260,7 +262,10 @@ mod tests {
             services: plan.services.into_iter().rev().collect(),
             ..Plan::default()
         };
-        assert_eq!(reversed.ports(&[4, 3], &[Some(9), None]), ports);
+        assert_eq!(
+            reversed.ports(&[4, 3], &[Quota::Limited(9), Quota::Limited(5)]),
+            ports
+        );
     }
 
     #[test]

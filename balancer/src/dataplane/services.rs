@@ -5,15 +5,15 @@ use std::collections::{BTreeMap, HashSet};
 use anyhow::{Context as _, Result, bail};
 use aya::maps::MapData;
 use aya::maps::lpm_trie::Key;
-use balancer_common::abi::{
-    Address, BackendState, MAX_SERVICES, ServiceInfo, ServicePort, UNLIMITED,
-};
+use balancer_common::abi::{Address, BackendState, MAX_SERVICES, ServiceInfo, ServicePort};
 use tracing::{info, warn};
 
 use super::plain::Plain;
 use super::plan::{Plan, Rules, ServicePlan};
 use super::slots;
 use super::tables::{Tables, every_service, text};
+use crate::quota::Quota;
+use crate::quota::in_force::{by_hand, of_service};
 
 const EMPTY_INFO: ServiceInfo = ServiceInfo {
     name: [0; 64],
@@ -57,9 +57,9 @@ pub fn refresh_ports(tables: &mut Tables, plan: &Plan) -> Result<()> {
 }
 
 fn write_ports(tables: &mut Tables, plan: &Plan, ids: &[u16]) -> Result<()> {
-    let by_hand = ids.iter().map(|id| quota_by_hand(tables, *id));
-    let by_hand = by_hand.collect::<Result<Vec<_>>>()?;
-    sync(&mut tables.services, &plan.ports(ids, &by_hand), "SERVICES")
+    let quota = |id: &u16| Ok(of_service(&tables.service(*id)?).quota);
+    let quotas = ids.iter().map(quota).collect::<Result<Vec<_>>>()?;
+    sync(&mut tables.services, &plan.ports(ids, &quotas), "SERVICES")
 }
 
 /// A service keeps its id by its name, over reloads and restarts.
@@ -117,7 +117,7 @@ fn describe(info: &mut ServiceInfo, service: &ServicePlan) {
     } else {
         0
     };
-    info.quota = service.quota.unwrap_or(UNLIMITED);
+    info.quota = service.quota.to_map();
 }
 
 /// Explains a service's quotas.
@@ -132,9 +132,8 @@ pub fn write_sentence(tables: &mut Tables, id: u16, sentence: &str) -> Result<()
 ///
 /// # Errors
 /// When the map can't be read.
-pub fn quota_by_hand(tables: &Tables, id: u16) -> Result<Option<u32>> {
-    let info = tables.service(id)?;
-    Ok((info.by_hand == 1).then_some(info.quota_by_hand))
+pub fn quota_by_hand(tables: &Tables, id: u16) -> Result<Option<Quota>> {
+    Ok(by_hand(&tables.service(id)?))
 }
 
 /// Sets or clears the quota by hand for every backend of a service.

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use balancer_common::abi::{
-    BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState, UNLIMITED,
+    BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState,
 };
 use tracing::{debug, info};
 
 use super::tables::{SlotView, Tables, every_slot};
-use crate::quota::QuotaSource;
+use crate::quota::InForce;
 
 /// A closed slot is given away only after so long without a connection: a last one may be on its
 /// way out.
@@ -24,31 +24,22 @@ const QUARANTINE: Duration = Duration::from_secs(1);
 pub struct SlotQuota {
     /// The backend.
     pub id: BackendId,
-    /// The quota; `None`: unlimited.
-    pub quota: Option<u32>,
+    /// The quota that holds for it.
+    pub in_force: InForce,
     /// Its weight.
     pub weight: u32,
-    /// Where the quota comes from.
-    pub source: QuotaSource,
-}
-
-impl QuotaSource {
-    const fn flags(self) -> u32 {
-        match self {
-            Self::Rule => 0,
-            Self::Computed => SlotPolicy::COMPUTED,
-            Self::Service => SlotPolicy::SERVICE_BY_HAND,
-            Self::Backend => SlotPolicy::BY_HAND,
-        }
-    }
 }
 
 /// Gives a backend its quota and weight, in force at the next SYN.
 pub fn set_quota(tables: &Tables, wanted: SlotQuota) {
-    let quota = wanted.quota.unwrap_or(UNLIMITED);
-    let flags = wanted.source.flags();
+    let InForce { quota, source } = wanted.in_force;
     let slot = wanted.id.slot;
-    let policy = SlotPolicy::new(wanted.id.generation, quota, wanted.weight, flags);
+    let policy = SlotPolicy::new(
+        wanted.id.generation,
+        quota.to_map(),
+        wanted.weight,
+        source.flags(),
+    );
     let present = tables.policy(slot);
     if (present.quota, present.weight) == (policy.quota, policy.weight) {
         return;

@@ -1,6 +1,8 @@
 //! Which quota holds for a backend.
 
-use super::Quota;
+use balancer_common::abi::{ServiceInfo, SlotPolicy, SlotState};
+
+use super::model::Quota;
 use crate::config::{ClusterQuota, QuotaRule};
 
 /// Where a quota comes from.
@@ -14,6 +16,35 @@ pub enum QuotaSource {
     Service,
     /// Set by hand for this backend.
     Backend,
+}
+
+impl QuotaSource {
+    /// The flags of a slot's policy.
+    pub const fn flags(self) -> u32 {
+        match self {
+            Self::Rule => 0,
+            Self::Computed => SlotPolicy::COMPUTED,
+            Self::Service => SlotPolicy::SERVICE_BY_HAND,
+            Self::Backend => SlotPolicy::BY_HAND,
+        }
+    }
+
+    const fn from_flags(flags: u32) -> Self {
+        if flags & SlotPolicy::BY_HAND != 0 {
+            Self::Backend
+        } else if flags & SlotPolicy::SERVICE_BY_HAND != 0 {
+            Self::Service
+        } else if flags & SlotPolicy::COMPUTED != 0 {
+            Self::Computed
+        } else {
+            Self::Rule
+        }
+    }
+
+    /// Whether somebody set the quota by hand.
+    pub const fn is_by_hand(self) -> bool {
+        matches!(self, Self::Service | Self::Backend)
+    }
 }
 
 /// A quota, and where it comes from.
@@ -33,6 +64,28 @@ pub fn in_force(backend: Option<Quota>, service: Option<Quota>, rule: InForce) -
         .map(by_hand(QuotaSource::Backend))
         .or_else(|| service.map(by_hand(QuotaSource::Service)))
         .unwrap_or(rule)
+}
+
+/// The quota that the daemon has written for the backend in a slot; `None`: none yet.
+pub fn written(policy: &SlotPolicy, slot_state: SlotState) -> Option<InForce> {
+    policy.is_for(slot_state).then(|| InForce {
+        quota: Quota::from_map(policy.quota()),
+        source: QuotaSource::from_flags(policy.flags()),
+    })
+}
+
+/// The quota that was set by hand for every backend of a service.
+pub fn by_hand(service: &ServiceInfo) -> Option<Quota> {
+    (service.by_hand == 1).then(|| Quota::from_map(service.quota_by_hand))
+}
+
+/// The quota of a service's backends for which the daemon has written none.
+pub fn of_service(service: &ServiceInfo) -> InForce {
+    let rule = InForce {
+        quota: Quota::from_map(service.quota),
+        source: QuotaSource::Rule,
+    };
+    in_force(None, by_hand(service), rule)
 }
 
 impl QuotaRule {

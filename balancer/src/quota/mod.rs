@@ -2,7 +2,7 @@
 //! that explains it. Pure.
 
 mod compute;
-mod in_force;
+pub mod in_force;
 mod model;
 mod sentence;
 mod share;
@@ -10,7 +10,7 @@ pub mod starved;
 pub mod window;
 
 pub use compute::{Known, Total, compute, compute_cluster};
-pub use in_force::{InForce, QuotaSource, in_force};
+pub use in_force::{InForce, QuotaSource};
 pub use model::{Outcome, Quota, ReadyBackend};
 
 #[cfg(test)]

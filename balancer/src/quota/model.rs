@@ -22,6 +22,14 @@ impl Quota {
         }
     }
 
+    /// The number that a map holds.
+    pub const fn to_map(self) -> u32 {
+        match self {
+            Self::Unlimited => UNLIMITED,
+            Self::Limited(limit) => limit,
+        }
+    }
+
     /// The number, where there is one.
     pub fn limit(self) -> Option<u32> {
         match self {

@@ -6,6 +6,7 @@ use super::*;
 use crate::config::QuotaRule;
 
 mod cluster;
+mod in_force;
 mod starved;
 mod window;
 

@@ -102,7 +102,7 @@ fn service_plan(service: &Service) -> ServicePlan {
         address: service.address,
         policy: service.policy,
         virtual_port: service.backends.is_some(),
-        quota: service.quota.uncomputed().limit(),
+        quota: service.quota.uncomputed(),
         rule: service.quota.to_string(),
         exempt: service.exempt.clone(),
         listen,

@@ -7,13 +7,14 @@ use std::time::Duration;
 use anyhow::Result;
 use balancer_common::Reason;
 use balancer_common::abi::{
-    AuditTotals, Backend, BackendState, Heartbeat, Policy, ServiceInfo, ServicePort, UNLIMITED,
-    ticks,
+    AuditTotals, Backend, BackendState, Heartbeat, Policy, ServiceInfo, ServicePort, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
 
 use super::super::tables::{Tables, text};
+use crate::quota::InForce;
+use crate::quota::in_force::{of_service, written};
 use crate::sys::clock;
 
 /// The data plane at one moment.
@@ -163,12 +164,7 @@ pub fn take(tables: &Tables) -> Result<Snapshot> {
 
 fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
     let info = &image.info;
-    let by_hand = info.by_hand == 1;
-    let quota = if by_hand {
-        info.quota_by_hand
-    } else {
-        info.quota
-    };
+    let quota = of_service(info);
     ServiceSnapshot {
         id: image.id,
         name: text(&info.name),
@@ -178,10 +174,10 @@ fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSna
         virtual_port: info.flags & ServicePort::VIRTUAL != 0,
         rule: text(&info.rule),
         sentence: text(&info.sentence),
-        quota_override: by_hand.then_some(info.quota_by_hand),
+        quota_override: (info.by_hand == 1).then_some(info.quota_by_hand),
         backends: members
             .iter()
-            .map(|member| backend(member, quota, by_hand, now))
+            .map(|member| backend(member, quota, now))
             .collect(),
         verdicts: image.verdicts.clone(),
     }
@@ -199,14 +195,8 @@ fn daemon(image: &MapContents) -> DaemonSnapshot {
     }
 }
 
-fn backend(
-    member: &Member,
-    service_quota: u32,
-    service_by_hand: bool,
-    now: u32,
-) -> BackendSnapshot {
-    let quota = member.quota(service_quota);
-    let written = member.policy.is_for(member.backend.slot_state());
+fn backend(member: &Member, of_service: InForce, now: u32) -> BackendSnapshot {
+    let in_force = written(&member.policy, member.backend.slot_state()).unwrap_or(of_service);
     let steerable = member.backend.flags & Backend::UNSTEERABLE == 0;
     BackendSnapshot {
         slot: member.slot,
@@ -214,12 +204,8 @@ fn backend(
         netns: member.backend.netns,
         state: member.state(),
         weight: member.weight(),
-        quota: (quota != UNLIMITED).then_some(quota),
-        overridden: if written {
-            member.policy.is_by_hand()
-        } else {
-            service_by_hand
-        },
+        quota: in_force.quota.limit(),
+        overridden: in_force.source.is_by_hand(),
         established: member.counts.established(),
         exempt: member.counts.exempt(),
         pending: steerable.then(|| admission::expected(member.counts.expected, now)),

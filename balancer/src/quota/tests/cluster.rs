@@ -136,6 +136,21 @@ fn nothing_known_is_unlimited() {
 }
 
 #[test]
+fn quotas_stay_until_all_ready_backends_are_reported() {
+    let known = Known {
+        unreported: 1,
+        ..known(202, "observed")
+    };
+    let ready = [ready(1, 5, Some(60)), ready(1, 0, None)];
+    let outcome = compute_cluster(&observed(0), &known, &ready, NOW);
+    assert_eq!(outcome.quotas, [Quota::Limited(60), Quota::Unlimited]);
+    assert_eq!(
+        outcome.sentence,
+        "as before: the daemons of 1 of 2 ready pods have not told yet"
+    );
+}
+
+#[test]
 fn none_and_one_ready_are_unlimited() {
     let total = known(202, "observed");
     let outcome = compute_cluster(&observed(15), &total, &[], NOW);

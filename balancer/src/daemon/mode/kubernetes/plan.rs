@@ -74,7 +74,7 @@ impl PortNames {
                 address: None,
                 policy: entry.policy,
                 virtual_port: false,
-                quota: entry.quota.uncomputed().limit(),
+                quota: entry.quota.uncomputed(),
                 rule: entry.quota.to_string(),
                 exempt: exempt(*port, config, groups, node),
                 listen: vec![ListenAt {
