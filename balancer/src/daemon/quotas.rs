@@ -114,8 +114,8 @@ pub fn explain(writer: &mut Writer, service: u16, sentence: &str) -> Result<()> 
     }
 }
 
-/// Sets (or, with `None`, clears) a quota by hand, of a service or of one of its backends; says what
-/// changed.
+/// Sets (or, with `None`, clears) a quota by hand, of a service or of one of its backends; says
+/// what changed.
 ///
 /// # Errors
 /// When there is no such service or backend.

@@ -97,7 +97,8 @@ impl<K: Ord + Clone> Refusals<K> {
         }
     }
 
-    /// The sources of a group that were refused of late, by address, whether served meanwhile or not.
+    /// The sources of a group that were refused of late, by address, whether served meanwhile or
+    /// not.
     pub fn of(&self, group: &K, now: Duration) -> Vec<Refused> {
         let sources = self.groups.get(group).into_iter().flatten();
         sources

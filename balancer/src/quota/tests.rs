@@ -194,7 +194,8 @@ fn run_until_settled(
 
 #[test]
 fn ticks_of_a_second_lower_by_a_tenth_a_minute_in_all() {
-    // ln(500 / 1000) / (10 % a minute) is just below 7 minutes when each step is taken of what is left.
+    // ln(500 / 1000) / (10 % a minute) is just below 7 minutes when each step is taken of what is
+    // left.
     let backends = vec![ready(1, 0, Some(1000)), ready(1, 0, Some(1000))];
     let (settled, seconds) = run_until_settled(&computed(1000, 1, 0), backends, 3600);
     assert_eq!(settled, [500, 500]);

@@ -53,7 +53,8 @@ impl Mode {
         Ok(())
     }
 
-    /// Waits until something in the cluster has changed; for ever, where there is none. Cancel safe.
+    /// Waits until something in the cluster has changed; for ever, where there is none. Cancel
+    /// safe.
     pub async fn changed(&mut self) {
         match self {
             Self::Standalone(_) => std::future::pending().await,

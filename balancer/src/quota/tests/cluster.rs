@@ -536,7 +536,8 @@ proptest! {
         prop_assert!(before.iter().zip(&after).all(|(before, after)| before <= after));
     }
 
-    /// What an agent computes for its own backends is where the others, who know no previous quota of them, see them going.
+    /// What a daemon computes for its own backends is where the others, who know no previous quota
+    /// of them, see them going.
     #[test]
     fn every_node_comes_to_the_same(
         rule in sane_cluster_rule(),

@@ -92,7 +92,7 @@ fn tidying_leaves_what_still_counts() {
 }
 
 #[test]
-fn agents_together_know_more_than_each() {
+fn daemons_together_know_more_than_each() {
     let one = [refused(1, 9, 6), refused(2, 30, 2), refused(3, 400, 61)];
     let other = [refused(1, 4, 1), refused(2, 20, 1), refused(4, 3, 3)];
     let merged: Vec<Refused> = merge(one.into_iter().chain(other)).into_values().collect();
@@ -142,7 +142,7 @@ proptest! {
     }
 
     #[test]
-    fn the_order_of_agents_makes_no_difference_and_one_more_takes_nothing_away(
+    fn the_order_of_daemons_makes_no_difference_and_one_more_takes_nothing_away(
         list in proptest::collection::vec(any_refused(), 0..20),
         more in proptest::collection::vec(any_refused(), 0..20),
     ) {

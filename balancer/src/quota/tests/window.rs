@@ -49,22 +49,22 @@ fn is_seeded_with_what_others_saw_even_before_the_start() {
     assert_eq!(window.peak(seconds(200)), Some((30, seconds(190))));
 }
 
-/// Two agents that tell each other of a peak, in whole seconds rounded up, do not keep it alive.
+/// Two daemons that tell each other of a peak, in whole seconds rounded up, do not keep it alive.
 #[test]
 fn an_echo_dies_out() {
-    let mut agents = [Window::new(seconds(60)), Window::new(seconds(60))];
+    let mut daemons = [Window::new(seconds(60)), Window::new(seconds(60))];
     let at = Duration::from_millis;
-    agents[0].add(at(300), 100);
+    daemons[0].add(at(300), 100);
     for tick in 1..100 {
         let now = at(tick * 1700);
         let (from, to) = if tick % 2 == 0 { (0, 1) } else { (1, 0) };
-        if let Some((value, age)) = agents[from].peak(now) {
+        if let Some((value, age)) = daemons[from].peak(now) {
             let seconds_ago = age.as_secs() + u64::from(age.subsec_nanos() > 0);
-            agents[to].add_old(now, value, seconds(seconds_ago));
+            daemons[to].add_old(now, value, seconds(seconds_ago));
         }
     }
     let now = at(100 * 1700);
-    assert_eq!(agents.map(|agent| agent.peak(now)), [None, None]);
+    assert_eq!(daemons.map(|daemon| daemon.peak(now)), [None, None]);
 }
 
 proptest! {

@@ -153,8 +153,8 @@ impl KubernetesMode {
             .collect()
     }
 
-    /// Finds the pods of the listeners that are there, and returns those of their network namespaces
-    /// that `steer` is not attached to yet.
+    /// Finds the pods of the listeners that are there, and returns those of their network
+    /// namespaces that `steer` is not attached to yet.
     ///
     /// # Errors
     /// When slots or network namespaces can't be read.
@@ -195,8 +195,8 @@ impl KubernetesMode {
         Ok(())
     }
 
-    /// Opens computed quotas: what an earlier daemon computed them from is too old, and this one has
-    /// not been told anything.
+    /// Opens computed quotas: what an earlier daemon computed them from is too old, and this one
+    /// has not been told anything.
     fn open(&self, writer: &mut Writer) -> Result<()> {
         let why = format!(
             "unlimited: the API server has told nothing since this daemon started, {} s ago at \

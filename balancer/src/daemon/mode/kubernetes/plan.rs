@@ -10,8 +10,8 @@ use crate::config::{ClusterService, Kubernetes, MAX_NAME_BYTES};
 use crate::dataplane::{ListenAt, Plan, ServicePlan};
 
 /// The target ports of a cluster, and what their services are called: after the first service entry
-/// that has the port, and the further ports of an entry by their numbers, too. A port keeps its name
-/// for as long as it is there.
+/// that has the port, and the further ports of an entry by their numbers, too. A port keeps its
+/// name for as long as it is there.
 #[derive(Debug, Default)]
 pub struct PortNames(BTreeMap<u16, PortName>);
 
