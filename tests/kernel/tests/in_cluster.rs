@@ -487,8 +487,8 @@ fn monitored_pods_are_counted() {
         };
         cluster.api.admin().apply(&objects::list(&[
             objects::service_account(OAPS, "default"),
-            java("shop-1"),
-            java("shop-2"),
+            java("workload-1"),
+            java("workload-2"),
             objects::labelled(
                 objects::pod(OAPS, "mesh-1", "node2", &["10.244.2.51"]),
                 &[("sidecar", "envoy")],
@@ -500,12 +500,12 @@ fn monitored_pods_are_counted() {
         balancer.launch();
         let _listener = cluster.listen(&pod);
         wait_for_quota(&balancer, Some(12), "2 pods × 10 + 1 pod");
-        cluster.api.admin().apply(&java("shop-3"));
+        cluster.api.admin().apply(&java("workload-3"));
         wait_for_quota(&balancer, Some(17), "3 pods × 10");
         cluster
             .api
             .admin()
-            .patch_status("pod", OAPS, "shop-3", &json!({"phase": "Succeeded"}));
+            .patch_status("pod", OAPS, "workload-3", &json!({"phase": "Succeeded"}));
         eventually(SETTLES_WITHIN, || {
             let sentence = group(&balancer)?["sentence"].to_string();
             ensure!(sentence.contains("2 pods × 10"), "{sentence}");

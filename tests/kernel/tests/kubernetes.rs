@@ -66,7 +66,7 @@ fn a_service_account_may_do_what_its_role_says_and_nothing_else() {
         watcher.run(&["get", "pods", "--all-namespaces"]);
         for forbidden in [
             &["get", "secrets"][..],
-            &["create", "namespace", "shop"],
+            &["create", "namespace", "workloads"],
             &["delete", "pod", "oap-0"],
         ] {
             let refused = watcher.attempt(forbidden);
@@ -80,19 +80,19 @@ fn a_service_account_may_do_what_its_role_says_and_nothing_else() {
 fn what_an_api_server_has_stored_outlives_it() {
     Machine::with(|machine| {
         let mut api = ApiServer::start(&machine.netns);
-        api.admin().apply(&objects::namespace("shop"));
+        api.admin().apply(&objects::namespace("workloads"));
         api.stop();
-        let refused = api.admin().attempt(&["get", "namespace", "shop"]);
+        let refused = api.admin().attempt(&["get", "namespace", "workloads"]);
         assert!(refused.stderr.contains("refused"), "{refused:?}");
         api.start_again();
-        api.kubectl(&["get", "namespace", "shop"]);
+        api.kubectl(&["get", "namespace", "workloads"]);
         api.freeze();
         let unanswered =
             api.admin()
-                .attempt(&["get", "namespace", "shop", "--request-timeout=300ms"]);
+                .attempt(&["get", "namespace", "workloads", "--request-timeout=300ms"]);
         assert_ne!(unanswered.code, 0, "{unanswered:?}");
         api.thaw();
-        api.kubectl(&["get", "namespace", "shop"]);
+        api.kubectl(&["get", "namespace", "workloads"]);
     });
 }
 

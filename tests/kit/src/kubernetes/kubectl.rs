@@ -86,7 +86,7 @@ impl Kubectl {
         ]);
     }
 
-    /// The object, or the list if `arguments` name no single one: `["pods", "-n", "shop"]`.
+    /// The object, or the list if `arguments` name no single one: `["pods", "-n", "workloads"]`.
     ///
     /// # Panics
     /// When there is none.
