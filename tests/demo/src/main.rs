@@ -4,9 +4,9 @@
 //! where something is off.
 //!
 //! ```text
-//!   netns "node A", 10.77.0.1                                    netns "node B", 10.77.0.2
-//!   clients ──► :11800 ──balancer──► oap-1, oap-2, oap-3 (, oap-4)   :11800 ──balancer──► oap-5, oap-6
-//!      └───────────────────────── veth, when A refuses ──────────────────┘
+//!   netns "node A", 10.77.0.1                                  netns "node B", 10.77.0.2
+//!   clients ──► :11800 ──balancer──► oap-1 … oap-3 (, oap-4)   :11800 ──balancer──► oap-5, oap-6
+//!      └───────────────── veth, when A refuses ─────────────────┘
 //! ```
 
 mod kubernetes;
