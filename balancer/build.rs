@@ -1,7 +1,8 @@
 //! Embeds the kernel half that `cargo xtask build` made, or says what is missing.
 //!
-//! `$OUT_DIR/balancer.o` is always there afterwards, and empty when the kernel half has not been built. The host half embeds it with
-//! `aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/balancer.o"))` and has to say so at run time where its length is 0.
+//! `$OUT_DIR/balancer.o` is always there afterwards, and empty when the kernel half has not been
+//! built. The host half embeds it with `aya::include_bytes_aligned!(concat!(env!("OUT_DIR"),
+//! "/balancer.o"))` and has to say so at run time where its length is 0.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let directory = kernel_half_directory(&out, &env::var("PROFILE")?)?;
     let object = directory.join("balancer.o");
-    // Watching a file that is not there would build this crate anew each time; a directory shows when the file comes.
+    // Watching a file that is not there would build this crate anew each time; a directory shows
+    // when the file comes.
     fs::create_dir_all(&directory)?;
     watch(&directory);
     if object.is_file() {
@@ -27,7 +29,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// `<target directory>/bpf/<profile>`. cargo marks its target directory, however deep `OUT_DIR` is in it.
+/// `<target directory>/bpf/<profile>`. cargo marks its target directory, however deep `OUT_DIR` is
+/// in it.
 fn kernel_half_directory(out: &Path, profile: &str) -> Result<PathBuf, String> {
     let target = out
         .ancestors()

@@ -90,8 +90,9 @@ pub fn object(profile: Profile) -> Result<PathBuf> {
         .join("balancer.o"))
 }
 
-/// Builds the kernel half and puts it where balancer's build script looks: `<target>/bpf/<profile>/balancer.o`, and beside it
-/// `balancer.d`, cargo's list of the sources that went into it.
+/// Builds the kernel half and puts it where balancer's build script looks:
+/// `<target>/bpf/<profile>/balancer.o`, and beside it `balancer.d`, cargo's list of the sources
+/// that went into it.
 ///
 /// # Errors
 /// When there is no compiler for it, or the compiler fails.
@@ -104,7 +105,8 @@ pub fn kernel_half(profile: Profile) -> Result<()> {
     let outcome = scratch_directory()?.join(TARGET).join("bpf");
     let object = object(profile)?;
     let sources = object.with_extension("d");
-    // Only what is new, so that the host's programs are built again only then. cargo writes its list anew each time.
+    // Only what is new, so that the host's programs are built again only then. cargo writes its
+    // list anew each time.
     if !sources.is_file() || is_older(&object, &outcome.join("balancer-bpf"))? {
         copy(&outcome.join("balancer-bpf.d"), &sources)?;
         copy(&outcome.join("balancer-bpf"), &object)?;
@@ -112,8 +114,8 @@ pub fn kernel_half(profile: Profile) -> Result<()> {
     Ok(())
 }
 
-/// Checks the kernel half with the compiler's warnings as errors, with and without its log lines. Clippy can't: the compiler for it may
-/// come without one.
+/// Checks the kernel half with the compiler's warnings as errors, with and without its log lines.
+/// Clippy can't: the compiler for it may come without one.
 ///
 /// # Errors
 /// When there is no compiler for it, or the compiler complains.
@@ -155,7 +157,8 @@ fn kernel_half_cargo(verb: &str, flags: &[&str]) -> Result<Command> {
     Ok(cargo)
 }
 
-/// A target directory of its own: another compiler and other flags would undo the host's build each time.
+/// A target directory of its own: another compiler and other flags would undo the host's build each
+/// time.
 fn scratch_directory() -> Result<PathBuf> {
     Ok(places::target()?.join("bpf").join("cargo"))
 }

@@ -12,10 +12,12 @@ use crate::{command, places};
 
 /// The version of cargo-fuzz that the targets are built with.
 pub const VERSION: &str = "0.13.2";
-/// No address sanitizer. All that is fuzzed is safe Rust, where an access out of bounds is a panic; and a sanitizer needs a runtime that
-/// rustup brings, but Debian's compiler does not. Without one any stable compiler will do.
+/// No address sanitizer. All that is fuzzed is safe Rust, where an access out of bounds is a panic;
+/// and a sanitizer needs a runtime that rustup brings, but Debian's compiler does not. Without one
+/// any stable compiler will do.
 const SANITIZER: &str = "none";
-/// How long one input may take, in seconds: a thousand times what any takes, so that only one that hangs takes it.
+/// How long one input may take, in seconds: a thousand times what any takes, so that only one that
+/// hangs takes it.
 const INPUT_SECONDS: u32 = 10;
 /// How much memory a target may use, in MiB. The corpus and libFuzzer itself take a tenth of it.
 const MEMORY_MIB: u32 = 1024;
@@ -63,7 +65,8 @@ pub fn cargo(verb: &str) -> Command {
 /// Runs each of the targets with these names (all when there are none) for so many seconds.
 ///
 /// # Errors
-/// When there is no such target, one can't be built, or one fails on an input: that input is kept, and the error says how to run it again.
+/// When there is no such target, one can't be built, or one fails on an input: that input is kept,
+/// and the error says how to run it again.
 pub fn run(names: &[String], seconds: u32) -> Result<ExitCode> {
     let targets = chosen(names)?;
     build()?;
@@ -117,7 +120,8 @@ fn build() -> Result<()> {
         .arg(package())
         .arg("--target-dir")
         .arg(kept()?.join("build"));
-    // It takes flags from the one variable and gives its own in it; cargo would prefer the other one.
+    // It takes flags from the one variable and gives its own in it; cargo would prefer the other
+    // one.
     build
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
@@ -163,7 +167,8 @@ impl Target {
     /// The target as it was built, with its limits.
     fn program(&self) -> Result<Command> {
         let build = kept()?.join("build");
-        // cargo-fuzz builds for the machine that it was itself built on, and names a directory after it.
+        // cargo-fuzz builds for the machine that it was itself built on, and names a directory
+        // after it.
         let program = fs::read_dir(&build)
             .with_context(|| format!("cannot list {}", build.display()))?
             .flatten()

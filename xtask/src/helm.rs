@@ -1,4 +1,5 @@
-//! The Helm chart: checked with the real helm, which is built from its Go module, and rendered into plain manifests.
+//! The Helm chart: checked with the real helm, which is built from its Go module, and rendered into
+//! plain manifests.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -49,10 +50,12 @@ const REFUSED: [[&str; 2]; 8] = [
     ["probes.liveness.periodSecond=3", "periodSecond"],
 ];
 
-/// Renders the chart into the plain manifests and writes them. `check`: compares them instead, and checks the chart.
+/// Renders the chart into the plain manifests and writes them. `check`: compares them instead, and
+/// checks the chart.
 ///
 /// # Errors
-/// When helm can't be built or does not take the chart, and for `check` when the manifests are not current.
+/// When helm can't be built or does not take the chart, and for `check` when the manifests are not
+/// current.
 pub fn manifests(check: bool) -> Result<ExitCode> {
     let helm = Helm {
         program: program()?,

@@ -1,4 +1,5 @@
-//! The image: an OCI archive that holds the balancer and the few libraries that it needs, made without a container engine.
+//! The image: an OCI archive that holds the balancer and the few libraries that it needs, made
+//! without a container engine.
 //!
 //! The same inputs give the same bytes: no times, no owners, everything sorted.
 
@@ -14,7 +15,8 @@ use crate::setup::{self, Need};
 use crate::{command, machine, places};
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Where the balancer is in the image: in the `PATH`, so that `kubectl exec … -- balancer status` finds it.
+/// Where the balancer is in the image: in the `PATH`, so that `kubectl exec … -- balancer status`
+/// finds it.
 const PROGRAM: &str = "/usr/local/bin/balancer";
 /// A node pulls it before its first connection is counted.
 const MAX_BYTES: usize = 30_000_000;
@@ -38,11 +40,13 @@ pub struct Made {
     pub program: PathBuf,
 }
 
-/// Builds the balancer, optimised, and writes its image to `output`, by default below the target directory. `name` is what the image is
-/// called once it is loaded; one without a tag gets the version.
+/// Builds the balancer, optimised, and writes its image to `output`, by default below the target
+/// directory. `name` is what the image is called once it is loaded; one without a tag gets the
+/// version.
 ///
 /// # Errors
-/// When the build fails, a library is missing, the image is too large, or the balancer does not run in it.
+/// When the build fails, a library is missing, the image is too large, or the balancer does not run
+/// in it.
 pub fn make(output: Option<PathBuf>, name: Option<&str>) -> Result<Made> {
     let name = with_tag(name.unwrap_or("localhost/balancer"))?;
     setup::ensure(&[Need::Build])?;
@@ -109,8 +113,8 @@ fn with_tag(name: &str) -> Result<String> {
     })
 }
 
-/// Copies a program without its debug information, of which there is four times as much as of everything else. Symbols stay: backtraces name
-/// functions.
+/// Copies a program without its debug information, of which there is four times as much as of
+/// everything else. Symbols stay: backtraces name functions.
 fn strip(program: &Path, stripped: &Path) -> Result<()> {
     let Some(strip) = command::find("strip") else {
         bail!("strip is missing: apt-get install binutils")
@@ -134,7 +138,8 @@ fn root(program: &Path) -> Result<Root> {
     Ok(root)
 }
 
-/// Runs the balancer with what is in the layer as its root directory: nothing else of this machine is there to help it. Says how that went.
+/// Runs the balancer with what is in the layer as its root directory: nothing else of this machine
+/// is there to help it. Says how that went.
 fn try_out(layer: &Layer, directory: &Path) -> Result<String> {
     if machine::effective_user() != Some(0) {
         return Ok("not tried: only root may run it in a root directory of its own".to_owned());

@@ -1,7 +1,10 @@
-//! The compiler of the kernel half. Stable Rust from rustup can't build for BPF: it has no `core` for it. Two that can:
+//! The compiler of the kernel half. Stable Rust from rustup can't build for BPF: it has no `core`
+//! for it. Two that can:
 //!
-//! - rustup's nightly with the `rust-src` component, which builds `core` from source (`-Z build-std=core`);
-//! - Debian's `rustc-web` with `libstd-rust-web-dev-bpf`, a stable compiler with a precompiled `core`.
+//! - rustup's nightly with the `rust-src` component, which builds `core` from source (`-Z
+//!   build-std=core`);
+//! - Debian's `rustc-web` with `libstd-rust-web-dev-bpf`, a stable compiler with a precompiled
+//!   `core`.
 //!
 //! The first is taken where it is usable, else the second.
 
@@ -29,7 +32,8 @@ impl Compiler {
         nightly().or_else(debian)
     }
 
-    /// cargo with this verb, set up for the kernel half but without a package; `flags` go to the compiler.
+    /// cargo with this verb, set up for the kernel half but without a package; `flags` go to the
+    /// compiler.
     pub fn cargo(&self, verb: &str, linker: &Path, flags: &[&str]) -> Command {
         let mut build = match self {
             Self::BuildsCore { bin } => {
@@ -41,7 +45,8 @@ impl Compiler {
             }
             Self::BringsCore { rustc } => {
                 let mut build = Command::new(places::cargo());
-                // aya-ebpf uses unstable features of the compiler, which a stable one permits only so.
+                // aya-ebpf uses unstable features of the compiler, which a stable one permits only
+                // so.
                 build
                     .env("RUSTC", rustc)
                     .env("RUSTC_BOOTSTRAP", "1")
@@ -52,7 +57,8 @@ impl Compiler {
         build.args(["--target", TARGET]);
         build.env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker);
         build.env("CARGO_ENCODED_RUSTFLAGS", rustflags(flags).join("\u{1f}"));
-        // A wrapper is set up for the host's compiler; one from a configuration file gives way to an empty variable.
+        // A wrapper is set up for the host's compiler; one from a configuration file gives way to
+        // an empty variable.
         build
             .env("RUSTC_WRAPPER", "")
             .env("RUSTC_WORKSPACE_WRAPPER", "");
@@ -80,7 +86,8 @@ pub fn tools() -> impl Iterator<Item = String> {
     compiler.into_iter().chain(linker)
 }
 
-/// BTF and line information, atomics with a result (v3), and aya-ebpf's layout of this machine's registers.
+/// BTF and line information, atomics with a result (v3), and aya-ebpf's layout of this machine's
+/// registers.
 fn rustflags(more: &[&str]) -> Vec<String> {
     let architecture = format!("bpf_target_arch=\"{}\"", std::env::consts::ARCH);
     [

@@ -1,7 +1,8 @@
-//! The real Kubernetes that the tests run: all of its programs in one, `kubeall`, built from `tests/kit/kubernetes/programs`.
+//! The real Kubernetes that the tests run: all of its programs in one, `kubeall`, built from
+//! `tests/kit/kubernetes/programs`.
 //!
-//! It takes Go and about ten minutes of a processor, once: it is kept in `<target>/kubernetes`. A directory with a packed copy of
-//! what would be built saves even that ([`CACHE`]).
+//! It takes Go and about ten minutes of a processor, once: it is kept in `<target>/kubernetes`. A
+//! directory with a packed copy of what would be built saves even that ([`CACHE`]).
 
 use std::fs::{self, File};
 use std::io;
@@ -14,7 +15,8 @@ use sha2::{Digest, Sha256};
 
 use crate::{command, places};
 
-/// Names a directory that may hold a packed copy, [`packed_name`]; else one is looked for in `../shared/cache` of the workspace.
+/// Names a directory that may hold a packed copy, [`packed_name`]; else one is looked for in
+/// `../shared/cache` of the workspace.
 const CACHE: &str = "BALANCER_CACHE";
 /// What makes the program: all of it, because `go.sum` holds the hash of every module.
 const SOURCES: [&str; 3] = ["go.mod", "go.sum", "main.go"];
@@ -35,7 +37,8 @@ pub fn program() -> Result<PathBuf> {
     let directory = program.parent().context("it is in a directory")?;
     fs::create_dir_all(directory)
         .with_context(|| format!("cannot make {}", directory.display()))?;
-    // Under another name until it is complete: what is there under its own name is trusted from then on.
+    // Under another name until it is complete: what is there under its own name is trusted from
+    // then on.
     let unfinished = directory.join(format!("kubeall.{}", std::process::id()));
     let made = make(&unfinished).and_then(|()| {
         fs::rename(&unfinished, &program)
@@ -56,7 +59,8 @@ pub fn needs_no_go() -> bool {
 /// Debian's packages of a Go that is new enough; the last one is in Debian 12's backports.
 const DEBIAN_PACKAGES: [&str; 3] = ["golang-1.25-go", "golang-1.24-go", "golang-1.23-go"];
 
-/// A Go that can build it: the one in the path, the one that go.dev tells to unpack to /usr/local, or Debian's.
+/// A Go that can build it: the one in the path, the one that go.dev tells to unpack to /usr/local,
+/// or Debian's.
 pub fn go() -> Option<PathBuf> {
     let others = fs::read_dir("/usr/lib").into_iter().flatten().flatten();
     let mut debian: Vec<_> = others
@@ -171,7 +175,8 @@ fn build(program: &Path, version: &str) -> Result<()> {
     check(program, version)
 }
 
-/// The version is not in the sources: Kubernetes' own build sets these variables (`hack/lib/version.sh`).
+/// The version is not in the sources: Kubernetes' own build sets these variables
+/// (`hack/lib/version.sh`).
 fn linker_flags(version: &str) -> String {
     let minor = version.split('.').nth(1).unwrap_or_default();
     let settings = [
@@ -231,7 +236,8 @@ fn minor(version: &str) -> Option<u32> {
         .ok()
 }
 
-/// The command that installs it, where Debian's backports or a newer Debian are among the machine's sources.
+/// The command that installs it, where Debian's backports or a newer Debian are among the machine's
+/// sources.
 ///
 /// # Errors
 /// Where they are not: nobody's sources are changed for them.
@@ -256,7 +262,8 @@ pub fn go_install() -> Result<Box<Command>> {
     Ok(Box::new(install))
 }
 
-/// How somebody gets a Go that is new enough. Debian 12's own is 1.19; the one in its backports, 1.23, fetches a newer one by itself.
+/// How somebody gets a Go that is new enough. Debian 12's own is 1.19; the one in its backports,
+/// 1.23, fetches a newer one by itself.
 pub fn go_by_hand() -> String {
     format!(
         "on Debian 12: echo deb http://deb.debian.org/debian bookworm-backports main > /etc/apt/sources.list.d/backports.list \

@@ -1,8 +1,9 @@
 //! bpf-linker: which one is trusted to link the kernel half, and how to get it.
 //!
-//! It reads the compiler's LLVM bitcode, so its LLVM must be at least as new as the compiler's, and its version decides what
-//! the object looks like. Its `--version` does not tell the LLVM, but cargo's record of what it installed does: only a
-//! bpf-linker that this record shows to be the wanted version with the wanted LLVM is taken.
+//! It reads the compiler's LLVM bitcode, so its LLVM must be at least as new as the compiler's, and
+//! its version decides what the object looks like. Its `--version` does not tell the LLVM, but
+//! cargo's record of what it installed does: only a bpf-linker that this record shows to be the
+//! wanted version with the wanted LLVM is taken.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +14,8 @@ use crate::{command, places};
 
 /// The version that the kernel half is built with.
 const VERSION: &str = "0.13.0";
-/// The LLVM that it is built against: the newest in Debian 12. Newer compilers' bitcode can't be read.
+/// The LLVM that it is built against: the newest in Debian 12. Newer compilers' bitcode can't be
+/// read.
 pub const LLVM: u32 = 22;
 
 /// Where Debian's packages put that LLVM.

@@ -1,5 +1,5 @@
-//! What the machine itself must allow for the tests and the demo on the running kernel. It can't be installed: where it is
-//! missing they fail, before anything is built.
+//! What the machine itself must allow for the tests and the demo on the running kernel. It can't be
+//! installed: where it is missing they fail, before anything is built.
 
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +15,8 @@ const CAPABILITIES: [(&str, u32); 3] = [
     ("CAP_BPF", 39),
 ];
 
-/// Checks that programs can be loaded into this kernel, and that network namespaces and cgroups can be made.
+/// Checks that programs can be loaded into this kernel, and that network namespaces and cgroups can
+/// be made.
 ///
 /// # Errors
 /// Names everything that is missing, and what to do about each.

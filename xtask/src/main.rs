@@ -1,5 +1,6 @@
 #![forbid(unsafe_code)]
-//! `cargo xtask`: the verbs of development. Each one first makes sure that what it needs is installed.
+//! `cargo xtask`: the verbs of development. Each one first makes sure that what it needs is
+//! installed.
 
 mod build;
 mod command;
@@ -37,9 +38,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Find what is missing to build, test and demonstrate, and install it (apt-get and cargo; needs root).
+    /// Find what is missing to build, test and demonstrate, and install it (apt-get and cargo;
+    /// needs root).
     ///
-    /// Changes nothing when nothing is missing. Without apt-get, or without root, it prints the commands and fails.
+    /// Changes nothing when nothing is missing. Without apt-get, or without root, it prints the
+    /// commands and fails.
     Setup,
     /// Build the kernel half, then the balancer, which embeds it.
     Build {
@@ -47,7 +50,8 @@ enum Verb {
         #[arg(long)]
         release: bool,
     },
-    /// Say what the kernel half costs the kernel: size, the verifier's work, stack and maps. Needs root.
+    /// Say what the kernel half costs the kernel: size, the verifier's work, stack and maps. Needs
+    /// root.
     ///
     /// Its programs are loaded for that, and attached to nothing.
     Cost {
@@ -68,7 +72,8 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Feed the readers of untrusted bytes with inputs that coverage guides, a bounded time for each.
+    /// Feed the readers of untrusted bytes with inputs that coverage guides, a bounded time for
+    /// each.
     ///
     /// The growing corpus and inputs that make a reader fail are kept in `target/fuzz`.
     Fuzz {
@@ -88,9 +93,11 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Build an optimised balancer, and write it as an OCI image archive. Needs no container engine.
+    /// Build an optimised balancer, and write it as an OCI image archive. Needs no container
+    /// engine.
     ///
-    /// `ctr -n k8s.io images import FILE` takes it to a node, `docker load`, `podman load` and `skopeo copy oci-archive:FILE` into an engine or a registry.
+    /// `ctr -n k8s.io images import FILE` takes it to a node, `docker load`, `podman load` and
+    /// `skopeo copy oci-archive:FILE` into an engine or a registry.
     Image {
         /// The archive [default: target/image/balancer-VERSION.tar].
         #[arg(long, value_name = "FILE")]
@@ -99,27 +106,34 @@ enum Verb {
         #[arg(long, value_name = "NAME")]
         name: Option<String>,
     },
-    /// Render the Helm chart into the plain manifests in `deploy/manifests`, with the real helm (needs Go the first time).
+    /// Render the Helm chart into the plain manifests in `deploy/manifests`, with the real helm
+    /// (needs Go the first time).
     Manifests {
-        /// Change nothing: check the chart and its schema, and fail with a difference where the manifests are not current.
+        /// Change nothing: check the chart and its schema, and fail with a difference where the
+        /// manifests are not current.
         #[arg(long)]
         check: bool,
     },
-    /// Watch it balance: stand-in servers, several hundred gRPC clients and the daemon, in a network namespace of their own.
+    /// Watch it balance: stand-in servers, several hundred gRPC clients and the daemon, in a
+    /// network namespace of their own.
     Demo,
-    /// Measure this build side by side with the bare kernel, nft, `HAProxy` and Envoy; docs/performance.md says what and how.
+    /// Measure this build side by side with the bare kernel, nft, `HAProxy` and Envoy;
+    /// docs/performance.md says what and how.
     ///
-    /// Prints tables, and writes `target/bench/latest.json` and plots beside it. `bench --help` after `--` lists the measurements.
+    /// Prints tables, and writes `target/bench/latest.json` and plots beside it. `bench --help`
+    /// after `--` lists the measurements.
     Bench {
-        /// Passed on to `bench`: `--quick` takes under two minutes, `--only rate,syn` measures only these, `--docs` puts the tables
-        /// into docs/performance.md.
+        /// Passed on to `bench`: `--quick` takes under two minutes, `--only rate,syn` measures only
+        /// these, `--docs` puts the tables into docs/performance.md.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
-    /// Run the tests on other kernels: Debian's, in QEMU, which emulates a machine. Prints a table of what passed where.
+    /// Run the tests on other kernels: Debian's, in QEMU, which emulates a machine. Prints a table
+    /// of what passed where.
     ///
-    /// Kernels: 5.10 (bullseye; too old, so the balancer must say so), 6.1 (bookworm), 6.12 (trixie), backports, sid, or a version that
-    /// trixie-backports has, as in 7.0. They are fetched from Debian's archive once, and kept in target/vm.
+    /// Kernels: 5.10 (bullseye; too old, so the balancer must say so), 6.1 (bookworm), 6.12
+    /// (trixie), backports, sid, or a version that trixie-backports has, as in 7.0. They are
+    /// fetched from Debian's archive once, and kept in target/vm.
     Vm {
         /// On which ones, in this order.
         #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = vm::DEFAULT, value_parser = vm::Kernel::parse)]
@@ -127,10 +141,12 @@ enum Verb {
         /// Fetch these kernels anew.
         #[arg(long)]
         refresh: bool,
-        /// Run one test of each thing, which takes two or three minutes a kernel: those in tests/kernel/vm/quick.
+        /// Run one test of each thing, which takes two or three minutes a kernel: those in
+        /// tests/kernel/vm/quick.
         #[arg(long, conflicts_with = "arguments")]
         quick: bool,
-        /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given, those in tests/kernel/vm/default.
+        /// Arguments of the test program: a filter, `--skip NAME`, `--exact` …; if none is given,
+        /// those in tests/kernel/vm/default.
         #[arg(last = true)]
         arguments: Vec<String>,
     },
@@ -141,16 +157,21 @@ enum Verb {
 
 #[derive(Subcommand)]
 enum EndToEnd {
-    /// Three clustered Apache SkyWalking OAPs with Java and Python agents and an Envoy. Fetches them first.
+    /// Three clustered Apache SkyWalking OAPs with Java and Python agents and an Envoy. Fetches
+    /// them first.
     Oap,
-    /// The image and the Helm chart on a real Kubernetes of three nodes: stand-in OAPs, several hundred clients, and all that may happen.
+    /// The image and the Helm chart on a real Kubernetes of three nodes: stand-in OAPs, several
+    /// hundred clients, and all that may happen.
     ///
-    /// The cluster is made of namespaces on this machine, and is gone afterwards. The first time, Kubernetes and helm are built.
+    /// The cluster is made of namespaces on this machine, and is gone afterwards. The first time,
+    /// Kubernetes and helm are built.
     K8s {
-        /// Instead: two nodes, two clustered Apache SkyWalking OAPs and Java agents as pods. Fetches them first.
+        /// Instead: two nodes, two clustered Apache SkyWalking OAPs and Java agents as pods.
+        /// Fetches them first.
         #[arg(long)]
         real_oap: bool,
-        /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to reach it.
+        /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to
+        /// reach it.
         #[arg(long)]
         keep: bool,
     },
@@ -217,7 +238,8 @@ fn run(verb: Verb) -> Result<ExitCode> {
     }
 }
 
-/// clap takes a `--` away that comes first, but to `cargo test` it is the beginning of what goes to the tests themselves.
+/// clap takes a `--` away that comes first, but to `cargo test` it is the beginning of what goes to
+/// the tests themselves.
 fn with_leading_dashes(mut arguments: Vec<String>) -> Vec<String> {
     if std::env::args()
         .skip(2)

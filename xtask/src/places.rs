@@ -10,7 +10,8 @@ pub fn workspace() -> &'static Path {
     manifest.parent().unwrap_or(manifest)
 }
 
-/// The target directory that this very program was built into: the one that cargo uses here, however it was chosen.
+/// The target directory that this very program was built into: the one that cargo uses here,
+/// however it was chosen.
 ///
 /// # Errors
 /// When the program was moved out of a target directory.
@@ -28,7 +29,8 @@ pub fn target() -> Result<PathBuf> {
         })
 }
 
-/// Where this workspace's own tools are installed: apart from those that somebody uses for something else.
+/// Where this workspace's own tools are installed: apart from those that somebody uses for
+/// something else.
 ///
 /// # Errors
 /// When the target directory can't be told.

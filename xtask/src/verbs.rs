@@ -26,7 +26,8 @@ pub fn lint() -> Result<ExitCode> {
         "-D",
         "warnings",
     ]))?;
-    // In the workspace's target directory, where the kernel half and some of the dependencies are already.
+    // In the workspace's target directory, where the kernel half and some of the dependencies are
+    // already.
     let mut clippy = fuzz::cargo("clippy");
     clippy.arg("--target-dir").arg(places::target()?);
     command::run(clippy.args(["--", "-D", "warnings"]))?;
@@ -125,7 +126,8 @@ pub fn bench(arguments: &[String]) -> Result<ExitCode> {
     become_program(Profile::Release, "bench", arguments)
 }
 
-/// The balancer's image and chart on a real Kubernetes; `real_oap`: with real OAPs, too; `keep`: it stays up at the end.
+/// The balancer's image and chart on a real Kubernetes; `real_oap`: with real OAPs, too; `keep`: it
+/// stays up at the end.
 pub fn end_to_end_kubernetes(real_oap: bool, keep: bool) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::Kubernetes, Need::Cluster])?;
@@ -156,7 +158,8 @@ pub fn end_to_end_kubernetes(real_oap: bool, keep: bool) -> Result<ExitCode> {
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }
 
-/// Becomes a program that was just built: the signals of the terminal and the exit code are its own.
+/// Becomes a program that was just built: the signals of the terminal and the exit code are its
+/// own.
 fn become_program(profile: Profile, name: &str, arguments: &[String]) -> Result<ExitCode> {
     let program = places::target()?.join(profile.name()).join(name);
     let error = Command::new(&program).args(arguments).exec();

@@ -26,8 +26,8 @@ impl Verdict {
 macro_rules! reasons {
     ($($(#[$doc:meta])* $variant:ident = $name:literal, $verdict:ident, $meaning:literal;)*) => {
         #[allow(clippy::doc_markdown, reason = "the meanings are sentences for people, not documentation")]
-        /// Every way a look-up for a service's port can end. Counters, JSON names, log words and docs
-        /// derive from it.
+        /// Every way a look-up for a service's port can end. Counters, JSON names, log words and
+        /// docs derive from it.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         #[repr(u8)]
         pub enum Reason {

@@ -1,7 +1,7 @@
 //! Label selectors in the form that `kubectl -l` takes.
 //!
-//! It reads them as the API server does (`k8s.io/apimachinery/pkg/labels`), with two exceptions. The
-//! operators `<` and `>` are not supported. A selector without requirements, which would select
+//! It reads them as the API server does (`k8s.io/apimachinery/pkg/labels`), with two exceptions.
+//! The operators `<` and `>` are not supported. A selector without requirements, which would select
 //! everything, is refused.
 
 use std::{collections::BTreeSet, fmt};

@@ -14,7 +14,8 @@ macro_rules! plain {
     ($($type:ty),*) => {
         $(
             #[expect(unsafe_code, reason = "aya's marker for plain data; the layout is asserted in balancer_common::abi")]
-            // SAFETY: repr(C) of integers without padding: every byte is initialised, every bit pattern is valid.
+            // SAFETY: repr(C) of integers without padding: every byte is initialised, every bit
+            // pattern is valid.
             unsafe impl Pod for Plain<$type> {}
         )*
     };

@@ -11,11 +11,12 @@ const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 /// More typedefs and qualifiers in a row than any kernel has: a chain this long is a loop.
 const LONGEST_TYPE_CHAIN: usize = 64;
 
-/// A constant of the kernel half, the member whose byte offset it is, and the member's size in bytes.
+/// A constant of the kernel half, the member whose byte offset it is, and the member's size in
+/// bytes.
 type Offset = (&'static str, &'static str, &'static str, usize);
 
-/// Offsets in `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct tcp_sock`
-/// are those from the start of the socket, which these four share.
+/// Offsets in `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct
+/// tcp_sock` are those from the start of the socket, which these four share.
 const OFFSETS: [Offset; 13] = [
     ("AT_NET", "sock_common", "skc_net.net", 8),
     ("AT_QUEUE", "sock", "sk_ack_backlog", 4),
@@ -47,8 +48,8 @@ const OFFSETS: [Offset; 13] = [
     ("AT_PID", "task_struct", "pid", 4),
 ];
 
-/// The values of the kernel half's constants that say where the running kernel keeps what it reads, from
-/// `/sys/kernel/btf/vmlinux`.
+/// The values of the kernel half's constants that say where the running kernel keeps what it reads,
+/// from `/sys/kernel/btf/vmlinux`.
 ///
 /// # Errors
 /// Where the kernel has no BTF (`CONFIG_DEBUG_INFO_BTF`), or a field is missing or of another size

@@ -1,5 +1,5 @@
-//! This program as a child process: servers and holders of connections. They end with their standard input, so also when this one is
-//! killed.
+//! This program as a child process: servers and holders of connections. They end with their
+//! standard input, so also when this one is killed.
 
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};

@@ -139,7 +139,8 @@ fn hear(changes: &Receiver<Change>, served: bool) -> Result<Instant> {
     }
 }
 
-/// Milliseconds from asking the daemon for another quota until a client's connect has ended as it demands.
+/// Milliseconds from asking the daemon for another quota until a client's connect has ended as it
+/// demands.
 fn quotas(rounds: usize) -> Result<(Vec<f64>, Vec<f64>)> {
     let machine = Machine::new();
     let balancer = Balancer::start(&machine, &balancer_file(POLICIES[0], USUAL, Some(1)));
@@ -179,7 +180,8 @@ fn set(balancer: &Balancer<'_>, quota: u32) -> Result<Instant> {
     }
 }
 
-/// Milliseconds from starting a daemon beside servers that run already until the first client is served at the virtual port.
+/// Milliseconds from starting a daemon beside servers that run already until the first client is
+/// served at the virtual port.
 fn starts(rounds: usize) -> Result<Vec<f64>> {
     let machine = Machine::new();
     let _servers = Servers::together(&machine, USUAL)?;

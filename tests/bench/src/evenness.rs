@@ -83,7 +83,8 @@ pub fn measure(settings: &Settings) -> Result<Section> {
     Ok(section(&rows))
 }
 
-/// Messages a second of each client, in the order of their arrival: few send much, and nobody knows when they come.
+/// Messages a second of each client, in the order of their arrival: few send much, and nobody knows
+/// when they come.
 fn rates(seed: u64) -> Vec<f64> {
     let mut rates = zipf(CLIENTS.iter().sum());
     Dice::new(seed + 1).shuffle(&mut rates);

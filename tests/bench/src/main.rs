@@ -1,9 +1,11 @@
 #![forbid(unsafe_code)]
-//! Measures this build side by side with the bare kernel, nft, `HAProxy` and Envoy, on this machine's kernel.
+//! Measures this build side by side with the bare kernel, nft, `HAProxy` and Envoy, on this
+//! machine's kernel.
 //!
-//! Every subject has a netns and a cgroup of its own, with the same servers and clients. Subjects are measured in turns, so
-//! that what disturbs the machine disturbs all of them, and compared with what stood beside them in the same round. docs/performance.md
-//! says what each figure is and what limits it.
+//! Every subject has a netns and a cgroup of its own, with the same servers and clients. Subjects
+//! are measured in turns, so that what disturbs the machine disturbs all of them, and compared with
+//! what stood beside them in the same round. docs/performance.md says what each figure is and what
+//! limits it.
 
 mod children;
 mod control;
@@ -39,7 +41,8 @@ use crate::settings::{Measurement, Settings};
 #[command(about = "Measure this build side by side with the kernel, nft, HAProxy and Envoy")]
 #[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
 struct Arguments {
-    /// Fewer and shorter rounds: under two minutes in all, to see that it works. The figures are coarse.
+    /// Fewer and shorter rounds: under two minutes in all, to see that it works. The figures are
+    /// coarse.
     #[arg(long)]
     quick: bool,
     /// Only these measurements.

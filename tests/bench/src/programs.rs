@@ -1,4 +1,5 @@
-//! How often the kernel programs ran, and for how long: the kernel's own statistics (`BPF_ENABLE_STATS`).
+//! How often the kernel programs ran, and for how long: the kernel's own statistics
+//! (`BPF_ENABLE_STATS`).
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -16,7 +17,8 @@ use crate::statistics::as_f64;
 /// The programs by name.
 pub const NAMES: [&str; 2] = ["steer", "account"];
 
-/// While this lives the kernel takes the times of all programs, which costs two looks at its clock a run.
+/// While this lives the kernel takes the times of all programs, which costs two looks at its clock
+/// a run.
 ///
 /// # Errors
 /// When the kernel refuses.

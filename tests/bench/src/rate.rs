@@ -1,7 +1,7 @@
 //! Measurement 1: connections a second, from connect to reset.
 //!
-//! Bare is the same number of listeners on the same ports; its clients visit them in turn, so that the balancer's part is all that
-//! differs: one port for all of them, and that somebody chooses.
+//! Bare is the same number of listeners on the same ports; its clients visit them in turn, so that
+//! the balancer's part is all that differs: one port for all of them, and that somebody chooses.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -264,7 +264,8 @@ impl<'a> Peers<'a> {
     }
 }
 
-/// Nine of ten connects are refused: bare by a port where nobody listens, by the others because every backend has its quota.
+/// Nine of ten connects are refused: bare by a port where nobody listens, by the others because
+/// every backend has its quota.
 struct Full<'a> {
     machines: &'a [Machine; 3],
     // Dropped in this order: nobody hangs on to a machine that is gone.

@@ -166,8 +166,9 @@ impl Servers {
         Ok(servers)
     }
 
-    /// One process with so many listeners and one thread, which has a processor to itself where there are several: all subjects' messages wake
-    /// a thread on another processor then, and not some of them one on the same.
+    /// One process with so many listeners and one thread, which has a processor to itself where
+    /// there are several: all subjects' messages wake a thread on another processor then, and not
+    /// some of them one on the same.
     ///
     /// # Errors
     /// When it can't listen.

@@ -5,7 +5,8 @@ use std::fs;
 
 use anyhow::{Context, Result};
 
-/// How the names of caches begin that a socket takes memory from. Those of file systems grow and shrink with what others do.
+/// How the names of caches begin that a socket takes memory from. Those of file systems grow and
+/// shrink with what others do.
 const OF_SOCKETS: [&str; 10] = [
     "TCP",
     "bpf",

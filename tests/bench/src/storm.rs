@@ -1,4 +1,5 @@
-//! Measurement 5, the storm: 5,000 clients lose their server at once and come back through the balancer.
+//! Measurement 5, the storm: 5,000 clients lose their server at once and come back through the
+//! balancer.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};

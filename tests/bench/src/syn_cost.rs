@@ -1,4 +1,5 @@
-//! Measurement 2: nanoseconds a run of the kernel programs, while connections come as fast as they can.
+//! Measurement 2: nanoseconds a run of the kernel programs, while connections come as fast as they
+//! can.
 
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
@@ -33,7 +34,8 @@ struct Row {
     backends: u16,
     ns: f64,
     ns_spread: f64,
-    /// The same in a tight loop, where everything is in the processor's caches; only what decides look-ups can be run so.
+    /// The same in a tight loop, where everything is in the processor's caches; only what decides
+    /// look-ups can be run so.
     ns_alone: Option<f64>,
     runs_per_connection: f64,
 }
@@ -159,7 +161,8 @@ fn syn() -> Vec<u8> {
     syn
 }
 
-/// What the kernel's clock makes of an `sk_lookup` program that looks at one field and passes: the part of every figure that is not ours.
+/// What the kernel's clock makes of an `sk_lookup` program that looks at one field and passes: the
+/// part of every figure that is not ours.
 fn floor(rounds: usize, slice: Duration) -> Result<Row> {
     let machine = Machine::new();
     let servers = Servers::together(&machine, 1)?;

@@ -27,7 +27,8 @@ const CONNECTIONS: usize = 64;
 const MESSAGE: usize = 128;
 /// Bytes handed over at a time when as many as possible are sent.
 const BULK: usize = 64 << 10;
-/// In every kernel, and without an opinion of its own on each connection: BBR would pace it by an estimate, one for better and one for worse.
+/// In every kernel, and without an opinion of its own on each connection: BBR would pace it by an
+/// estimate, one for better and one for worse.
 const CONGESTION_CONTROL: &str = "reno";
 /// Connections that send as much as they can.
 const STREAMS: usize = 2;
@@ -172,7 +173,8 @@ impl Subject {
         Ok(latencies)
     }
 
-    /// Gigabits a second in one direction. What the sockets still hold at the end is counted too: a few megabytes.
+    /// Gigabits a second in one direction. What the sockets still hold at the end is counted too: a
+    /// few megabytes.
     fn pour(&self, slice: Duration) -> Result<f64> {
         let began = Instant::now();
         let stream = |mut connection: &TcpStream| -> Result<u64> {
@@ -202,7 +204,8 @@ impl Subject {
         Ok(as_f64(sent?) * 8.0 / 1e9 / seconds)
     }
 
-    /// Until what was sent is acknowledged, end to end: bytes that a proxy holds are between two connections.
+    /// Until what was sent is acknowledged, end to end: bytes that a proxy holds are between two
+    /// connections.
     fn wait_until_quiet(&self) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(5);
         for mut connection in self.connections.iter().take(STREAMS) {

@@ -9,7 +9,8 @@ use testkit::fixtures::Machine;
 
 use crate::node;
 
-/// The rule of a Service: a backend at random for each new connection, as kube-proxy writes it for nftables. Gone when dropped.
+/// The rule of a Service: a backend at random for each new connection, as kube-proxy writes it for
+/// nftables. Gone when dropped.
 pub struct KubernetesService<'a> {
     machine: &'a Machine,
 }

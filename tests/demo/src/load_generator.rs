@@ -15,7 +15,8 @@ pub struct Arrival {
     pub client: Option<Client>,
     /// Its connects, in order.
     pub attempts: Vec<Attempt>,
-    /// From its first SYN until its first calls were answered, or until the last server had refused.
+    /// From its first SYN until its first calls were answered, or until the last server had
+    /// refused.
     pub took: Duration,
 }
 
@@ -34,8 +35,8 @@ impl Arrival {
     }
 }
 
-/// `number` clients arrive, evenly over a time. Each connects to the first of its servers that takes it, and makes both calls.
-/// While they do, `watch` is called twice a second.
+/// `number` clients arrive, evenly over a time. Each connects to the first of its servers that
+/// takes it, and makes both calls. While they do, `watch` is called twice a second.
 ///
 /// # Panics
 /// When a call fails on a connection that stands: a live connection is never to be touched.
@@ -67,7 +68,8 @@ pub async fn arrive(
     }
 }
 
-/// Every client makes another call; returns how many of them did so on the connection that they had.
+/// Every client makes another call; returns how many of them did so on the connection that they
+/// had.
 pub async fn still_there(clients: &mut [Client]) -> usize {
     let mut there = 0;
     for client in clients {

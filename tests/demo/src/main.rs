@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
-//! Watch the balancer balance: stand-in OAPs, several hundred gRPC clients that keep their connections, and the real daemon on the
-//! real kernel, in netns and cgroups of their own. What is shown is held against the socket table; the exit code is 1
-//! where something is off.
+//! Watch the balancer balance: stand-in OAPs, several hundred gRPC clients that keep their
+//! connections, and the real daemon on the real kernel, in netns and cgroups of their own. What is
+//! shown is held against the socket table; the exit code is 1 where something is off.
 //!
 //! ```text
 //!   netns "node A", 10.77.0.1                                  netns "node B", 10.77.0.2
@@ -29,7 +29,8 @@ const INTERRUPTED: u8 = 130;
 fn main() -> ExitCode {
     let began = Instant::now();
     let machines = [Machine::new(), Machine::new()];
-    // Clients live in node A's netns, but in no cgroup that a balancer looks at: they are somebody else's sockets.
+    // Clients live in node A's netns, but in no cgroup that a balancer looks at: they are somebody
+    // else's sockets.
     let report = machines[0].netns.run(|| run(&machines));
     drop(machines);
     let Some(report) = report else {

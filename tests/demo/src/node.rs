@@ -41,7 +41,8 @@ impl<'a> Node<'a> {
         self.oaps.push(Oap::start(self.machine, number));
     }
 
-    /// Starts the daemon with this configuration, and waits until it has found the OAPs, which listen already.
+    /// Starts the daemon with this configuration, and waits until it has found the OAPs, which
+    /// listen already.
     pub fn balance(&mut self, configuration: &str) {
         let balancer = self
             .balancer
@@ -57,7 +58,8 @@ impl<'a> Node<'a> {
         self.balancer.as_mut().expect("the balancer was started")
     }
 
-    /// What `ss` in the node's netns says of the established connections that each OAP's process holds.
+    /// What `ss` in the node's netns says of the established connections that each OAP's process
+    /// holds.
     ///
     /// # Panics
     /// When `ss` fails.
@@ -116,7 +118,8 @@ pub fn address(number: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 21800 + number))
 }
 
-/// One stand-in OAP. It ends when this is dropped, and also when this program is killed: its standard input ends then.
+/// One stand-in OAP. It ends when this is dropped, and also when this program is killed: its
+/// standard input ends then.
 struct Oap {
     number: u16,
     process: Child,

@@ -34,9 +34,11 @@ const NODE_B: SocketAddr = SocketAddr::new(
 );
 /// How long clients take to arrive that do not come all at once.
 const A_WHILE: Duration = Duration::from_secs(2);
-/// Whoever gets no answer to a SYN sends it again after a second: a balancer that lets people wait would be seen by that.
+/// Whoever gets no answer to a SYN sends it again after a second: a balancer that lets people wait
+/// would be seen by that.
 const SECOND_SYN: Duration = Duration::from_secs(1);
-/// A real agent that nobody helps looks for another server after 30 s (`collector.grpc_channel_check_interval`).
+/// A real agent that nobody helps looks for another server after 30 s
+/// (`collector.grpc_channel_check_interval`).
 const AGENT_LOOKS_AGAIN: Duration = Duration::from_secs(30);
 
 /// Plays all of it on node A and node B.
@@ -109,7 +111,8 @@ impl Scenario<'_> {
         self.keep(arrivals);
     }
 
-    /// More than the quotas allow, all at once. Clients know a second node, as agents know several OAP addresses.
+    /// More than the quotas allow, all at once. Clients know a second node, as agents know several
+    /// OAP addresses.
     async fn storm(&mut self) {
         let room = 3 * QUOTA - CLIENTS;
         heading(
@@ -179,7 +182,8 @@ impl Scenario<'_> {
         );
     }
 
-    /// The configuration names a fourth backend all the time; nobody tells the daemon when it comes.
+    /// The configuration names a fourth backend all the time; nobody tells the daemon when it
+    /// comes.
     async fn one_more(&mut self) {
         heading(
             "4.",

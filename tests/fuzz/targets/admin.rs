@@ -1,5 +1,5 @@
-//! The admin API, from both sides: whatever a client sends, it is a request or gets a refusal; whatever a daemon says, it is an answer
-//! or an error.
+//! The admin API, from both sides: whatever a client sends, it is a request or gets a refusal;
+//! whatever a daemon says, it is an answer or an error.
 #![no_main]
 
 use std::future::Future;
@@ -13,7 +13,8 @@ use libfuzzer_sys::fuzz_target;
 
 /// The state directory of the daemon that is asked.
 const STATE: &str = "/sys/fs/bpf/balancer";
-/// The longest refusal, in bytes. An answer must fit into a socket's buffer, whatever the request was.
+/// The longest refusal, in bytes. An answer must fit into a socket's buffer, whatever the request
+/// was.
 const LONGEST_REFUSAL: usize = 4096;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,4 +1,5 @@
-//! The configuration file: whatever is in it, it is a valid configuration or an error with its place.
+//! The configuration file: whatever is in it, it is a valid configuration or an error with its
+//! place.
 #![no_main]
 
 use std::net::{IpAddr, SocketAddr};

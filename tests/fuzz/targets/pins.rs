@@ -1,7 +1,8 @@
-//! The reader of the pinned maps: whatever they hold, `status` makes sense of it, in text and in JSON.
+//! The reader of the pinned maps: whatever they hold, `status` makes sense of it, in text and in
+//! JSON.
 //!
-//! An input is a service, a heartbeat and the result of a comparison, then slots, each as it stands in the maps (native byte order). What is
-//! missing at the end is zero.
+//! An input is a service, a heartbeat and the result of a comparison, then slots, each as it stands
+//! in the maps (native byte order). What is missing at the end is zero.
 #![no_main]
 
 use balancer::dataplane::{MapContents, ServiceContents, Snapshot};

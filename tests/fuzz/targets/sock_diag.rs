@@ -1,6 +1,8 @@
-//! The kernel's socket list: whatever datagrams come, it ends, with sockets or an error, and makes up nothing.
+//! The kernel's socket list: whatever datagrams come, it ends, with sockets or an error, and makes
+//! up nothing.
 //!
-//! An input is datagrams, each after its length in two bytes (little endian); what is left of the last one is taken as it is.
+//! An input is datagrams, each after its length in two bytes (little endian); what is left of the
+//! last one is taken as it is.
 #![no_main]
 
 use std::io;

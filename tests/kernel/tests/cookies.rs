@@ -1,4 +1,5 @@
-//! SYN cookies: the listener that answered the SYN must be the one that gets the ACK, for nothing was remembered in between.
+//! SYN cookies: the listener that answered the SYN must be the one that gets the ACK, for nothing
+//! was remembered in between.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -19,8 +20,8 @@ const BATCHES: u32 = 12;
 const BATCH: u32 = 20;
 /// Hand-made clients that never complete, to make the SYN queues overflow.
 const DEAD: u32 = 1500;
-/// Less than a third of [`DEAD`], so that every SYN queue overflows; more than a third of all handshakes, so that no accept queue is
-/// full when this test gets no CPU to accept.
+/// Less than a third of [`DEAD`], so that every SYN queue overflows; more than a third of all
+/// handshakes, so that no accept queue is full when this test gets no CPU to accept.
 const BACKLOG: i32 = 400;
 
 fn listeners_with_ttl(backlog: i32) -> Vec<Listener> {
@@ -30,7 +31,8 @@ fn listeners_with_ttl(backlog: i32) -> Vec<Listener> {
         .collect()
 }
 
-/// Opens and completes connections in one thread; returns the SYN-ACKs, and how many got a RST for their ACK.
+/// Opens and completes connections in one thread; returns the SYN-ACKs, and how many got a RST for
+/// their ACK.
 fn handshakes(machine: &Machine, thread: u32) -> (Vec<Segment>, usize) {
     let wire = Wire::open(&machine.netns);
     let (mut answers, mut reset) = (Vec::new(), 0);
@@ -144,7 +146,8 @@ fn source_hash_with_cookies_after_an_overflow() {
     the_ack_finds_the_listener_of_the_syn("source-hash", "1", BACKLOG);
 }
 
-/// Cookies begin in the middle of a stream of SYNs: none of those answered before, at and after that moment may be lost.
+/// Cookies begin in the middle of a stream of SYNs: none of those answered before, at and after
+/// that moment may be lost.
 #[test]
 fn nobody_is_lost_when_cookies_begin() {
     for policy in ["least-connections", "round-robin", "source-hash"] {
@@ -177,7 +180,8 @@ fn nobody_is_lost_when_cookies_begin() {
     }
 }
 
-/// With cookies the room is only known at the ACK: the refusal is a RST to a client that believes to be connected.
+/// With cookies the room is only known at the ACK: the refusal is a RST to a client that believes
+/// to be connected.
 #[test]
 fn over_quota_at_the_ack_of_a_cookie() {
     Machine::with(|machine| {

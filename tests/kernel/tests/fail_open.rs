@@ -9,10 +9,12 @@ use testkit::fixtures::{Balancer, Machine, Signal};
 
 use crate::support::{agents, agree, open_listeners, own_port, virtual_port};
 
-/// Longer than a SYN-ACK waits before it is sent again: from then on a half-open connection is not expected to complete.
+/// Longer than a SYN-ACK waits before it is sent again: from then on a half-open connection is not
+/// expected to complete.
 const NO_LONGER_YOUNG: Duration = Duration::from_millis(1_300);
 
-/// The smallest computed quota is 16. Clients that take seconds over their handshakes are not seen coming.
+/// The smallest computed quota is 16. Clients that take seconds over their handshakes are not seen
+/// coming.
 #[test]
 fn computed_quotas_far_below_what_stands_refuse_nobody() {
     Machine::with(|machine| {
@@ -78,7 +80,8 @@ fn a_fixed_quota_below_what_stands_refuses() {
     });
 }
 
-/// A service has 256 backends at the most; the 257th listener serves without the balancer, and may have room.
+/// A service has 256 backends at the most; the 257th listener serves without the balancer, and may
+/// have room.
 #[test]
 fn listeners_without_a_slot_open_the_service() {
     Machine::with(|machine| {

@@ -1,4 +1,5 @@
-//! Floods: honest clients get in beside them, the counts stay those of the socket table, and nothing is left of them.
+//! Floods: honest clients get in beside them, the counts stay those of the socket table, and
+//! nothing is left of them.
 
 use std::fmt;
 use std::io::ErrorKind;
@@ -106,7 +107,8 @@ impl fmt::Display for Tally {
     }
 }
 
-/// Honest clients that connect at regular times, all of them once a round, hold until their next round, and keep the last.
+/// Honest clients that connect at regular times, all of them once a round, hold until their next
+/// round, and keep the last.
 fn honest_clients() -> (Tally, Vec<TcpStream>) {
     let begun = Instant::now();
     let results: Vec<_> = thread::scope(|scope| {
@@ -138,7 +140,8 @@ fn honest_client(number: usize, first: Instant) -> (Tally, Option<TcpStream>) {
             if was_cut(&stream) {
                 tally.was_cut(since);
             }
-            // A process that is being started may hold a copy of the socket: closing alone would not end the connection.
+            // A process that is being started may hold a copy of the socket: closing alone would
+            // not end the connection.
             let _ = stream.shutdown(Shutdown::Both);
         }
         let begun = first.elapsed();
@@ -277,7 +280,8 @@ fn bare(case: Case) -> (Sent, Tally) {
     })
 }
 
-/// A flood of this kind beside honest clients: they get in, and the counts are those of the socket table.
+/// A flood of this kind beside honest clients: they get in, and the counts are those of the socket
+/// table.
 fn beside(balancer: &Balancer, flood: &Flood, rate: u32, listeners: &mut [Listener]) -> Beside {
     let (sent, (mut tally, kept)) = during(flood, rate, listeners, honest_clients);
     for _ in kept.iter().filter(|stream| was_cut(stream)) {
@@ -295,7 +299,8 @@ struct Beside {
     kept: Vec<TcpStream>,
 }
 
-/// What every flood must leave: no refusal but for the quota, nothing pending, and the quota in force.
+/// What every flood must leave: no refusal but for the quota, nothing pending, and the quota in
+/// force.
 fn left_well(balancer: &Balancer, listeners: &mut [Listener], kept: Vec<TcpStream>, quota: usize) {
     const TOO_MANY: usize = 5;
     let service = balancer.service();
@@ -312,7 +317,8 @@ fn left_well(balancer: &Balancer, listeners: &mut [Listener], kept: Vec<TcpStrea
     let room = quota - kept.len();
     let more: Vec<_> = (0..room + TOO_MANY)
         .map(|_| {
-            // With cookies the last ACK of one client and the SYN of the next may meet, each on a CPU of its own.
+            // With cookies the last ACK of one client and the SYN of the next may meet, each on a
+            // CPU of its own.
             thread::sleep(Duration::from_millis(5));
             tcp::connect(agents())
         })
@@ -335,7 +341,8 @@ fn left_well(balancer: &Balancer, listeners: &mut [Listener], kept: Vec<TcpStrea
     assert_eq!(agree(balancer, listeners).iter().sum::<usize>(), 1);
 }
 
-/// A flood may have ended between a SYN and the RST that takes it back: that one is pending for a second.
+/// A flood may have ended between a SYN and the RST that takes it back: that one is pending for a
+/// second.
 fn wait_for_none_pending(balancer: &Balancer) {
     balancer.wait_until(|service| {
         let mut backends = service.backends.iter();
@@ -486,7 +493,8 @@ fn stray(kind: Kind, topology: Topology) {
     });
 }
 
-/// Connects as fast as it can until told to stop; returns what it does not drop, and how many connects were made.
+/// Connects as fast as it can until told to stop; returns what it does not drop, and how many
+/// connects were made.
 fn connect_flood(stop: &AtomicBool, keep: bool) -> (Vec<TcpStream>, u64) {
     let (mut held, mut connected) = (Vec::new(), 0);
     while !stop.load(Ordering::Relaxed) {
@@ -504,8 +512,8 @@ fn connect_flood(stop: &AtomicBool, keep: bool) -> (Vec<TcpStream>, u64) {
     (held, connected)
 }
 
-/// Whoever completes handshakes and stays uses up the quota: that is what a quota is. It is never exceeded, nobody who is in is
-/// hurt, and when the connections go there is room at once.
+/// Whoever completes handshakes and stays uses up the quota: that is what a quota is. It is never
+/// exceeded, nobody who is in is hurt, and when the connections go there is room at once.
 #[test]
 fn connections_that_are_kept_use_up_the_quota_and_no_more() {
     const QUOTA: usize = 200;
@@ -566,7 +574,8 @@ fn connections_that_are_reset_at_once_hurt_nobody() {
 
 fn connect_and_reset(topology: Topology) {
     const FLOODERS: usize = 2;
-    // A connection that was reset waits to be accepted all the same: room for those of some seconds.
+    // A connection that was reset waits to be accepted all the same: room for those of some
+    // seconds.
     const BACKLOG: i32 = 65_535;
     Machine::with(|machine| {
         machine

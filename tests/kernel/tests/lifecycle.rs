@@ -265,7 +265,8 @@ fn namespaces_that_are_named_are_guarded() {
     });
 }
 
-/// With `namespaces: all` a namespace is guarded once a process of it is found; until then its listeners are candidates.
+/// With `namespaces: all` a namespace is guarded once a process of it is found; until then its
+/// listeners are candidates.
 #[test]
 fn with_all_namespaces_a_new_one_is_found_and_guarded() {
     Machine::with(|machine| {

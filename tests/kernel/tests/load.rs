@@ -1,4 +1,5 @@
-//! What the kernel half costs when it is loaded, in time and in the kernel's resources, and what is said where the kernel refuses it.
+//! What the kernel half costs when it is loaded, in time and in the kernel's resources, and what is
+//! said where the kernel refuses it.
 
 use std::fs;
 use std::path::PathBuf;
@@ -57,7 +58,8 @@ struct Budget {
     program: &'static str,
     /// Instructions.
     size: usize,
-    /// Instructions that the verifier goes through, on any kernel: Linux 6.12 sees soonest that two states are the same, and 7 latest.
+    /// Instructions that the verifier goes through, on any kernel: Linux 6.12 sees soonest that two
+    /// states are the same, and 7 latest.
     verified: u32,
     /// Bytes of the deepest chain of calls, which Linux 6.1 computes highest.
     stack: u32,
@@ -196,7 +198,8 @@ fn possible_cpus() -> u64 {
         + 1
 }
 
-/// Without `CAP_PERFMON` the verifier takes neither program: what it minds comes after several hundred instructions.
+/// Without `CAP_PERFMON` the verifier takes neither program: what it minds comes after several
+/// hundred instructions.
 #[test]
 fn what_the_verifier_says_of_a_refused_program_is_shown_in_full() {
     Machine::with(|machine| {
@@ -234,11 +237,13 @@ fn without_perfmon(machine: &Machine, balancer: &Balancer, arguments: &[&str]) -
     output.expect("the balancer ends").into()
 }
 
-/// From what the verifier says first, over what it minds, to its statistics. Of the paths that it was content with it says nothing itself.
+/// From what the verifier says first, over what it minds, to its statistics. Of the paths that it
+/// was content with it says nothing itself.
 #[track_caller]
 fn assert_is_whole(text: &str) {
     let (_, log) = text.split_once("log of the verifier:\n").expect("a log");
-    // The first instruction, or the first global function: Linux 6.1 looks at these before the program.
+    // The first instruction, or the first global function: Linux 6.1 looks at these before the
+    // program.
     let begins = log.starts_with("0: ") || log.starts_with("Validating ");
     assert!(begins, "it has no beginning:\n{text}");
     let is_instruction = |line: &str| {

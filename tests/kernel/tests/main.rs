@@ -1,4 +1,5 @@
-//! Integration tests on the real kernel, each on a machine (netns and cgroup) of its own. They need root.
+//! Integration tests on the real kernel, each on a machine (netns and cgroup) of its own. They need
+//! root.
 #![forbid(unsafe_code)]
 
 mod admission;

@@ -1,4 +1,5 @@
-//! Programs of others beside ours: counts come back to the socket table whatever they do, and `doctor` names them.
+//! Programs of others beside ours: counts come back to the socket table whatever they do, and
+//! `doctor` names them.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -17,7 +18,8 @@ use testkit::fixtures::{Balancer, Cgroup, Machine, Netns, Signal, eventually, pr
 
 use crate::support::{agents, agree, at, backend, loads, open_listeners, virtual_port};
 
-/// A lasting drift is put right at the third comparison; they are a second apart, or more where they are dear.
+/// A lasting drift is put right at the third comparison; they are a second apart, or more where
+/// they are dear.
 const PUT_RIGHT_WITHIN: Duration = Duration::from_secs(30);
 /// More comparisons than a lasting drift needs to be put right.
 const COMPARISONS: u64 = 4;
@@ -26,8 +28,8 @@ const ORDINARY: &str = "127.0.0.1:0";
 const EXEMPT: &str = "127.0.9.1:0";
 const REST: [&str; 2] = ["quota: {per_backend: 5}", "exempt: [127.0.9.0/24]"];
 
-/// Where the other program sits, in the order in which programs are run for a socket of the inner cgroup
-/// (`compute_effective_progs`, kernel/bpf/cgroup.c).
+/// Where the other program sits, in the order in which programs are run for a socket of the inner
+/// cgroup (`compute_effective_progs`, kernel/bpf/cgroup.c).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// In the inner cgroup, below the balancer's.
@@ -132,7 +134,8 @@ impl<'a> Fixture<'a> {
         }
     }
 
-    /// Waits until these listeners have so many connections, by the balancer's count and by the socket table.
+    /// Waits until these listeners have so many connections, by the balancer's count and by the
+    /// socket table.
     #[track_caller]
     fn settle(&self, listeners: &mut [Listener], expected: &[usize]) {
         eventually(PUT_RIGHT_WITHIN, || {
@@ -223,7 +226,8 @@ fn finding(balancer: &Balancer, name: &str) -> Finding {
         .unwrap_or_else(|| panic!("no check {name} in {}", finished.stdout))
 }
 
-/// How many comparisons there were, by how much the last one found counts off, and how often one has put them right.
+/// How many comparisons there were, by how much the last one found counts off, and how often one
+/// has put them right.
 #[track_caller]
 fn audit_counts(balancer: &Balancer) -> (u64, u64, u64) {
     let agent = balancer.status().agent;
@@ -249,7 +253,8 @@ fn stays_right(balancer: &Balancer, repaired: u64) {
     });
 }
 
-/// It wipes our flag before a connection enters ESTABLISHED: where it has the last word, the kernel half sees neither entry nor end.
+/// It wipes our flag before a connection enters ESTABLISHED: where it has the last word, the kernel
+/// half sees neither entry nor end.
 #[test]
 fn flags_replaced_on_new_connections() {
     let rules = [(Event::Accepted, Action::Replace(RTT_FLAG))];
@@ -294,7 +299,8 @@ const CLEARS_LATER: [(Event, Action); 3] = [
     (Event::Acknowledged, Action::Replace(0)),
 ];
 
-/// It wipes our flag while connections are established: the kernel half counts them and never sees their end, wherever it sits.
+/// It wipes our flag while connections are established: the kernel half counts them and never sees
+/// their end, wherever it sits.
 #[test]
 fn flags_cleared_during_connections() {
     at_each_place(&CLEARS_LATER, |fixture| {
@@ -327,7 +333,8 @@ fn flags_cleared_during_connections() {
     });
 }
 
-/// The same while connections come and go, so that each comparison finds the count further off: what was off before is put right.
+/// The same while connections come and go, so that each comparison finds the count further off:
+/// what was off before is put right.
 #[test]
 fn flags_cleared_while_connections_keep_coming() {
     at_places(&[Place::After], &CLEARS_LATER, |fixture| {
@@ -346,7 +353,8 @@ fn flags_cleared_while_connections_keep_coming() {
     });
 }
 
-/// It adds its flag to those that are there, as it should: both are served, and nothing needs to be put right.
+/// It adds its flag to those that are there, as it should: both are served, and nothing needs to be
+/// put right.
 #[test]
 fn flags_added() {
     let rules = [
@@ -393,7 +401,8 @@ fn serve_one(listener: &mut Listener, source: &str) -> bool {
     true
 }
 
-/// It wipes our flag from listeners: where it has the last word, the kernel half doesn't see them close.
+/// It wipes our flag from listeners: where it has the last word, the kernel half doesn't see them
+/// close.
 #[test]
 fn flags_cleared_on_listeners() {
     let rules = [(Event::Listens, Action::Replace(0))];
@@ -449,7 +458,8 @@ fn one(listeners: &mut [Listener]) -> &mut [Listener; 1] {
     listeners.try_into().expect("one listener")
 }
 
-/// A program that allows no other, at the balancer's cgroup or above: `run` says so and leaves nothing.
+/// A program that allows no other, at the balancer's cgroup or above: `run` says so and leaves
+/// nothing.
 #[test]
 fn an_exclusive_program_in_the_way() {
     for place in [Place::Before, Place::Above] {
@@ -542,7 +552,8 @@ enum Turn {
     After,
 }
 
-/// Two listeners with a quota of three each, and one that is none of ours, beside another `sk_lookup` program.
+/// Two listeners with a quota of three each, and one that is none of ours, beside another
+/// `sk_lookup` program.
 struct Lookups<'a> {
     turn: Turn,
     balancer: Balancer<'a>,
@@ -605,7 +616,8 @@ fn connect_all(number: usize) -> Vec<TcpStream> {
     clients
 }
 
-/// A choice of ours stands against a refusal of others (`BPF_PROG_SK_LOOKUP_RUN_ARRAY`, include/linux/filter.h).
+/// A choice of ours stands against a refusal of others (`BPF_PROG_SK_LOOKUP_RUN_ARRAY`,
+/// include/linux/filter.h).
 #[test]
 fn sk_lookup_that_chooses_nothing() {
     let choices: [Choice; 2] = [|_, _| Answer::Pass, |_, _| Answer::Drop];
@@ -677,7 +689,8 @@ fn sk_lookup_that_takes_what_is_left() {
     );
 }
 
-/// It sends everything to one of our backends, beyond its quota: counted where it is, not where we would have sent it.
+/// It sends everything to one of our backends, beyond its quota: counted where it is, not where we
+/// would have sent it.
 #[test]
 fn sk_lookup_that_chooses_a_socket_of_ours() {
     let choose: Choice = |ours, _| Answer::Choose(&ours[0]);

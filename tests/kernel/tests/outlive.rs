@@ -1,5 +1,5 @@
-//! The data plane outlives its daemon: whatever happens to the daemon, under load, clients notice nothing, the counts are those
-//! of the socket table, and nothing is left behind.
+//! The data plane outlives its daemon: whatever happens to the daemon, under load, clients notice
+//! nothing, the counts are those of the socket table, and nothing is left behind.
 
 mod adoption;
 mod every_step;
@@ -40,7 +40,8 @@ fn a_kill_every_300_ms_costs_nothing() {
         let end = Instant::now() + for_long(Duration::from_secs(30), Duration::from_secs(4));
         let (mut kills, mut ready) = (0, 0);
         while Instant::now() < end {
-            // Exactly so long, at any moment of the start, and at any moment of a daemon that is ready.
+            // Exactly so long, at any moment of the start, and at any moment of a daemon that is
+            // ready.
             let pause = Duration::from_millis(300);
             match kills % 3 {
                 0 => thread::sleep(pause),
@@ -76,8 +77,9 @@ fn killed_twice_in_a_row() {
     });
 }
 
-/// The pins that an interrupted start leaves are not in the way of the next one; it adopts what the interrupted ones have left
-/// undone. Half of the starts begin from nothing, with servers and connections that are there already.
+/// The pins that an interrupted start leaves are not in the way of the next one; it adopts what the
+/// interrupted ones have left undone. Half of the starts begin from nothing, with servers and
+/// connections that are there already.
 #[test]
 fn killed_at_any_moment_of_the_start() {
     Machine::with(|machine| {
@@ -97,7 +99,8 @@ fn killed_at_any_moment_of_the_start() {
     });
 }
 
-/// Without a daemon refusing goes on until `fail_open_after`, and then nobody is refused; steering goes on for ever.
+/// Without a daemon refusing goes on until `fail_open_after`, and then nobody is refused; steering
+/// goes on for ever.
 #[test]
 fn without_a_daemon_refusing_ends_and_steering_goes_on() {
     let limit = 2000;

@@ -169,7 +169,8 @@ fn for_all_namespaces_it_can_still_enter_and_guard_new_ones() {
     });
 }
 
-/// Only a process of another user has the listener, and only after the daemon gave up its capabilities is it wanted.
+/// Only a process of another user has the listener, and only after the daemon gave up its
+/// capabilities is it wanted.
 fn a_listener_of_another_user_is_adopted(namespaces: &str) {
     Machine::with(|machine| {
         let listener = std::net::TcpListener::bind(agents()).expect("the port is free");

@@ -132,7 +132,8 @@ fn listeners_of_a_reuseport_group_are_backends_with_a_quota_each() {
     });
 }
 
-/// As in the kernel: otherwise a local user could take connections of the network by listening on 127.0.0.1.
+/// As in the kernel: otherwise a local user could take connections of the network by listening on
+/// 127.0.0.1.
 #[test]
 fn candidates_are_those_of_the_destination_address() {
     Machine::with(|machine| {
@@ -200,7 +201,8 @@ fn a_listener_bound_to_the_interface_wins() {
     });
 }
 
-/// A service with an address is only for what is sent there; a service without one has the rest of the port.
+/// A service with an address is only for what is sent there; a service without one has the rest of
+/// the port.
 #[test]
 fn an_exact_address_wins_over_any() {
     Machine::with(|machine| {
@@ -306,7 +308,8 @@ fn a_virtual_port_passes_over_mptcp_backends() {
 }
 
 fn allow_fast_open(machine: &Machine) {
-    // Client, server, client without a cookie, server without a cookie, every listener (Documentation/networking/ip-sysctl).
+    // Client, server, client without a cookie, server without a cookie, every listener
+    // (Documentation/networking/ip-sysctl).
     machine.netns.sysctl(
         "net.ipv4.tcp_fastopen",
         &(0x1 | 0x2 | 0x4 | 0x200 | 0x400).to_string(),
@@ -389,8 +392,9 @@ fn a_backends_own_address_is_not_balanced() {
     });
 }
 
-/// With `tcp_migrate_req` a listener that closes hands on what it has not accepted. `doctor` warns of
-/// it: such connections count on the closed listener's slot until they end, and nothing is repaired.
+/// With `tcp_migrate_req` a listener that closes hands on what it has not accepted. `doctor` warns
+/// of it: such connections count on the closed listener's slot until they end, and nothing is
+/// repaired.
 #[test]
 fn what_a_closing_listener_hands_on_stays_counted_on_it() {
     Machine::with(|machine| {

@@ -1,4 +1,5 @@
-//! What many tests begin with: a service of that shape, its listeners, and the comparison with the socket table.
+//! What many tests begin with: a service of that shape, its listeners, and the comparison with the
+//! socket table.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -37,7 +38,8 @@ pub fn source(n: usize) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::from(first + n)), 0)
 }
 
-/// The service `agents` as a virtual port with so many backends; `rest` are further keys, a line each.
+/// The service `agents` as a virtual port with so many backends; `rest` are further keys, a line
+/// each.
 pub fn virtual_port(policy: &str, backends: usize, rest: &[&str]) -> String {
     let addresses: Vec<_> = (0..backends)
         .map(|n| format!("\"{}\"", backend(n)))
@@ -89,7 +91,8 @@ pub fn loads(listeners: &mut [Listener]) -> Vec<usize> {
 
 /// Waits until the balancer's counts are those of the socket table; returns them.
 ///
-/// Listeners of one address are compared as a set: which slot is whose nobody can tell from outside.
+/// Listeners of one address are compared as a set: which slot is whose nobody can tell from
+/// outside.
 #[track_caller]
 pub fn agree(balancer: &Balancer, listeners: &mut [Listener]) -> Vec<usize> {
     eventually(SETTLES_WITHIN, || {

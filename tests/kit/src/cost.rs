@@ -1,4 +1,5 @@
-//! What the kernel half costs the kernel: size, the verifier's work, stack and map memory, as this kernel reports them.
+//! What the kernel half costs the kernel: size, the verifier's work, stack and map memory, as this
+//! kernel reports them.
 
 use std::collections::HashSet;
 use std::fs;
@@ -19,7 +20,8 @@ use testbpf::{Functions, Instruction, ProgramSpec};
 pub struct Cost {
     /// By name.
     pub programs: Vec<ProgramCost>,
-    /// The bytes of every map, by name: those that are there once, and the scratch that each instance of `steer` has.
+    /// The bytes of every map, by name: those that are there once, and the scratch that each
+    /// instance of `steer` has.
     pub maps: Vec<(String, u64)>,
 }
 
@@ -43,7 +45,8 @@ pub struct ProgramCost {
     pub stack: Stack,
 }
 
-/// How much stack each function of a program takes, and which others it calls. The first one is the program.
+/// How much stack each function of a program takes, and which others it calls. The first one is the
+/// program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Stack {
     /// Bytes, as they were when the verifier summed them up.
@@ -55,12 +58,13 @@ pub struct Stack {
 impl Stack {
     /// The most that a chain of calls may take (`MAX_BPF_STACK`, include/linux/filter.h).
     pub const LIMIT: u32 = 512;
-    /// What frames are rounded up to in that sum (`check_max_stack_depth`, kernel/bpf/verifier.c) before Linux 6.8. Later ones round to
-    /// 16 where the program is compiled to machine code: what fits by this rule fits everywhere.
+    /// What frames are rounded up to in that sum (`check_max_stack_depth`, kernel/bpf/verifier.c)
+    /// before Linux 6.8. Later ones round to 16 where the program is compiled to machine code: what
+    /// fits by this rule fits everywhere.
     pub const ROUNDING: u32 = 32;
 
-    /// The chain of calls that takes the most, and how many bytes that is: by the rule of Linux 6.1, for which an empty frame counts
-    /// as one byte.
+    /// The chain of calls that takes the most, and how many bytes that is: by the rule of Linux
+    /// 6.1, for which an empty frame counts as one byte.
     pub fn deepest(&self) -> (u32, Vec<usize>) {
         self.deepest_from(0)
     }
@@ -102,8 +106,9 @@ impl Stack {
     }
 }
 
-/// The bytes of each function's frame, in the order of the functions: `stack depth 192+48+0`; since Linux 7.3 a line for each,
-/// `subprog 1 (account_rule) global insns_self 303 insns_total 716 stack 48`.
+/// The bytes of each function's frame, in the order of the functions: `stack depth 192+48+0`; since
+/// Linux 7.3 a line for each, `subprog 1 (account_rule) global insns_self 303 insns_total 716 stack
+/// 48`.
 fn frames(log: &str) -> Option<Vec<u32>> {
     let each: Vec<_> = log
         .lines()
@@ -120,9 +125,10 @@ fn frames(log: &str) -> Option<Vec<u32>> {
     frames.map(|frame| frame.parse().ok()).collect()
 }
 
-/// What a function's frame grows by when the verifier puts `bpf_loop` in its place (`optimize_bpf_loop`, kernel/bpf/verifier.c): three
-/// registers. It does so for each of ours, as they have one callback and no flags; after it has summed the frames up, but before it
-/// reports them.
+/// What a function's frame grows by when the verifier puts `bpf_loop` in its place
+/// (`optimize_bpf_loop`, kernel/bpf/verifier.c): three registers. It does so for each of ours, as
+/// they have one callback and no flags; after it has summed the frames up, but before it reports
+/// them.
 const INLINED_LOOP: u32 = 24;
 
 /// The calls of `bpf_loop`.
@@ -134,7 +140,8 @@ fn loops(instructions: &[Instruction]) -> impl Iterator<Item = usize> {
     (0..instructions.len()).filter(move |at| is_loop(&instructions[*at]))
 }
 
-/// The instructions that refer to a function, and where that one begins: `BPF_PSEUDO_CALL` and `BPF_PSEUDO_FUNC`.
+/// The instructions that refer to a function, and where that one begins: `BPF_PSEUDO_CALL` and
+/// `BPF_PSEUDO_FUNC`.
 fn calls_of(instructions: &[Instruction]) -> impl Iterator<Item = (usize, usize)> {
     let target = |(at, instruction): (usize, &Instruction)| {
         let source = instruction.registers >> 4;
@@ -153,8 +160,8 @@ fn starts(instructions: &[Instruction]) -> Vec<usize> {
     starts
 }
 
-/// Loads the programs of a kernel half, the object file as `cargo xtask build` made it, for what this kernel says of them, and lets go
-/// of them. Nothing is attached.
+/// Loads the programs of a kernel half, the object file as `cargo xtask build` made it, for what
+/// this kernel says of them, and lets go of them. Nothing is attached.
 ///
 /// # Errors
 /// When the kernel refuses something, or its report isn't understood.
@@ -168,7 +175,8 @@ pub fn measure(object: &[u8]) -> Result<Cost> {
     })
 }
 
-/// aya offers the log of a program only where it was refused, so this links the same object to the same maps and loads it by hand.
+/// aya offers the log of a program only where it was refused, so this links the same object to the
+/// same maps and loads it by hand.
 fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
     let mut object = Object::parse(object)?;
     let maps = std::mem::take(&mut object.maps);
@@ -280,8 +288,8 @@ fn maps(object: &Ebpf, directory: &Path) -> Result<Vec<(String, u64)>> {
     Ok(maps)
 }
 
-/// `memlock` in the descriptor's /proc file (`bpf_map_show_fdinfo`, kernel/bpf/syscall.c): since Linux 6.4 what the map really takes,
-/// before that an estimate from its number of elements.
+/// `memlock` in the descriptor's /proc file (`bpf_map_show_fdinfo`, kernel/bpf/syscall.c): since
+/// Linux 6.4 what the map really takes, before that an estimate from its number of elements.
 fn map_bytes(map: &MapData) -> Result<u64> {
     let path = format!("/proc/self/fdinfo/{}", number(map));
     let info = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;

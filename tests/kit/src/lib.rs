@@ -1,5 +1,5 @@
-//! What tests on the running kernel need: guards over kernel objects, the daemon under test, TCP tools, a real Kubernetes, and reports
-//! of what was seen.
+//! What tests on the running kernel need: guards over kernel objects, the daemon under test, TCP
+//! tools, a real Kubernetes, and reports of what was seen.
 #![forbid(unsafe_code)]
 
 pub mod cost;

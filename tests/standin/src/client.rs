@@ -42,8 +42,8 @@ pub struct Attempt {
     pub took: Duration,
 }
 
-/// A client. Its connection stays until it is dropped; where the server breaks it, the next call opens a new one, from the first
-/// server on.
+/// A client. Its connection stays until it is dropped; where the server breaks it, the next call
+/// opens a new one, from the first server on.
 pub struct Client {
     channel: Grpc<Channel>,
     instance: String,
@@ -51,7 +51,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Tries the servers in this order until one takes the connection. Says what it tried in any case.
+    /// Tries the servers in this order until one takes the connection. Says what it tried in any
+    /// case.
     pub async fn connect(
         instance: String,
         servers: Vec<SocketAddr>,

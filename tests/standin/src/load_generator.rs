@@ -1,5 +1,5 @@
-//! Clients that stay: each keeps one connection, and opens it again where it ends, with the pauses of gRPC's own clients
-//! (<https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md>).
+//! Clients that stay: each keeps one connection, and opens it again where it ends, with the pauses
+//! of gRPC's own clients (<https://github.com/grpc/grpc/blob/master/doc/connection-backoff.md>).
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -84,7 +84,8 @@ impl Tally {
         self.reset + self.closed + self.unanswered
     }
 
-    /// The longest time that a client was without a connection, of all the time after `since` (in milliseconds since 1970), as of `now`.
+    /// The longest time that a client was without a connection, of all the time after `since` (in
+    /// milliseconds since 1970), as of `now`.
     pub fn longest_outage(&self, since: u64, now: u64) -> Duration {
         let outages = self.outages.iter();
         let longest = outages
@@ -170,7 +171,8 @@ impl LoadGenerator {
         self.order.send_replace(within);
     }
 
-    /// Answers questions, for ever: a connection that says `reconnect MILLISECONDS` or anything else in one line gets the tally as JSON.
+    /// Answers questions, for ever: a connection that says `reconnect MILLISECONDS` or anything
+    /// else in one line gets the tally as JSON.
     ///
     /// # Errors
     /// When connections can't be accepted any more.
@@ -384,7 +386,8 @@ impl AsyncWrite for Watched {
     }
 }
 
-/// Between 0 and 1; the standard library keys its hash tables with random numbers, and needs no more than that here.
+/// Between 0 and 1; the standard library keys its hash tables with random numbers, and needs no
+/// more than that here.
 fn random() -> f64 {
     let number = RandomState::new().build_hasher().finish() >> 32;
     f64::from(u32::try_from(number).unwrap_or_default()) / f64::from(u32::MAX)

@@ -2,7 +2,8 @@
 
 /// `skywalking.v3.ManagementService/keepAlive`: an [`InstancePing`] is answered with [`Commands`].
 pub const KEEP_ALIVE: &str = "/skywalking.v3.ManagementService/keepAlive";
-/// `skywalking.v3.TraceSegmentReportService/collect`: a stream of [`Segment`]s is answered with [`Commands`].
+/// `skywalking.v3.TraceSegmentReportService/collect`: a stream of [`Segment`]s is answered with
+/// [`Commands`].
 pub const COLLECT: &str = "/skywalking.v3.TraceSegmentReportService/collect";
 
 /// `InstancePingPkg`: who lives.

@@ -139,8 +139,8 @@ impl Libraries {
         Ok(Self::parse(&String::from_utf8_lossy(&output.stdout)))
     }
 
-    /// From lines such as `libc.so.6 => /lib/…/libc.so.6 (0x…)`, `/lib64/ld-linux-x86-64.so.2 (0x…)`,
-    /// and `linux-vdso.so.1 (0x…)`, which is no file.
+    /// From lines such as `libc.so.6 => /lib/…/libc.so.6 (0x…)`, `/lib64/ld-linux-x86-64.so.2
+    /// (0x…)`, and `linux-vdso.so.1 (0x…)`, which is no file.
     fn parse(text: &str) -> Self {
         let mut libraries = Self::default();
         for line in text.lines().map(str::trim) {

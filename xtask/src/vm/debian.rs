@@ -1,5 +1,5 @@
-//! Kernels from Debian's archive, kept under `target/vm`. apt verifies them; its state and cache for that are there as well, so that
-//! this machine's own apt is left as it is.
+//! Kernels from Debian's archive, kept under `target/vm`. apt verifies them; its state and cache
+//! for that are there as well, so that this machine's own apt is left as it is.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use crate::{command, places};
 const ARCHIVE: &str = "http://deb.debian.org/debian";
 /// Of the package debian-archive-keyring.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// The kernel for virtual machines, which is smaller than the other one and as complete for what the balancer needs.
+/// The kernel for virtual machines, which is smaller than the other one and as complete for what
+/// the balancer needs.
 const FLAVOUR: &str = "-cloud-amd64";
 /// Written last, so that a directory without it is not complete: the package and its version.
 const COMPLETE: &str = "package";
@@ -191,7 +192,8 @@ impl Apt {
             .with_context(|| format!("no kernel {version} is there"))
     }
 
-    /// The package with those that hold parts of the kernel: its image and its modules may be in packages of their own.
+    /// The package with those that hold parts of the kernel: its image and its modules may be in
+    /// packages of their own.
     fn parts(&self, package: &str) -> Result<Vec<String>> {
         let closure = self.cache(&[
             "depends",
@@ -220,7 +222,8 @@ impl Apt {
     }
 }
 
-/// Nothing of this machine's apt but its proxies. The indexes of translations and of what is in packages are left out: they are large.
+/// Nothing of this machine's apt but its proxies. The indexes of translations and of what is in
+/// packages are left out: they are large.
 fn settings(directory: &Path) -> String {
     let directory = directory.display();
     format!(

@@ -14,17 +14,19 @@ use super::debian::{self, Files};
 use super::report::Report;
 use crate::command;
 
-/// How long a guest may say nothing: an emulated processor is ten to twenty times slower than this one, and shares it with others.
+/// How long a guest may say nothing: an emulated processor is ten to twenty times slower than this
+/// one, and shares it with others.
 const SILENCE: Duration = Duration::from_secs(15 * 60);
 const PROCESSORS: &str = "2";
 const MEMORY_MIB: &str = "3072";
 
-/// How often a guest is booted whose kernel dies before it starts anything of ours. With several processors QEMU's emulation sometimes loses the
-/// race while the kernel patches its own code (an `int3` that nobody expects).
+/// How often a guest is booted whose kernel dies before it starts anything of ours. With several
+/// processors QEMU's emulation sometimes loses the race while the kernel patches its own code (an
+/// `int3` that nobody expects).
 const BOOTS: u32 = 3;
 
-/// Runs the tests on a kernel. Everything that the guest says is printed, after the seconds since its
-/// start, and kept in `target/vm/logs`.
+/// Runs the tests on a kernel. Everything that the guest says is printed, after the seconds since
+/// its start, and kept in `target/vm/logs`.
 ///
 /// # Errors
 /// When QEMU can't be started.
@@ -57,7 +59,8 @@ impl Guest {
         let program = command::find("qemu-system-x86_64")
             .context("qemu-system-x86_64 is missing: run `cargo xtask setup`")?;
         let mut qemu = Command::new(program);
-        // Emulated in software: a machine of a CI is mostly a guest itself, in which nothing else is reliable.
+        // Emulated in software: a machine of a CI is mostly a guest itself, in which nothing else
+        // is reliable.
         qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
         qemu.args(["-smp", PROCESSORS, "-m", MEMORY_MIB]);
         qemu.args([
@@ -107,7 +110,8 @@ impl Drop for Guest {
     }
 }
 
-/// What the guest says, line by line, without the terminal's control sequences that the firmware begins with.
+/// What the guest says, line by line, without the terminal's control sequences that the firmware
+/// begins with.
 fn lines(output: ChildStdout) -> mpsc::Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {

@@ -1,4 +1,5 @@
-//! What a guest boots into: busybox, the tests with what they need, and a few modules. Everything is in memory there, and gone with it.
+//! What a guest boots into: busybox, the tests with what they need, and a few modules. Everything
+//! is in memory there, and gone with it.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -13,7 +14,8 @@ use super::debian::{self, Files};
 use crate::build::{self, Profile};
 use crate::{command, places};
 
-/// What is a module in Debian's kernels: the socket table, and cables between network namespaces. In the order in which they load.
+/// What is a module in Debian's kernels: the socket table, and cables between network namespaces.
+/// In the order in which they load.
 const MODULES: [&str; 4] = ["inet_diag", "tcp_diag", "udp_diag", "veth"];
 /// Programs that the tests start, of this machine.
 const TOOLS: [&str; 2] = ["ip", "ss"];
@@ -152,7 +154,8 @@ impl Tree {
     }
 }
 
-/// The files in what `ldd` prints: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`, `/lib64/ld-linux-x86-64.so.2 (0x…)`.
+/// The files in what `ldd` prints: `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`,
+/// `/lib64/ld-linux-x86-64.so.2 (0x…)`.
 fn paths_of(list: &str) -> impl Iterator<Item = &str> {
     list.split_whitespace().filter(|word| word.starts_with('/'))
 }

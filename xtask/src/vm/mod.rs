@@ -1,5 +1,5 @@
-//! `cargo xtask vm`: the tests on other kernels than this machine's. Each is Debian's own, and runs in QEMU with nothing else than an
-//! initramfs that holds the tests.
+//! `cargo xtask vm`: the tests on other kernels than this machine's. Each is Debian's own, and runs
+//! in QEMU with nothing else than an initramfs that holds the tests.
 
 mod debian;
 mod guest;
@@ -43,7 +43,8 @@ enum Package {
 pub const DEFAULT: &str = "5.10,6.1,6.12,backports,sid";
 
 impl Kernel {
-    /// `6.1`, the kernel of a Debian release; `backports` and `sid`, whatever these have; `7.0`, a version that trixie-backports has.
+    /// `6.1`, the kernel of a Debian release; `backports` and `sid`, whatever these have; `7.0`, a
+    /// version that trixie-backports has.
     ///
     /// # Errors
     /// What may stand there.
@@ -87,7 +88,8 @@ pub struct Options {
     pub refresh: bool,
     /// Run only one test of each thing.
     pub quick: bool,
-    /// Arguments of the test program, a filter mostly; none: those in `tests/kernel/vm/default` or `tests/kernel/vm/quick`.
+    /// Arguments of the test program, a filter mostly; none: those in `tests/kernel/vm/default` or
+    /// `tests/kernel/vm/quick`.
     pub arguments: Vec<String>,
 }
 

@@ -62,7 +62,8 @@ impl Haproxy {
     }
 }
 
-/// Health checks, so that a dead backend gets nobody; a client whose backend refuses is sent to another one.
+/// Health checks, so that a dead backend gets nobody; a client whose backend refuses is sent to
+/// another one.
 fn configuration(backends: &[SocketAddr]) -> Result<String> {
     let mut text = format!(
         "global\n  maxconn 9000\n\

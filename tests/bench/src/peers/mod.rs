@@ -44,8 +44,8 @@ pub fn set_policy(balancer: &Balancer<'_>, policy: &str, backends: u16) {
     balancer.wait_until(|service| service.policy == policy);
 }
 
-/// A command in a machine's netns that is killed with this program. The main thread must start it: it is that thread's end that
-/// kills it.
+/// A command in a machine's netns that is killed with this program. The main thread must start it:
+/// it is that thread's end that kills it.
 fn command_in(machine: &Machine, program: &Path) -> Command {
     let mut command = command("nsenter");
     command.arg(format!("--net={}", machine.netns.path().display()));

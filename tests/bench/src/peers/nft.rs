@@ -8,10 +8,12 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use testkit::fixtures::{Machine, process};
 
-/// Seconds that connection tracking remembers a connection that was reset: at its usual 10 s some rounds would fill its table.
+/// Seconds that connection tracking remembers a connection that was reset: at its usual 10 s some
+/// rounds would fill its table.
 const REMEMBERED: &str = "1";
 
-/// Counts connections by backend port and refuses those above a limit with a RST. Goes with the machine.
+/// Counts connections by backend port and refuses those above a limit with a RST. Goes with the
+/// machine.
 ///
 /// # Errors
 /// With what nft said.
@@ -35,7 +37,8 @@ pub fn limit(machine: &Machine, ports: std::ops::RangeInclusive<u16>, limit: u32
     Ok(())
 }
 
-/// The rule of a Kubernetes Service, as kube-proxy writes it: a backend at random for each new connection. Replaces one that is there.
+/// The rule of a Kubernetes Service, as kube-proxy writes it: a backend at random for each new
+/// connection. Replaces one that is there.
 ///
 /// # Errors
 /// With what nft said.

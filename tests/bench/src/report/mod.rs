@@ -199,7 +199,8 @@ impl<'a> Report<'a> {
     }
 }
 
-/// How many threads wanted a processor during the last minute. Says so where it is many: figures are noise then.
+/// How many threads wanted a processor during the last minute. Says so where it is many: figures
+/// are noise then.
 fn load() -> Result<f64> {
     let text = fs::read_to_string("/proc/loadavg").context("cannot read /proc/loadavg")?;
     let load = text.split_whitespace().next().unwrap_or_default();

@@ -16,7 +16,8 @@ const ASSETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/oap");
 const DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:3.8.1";
 /// The agent's parent POM was never published; later versions of the plug-in insist on it.
 const LENIENT_DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependency-plugin:2.10";
-/// All of Java SE, and what an API server's certificate, the agents' metrics and Netty need besides.
+/// All of Java SE, and what an API server's certificate, the agents' metrics and Netty need
+/// besides.
 const JRE_MODULES: &str = "java.se,jdk.crypto.ec,jdk.management,jdk.unsupported";
 const JAVA_AGENT: &str = "org.apache.skywalking:apm-agent:9.4.0";
 const BOOT_SERVICE: &str =
@@ -189,7 +190,8 @@ impl Cache {
         write(&self.java().join(name), &read(&[file])?)
     }
 
-    /// The JDK's own modules and what makes a JVM of them, without the tools; with a class data archive, so that it starts sooner.
+    /// The JDK's own modules and what makes a JVM of them, without the tools; with a class data
+    /// archive, so that it starts sooner.
     fn link_jre(&self) -> Result<()> {
         let jdk = command_output("java", &["-version"])?;
         once("a JRE", &self.jre(), &jdk, || {

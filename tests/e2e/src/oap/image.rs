@@ -12,7 +12,8 @@ pub const OAP: [&str; 2] = [
     "@/opt/oap/class-path",
     "org.apache.skywalking.oap.server.starter.OAPServerStartUp",
 ];
-/// What a container runs that is the application with the agent; options of the JVM and properties of the agent come before.
+/// What a container runs that is the application with the agent; options of the JVM and properties
+/// of the agent come before.
 pub const APPLICATION: [&str; 4] = [
     "-javaagent:/opt/agent/skywalking-agent.jar",
     "-cp",

@@ -1,4 +1,5 @@
-//! Real `SkyWalking`: its programs, fetched once with Maven and pip, and what its servers say of themselves.
+//! Real `SkyWalking`: its programs, fetched once with Maven and pip, and what its servers say of
+//! themselves.
 
 pub mod cache;
 pub mod graphql;

@@ -6,7 +6,8 @@ use std::time::Duration;
 /// A Java agent that is cut off in the middle of a call is silent for a minute and a half.
 pub const DATA_COMES_BACK_WITHIN: Duration = Duration::from_secs(150);
 
-/// So many segments show that an agent reports; after it was cut off, so many in a row with none missing.
+/// So many segments show that an agent reports; after it was cut off, so many in a row with none
+/// missing.
 pub const ENOUGH: u32 = 20;
 
 /// Whether there are [`ENOUGH`] numbers in a row after `since`.

@@ -170,7 +170,8 @@ fn send(socket: &UnixDatagram, listener: &Listener) {
     .expect("a file can be sent");
 }
 
-/// What is special about it is said, wherever its place is: in the status, or in the log where it has none there.
+/// What is special about it is said, wherever its place is: in the status, or in the log where it
+/// has none there.
 #[test]
 fn an_mptcp_listener_that_was_there_before_is_named_as_one() {
     Machine::with(|machine| {

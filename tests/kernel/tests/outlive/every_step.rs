@@ -19,9 +19,10 @@ fn addresses() -> [SocketAddr; 2] {
     [agents(), at("127.0.0.2:11800")]
 }
 
-/// Kills a start before its first change, then one before its second one and so on, until one gets ready; before each of them
-/// `prepare` is called without a daemon. After each the next start must make good what is left. Where tests are shortened only one
-/// of the changes is tried; `about` is how many there are.
+/// Kills a start before its first change, then one before its second one and so on, until one gets
+/// ready; before each of them `prepare` is called without a daemon. After each the next start must
+/// make good what is left. Where tests are shortened only one of the changes is tried; `about` is
+/// how many there are.
 #[track_caller]
 fn killed_before_every_change(test: &str, about: usize, prepare: impl Fn(&mut Balancer) + Sync) {
     Machine::with(|machine| {

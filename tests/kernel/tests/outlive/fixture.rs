@@ -14,7 +14,8 @@ use crate::support::{agents, at, backend, by_address, counts, loads};
 
 /// How long counts may take to follow the socket table on a busy machine.
 const SETTLES_WITHIN: Duration = Duration::from_secs(10);
-/// Connections that are held on each backend, and the room that come-and-go clients have beside them.
+/// Connections that are held on each backend, and the room that come-and-go clients have beside
+/// them.
 pub const HELD: usize = 12;
 const QUOTA: usize = 30;
 /// Connects a second of each thread of clients.
@@ -39,8 +40,9 @@ pub fn full_service() -> SocketAddr {
     at("127.0.0.1:11802")
 }
 
-/// An own port and a virtual port with room, and an own port without. On a busy machine it may take long until one of the daemons
-/// that are killed all the time gives a sign of life: refusing must not end meanwhile.
+/// An own port and a virtual port with room, and an own port without. On a busy machine it may take
+/// long until one of the daemons that are killed all the time gives a sign of life: refusing must
+/// not end meanwhile.
 pub fn yaml() -> String {
     let backends: Vec<_> = (0..3).map(|n| format!("\"{}\"", backend(n))).collect();
     let backends = backends.join(", ");
@@ -131,7 +133,8 @@ impl<'a> Fixture<'a> {
         }
     }
 
-    /// Clients of the virtual port, which nobody answers without a balancer, and those of the service without room.
+    /// Clients of the virtual port, which nobody answers without a balancer, and those of the
+    /// service without room.
     #[track_caller]
     pub fn press_virtual(&mut self) {
         self.load.hold(virtual_service(), 3 * HELD);
@@ -168,8 +171,9 @@ impl<'a> Fixture<'a> {
         ready
     }
 
-    /// How all tests end: with a daemon that is ready, no client saw an error, counts equal the socket table and follow it to
-    /// 0, and `unload` leaves nothing. Prints what happened in a line.
+    /// How all tests end: with a daemon that is ready, no client saw an error, counts equal the
+    /// socket table and follow it to 0, and `unload` leaves nothing. Prints what happened in a
+    /// line.
     #[track_caller]
     pub fn finish(self, test: &str) {
         let Self {

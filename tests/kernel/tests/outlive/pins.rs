@@ -52,7 +52,8 @@ fn text_of(file: impl AsFd) -> String {
     fs::read_to_string(format!("/proc/thread-self/fdinfo/{number}")).expect("fdinfo is readable")
 }
 
-/// What a descriptor holds, by its `fdinfo` (`bpf_map_show_fdinfo` and its like, kernel/bpf/syscall.c).
+/// What a descriptor holds, by its `fdinfo` (`bpf_map_show_fdinfo` and its like,
+/// kernel/bpf/syscall.c).
 fn kind(fdinfo: &str) -> Option<Pin> {
     let number = |key: &str| -> Option<u32> {
         let line = fdinfo.lines().find_map(|line| line.strip_prefix(key))?;

@@ -64,8 +64,9 @@ fn make(path: &Path) {
         .expect("bpffs makes directories");
 }
 
-/// Shows that with a data plane poisoned by `poison` (which returns the pin at fault) `run` either fails, says which pin it is
-/// and what to do, and changes nothing, or gets ready and works; and that `unload` clears it all, and `run` works then.
+/// Shows that with a data plane poisoned by `poison` (which returns the pin at fault) `run` either
+/// fails, says which pin it is and what to do, and changes nothing, or gets ready and works; and
+/// that `unload` clears it all, and `run` works then.
 #[track_caller]
 fn poisoned<T>(poison: impl FnOnce(&Path) -> (PathBuf, T) + Send) {
     poisoned_each([poison]);

@@ -106,7 +106,8 @@ pub fn make_another_abi(state: &Path) -> String {
 
 const OTHER: &str = "v999";
 
-/// Listeners and connections of the other layout's data plane are adopted, then the programs change over, then the other one goes.
+/// Listeners and connections of the other layout's data plane are adopted, then the programs change
+/// over, then the other one goes.
 #[test]
 fn another_abi_is_moved_over() {
     Machine::with(|machine| {

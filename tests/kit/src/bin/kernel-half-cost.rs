@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
-//! Says what a kernel half costs on the running kernel: `kernel-half-cost target/bpf/debug/balancer.o`. Loads its programs for that,
-//! and attaches nothing. Ends with 1 where that is not possible here, which it says on standard output as well.
+//! Says what a kernel half costs on the running kernel: `kernel-half-cost
+//! target/bpf/debug/balancer.o`. Loads its programs for that, and attaches nothing. Ends with 1
+//! where that is not possible here, which it says on standard output as well.
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
-//! Runs a program and kills it just before one of the changes that it makes to the kernel's or a file system's state: `kill-before 7
-//! PROGRAM ARGUMENTS` before the seventh. Ends with 0 when it has killed it, with 3 when the program has ended without so many.
+//! Runs a program and kills it just before one of the changes that it makes to the kernel's or a
+//! file system's state: `kill-before 7 PROGRAM ARGUMENTS` before the seventh. Ends with 0 when it
+//! has killed it, with 3 when the program has ended without so many.
 
 use std::io::Write as _;
 use std::process::{Command, ExitCode, Stdio};
@@ -82,12 +83,13 @@ fn is_entry(thread: Pid) -> bool {
     ptrace::syscall_info(thread).is_ok_and(|info| info.op == ENTRY)
 }
 
-/// Whether the system call that a thread is about to make changes a map's elements, a pin, a link or a directory, or takes a
-/// listener's file.
+/// Whether the system call that a thread is about to make changes a map's elements, a pin, a link
+/// or a directory, or takes a listener's file.
 #[cfg(target_arch = "x86_64")]
 fn is_change(thread: Pid) -> bool {
     const BPF: u64 = 321;
-    // MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_ATTACH, PROG_DETACH, LINK_CREATE, LINK_UPDATE, LINK_DETACH.
+    // MAP_UPDATE_ELEM, MAP_DELETE_ELEM, OBJ_PIN, PROG_ATTACH, PROG_DETACH, LINK_CREATE,
+    // LINK_UPDATE, LINK_DETACH.
     const COMMANDS: [u64; 8] = [2, 3, 6, 8, 9, 28, 29, 34];
     // bind, rename, mkdir, rmdir, unlink, mkdirat, unlinkat, renameat, renameat2, pidfd_getfd.
     const CALLS: [u64; 10] = [49, 82, 83, 84, 87, 258, 263, 264, 316, 438];

@@ -50,8 +50,8 @@ impl Program {
     }
 }
 
-/// An API server in a network namespace, and what belongs to it. It authorises as a real cluster does (`Node,RBAC`). Everything ends
-/// with it.
+/// An API server in a network namespace, and what belongs to it. It authorises as a real cluster
+/// does (`Node,RBAC`). Everything ends with it.
 pub struct ApiServer {
     keeper: Keeper,
     netns: Netns,
@@ -75,8 +75,9 @@ impl ApiServer {
         api
     }
 
-    /// The same with the controllers and the scheduler, but no nodes: those that a test writes stay as they are written. Service accounts,
-    /// `EndpointSlice`s, Deployments and `DaemonSet`s come to life; the status of the pods is the test's to write.
+    /// The same with the controllers and the scheduler, but no nodes: those that a test writes stay
+    /// as they are written. Service accounts, `EndpointSlice`s, Deployments and `DaemonSet`s come
+    /// to life; the status of the pods is the test's to write.
     ///
     /// # Panics
     /// With a log, when something does not get ready.
@@ -155,7 +156,8 @@ impl ApiServer {
         server(self.address)
     }
 
-    /// `kubectl` as a service account, which must exist: with a token that the API server has made for it (`TokenRequest`), good for an hour.
+    /// `kubectl` as a service account, which must exist: with a token that the API server has made
+    /// for it (`TokenRequest`), good for an hour.
     ///
     /// # Panics
     /// When there is no such account.
@@ -270,10 +272,12 @@ impl ApiServer {
 
     #[track_caller]
     fn wait_ready(&mut self) {
-        // This one comes a second after everything else, and only pods of the system's own priorities need it.
+        // This one comes a second after everything else, and only pods of the system's own
+        // priorities need it.
         let ready = "/readyz?exclude=poststarthook/scheduling/bootstrap-system-priority-classes";
         self.wait_for(Program::ApiServer, |api| {
-            // A connect costs less than a kubectl, which takes from the processors what the API server needs.
+            // A connect costs less than a kubectl, which takes from the processors what the API
+            // server needs.
             api.connects(SocketAddr::new(api.address, PORT))
                 && api.admin.attempt(&["get", "--raw", ready]).code == 0
         });
@@ -317,7 +321,8 @@ impl ApiServer {
         etcd.args(["--listen-peer-urls", ETCD_PEERS]);
         etcd.args(["--initial-advertise-peer-urls", ETCD_PEERS]);
         etcd.arg(format!("--initial-cluster=default={ETCD_PEERS}"));
-        // Alone it has nobody to wait for before it elects itself; and what it holds need not outlive the machine.
+        // Alone it has nobody to wait for before it elects itself; and what it holds need not
+        // outlive the machine.
         etcd.args(["--heartbeat-interval=10", "--election-timeout=50"]);
         etcd.arg("--unsafe-no-fsync");
         etcd
@@ -338,7 +343,8 @@ impl ApiServer {
             file("--kubelet-client-certificate", "kubelet-client.crt");
             file("--kubelet-client-key", "kubelet-client.key");
             api.arg("--kubelet-preferred-address-types=InternalIP");
-            // What kubelets ask for before they trust whoever calls them (`extension-apiserver-authentication`).
+            // What kubelets ask for before they trust whoever calls them
+            // (`extension-apiserver-authentication`).
             api.arg("--requestheader-client-ca-file")
                 .arg(self.pki.file("ca.crt"));
             api.args([

@@ -33,8 +33,8 @@ const NODES: [&str; 3] = ["node1", "node2", "node3"];
 /// Where the control plane is.
 const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
 
-/// A Kubernetes cluster of up to three nodes, each with containerd, kubelet and kube-proxy, and with file systems, processes, cgroups
-/// and a network of its own.
+/// A Kubernetes cluster of up to three nodes, each with containerd, kubelet and kube-proxy, and
+/// with file systems, processes, cgroups and a network of its own.
 ///
 /// | where | addresses |
 /// |---|---|
@@ -43,7 +43,8 @@ const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
 /// | pods of `node1` … | 10.244.1.0/24 … |
 /// | Services, from outside through `node1` | 10.96.0.0/16 |
 ///
-/// There is no name server. Several clusters may stand side by side. All of it ends with this guard, and with the test process.
+/// There is no name server. Several clusters may stand side by side. All of it ends with this
+/// guard, and with the test process.
 pub struct Cluster {
     keeper: Keeper,
     api: ApiServer,
@@ -54,8 +55,8 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts one with so many nodes, which have these images (archives) besides [`images::BUSYBOX`], and waits until all are
-    /// ready for pods.
+    /// Starts one with so many nodes, which have these images (archives) besides
+    /// [`images::BUSYBOX`], and waits until all are ready for pods.
     ///
     /// # Panics
     /// With logs, when they do not get ready; for more than three nodes.
@@ -135,7 +136,8 @@ impl Cluster {
         run::to_its_end(self.on_node(node).args(command), b"")
     }
 
-    /// A command that runs the program given by its arguments on a node: in its namespaces and in its cgroup.
+    /// A command that runs the program given by its arguments on a node: in its namespaces and in
+    /// its cgroup.
     ///
     /// # Panics
     /// When the node does not run.
@@ -176,7 +178,8 @@ impl Cluster {
         assert!(finished.code == 0, "cannot import {name}: {finished:?}");
     }
 
-    /// Ends a node as a power cut would: nobody on it says good-bye, and nothing answers at its address.
+    /// Ends a node as a power cut would: nobody on it says good-bye, and nothing answers at its
+    /// address.
     ///
     /// # Panics
     /// When it does not run.
@@ -188,7 +191,8 @@ impl Cluster {
         remove_cgroup(&self.cgroup(node));
     }
 
-    /// Starts a node again that was killed, with an empty disk, and waits until it is ready for pods.
+    /// Starts a node again that was killed, with an empty disk, and waits until it is ready for
+    /// pods.
     ///
     /// # Panics
     /// With logs, when it does not get ready.

@@ -13,8 +13,9 @@ use crate::fixtures::{Cgroup, Netns, in_thread, process};
 
 /// A process namespace, and the processes that were started in it.
 ///
-/// Its first process reads from a pipe whose other end only this process holds: it ends when this one does, even by SIGKILL, and the
-/// kernel kills the whole namespace with it (`zap_pid_ns_processes` in `kernel/pid_namespace.c`), also what has made itself a daemon there.
+/// Its first process reads from a pipe whose other end only this process holds: it ends when this
+/// one does, even by SIGKILL, and the kernel kills the whole namespace with it
+/// (`zap_pid_ns_processes` in `kernel/pid_namespace.c`), also what has made itself a daemon there.
 pub(super) struct Keeper {
     first: Child,
     namespace: Namespace,
@@ -31,7 +32,8 @@ fn leave_the_machines_cgroup() {
 pub(super) struct Namespace(File);
 
 impl Namespace {
-    /// Makes processes that the calling thread starts from then on begin there; the thread itself stays where it is.
+    /// Makes processes that the calling thread starts from then on begin there; the thread itself
+    /// stays where it is.
     ///
     /// # Panics
     /// When the kernel refuses.
@@ -114,8 +116,8 @@ impl Keeper {
     /// Kills everything, and waits until it is gone.
     pub(super) fn end(&mut self) {
         let _ = self.first.kill();
-        // The first process of a namespace is not gone before all others are, and of these the children of this process only when it
-        // has waited for them.
+        // The first process of a namespace is not gone before all others are, and of these the
+        // children of this process only when it has waited for them.
         for child in self.children.values_mut() {
             let _ = child.kill();
             let _ = child.wait();

@@ -8,7 +8,8 @@ use super::keeper::Namespace;
 use super::{program, run};
 use crate::fixtures::{Finished, Netns};
 
-/// `kubectl` with somebody's kubeconfig, in the network namespace from which the API server is reached.
+/// `kubectl` with somebody's kubeconfig, in the network namespace from which the API server is
+/// reached.
 pub struct Kubectl {
     netns: Netns,
     namespace: Namespace,
@@ -50,7 +51,8 @@ impl Kubectl {
         self.attempt_with_input(arguments, b"")
     }
 
-    /// Makes an object what this JSON says (`apply`, with the server's merge), `status` included where there is one.
+    /// Makes an object what this JSON says (`apply`, with the server's merge), `status` included
+    /// where there is one.
     ///
     /// # Panics
     /// With what the API server says against it.

@@ -1,8 +1,8 @@
-//! A real Kubernetes for tests, in namespaces: its API server alone, where a test itself writes what nodes would, or a cluster of nodes
-//! with containers.
+//! A real Kubernetes for tests, in namespaces: its API server alone, where a test itself writes
+//! what nodes would, or a cluster of nodes with containers.
 //!
-//! All its programs are one, `kubeall`, which `cargo xtask test` builds and names in the environment. They end with the test, also when
-//! that is killed.
+//! All its programs are one, `kubeall`, which `cargo xtask test` builds and names in the
+//! environment. They end with the test, also when that is killed.
 //!
 //! ```no_run
 //! use testkit::fixtures::Machine;

@@ -1,4 +1,5 @@
-//! Objects as JSON, for [`Kubectl::apply`](super::Kubectl::apply): also those that a kubelet or a controller would write, where none runs.
+//! Objects as JSON, for [`Kubectl::apply`](super::Kubectl::apply): also those that a kubelet or a
+//! controller would write, where none runs.
 //!
 //! What a test needs to be different it changes in the JSON.
 
@@ -62,7 +63,8 @@ pub fn service_account(namespace: &str, name: &str) -> Value {
     })
 }
 
-/// A Service with these ports, by name, that selects no pods: the test writes its [`EndpointSlice`](endpoint_slice)s.
+/// A Service with these ports, by name, that selects no pods: the test writes its
+/// [`EndpointSlice`](endpoint_slice)s.
 pub fn service(namespace: &str, name: &str, ports: &[(&str, u16)]) -> Value {
     let ports: Vec<_> = ports
         .iter()
@@ -190,7 +192,8 @@ pub fn list(objects: &[Value]) -> Value {
     json!({"apiVersion": "v1", "kind": "List", "items": objects})
 }
 
-/// A role for a whole cluster, and its binding to a service account, `(namespace, name)`; each rule is `(API group, resource, verbs)`.
+/// A role for a whole cluster, and its binding to a service account, `(namespace, name)`; each rule
+/// is `(API group, resource, verbs)`.
 pub fn cluster_role(name: &str, account: (&str, &str), rules: &[(&str, &str, &[&str])]) -> Value {
     let rules: Vec<_> = rules
         .iter()

@@ -36,7 +36,8 @@ pub(super) fn to_its_end(command: &mut Command, input: &[u8]) -> Finished {
 
 #[track_caller]
 fn wait(command: &mut Command) -> i32 {
-    // A terminal's Ctrl-C is not for it: it would be a failure, and this process may have more to do before it ends.
+    // A terminal's Ctrl-C is not for it: it would be a failure, and this process may have more to
+    // do before it ends.
     command.process_group(0);
     let child = process::spawn(command);
     let mut child = child.unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));

@@ -1,4 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP end the run at its next check, so that every guard cleans up on the way out.
+//! SIGINT, SIGTERM and SIGHUP end the run at its next check, so that every guard cleans up on the
+//! way out.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;

@@ -1,4 +1,5 @@
-//! What programs have in common that run a scenario and hold what they see against what they expect.
+//! What programs have in common that run a scenario and hold what they see against what they
+//! expect.
 
 pub mod interrupt;
 pub mod process;

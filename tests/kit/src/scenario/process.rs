@@ -13,8 +13,8 @@ use super::interrupt;
 
 const TAIL_LINES: usize = 25;
 
-/// A command that is killed also when this program is: the signal comes when the thread that starts it ends. A terminal's Ctrl-C
-/// does not reach it, so that things end in the right order.
+/// A command that is killed also when this program is: the signal comes when the thread that starts
+/// it ends. A terminal's Ctrl-C does not reach it, so that things end in the right order.
 pub fn command(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(program);

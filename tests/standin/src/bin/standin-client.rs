@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! A stand-in for the agents of a workload: connections to one address that stay, and are opened again where they end. Who asks at
-//! `--answer` is told what they have seen.
+//! A stand-in for the agents of a workload: connections to one address that stay, and are opened
+//! again where they end. Who asks at `--answer` is told what they have seen.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -22,10 +22,12 @@ struct Arguments {
     /// The connections begin within so many seconds.
     #[arg(long, default_value_t = 2)]
     begin_within: u64,
-    /// Where to answer with what they have seen, as JSON. `reconnect MILLISECONDS` makes all of them open a new connection.
+    /// Where to answer with what they have seen, as JSON. `reconnect MILLISECONDS` makes all of
+    /// them open a new connection.
     #[arg(long, default_value = "[::]:9000")]
     answer: SocketAddr,
-    /// No pause between two connects is longer than so many seconds. gRPC's own bound is two minutes.
+    /// No pause between two connects is longer than so many seconds. gRPC's own bound is two
+    /// minutes.
     #[arg(long, default_value_t = 3)]
     longest_pause: u64,
     /// End when standard input ends, so that it does not outlive the program that started it.

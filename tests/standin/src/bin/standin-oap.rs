@@ -1,5 +1,6 @@
 #![forbid(unsafe_code)]
-//! A stand-in for a SkyWalking OAP: it answers the two gRPC calls that its clients make, on every connection, until it is ended.
+//! A stand-in for a SkyWalking OAP: it answers the two gRPC calls that its clients make, on every
+//! connection, until it is ended.
 
 use std::net::SocketAddr;
 

@@ -17,7 +17,8 @@ use crate::oaps::Held;
 
 /// Refused clients pause for up to three seconds, several times.
 pub const CLIENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
-/// What happened in the kernel is in the status at once, and with the other daemons two seconds later.
+/// What happened in the kernel is in the status at once, and with the other daemons two seconds
+/// later.
 const DAEMONS_FOLLOW_WITHIN: Duration = Duration::from_secs(15);
 /// From the listener until the kernel half is in its netns.
 const ATTACHED_WITHIN: Duration = Duration::from_secs(1);
@@ -34,7 +35,8 @@ impl Fixture {
         })
     }
 
-    /// Waits until every client has begun to open a new connection, as it was told at that moment; or was doing so.
+    /// Waits until every client has begun to open a new connection, as it was told at that moment;
+    /// or was doing so.
     pub fn reconnected(&self, told: u64) -> Result<()> {
         let deadline = Instant::now() + CLIENTS_CONNECT_WITHIN;
         loop {
@@ -123,7 +125,8 @@ impl Fixture {
         })
     }
 
-    /// Each OAP's netns is guarded soon after its listener, or after the daemon of its node was ready, where `since` says when.
+    /// Each OAP's netns is guarded soon after its listener, or after the daemon of its node was
+    /// ready, where `since` says when.
     pub fn attached(
         &mut self,
         report: &mut Report,
@@ -184,9 +187,10 @@ impl Fixture {
         Ok(())
     }
 
-    /// The fullest OAP has not more than the mean by more than the headroom, in percent, of the total that is shared out, and by one connection
-    /// for each source that was refused for long. Of what was observed that is the most of the last minutes, which may be a little more than there
-    /// is now.
+    /// The fullest OAP has not more than the mean by more than the headroom, in percent, of the
+    /// total that is shared out, and by one connection for each source that was refused for long.
+    /// Of what was observed that is the most of the last minutes, which may be a little more than
+    /// there is now.
     pub fn spread(&mut self, report: &mut Report, step: &str, headroom: u32) -> Result<()> {
         self.look()?;
         let held: Vec<u32> = self.held().into_iter().map(Held::admitted).collect();
@@ -216,7 +220,8 @@ impl Fixture {
         report.check(&step, &check)
     }
 
-    /// No OAP has more than its quota, but for connections that opened at the same moment on several processors.
+    /// No OAP has more than its quota, but for connections that opened at the same moment on
+    /// several processors.
     pub fn within_quotas(&self, report: &mut Report, step: &str) -> Result<()> {
         let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
         let more = 2 * u32::try_from(processors).unwrap_or(1);
@@ -273,8 +278,8 @@ impl Fixture {
     }
 }
 
-/// A row, once things are as expected or the time is up. Unlike with [`Report::wait`] what can't be seen yet is no reason to give up, but for a
-/// signal.
+/// A row, once things are as expected or the time is up. Unlike with [`Report::wait`] what can't be
+/// seen yet is no reason to give up, but for a signal.
 pub fn wait(
     report: &mut Report,
     step: &str,

@@ -43,7 +43,8 @@ pub struct TestCluster {
 }
 
 impl TestCluster {
-    /// Starts so many nodes that have the balancer's image and that of its peers, which is written for it, and makes the namespaces.
+    /// Starts so many nodes that have the balancer's image and that of its peers, which is written
+    /// for it, and makes the namespaces.
     ///
     /// # Errors
     /// When files can't be written.

@@ -21,7 +21,8 @@ pub struct Fixture {
     /// The daemons as of the last look, by node.
     pub daemons: BTreeMap<String, DaemonPod>,
     pub cluster: TestCluster,
-    /// Addresses of pods have come to mean others, so that they no longer tell which connections were exempt when they were accepted.
+    /// Addresses of pods have come to mean others, so that they no longer tell which connections
+    /// were exempt when they were accepted.
     pub reused: bool,
     /// The largest number of connections that an OAP held, by the mean, without the balancer.
     pub uneven: f64,

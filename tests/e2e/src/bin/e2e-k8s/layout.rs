@@ -47,7 +47,8 @@ pub const OUTSIDE: u32 = 80;
 
 /// What is added to the observed number of connections, in percent.
 pub const HEADROOM: u32 = 15;
-/// What is added to the connections that follow from pods, in percent: so little that some clients are refused.
+/// What is added to the connections that follow from pods, in percent: so little that some clients
+/// are refused.
 pub const TIGHT_HEADROOM: u32 = 5;
 
 /// How old inputs may be in the step in which the API server is down: half as old as they get.
@@ -55,8 +56,9 @@ pub const HOLD_FOR: Duration = Duration::from_secs(30);
 /// How long the API server is down.
 pub const API_DOWN: Duration = Duration::from_secs(60);
 
-/// No client may be without a connection for longer. Clients pause for at most 3 s between two connects, and where two of three OAPs are full
-/// the Service sends them to a full one twenty times in a row about three times in ten thousand.
+/// No client may be without a connection for longer. Clients pause for at most 3 s between two
+/// connects, and where two of three OAPs are full the Service sends them to a full one twenty times
+/// in a row about three times in ten thousand.
 pub const WITHOUT_CONNECTION: Duration = Duration::from_secs(60);
 
 /// The OAPs as `SkyWalking`'s Helm chart labels them, release `skywalking`.

@@ -1,8 +1,10 @@
-//! The balancer's image and its Helm chart on a real Kubernetes: three nodes, stand-in OAPs behind a Service, several hundred clients in
-//! pods and outside, and what may happen to all of them. Or, with `--real-oap`, two nodes, real OAPs and real Java agents.
+//! The balancer's image and its Helm chart on a real Kubernetes: three nodes, stand-in OAPs behind
+//! a Service, several hundred clients in pods and outside, and what may happen to all of them. Or,
+//! with `--real-oap`, two nodes, real OAPs and real Java agents.
 //!
-//! Each row of the table that it prints is a check. It goes on after a difference; the exit code is 1 then. The counts are held against
-//! the socket tables of the pods. The cluster is made of namespaces and ends with this program, however that ends.
+//! Each row of the table that it prints is a check. It goes on after a difference; the exit code is
+//! 1 then. The counts are held against the socket tables of the pods. The cluster is made of
+//! namespaces and ends with this program, however that ends.
 #![forbid(unsafe_code)]
 
 mod checks;
@@ -58,7 +60,8 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> Result<()> {
     interrupt::watch()?;
-    // Fixtures panic where the machine lacks something. What was made is removed all the same while that unwinds.
+    // Fixtures panic where the machine lacks something. What was made is removed all the same while
+    // that unwinds.
     caught(|| {
         let cluster = if arguments.real_oap {
             real_oap::start(arguments.product)?

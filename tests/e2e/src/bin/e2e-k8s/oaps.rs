@@ -29,8 +29,9 @@ pub struct Oap {
 pub struct Held {
     /// All of them.
     pub established: u32,
-    /// Those among them that no quota is for: of other OAPs, and from the addresses of the pod's own node. These are probes of its kubelet, and
-    /// what its kube-proxy translates: clients from outside that come in at this node.
+    /// Those among them that no quota is for: of other OAPs, and from the addresses of the pod's
+    /// own node. These are probes of its kubelet, and what its kube-proxy translates: clients from
+    /// outside that come in at this node.
     pub exempt: u32,
 }
 
@@ -133,7 +134,8 @@ pub fn process_of(uid: &str) -> Result<u32> {
         .with_context(|| format!("no process belongs to the pod {uid}"))
 }
 
-/// Whether it is, as the API server knows it. (What it says of the containers stays as it was when their node dies.)
+/// Whether it is, as the API server knows it. (What it says of the containers stays as it was when
+/// their node dies.)
 pub fn is_ready(pod: &Value) -> bool {
     let conditions = pod["status"]["conditions"].as_array();
     let mut conditions = conditions.into_iter().flatten();

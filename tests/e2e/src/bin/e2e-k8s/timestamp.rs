@@ -5,7 +5,8 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result};
 
-/// When a line was written: `kubectl logs --timestamps` puts `2026-11-25T16:28:45.123456789Z` before it, in UTC.
+/// When a line was written: `kubectl logs --timestamps` puts `2026-11-25T16:28:45.123456789Z`
+/// before it, in UTC.
 pub fn of_line(line: &str) -> Option<u64> {
     let (date, time) = line.split(' ').next()?.strip_suffix('Z')?.split_once('T')?;
     let mut date = date.splitn(3, '-').map(str::parse::<i64>);
@@ -29,7 +30,8 @@ pub fn of_file(path: &Path) -> Result<u64> {
     Ok(since.as_millis().try_into()?)
 }
 
-/// Days since 1970 (Howard Hinnant, <https://howardhinnant.github.io/date_algorithms.html#days_from_civil>), for years after 1.
+/// Days since 1970 (Howard Hinnant,
+/// <https://howardhinnant.github.io/date_algorithms.html#days_from_civil>), for years after 1.
 fn days(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let (era, year) = (year / 400, year % 400);

@@ -31,7 +31,8 @@ impl Envoy {
         })
     }
 
-    /// Makes one numbered request on a connection of its own, so that the kernel chooses the worker.
+    /// Makes one numbered request on a connection of its own, so that the kernel chooses the
+    /// worker.
     ///
     /// # Errors
     /// When Envoy does not answer.

@@ -25,7 +25,8 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts one that connects through the balancer. Its service is called `java-NUMBER` or `python-NUMBER`.
+    /// Starts one that connects through the balancer. Its service is called `java-NUMBER` or
+    /// `python-NUMBER`.
     ///
     /// # Errors
     /// When the process cannot be started.

@@ -14,7 +14,8 @@ use crate::fixture::{Fixture, link, slashed};
 use crate::layout::{AGENTS, ALS, NODES, Service};
 use testkit::scenario::{Check, Report};
 
-/// An OAP opens a connection to another when it first has data for it, and after a failure backs off for up to two minutes.
+/// An OAP opens a connection to another when it first has data for it, and after a failure backs
+/// off for up to two minutes.
 const LINKS_STAND_WITHIN: Duration = Duration::from_secs(150);
 /// Clients start, and find an OAP, so soon.
 pub const AGENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
@@ -84,7 +85,8 @@ impl Fixture<'_> {
         })
     }
 
-    /// All segments that these agents have made until now are in the OAPs that they are connected to.
+    /// All segments that these agents have made until now are in the OAPs that they are connected
+    /// to.
     pub fn nothing_is_lost(
         &mut self,
         report: &mut Report,
@@ -119,7 +121,8 @@ impl Fixture<'_> {
         })
     }
 
-    /// Each of these agents has, from some moment after now on, a run of segments without a gap in one OAP.
+    /// Each of these agents has, from some moment after now on, a run of segments without a gap in
+    /// one OAP.
     pub fn report_again(
         &mut self,
         report: &mut Report,

@@ -1,7 +1,8 @@
 //! Who has which address in the run's netns.
 //!
-//! A connection to an address of the own machine has this address as its source too. So what goes to an OAP's own address, which
-//! only the other OAPs do, comes from [`PEERS`] and is exempt; what goes to the virtual address is not.
+//! A connection to an address of the own machine has this address as its source too. So what goes
+//! to an OAP's own address, which only the other OAPs do, comes from [`PEERS`] and is exempt; what
+//! goes to the virtual address is not.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -32,7 +33,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// The local ports that an OAP's end of a connection may have: the virtual one where it was steered.
+    /// The local ports that an OAP's end of a connection may have: the virtual one where it was
+    /// steered.
     pub fn ports(&self) -> [u16; 2] {
         [self.port, self.backend_port]
     }

@@ -1,7 +1,9 @@
-//! The balancer in front of real `SkyWalking`: three clustered OAP servers, Java and Python agents, an Envoy that sends access logs.
+//! The balancer in front of real `SkyWalking`: three clustered OAP servers, Java and Python agents,
+//! an Envoy that sends access logs.
 //!
-//! Everything runs in a netns and a cgroup of the run's own. What it needs is fetched once with Maven and pip and kept
-//! in `<target directory>/e2e-oap`. Each row of the table that it prints is a check; the first difference ends the run.
+//! Everything runs in a netns and a cgroup of the run's own. What it needs is fetched once with
+//! Maven and pip and kept in `<target directory>/e2e-oap`. Each row of the table that it prints is
+//! a check; the first difference ends the run.
 #![forbid(unsafe_code)]
 
 mod access_logs;

@@ -1,5 +1,6 @@
-//! The kernel's socket table with the processes that own the sockets, as `ss` shows it. All connections to a virtual port have the
-//! same local address, so only the owner tells which OAP one belongs to.
+//! The kernel's socket table with the processes that own the sockets, as `ss` shows it. All
+//! connections to a virtual port have the same local address, so only the owner tells which OAP one
+//! belongs to.
 
 use std::net::SocketAddr;
 use std::process::Command;

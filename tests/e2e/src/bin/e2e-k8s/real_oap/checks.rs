@@ -19,7 +19,8 @@ use crate::layout::{OAPS, PORT, WORKLOADS};
 
 /// A JVM starts; refused, gRPC tries again after pauses that grow to two minutes.
 const CONNECT_WITHIN: Duration = Duration::from_secs(180);
-/// An OAP opens a connection to another when it first has data for it, and after a failure backs off for up to two minutes.
+/// An OAP opens a connection to another when it first has data for it, and after a failure backs
+/// off for up to two minutes.
 const LINKS_STAND_WITHIN: Duration = Duration::from_secs(150);
 /// Every five seconds an OAP looks who the others are.
 const CLUSTER_FORMS_WITHIN: Duration = Duration::from_secs(60);
@@ -127,8 +128,8 @@ impl Fixture {
         self.oaps.iter().map(from_peers).collect()
     }
 
-    /// The quota of every OAP is its share of the agents, and every node says so; or, where the agents happen to be spread like that, it is open,
-    /// as another one would have nowhere to go.
+    /// The quota of every OAP is its share of the agents, and every node says so; or, where the
+    /// agents happen to be spread like that, it is open, as another one would have nowhere to go.
     pub fn quotas_are_exact(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let formula = format!("ceil({AGENTS} ");
         let step = format!("{step}: quotas");
@@ -207,8 +208,9 @@ impl Fixture {
         made.collect()
     }
 
-    /// All segments that the agents have made until now are in the OAPs. An agent drops what it has when a connect is refused, so of one that was
-    /// refused, those from the first on that was received.
+    /// All segments that the agents have made until now are in the OAPs. An agent drops what it has
+    /// when a connect is refused, so of one that was refused, those from the first on that was
+    /// received.
     pub fn nothing_is_missing(&mut self, report: &mut Report, step: &str) -> Result<()> {
         let refused = self.refused_agents()?;
         let made = self.made()?;
@@ -245,7 +247,8 @@ impl Fixture {
         Ok(quotas.join(", "))
     }
 
-    /// Each agent has, from some moment after these numbers on, a run of segments without a gap in one OAP.
+    /// Each agent has, from some moment after these numbers on, a run of segments without a gap in
+    /// one OAP.
     pub fn report_again(
         &mut self,
         report: &mut Report,

@@ -21,10 +21,12 @@ pub const REST_PORT: u16 = 12800;
 /// Where an OAP tells of itself.
 pub const METRICS_PORT: u16 = 1234;
 
-/// No agent may be without a connection for longer. What gRPC pauses after several refusals grows to half of that.
+/// No agent may be without a connection for longer. What gRPC pauses after several refusals grows
+/// to half of that.
 pub const WITHOUT_CONNECTION: Duration = Duration::from_secs(60);
 
-/// The OAPs as `SkyWalking`'s Helm chart makes them, release `skywalking`, but that everything is in memory.
+/// The OAPs as `SkyWalking`'s Helm chart makes them, release `skywalking`, but that everything is
+/// in memory.
 pub fn oaps() -> Value {
     let labels = json!({"app": "skywalking", "release": "skywalking", "component": "oap"});
     let mut with_chart = labels.clone();
@@ -114,8 +116,8 @@ fn oap(labels: &Value) -> Value {
     })
 }
 
-/// Pods of an application with the agent. Of a `StatefulSet`, so that a new one is not made before the old one is gone: their number is the quotas'
-/// input.
+/// Pods of an application with the agent. Of a `StatefulSet`, so that a new one is not made before
+/// the old one is gone: their number is the quotas' input.
 pub fn agents() -> Value {
     let labels = json!({"app": "workload", "agent": "java"});
     let mut command = java(64);

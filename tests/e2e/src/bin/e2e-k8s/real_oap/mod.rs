@@ -1,4 +1,5 @@
-//! The other scenario: real OAPs that find each other through the API server, and real Java agents, all of them pods.
+//! The other scenario: real OAPs that find each other through the API server, and real Java agents,
+//! all of them pods.
 
 mod agents;
 mod checks;
@@ -188,7 +189,8 @@ fn end(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     fixture.nothing_is_missing(report, "9 segments")
 }
 
-/// Restarts the pods with agents until they are shared out evenly, and at least one was refused on its way.
+/// Restarts the pods with agents until they are shared out evenly, and at least one was refused on
+/// its way.
 fn restart_agents(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     let before = fixture.refused()?;
     let mut refused = 0;

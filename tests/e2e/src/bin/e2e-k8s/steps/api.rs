@@ -46,7 +46,8 @@ fn outage(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         HOLDS_FOR_CERTAIN.as_secs()
     );
     let now = own_quotas(fixture)?;
-    // What was being lowered at that moment still was. Who is refused for long gets room all the same.
+    // What was being lowered at that moment still was. Who is refused for long gets room all the
+    // same.
     let holds = now.split('/').zip(held.split('/')).all(|(now, before)| {
         let (now, before) = (now.parse::<u32>(), before.parse::<u32>());
         matches!((now, before), (Ok(now), Ok(before)) if now <= before + CLIENT_PODS)

@@ -11,7 +11,8 @@ use crate::daemons::Way;
 use crate::fixture::Fixture;
 use crate::layout::{OAPS, REPLICAS, VICTIM, WITHOUT_CONNECTION};
 
-/// The controllers give a node up that has been silent for 12 s, and their own watches may have pauses after the step before.
+/// The controllers give a node up that has been silent for 12 s, and their own watches may have
+/// pauses after the step before.
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(60);
 /// From then on.
 const QUOTAS_WITHIN: Duration = Duration::from_secs(10);
@@ -46,7 +47,8 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     )?;
     fixture.counts_are_true(report, "8 node killed", Way::Exec)?;
     fixture.cluster.kubernetes.start_node(VICTIM);
-    // Its pods get their addresses anew, and connections of those before it are still in the other nodes' socket tables.
+    // Its pods get their addresses anew, and connections of those before it are still in the other
+    // nodes' socket tables.
     fixture.reused = true;
     fixture.daemons_ready(report, "8 node back", &BTreeSet::new())?;
     let step = "8 node back: OAPs ready";

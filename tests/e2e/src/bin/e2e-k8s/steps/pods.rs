@@ -12,7 +12,8 @@ use crate::daemons::Way;
 use crate::fixture::Fixture;
 use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM, WITHOUT_CONNECTION};
 
-/// At once, but for what a client gets that was refused for long: it goes away a minute later, slowly.
+/// At once, but for what a client gets that was refused for long: it goes away a minute later,
+/// slowly.
 const QUOTAS_WITHIN: Duration = Duration::from_secs(120);
 /// By chance nobody is refused: then they come once more.
 const TRIES: u32 = 3;
