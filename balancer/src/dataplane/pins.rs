@@ -128,7 +128,7 @@ pub(super) fn attach(
                 "is it a cgroup2 directory? EPERM: an older program sits there that allows no \
                  other; `balancer doctor` names it"
             }
-            Target::Netns => "at most 64 programs a namespace",
+            Target::Netns => "at most 64 programs in each",
         };
         format!("cannot attach `{}` to {place} ({hint})", link.program.name)
     })?;
@@ -141,7 +141,7 @@ pub(super) fn replace(_: &Lock, link: &Link, program: impl AsFd) -> Result<Owned
     let file = open_own_link(link)?;
     bpf::link_update(&file, program).with_context(|| {
         format!(
-            "cannot replace the program of {} (the namespace or cgroup may be gone: `balancer \
+            "cannot replace the program of {} (the netns or cgroup may be gone: `balancer \
              unload` clears it)",
             link.pin.display()
         )
@@ -200,7 +200,7 @@ fn remove_tree(directory: &Path) -> Result<()> {
         Err(error) => Err(error),
     }
     .with_context(|| format!("cannot list {}", directory.display()))?;
-    // Those to network namespaces before those to cgroups, then all else.
+    // Links to a netns before those to a cgroup, then all else.
     entries.sort_by_key(|path| match Link::at(path) {
         Some(link) if link.netns().is_some() => 0,
         Some(_) => 1,

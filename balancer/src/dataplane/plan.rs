@@ -51,9 +51,9 @@ pub struct ServicePlan {
 pub struct Plan {
     /// The services.
     pub services: Vec<ServicePlan>,
-    /// Cookies of the namespaces whose listeners belong to them.
+    /// Cookies of the netns whose listeners belong to them.
     pub namespaces: Vec<u64>,
-    /// Listeners of any other namespace are candidates.
+    /// Listeners of any other netns are candidates.
     pub any_namespace: bool,
 }
 
