@@ -36,9 +36,12 @@ pub fn kept(config: &Config) -> Kept {
 
 /// The daemon's state.
 pub struct Daemon {
+    /// What it does alone on a host, or in a cluster.
     pub mode: Mode,
+    /// The data plane.
     pub writer: Writer,
     guarded: GuardedNetns,
+    /// How long after the daemon last lived the kernel stops refusing.
     fail_open_after: Duration,
     /// What the maps hold; `None`: the cluster has not told yet, and what an earlier daemon put in
     /// force stays.

@@ -141,7 +141,7 @@ impl Cluster {
 
     /// Whether the `DaemonSet` of this daemon was seen and is gone, or is being deleted: the
     /// balancer is being uninstalled.
-    pub fn dismissed(&self) -> bool {
+    pub fn is_uninstalled(&self) -> bool {
         self.known.daemon_set.is_gone()
     }
 }

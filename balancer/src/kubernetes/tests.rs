@@ -374,7 +374,7 @@ async fn an_outage_keeps_what_was_known_and_ends_with_a_new_list() {
     .await;
     assert!(view.complete);
     assert_eq!(view.groups, before.groups);
-    assert!(!cluster.dismissed(), "a failure is not a dismissal");
+    assert!(!cluster.is_uninstalled(), "a failure is no uninstallation");
     let unreachable = view
         .problems
         .iter()
@@ -514,16 +514,16 @@ async fn the_daemon_set_that_goes_dismisses_the_daemon() {
     let mut cluster = server.cluster(&config());
     eventually(&mut cluster, "complete", |view| view.complete).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
-    assert!(!cluster.dismissed());
+    assert!(!cluster.is_uninstalled());
     server.put("daemonsets", json!([]));
     server.set(Behaviour::Well);
     for _ in 0..600 {
-        if cluster.dismissed() {
+        if cluster.is_uninstalled() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    panic!("it is not dismissed");
+    panic!("it is not uninstalled");
 }
 
 #[tokio::test(start_paused = true)]

@@ -40,6 +40,7 @@ pub struct GroupLoad {
 
 /// The backends of one group.
 pub struct Group<'a> {
+    /// Which group.
     pub id: &'a GroupId,
     /// Its service entry.
     pub entry: &'a ClusterService,

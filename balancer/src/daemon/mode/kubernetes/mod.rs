@@ -235,7 +235,7 @@ impl KubernetesMode {
 
     /// Whether no daemon will follow this one: its `DaemonSet` is gone.
     pub fn is_uninstalled(&self) -> bool {
-        self.api.dismissed()
+        self.api.is_uninstalled()
     }
 
     /// What `status --cluster` shows.
