@@ -4,13 +4,15 @@ use std::io;
 
 use aya::{
     maps::MapType,
-    programs::ProgramError,
+    programs::{ProgramError, ProgramType},
     sys::{is_helper_supported, is_map_supported, is_program_supported},
 };
 
+use aya_obj::generated::bpf_func_id::BPF_FUNC_loop;
+
 use super::{Check, listing};
 use crate::{
-    dataplane::{self, PROGRAMS},
+    dataplane::{self, PROGRAMS, Program},
     discover::kernel_offsets,
     sys::{
         clock,
@@ -63,6 +65,13 @@ pub(super) fn checks() -> Vec<Check> {
         let missing = absent(supported.map_err(io_error));
         feature(program.hook.name(), program.purpose, program.needs, missing)
     }));
+    let bounded_loop = is_helper_supported(ProgramType::SkLookup, BPF_FUNC_loop);
+    checks.push(feature(
+        "bpf_loop",
+        "looks through up to 256 backends",
+        "Linux 5.17",
+        absent(bounded_loop.map_err(io_error)),
+    ));
     checks.extend(MAPS.map(|(kind, name, purpose, needs)| {
         let supported = is_map_supported(kind).map_err(|error| error.io_error);
         feature(name, purpose, needs, absent(supported))
@@ -76,9 +85,9 @@ pub(super) fn checks() -> Vec<Check> {
         ),
         feature(
             "helpers",
-            "does for the programs what only the kernel can",
+            "does for both programs what only the kernel can",
             "Linux 5.17",
-            helpers(),
+            helpers(&PROGRAMS),
         ),
         layout(),
         tick(),
@@ -173,12 +182,12 @@ fn socket_table() -> Missing {
     tcp_sockets(&Query::new(Family::V4, States::of(&[State::Listen]))).map(|_| None)
 }
 
-fn helpers() -> Missing {
+fn helpers(programs: &[Program]) -> Missing {
     let mut missing = Vec::new();
-    for program in &PROGRAMS {
+    for program in programs {
         for helper in program.helpers {
             if !is_helper_supported(program.hook.program_type(), *helper).map_err(io_error)? {
-                let missed = format!("{helper:?} in {}", program.hook.name());
+                let missed = format!("{helper:?} in {:?}", program.hook);
                 missing.push(missed.replace("BPF_FUNC_", "bpf_"));
             }
         }
@@ -238,7 +247,8 @@ fn tick() -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::doctor::Status;
+    use crate::{dataplane::Hook, doctor::Status};
+    use aya_obj::generated::bpf_func_id::{BPF_FUNC_sk_assign, BPF_FUNC_sock_map_update};
 
     #[test]
     fn versions_are_compared_as_numbers() {
@@ -252,6 +262,23 @@ mod tests {
         assert_eq!(too_old("6.1.0-18-amd64"), None);
         let said = too_old("5.10.0-32-amd64").expect("it is");
         assert!(said.contains("5.10.0") && said.contains("Linux 6.1 or newer"));
+    }
+
+    #[test]
+    fn a_helper_is_told_by_the_kind_of_program() {
+        assert_eq!(helpers(&PROGRAMS).expect("tests run as root"), None);
+        let with = |hook| Program {
+            name: "wrong",
+            hook,
+            purpose: "",
+            needs: "",
+            helpers: &[BPF_FUNC_sk_assign, BPF_FUNC_sock_map_update],
+        };
+        let missing = helpers(&[with(Hook::SkLookup), with(Hook::SockOps)]);
+        assert_eq!(
+            missing.expect("tests run as root").as_deref(),
+            Some("no bpf_sock_map_update in SkLookup, bpf_sk_assign in SockOps")
+        );
     }
 
     #[test]
