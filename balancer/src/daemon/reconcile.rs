@@ -185,7 +185,7 @@ impl Daemon {
         }
         let other_listeners = before.is_none_or(|before| {
             before.ports_listened_on() != plan.ports_listened_on()
-                || before.namespaces != plan.namespaces
+                || before.netns != plan.netns
         });
         self.writer.apply(Some(&plan))?;
         self.plan = Some(plan);

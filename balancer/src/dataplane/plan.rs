@@ -52,9 +52,9 @@ pub struct Plan {
     /// The services.
     pub services: Vec<ServicePlan>,
     /// Cookies of the netns whose listeners belong to them.
-    pub namespaces: Vec<u64>,
+    pub netns: Vec<u64>,
     /// Listeners of any other netns are candidates.
-    pub any_namespace: bool,
+    pub any_netns: bool,
 }
 
 /// The content of EXEMPT for one service: prefix length and key.
@@ -109,9 +109,8 @@ impl Plan {
 
     /// The content of `LISTEN_RULES`.
     pub fn rules(&self, ids: &[u16]) -> Rules {
-        let mut scopes: Vec<(u64, u16)> =
-            self.namespaces.iter().map(|cookie| (*cookie, 0)).collect();
-        if self.any_namespace {
+        let mut scopes: Vec<(u64, u16)> = self.netns.iter().map(|cookie| (*cookie, 0)).collect();
+        if self.any_netns {
             scopes.push((ANY_NETNS, ListenRule::CANDIDATE));
         }
         let mut rules = BTreeMap::new();
@@ -273,8 +272,8 @@ mod tests {
         let backend = [(Some("127.0.0.1"), 21801)];
         let plan = Plan {
             services: vec![service("a", 11800, None, &backend)],
-            namespaces: vec![7],
-            any_namespace: false,
+            netns: vec![7],
+            any_netns: false,
         };
         let rules = plan.rules(&[0]);
         assert!(rules.of(7, Address::ANY, 21801).is_some());
@@ -293,11 +292,11 @@ mod tests {
     }
 
     #[test]
-    fn candidates_are_of_namespaces_that_nobody_named() {
+    fn candidates_are_of_netns_that_nobody_named() {
         let plan = Plan {
             services: vec![service("a", 1, None, &[(None, 1)])],
-            namespaces: vec![7],
-            any_namespace: true,
+            netns: vec![7],
+            any_netns: true,
         };
         let rules = plan.rules(&[0]);
         assert_eq!(rules.of(7, Address::ANY, 1).unwrap().flags, 0);

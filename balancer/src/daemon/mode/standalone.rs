@@ -34,8 +34,8 @@ impl StandaloneMode {
     pub fn plan(&self, guarded: &GuardedNetns) -> Plan {
         Plan {
             services: self.services.iter().map(service_plan).collect(),
-            namespaces: guarded.named_cookies(),
-            any_namespace: guarded.any(),
+            netns: guarded.named_cookies(),
+            any_netns: guarded.any(),
         }
     }
 

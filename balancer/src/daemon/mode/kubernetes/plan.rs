@@ -86,8 +86,8 @@ impl PortNames {
         });
         Plan {
             services: services.collect(),
-            namespaces: Vec::new(),
-            any_namespace: true,
+            netns: Vec::new(),
+            any_netns: true,
         }
     }
 
