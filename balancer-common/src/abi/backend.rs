@@ -163,7 +163,7 @@ impl Backend {
         tid: 0,
     };
 
-    /// The stored life.
+    /// Generation and stored state.
     #[inline(always)]
     pub const fn slot_state(&self) -> SlotState {
         SlotState(self.slot_state)

@@ -17,12 +17,12 @@ pub use state::{BackendAccess, Decision, DecisionState, LookupFlags, MAX_ROUNDS,
 
 /// Decides one look-up for a service. The kernel program does the same with `bpf_loop` for the
 /// loop, which the verifier follows once instead of for every round.
-pub fn decide<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Decision {
+pub fn decide<A: BackendAccess>(access: &mut A, state: &mut DecisionState) -> Decision {
     if let Some(decision) = state.without_looking() {
         return decision;
     }
     for _ in 0..MAX_ROUNDS {
-        if let Some(decision) = advance(world, state) {
+        if let Some(decision) = advance(access, state) {
             return decision;
         }
     }

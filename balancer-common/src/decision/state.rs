@@ -7,7 +7,7 @@ use crate::decision::request::Request;
 use crate::decision::scan::{Enforce, MAX_LOOKS, Scan};
 use crate::{Reason, opaque};
 
-/// The maps and the sockets, or a picture of them.
+/// The maps and the sockets, or a snapshot of them.
 pub trait BackendAccess {
     /// Puts the scan's cursor before every member of the service, in ascending order of slots.
     fn begin(&mut self, scan: &mut Scan);
@@ -173,16 +173,16 @@ impl DecisionState {
     /// Scans all members. Whether there must be another pass before the best of the scan means
     /// something.
     #[inline(always)]
-    fn scan<W: BackendAccess>(&mut self, world: &mut W) -> bool {
+    fn scan<A: BackendAccess>(&mut self, access: &mut A) -> bool {
         self.scan.again();
-        world.begin(&mut self.scan);
-        world.walk(&mut self.scan);
-        self.needs_another_pass(world)
+        access.begin(&mut self.scan);
+        access.walk(&mut self.scan);
+        self.needs_another_pass(access)
     }
 
     /// Whether another pass is needed before the best of the scan means something.
     #[inline(always)]
-    fn needs_another_pass<W: BackendAccess>(&mut self, world: &mut W) -> bool {
+    fn needs_another_pass<A: BackendAccess>(&mut self, access: &mut A) -> bool {
         if !self.cookies_known {
             self.cookies_known = true;
             if self.scan.tally.cookies > 0 {
@@ -191,7 +191,7 @@ impl DecisionState {
             }
         }
         if let Some(total) = self.scan.other_total() {
-            world.remember_weights(self.scan.request.service, total);
+            access.remember_weights(self.scan.request.service, total);
             // Whoever comes or goes between two passes changes it again.
             let known = self.total_known;
             self.total_known = true;
@@ -218,9 +218,9 @@ impl DecisionState {
     /// Nobody has room. Before a refusal: quotas that must not be trusted must not refuse, and a
     /// queue full for a moment is no end. False: there is nothing left to try.
     #[inline(always)]
-    fn fail_open<W: BackendAccess>(&mut self, world: &W) -> bool {
+    fn fail_open<A: BackendAccess>(&mut self, access: &A) -> bool {
         if matches!(self.scan.enforce, Enforce::Quotas) {
-            self.cause = self.fail_open_cause(world);
+            self.cause = self.fail_open_cause(access);
             if !matches!(self.cause, FailOpenCause::None) {
                 self.choose_without_quotas();
                 return true;
@@ -234,7 +234,7 @@ impl DecisionState {
     }
 
     #[inline(always)]
-    fn fail_open_cause<W: BackendAccess>(&self, world: &W) -> FailOpenCause {
+    fn fail_open_cause<A: BackendAccess>(&self, access: &A) -> FailOpenCause {
         let tally = &self.scan.tally;
         if self.flags.stale {
             FailOpenCause::Stale
@@ -249,7 +249,7 @@ impl DecisionState {
             FailOpenCause::None
         } else if tally.quotas_are_nonsense() {
             FailOpenCause::Nonsense
-        } else if world.has_unregistered(self.scan.request.service) {
+        } else if access.has_unregistered(self.scan.request.service) {
             FailOpenCause::Unregistered
         } else {
             FailOpenCause::None
@@ -351,20 +351,20 @@ impl DecisionState {
 
 /// One round of a decision; `None`: there must be another, at most [`MAX_ROUNDS`] in all.
 #[inline(always)]
-pub fn advance<W: BackendAccess>(world: &mut W, state: &mut DecisionState) -> Option<Decision> {
+pub fn advance<A: BackendAccess>(access: &mut A, state: &mut DecisionState) -> Option<Decision> {
     state.rounds += 1;
-    if state.scan(world) {
+    if state.scan(access) {
         return None;
     }
     let Some(slot) = state.next() else {
-        return if state.fail_open(world) {
+        return if state.fail_open(access) {
             None
         } else {
             Some(state.failure())
         };
     };
     state.effort.yielding &= state.rounds < YIELDING_ROUNDS && !state.effort.last_resort;
-    let attempt = world.attempt(slot, state);
+    let attempt = access.attempt(slot, state);
     match attempt {
         Attempt::Assigned => {
             return Some(Decision {

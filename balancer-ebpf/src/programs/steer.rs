@@ -191,7 +191,7 @@ fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
     if let Some(decision) = state.without_looking() {
         return decision.reason;
     }
-    // Most end with the first. Apart, because the compiler knows what values there are and would
+    // Most end with the first. Opaque, because the compiler knows what values there are and would
     // leave out the check that the verifier wants.
     let reason = opaque(steer_round(ctx.lookup, state));
     if reason != UNDECIDED {
@@ -244,7 +244,7 @@ pub extern "C" fn steer_round(ctx: *mut bpf_sk_lookup, state: *mut DecisionState
     }
 }
 
-/// The real world: the pinned maps and the listening sockets in them.
+/// The pinned maps and the listening sockets in them.
 struct Sockets {
     ctx: *mut bpf_sk_lookup,
 }
@@ -356,7 +356,7 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) else {
         return 1;
     };
-    // Apart, so that it stays a loop.
+    // Opaque, so that it stays a loop.
     let mut left = opaque(u64::from(STEPS_A_CALL));
     while left > 0 {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.

@@ -1,4 +1,4 @@
-//! `explain`: the kernel program's own functions, run on a picture of the maps.
+//! `explain`: the kernel program's own functions, run on a snapshot of the maps.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};

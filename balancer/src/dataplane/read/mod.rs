@@ -57,7 +57,7 @@ impl Reader {
         snapshot::take(&self.tables)
     }
 
-    /// Where a SYN would go now, and why: the decision of the kernel program on a picture of the
+    /// Where a SYN would go now, and why: the decision of the kernel program on a snapshot of the
     /// maps.
     ///
     /// # Errors

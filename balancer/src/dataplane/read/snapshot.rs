@@ -123,21 +123,21 @@ pub struct MapContents {
 
 impl Snapshot {
     /// Makes sense of what the maps hold, whatever that is.
-    pub fn of(image: &MapContents) -> Self {
+    pub fn of(contents: &MapContents) -> Self {
         let mut backends: HashMap<u16, Vec<&Member>> = HashMap::new();
-        for member in &image.slots {
+        for member in &contents.slots {
             backends
                 .entry(member.backend.service)
                 .or_default()
                 .push(member);
         }
-        let service = |image_of: &ServiceContents| {
-            let members = backends.remove(&image_of.id).unwrap_or_default();
-            service(image_of, &members, ticks(image.now_ns))
+        let service = |of_service: &ServiceContents| {
+            let members = backends.remove(&of_service.id).unwrap_or_default();
+            service(of_service, &members, ticks(contents.now_ns))
         };
         Self {
-            services: image.services.iter().map(service).collect(),
-            daemon: daemon(image),
+            services: contents.services.iter().map(service).collect(),
+            daemon: daemon(contents),
         }
     }
 }
@@ -162,11 +162,11 @@ pub fn take(tables: &Tables) -> Result<Snapshot> {
     }))
 }
 
-fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
-    let info = &image.info;
+fn service(contents: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
+    let info = &contents.info;
     let quota = of_service(info);
     ServiceSnapshot {
-        id: image.id,
+        id: contents.id,
         name: text(&info.name),
         port: info.port,
         address: (!info.address.is_any()).then(|| info.address.into()),
@@ -179,19 +179,19 @@ fn service(image: &ServiceContents, members: &[&Member], now: u32) -> ServiceSna
             .iter()
             .map(|member| backend(member, quota, now))
             .collect(),
-        verdicts: image.verdicts.clone(),
+        verdicts: contents.verdicts.clone(),
     }
 }
 
-fn daemon(image: &MapContents) -> DaemonSnapshot {
-    let beat = image.heartbeat;
+fn daemon(contents: &MapContents) -> DaemonSnapshot {
+    let beat = contents.heartbeat;
     let lived = beat.last_ns != 0;
     DaemonSnapshot {
-        alive: lived && !beat.is_stale(image.now_ns),
+        alive: lived && !beat.is_stale(contents.now_ns),
         heartbeat_age: lived
-            .then(|| Duration::from_nanos(image.now_ns.saturating_sub(beat.last_ns))),
+            .then(|| Duration::from_nanos(contents.now_ns.saturating_sub(beat.last_ns))),
         fail_open_after: Duration::from_nanos(beat.limit_ns),
-        audit_totals: image.audit_totals,
+        audit_totals: contents.audit_totals,
     }
 }
 
