@@ -184,8 +184,7 @@ impl Daemon {
             return Ok(false);
         }
         let other_listeners = before.is_none_or(|before| {
-            before.ports_listened_on() != plan.ports_listened_on()
-                || before.netns != plan.netns
+            before.ports_listened_on() != plan.ports_listened_on() || before.netns != plan.netns
         });
         self.writer.apply(Some(&plan))?;
         self.plan = Some(plan);
