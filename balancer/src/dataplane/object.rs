@@ -9,6 +9,7 @@ use aya::{Ebpf, EbpfLoader};
 use nix::time::{ClockId, clock_gettime};
 use tracing::info;
 
+use super::Paths;
 use super::programs::{PROGRAMS, Program};
 use crate::discover::kernel_offsets;
 use crate::sys::bpffs::DetachedBpffs;
@@ -111,14 +112,30 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
 }
 
 /// Loads every program and lets go of them: whether this kernel takes them. Nothing is attached,
-/// and the maps are pinned where nobody sees them.
+/// and the maps are pinned where nobody sees them. Without `CAP_SYS_ADMIN`, which the daemon can do
+/// without where a BPF file system is mounted, they are pinned for a moment beside the state
+/// directory.
 ///
 /// # Errors
-/// When the kernel half is not built in, no BPF file system can be made, or the kernel refuses
+/// When the kernel half is not built in, there is no place for the pins, or the kernel refuses
 /// something.
-pub fn trial() -> Result<()> {
-    let bpffs = detached_bpffs()?;
-    let mut object = ObjectLoader::new()?.open(bpffs.path(), 0)?;
+pub fn trial(paths: &Paths) -> Result<()> {
+    match detached_bpffs() {
+        Ok(bpffs) => try_programs(bpffs.path()),
+        Err(error) => {
+            let beside = paths.state_dir().parent().unwrap_or(Path::new("/"));
+            // Whatever keeps a directory from being made there, the missing privilege is to blame.
+            let pins = tempfile::Builder::new()
+                .prefix("balancer-trial-")
+                .tempdir_in(beside)
+                .map_err(|_| error)?;
+            try_programs(pins.path())
+        }
+    }
+}
+
+fn try_programs(pins: &Path) -> Result<()> {
+    let mut object = ObjectLoader::new()?.open(pins, 0)?;
     PROGRAMS
         .iter()
         .try_for_each(|program| load(&mut object, program).map(drop))

@@ -1,18 +1,18 @@
 //! What the kernel can do, seen by trying.
 
 use std::io;
+use std::path::Path;
 
 use aya::{
     maps::MapType,
     programs::{ProgramError, ProgramType},
     sys::{is_helper_supported, is_map_supported, is_program_supported},
 };
-
 use aya_obj::generated::bpf_func_id::BPF_FUNC_loop;
 
 use super::{Check, listing};
 use crate::{
-    dataplane::{self, PROGRAMS, Program},
+    dataplane::{self, PROGRAMS, Paths, Program},
     discover::kernel_offsets,
     sys::{
         clock,
@@ -210,9 +210,9 @@ fn layout() -> Check {
 }
 
 /// The programs themselves: a kernel may have every feature and still refuse what is made of them.
-pub(super) fn programs() -> Check {
+pub(super) fn programs(state_dir: &Path) -> Check {
     const NAME: &str = "programs";
-    match dataplane::trial() {
+    match dataplane::trial(&Paths::new(state_dir)) {
         Ok(()) => Check::ok(
             NAME,
             "the kernel takes `account` and `steer`",

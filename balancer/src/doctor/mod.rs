@@ -132,7 +132,7 @@ pub fn kernel_too_old() -> Option<String> {
 /// Looks at everything. What can't be looked at is a finding, too.
 pub fn run(options: &Options) -> Report {
     let mut checks = features::checks();
-    checks.push(features::programs());
+    checks.push(features::programs(&options.state_dir));
     checks.extend(machine::checks(&options.state_dir));
     let (snapshot, check) = loaded::snapshot(&options.state_dir);
     checks.push(check);
