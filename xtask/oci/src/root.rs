@@ -37,7 +37,9 @@ impl Root {
         self.add(path, Entry::Link { to: to.to_owned() });
     }
 
-    /// Adds a file of this machine with its permissions. Of a symbolic link, what it leads to.
+    /// Adds a file of this machine, executable if it is so for its owner. Of a symbolic link, what
+    /// it leads to. The other permissions depend on the umask of whoever made the file: everybody
+    /// may read it in the image.
     ///
     /// # Errors
     /// When it can't be read.
@@ -45,7 +47,8 @@ impl Root {
         let read = fs::read(from).and_then(|content| Ok((content, from.metadata()?)));
         let (content, metadata) =
             read.with_context(|| format!("cannot read {}", from.display()))?;
-        self.file(path, metadata.permissions().mode() & 0o777, content);
+        let is_executable = metadata.permissions().mode() & 0o100 != 0;
+        self.file(path, if is_executable { 0o755 } else { 0o644 }, content);
         Ok(())
     }
 
@@ -160,8 +163,11 @@ impl Libraries {
 
 #[cfg(test)]
 mod tests {
-    use super::{Entry, Libraries, Root};
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
     use std::path::PathBuf;
+
+    use super::{Entry, Libraries, Root};
 
     #[test]
     fn libraries_are_what_ldd_names_with_a_path() {
@@ -203,5 +209,20 @@ mod tests {
         );
         assert_eq!(root.0["usr"], Entry::Directory { mode: 0o755 });
         assert_eq!(root.0["tmp"], Entry::Directory { mode: 0o1777 });
+    }
+
+    #[test]
+    fn a_umask_does_not_show_in_the_image() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("x");
+        fs::write(&file, "x").unwrap();
+        for (here, expected) in [(0o600, 0o644), (0o664, 0o644), (0o700, 0o755)] {
+            fs::set_permissions(&file, Permissions::from_mode(here)).unwrap();
+            let mut root = Root::default();
+            root.copy("x", &file).unwrap();
+            let content = b"x".to_vec();
+            let mode = expected;
+            assert_eq!(root.0["x"], Entry::File { mode, content }, "{here:o}");
+        }
     }
 }
