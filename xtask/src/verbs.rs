@@ -51,23 +51,30 @@ pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     let arguments = kernel_tests_by_target(arguments);
-    let mut to_cargo = arguments.iter().take_while(|argument| *argument != "--");
-    let some_packages = to_cargo.any(|argument| names_a_package(argument));
+    let some_packages = to_cargo(&arguments).any(names_a_package);
     let mut test = build::cargo("test");
-    if some_packages {
-        build::kernel_half(Profile::Debug)?;
-    } else {
+    if !some_packages {
         test.arg("--workspace");
+    }
+    if !some_packages || to_cargo(&arguments).any(|argument| argument.contains(TESTS)) {
         // Tests bound what either kernel half costs the kernel.
         build::kernel_half(Profile::Release)?;
         build::debug_programs(&TEST_PROGRAMS)?;
         setup::ensure(&[Need::Kubernetes, Need::Cluster])?;
         test.env(KUBEALL, kubernetes::program()?);
+    } else {
+        build::kernel_half(Profile::Debug)?;
     }
     if long {
         test.env(LONG, "1");
     }
     command::run_for_code(test.args(arguments))
+}
+
+/// The arguments that are for cargo: those after `--` are for the tests themselves.
+fn to_cargo(arguments: &[String]) -> impl Iterator<Item = &str> {
+    let arguments = arguments.iter().map(String::as_str);
+    arguments.take_while(|argument| *argument != "--")
 }
 
 /// With `--workspace` cargo would pass over the package that somebody names.
@@ -76,11 +83,15 @@ fn names_a_package(argument: &str) -> bool {
 }
 
 /// `--test kernel` in place of `-p balancer-tests`: with the whole workspace selected, dependencies
-/// have the features that the programs were built with, and are not compiled again.
+/// have the features that the programs were built with, and are not compiled again. Beside another
+/// package it stays as it is: cargo would look for the test program in that one.
 fn kernel_tests_by_target(arguments: &[String]) -> Vec<String> {
     let mut arguments = arguments.to_vec();
     let is_package = |pair: &[String]| matches!(&*pair[0], "-p" | "--package") && pair[1] == TESTS;
-    if let Some(at) = arguments.windows(2).position(is_package) {
+    let packages = to_cargo(&arguments).filter(|argument| names_a_package(argument));
+    if packages.count() == 1
+        && let Some(at) = arguments.windows(2).position(is_package)
+    {
         arguments.splice(at..at + 2, ["--test", "kernel"].map(str::to_owned));
     }
     arguments
@@ -183,6 +194,10 @@ mod tests {
                 "--test kernel -- --nocapture",
             ),
             ("-p balancer config", "-p balancer config"),
+            (
+                "-p balancer -p balancer-tests",
+                "-p balancer -p balancer-tests",
+            ),
             ("admission::", "admission::"),
         ] {
             assert_eq!(translate(given), expected);
