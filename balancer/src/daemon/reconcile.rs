@@ -43,8 +43,8 @@ pub struct Daemon {
     guarded: GuardedNetns,
     /// How long after the daemon last lived the kernel stops refusing.
     fail_open_after: Duration,
-    /// What the maps hold; `None`: the cluster has not told yet, and what an earlier daemon put in
-    /// force stays.
+    /// What the maps hold. `None`: the cluster has not told yet, and what an earlier daemon put in
+    /// force stays; or a plan is in force only in part.
     plan: Option<Plan>,
     next_audit: Instant,
 }
@@ -92,17 +92,24 @@ impl Daemon {
         Ok(())
     }
 
-    /// Once a while. What failed is tried again at the next tick; counting and steering go on
-    /// meanwhile.
+    /// Once a while: follows also what no event tells of. A step that fails is tried again at the
+    /// next tick and keeps no other one from its turn; counting and steering go on meanwhile.
     pub fn tick(&mut self) {
         self.beat();
-        log_failure(self.reconcile());
+        self.guarded.refresh();
+        let followed = self.follow_plan();
+        let audited = matches!(followed, Ok(true));
+        log_failure(followed);
+        if !audited && Instant::now() >= self.next_audit {
+            log_failure(self.audit(Scope::Known));
+        }
+        log_failure(self.update());
     }
 
     /// What the cluster has told is put in force at once.
     pub fn on_cluster_change(&mut self) {
-        let followed = self.follow_plan().and_then(|_| self.update());
-        log_failure(followed);
+        log_failure(self.follow_plan());
+        log_failure(self.update());
     }
 
     /// What happens in the kernel is logged, and followed where it is about listeners.
@@ -133,9 +140,10 @@ impl Daemon {
             return;
         }
         self.beat();
-        if let Err(error) = self.reconcile() {
+        if let Err(error) = self.follow_plan() {
             error!("the new configuration is in force only in part: {error:#}");
         }
+        log_failure(self.update());
         info!("reloaded {}", path.display());
     }
 
@@ -162,16 +170,6 @@ impl Daemon {
         self.apply_quotas()
     }
 
-    /// Follows what no event tells of.
-    fn reconcile(&mut self) -> Result<()> {
-        self.guarded.refresh();
-        let audited = self.follow_plan()?;
-        if !audited && Instant::now() >= self.next_audit {
-            self.audit(Scope::Known)?;
-        }
-        self.update()
-    }
-
     /// Puts in force what the maps should hold by now. Listeners on other ports or in other network
     /// namespaces than before are registered with their connections; true: that was done.
     fn follow_plan(&mut self) -> Result<bool> {
@@ -186,12 +184,14 @@ impl Daemon {
         let other_listeners = before.is_none_or(|before| {
             before.ports_listened_on() != plan.ports_listened_on() || before.netns != plan.netns
         });
+        // Known again once all of this is done: what fails is begun anew at the next tick.
+        self.plan = None;
         self.writer.apply(Some(&plan))?;
-        self.plan = Some(plan);
         if other_listeners {
             self.audit(Scope::Everywhere)?;
             self.guarded.attach(&mut self.writer)?;
         }
+        self.plan = Some(plan);
         Ok(other_listeners)
     }
 
@@ -246,7 +246,7 @@ impl Daemon {
     }
 }
 
-fn log_failure(result: Result<()>) {
+fn log_failure<T>(result: Result<T>) {
     if let Err(error) = result {
         error!("the data plane could not be brought up to date: {error:#}");
     }
