@@ -1,7 +1,9 @@
 //! `explain`: the kernel program's own functions, run on a snapshot of the maps.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context as _, Result};
@@ -22,6 +24,8 @@ use super::super::plain::Plain;
 use super::super::tables::{Tables, lookup, slot_of, text};
 use crate::sys::sock_diag::{Family, Query, State, States, tcp_sockets};
 use crate::sys::{clock, netns};
+
+const SYNCOOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
 
 /// Where a SYN would go, and why.
 #[derive(Clone, Debug)]
@@ -132,7 +136,7 @@ impl Model {
             words,
             members,
             queues: queues(tables)?,
-            syncookies: syncookies()?,
+            syncookies: syncookies(Path::new(SYNCOOKIES))?,
             unregistered: tables
                 .unregistered_word(port.service)
                 .load(Ordering::Acquire)
@@ -295,16 +299,18 @@ impl BackendAccess for Model {
     }
 }
 
-fn syncookies() -> Result<u8> {
-    const PATH: &str = "/proc/sys/net/ipv4/tcp_syncookies";
-    let value = std::fs::read_to_string(PATH).with_context(|| format!("cannot read {PATH}"))?;
-    value
-        .trim()
-        .parse()
-        .with_context(|| format!("{PATH} is no number"))
+/// What the kernel half reads of `net.ipv4.tcp_syncookies`. Without `CONFIG_SYN_COOKIES` there is no
+/// such file, and the kernel's word stays 1 (`tcp_sk_init`, net/ipv4/tcp_ipv4.c).
+fn syncookies(file: &Path) -> Result<u8> {
+    let value = match std::fs::read_to_string(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(1),
+        value => value.with_context(|| format!("cannot read {}", file.display()))?,
+    };
+    let value = value.trim().parse();
+    value.with_context(|| format!("{} is no number", file.display()))
 }
 
-/// The accept queues of the listeners of this namespace, by the slot that their storage names.
+/// The accept queues of the listeners of this netns, by the slot that their storage names.
 fn queues(tables: &Tables) -> Result<HashMap<u32, (u32, u32)>> {
     let mut queues = HashMap::new();
     for family in [Family::V4, Family::V6] {
@@ -317,4 +323,21 @@ fn queues(tables: &Tables) -> Result<HashMap<u32, (u32, u32)>> {
         }));
     }
     Ok(queues)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_cookies_is_explained_too() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let file = directory.path().join("tcp_syncookies");
+        assert_eq!(syncookies(&file).ok(), Some(1), "there is no such file");
+        for (text, value) in [("0\n", Some(0)), ("2\n", Some(2)), ("no", None)] {
+            std::fs::write(&file, text).expect("written");
+            assert_eq!(syncookies(&file).ok(), value, "{text:?}");
+        }
+        assert!(syncookies(directory.path()).is_err());
+    }
 }
