@@ -212,3 +212,47 @@ impl ExemptKey {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use core::convert::Infallible;
+
+    fn port(service: u16, flags: u8) -> ServicePort {
+        ServicePort {
+            service,
+            policy: 0,
+            flags,
+            quota: 7,
+        }
+    }
+
+    #[test]
+    fn an_exact_address_comes_before_any() {
+        let (here, there) = (Address::from_v4_be(1), Address::from_v4_be(2));
+        let service_of = |any: Option<ServicePort>, address: Address| {
+            let lookup = |key: &PortKey| {
+                let found = match key.address {
+                    Address::ANY => any,
+                    address if address == here => Some(port(2, 0)),
+                    _ => None,
+                };
+                Ok::<_, Infallible>(found.filter(|_| (key.netns, key.port) == (ANY_NETNS, 80)))
+            };
+            let Ok(found) = ServicePort::of_destination(|| address, 80, lookup);
+            found.map(|port| port.service)
+        };
+        let exact = ServicePort::EXACT_ADDRESSES;
+        for (any, address, expected) in [
+            (Some(port(1, exact)), here, Some(2)),
+            (Some(port(1, exact)), there, Some(1)),
+            (Some(port(NO_SERVICE, exact)), here, Some(2)),
+            (Some(port(NO_SERVICE, exact)), there, None),
+            // Without the flag nobody looks for it.
+            (Some(port(1, 0)), here, Some(1)),
+            (None, here, None),
+        ] {
+            assert_eq!(service_of(any, address), expected, "{any:?} {address:?}");
+        }
+    }
+}

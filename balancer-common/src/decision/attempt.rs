@@ -211,6 +211,150 @@ const fn must_choose_by_tuple(cookies: Cookies, scan: &Scan) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi::{Address, Backend, ServicePort, SlotPolicy, SlotState, UNLIMITED};
+    use crate::decision::request::{Arrival, Request};
+
+    const NOW: u32 = 50_000;
+    const IDLE: Observation = Observation {
+        half_open: 3,
+        young: 3,
+        fast_open: 0,
+        queue: 0,
+        backlog: 128,
+        syncookies: 1,
+        overflow_age: 1_000,
+    };
+    const FULL: Observation = Observation { queue: 129, ..IDLE };
+    const USUAL: Effort = Effort {
+        yielding: true,
+        last_resort: false,
+    };
+
+    fn member(established: u64) -> Member {
+        Member {
+            slot: 0,
+            backend: Backend {
+                slot_state: SlotState::new(1, BackendState::Active).0,
+                ..Backend::EMPTY
+            },
+            policy: SlotPolicy::new(1, 10, 1, 0),
+            counts: Counts {
+                established,
+                expected: pack_expected(7, NOW - 1),
+                ..Counts::ZERO
+            },
+        }
+    }
+
+    /// The outcome for a member that was chosen by a scan of it alone.
+    fn outcome(seen: Option<&Observation>, member: &Member, effort: Effort) -> Outcome {
+        let port = ServicePort {
+            service: 0,
+            policy: 0,
+            flags: ServicePort::VIRTUAL,
+            quota: UNLIMITED,
+        };
+        let arrival = Arrival {
+            netns: 0,
+            device: 0,
+            from: Address::ANY_V4,
+            from_port: 1,
+            to: Address::ANY_V4,
+            to_port: 1,
+        };
+        let mut scan = Scan::new(Request::new(&port, &arrival, 0, 0, NOW));
+        scan.consider(member);
+        attempt(seen, member, &scan, effort)
+    }
+
+    #[test]
+    fn a_syn_is_announced_only_in_place_of_the_word_that_the_scan_saw() {
+        let mut member = member(5);
+        let announced = |instead_of| Writes {
+            expected: Some(Expected {
+                word: pack_expected(3, NOW),
+                instead_of,
+            }),
+            ..Writes::NONE
+        };
+        let usual = outcome(Some(&IDLE), &member, USUAL);
+        assert_eq!(usual.attempt, Attempt::Assigned);
+        assert_eq!(usual.writes, announced(Some(member.counts.expected)));
+        let stubborn = Effort {
+            yielding: false,
+            ..USUAL
+        };
+        let outcome_of = |member: &Member| outcome(Some(&IDLE), member, stubborn).writes;
+        assert_eq!(outcome_of(&member), announced(None));
+        member.counts.full = pack_full(NOW - 9, NOW - 9);
+        let emptied = Writes {
+            full: Some(0),
+            ..announced(None)
+        };
+        assert_eq!(outcome_of(&member), emptied, "its queue is full no more");
+    }
+
+    #[test]
+    fn a_look_in_vain_leaves_what_it_has_found() {
+        let over = outcome(Some(&IDLE), &member(8), USUAL);
+        assert_eq!(over.attempt, Attempt::Judged(Judgement::OverQuota));
+        let corrected = Writes {
+            expected: Some(Expected {
+                word: pack_over(3, NOW),
+                instead_of: None,
+            }),
+            stalled: pack_stalled(&member(8).counts, NOW),
+            ..Writes::NONE
+        };
+        assert!(corrected.stalled.is_some());
+        assert_eq!(over.writes, corrected);
+        let full = outcome(Some(&FULL), &member(5), USUAL);
+        let judgement = Judgement::QueueFull { since: NOW };
+        assert_eq!(full.attempt, Attempt::Judged(judgement));
+        let seen_full = Writes {
+            full: Some(pack_full(NOW, NOW)),
+            ..Writes::NONE
+        };
+        assert_eq!(full.writes, seen_full);
+        let last = Effort {
+            yielding: false,
+            last_resort: true,
+        };
+        let last = outcome(Some(&FULL), &member(5), last);
+        assert_eq!(last.attempt, Attempt::Assigned);
+        assert!(last.writes.expected.is_some() && last.writes.full.is_none());
+    }
+
+    #[test]
+    fn cookies_that_the_scan_did_not_know_are_all_that_is_noted() {
+        let overflowed = Observation {
+            overflow_age: 1,
+            ..FULL
+        };
+        let found = outcome(Some(&overflowed), &member(5), USUAL);
+        assert_eq!(found.attempt, Attempt::Cookies);
+        let noted = Writes {
+            cookies: pack_cookies(&overflowed, 0, NOW),
+            ..Writes::NONE
+        };
+        assert!(noted.cookies.is_some());
+        assert_eq!(found.writes, noted);
+    }
+
+    #[test]
+    fn what_is_gone_or_can_not_be_looked_at_is_not_written_to() {
+        let mut closed = member(5);
+        closed.backend.slot_state = SlotState::new(1, BackendState::Closed).0;
+        for (seen, member, attempt) in [
+            (Some(&FULL), closed, Attempt::Gone),
+            (None, closed, Attempt::Gone),
+            (None, member(9), Attempt::Assigned),
+            (None, member(10), Attempt::Judged(Judgement::OverQuota)),
+        ] {
+            let writes = Writes::NONE;
+            assert_eq!(outcome(seen, &member, USUAL), Outcome { attempt, writes });
+        }
+    }
 
     #[test]
     fn attempts_survive_a_word() {

@@ -80,3 +80,62 @@ impl Cursor {
         Step::Member((self.first + bit) & (MAX_SLOTS as u32 - 1))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec::Vec;
+
+    /// Walks as the kernel half does: so many steps in each call, until a call finds the end.
+    fn walk(words: [u64; MEMBER_WORDS], steps_a_call: u32) -> Vec<u32> {
+        let mut cursor = Cursor::new(|word| words[word as usize]);
+        let mut found = Vec::new();
+        for _ in 0..Cursor::STEPS.div_ceil(steps_a_call) {
+            for _ in 0..steps_a_call {
+                match cursor.step(|word| words[word as usize]) {
+                    Step::End => return found,
+                    Step::Nobody => {}
+                    Step::Member(slot) => found.push(slot),
+                }
+            }
+            if cursor.is_at_end() {
+                return found;
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn every_member_is_found_once_and_in_order() {
+        let spread = [0x8001_8001_8001_8001_u64.rotate_left(3) | 0xff00; MEMBER_WORDS];
+        let mut dense = [0; MEMBER_WORDS];
+        dense[12..].fill(u64::MAX);
+        let mut few = [0; MEMBER_WORDS];
+        few[0] = 1;
+        few[MEMBER_WORDS - 1] = 1 << 63;
+        for words in [spread, dense, few, [0; MEMBER_WORDS]] {
+            let is_set = |slot: &u32| words[*slot as usize / 64] >> (slot % 64) & 1 == 1;
+            let members: Vec<u32> = (0..MAX_SLOTS as u32).filter(is_set).collect();
+            assert!(members.len() <= MAX_MEMBERS);
+            for steps_a_call in [1, 3, 4] {
+                assert_eq!(walk(words, steps_a_call), members, "{steps_a_call}");
+            }
+        }
+    }
+
+    #[test]
+    fn members_that_go_meanwhile_cost_no_other() {
+        let before = [1_u64; MEMBER_WORDS];
+        let mut cursor = Cursor::new(|word| before[word as usize]);
+        let mut found = Vec::new();
+        for _ in 0..=MEMBER_WORDS {
+            match cursor.step(|word| u64::from(word % 2)) {
+                Step::Member(slot) => found.push(slot / 64),
+                Step::Nobody => {}
+                Step::End => break,
+            }
+        }
+        assert!(cursor.is_at_end());
+        assert_eq!(found, [1, 3, 5, 7, 9, 11, 13, 15]);
+    }
+}
