@@ -233,19 +233,19 @@ fn observe(balancer: &Balancer<'_>, window: Duration) -> Result<Daemon> {
     })
 }
 
-/// The last comparisons' processor time, as the daemon logs it.
+/// The processor time of the audits, as the daemon logs it: `audit 7: 3.2 ms of processor time`.
 fn comparison_time(logs: &str) -> Result<f64> {
     let times: Vec<f64> = logs
         .lines()
         .filter_map(|line| {
-            let (_, comparison) = line.split_once("comparison ")?;
-            let (_, time) = comparison.split_once(": ")?;
+            let (_, audit) = line.split_once("audit ")?;
+            let (_, time) = audit.split_once(": ")?;
             time.split_once(" ms")?.0.parse().ok()
         })
         .collect();
     ensure!(
         !times.is_empty(),
-        "the daemon's log tells of no comparison:\n{logs}"
+        "the daemon's log tells of no audit:\n{logs}"
     );
     // The first one also looks for owners; where there is no other, it must do.
     let usual = if times.len() > 1 { &times[1..] } else { &times };
@@ -380,4 +380,24 @@ fn goals(row: &Row) -> Vec<Goal> {
             met: row.counts_exact,
         },
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::comparison_time;
+
+    #[test]
+    fn the_time_of_audits_is_read_from_the_log() {
+        let line = |number: u32, time: f64| {
+            format!(
+                "2026-01-01T00:00:00.0Z DEBUG balancer::daemon::reconcile: audit {number}: {time:.1} ms \
+                 of processor time, drift 0, 0 repairs so far\n"
+            )
+        };
+        let first = line(1, 9.0);
+        assert!((comparison_time(&first).unwrap() - 9.0).abs() < 1e-9);
+        let three = first + &line(2, 1.5) + &line(3, 1.5);
+        assert!((comparison_time(&three).unwrap() - 1.5).abs() < 1e-9);
+        comparison_time("2026-01-01T00:00:00.0Z  INFO balancer::daemon: ready\n").unwrap_err();
+    }
 }
