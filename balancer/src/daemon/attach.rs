@@ -21,26 +21,28 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// Which network namespaces an audit looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
-    /// All that there are, where any may be guarded.
+    /// Every network namespace where any may be guarded; else the own and the named ones.
     Everywhere,
-    /// Those where backends are known.
+    /// The own and the named network namespaces, and those where backends are known.
     Known,
 }
 
 /// The guarded network namespaces.
 #[derive(Debug)]
 pub struct GuardedNetns {
-    /// This process's own, where it is guarded.
+    /// The network namespace of this process, where it is guarded.
     own: Option<OpenNetns>,
-    /// Those that the configuration names, with the cookies of those that are there.
+    /// The network namespaces that the configuration names, with their cookies; `None`: there is
+    /// none at that path now.
     named: BTreeMap<PathBuf, Option<u64>>,
-    /// Every other one is guarded as soon as a backend listens there.
+    /// Every other network namespace is guarded as soon as a backend listens there.
     any: bool,
-    /// With `any`: only these of them.
+    /// With `any`: the cookies of the network namespaces that may be guarded; `None`: all may.
     only: Option<HashSet<u64>>,
-    /// With `any`: those that were found, guarded or about to be, with a thread that is there.
+    /// With `any`: the cookies of network namespaces that were found, guarded or about to be, with
+    /// a thread that lives there; `None`: none is known.
     found: HashMap<u64, Option<Thread>>,
-    /// When those that were not found were looked for last.
+    /// The cookies of network namespaces that were not found, and when they were looked for last.
     missing: HashMap<u64, Instant>,
 }
 
@@ -90,7 +92,7 @@ impl GuardedNetns {
         }
     }
 
-    /// Cookies of those that are guarded whether a backend listens there or not.
+    /// Cookies of the network namespaces that are guarded whether a backend listens there or not.
     pub fn named_cookies(&self) -> Vec<u64> {
         let own = self.own.iter().map(|own| own.cookie);
         own.chain(self.named.values().flatten().copied()).collect()
@@ -107,7 +109,7 @@ impl GuardedNetns {
             || (self.found.contains_key(&cookie) && self.may_guard(cookie))
     }
 
-    /// Guards these alone, where any network namespace may be guarded.
+    /// Lets only these network namespaces be guarded, where any might be.
     pub fn restrict_to(&mut self, cookies: HashSet<u64>) {
         self.only = Some(cookies);
     }
@@ -116,7 +118,7 @@ impl GuardedNetns {
         self.only.as_ref().is_none_or(|only| only.contains(&cookie))
     }
 
-    /// Attaches `steer` to those that are guarded in any case.
+    /// Attaches `steer` to the own and the named network namespaces.
     ///
     /// # Errors
     /// When the kernel refuses it.
@@ -255,8 +257,8 @@ impl GuardedNetns {
         Ok(open)
     }
 
-    /// One that has changed since it was looked at last is passed over: the next look will see
-    /// that.
+    /// Opens the own and the named network namespaces. A path that leads to another one than at
+    /// the last [`Self::refresh`] is passed over: the next one will see that.
     fn open_named(&self) -> Result<Vec<OpenNetns>> {
         let mut open = Vec::new();
         if let Some(own) = &self.own {

@@ -10,10 +10,11 @@ use crate::dataplane::{SlotQuota, SlotView, Writer, services, slots};
 use crate::quota::in_force::{in_force, written};
 use crate::quota::{InForce, Outcome, Quota, QuotaSource, ReadyBackend};
 
-/// Since when quotas that are computed together have been waiting to go down.
+/// The clocks of quotas that go down slowly, one for each set of quotas computed together.
 #[derive(Debug)]
 pub struct LoweringClocks<K>(BTreeMap<K, LoweringClock>);
 
+/// The quotas computed last, and since when they have waited to go down.
 #[derive(Debug)]
 struct LoweringClock {
     quotas: Vec<Quota>,
@@ -27,8 +28,8 @@ impl<K> Default for LoweringClocks<K> {
 }
 
 impl<K: Ord + Clone> LoweringClocks<K> {
-    /// Computes the quotas of `key` with how long they have been waiting, which begins anew where
-    /// something has changed.
+    /// Computes the quotas of `key`, told how long they have waited to go down. That time begins
+    /// anew where a quota has changed, and where none is to go down.
     pub fn compute(&mut self, key: &K, compute: impl FnOnce(Duration) -> Outcome) -> Outcome {
         let clock = self.0.get(key);
         let outcome = compute(clock.map_or(Duration::ZERO, |clock| clock.since.elapsed()));
@@ -40,13 +41,14 @@ impl<K: Ord + Clone> LoweringClocks<K> {
         outcome
     }
 
-    /// Forgets all others.
+    /// Forgets the keys that are not to be kept.
     pub fn retain(&mut self, keep: impl Fn(&K) -> bool) {
         self.0.retain(|key, _| keep(key));
     }
 }
 
-/// What the quota of a backend that is ready depends on.
+/// The backend of a slot as the computation of quotas takes it. A quota set by hand is no previous
+/// one: it would go down slowly.
 pub fn ready_backend(slot: &SlotView, weight: u32) -> ReadyBackend {
     let before = written(&slot.member.policy, slot.slot_state());
     let computed = before.filter(|before| !before.source.is_by_hand());
@@ -153,7 +155,7 @@ pub fn set_by_hand(
             QuotaSource::Backend,
             format!("the quota of slot {slot} of {service} is {quota}"),
         ),
-        // Until it is computed next. Not as a computed one, which would go down slowly.
+        // It holds until the next computation. A computed quota would go down slowly.
         None => (
             view.limit().map_or(Quota::Unlimited, Quota::Limited),
             QuotaSource::Service,

@@ -20,11 +20,12 @@ use crate::sys::privileges::{Kept, suffice_for};
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
 /// The longest time between two audits, however long they take.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-/// An audit may take one part in so many of the time;
+/// The part of the time that audits may take is one in this many.
 const AUDIT_SHARE: u32 = 200;
-/// where there are backends or connections that the kernel half does not see go;
+/// The part is one in this many where there are backends or connections that the kernel half does
+/// not see go.
 const ADOPTED_SHARE: u32 = 30;
-/// and where a deviation is to be confirmed by the next pass.
+/// The part is one in this many where a deviation is to be confirmed by the next pass.
 const DOUBTFUL_SHARE: u32 = 20;
 
 /// The privileges that a configuration needs for as long as the daemon runs.
@@ -36,21 +37,23 @@ pub fn kept(config: &Config) -> Kept {
 
 /// The daemon's state.
 pub struct Daemon {
-    /// What it does alone on a host, or in a cluster.
+    /// The part that differs between a single host and a cluster.
     pub mode: Mode,
-    /// The data plane.
+    /// The data plane, which only this process may change.
     pub writer: Writer,
+    /// The network namespaces that `steer` is or will be attached to.
     guarded: GuardedNetns,
     /// How long after the daemon last lived the kernel stops refusing.
     fail_open_after: Duration,
     /// What the maps hold. `None`: the cluster has not told yet, and what an earlier daemon put in
     /// force stays; or a plan is in force only in part.
     plan: Option<Plan>,
+    /// The next audit is not due before.
     next_audit: Instant,
 }
 
 impl Daemon {
-    /// Nothing is in force yet.
+    /// A daemon that has put nothing in force yet.
     pub fn new(config: &Config, guarded: GuardedNetns, mode: Mode, writer: Writer) -> Self {
         Self {
             mode,
@@ -67,9 +70,9 @@ impl Daemon {
         self.fail_open_after
     }
 
-    /// Rules first: a listener that comes up from then on registers itself. Then what listens
-    /// already is registered, with what it holds, and has its quotas; only then does this build
-    /// decide.
+    /// Puts everything in force for the first time. Rules come first: a listener that comes up
+    /// from then on registers itself. Then the listeners that are there are registered with their
+    /// connections, and get their quotas. Only then does this build decide.
     ///
     /// # Errors
     /// When the kernel refuses something.

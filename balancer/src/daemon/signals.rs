@@ -3,14 +3,14 @@
 use anyhow::{Context as _, Result};
 use tokio::signal::unix::{self, SignalKind};
 
-/// A signal.
+/// What a signal asks of the daemon.
 #[derive(Clone, Copy, Debug)]
 pub enum Signal {
-    /// Reload.
+    /// SIGHUP: reload the configuration.
     Hangup,
-    /// End, and unload.
+    /// SIGINT: end, and unload the data plane.
     Interrupt,
-    /// End, and keep.
+    /// SIGTERM: end, and keep the data plane.
     Terminate,
 }
 

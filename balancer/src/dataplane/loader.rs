@@ -22,14 +22,17 @@ use crate::sys::bpf::{self, LinkTarget};
 /// The programs of one data plane.
 pub struct Loader {
     paths: Paths,
+    /// The kernel half, ready to be loaded any number of times.
     objects: ObjectLoader,
     /// This build's links to guarded netns, by the netns' cookie and the program's name.
     links: BTreeMap<(u64, &'static str), (Link, OwnedFd)>,
     /// The loaded objects whose logs nobody follows yet: they own the buffers.
     unfollowed: Vec<(NetnsCookie, Ebpf)>,
+    /// The followers of the loaded objects' logs.
     logs: Vec<(NetnsCookie, LogFollower)>,
     /// The data plane was there before this daemon.
     adopted: bool,
+    /// The right to change the pins.
     lock: Lock,
 }
 
@@ -82,6 +85,8 @@ impl Loader {
         pins::cleaned_up(made, pins::remove_directory(&self.lock, &staging))
     }
 
+    /// Attaches the programs of the cgroup to it, or puts them under the links that are there.
+    /// Links to other cgroups are removed.
     fn attach_to_cgroup(&mut self, directory: &Path, cgroup: &Path) -> Result<Tables> {
         let mut object = self.objects.open(directory, 0)?;
         let tables = Tables::open(directory)?;
@@ -136,6 +141,7 @@ impl Loader {
         Ok(())
     }
 
+    /// Puts this build's program under a link to a netns, and moves it here from another layout.
     fn take_over(&mut self, from: &Link, cookie: u64) -> Result<()> {
         let file = pins::open_link(from)?;
         if pins::is_dead(&file)? {

@@ -95,7 +95,7 @@ pub struct Link {
     pub pin: PathBuf,
     /// The program that it attaches.
     pub program: &'static Program,
-    /// The number of what it is attached to: see [`Target`].
+    /// The number of the target, a cgroup's id or a netns cookie: see [`Target`].
     pub target: u64,
 }
 
@@ -122,7 +122,7 @@ impl Link {
         })
     }
 
-    /// The cookie of the netns that it is attached to; `None`: it is attached to something else.
+    /// The cookie of the netns that the link is attached to; `None`: its target is no netns.
     pub fn netns(&self) -> Option<u64> {
         (self.program.hook.target() == Target::Netns).then_some(self.target)
     }

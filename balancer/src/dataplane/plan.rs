@@ -15,24 +15,24 @@ use crate::quota::Quota;
 /// Where a listener of a service may listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ListenAt {
-    /// The address it is bound to; `None`: any.
+    /// The address that the listener is bound to; `None`: any.
     pub address: Option<IpAddr>,
-    /// Its port.
+    /// The port that the listener is bound to.
     pub port: u16,
-    /// Its weight.
+    /// The part of the backend relative to the others of its service.
     pub weight: u32,
 }
 
-/// One service.
+/// One service as the maps should hold it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePlan {
-    /// Its name.
+    /// The name of the service, by which it keeps its id.
     pub name: String,
     /// The port that clients connect to.
     pub port: u16,
-    /// Only SYNs to this address.
+    /// The address that clients connect to; `None`: any.
     pub address: Option<IpAddr>,
-    /// How to choose.
+    /// The rule by which the kernel half chooses a backend.
     pub policy: Policy,
     /// Nothing listens on the port itself.
     pub virtual_port: bool,
@@ -42,7 +42,7 @@ pub struct ServicePlan {
     pub rule: String,
     /// Sources that are never refused.
     pub exempt: Vec<IpNet>,
-    /// Its backends.
+    /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
 }
 
@@ -51,7 +51,7 @@ pub struct ServicePlan {
 pub struct Plan {
     /// The services.
     pub services: Vec<ServicePlan>,
-    /// Cookies of the netns whose listeners belong to them.
+    /// Cookies of the netns whose listeners belong to the services.
     pub netns: Vec<u64>,
     /// Listeners of any other netns are candidates.
     pub any_netns: bool,

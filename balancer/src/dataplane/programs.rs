@@ -51,11 +51,11 @@ pub struct Program {
     pub name: &'static str,
     /// Where the kernel calls it.
     pub hook: Hook,
-    /// What it does, after "it".
+    /// The purpose of the program, a verb with its object: it follows "it" in a sentence.
     pub purpose: &'static str,
-    /// How its hook comes into a kernel.
+    /// The version or the options of a kernel that has its hook.
     pub needs: &'static str,
-    /// The helpers that it calls.
+    /// The helpers that the program calls.
     pub helpers: &'static [bpf_func_id],
 }
 
@@ -74,14 +74,14 @@ impl Program {
 /// A place where the kernel calls a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// What happens to a TCP socket.
+    /// Changes of a TCP socket: it listens, is established or closes.
     SockOps,
     /// The look-up of a listener for a SYN.
     SkLookup,
 }
 
 impl Hook {
-    /// Its name in the kernel's documentation.
+    /// The name of the hook in the kernel's documentation.
     pub const fn name(self) -> &'static str {
         match self {
             Self::SockOps => "sock_ops",
@@ -89,7 +89,7 @@ impl Hook {
         }
     }
 
-    /// The type of its programs.
+    /// The type of the hook's programs.
     pub const fn program_type(self) -> ProgramType {
         match self {
             Self::SockOps => ProgramType::SockOps,
@@ -97,7 +97,7 @@ impl Hook {
         }
     }
 
-    /// What a program is attached as.
+    /// The attach type of the hook's programs.
     pub const fn attach_type(self) -> bpf_attach_type {
         match self {
             Self::SockOps => BPF_CGROUP_SOCK_OPS,
@@ -105,7 +105,7 @@ impl Hook {
         }
     }
 
-    /// What a program is attached to.
+    /// The kind of object that the hook's programs are attached to.
     pub const fn target(self) -> Target {
         match self {
             Self::SockOps => Target::Cgroup,
@@ -124,7 +124,7 @@ pub enum Target {
 }
 
 impl Target {
-    /// The programs that are attached there.
+    /// The programs that are attached to this kind of target.
     pub fn programs(self) -> impl Iterator<Item = &'static Program> {
         PROGRAMS
             .iter()

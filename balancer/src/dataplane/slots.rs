@@ -22,11 +22,11 @@ const QUARANTINE: Duration = Duration::from_secs(1);
 /// The quota and weight of one backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotQuota {
-    /// The backend.
+    /// The backend: quota and weight are valid for its generation alone.
     pub id: BackendId,
-    /// The quota that holds for it.
+    /// The quota that holds for the backend, and its source.
     pub in_force: InForce,
-    /// Its weight.
+    /// The backend's part relative to the others of its service.
     pub weight: u32,
 }
 
@@ -60,7 +60,8 @@ pub fn close(tables: &Tables, view: &SlotView) {
     }
 }
 
-/// Why a listener has no slot, told apart from other reasons: while that is so, nobody is refused.
+/// Why a listener has no slot, and the limit that it would exceed. It is told apart from other
+/// errors: while a listener lacks a slot, nobody is refused.
 #[derive(Debug)]
 pub struct NoSlot(&'static str, usize);
 
@@ -77,7 +78,7 @@ impl std::error::Error for NoSlot {}
 /// Whether a service can have one more backend.
 ///
 /// # Errors
-/// When it can't: why.
+/// The limit that one more would exceed.
 pub fn room_for(tables: &Tables, service: u16) -> Result<(), NoSlot> {
     let words = tables.members(service);
     let members: u32 = words.iter().map(|word| word.count_ones()).sum();
@@ -158,7 +159,8 @@ impl EmptySlots {
     }
 }
 
-/// Claims the slot first: from then on a socket that listens again takes another one.
+/// Frees a closed slot; false: it is not closed any more. The slot is claimed first: from then on a
+/// socket that listens again takes another one.
 fn free(tables: &mut Tables, view: &SlotView) -> Result<bool> {
     let claimed = tables.change_state(view.slot(), view.slot_state(), BackendState::Held);
     if claimed {
@@ -167,6 +169,7 @@ fn free(tables: &mut Tables, view: &SlotView) -> Result<bool> {
     Ok(claimed)
 }
 
+/// Makes a held slot free for the next backend, which has another generation.
 fn give_back(tables: &mut Tables, slot: u32, slot_state: SlotState) -> Result<()> {
     clear_listener(tables, slot)?;
     let generation = slot_state.generation().wrapping_add(1);
@@ -195,7 +198,8 @@ pub fn give_back_held(tables: &mut Tables) -> Result<()> {
     Ok(())
 }
 
-/// A socket that was shut down, and not closed, is still in the map.
+/// Takes the listener of a slot out of the map: a socket that was shut down, and not closed, is
+/// still there.
 fn clear_listener(tables: &mut Tables, slot: u32) -> Result<()> {
     match tables.listeners.clear_index(&slot) {
         Ok(()) => debug!("slot {slot}: its listener was still in the map"),

@@ -112,27 +112,27 @@ pub struct Tables {
 /// One slot that is not free.
 #[derive(Clone, Copy, Debug)]
 pub struct SlotView {
-    /// As the rules of choice see it.
+    /// The backend, its policy and its counts, as the decision sees them.
     pub member: Member,
 }
 
 impl SlotView {
-    /// The number of the slot.
+    /// The slot: its index in every map by slot.
     pub const fn slot(&self) -> u32 {
         self.member.slot
     }
 
-    /// Slot and generation.
+    /// The id of the backend: its slot and the slot's generation.
     pub const fn id(&self) -> BackendId {
         self.member.id()
     }
 
-    /// Generation and stored state.
+    /// The generation and the stored state of the slot.
     pub const fn slot_state(&self) -> SlotState {
         self.member.backend.slot_state()
     }
 
-    /// The state as it is shown.
+    /// The state that `status` shows, which may be derived from the stored one.
     pub const fn state(&self) -> BackendState {
         self.member.state()
     }
@@ -143,12 +143,12 @@ impl SlotView {
         counts.established().saturating_sub(counts.exempt())
     }
 
-    /// The quota that was given to it; `None`: unlimited, or none yet.
+    /// The quota that the daemon has written for the backend; `None`: unlimited, or none yet.
     pub fn limit(&self) -> Option<u32> {
         Some(self.member.quota(UNLIMITED)).filter(|quota| *quota != UNLIMITED)
     }
 
-    /// How many more connections it takes; `None`: as many as come.
+    /// How many more connections the backend takes; `None`: as many as come.
     pub fn room(&self) -> Option<u32> {
         let taken = self.counted().saturating_add(self.expected());
         self.limit().map(|limit| limit.saturating_sub(taken))

@@ -17,13 +17,13 @@ use super::tables::Tables;
 pub struct Writer {
     /// The programs, loaded and attached.
     pub loader: Loader,
-    /// The maps.
+    /// The pinned maps.
     pub tables: Tables,
     /// The rules in force.
     pub rules: Rules,
     /// The closed slots that can soon be given away.
     pub empty: EmptySlots,
-    /// What is known of the counts against the socket table.
+    /// The comparison of the counts with the socket table.
     pub audit: Audit,
 }
 

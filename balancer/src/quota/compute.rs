@@ -14,10 +14,10 @@ const OLD_AFTER: Duration = Duration::from_secs(15);
 /// How many connections there are to make room for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Total {
-    /// The number.
+    /// The number of connections.
     pub connections: u64,
-    /// How that comes about: `observed`, or a sum as `180 pods × 1 + 11 pods × 3`, which may be cut
-    /// behind a ` + `.
+    /// How the number comes about: `observed`, or a sum as `180 pods × 1 + 11 pods × 3`, which may
+    /// be cut behind a ` + `.
     pub words: String,
 }
 
@@ -27,14 +27,14 @@ pub struct Known {
     /// How many connections there are to make room for; `None`: not known. Not looked at where the
     /// rule itself says it.
     pub total: Option<Total>,
-    /// What is established on backends that are not ready: their clients need room on those that
-    /// are.
+    /// The connections established on backends that are not ready: their clients need room on those
+    /// that are.
     pub established_elsewhere: u64,
     /// How many sources have been [refused for long](super::starved::ROOM_AFTER), wherever they
     /// went.
     pub refused_for_long: u32,
-    /// No ready backend of the whole cluster would take another connection under the quotas in
-    /// force.
+    /// Whether no ready backend of the whole cluster would take another connection under the quotas
+    /// in force.
     pub all_full: bool,
     /// How many ready backends no daemon has reported yet, where their connections are needed.
     pub unreported: usize,

@@ -50,9 +50,9 @@ impl QuotaSource {
 /// A quota, and where it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InForce {
-    /// The quota.
+    /// The quota that holds.
     pub quota: Quota,
-    /// Where it comes from.
+    /// Where the quota comes from.
     pub source: QuotaSource,
 }
 

@@ -30,7 +30,7 @@ impl Quota {
         }
     }
 
-    /// The number, where there is one.
+    /// The number of connections; `None`: unlimited.
     pub fn limit(self) -> Option<u32> {
         match self {
             Self::Unlimited => None,
@@ -51,20 +51,20 @@ impl fmt::Display for Quota {
 /// What the quota of a backend that is ready to take connections depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReadyBackend {
-    /// Its part relative to the others. Backends whose weights are all 0 get equal parts.
+    /// The backend's part relative to the others. Backends whose weights are all 0 get equal parts.
     pub weight: u32,
     /// The connections established now that count against the quota.
     pub established: u32,
-    /// The quota computed for it so far; `None` when it has just become ready.
+    /// The quota computed for the backend so far; `None` when it has just become ready.
     pub previous: Option<Quota>,
 }
 
 /// The quotas of one service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// One for each backend, in their order.
+    /// A quota for each backend, in their order.
     pub quotas: Vec<Quota>,
-    /// How they come about, for an operator: one line, at most 255 bytes.
+    /// How the quotas come about, for an operator: one line, at most 255 bytes.
     pub sentence: String,
     /// Whether a quota is still above what it should be, because it goes down slowly.
     pub lowering: bool,
@@ -108,7 +108,8 @@ pub(super) struct Demand<'a> {
     pub(super) amount: Amount<'a>,
     pub(super) headroom_percent: u32,
     pub(super) min_quota: u32,
-    /// What is established on backends that are not ready: it needs room on those that are.
+    /// The connections established on backends that are not ready: they need room on those that
+    /// are.
     pub(super) elsewhere: u64,
     /// Room on every backend beyond its part, for clients that are sent to a full one again and
     /// again.
@@ -122,7 +123,7 @@ impl Demand<'_> {
             .saturating_mul(100 + u128::from(self.headroom_percent))
     }
 
-    /// What is established now, wherever it is.
+    /// The connections established now, on ready backends and on others.
     pub(super) fn established(&self, backends: &[ReadyBackend]) -> u64 {
         established(backends).saturating_add(self.elsewhere)
     }

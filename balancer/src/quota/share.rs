@@ -16,11 +16,11 @@ const STEP: u32 = 4;
 
 /// The parts of a demand, a number for each backend.
 pub(super) struct Shares {
-    /// By the formula alone.
+    /// The parts by the formula alone.
     pub(super) formula: Vec<u32>,
-    /// With `min_quota` and what is established.
+    /// The parts raised to `min_quota`, and to what is established.
     pub(super) held: Vec<u32>,
-    /// With the extra room: where the quotas should be.
+    /// The held parts with the extra room: where the quotas should be.
     pub(super) targets: Vec<u32>,
 }
 

@@ -21,16 +21,16 @@ pub const MAX_SOURCES: usize = 256;
 /// A source that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// Its address.
+    /// The address of the source.
     pub source: IpAddr,
-    /// How long ago it was refused first.
+    /// How long ago the source was refused first.
     pub first: Duration,
-    /// How long ago it was refused last.
+    /// How long ago the source was refused last.
     pub last: Duration,
 }
 
 impl Refused {
-    /// Whether it was refused for so long, and of late.
+    /// Whether the source was refused for so long, and of late.
     fn for_as_long_as(&self, time: Duration) -> bool {
         self.last <= FORGOTTEN_AFTER && self.first.saturating_sub(self.last) >= time
     }
@@ -39,9 +39,9 @@ impl Refused {
 /// How many sources are starved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Starved {
-    /// All of them, refused for [`STARVED_AFTER`] or longer.
+    /// All starved sources: refused for [`STARVED_AFTER`] or longer.
     pub sources: u32,
-    /// Those for which every backend gets room, refused for [`ROOM_AFTER`] or longer.
+    /// The starved sources for which every backend gets room: refused for [`ROOM_AFTER`] or longer.
     pub long: u32,
 }
 
@@ -53,7 +53,7 @@ pub struct Refusals<K> {
     groups: BTreeMap<K, BTreeMap<IpAddr, Times>>,
 }
 
-/// When a source was refused.
+/// When a source was refused, in time since the caller's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Times {
     first: Duration,

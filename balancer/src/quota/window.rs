@@ -13,9 +13,12 @@ const PARTS: u32 = 30;
 /// Times are since some start that the caller keeps to.
 #[derive(Clone, Debug)]
 pub struct Window {
+    /// The length of the window in milliseconds.
     length: i64,
+    /// The length of a part in milliseconds.
     part: i64,
-    /// By when they begin, in parts; at most as many as a window has, and the two at its ends.
+    /// The largest value of each part, by the part's number counted from the start; at most as
+    /// many as a window has, and the two at its ends.
     parts: BTreeMap<i64, Most>,
 }
 

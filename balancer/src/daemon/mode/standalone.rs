@@ -11,13 +11,14 @@ use crate::quota::{InForce, QuotaSource, compute};
 
 /// The daemon's part alone on a host.
 pub struct StandaloneMode {
+    /// The services of the configuration in force.
     services: Vec<Service>,
-    /// By the name of the service.
+    /// The clocks of quotas that go down, by the name of the service.
     clocks: LoweringClocks<String>,
 }
 
 impl StandaloneMode {
-    /// With the services of the configuration.
+    /// Starts with the services of the configuration.
     pub fn new(services: Vec<Service>) -> Self {
         Self {
             services,
@@ -30,7 +31,7 @@ impl StandaloneMode {
         self.services = services;
     }
 
-    /// What the maps should hold.
+    /// The plan of the configuration, for the network namespaces that are there.
     pub fn plan(&self, guarded: &GuardedNetns) -> Plan {
         Plan {
             services: self.services.iter().map(service_plan).collect(),

@@ -30,15 +30,16 @@ const RETRY_AFTER: Duration = Duration::from_secs(60);
 /// What is known of listeners that a rule claims and nobody has registered.
 #[derive(Debug, Default)]
 pub struct Unregistered {
-    /// Those of the last pass and of this one, by their cookie. One that was not there at the last
-    /// pass may be registering itself.
+    /// The cookies of unregistered listeners at the last pass. One that is not among them may be
+    /// registering itself.
     last: HashSet<u64>,
+    /// The cookies of unregistered listeners at this pass.
     this: HashSet<u64>,
-    /// Those that can't be registered, and when that is tried again.
+    /// The cookies of listeners that can't be registered, and when that is tried again.
     retry_at: HashMap<u64, Instant>,
-    /// How many listeners of each service lack a slot,
+    /// How many listeners of each service lack a slot, by the service's id.
     without_slot: BTreeMap<u16, u64>,
-    /// and what the kernel half said of that when the pass began.
+    /// How many the kernel half said lack a slot when the pass began, by the service's id.
     without_slot_before: BTreeMap<u16, u64>,
 }
 
@@ -71,7 +72,7 @@ impl Unregistered {
         *self.without_slot.entry(service).or_insert(0) += 1;
     }
 
-    /// Says whether that is the first time.
+    /// Notes that a listener can't be registered now; says whether that is the first time.
     fn retry_later(&mut self, cookie: u64) -> bool {
         let retry = Instant::now() + RETRY_AFTER;
         self.retry_at.insert(cookie, retry).is_none()
@@ -100,7 +101,7 @@ pub struct Adopter<'a> {
     pub cgroup: &'a Path,
     /// The cookie of the netns.
     pub netns: u64,
-    /// Also those that were not there at the last pass.
+    /// Whether listeners are registered at first sight; else only if the last pass saw them too.
     pub eager: bool,
     /// What is known of unregistered listeners.
     pub unregistered: &'a mut Unregistered,
@@ -186,7 +187,7 @@ impl Adopter<'_> {
         false
     }
 
-    /// Its storage names a slot that is its own and listens.
+    /// Whether the listener's storage names a slot that is its own and active.
     fn is_registered(&self, socket: &Socket) -> bool {
         self.own_slot(socket)
             .is_some_and(|(_, state)| state.is(BackendState::Active))
@@ -242,8 +243,9 @@ impl Adopter<'_> {
         held.then_some((slot, state))
     }
 
-    /// From the moment that its storage is set, every connection that it accepts is counted by the
-    /// kernel half. Killed before the end, the slot stays held, for the next daemon to go on with.
+    /// Fills a held slot with a listener and makes it active. From the moment that the listener's
+    /// storage is set, the kernel half counts every connection that it accepts. Where the daemon is
+    /// killed before the end, the slot stays held, for the next daemon to go on with.
     fn fill(
         &mut self,
         slot: u32,

@@ -7,7 +7,9 @@ pub const LASTING: u32 = 3;
 /// while connections come and go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drift {
+    /// The lowest number of connections that may be missing in the count.
     least: i64,
+    /// The highest number of connections that may be missing in the count.
     most: i64,
 }
 
@@ -24,7 +26,7 @@ impl Drift {
         }
     }
 
-    /// Whether there may be none.
+    /// Whether the count may be right.
     pub const fn may_be_none(self) -> bool {
         self.least <= 0 && self.most >= 0
     }
@@ -48,7 +50,7 @@ impl Drift {
         (before.signum() == after.signum()).then_some(smaller)
     }
 
-    /// The smallest that it can be: never more than what is really off.
+    /// The smallest drift that there can be where there is any: never more than what is really off.
     const fn at_least(self) -> i64 {
         if self.least > 0 {
             self.least
@@ -61,8 +63,11 @@ impl Drift {
 /// A count that the last passes found off.
 #[derive(Clone, Copy, Debug)]
 pub struct Deviation {
+    /// The generation of the slot that the count is of.
     generation: u32,
+    /// What of the drift has lasted over these passes.
     drift: Drift,
+    /// How many passes in a row have found the count off.
     passes: u32,
 }
 

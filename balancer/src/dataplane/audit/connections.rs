@@ -15,16 +15,17 @@ use crate::sys::sock_diag::Socket;
 /// The connections of a netns, sorted.
 #[derive(Debug, Default)]
 pub struct Connections<'a> {
-    /// How many the kernel half has counted, all and exempt ones, by slot.
+    /// The connections that the kernel half has counted, by slot: all, and the exempt ones of them.
     pub counted: BTreeMap<u32, (u32, u32)>,
-    /// Those that name a slot but are not counted there by the kernel half.
+    /// The connections that name a slot, with its number, but are not counted there by the kernel
+    /// half.
     uncounted: Vec<(u32, &'a Socket)>,
-    /// How many of these have just turned out to stay so, by slot.
+    /// How many uncounted connections have just turned out to stay so, by slot.
     pub unseen: BTreeMap<u32, u64>,
     /// For how many passes in a row connections were uncounted that may be on their way out, by
     /// their cookie.
     pub leaving: HashMap<u64, u64>,
-    /// Those that name no slot.
+    /// The connections that name no slot.
     unclaimed: Vec<&'a Socket>,
 }
 
@@ -75,7 +76,8 @@ impl<'a> Connections<'a> {
         }
     }
 
-    /// Counts again what the kernel half can't follow; says whether there may be any.
+    /// Counts again the connections that the kernel half can't follow; says whether there may be
+    /// any.
     ///
     /// # Errors
     /// When a map or the processes can't be read.

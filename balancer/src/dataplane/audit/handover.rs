@@ -18,12 +18,13 @@ use crate::sys::bpf::{self, Object};
 use crate::sys::sock_diag::{Socket, State};
 use crate::sys::socket;
 
-/// The maps of other layouts that name the slots of connections, and the connections that could not
-/// be given a slot of their own because no process has them yet (they wait to be accepted), by
-/// their cookie.
+/// What other builds' data planes know of connections.
 #[derive(Debug, Default)]
 pub struct Handover {
+    /// The maps of other layouts that name the slots of connections.
     maps: Vec<OwnedFd>,
+    /// The connections whose storage could not be written because no process has them yet (they
+    /// wait to be accepted), by their cookie.
     unaccepted: HashMap<u64, Connection>,
 }
 
@@ -76,7 +77,7 @@ impl Handover {
         Ok(any)
     }
 
-    /// What a connection without a slot was given that could not be written to its storage.
+    /// What a connection was given that could not be written to its storage.
     pub fn connection(&self, socket: &Socket) -> Option<Connection> {
         self.unaccepted.get(&socket.cookie).copied()
     }

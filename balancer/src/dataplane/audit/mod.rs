@@ -36,25 +36,31 @@ const MANY: usize = 10_000;
 pub struct Audit {
     /// The cgroup whose listeners are counted.
     cgroup: PathBuf,
+    /// What other builds' data planes know of connections.
     handover: Handover,
+    /// Listeners that a rule claims and nobody has registered.
     unregistered: Unregistered,
+    /// The numbers for `status`, over all passes.
     totals: AuditTotals,
+    /// The pass before this one.
     last: Pass,
+    /// The pass that is under way.
     this: Pass,
 }
 
 /// What one pass saw that may be a socket on its way: only what the next one sees again is so.
 #[derive(Debug, Default)]
 struct Pass {
-    /// Counts that were off.
+    /// Counts that differed from the socket table, by slot.
     deviations: BTreeMap<(u32, Count), Deviation>,
     /// Connections with a slot that are not counted, by their cookie, and how many passes in a row
     /// have seen them so.
     leaving: HashMap<u64, u64>,
     /// Backends whose listener was not there.
     without_listener: HashSet<BackendId>,
+    /// By how many connections counts were put right.
     drift: u64,
-    /// There are adopted backends, or connections that only the daemon counts.
+    /// Whether there are adopted backends, or connections that only the daemon counts.
     adopted: bool,
 }
 

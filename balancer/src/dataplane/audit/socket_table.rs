@@ -12,22 +12,22 @@ use crate::sys::sock_diag::{Family, Query, Socket, State, States, tcp_sockets};
 /// What a slot has counted at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
-    /// The slot's generation.
+    /// The generation of the slot: whose counts these are.
     pub generation: u32,
-    /// What the kernel half has counted.
+    /// The counts of the kernel half at this moment.
     pub counts: Counts,
-    /// How many have entered ESTABLISHED, ever.
+    /// How many connections have entered ESTABLISHED in this slot since the map was made.
     pub entered: u64,
 }
 
-/// What a netns holds.
+/// The sockets of a netns, and what its backends had counted.
 #[derive(Debug)]
 pub struct SocketTable {
-    /// Its backends, those that listen and those that are closed.
+    /// The backends of the netns, those that listen and those that are closed.
     pub slots: Vec<SlotView>,
-    /// What they had counted before the table was read, in their order.
+    /// What the backends had counted before the table was read, in the order of `slots`.
     pub before: Vec<Reading>,
-    /// What they have counted since.
+    /// What the backends had counted after the table was read, in the order of `slots`.
     pub after: Vec<Reading>,
     /// Sockets in LISTEN.
     pub listeners: Vec<Socket>,
@@ -39,7 +39,7 @@ impl SocketTable {
     /// Reads the socket table of the netns that the thread is in.
     ///
     /// # Errors
-    /// When it or a map can't be read.
+    /// When the socket table or a map can't be read.
     pub fn read(tables: &Tables, netns: u64) -> Result<Self> {
         let mut slots = tables.slots()?;
         slots.retain(|view| view.member.backend.netns == netns);

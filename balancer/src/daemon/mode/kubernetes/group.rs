@@ -22,36 +22,38 @@ const RENEWED_WITHIN: Duration = Duration::from_secs(35);
 /// The connections of a backend.
 #[derive(Clone, Copy)]
 pub struct Load {
-    /// Those that count against the quota.
+    /// Connections in ESTABLISHED that count against the quota.
     established: u32,
-    /// How long ago that was reported; zero for the backends of this node.
+    /// How long ago these numbers were reported; zero for the backends of this node.
     age: Duration,
-    /// How many more it takes; `None`: as many as come.
+    /// How many more connections the backend takes; `None`: as many as come.
     room: Option<u32>,
 }
 
 /// The connections of a group.
 pub struct GroupLoad {
-    /// Those that are counted or were reported.
+    /// The connections that this node counts or others have reported.
     pub reported: u64,
-    /// With as many for each ready backend that nobody reported as the others have on average.
+    /// The reported ones, and for each ready backend that nobody has reported as many as the others
+    /// have on average.
     pub estimated: u64,
 }
 
 /// The backends of one group.
 pub struct Group<'a> {
-    /// Which group.
+    /// The Kubernetes Service and port that make the group.
     pub id: &'a GroupId,
-    /// Its service entry.
+    /// The service entry that selects the group.
     pub entry: &'a ClusterService,
-    /// Those of this node that listen, ready or not.
+    /// The backends of this node that listen, whether their pods are ready or not.
     pub own: Vec<(&'a SlotView, &'a Endpoint)>,
-    /// All of its pods, with what is known of their connections.
+    /// The pods of all nodes, with what is known of their connections.
     all: Vec<(&'a Endpoint, Option<Load>)>,
 }
 
 impl<'a> Group<'a> {
-    /// Those of this node as the slots show them, the others as they were reported.
+    /// Puts a group together: the backends of this node from the slots, the others from what was
+    /// reported of them.
     pub fn new(
         id: &'a GroupId,
         entry: &'a ClusterService,
@@ -84,7 +86,8 @@ impl<'a> Group<'a> {
         }
     }
 
-    /// What quotas are computed from: first the ready backends of [`Self::own`], then the others.
+    /// The backends that quotas are computed for: first the ready ones of [`Self::own`], then those
+    /// of other nodes.
     pub fn ready_backends(&self) -> Vec<ReadyBackend> {
         let own = || self.own.iter().filter(|(_, endpoint)| endpoint.ready);
         let others = self
@@ -119,7 +122,7 @@ impl<'a> Group<'a> {
             .sum()
     }
 
-    /// Nobody could take a refused client.
+    /// Whether no ready backend could take a refused client.
     pub fn all_full(&self) -> bool {
         let is_full = |load: Option<Load>| load.is_some_and(|load| load.room == Some(0));
         self.ready().next().is_some() && self.ready().all(|(_, load)| is_full(load))

@@ -24,22 +24,25 @@ const REPORTED_WITHIN: Duration = Duration::from_secs(20);
 /// The most refused sources of a group in a node report.
 const MAX_REPORTED_SOURCES: usize = 64;
 
-/// What the quotas of groups depend on besides the moment.
+/// What is remembered for the quotas of groups from one computation to the next.
 #[derive(Debug)]
 pub struct GroupQuotas {
+    /// The start of the times in `windows` and `refusals`.
     started: Instant,
+    /// The clocks of quotas that go down, by group.
     clocks: LoweringClocks<GroupId>,
-    /// The totals of groups whose connections are observed.
+    /// The numbers of connections seen in groups whose quotas follow from them.
     windows: BTreeMap<GroupId, Window>,
+    /// The sources that this node has refused, by group.
     refusals: Refusals<GroupId>,
-    /// Why the quotas are as they are.
+    /// The sentences that explain the quotas, by group.
     sentences: BTreeMap<GroupId, String>,
     /// Pods that no daemon has reported yet, by uid, and since when they have been ready.
     unreported: BTreeMap<String, Instant>,
 }
 
 impl GroupQuotas {
-    /// Nothing is known yet.
+    /// A state in which nothing is known yet.
     pub fn new() -> Self {
         Self {
             started: Instant::now(),

@@ -32,7 +32,7 @@ pub struct PodResolver {
     /// The cookie of the node's own network namespace, which pods may use too: the daemon lives in
     /// it.
     host: u64,
-    /// Other network namespaces by cookie.
+    /// The addresses of other network namespaces, by their cookies.
     netns: HashMap<u64, NetnsAddresses>,
     /// The pods of listeners in the node's own network namespace.
     host_pods: HashMap<BackendId, HostPod>,
@@ -47,13 +47,14 @@ struct NetnsAddresses {
 
 #[derive(Debug)]
 struct HostPod {
-    /// The uid; `None`: the listener is in no pod.
+    /// The uid of the pod; `None`: the listener is in no pod.
     uid: Option<String>,
     looked_up: Instant,
 }
 
 impl PodResolver {
-    /// Nothing is known yet. Must be called in the node's own network namespace.
+    /// A resolver that has looked at nothing yet. Must be called in the node's own network
+    /// namespace.
     ///
     /// # Errors
     /// When the cookie of the network namespace can't be read.
