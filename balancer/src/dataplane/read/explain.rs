@@ -300,7 +300,7 @@ impl BackendAccess for Model {
 }
 
 /// What the kernel half reads of `net.ipv4.tcp_syncookies`. Without `CONFIG_SYN_COOKIES` there is no
-/// such file, and the kernel's word stays 1 (`tcp_sk_init`, net/ipv4/tcp_ipv4.c).
+/// such file, and the kernel's word stays 1 (`tcp_sk_init`, `net/ipv4/tcp_ipv4.c`).
 fn syncookies(file: &Path) -> Result<u8> {
     let value = match std::fs::read_to_string(file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(1),
