@@ -18,12 +18,12 @@ pub enum Profile {
 }
 
 impl Profile {
-    /// The optimised one, or the other.
+    /// The profile of an optimised build, or of one that is not.
     pub fn of(release: bool) -> Self {
         if release { Self::Release } else { Self::Debug }
     }
 
-    /// The directory that cargo builds it into.
+    /// The directory below the target directory that cargo builds into.
     pub fn name(self) -> &'static str {
         match self {
             Self::Debug => "debug",
@@ -52,7 +52,7 @@ pub fn product(profile: Profile) -> Result<()> {
 /// and are compiled once.
 ///
 /// # Errors
-/// Those of [`product`].
+/// When a compiler fails or there is none for the kernel half.
 pub fn debug_programs(names: &[&str]) -> Result<()> {
     kernel_half(Profile::Debug)?;
     let mut build = cargo("build");
@@ -66,7 +66,7 @@ pub fn debug_programs(names: &[&str]) -> Result<()> {
 /// Builds the product and the program that measures it, both optimised.
 ///
 /// # Errors
-/// Those of [`product`].
+/// When a compiler fails or there is none for the kernel half.
 pub fn measurements() -> Result<()> {
     product(Profile::Release)?;
     release(&["--package", "bench"])

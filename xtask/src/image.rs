@@ -1,7 +1,7 @@
 //! The image: an OCI archive that holds the balancer and the few libraries that it needs, made
 //! without a container engine.
 //!
-//! The same inputs give the same bytes: no times, no owners, everything sorted.
+//! Equal inputs give equal bytes: no times, no owners, everything sorted.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ const MAX_BYTES: usize = 30_000_000;
 /// Makes the image of [`make`], and says what it is.
 ///
 /// # Errors
-/// Those of [`make`].
+/// When [`make`] fails.
 pub fn image(output: Option<PathBuf>, name: Option<&str>) -> Result<ExitCode> {
     make(output, name)?;
     Ok(ExitCode::SUCCESS)

@@ -45,7 +45,7 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "result", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Response {
-    /// It is in force.
+    /// What was asked for is in force.
     Done {
         /// What changed, for an operator.
         message: String,

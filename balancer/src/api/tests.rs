@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// As the verbs ask.
+/// Asks with the time limit of the verbs.
 fn ask(socket: &Path, state_dir: &Path, request: &Request) -> anyhow::Result<Option<Response>> {
     super::ask(socket, state_dir, request, ANSWERS_WITHIN)
 }

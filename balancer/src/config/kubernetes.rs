@@ -61,11 +61,11 @@ pub struct ClusterService {
 /// Which Kubernetes Services a service entry means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServiceChoice {
-    /// This one.
+    /// The one of this name.
     Named {
-        /// Its namespace.
+        /// The Kubernetes namespace of the Service.
         namespace: String,
-        /// Its name.
+        /// The name of the Service.
         name: String,
     },
     /// Every one with certain labels.
@@ -81,9 +81,9 @@ pub enum ServiceChoice {
 /// Which port of a Kubernetes Service is meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PortChoice {
-    /// Its number; not 0.
+    /// The port's number; not 0.
     Number(u16),
-    /// Its name, a DNS label.
+    /// The port's name, a DNS label.
     Name(String),
 }
 

@@ -84,9 +84,9 @@ pub enum NetnsScope {
     Own,
     /// Every one on the machine, also those that come later.
     All,
-    /// Those of these files (`/run/netns/NAME`, `/proc/PID/ns/net`): absolute, no path twice.
+    /// The netns of these files (`/run/netns/NAME`, `/proc/PID/ns/net`): absolute, no path twice.
     Paths(Vec<PathBuf>),
-    /// Those of the pods that the section `kubernetes` asks for.
+    /// The netns of the pods that the section `kubernetes` asks for.
     Pods,
 }
 
@@ -116,7 +116,7 @@ pub struct Service {
 pub struct Backend {
     /// Where it listens. No other service has it; never an IPv4-mapped IPv6 address.
     pub address: SocketAddr,
-    /// Its share relative to the others, 1 to [`MAX_WEIGHT`]; 1 where the file gives none.
+    /// The backend's share relative to the others, 1 to [`MAX_WEIGHT`]; 1 without a key.
     pub weight: u32,
 }
 

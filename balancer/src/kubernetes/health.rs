@@ -69,7 +69,7 @@ pub(crate) fn place(namespace: Option<&str>) -> String {
 pub struct ApiRequest {
     /// `list`, `watch`, …
     pub verb: &'static str,
-    /// What it is about.
+    /// The objects that the request is about.
     pub target: Target,
 }
 

@@ -77,7 +77,7 @@ impl Identity {
     }
 }
 
-/// Whether it is a DNS subdomain, as names are that go into URLs and selectors.
+/// Whether a value is a DNS subdomain, as names are that go into URLs and selectors.
 fn is_name(value: &str) -> bool {
     let allowed = |byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.');
     value.len() <= 253 && value.bytes().all(allowed)

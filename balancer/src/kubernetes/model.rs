@@ -47,19 +47,19 @@ pub struct GroupId {
 /// A pod of a backend group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
-    /// Its pod.
+    /// The pod's name and namespace.
     pub pod: ObjectName,
     /// The pod's uid, which its cgroup is named after.
     pub uid: String,
-    /// Its addresses, of either family; those of the node where it uses the node's network.
+    /// The pod's addresses, of either family; the node's where it uses the node's network.
     pub addresses: Vec<IpAddr>,
     /// The node that it runs on.
     pub node: Option<String>,
     /// The Service sends it new connections.
     pub ready: bool,
-    /// It is being ended.
+    /// The pod is being ended.
     pub terminating: bool,
-    /// Its share relative to the others.
+    /// The pod's share relative to the others, 1 to `MAX_WEIGHT`.
     pub weight: u32,
 }
 
@@ -93,9 +93,9 @@ pub struct View {
 /// A node report, and how long ago it arrived here.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReceivedReport {
-    /// Since it arrived. (Clocks of nodes are not compared.)
+    /// The time since it arrived here. (Clocks of nodes are not compared.)
     pub age: Duration,
-    /// What it says.
+    /// The last report that arrived.
     pub node_report: NodeReport,
 }
 
@@ -116,7 +116,7 @@ pub struct NodeReport {
 }
 
 impl NodeReport {
-    /// Whether it says nothing.
+    /// Whether the report says nothing.
     pub fn is_empty(&self) -> bool {
         self.backends.is_empty() && self.peaks.is_empty() && self.refused.is_empty()
     }
@@ -130,11 +130,11 @@ pub const SCHEMA: u32 = 1;
 pub struct ReportedBackend {
     /// The group that it belongs to.
     pub group: GroupId,
-    /// Its pod.
+    /// The pod's name and namespace.
     pub pod: ObjectName,
     /// The pod's uid.
     pub uid: String,
-    /// Its slot on that node.
+    /// The backend's slot: its index in the maps of that node.
     pub slot: u32,
     /// The pod's address.
     pub address: IpAddr,
@@ -168,7 +168,7 @@ pub struct Peak {
 pub struct RefusedSource {
     /// The group that refuses it.
     pub group: GroupId,
-    /// Its address.
+    /// The source's address.
     pub source: IpAddr,
     /// How long ago it was refused first, in seconds, when the report was written.
     pub first_seconds_ago: u64,

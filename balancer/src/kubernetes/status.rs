@@ -28,14 +28,14 @@ pub struct ClusterStatus {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GroupStatus {
-    /// Its service entry, Kubernetes Service and target port.
+    /// The group's service entry, Kubernetes Service and target port.
     #[serde(flatten)]
     pub id: GroupId,
     /// Why the quotas of this node's backends are as they are.
     pub sentence: String,
     /// How many sources are starved: refused again and again, and served by no backend.
     pub starved: u32,
-    /// Its pods on all nodes.
+    /// The group's pods on all nodes.
     pub backends: Vec<BackendStatus>,
 }
 
@@ -47,15 +47,15 @@ pub struct BackendStatus {
     pub pod: ObjectName,
     /// The node that it runs on.
     pub node: Option<String>,
-    /// Its first address.
+    /// The pod's first address.
     pub address: Option<IpAddr>,
     /// The Service sends it new connections.
     pub ready: bool,
-    /// It is being ended.
+    /// The pod is being ended.
     pub terminating: bool,
-    /// Its share relative to the others.
+    /// The pod's share relative to the others.
     pub weight: u32,
-    /// Its state as in `status`.
+    /// The backend's state, as in `status`.
     pub state: Option<String>,
     /// Connections in ESTABLISHED, the exempt ones among them.
     pub established: Option<u32>,

@@ -9,11 +9,11 @@ use tokio::time::MissedTickBehavior;
 
 const WATCH_EVERY: Duration = Duration::from_millis(500);
 
-/// How it went for one client.
+/// What one client went through.
 pub struct Arrival {
     /// None: nobody took it.
     pub client: Option<Client>,
-    /// Its connects, in order.
+    /// The client's connects, in order.
     pub attempts: Vec<Attempt>,
     /// From its first SYN until its first calls were answered, or until the last server had
     /// refused.

@@ -172,7 +172,7 @@ fn owner(row: &str) -> Option<u32> {
     row.split_once("pid=")?.1.split(',').next()?.parse().ok()
 }
 
-/// It is built into the directory of the balancer.
+/// The stand-in server, which is built into the directory of the balancer.
 fn program() -> PathBuf {
     binary().with_file_name("standin-oap")
 }

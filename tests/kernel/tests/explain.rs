@@ -10,7 +10,7 @@ use testkit::fixtures::{Balancer, Explanation, Machine};
 
 use crate::support::{agents, group, landing, open_listeners, own_port, virtual_port};
 
-/// Of the 1,400 in all.
+/// Random sources that each configuration is asked about; 1,400 in all.
 const SOURCES_EACH: usize = 200;
 
 fn random_sources(number: usize) -> Vec<SocketAddr> {

@@ -266,7 +266,7 @@ fn during<T>(
     })
 }
 
-/// The same flood and the same clients without a balancer.
+/// The flood and the clients of a case, without a balancer.
 fn bare(case: Case) -> (Sent, Tally) {
     let machine = Machine::new();
     machine.run(|| {

@@ -65,7 +65,7 @@ struct Budget {
     stack: u32,
 }
 
-/// As it is shipped.
+/// The budgets of the kernel half as it is shipped.
 const RELEASE: [Budget; 2] = [
     Budget {
         program: "account",

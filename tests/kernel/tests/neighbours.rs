@@ -45,7 +45,7 @@ enum Place {
 impl Place {
     const ALL: [Self; 4] = [Self::Below, Self::Before, Self::After, Self::Above];
 
-    /// Whether it has the last word.
+    /// Whether the foreign program runs after ours, and so has the last word.
     fn is_last(self) -> bool {
         matches!(self, Self::After | Self::Above)
     }

@@ -32,7 +32,7 @@ fn yaml(namespaces: &str) -> String {
     format!("{service}namespaces: {namespaces}\n")
 }
 
-/// The same service on a port on which nobody listens.
+/// The service of [`yaml`] on a port on which nobody listens.
 fn elsewhere(namespaces: &str) -> String {
     yaml(namespaces).replace("11800", "11900")
 }
@@ -272,7 +272,7 @@ fn a_state_directory_of_another_user_is_refused() {
     });
 }
 
-/// As the root of a BPF file system is: narrowing it would shut others out of theirs.
+/// The root of a BPF file system is shared: narrowing it would shut others out of theirs.
 #[test]
 fn a_shared_directory_is_left_as_it_is_and_refused() {
     Machine::with(|machine| {

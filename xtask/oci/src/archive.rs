@@ -19,7 +19,7 @@ const PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 /// What an image says of itself.
 #[derive(Clone, Debug, Default)]
 pub struct Image {
-    /// What it is called once it is loaded, with a tag: `localhost/web:1`.
+    /// The image's name once it is loaded, with a tag: `localhost/web:1`.
     pub name: String,
     /// What a container runs that is not told otherwise.
     pub entrypoint: Vec<String>,

@@ -12,7 +12,7 @@ use crate::root::{Entry, Root};
 
 /// A layer of an image.
 pub struct Layer {
-    /// Of the tar file before it is compressed: what makes up an image's identity.
+    /// The digest of the tar file before it is compressed: it makes up an image's identity.
     pub(crate) diff_id: String,
     pub(crate) content: Vec<u8>,
     compressed: bool,

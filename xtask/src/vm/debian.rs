@@ -12,7 +12,7 @@ use crate::{command, places};
 
 /// Where the archive is if this machine's apt names no other place.
 const ARCHIVE: &str = "http://deb.debian.org/debian";
-/// Of the package debian-archive-keyring.
+/// The keys of Debian's archive, from the package debian-archive-keyring.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// The kernel for virtual machines, which is smaller than the other one and as complete for what
 /// the balancer needs.
@@ -23,13 +23,13 @@ const COMPLETE: &str = "package";
 /// An unpacked kernel.
 #[derive(Debug)]
 pub struct Files {
-    /// As `uname -r` says it.
+    /// The kernel's release, as `uname -r` says it.
     pub release: String,
     /// The package and its version.
     pub package: String,
     /// What QEMU boots.
     pub image: PathBuf,
-    /// Where its modules are.
+    /// The directory of the kernel's modules.
     pub modules: PathBuf,
 }
 

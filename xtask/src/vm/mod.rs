@@ -20,11 +20,11 @@ use report::Report;
 /// A kernel to run on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
-    /// As it is named on the command line.
+    /// The kernel's name on the command line.
     name: String,
     /// The suite of Debian's archive that has it.
     suite: &'static str,
-    /// Its package.
+    /// The kernel's package in that suite.
     package: Package,
     /// Whether the balancer is to run on it. If not, it is to say so.
     supported: bool,

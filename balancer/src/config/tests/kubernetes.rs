@@ -212,7 +212,7 @@ fn entries_that_may_select_different_services_are_fine() {
         ("service: a/b", "service: b/b"),
         ("service: a/b", "selector: app=b"),
         ("service: a/b, port: 1", "service: a/b, port: 2"),
-        // Whether it is the name of that port is for the cluster to say.
+        // Whether 11800 and `grpc` are one port is for the cluster to say.
         ("service: a/b, port: 11800", "service: a/b, port: grpc"),
         ("selector: a=b", "selector: a=c"),
         ("selector: a=b, namespace: a", "selector: a=b, namespace: b"),

@@ -25,7 +25,7 @@ pub(super) fn selections(choice: &ServiceChoice) -> Vec<Selection> {
 /// What is of interest in a Kubernetes Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ServiceFacts {
-    /// Its TCP ports.
+    /// The TCP ports of the Service.
     ports: Vec<ServicePort>,
     /// Labels of its pods; `None`: somebody else makes its `EndpointSlices`.
     pub(super) pods: Option<BTreeMap<String, String>>,
@@ -34,7 +34,7 @@ pub(super) struct ServiceFacts {
 /// A TCP port of a Kubernetes Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ServicePort {
-    /// Its name, by which `EndpointSlices` refer to it; empty where it has none.
+    /// The port's name, by which `EndpointSlices` refer to it; empty where it has none.
     pub(super) name: String,
     number: u16,
     /// The port of the pods; `None`: it is a name, which may mean another number in each pod.
@@ -83,7 +83,7 @@ impl ServiceFacts {
         })
     }
 
-    /// Its ports, for a message.
+    /// The TCP ports of the Service, for a message: `11800 (grpc), 12800`.
     pub(super) fn ports_in_words(&self) -> String {
         let ports = self.ports.iter().map(|port| match port.name.as_str() {
             "" => port.number.to_string(),

@@ -16,7 +16,7 @@ use super::fixture::{agree_everywhere, assert_no_drift, audit_line};
 use super::pins::Traces;
 use crate::support::{accept_each, agents, at, own_port};
 
-/// Those that are there before the daemon.
+/// Connections that are there before the daemon.
 const CLIENTS: usize = 5000;
 
 fn addresses() -> [SocketAddr; 4] {
@@ -72,7 +72,7 @@ fn five_thousand_connections_are_adopted_while_more_arrive() {
     });
 }
 
-/// As every OAP has: one IPv6 socket for both.
+/// Every OAP has one IPv6 socket for both families.
 #[test]
 fn a_dual_stack_listener_is_adopted_with_both_kinds_of_connections() {
     Machine::with(|machine| {

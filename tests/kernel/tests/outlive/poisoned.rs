@@ -72,7 +72,7 @@ fn poisoned<T>(poison: impl FnOnce(&Path) -> (PathBuf, T) + Send) {
     poisoned_each([poison]);
 }
 
-/// The same with one after the other.
+/// Checks each poisoned pin as [`poisoned`] does, one after the other.
 #[track_caller]
 fn poisoned_each<T, P>(poisons: impl IntoIterator<Item = P> + Send)
 where

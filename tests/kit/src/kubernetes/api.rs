@@ -151,7 +151,7 @@ impl ApiServer {
         self.admin.run(arguments)
     }
 
-    /// Where it is reached.
+    /// The URL of the API server.
     pub fn url(&self) -> String {
         server(self.address)
     }

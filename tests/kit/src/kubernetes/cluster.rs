@@ -24,7 +24,7 @@ const STARTS_AGAIN_WITHIN: Duration = Duration::from_secs(120);
 /// The kernel ends what is on a node in well under a second.
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
 
-/// Its own default.
+/// The port of a kubelet's health check: the kubelet's own default.
 const KUBELET_HEALTHZ_PORT: u16 = 10248;
 
 /// What nodes are called.

@@ -99,15 +99,15 @@ pub fn labelled(mut object: Value, labels: &[(&str, &str)]) -> Value {
 /// A pod among the endpoints of a Service.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
-    /// Its address; all of a slice are of one family.
+    /// The pod's address; the addresses of a slice are of one family.
     pub address: String,
-    /// Its name.
+    /// The pod's name.
     pub pod: String,
-    /// Where it runs.
+    /// The node that the pod runs on.
     pub node: String,
     /// Whether new connections may go to it.
     pub ready: bool,
-    /// Whether it is being deleted.
+    /// Whether the pod is being deleted.
     pub terminating: bool,
 }
 
@@ -123,7 +123,7 @@ impl Endpoint {
         }
     }
 
-    /// The same, not ready.
+    /// This endpoint, not ready.
     #[must_use]
     pub fn unready(self) -> Self {
         Self {
@@ -132,7 +132,7 @@ impl Endpoint {
         }
     }
 
-    /// The same while it is being deleted.
+    /// This endpoint while its pod is being deleted.
     #[must_use]
     pub fn terminating(self) -> Self {
         Self {

@@ -52,7 +52,7 @@ impl Check {
         )
     }
 
-    /// Whether it is as it should be.
+    /// Whether what was seen is what was expected.
     pub const fn is_as_expected(&self) -> bool {
         self.ok
     }
@@ -78,7 +78,7 @@ impl Report {
         }
     }
 
-    /// The same, but it goes on after a difference: only the [end](Self::end) is an error then.
+    /// Begins a report that goes on after a difference: only its [end](Self::end) is an error then.
     pub fn begin_and_go_on() -> Self {
         Self {
             goes_on: true,

@@ -47,7 +47,7 @@ impl Envoy {
         self.sent
     }
 
-    /// Its process id.
+    /// Envoy's process id.
     pub fn process(&self) -> u32 {
         self.process.id()
     }

@@ -62,7 +62,7 @@ impl Agent {
         &self.name
     }
 
-    /// Its process id.
+    /// The agent's process id.
     pub fn process(&self) -> u32 {
         self.process.id()
     }

@@ -22,7 +22,7 @@ pub const REST_PORT: u16 = 12800;
 /// A service of the balancer and what stands behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Its name in the configuration.
+    /// The service's name in the configuration.
     pub name: &'static str,
     /// The virtual port.
     pub port: u16,
