@@ -21,7 +21,8 @@ pub fn listener(kind: EventKind, slot: u32, backend: &Backend) {
 #[inline(never)]
 pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -> u32 {
     // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
-    // whole structure. Nobody else has it meanwhile.
+    // whole structure. It may be an element of a map, which another CPU may claim
+    // meanwhile: any bytes are a value.
     let Some(backend) = (unsafe { backend.as_ref() }) else {
         return 0;
     };

@@ -29,7 +29,7 @@ mod entry_points {
         1
     }
 
-    /// Decides each look-up for a service's port; attached to a network namespace.
+    /// Decides each look-up for a service's port; attached to a netns.
     #[sk_lookup]
     pub fn steer(ctx: SkLookupContext) -> u32 {
         crate::programs::steer::run(&ctx)

@@ -96,7 +96,7 @@ impl From<Address> for IpAddr {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(C)]
 pub struct PortKey {
-    /// Cookie of the network namespace, or [`ANY_NETNS`].
+    /// Cookie of the netns, or [`ANY_NETNS`](super::ANY_NETNS).
     pub netns: u64,
     /// The address, or [`Address::ANY`].
     pub address: Address,
@@ -107,7 +107,7 @@ pub struct PortKey {
 }
 
 impl PortKey {
-    /// The key of an address and port in a namespace.
+    /// The key of an address and port in a netns.
     #[inline(always)]
     pub const fn new(netns: u64, address: Address, port: u16) -> Self {
         Self {

@@ -12,9 +12,9 @@ pub enum BackendState {
     Claimed = 1,
     /// Listens. Whether the daemon has confirmed it is a matter of its flags and policy.
     Active = 2,
-    /// Its listener is gone, its connections are not (or were not when last looked at).
+    /// The listener is gone, its connections are not (or were not when last looked at).
     Closed = 3,
-    /// Listens in a namespace that the daemon has not confirmed. Never stored: derived.
+    /// Listens in a netns that the daemon has not confirmed. Never stored: derived.
     Candidate = 4,
     /// Being changed by the daemon. If it dies over that, the next one finishes what it began.
     Held = 5,
@@ -37,9 +37,9 @@ impl BackendState {
 /// Which backend: a slot, and its generation while this backend has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackendId {
-    /// The slot.
+    /// The slot: the backend's index in every map by slot.
     pub slot: u32,
-    /// The generation of the slot.
+    /// The slot's generation, raised when the slot is freed.
     pub generation: u32,
 }
 
@@ -77,7 +77,7 @@ impl SlotState {
         (self.0 >> 32) as u32
     }
 
-    /// Whether it is in that state.
+    /// Whether the slot is in a state.
     #[inline(always)]
     pub const fn is(self, state: BackendState) -> bool {
         self.0 as u32 == state as u32
@@ -108,19 +108,19 @@ impl SlotState {
 pub struct Backend {
     /// [`SlotState`], atomic.
     pub slot_state: u64,
-    /// Cookie of its network namespace.
+    /// Cookie of the netns that the socket is in.
     pub netns: u64,
     /// The address that it is bound to.
     pub address: Address,
-    /// Its port, host byte order.
+    /// The port that it is bound to, host byte order.
     pub port: u16,
-    /// Its service.
+    /// Id of the service that it serves.
     pub service: u16,
-    /// Weight by its rule.
+    /// Weight by the listen rule, until the daemon writes another to POLICY.
     pub weight: u32,
-    /// Owner of the socket.
+    /// User id of the socket's owner.
     pub uid: u32,
-    /// Interface that it is bound to, 0 for none.
+    /// Index of the interface that it is bound to, 0 for none.
     pub device: u32,
     /// Bits of `Backend::…`.
     pub flags: u32,
@@ -128,8 +128,8 @@ pub struct Backend {
     pub map_error: u32,
     /// The process that listened (thread group id in the initial pid namespace), 0 if not known.
     pub pid: u32,
-    /// Its thread that did: a thread can be in another network namespace than its process. 0 if
-    /// not known.
+    /// The thread of that process that listened: a thread can be in another netns than its process.
+    /// 0 if not known.
     pub tid: u32,
 }
 
@@ -141,7 +141,7 @@ impl Backend {
     /// Refused by the SOCKMAP (MPTCP): counted and, on its own port, admitted, but never steered
     /// to.
     pub const UNSTEERABLE: u32 = 4;
-    /// Claimed by a rule for any namespace.
+    /// Claimed by a rule for any netns.
     pub const CANDIDATE: u32 = 8;
     /// Registered by the daemon: it listened before, and may have connections that the kernel half
     /// does not count. The kernel half does not see it close.
@@ -208,19 +208,19 @@ impl SlotPolicy {
         (self.quota >> 32) as u32 == slot_state.generation().wrapping_add(1)
     }
 
-    /// The quota.
+    /// The quota, for the generation that [`Self::is_for`] tells.
     #[inline(always)]
     pub const fn quota(&self) -> u32 {
         self.quota as u32
     }
 
-    /// The weight.
+    /// The weight, for the generation that [`Self::is_for`] tells.
     #[inline(always)]
     pub const fn weight(&self) -> u32 {
         self.weight as u32
     }
 
-    /// Its flags.
+    /// Where the quota comes from: bits of `SlotPolicy::…`.
     #[inline(always)]
     pub const fn flags(&self) -> u32 {
         (self.weight >> 32) as u32
@@ -235,7 +235,7 @@ impl SlotPolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Connection {
-    /// The slot.
+    /// The slot of the listener.
     pub slot: u16,
     /// `Connection::…`: how this socket is counted.
     pub class: u16,

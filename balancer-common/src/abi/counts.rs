@@ -53,7 +53,7 @@ impl Counts {
         self.established as u32
     }
 
-    /// Those of them that are exempt.
+    /// Exempt connections in ESTABLISHED; [`Self::established`] has them, too.
     #[inline(always)]
     pub const fn exempt(&self) -> u32 {
         (self.established >> 32) as u32
@@ -66,7 +66,7 @@ impl Counts {
 pub enum Cookies {
     /// Not in use.
     Off = 0,
-    /// Its SYN queue is nearly full: the next SYN may be answered with one.
+    /// The SYN queue is nearly full: the next SYN may be answered with a cookie.
     Soon = 1,
     /// In use: one was sent in the last two minutes, or `tcp_syncookies` is 2.
     InUse = 2,

@@ -40,19 +40,19 @@ pub struct Event {
     pub kind: u16,
     /// Id of the service.
     pub service: u16,
-    /// The slot, or `u32::MAX`.
+    /// The listener's slot; `u32::MAX` for a refusal and for a listener that got none.
     pub slot: u32,
-    /// Cookie of the network namespace.
+    /// Cookie of the netns.
     pub netns: u64,
     /// The listener's address, or the client's.
     pub address: Address,
-    /// Its port.
+    /// The port beside that address, host byte order.
     pub port: u16,
-    /// [`crate::Reason`] as an index, for a refusal.
+    /// [`crate::Reason`] as an index for a refusal, else 0.
     pub reason: u16,
-    /// The process that listened, 0 if not known.
+    /// The process that listened (thread group id in the initial pid namespace), 0 if not known.
     pub pid: u32,
-    /// Its thread that did.
+    /// The thread of that process that listened, 0 if not known.
     pub tid: u32,
     /// Always 0.
     pub zero: u32,

@@ -14,7 +14,7 @@ pub const REASON_SLOTS: usize = 16;
 pub const UNLIMITED: u32 = u32::MAX;
 /// The service id that names none.
 pub const NO_SERVICE: u16 = u16::MAX;
-/// The network namespace of a key that fits any.
+/// The netns in a key that fits any netns: no cookie is 0.
 pub const ANY_NETNS: u64 = 0;
 /// Weight of a backend when nothing else is said.
 pub const DEFAULT_WEIGHT: u32 = 1;

@@ -94,7 +94,7 @@ pinned! {
     LISTENERS = MapShape::new(SOCK_MAP, WORD, WORD, MAX_SLOTS);
     /// [`Members`] for each service. Written by the kernel half and by the daemon.
     MEMBERS = MapShape::shared::<Members>(MAX_SERVICES);
-    /// A [`ServiceState`] for each service. Written by the kernel half.
+    /// A [`ServiceState`] for each service. Written by the kernel half, put right by the daemon.
     SERVICE_STATE = MapShape::shared::<ServiceState>(MAX_SERVICES);
     /// A [`ServiceInfo`] for each service. Written by the daemon.
     SERVICE_INFO = MapShape::array::<ServiceInfo>(MAX_SERVICES);

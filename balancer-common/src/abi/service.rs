@@ -17,7 +17,7 @@ pub enum Policy {
 }
 
 impl Policy {
-    /// All of them.
+    /// Every policy, in the order of its number.
     pub const ALL: [Self; 3] = [Self::LeastConnections, Self::RoundRobin, Self::SourceHash];
 
     /// The name in the configuration and in JSON.
@@ -60,7 +60,7 @@ impl ServicePort {
     /// `address` is the destination's.
     ///
     /// # Errors
-    /// Those of `lookup`.
+    /// Whatever `lookup` returns.
     #[inline(always)]
     pub fn of_destination<E>(
         address: impl FnOnce() -> Address,
@@ -101,11 +101,11 @@ pub struct ListenRule {
 impl ListenRule {
     /// Only for listeners that are bound to no address.
     pub const WILDCARD_ONLY: u16 = 1;
-    /// The namespace is not known to be guarded: counted, not steered to until the daemon confirms
-    /// it.
+    /// The netns is not known to be guarded: a listener is counted, not steered to until the daemon
+    /// confirms it.
     pub const CANDIDATE: u16 = 2;
 
-    /// The rule for a listener: an exact address before any, the namespace before any; `lookup`
+    /// The rule for a listener: an exact address before any, the netns before any; `lookup`
     /// reads `LISTEN_RULES`.
     #[inline(always)]
     pub fn most_specific(

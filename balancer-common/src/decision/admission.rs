@@ -26,14 +26,15 @@ const QUEUE_MARGIN: u32 = 4;
 /// kernel calls them young.
 const STALL_LONGEST: u32 = ticks_of_ms(900);
 
-/// The same at least, for handshakes that take next to no time.
+/// The least time for which half-open connections may hold the room, in ticks: some handshakes take
+/// next to no time.
 const STALL_SHORTEST: u32 = ticks_of_ms(20);
 
-/// The same as a multiple of the longest handshake.
+/// How many times the longest handshake half-open connections may hold the room.
 const STALL_HANDSHAKES: u64 = 8;
 
-/// How long what was taken for a flood is, in ticks: by then the SYN queue itself shows one that
-/// goes on.
+/// How long half-open connections that were taken for a flood stay one, in ticks: after that the
+/// SYN queue itself shows a flood that goes on.
 const FLOOD_FOR: u32 = ticks_of_ms(5_000);
 
 /// How long the longest handshake is remembered, in ticks.
@@ -47,7 +48,7 @@ const SET: u64 = 1 << 32;
 pub struct Observation {
     /// Half-open connections (`icsk_accept_queue.qlen`).
     pub half_open: u32,
-    /// Those whose SYN-ACK was not yet sent again (`icsk_accept_queue.young`).
+    /// Half-open connections whose SYN-ACK was not yet sent again (`icsk_accept_queue.young`).
     pub young: u32,
     /// TCP Fast Open connections whose handshake is not complete (`fastopenq.qlen`).
     pub fast_open: u32,
@@ -55,7 +56,7 @@ pub struct Observation {
     pub queue: u32,
     /// The backlog of `listen()` (`sk_max_ack_backlog`).
     pub backlog: u32,
-    /// `net.ipv4.tcp_syncookies` of the namespace.
+    /// `net.ipv4.tcp_syncookies` of the listener's netns: 0 to 2.
     pub syncookies: u8,
     /// Seconds since the SYN queue last overflowed.
     pub overflow_age: u32,
@@ -104,7 +105,8 @@ impl Observation {
         self.young_unless_flooded(quota)
     }
 
-    /// The same by what the SYN queue shows alone, which needs a second or more to show a flood.
+    /// Half-open connections that may still complete, by what the SYN queue shows alone: it needs a
+    /// second or more to show a flood.
     #[inline(always)]
     const fn young_unless_flooded(&self, quota: u32) -> u32 {
         let allowance = if quota / 8 > 16 { quota / 8 } else { 16 };
@@ -245,7 +247,7 @@ pub const fn full_since(word: u64, now: u32) -> u32 {
     }
 }
 
-/// The word after a look that found the queue full (never 0, which says "not full").
+/// The word `full` after a look that found the queue full (never 0, which says "not full").
 #[inline(always)]
 pub const fn pack_full(since: u32, now: u32) -> u64 {
     let word = (now as u64) << 32 | since as u64;
@@ -271,20 +273,20 @@ pub const fn expected(word: u64, now: u32) -> u32 {
     (count as u64 * counts) as u32
 }
 
-/// The word after a SYN was sent to a backend that has `pending` half-open ones.
+/// The word `expected` after a SYN was sent to a backend that has `pending` half-open connections.
 #[inline(always)]
 pub const fn pack_expected(pending: u32, now: u32) -> u64 {
     pack_over(pending.saturating_add(1), now)
 }
 
-/// The same word after a look that found so many pending that the quota is reached: no SYN was
-/// sent.
+/// The word `expected` after a look that found so many pending that the quota is reached: no SYN
+/// was sent.
 #[inline(always)]
 pub const fn pack_over(pending: u32, now: u32) -> u64 {
     (now as u64) << 32 | pending as u64
 }
 
-/// What the word says of SYN cookies.
+/// What the word `cookies` says of SYN cookies.
 #[inline(always)]
 pub const fn cookies_state(word: u64, now: u32) -> Cookies {
     if cookies_near(word, now) == 0 {
@@ -311,8 +313,8 @@ pub const fn cookies_in_use(word: u64, now: u32) -> u64 {
     cookies_near(word, now) & word >> 33
 }
 
-/// The word after a look: until when the choice must be stable for cookies. `None`: leave it as it
-/// is.
+/// The word `cookies` after a look: until when the choice must be stable for cookies. `None`: leave
+/// it as it is.
 #[inline(always)]
 pub const fn pack_cookies(seen: &Observation, word: u64, now: u32) -> Option<u64> {
     match seen.cookies() {

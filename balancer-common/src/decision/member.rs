@@ -7,18 +7,18 @@ use crate::decision::request::Request;
 /// One backend as the maps show it.
 #[derive(Clone, Copy, Debug)]
 pub struct Member {
-    /// Its slot.
+    /// The backend's slot: its index in every map by slot.
     pub slot: u32,
-    /// Who it is.
+    /// The element of BACKENDS: what listens, and where.
     pub backend: Backend,
-    /// What the daemon wants of it.
+    /// The element of POLICY: quota and weight, valid for one generation.
     pub policy: SlotPolicy,
-    /// Its numbers.
+    /// The element of COUNTS, with the connections that only the daemon counts.
     pub counts: Counts,
 }
 
 impl Member {
-    /// Its slot and generation.
+    /// Slot and generation, which name the backend.
     pub const fn id(&self) -> BackendId {
         BackendId {
             slot: self.slot,
@@ -26,7 +26,7 @@ impl Member {
         }
     }
 
-    /// Its quota: the daemon's, if it was meant for this backend of the slot.
+    /// The backend's quota: what the daemon has written for this generation, else `default`.
     #[inline(always)]
     pub const fn quota(&self, default: u32) -> u32 {
         if self.policy.is_for(self.backend.slot_state()) {
@@ -36,13 +36,13 @@ impl Member {
         }
     }
 
-    /// What it has that counts against its quota.
+    /// Established connections that count against the quota.
     #[inline(always)]
     pub(super) const fn used(&self) -> u64 {
         used(self.counts.established(), self.counts.exempt(), 0)
     }
 
-    /// Its weight, at least 1.
+    /// The backend's weight, at least 1.
     #[inline(always)]
     pub const fn weight(&self) -> u32 {
         let weight = if self.policy.is_for(self.backend.slot_state()) {

@@ -6,32 +6,32 @@ use crate::hash;
 /// Where a SYN comes from and goes to.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
-    /// The namespace it arrived in (cookie).
+    /// Cookie of the netns that it arrived in.
     pub netns: u64,
-    /// The interface it arrived on.
+    /// Index of the interface that it arrived on.
     pub device: u32,
     /// The client's address.
     pub from: Address,
-    /// Its port.
+    /// The client's port, host byte order.
     pub from_port: u16,
-    /// The address it was sent to.
+    /// The address that it was sent to.
     pub to: Address,
-    /// Its port.
+    /// The port that it was sent to, host byte order.
     pub to_port: u16,
 }
 
 /// What is asked: one SYN (or what looks like one) for a service.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
-    /// The service.
+    /// Id of the service.
     pub service: u16,
-    /// The namespace it arrived in (cookie).
+    /// Cookie of the netns that the SYN arrived in.
     pub netns: u64,
-    /// The address it was sent to.
+    /// The address that it was sent to.
     pub to: Address,
-    /// The interface it arrived on.
+    /// Index of the interface that it arrived on.
     pub device: u32,
-    /// Whether it is IPv4.
+    /// Whether the packet is IPv4, also where a dual-stack listener takes it.
     pub v4: bool,
     /// Whether the service's port is virtual.
     pub virtual_port: bool,
@@ -43,7 +43,7 @@ pub struct Request {
     pub source: u64,
     /// Hash of the four-tuple.
     pub tuple: u64,
-    /// Ticket of round-robin.
+    /// Ticket of round-robin: it tells whose turn it is. Other policies don't read it.
     pub ticket: u64,
     /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass
     /// where it is still that.

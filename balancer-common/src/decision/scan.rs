@@ -34,21 +34,21 @@ pub enum Enforce {
 /// What the members that can't be chosen were like, to name the reason of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tally {
-    /// Members that fit at all.
+    /// Members that are ready and fit the destination best.
     pub members: u32,
-    /// Of them: at their quota by established connections alone.
+    /// Members that are at their quota by established connections alone.
     pub over: u32,
-    /// Of them: closed by hand.
+    /// Members that are closed by hand: their quota is 0.
     pub closed: u32,
-    /// At their quota while SYN cookies are in use.
+    /// Members that are at their quota while SYN cookies are in use.
     pub over_with_cookies: u32,
     /// Members for which SYN cookies are, or are about to be, in use.
     pub cookies: u32,
     /// Members whose quotas were computed.
     pub computed: u32,
-    /// What is established and counts against quotas.
+    /// Established connections of all members that count against their quotas.
     pub established: u64,
-    /// The sum of the quotas.
+    /// The sum of the members' quotas.
     pub quotas: u64,
 }
 
@@ -120,7 +120,7 @@ pub struct Scan {
     pub cursor: Cursor,
     fit: u32,
     uid: u32,
-    /// Whether any is in there.
+    /// Whether any slot was tried; without one, `tried` holds what an earlier request has left.
     has_tried: bool,
     tried: [u16; MAX_LOOKS],
 }
@@ -285,7 +285,7 @@ impl Scan {
         }
     }
 
-    /// Whether that quota counts.
+    /// Whether a quota of that height counts for this request.
     #[inline(always)]
     pub const fn enforces(&self, quota: u32) -> bool {
         match self.enforce {

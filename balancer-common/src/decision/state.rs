@@ -50,7 +50,7 @@ enum FailOpenCause {
 /// How a look-up ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Decision {
-    /// Why.
+    /// The reason that is counted for the look-up and, for a refusal, told to the daemon.
     pub reason: Reason,
     /// The backend that has it, where one was chosen.
     pub slot: Option<u32>,

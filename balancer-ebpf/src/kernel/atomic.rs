@@ -1,7 +1,7 @@
 //! Atomic operations on map values. `core` has them for BPF only as intrinsics.
 //!
-//! Each is unsafe for one reason: `word` must point to 8 aligned bytes of a live map element, which
-//! others may change only atomically. The verifier checks the former.
+//! Each is unsafe for one reason: `word` must point to 8 aligned bytes of a live map element. The
+//! verifier checks that. What others change there at the same time, they must change atomically.
 
 use core::intrinsics::{
     AtomicOrdering::SeqCst, atomic_and, atomic_cxchg, atomic_or, atomic_xadd, atomic_xchg,
@@ -37,7 +37,7 @@ pub unsafe fn and(word: *mut u64, bits: u64) {
     unsafe { atomic_and::<u64, u64, { SeqCst }>(word, bits) };
 }
 
-/// Writes.
+/// Writes a value.
 ///
 /// # Safety
 /// `word` points into a live element of a map.
@@ -47,7 +47,7 @@ pub unsafe fn store(word: *mut u64, value: u64) {
     unsafe { atomic_xchg::<u64, { SeqCst }>(word, value) };
 }
 
-/// Writes `new` if `old` is there; whether it was.
+/// Writes `new` where `old` stands, and says whether it did (compare-and-swap).
 ///
 /// # Safety
 /// `word` points into a live element of a map.

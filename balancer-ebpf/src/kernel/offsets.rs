@@ -8,7 +8,7 @@ macro_rules! constants {
 }
 
 constants! {
-    /// Cookie of the namespace that this instance of `steer` is attached to.
+    /// Cookie of the netns that this instance of `steer` is attached to.
     NETNS: u64;
     /// Jiffies a second (`CONFIG_HZ`).
     HZ: u32;
@@ -27,7 +27,7 @@ constants! {
     AT_OVERFLOW: u32;
     /// `sock.sk_reuseport_cb`.
     AT_REUSEPORT: u32;
-    /// `sock_reuseport.synq_overflow_ts`: the same for a SO_REUSEPORT group.
+    /// `sock_reuseport.synq_overflow_ts`: the last overflow in a SO_REUSEPORT group.
     AT_GROUP_OVERFLOW: u32;
     /// `sock_common.skc_net.net`.
     AT_NET: u32;
@@ -37,7 +37,7 @@ constants! {
     AT_UID: u32;
     /// The byte of `sock_common.skc_ipv6only`.
     AT_V6_ONLY: u32;
-    /// Its bit in that byte.
+    /// The bit of `skc_ipv6only` in that byte.
     V6_ONLY_BIT: u32;
     /// `task_struct.tgid`.
     AT_TGID: u32;

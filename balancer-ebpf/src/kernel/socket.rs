@@ -24,7 +24,7 @@ impl TcpSocket {
         }
     }
 
-    /// Owner.
+    /// User id of the owner.
     #[inline(always)]
     pub fn uid(&self) -> u32 {
         field!(self.0, AT_UID as u32)

@@ -192,8 +192,8 @@ fn closed(connection: &Connection) {
     {
         return;
     }
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program; the words
-    // that are read here change only while the slot is claimed.
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program. The words
+    // that are read here change only once the slot is claimed again, and any bytes are a value.
     let backend = unsafe { &*backend };
     change_membership(backend.service, slot, false);
     events::listener(EventKind::ListenerDown, slot, backend);
@@ -283,8 +283,9 @@ pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -
     }
 }
 
-/// The same socket was shut down and listens again: its slot is still its own, with the connections
-/// that it has. An adopted one's end went unseen.
+/// Publishes a socket that was shut down and listens again: its slot is still its own, with the
+/// connections that it has. The end of an adopted listener went unseen: its slot is active still.
+/// False where the slot is another's.
 #[inline(always)]
 fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) -> bool {
     let slot = u32::from(connection.slot);
@@ -478,7 +479,8 @@ fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
     // SAFETY: it is the socket's own storage, which lives as long as the socket.
     unsafe { *stored = value };
     backend.slot_state = SlotState::new(id.generation, BackendState::Claimed).0;
-    // SAFETY: this CPU has claimed the slot: nobody else writes its element.
+    // SAFETY: this CPU has claimed the slot: nobody else writes its element. Who reads it meanwhile
+    // looks at its state first, and any bytes are a value.
     unsafe { *place = backend };
     if let Some(counts) = COUNTS.get_ptr_mut(id.slot) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
@@ -520,8 +522,8 @@ fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
         );
     }
     watch_states(ctx);
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program; the words
-    // that are read here change only while the slot is claimed.
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program. The words
+    // that are read here change only once the slot is claimed again, and any bytes are a value.
     let backend = unsafe { &*place };
     change_membership(backend.service, id.slot, true);
     events::listener(EventKind::ListenerUp, id.slot, backend);

@@ -304,7 +304,7 @@ pub extern "C" fn steer_attempt(
     slot: u32,
 ) -> u64 {
     // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
-    // whole structure. Nobody else has it meanwhile.
+    // whole structure. Nobody changes it meanwhile: the caller waits for this function.
     let Some(state) = (unsafe { state.as_ref() }) else {
         return Attempt::Gone.encode();
     };
@@ -336,7 +336,7 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> At
     attempt
 }
 
-/// A word of a bitmap.
+/// Reads a word of a service's bitmap of slots.
 ///
 /// # Safety
 /// `members` points to an element of MEMBERS.

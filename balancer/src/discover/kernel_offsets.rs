@@ -90,9 +90,9 @@ const UNSUPPORTED: &str = "this kernel is older than 6.1, or so new that its lay
 
 /// A member that was found.
 struct Field {
-    /// Its position, from the start of the outermost structure.
+    /// Bits before it, from the start of the outermost structure.
     bits: u32,
-    /// Its width in bits, for a bit field only.
+    /// Bits that it is wide, for a bit field only.
     width: Option<u32>,
     type_id: u32,
 }

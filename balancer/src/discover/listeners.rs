@@ -44,8 +44,8 @@ impl Listener {
     }
 }
 
-/// Lists the listening TCP sockets of a netns, IPv4 and IPv6, with their owners
-/// wherever these live.
+/// Lists the listening TCP sockets of a netns, IPv4 and IPv6, with their owners wherever these
+/// live.
 ///
 /// # Errors
 /// Where the netns can't be entered, or the socket table or `/proc` can't be read.
@@ -59,8 +59,8 @@ pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
     Ok(sockets.into_iter().map(with_owners).collect())
 }
 
-/// Lists the listening TCP sockets of a netns, IPv4 and IPv6. Their owners, which take
-/// a look at every process, can be found for many netns at once with [`owners`].
+/// Lists the listening TCP sockets of a netns, IPv4 and IPv6. Their owners, which take a look at
+/// every process, can be found for many netns at once with [`owners`].
 ///
 /// # Errors
 /// Where the netns can't be entered or the socket table can't be read.

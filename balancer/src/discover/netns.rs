@@ -41,7 +41,7 @@ impl From<Netns> for OwnedFd {
 /// An open netns. It can't end while this is held, so it is not kept.
 #[derive(Debug)]
 pub struct OpenNetns {
-    /// Its cookie.
+    /// The number that the kernel gives to no other netns until it reboots.
     pub cookie: u64,
     /// The descriptor that keeps it.
     pub file: OwnedFd,
@@ -65,7 +65,7 @@ pub struct Thread {
 
 /// All netns that a thread lives in, each once, in the order of their processes' numbers.
 ///
-/// Namespaces that only a file, a mount or a socket keeps alive are not among them.
+/// A netns that only a file, a mount or a socket keeps alive is not among them.
 ///
 /// # Errors
 /// Where `/proc` can't be read, or a netns can't be entered (`CAP_SYS_ADMIN`).
@@ -113,18 +113,18 @@ fn thread(pid: u32, tid: u32) -> PathBuf {
 /// A netns that is looked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetnsHint {
-    /// Its cookie.
+    /// Cookie of the netns.
     pub cookie: u64,
     /// Threads that listened there.
     pub listened: Vec<Thread>,
 }
 
-/// Finds netns: first by the threads that listened there, then by the sockets of their
-/// processes, which may have left it since, then among all that there are. Those that are not found
-/// are missing in the result.
+/// Finds netns: first by the threads that listened there, then by the sockets of their processes,
+/// which may have left it since, then among all that there are. A netns that is not found is
+/// missing in the result.
 ///
 /// # Errors
-/// Those of [`live_netns`].
+/// Where [`live_netns`] fails.
 pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<OpenNetns>> {
     let mut found = Vec::new();
     let mut lost = HashSet::new();

@@ -1,5 +1,5 @@
-//! What ties a listener to a pod, without asking a container runtime: addresses of its network
-//! netns, and the cgroup of its process.
+//! What ties a listener to a pod, without asking a container runtime: the addresses of its netns,
+//! and the cgroup of its process.
 
 use std::{
     collections::HashSet,
@@ -12,8 +12,7 @@ use nix::{ifaddrs::getifaddrs, sys::socket::SockaddrStorage};
 
 use crate::sys::netns;
 
-/// The addresses on the interfaces of a netns, without those of loopback and link-local
-/// ones.
+/// The addresses on the interfaces of a netns, without loopback and link-local addresses.
 ///
 /// # Errors
 /// Where it can't be entered (`CAP_SYS_ADMIN`), or its interfaces can't be listed.

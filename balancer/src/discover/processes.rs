@@ -16,7 +16,7 @@ use crate::sys::pidfd::Process;
 pub struct SocketOwner {
     /// The process.
     pub pid: u32,
-    /// Its file descriptor.
+    /// The number of the descriptor in that process.
     pub fd: RawFd,
 }
 
@@ -25,7 +25,7 @@ impl SocketOwner {
     /// something else under the same number: compare [`crate::sys::socket::cookie`].
     ///
     /// # Errors
-    /// Those of [`Process::open`] and [`Process::file`].
+    /// Where [`Process::open`] or [`Process::file`] fails.
     pub fn file(self) -> io::Result<OwnedFd> {
         Process::open(self.pid)?.file(self.fd)
     }

@@ -30,7 +30,8 @@ pub(super) struct CheckedService {
     quota: Option<u32>,
     /// Sources that are exempt; `None`: not known.
     exempt: Option<Vec<IpNet>>,
-    /// What its listeners in the loaded data plane are bound to; `None`: not known.
+    /// Addresses and ports that its listeners in the loaded data plane are bound to; `None`: not
+    /// known.
     loaded: Option<Vec<SocketAddr>>,
 }
 
@@ -74,7 +75,7 @@ impl From<&ServiceSnapshot> for CheckedService {
 /// A listening socket on a port that a service has to do with.
 struct ServiceListener<'a> {
     socket: Socket,
-    /// What its netns is called.
+    /// The label of the netns that it is in, for findings.
     netns: &'a str,
     owners: Vec<SocketOwner>,
 }
@@ -164,13 +165,13 @@ impl ServiceListener<'_> {
         self.socket.local.port() == backend.port() && self.covers(backend.ip())
     }
 
-    /// Whether it is on the service's own port and address.
+    /// Whether it listens on the service's own port and address.
     fn is_on_port(&self, service: &CheckedService) -> bool {
         self.socket.local.port() == service.port
             && service.address.is_none_or(|address| self.covers(address))
     }
 
-    /// Whether it is a backend of a service.
+    /// Whether it listens where a backend of the service is expected.
     fn serves(&self, service: &CheckedService) -> bool {
         match &service.backends {
             None => self.is_on_port(service),

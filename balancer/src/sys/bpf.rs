@@ -17,8 +17,8 @@ use aya_obj::generated::{
 /// Puts another program under a link, without a moment in which neither runs (`BPF_LINK_UPDATE`).
 ///
 /// # Errors
-/// `ENOLINK` where what the link was attached to is gone (a netns, a cgroup); `EINVAL`
-/// where the program is of another type than the one that it replaces.
+/// `ENOLINK` where what the link was attached to is gone (a netns, a cgroup); `EINVAL` where the
+/// program is of another type than the one that it replaces.
 pub fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     let mut attr = zeroed();
     attr.link_update.link_fd = number(link.as_fd());
@@ -52,8 +52,7 @@ pub fn link_create(
 /// program may run for a while after.
 ///
 /// # Errors
-/// `EOPNOTSUPP` where links of that type can't be detached; those of netns and cgroups
-/// can.
+/// `EOPNOTSUPP` where links of that type can't be detached; links of netns and cgroups can.
 pub fn link_detach(link: impl AsFd) -> io::Result<()> {
     let mut attr = zeroed();
     attr.link_detach.link_fd = number(link.as_fd());
@@ -139,9 +138,9 @@ pub fn prog_query(target: impl AsFd, attach_type: bpf_attach_type) -> io::Result
 /// What the kernel says of a loaded program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProgramInfo {
-    /// Unique until reboot.
+    /// Number that no other program has until reboot.
     pub id: u32,
-    /// Its first 15 bytes, as the loader gave it.
+    /// The first 15 bytes of the name that the loader gave it.
     pub name: String,
 }
 
@@ -201,11 +200,11 @@ impl Object {
 /// What the kernel says of a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinkInfo {
-    /// Unique until reboot.
+    /// Number that no other link has until reboot.
     pub id: u32,
-    /// The program that it holds in place; 0 for the kinds of link that hold none.
+    /// Id of the program that it holds in place; 0 for the kinds of link that hold none.
     pub program: u32,
-    /// What it is attached to.
+    /// The cgroup or netns that it is attached to.
     pub target: LinkTarget,
 }
 
@@ -214,20 +213,20 @@ pub struct LinkInfo {
 pub enum LinkTarget {
     /// A cgroup.
     Cgroup {
-        /// Its id: the inode of its directory. 0 once it is gone.
+        /// Id of the cgroup: the inode of its directory. 0 once the cgroup is gone.
         id: u64,
         /// A `bpf_attach_type`.
         attach_type: u32,
     },
     /// A netns.
     Netns {
-        /// The inode of its file in `/proc/PID/ns/net`. 0 once it is gone
+        /// The inode that `/proc/PID/ns/net` shows of it. 0 once the netns is gone
         /// (`bpf_netns_link_fill_info`, `kernel/bpf/net_namespace.c`).
         inode: u32,
         /// A `bpf_attach_type`.
         attach_type: u32,
     },
-    /// Anything else.
+    /// Something that the balancer attaches nothing to.
     Other,
 }
 
@@ -274,15 +273,15 @@ pub fn link_program(link: impl AsFd) -> io::Result<u32> {
 /// What the kernel says of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MapInfo {
-    /// Unique until reboot.
+    /// Number that no other map has until reboot.
     pub id: u32,
     /// A `bpf_map_type`.
     pub kind: u32,
-    /// Its first 15 bytes, as the loader gave it.
+    /// The first 15 bytes of the name that the loader gave it.
     pub name: String,
-    /// Bytes.
+    /// Bytes of a key.
     pub key_size: u32,
-    /// Bytes.
+    /// Bytes of a value.
     pub value_size: u32,
     /// Elements, or bytes of a ring buffer.
     pub max_entries: u32,
@@ -321,7 +320,8 @@ unsafe fn object_info<T>(object: BorrowedFd<'_>) -> io::Result<T> {
     attr.info.bpf_fd = number(object);
     attr.info.info = address(&raw mut info);
     attr.info.info_len = u32::try_from(size_of::<T>()).map_err(io::Error::other)?;
-    // SAFETY: `info` lives until the call returns, and is as long as is said.
+    // SAFETY: `info` lives until the call returns, and is as long as is said. The kernel writes to
+    // none of the addresses that `info` itself has room for: they are null, of 0 elements.
     unsafe { bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     Ok(info)
 }
@@ -369,7 +369,7 @@ unsafe fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<libc::c_long>
 /// Calls bpf(2) for something that is held by a descriptor.
 ///
 /// # Safety
-/// As [`bpf`]; the command returns a new descriptor.
+/// `attr` is as [`bpf`] demands, and the command returns a new descriptor.
 unsafe fn open(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<OwnedFd> {
     // SAFETY: the caller answers for `attr`.
     let fd = RawFd::try_from(unsafe { bpf(command, attr) }?).map_err(io::Error::other)?;

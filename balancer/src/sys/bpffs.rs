@@ -33,7 +33,7 @@ impl DetachedBpffs {
         Ok(Self { _root: root, path })
     }
 
-    /// Its root directory, as this process reaches it.
+    /// The root directory of the file system, as this process reaches it.
     pub fn path(&self) -> &Path {
         &self.path
     }

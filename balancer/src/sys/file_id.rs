@@ -10,7 +10,7 @@ use nix::sys::stat::{FileStat, fstat, lstat, stat};
 pub struct FileId {
     /// The device number of its file system.
     pub device: u64,
-    /// Its inode there.
+    /// The number of its inode on that file system.
     pub inode: u64,
 }
 
@@ -18,7 +18,7 @@ impl FileId {
     /// Which file a descriptor names.
     ///
     /// # Errors
-    /// Those of `fstat(2)`.
+    /// Whatever `fstat(2)` fails with.
     pub fn of(file: impl AsFd) -> io::Result<Self> {
         Ok(fstat(file)?.into())
     }
@@ -26,7 +26,7 @@ impl FileId {
     /// Which file a path leads to. Symbolic links are followed.
     ///
     /// # Errors
-    /// Those of `stat(2)`.
+    /// Whatever `stat(2)` fails with, such as `ENOENT`.
     pub fn at(path: &Path) -> io::Result<Self> {
         Ok(stat(path)?.into())
     }
@@ -34,7 +34,7 @@ impl FileId {
     /// Which file, or symbolic link, has this name.
     ///
     /// # Errors
-    /// Those of `lstat(2)`.
+    /// Whatever `lstat(2)` fails with, such as `ENOENT`.
     pub fn named(path: &Path) -> io::Result<Self> {
         Ok(lstat(path)?.into())
     }

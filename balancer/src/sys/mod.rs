@@ -1,4 +1,5 @@
-//! System calls, each behind a safe function. The only module of the user half with `unsafe`.
+//! System calls, each behind a safe function. Outside of this module the user half has `unsafe`
+//! only to mark plain data (`dataplane/plain.rs`).
 
 pub mod bpf;
 pub mod bpffs;

@@ -26,13 +26,13 @@ pub fn current() -> io::Result<OwnedFd> {
 /// Opens a netns by path: `/proc/PID/ns/net`, `/run/netns/NAME`.
 ///
 /// # Errors
-/// Those of `open(2)`. That the file is a netns is seen only when it is used.
+/// Whatever `open(2)` fails with. That the file is a netns is seen only when it is used.
 pub fn open(path: &Path) -> io::Result<OwnedFd> {
     File::open(path).map(OwnedFd::from)
 }
 
-/// The cookie of the calling thread's netns: a number that the kernel never gives twice
-/// until it reboots, and that BPF programs get from `bpf_get_netns_cookie`.
+/// The cookie of the calling thread's netns: a number that the kernel never gives twice until it
+/// reboots, and that BPF programs get from `bpf_get_netns_cookie`.
 ///
 /// # Errors
 /// Where a socket can't be made, or the kernel is older than 5.14 (`ENOPROTOOPT`).
@@ -49,20 +49,19 @@ pub fn cookie() -> io::Result<u64> {
 /// The cookie of another netns.
 ///
 /// # Errors
-/// Those of [`inside`] and [`cookie`].
+/// Where [`inside`] or [`cookie`] fails.
 pub fn cookie_of(netns: impl AsFd) -> io::Result<u64> {
     inside(netns, cookie)?
 }
 
-/// Runs `work` in a netns: in place where the calling thread is there already, else on
-/// a thread of its own that ends with it, so that no other code is ever seen there.
+/// Runs `work` in a netns: in place where the calling thread is there already, else on a thread of
+/// its own that ends with it, so that no other code is ever seen there.
 ///
 /// A panic in `work` goes on in the caller.
 ///
 /// # Errors
-/// Where the file names no netns (`EINVAL`), no thread can be started, or the netns
-/// is another one and `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`,
-/// `net/core/net_namespace.c`).
+/// Where the file names no netns (`EINVAL`), no thread can be started, or the netns is another one
+/// and `CAP_SYS_ADMIN` is missing (`EPERM`; `netns_install`, `net/core/net_namespace.c`).
 pub fn inside<R: Send>(netns: impl AsFd, work: impl FnOnce() -> R + Send) -> io::Result<R> {
     let netns = netns.as_fd();
     if is_current(netns) {

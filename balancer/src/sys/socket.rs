@@ -19,8 +19,8 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
     Ok(rustix::net::sockopt::socket_cookie(socket)?)
 }
 
-/// The cookie of the netns that a socket is in: a number that the kernel never gives
-/// twice until it reboots, and that BPF programs get from `bpf_get_netns_cookie`.
+/// The cookie of the netns that a socket is in: a number that the kernel never gives twice until it
+/// reboots, and that BPF programs get from `bpf_get_netns_cookie`.
 ///
 /// # Errors
 /// `ENOTSOCK` where the file is no socket; `ENOPROTOOPT` where the kernel is older than 5.14.

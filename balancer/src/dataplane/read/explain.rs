@@ -32,11 +32,11 @@ const SYNCOOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
 pub struct Explanation {
     /// The service of the port, if it is any's.
     pub service: Option<String>,
-    /// Why.
+    /// The reason that the kernel half would count.
     pub reason: Reason,
     /// What the kernel would do.
     pub verdict: Verdict,
-    /// The backend that would have it.
+    /// The backend that would have it: slot, and the address that its listener is bound to.
     pub backend: Option<(u32, SocketAddr)>,
     /// All of it in one sentence.
     pub sentence: String,

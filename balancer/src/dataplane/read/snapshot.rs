@@ -42,9 +42,9 @@ pub struct DaemonSnapshot {
 /// One service.
 #[derive(Clone, Debug)]
 pub struct ServiceSnapshot {
-    /// Its index in the maps.
+    /// The service's id: its index in every map by service.
     pub id: u16,
-    /// Its name.
+    /// The service's name in the configuration.
     pub name: String,
     /// The port that clients connect to.
     pub port: u16,
@@ -60,7 +60,7 @@ pub struct ServiceSnapshot {
     pub sentence: String,
     /// A quota set by hand for every backend.
     pub quota_override: Option<u32>,
-    /// Its backends, in the order of their slots.
+    /// The service's backends, in the order of their slots.
     pub backends: Vec<BackendSnapshot>,
     /// How often each reason was given; look-ups, not connections.
     pub verdicts: Vec<(Reason, u64)>,
@@ -69,15 +69,15 @@ pub struct ServiceSnapshot {
 /// One backend.
 #[derive(Clone, Debug)]
 pub struct BackendSnapshot {
-    /// Its index in the maps.
+    /// The backend's slot: its index in every map by slot.
     pub slot: u32,
-    /// What its listener is bound to.
+    /// The address and port that the listener is bound to.
     pub address: SocketAddr,
-    /// Cookie of its network namespace.
+    /// Cookie of the netns that it listens in.
     pub netns: u64,
     /// Whether it takes connections.
     pub state: BackendState,
-    /// Its share.
+    /// How many connections it should have, in proportion to the others' weights.
     pub weight: u32,
     /// The most connections that it should hold; `None`: unlimited.
     pub quota: Option<u32>,
@@ -85,22 +85,22 @@ pub struct BackendSnapshot {
     pub overridden: bool,
     /// Connections in ESTABLISHED, the exempt ones among them.
     pub established: u32,
-    /// The exempt ones of them.
+    /// Exempt connections in ESTABLISHED.
     pub exempt: u32,
     /// SYNs sent to it in the last second that have not become established; `None`: can't be read.
     pub pending: Option<u32>,
     /// SYNs can be steered to it.
     pub steerable: bool,
-    /// What is special about it.
+    /// What an administrator should know of it, in words.
     pub note: Option<String>,
 }
 
 /// What the maps hold of a service.
 #[derive(Clone, Debug)]
 pub struct ServiceContents {
-    /// Its index in the maps.
+    /// The service's id: its index in every map by service.
     pub id: u16,
-    /// What only user space reads.
+    /// The element of `SERVICE_INFO`.
     pub info: ServiceInfo,
     /// How often each reason was given.
     pub verdicts: Vec<(Reason, u64)>,

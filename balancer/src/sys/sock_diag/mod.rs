@@ -1,5 +1,4 @@
-//! The kernel's table of TCP sockets (`sock_diag(7)`), of the netns that the calling
-//! thread is in.
+//! The kernel's table of TCP sockets (`sock_diag(7)`), of the netns that the calling thread is in.
 
 mod message;
 
@@ -124,17 +123,17 @@ pub struct Socket {
     /// What kind of socket: an IPv4 client of a dual-stack listener is on a `V6` one with mapped
     /// addresses.
     pub family: Family,
-    /// Its state when it was listed.
+    /// The state that it was in when it was listed.
     pub state: State,
-    /// Its own address.
+    /// The address and port of this end.
     pub local: SocketAddr,
-    /// The peer's; unspecified for a listener.
+    /// The peer's address and port; unspecified for a listener.
     pub remote: SocketAddr,
     /// The interface it is bound to, 0 for any.
     pub interface: u32,
     /// Unique among all sockets until reboot; what `bpf_get_socket_cookie` returns.
     pub cookie: u64,
-    /// User who made it.
+    /// Id of the user who made it.
     pub uid: u32,
     /// The inode that `/proc/PID/fd` shows; 0 while no process has it (half open, not yet
     /// accepted).
