@@ -22,7 +22,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 struct Mount {
     /// Which directory of the file system is mounted.
     root: PathBuf,
-    /// Where.
+    /// The directory that it is mounted on.
     point: PathBuf,
     kind: String,
 }

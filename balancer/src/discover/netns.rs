@@ -17,7 +17,7 @@ use crate::sys::{file_id::FileId, netns, socket};
 pub struct Netns {
     /// The kernel gives this to no other netns until it reboots.
     pub cookie: u64,
-    /// Which one it is while it lives.
+    /// The file that stands for it in `/proc/PID/ns/net` while it lives.
     pub id: FileId,
     /// One of the processes in it.
     pub pid: u32,
@@ -43,7 +43,7 @@ impl From<Netns> for OwnedFd {
 pub struct OpenNetns {
     /// The number that the kernel gives to no other netns until it reboots.
     pub cookie: u64,
-    /// The descriptor that keeps it.
+    /// The descriptor that keeps it alive.
     pub file: OwnedFd,
 }
 
@@ -57,9 +57,9 @@ impl From<Netns> for OpenNetns {
 /// A thread of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Thread {
-    /// The process.
+    /// Number of the process.
     pub pid: u32,
-    /// The thread; 0: not known.
+    /// Number of the thread; 0: not known.
     pub tid: u32,
 }
 

@@ -14,7 +14,7 @@ use crate::sys::pidfd::Process;
 /// A process's descriptor of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SocketOwner {
-    /// The process.
+    /// Number of the process that has it.
     pub pid: u32,
     /// The number of the descriptor in that process.
     pub fd: RawFd,

@@ -13,7 +13,7 @@ use crate::{
     sys::netns,
 };
 
-/// A netns with what to call it.
+/// A netns, with a label for findings.
 #[derive(Debug)]
 pub(super) struct GuardedNetns {
     pub(super) label: String,
@@ -27,7 +27,7 @@ impl AsFd for GuardedNetns {
 }
 
 const NAME: &str = "network namespaces";
-/// What our own netns is called.
+/// The label of the netns that we are in.
 pub(super) const OWN: &str = "this network namespace";
 
 /// What is guarded by a configuration, and a finding where that can't be reached. Without one: our

@@ -8,7 +8,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::{Check, guarded::GuardedNetns, listing};
 use crate::{discover::is_bpffs, sys::netns};
 
-/// Fewer files than this may not do for one link a netns, the maps and the daemon's clients.
+/// Open files that do for the maps, for a link for each netns, and for clients of the daemon's API.
 const FEWEST_FILES: u64 = 1024;
 
 /// A capability, what needs it, and whether nothing goes without.

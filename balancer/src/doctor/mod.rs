@@ -44,7 +44,7 @@ pub enum Status {
 /// One thing that was looked at. Its JSON is what `doctor -o json` prints.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// What, in one or two words, the same on every machine.
+    /// What was looked at, in one or two words that are the same on every machine.
     pub name: &'static str,
     /// How bad it is.
     pub status: Status,
@@ -52,7 +52,7 @@ pub struct Check {
     pub found: String,
     /// What that means for the balancer.
     pub means: String,
-    /// What to do about it, if anything.
+    /// What to do about it; `None` where all is well.
     pub advice: Option<String>,
 }
 
@@ -112,7 +112,7 @@ impl Check {
 /// All findings, in the order in which they are best read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// The findings.
+    /// The findings, good and bad.
     pub checks: Vec<Check>,
 }
 

@@ -86,7 +86,7 @@ pub fn obj_pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     unsafe { bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr) }.map(drop)
 }
 
-/// What is attached somewhere.
+/// The programs of one type that are attached to a netns or a cgroup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Attached {
     /// The programs' ids, in the order in which they run.

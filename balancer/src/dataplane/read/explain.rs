@@ -30,15 +30,15 @@ const SYNCOOKIES: &str = "/proc/sys/net/ipv4/tcp_syncookies";
 /// Where a SYN would go, and why.
 #[derive(Clone, Debug)]
 pub struct Explanation {
-    /// The service of the port, if it is any's.
+    /// Name of the service that the destination belongs to; `None`: the port is no service's.
     pub service: Option<String>,
     /// The reason that the kernel half would count.
     pub reason: Reason,
-    /// What the kernel would do.
+    /// What the kernel half would tell the kernel.
     pub verdict: Verdict,
     /// The backend that would have it: slot, and the address that its listener is bound to.
     pub backend: Option<(u32, SocketAddr)>,
-    /// All of it in one sentence.
+    /// Destination, reason and load in one sentence, for people.
     pub sentence: String,
 }
 
@@ -299,8 +299,8 @@ impl BackendAccess for Model {
     }
 }
 
-/// What the kernel half reads of `net.ipv4.tcp_syncookies`. Without `CONFIG_SYN_COOKIES` there is no
-/// such file, and the kernel's word stays 1 (`tcp_sk_init`, `net/ipv4/tcp_ipv4.c`).
+/// What the kernel half reads of `net.ipv4.tcp_syncookies`. Without `CONFIG_SYN_COOKIES` there is
+/// no such file, and the kernel's word stays 1 (`tcp_sk_init`, `net/ipv4/tcp_ipv4.c`).
 fn syncookies(file: &Path) -> Result<u8> {
     let value = match std::fs::read_to_string(file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(1),

@@ -22,7 +22,7 @@ use crate::sys::clock;
 pub struct Snapshot {
     /// The services, in the order of their ids.
     pub services: Vec<ServiceSnapshot>,
-    /// The daemon.
+    /// The daemon's signs of life.
     pub daemon: DaemonSnapshot,
 }
 
@@ -50,7 +50,7 @@ pub struct ServiceSnapshot {
     pub port: u16,
     /// Only SYNs to this address; `None`: any.
     pub address: Option<IpAddr>,
-    /// How it chooses.
+    /// How the service chooses among its backends.
     pub policy: Policy,
     /// Nothing listens on the port itself.
     pub virtual_port: bool,
@@ -75,13 +75,13 @@ pub struct BackendSnapshot {
     pub address: SocketAddr,
     /// Cookie of the netns that it listens in.
     pub netns: u64,
-    /// Whether it takes connections.
+    /// The state of its slot: only an active backend takes connections.
     pub state: BackendState,
     /// How many connections it should have, in proportion to the others' weights.
     pub weight: u32,
     /// The most connections that it should hold; `None`: unlimited.
     pub quota: Option<u32>,
-    /// The quota was set by hand.
+    /// Whether the quota was set by hand, for it or for its service.
     pub overridden: bool,
     /// Connections in ESTABLISHED, the exempt ones among them.
     pub established: u32,
@@ -89,7 +89,7 @@ pub struct BackendSnapshot {
     pub exempt: u32,
     /// SYNs sent to it in the last second that have not become established; `None`: can't be read.
     pub pending: Option<u32>,
-    /// SYNs can be steered to it.
+    /// Whether SYNs can be steered to it.
     pub steerable: bool,
     /// What an administrator should know of it, in words.
     pub note: Option<String>,
