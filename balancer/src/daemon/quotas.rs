@@ -170,3 +170,64 @@ pub fn set_by_hand(
     );
     Ok(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use balancer_common::abi::{Backend, BackendState, Counts, SlotPolicy, SlotState};
+    use balancer_common::decision::member::Member;
+
+    fn slot(policy: SlotPolicy) -> SlotView {
+        let member = Member {
+            slot: 3,
+            backend: Backend {
+                slot_state: SlotState::new(4, BackendState::Active).0,
+                ..Backend::EMPTY
+            },
+            policy,
+            counts: Counts::ZERO,
+        };
+        SlotView { member }
+    }
+
+    #[test]
+    fn only_a_quota_of_this_generation_that_nobody_set_by_hand_goes_down_slowly() {
+        let previous = |generation, source: QuotaSource| {
+            let policy = SlotPolicy::new(generation, 7, 1, source.flags());
+            ready_backend(&slot(policy), 1).previous
+        };
+        let seven = Some(Quota::Limited(7));
+        assert_eq!(previous(4, QuotaSource::Computed), seven);
+        assert_eq!(previous(4, QuotaSource::Rule), seven);
+        assert_eq!(previous(4, QuotaSource::Service), None);
+        assert_eq!(previous(4, QuotaSource::Backend), None);
+        assert_eq!(previous(3, QuotaSource::Computed), None);
+    }
+
+    #[test]
+    fn the_wait_begins_anew_where_a_quota_changes_or_none_goes_down() {
+        const LONG: Duration = Duration::from_secs(10);
+        let outcome = |limit, lowering| Outcome {
+            quotas: vec![Quota::Limited(limit)],
+            sentence: String::new(),
+            lowering,
+        };
+        let goes_on_after = |limit, lowering| {
+            let mut clocks = LoweringClocks::default();
+            clocks.compute(&(), |waited| {
+                assert_eq!(waited, Duration::ZERO);
+                outcome(9, true)
+            });
+            clocks.0.values_mut().for_each(|clock| clock.since -= LONG);
+            clocks.compute(&(), |waited| {
+                assert!(waited >= LONG);
+                outcome(limit, lowering)
+            });
+            let clock = clocks.0.values().next();
+            clock.is_some_and(|clock| clock.since.elapsed() >= LONG)
+        };
+        assert!(goes_on_after(9, true));
+        assert!(!goes_on_after(8, true));
+        assert!(!goes_on_after(9, false));
+    }
+}
