@@ -29,6 +29,8 @@ pub fn lint() -> Result<ExitCode> {
     // In the workspace's target directory, where the kernel half and some of the dependencies are
     // already.
     let mut clippy = fuzz::cargo("clippy");
+    // Their lock file is a second one, which a new dependency of the product leaves behind.
+    clippy.arg("--locked");
     clippy.arg("--target-dir").arg(places::target()?);
     command::run(clippy.args(["--", "-D", "warnings"]))?;
     Ok(ExitCode::SUCCESS)
