@@ -4,7 +4,7 @@ use std::{
     ffi::OsString,
     fs, io,
     os::unix::ffi::OsStringExt as _,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, anyhow};
@@ -74,7 +74,11 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
     if is_bpffs(state_dir)? {
         return Ok(false);
     }
-    if !state_dir.starts_with(BPFFS) {
+    // `..` may lead out of it again, and what is pinned in one that is there must not be covered.
+    let leads_out = state_dir
+        .components()
+        .any(|part| part == Component::ParentDir);
+    if leads_out || !state_dir.starts_with(BPFFS) || is_bpffs(Path::new(BPFFS))? {
         return Err(anyhow!(
             "{} is not on a BPF file system: choose a directory below {BPFFS}, or mount one there (mount -t bpf bpf DIRECTORY)",
             state_dir.display()
@@ -207,6 +211,16 @@ mod tests {
         assert!(!is_bpffs(&below).expect("it can be looked at"));
         let error = ensure_bpffs(&below).expect_err("not on bpffs").to_string();
         assert!(error.contains("below /sys/fs/bpf"), "{error}");
+    }
+
+    #[test]
+    fn a_path_that_leads_out_of_bpffs_mounts_nothing() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let outside = directory.path().strip_prefix("/").expect("absolute");
+        let state = Path::new("/sys/fs/bpf/../../..").join(outside).join("q");
+        let before = fs::read("/proc/self/mountinfo").expect("/proc is mounted");
+        ensure_bpffs(&state).expect_err("not on bpffs");
+        assert!(before == fs::read("/proc/self/mountinfo").expect("/proc is mounted"));
     }
 
     /// In a mount namespace of its own, so that nothing stays mounted.
