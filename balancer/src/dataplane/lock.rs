@@ -3,6 +3,8 @@
 use std::fs::{self, File};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
@@ -11,9 +13,16 @@ use nix::unistd::geteuid;
 use tracing::info;
 
 use super::paths::Paths;
-use crate::discover::ensure_bpffs;
+use crate::discover::{ensure_bpffs, is_ending};
 
 const HOLDERS: &str = "/run/balancer";
+
+/// How long the lock of a process that ends is waited for. A process has the lock until its last
+/// thread has left the kernel.
+const ENDS_WITHIN: Duration = Duration::from_secs(2);
+
+/// How often the lock is tried meanwhile.
+const TRY_EVERY: Duration = Duration::from_millis(20);
 
 /// The right to change a data plane; given back when dropped, also by the kernel when the process
 /// dies.
@@ -59,12 +68,25 @@ impl Lock {
         }
     }
 
-    /// Takes the lock without waiting. The state directory must exist.
+    /// Takes the lock, and waits for it only where its holder ends, up to 2 s. The state directory
+    /// must exist.
     ///
     /// # Errors
     /// When the directory can't be opened or locked, or the file that names the holder can't be
     /// written.
     pub fn take(paths: &Paths) -> Result<Held> {
+        let deadline = Instant::now() + ENDS_WITHIN;
+        loop {
+            match Self::take_now(paths)? {
+                Held::ByOther(Some(pid)) if is_ending(pid) && Instant::now() < deadline => {
+                    sleep(TRY_EVERY);
+                }
+                held => return Ok(held),
+            }
+        }
+    }
+
+    fn take_now(paths: &Paths) -> Result<Held> {
         let directory = File::open(paths.state_dir()).with_context(|| {
             format!(
                 "cannot open the state directory {}",
@@ -178,4 +200,62 @@ fn name_holder(file: &Path) -> Result<()> {
 
 fn holder_of(file: &Path) -> Option<u32> {
     fs::read_to_string(file).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+    use std::thread;
+
+    /// A state directory of its own that a file of this process has locked, as if `holder` had.
+    fn locked_by(holder: &Child) -> (tempfile::TempDir, Paths, Flock<File>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let paths = Paths::new(directory.path());
+        let file = File::open(directory.path()).expect("open");
+        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("free");
+        fs::create_dir_all(HOLDERS).expect("a directory");
+        let named = holder_file(paths.state_dir());
+        fs::write(named, format!("{}\n", holder.id())).expect("written");
+        (directory, paths, lock)
+    }
+
+    fn process() -> Child {
+        Command::new("sleep").arg("30").spawn().expect("spawn")
+    }
+
+    #[test]
+    fn a_holder_that_was_killed_is_waited_for() {
+        let mut holder = process();
+        let (_directory, paths, lock) = locked_by(&holder);
+        holder.kill().expect("kill");
+        let release = thread::spawn(move || {
+            sleep(Duration::from_millis(200));
+            drop(lock);
+        });
+        let held = Lock::take(&paths).expect("taken");
+        assert!(matches!(held, Held::Mine(_)), "{held:?}");
+        release.join().expect("no panic");
+        holder.wait().expect("wait");
+    }
+
+    #[test]
+    fn a_holder_that_lives_is_not_waited_for() {
+        let mut holder = process();
+        let (_directory, paths, _lock) = locked_by(&holder);
+        let begin = Instant::now();
+        let held = Lock::take(&paths).expect("tried");
+        assert!(begin.elapsed() < ENDS_WITHIN, "{:?}", begin.elapsed());
+        assert!(
+            matches!(held, Held::ByOther(Some(pid)) if pid == holder.id()),
+            "{held:?}"
+        );
+        holder.kill().expect("kill");
+        holder.wait().expect("wait");
+        let begin = Instant::now();
+        let held = Lock::take(&paths).expect("tried");
+        assert!(matches!(held, Held::ByOther(_)), "{held:?}");
+        assert!(begin.elapsed() >= ENDS_WITHIN, "the wait is bounded");
+        fs::remove_file(holder_file(paths.state_dir())).expect("removed");
+    }
 }

@@ -94,6 +94,26 @@ pub(super) fn threads(pid: u32) -> impl Iterator<Item = u32> {
     iter::once(pid).chain(all.filter(move |tid| *tid != pid))
 }
 
+/// Whether a process has ended or is about to: it is gone, a zombie, exits, or was killed.
+pub fn is_ending(pid: u32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| is_ending_by(&stat))
+}
+
+/// By `/proc/PID/stat` (`proc_pid_stat(5)`).
+fn is_ending_by(stat: &str) -> bool {
+    const PF_EXITING: u64 = 0x4;
+    const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    // The name before it may hold anything.
+    let Some((_, fields)) = stat.rsplit_once(')') else {
+        return false;
+    };
+    let fields: Vec<&str> = fields.split_whitespace().collect();
+    // The first of these fields is the third of the file.
+    let field = |number: usize| fields.get(number - 3).copied().unwrap_or_default();
+    let bits = |number| field(number).parse::<u64>().unwrap_or(0);
+    matches!(field(3), "Z" | "X") || bits(9) & PF_EXITING != 0 || bits(31) & SIGKILL != 0
+}
+
 /// The number that a directory entry of `/proc` has for a name.
 fn number<N: FromStr>(entry: &DirEntry) -> Option<N> {
     entry.file_name().to_str()?.parse().ok()
@@ -157,5 +177,32 @@ mod tests {
             .name(),
             format!("process {}", u32::MAX)
         );
+    }
+
+    #[test]
+    fn a_process_ends_from_the_signal_on_that_kills_it() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("30")
+            .spawn()
+            .expect("spawn");
+        assert!(!is_ending(child.id()) && !is_ending(std::process::id()));
+        child.kill().expect("kill");
+        assert!(is_ending(child.id()), "killed");
+        child.wait().expect("wait");
+        assert!(is_ending(child.id()), "gone");
+    }
+
+    #[test]
+    fn what_stat_shows_of_an_end() {
+        let stat = |state, flags, signals| {
+            let before = format!("7 (a) Z (b) {state} 1 7 7 0 -1 {flags} ");
+            format!("{before}{}{signals} 0 0 0\n", "0 ".repeat(21))
+        };
+        assert!(!is_ending_by(&stat("S", 0x40_0040, 0)));
+        assert!(!is_ending_by(&stat("T", 0, 1 << 14)), "SIGTERM");
+        assert!(is_ending_by(&stat("Z", 0, 0)));
+        assert!(is_ending_by(&stat("X", 0, 0)));
+        assert!(is_ending_by(&stat("D", 0x40_0044, 0)), "exiting");
+        assert!(is_ending_by(&stat("R", 0, 1 << 8)), "SIGKILL");
     }
 }
