@@ -11,7 +11,10 @@ use tracing::{info, warn};
 
 use crate::config::NetnsScope;
 use crate::dataplane::{SlotView, Writer};
-use crate::discover::{Netns, NetnsHint, OpenNetns, Thread, find_netns, live_netns};
+use crate::discover::{
+    Netns, NetnsHint, OpenNetns, Thread, UnreachableNetns, find_netns, live_netns,
+};
+use crate::sys::file_id::FileId;
 use crate::sys::{memory, netns};
 
 /// A netns that can't be found is looked for again only after so long: that takes a look at every
@@ -44,6 +47,8 @@ pub struct GuardedNetns {
     found: HashMap<u64, Option<Thread>>,
     /// The cookies of network namespaces that were not found, and when they were looked for last.
     missing: HashMap<u64, Instant>,
+    /// Network namespaces that could not be entered at the last look at all.
+    unreachable: HashSet<FileId>,
 }
 
 impl GuardedNetns {
@@ -60,6 +65,7 @@ impl GuardedNetns {
             only: (*scope == NetnsScope::Pods).then(HashSet::new),
             found: HashMap::new(),
             missing: HashMap::new(),
+            unreachable: HashSet::new(),
         };
         match scope {
             NetnsScope::Own | NetnsScope::All => guarded.own = Some(own()?),
@@ -232,7 +238,9 @@ impl GuardedNetns {
             return Ok(open);
         }
         let others = if scope == Scope::Everywhere {
-            let all = live_netns()?;
+            let live = live_netns()?;
+            self.warn_of(&live.unreachable);
+            let all = live.reachable;
             let thread = |found: &Netns| {
                 let Netns { pid, tid, .. } = *found;
                 (found.cookie, Some(Thread { pid, tid }))
@@ -255,6 +263,21 @@ impl GuardedNetns {
                 .filter(|other| !named.contains(&other.cookie)),
         );
         Ok(open)
+    }
+
+    /// Warns of the network namespaces that can't be entered, of each once.
+    fn warn_of(&mut self, unreachable: &[UnreachableNetns]) {
+        for UnreachableNetns { id, pid, error } in unreachable {
+            if !self.unreachable.contains(id) {
+                warn!(
+                    "cannot enter the network namespace of process {pid}: {error}. What listens \
+                     there is not counted and takes no connections of a service, the others are \
+                     guarded: see what forbids it (a security module, a sandbox), or name the \
+                     wanted ones in `namespaces:`"
+                );
+            }
+        }
+        self.unreachable = unreachable.iter().map(|netns| netns.id).collect();
     }
 
     /// Opens the own and the named network namespaces. A path that leads to another one than at

@@ -7,7 +7,8 @@ use std::{
     path::PathBuf,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use caps::{CapSet, Capability};
 
 use super::processes::{pids, sockets_of, threads};
 use crate::sys::{file_id::FileId, netns, socket};
@@ -63,15 +64,40 @@ pub struct Thread {
     pub tid: u32,
 }
 
+/// A netns that can't be entered.
+#[derive(Debug)]
+pub struct UnreachableNetns {
+    /// The file that stands for it in `/proc/PID/ns/net`.
+    pub id: FileId,
+    /// One of the processes in it.
+    pub pid: u32,
+    /// What entering it failed with.
+    pub error: io::Error,
+}
+
 /// All netns that a thread lives in, each once, in the order of their processes' numbers.
+#[derive(Debug, Default)]
+pub struct LiveNetns {
+    /// Those that can be entered.
+    pub reachable: Vec<Netns>,
+    /// Those that can't.
+    pub unreachable: Vec<UnreachableNetns>,
+}
+
+/// Looks for all netns that a thread lives in.
 ///
 /// A netns that only a file, a mount or a socket keeps alive is not among them.
 ///
 /// # Errors
-/// Where `/proc` can't be read, or a netns can't be entered (`CAP_SYS_ADMIN`).
-pub fn live_netns() -> Result<Vec<Netns>> {
+/// Where `/proc` can't be read, or there is a netns to enter and `CAP_SYS_ADMIN` is missing, without
+/// which none but the own can be entered.
+pub fn live_netns() -> Result<LiveNetns> {
+    live_netns_by(|file| netns::cookie_of(file))
+}
+
+fn live_netns_by(enter: impl Fn(&OwnedFd) -> io::Result<u64>) -> Result<LiveNetns> {
     let mut seen = HashSet::new();
-    let mut found = Vec::new();
+    let mut found = LiveNetns::default();
     let mut pids = pids().context("cannot list the processes in /proc: is it mounted?")?;
     pids.sort_unstable();
     for pid in pids {
@@ -86,20 +112,31 @@ pub fn live_netns() -> Result<Vec<Netns>> {
             let Some(file) = open(&path, id) else {
                 continue;
             };
-            let cookie = netns::cookie_of(&file).with_context(|| {
-                format!("cannot enter the network namespace of process {pid} (needs CAP_SYS_ADMIN)")
-            })?;
             seen.insert(id);
-            found.push(Netns {
-                cookie,
-                id,
-                pid,
-                tid,
-                file,
-            });
+            match enter(&file) {
+                Ok(cookie) => found.reachable.push(Netns {
+                    cookie,
+                    id,
+                    pid,
+                    tid,
+                    file,
+                }),
+                Err(error) if is_privilege_missing(&error) => bail!(
+                    "cannot enter the network namespace of process {pid} (needs CAP_SYS_ADMIN): \
+                     {error}"
+                ),
+                Err(error) => found.unreachable.push(UnreachableNetns { id, pid, error }),
+            }
         }
     }
     Ok(found)
+}
+
+/// Whether a netns could not be entered for want of the capability that each other one needs too
+/// (`netns_install`, `net/core/net_namespace.c`).
+fn is_privilege_missing(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+        && !caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_ADMIN).unwrap_or(false)
 }
 
 /// The netns of a thread; of a process, where its thread is not known.
@@ -120,8 +157,8 @@ pub struct NetnsHint {
 }
 
 /// Finds netns: first by the threads that listened there, then by the sockets of their processes,
-/// which may have left it since, then among all that there are. A netns that is not found is
-/// missing in the result.
+/// which may have left it since, then among all that there are. A netns that is not found, or can't
+/// be entered, is missing in the result.
 ///
 /// # Errors
 /// Where [`live_netns`] fails.
@@ -141,6 +178,7 @@ pub fn find_netns(wanted: &[NetnsHint]) -> Result<Vec<OpenNetns>> {
     }
     if !lost.is_empty() {
         let others = live_netns()?
+            .reachable
             .into_iter()
             .filter(|netns| lost.contains(&netns.cookie))
             .map(OpenNetns::from);
@@ -188,11 +226,9 @@ mod tests {
     use super::*;
     use std::{os::unix::process::CommandExt as _, process::Command};
 
-    #[test]
-    fn our_own_and_a_childs_namespace_are_found_once() {
-        let netns = netns::tests::fresh();
-        // One process in this netns and two in the other.
-        let mut children = netns::inside(&netns, || {
+    /// Runs `work` while two processes live in a netns; their numbers are its argument.
+    fn with_two_inside<R>(netns: &OwnedFd, work: impl FnOnce(&[u32]) -> R) -> R {
+        let mut children = netns::inside(netns, || {
             [(); 2].map(|()| {
                 Command::new("sleep")
                     .arg("30")
@@ -202,12 +238,57 @@ mod tests {
             })
         })
         .expect("inside");
-        let found = live_netns();
+        let result = work(&children.each_ref().map(std::process::Child::id));
         for child in &mut children {
             child.kill().expect("kill");
             child.wait().expect("wait");
         }
-        let found = found.expect("namespaces");
+        result
+    }
+
+    #[test]
+    fn a_netns_that_cannot_be_entered_is_told_once_beside_the_others() {
+        let netns = netns::tests::fresh();
+        let id = FileId::of(&netns).expect("id");
+        let refuse = |file: &OwnedFd| {
+            if FileId::of(file)? == id {
+                return Err(io::Error::from_raw_os_error(libc::EPERM));
+            }
+            netns::cookie_of(file)
+        };
+        with_two_inside(&netns, |pids| {
+            let found = live_netns_by(refuse).expect("the others are found");
+            let [refused] = &found.unreachable[..] else {
+                panic!("once: {found:?}")
+            };
+            assert!(refused.id == id && pids.contains(&refused.pid), "{found:?}");
+            assert_eq!(refused.error.raw_os_error(), Some(libc::EPERM));
+            let own = netns::cookie().expect("cookie");
+            assert!(found.reachable.iter().any(|netns| netns.cookie == own));
+            assert!(found.reachable.iter().all(|netns| netns.id != id));
+        });
+    }
+
+    #[test]
+    fn without_the_capability_that_all_need_the_look_fails() {
+        let netns = netns::tests::fresh();
+        let error = with_two_inside(&netns, |_| {
+            let without = || {
+                let admin = Capability::CAP_SYS_ADMIN;
+                caps::drop(None, CapSet::Effective, admin).expect("it can be given up");
+                live_netns()
+            };
+            std::thread::spawn(without).join().expect("no panic")
+        });
+        let error = error.expect_err("none can be entered").to_string();
+        assert!(error.contains("CAP_SYS_ADMIN"), "{error}");
+    }
+
+    #[test]
+    fn our_own_and_a_childs_namespace_are_found_once() {
+        let netns = netns::tests::fresh();
+        let (found, pids) = with_two_inside(&netns, |pids| (live_netns(), pids.to_vec()));
+        let found = found.expect("namespaces").reachable;
         let with = |cookie: u64| {
             found
                 .iter()
@@ -217,7 +298,7 @@ mod tests {
         let [other] = with(netns::cookie_of(&netns).expect("cookie"))[..] else {
             panic!("once: {found:?}")
         };
-        assert!(children.iter().any(|child| child.id() == other.pid));
+        assert!(pids.contains(&other.pid));
         assert_eq!(other.id, FileId::of(&netns).expect("id"));
         assert_eq!(
             netns::cookie_of(other).expect("it can be entered"),

@@ -9,7 +9,7 @@ use std::{
 use super::Check;
 use crate::{
     config::{Config, NetnsScope},
-    discover,
+    discover::{self, UnreachableNetns},
     sys::netns,
 };
 
@@ -85,8 +85,9 @@ fn reachable(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn all() -> (Vec<(u64, GuardedNetns)>, Option<Check>) {
     match discover::live_netns() {
         Ok(found) => {
-            let labelled = found.into_iter().map(|netns| (netns.cookie, netns.into()));
-            (labelled.collect(), None)
+            let reachable = found.reachable.into_iter();
+            let labelled = reachable.map(|netns| (netns.cookie, netns.into()));
+            (labelled.collect(), unreachable(&found.unreachable))
         }
         Err(error) => {
             let means = "the network namespaces can't be listed";
@@ -95,6 +96,17 @@ pub(super) fn all() -> (Vec<(u64, GuardedNetns)>, Option<Check>) {
             (Vec::new(), Some(check))
         }
     }
+}
+
+fn unreachable(netns: &[UnreachableNetns]) -> Option<Check> {
+    let failed: Vec<String> = netns
+        .iter()
+        .map(|netns| format!("the netns of process {}: {}", netns.pid, netns.error))
+        .collect();
+    let means = "what listens there is neither counted nor steered to";
+    let advice = "see what forbids to enter it (a security module, a sandbox), or name the wanted \
+                  network namespaces in `namespaces:`";
+    (!failed.is_empty()).then(|| Check::warn(NAME, super::listing(&failed), means, advice))
 }
 
 impl From<discover::Netns> for GuardedNetns {
