@@ -1,4 +1,4 @@
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, path::Path, time::Duration};
 
 use balancer_common::abi::AuditTotals;
 use balancer_common::{BackendState, Policy, Reason, Verdict};
@@ -353,8 +353,7 @@ fn metrics_are_what_status_shows() {
         "balancer_checks_total 7",
         "balancer_repairs_total 2",
         "balancer_lookups_total{service=\"agents\",verdict=\"steer\",reason=\"steered\"} 1203",
-        "balancer_established_connections{service=\"agents\",slot=\"0\",backend=\"127.0.0.1:21801\",netns=\"4026531840\",\
-         state=\"active\"} 120",
+        "balancer_established_connections{service=\"agents\",slot=\"0\",backend=\"127.0.0.1:21801\",netns=\"4026531840\"} 120",
     ] {
         assert!(lines.contains(&line), "{line} is not in\n{text}");
     }
@@ -363,6 +362,39 @@ fn metrics_are_what_status_shows() {
         .filter(|line| line.starts_with("balancer_quota_connections{"));
     assert_eq!(quotas.count(), 1, "unlimited is no number:\n{text}");
     assert_eq!(lines.last(), Some(&"# EOF"));
+}
+
+#[test]
+fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
+    let mut snapshot = Snapshot {
+        services: vec![agents()],
+        daemon: alive(),
+    };
+    snapshot.services[0].backends.truncate(1);
+    let mut series = |state| {
+        snapshot.services[0].backends[0].state = state;
+        let text = crate::metrics::text(&snapshot).unwrap();
+        let lines = text.lines().map(str::to_owned);
+        // The series of a metric come in no order.
+        lines.partition::<BTreeSet<_>, _>(|line| line.starts_with("balancer_backend_state{"))
+    };
+    let (active, with_active) = series(BackendState::Active);
+    let (closed, with_closed) = series(BackendState::Closed);
+    assert_eq!(with_active, with_closed);
+    let line = |state: &str, value: u8| {
+        format!(
+            "balancer_backend_state{{service=\"agents\",slot=\"0\",backend=\"127.0.0.1:21801\",\
+             netns=\"4026531840\",state=\"{state}\"}} {value}"
+        )
+    };
+    assert_eq!((active.len(), closed.len()), (5, 5));
+    for (state, in_first) in [("active", 1), ("closed", 0)] {
+        assert!(active.contains(&line(state, in_first)), "{active:?}");
+        assert!(closed.contains(&line(state, 1 - in_first)), "{closed:?}");
+    }
+    for state in ["candidate", "claimed", "held"] {
+        assert!(active.contains(&line(state, 0)), "{active:?}");
+    }
 }
 
 #[test]

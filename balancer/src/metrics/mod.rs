@@ -2,6 +2,7 @@
 
 use std::sync::atomic::AtomicU64;
 
+use balancer_common::BackendState;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -13,6 +14,15 @@ use crate::dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapsho
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge>;
 type Counters = Family<Labels, Counter<u64, AtomicU64>>;
+
+/// The states that a backend can be seen in.
+const STATES: [BackendState; 5] = [
+    BackendState::Active,
+    BackendState::Candidate,
+    BackendState::Closed,
+    BackendState::Claimed,
+    BackendState::Held,
+];
 
 /// A snapshot in the `OpenMetrics` text format.
 ///
@@ -90,16 +100,21 @@ struct Backends {
     exempt: Gauges,
     quota: Gauges,
     pending: Gauges,
+    state: Gauges,
 }
 
 impl Backends {
     fn new(registry: &mut Registry) -> Self {
+        let state = Gauges::default();
+        let help = "1 for the state that it is in, 0 for the others";
+        registry.register("backend_state", help, state.clone());
         let mut gauge = |name, help| gauges(registry, name, help);
         Self {
             established: gauge("established", "In TCP state ESTABLISHED, accept side"),
             exempt: gauge("exempt", "Those of them that don't count against the quota"),
             quota: gauge("quota", "The most that it should hold; absent: unlimited"),
             pending: gauge("pending", "Handshakes under way; absent: can't be read"),
+            state,
         }
     }
 
@@ -109,7 +124,6 @@ impl Backends {
             ("slot", backend.slot.to_string()),
             ("backend", backend.address.to_string()),
             ("netns", backend.netns.to_string()),
-            ("state", backend.state.name().to_owned()),
         ];
         let set = |family: &Gauges, value: u32| {
             family.get_or_create(&labels).set(i64::from(value));
@@ -121,6 +135,13 @@ impl Backends {
         }
         if let Some(pending) = backend.pending {
             set(&self.pending, pending);
+        }
+        // In the other metrics a label that changes would end one series and begin another.
+        for state in STATES {
+            let mut labels = labels.clone();
+            labels.push(("state", state.name().to_owned()));
+            let is_in = i64::from(backend.state == state);
+            self.state.get_or_create(&labels).set(is_in);
         }
     }
 }
