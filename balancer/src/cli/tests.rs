@@ -397,6 +397,27 @@ fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
     }
 }
 
+/// The words of the help follow what is computed: SYNs that are expected, not what admission reads.
+#[test]
+fn help_and_reference_say_what_pending_shows() {
+    use balancer_common::abi::ticks_of_ms;
+    use balancer_common::decision::admission::EXPECTED_FOR;
+
+    assert_eq!(EXPECTED_FOR, ticks_of_ms(1_100), "the texts say 1.1 s");
+    let mut command = Cli::command();
+    let status = command.find_subcommand_mut("status").unwrap();
+    let help = status.render_long_help().to_string();
+    let reference = include_str!("../../../docs/reference.md");
+    for text in [&help, reference] {
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(
+            text.contains("SYNs sent to it in the last 1.1 s that have not become established"),
+            "{text}"
+        );
+        assert!(!text.contains("+ PENDING"), "{text}");
+    }
+}
+
 #[test]
 fn quota_as_text() {
     let (agents, als) = (agents(), als());

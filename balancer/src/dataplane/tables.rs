@@ -154,7 +154,7 @@ impl SlotView {
         self.limit().map(|limit| limit.saturating_sub(taken))
     }
 
-    /// SYNs sent to it in the last second that have not become established.
+    /// SYNs sent to it in the last 1.1 s that have not become established.
     pub fn expected(&self) -> u32 {
         admission::expected(self.member.counts.expected, ticks(clock::monotonic_ns()))
     }

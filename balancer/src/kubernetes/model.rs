@@ -144,7 +144,7 @@ pub struct ReportedBackend {
     pub established: u32,
     /// The exempt ones of them.
     pub exempt: u32,
-    /// Handshakes under way; `null`: can't be read.
+    /// SYNs sent to it in the last 1.1 s that have not become established; `null`: can't be read.
     pub pending: Option<u32>,
     /// The most connections that it should hold; `null`: unlimited.
     pub quota: Option<u32>,

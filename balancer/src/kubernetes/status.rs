@@ -61,7 +61,7 @@ pub struct BackendStatus {
     pub established: Option<u32>,
     /// The exempt ones of them.
     pub exempt: Option<u32>,
-    /// Handshakes under way.
+    /// SYNs sent to it in the last 1.1 s that have not become established.
     pub pending: Option<u32>,
     /// The most connections that it should hold; unlimited: `null` with a `state`.
     pub quota: Option<u32>,

@@ -113,7 +113,10 @@ impl Backends {
             established: gauge("established", "In TCP state ESTABLISHED, accept side"),
             exempt: gauge("exempt", "Those of them that don't count against the quota"),
             quota: gauge("quota", "The most that it should hold; absent: unlimited"),
-            pending: gauge("pending", "Handshakes under way; absent: can't be read"),
+            pending: gauge(
+                "pending",
+                "SYNs sent to it in the last 1.1 s that have not become established; absent: can't be read",
+            ),
             state,
         }
     }

@@ -87,7 +87,7 @@ pub struct BackendSnapshot {
     pub established: u32,
     /// Exempt connections in ESTABLISHED.
     pub exempt: u32,
-    /// SYNs sent to it in the last second that have not become established; `None`: can't be read.
+    /// SYNs sent to it in the last 1.1 s that have not become established; `None`: can't be read.
     pub pending: Option<u32>,
     /// Whether SYNs can be steered to it.
     pub steerable: bool,
