@@ -135,17 +135,19 @@ pub fn set_by_hand(
             known.join(", ")
         );
     };
+    let mut slots = writer.tables.slots()?;
+    slots.retain(|view| view.member.backend.service == id);
     let Some(slot) = slot else {
         services::set_quota_by_hand(&mut writer.tables, id, quota)?;
-        return Ok(quota.map_or_else(
+        let message = quota.map_or_else(
             || format!("the quota of {service} follows its rule again"),
             |quota| format!("the quota of every backend of {service} is {quota}"),
-        ));
+        );
+        return Ok(message + &kept_by_hand(service, &slots));
     };
-    let slots = writer.tables.slots()?;
     let view = slots
         .iter()
-        .find(|view| view.slot() == slot && view.member.backend.service == id)
+        .find(|view| view.slot() == slot)
         .with_context(|| {
             format!("{service} has no backend in slot {slot}; `balancer status` shows the slots")
         })?;
@@ -169,6 +171,22 @@ pub fn set_by_hand(
         writer.rules.weight_of(&view.member.backend),
     );
     Ok(message)
+}
+
+/// The exceptions from the quota of a service: its backends whose own quota was set by hand.
+fn kept_by_hand(service: &str, slots: &[SlotView]) -> String {
+    let kept = slots.iter().filter_map(|view| {
+        let written = written(&view.member.policy, view.slot_state())?;
+        let slot = view.slot();
+        (written.source == QuotaSource::Backend).then(|| {
+            format!(
+                "; slot {slot} keeps its own quota by hand, {}, until `balancer quota clear \
+                 {service} --slot {slot}`",
+                written.quota
+            )
+        })
+    });
+    kept.collect()
 }
 
 #[cfg(test)]
@@ -202,6 +220,21 @@ mod tests {
         assert_eq!(previous(4, QuotaSource::Service), None);
         assert_eq!(previous(4, QuotaSource::Backend), None);
         assert_eq!(previous(3, QuotaSource::Computed), None);
+    }
+
+    #[test]
+    fn a_backend_that_keeps_a_quota_by_hand_is_named_with_the_command_that_clears_it() {
+        let with = |quota, source: QuotaSource| slot(SlotPolicy::new(4, quota, 1, source.flags()));
+        let others = [
+            with(5, QuotaSource::Computed),
+            with(5, QuotaSource::Rule),
+            with(5, QuotaSource::Service),
+        ];
+        assert_eq!(kept_by_hand("agents", &others), "");
+        assert_eq!(
+            kept_by_hand("agents", &[with(0, QuotaSource::Backend)]),
+            "; slot 3 keeps its own quota by hand, 0, until `balancer quota clear agents --slot 3`"
+        );
     }
 
     #[test]

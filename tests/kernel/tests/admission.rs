@@ -280,6 +280,9 @@ fn quota_zero_closes_a_backend_by_hand() {
         clients.extend(tcp::connect_many(agents(), 10));
         assert_eq!(agree(&balancer, &mut listeners), [2, 12]);
         assert_eq!(balancer.service().verdicts("closed-by-hand"), 0);
+        let said = balancer.must(&["quota", "clear", "agents"]);
+        let clear = format!("`balancer quota clear agents --slot {slot}`");
+        assert!(said.contains(&clear), "{said}");
         balancer.quota_set("agents", None, 0);
         balancer.quota_clear("agents", Some(slot));
         assert!(tcp::connect(agents()).is_refused());
