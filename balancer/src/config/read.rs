@@ -15,7 +15,7 @@ use super::{
     read_kubernetes::kubernetes,
     values::{
         Time, clients, connections, exempt, headroom, min_quota, per_backend, policy, port,
-        service_entries, service_name,
+        quota_fields, service_entries, service_name,
     },
     yaml::{self, Node, Value, shown},
 };
@@ -184,7 +184,7 @@ fn unreachable(address: IpAddr) -> bool {
 }
 
 fn quota(node: &Node) -> Result<QuotaRule> {
-    let fields = Fields::of(node, "services.quota")?;
+    let fields = quota_fields(node, "services.quota")?;
     if matches!(&*node.value, Value::Map(entries) if entries.is_empty()) {
         return node.fail(
             "`quota` has no settings; write `per_backend: N` or `clients: N` in it, or leave `quota` out for no limit",

@@ -12,7 +12,7 @@ use super::{
     selector::selector,
     values::{
         Time, clients, connections, exempt, headroom, label, min_quota, per_backend, policy, port,
-        service_entries, service_name,
+        quota_fields, service_entries, service_name,
     },
     yaml::{Entry, Node, Value, shown},
 };
@@ -138,7 +138,7 @@ fn port_choice(node: &Node) -> Result<PortChoice> {
 }
 
 fn quota(node: &Node) -> Result<ClusterQuota> {
-    let fields = Fields::of(node, "kubernetes.services.quota")?;
+    let fields = quota_fields(node, "kubernetes.services.quota")?;
     let source = source(node, &fields)?;
     if let Some(limit) = per_backend(&fields)? {
         return Ok(ClusterQuota::Fixed(limit));

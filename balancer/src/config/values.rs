@@ -10,7 +10,7 @@ use super::{
     MAX_HEADROOM_PERCENT, MAX_NAME_BYTES, MAX_SERVICES,
     error::Result,
     fields::{Fields, decimal},
-    yaml::{Node, shown},
+    yaml::{Node, Value, shown},
 };
 
 /// The items of `services`, of which there is at least one.
@@ -140,6 +140,18 @@ fn unmapped(network: IpNet) -> IpNet {
         IpNet::V6(v6) => mapped(v6).map_or(network, IpNet::V4),
         IpNet::V4(_) => network,
     }
+}
+
+/// The settings of a quota, the mapping at `path`. A bare number is most likely meant as a fixed one.
+pub(super) fn quota_fields<'a>(node: &'a Node, path: &'static str) -> Result<Fields<'a>> {
+    if let Value::Scalar(text) = &*node.value
+        && decimal(text).is_some_and(|limit| (1..=MAX_CONNECTIONS).contains(&limit))
+    {
+        return node.fail(format!(
+            "`quota` must be `key: value` settings, this is a single value; write `quota: {{per_backend: {text}}}` for as many connections on each backend"
+        ));
+    }
+    Fields::of(node, path)
 }
 
 /// A fixed quota: the same for each backend. It stands alone.
