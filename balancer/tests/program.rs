@@ -69,6 +69,10 @@ fn exit_codes() {
     );
     assert!(!directory.path().join("state").exists());
     assert_fails(&run(&["frobnicate"]), 2, "unrecognized subcommand");
+    let misspelt = run(&["unlod"]);
+    assert_fails(&misspelt, 2, "unrecognized subcommand");
+    assert!(!String::from_utf8_lossy(&misspelt.stderr).contains("'unload'"));
+    assert_fails(&run(&["reload"]), 1, "no daemon answers at");
     assert_fails(&run(&["run"]), 2, "--config <FILE>");
     assert_fails(
         &run(&["explain", "--from", "oap", "--to", "1"]),

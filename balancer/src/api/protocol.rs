@@ -33,6 +33,8 @@ pub enum Request {
         /// The slot of the backend; `None`: the service's own override.
         slot: Option<u32>,
     },
+    /// Read the configuration file again.
+    Reload,
     /// Take everything out of the kernel and end.
     Unload,
     /// Say that it lives.
@@ -55,7 +57,7 @@ pub enum Response {
         /// What the daemon knows of its cluster.
         cluster: Box<ClusterStatus>,
     },
-    /// Nothing changed.
+    /// What was asked for is not in force, or only in part.
     Failed {
         /// Why, and what to do about it.
         message: String,

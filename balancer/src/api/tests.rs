@@ -114,6 +114,7 @@ fn every_request_arrives_as_it_was_sent_and_is_answered() {
             service: "als".to_owned(),
             slot: Some(0),
         },
+        Request::Reload,
         Request::Unload,
     ] {
         let response = ask(&running.socket(), Path::new(STATE), &request).unwrap();

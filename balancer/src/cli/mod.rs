@@ -7,6 +7,7 @@ mod metrics;
 mod output;
 mod ping;
 mod quota;
+mod reload;
 mod run;
 mod status;
 mod unload;
@@ -17,7 +18,10 @@ mod tests;
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{
+    Args, CommandFactory, Parser, Subcommand,
+    error::{ContextKind, ContextValue},
+};
 use nix::unistd::geteuid;
 
 use crate::{
@@ -33,8 +37,8 @@ use crate::{
 /// never passes through it. What it sets up in the kernel goes on working when the daemon dies;
 /// after a while without it nobody is refused any more.
 ///
-/// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, quota set,
-/// quota clear and unload change what the kernel does.
+/// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, reload,
+/// quota set, quota clear and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
     name = "balancer",
@@ -86,6 +90,7 @@ struct Place {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(run::Run),
+    Reload(reload::Reload),
     Status(status::Status),
     Metrics(metrics::Metrics),
     #[command(subcommand)]
@@ -116,6 +121,7 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(usage) => {
+            let usage = without_changing_verbs(usage);
             // Help and version come this way too. Nobody is there to hear that printing failed.
             let _ = usage.print();
             return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
@@ -127,10 +133,42 @@ pub fn main() -> ExitCode {
     })
 }
 
+/// Takes the verbs that change something out of what is suggested for a misspelt one: who follows
+/// a suggestion must not take the data plane out by it.
+fn without_changing_verbs(mut usage: clap::Error) -> clap::Error {
+    let Some(ContextValue::Strings(mut verbs)) = usage.remove(ContextKind::SuggestedSubcommand)
+    else {
+        return usage;
+    };
+    let changing = changing_verbs(&Cli::command());
+    verbs.retain(|verb| !changing.contains(verb));
+    if !verbs.is_empty() {
+        usage.insert(
+            ContextKind::SuggestedSubcommand,
+            ContextValue::Strings(verbs),
+        );
+    }
+    usage
+}
+
+/// The verbs below `command` that say of themselves that they change something.
+fn changing_verbs(command: &clap::Command) -> Vec<String> {
+    let mut changing = Vec::new();
+    for verb in command.get_subcommands() {
+        let about = verb.get_about().map(ToString::to_string);
+        if about.is_some_and(|about| about.ends_with("(changes the kernel)")) {
+            changing.push(verb.get_name().to_owned());
+        }
+        changing.extend(changing_verbs(verb));
+    }
+    changing
+}
+
 impl Verb {
     fn perform(&self, place: &Place) -> Result<ExitCode> {
         match self {
             Self::Run(run) => run.perform(place),
+            Self::Reload(reload) => reload.perform(place),
             Self::Status(status) => status.perform(place),
             Self::Metrics(metrics) => metrics.perform(place),
             Self::Quota(quota) => quota.perform(place),
@@ -182,6 +220,16 @@ impl Place {
             Some(Response::Cluster { .. }) => bail!("the daemon answered something else"),
             None => Ok(None),
         }
+    }
+
+    /// Has the daemon do what `only` it does. Its answer for the operator.
+    fn must_ask(&self, request: &Request, only: &str) -> Result<String> {
+        self.ask(request)?.ok_or_else(|| {
+            anyhow!(
+                "no daemon answers at {}, and only it {only}: start it with `balancer run --config FILE`, or give its socket with --admin-socket",
+                self.admin_socket.display()
+            )
+        })
     }
 
     /// What the daemon knows of its cluster.

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 
-use anyhow::{Context, Result, anyhow, bail};
-use clap::{Args, Subcommand, value_parser};
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
 use serde::Serialize;
 
 use super::{
@@ -56,7 +56,7 @@ pub(super) struct Set {
     /// The service
     service: String,
     /// The most established connections of each backend; 0 closes it for new ones
-    #[arg(value_parser = value_parser!(u32).range(0..=i64::from(MAX_CONNECTIONS)))]
+    #[arg(value_parser = limit, allow_negative_numbers = true)]
     quota: u32,
     /// Only the backend in this slot, see `balancer status`
     #[arg(long, value_name = "N")]
@@ -78,6 +78,16 @@ pub(super) struct Clear {
     /// Only the override of the backend in this slot
     #[arg(long, value_name = "N")]
     slot: Option<u32>,
+}
+
+/// The most connections of a backend, as an argument.
+fn limit(text: &str) -> Result<u32, String> {
+    let limit = text.parse().ok();
+    limit.filter(|limit| *limit <= MAX_CONNECTIONS).ok_or_else(|| {
+        format!(
+            "write a whole number of connections for each backend, up to {MAX_CONNECTIONS} (0 takes none), or follow the rule again with `balancer quota clear SERVICE`"
+        )
+    })
 }
 
 impl Quota {
@@ -108,12 +118,7 @@ impl Quota {
 }
 
 fn change(place: &Place, request: &Request) -> Result<()> {
-    let message = place.ask(request)?.ok_or_else(|| {
-        anyhow!(
-            "no daemon answers at {}, and only it changes quotas: start it with `balancer run --config FILE`, or give its socket with --admin-socket",
-            place.admin_socket.display()
-        )
-    })?;
+    let message = place.must_ask(request, "changes quotas")?;
     print(&format!("{message}\n"))
 }
 

@@ -719,6 +719,7 @@ mod parsing {
             &[
                 "doctor", "--config", "a.yaml", "--cgroup", "/c", "-o", "json",
             ],
+            &["reload"],
             &["unload"],
             &["completions", "bash"],
         ] {
@@ -761,6 +762,7 @@ mod parsing {
             &["quota", "set", "agents", "-5"],
             &["quota", "set", "agents", "lots"],
             &["quota", "set", "agents", "100000001"],
+            &["reload", "now"],
             &["quota", "set", "agents", "5", "--slot", "-1"],
             &["quota", "clear"],
             &["explain", "--from", "10.0.0.7"],
@@ -776,6 +778,52 @@ mod parsing {
         }
         assert_eq!(parse(&["--help"]).unwrap_err().exit_code(), 0);
         assert_eq!(parse(&["--version"]).unwrap_err().exit_code(), 0);
+    }
+
+    #[test]
+    fn a_wrong_quota_is_told_what_is_wanted() {
+        for quota in ["sixty", "10%", "unlimited", "-1", "1.5", "100000001", ""] {
+            let error = parse(&["quota", "set", "agents", quota]).unwrap_err();
+            let said = error.to_string();
+            for words in [
+                "a whole number of connections for each backend",
+                "0 takes none",
+                "`balancer quota clear SERVICE`",
+            ] {
+                assert!(said.contains(words), "{said}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_verb_that_changes_something_is_suggested() {
+        let said =
+            |arguments: &[&str]| without_changing_verbs(parse(arguments).unwrap_err()).to_string();
+        for arguments in [
+            &["unlod"][..],
+            &["relaod"],
+            &["load"],
+            &["rum"],
+            &["quota", "ste"],
+            &["quota", "claer"],
+        ] {
+            let said = said(arguments);
+            assert!(
+                said.contains("unrecognized subcommand") && !said.contains("similar"),
+                "{said}"
+            );
+        }
+        for (arguments, verb) in [
+            (&["statu"][..], "'status'"),
+            (&["quot"], "'quota'"),
+            (&["quota", "shwo"], "'show'"),
+        ] {
+            let said = said(arguments);
+            assert!(said.contains("similar") && said.contains(verb), "{said}");
+        }
+        // What is wrong elsewhere keeps its tip.
+        let said = said(&["status", "--outptu", "json"]);
+        assert!(said.contains("'--output'"), "{said}");
     }
 
     #[test]
@@ -859,11 +907,12 @@ mod without_a_daemon {
     }
 
     #[test]
-    fn the_quota_verbs_say_that_no_daemon_answers() {
+    fn the_verbs_that_need_the_daemon_say_that_none_answers() {
         let (_directory, place) = nowhere();
         for arguments in [
             &["quota", "set", "agents", "5"][..],
             &["quota", "clear", "agents"],
+            &["reload"],
         ] {
             let message = perform(&place, arguments);
             assert!(

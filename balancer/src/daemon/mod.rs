@@ -9,10 +9,8 @@ mod requests;
 mod signals;
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::Result;
-use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{error, info};
 
 use self::attach::GuardedNetns;
@@ -25,11 +23,6 @@ use crate::dataplane::{Events, Lock, Paths, Writer};
 use crate::discover::cgroup2_mount;
 use crate::sys::memory;
 use crate::sys::privileges::drop_to;
-
-/// The longest time between two ticks; shorter where `fail_open_after` is short.
-const TICK: Duration = Duration::from_secs(1);
-/// Heartbeats that may be missed before the kernel fails open.
-const BEATS: u32 = 4;
 
 /// What `balancer run` was told.
 #[derive(Clone, Debug)]
@@ -107,33 +100,26 @@ async fn serve(
     mut admin: Server,
     mut signals: Signals,
 ) -> Result<End> {
-    let mut ticks = ticks(daemon.fail_open_after());
     loop {
         tokio::select! {
-            _ = ticks.tick() => daemon.tick(),
+            _ = daemon.ticks.tick() => daemon.tick(),
             () = daemon.mode.changed() => daemon.on_cluster_change(),
             batch = events.next() => daemon.on_events(&batch?),
             (request, reply) = admin.next() => {
-                if requests::answer(daemon, &request, reply) {
+                if requests::answer(daemon, &options.config, &request, reply) {
                     return Ok(End::Unloaded);
                 }
             }
             signal = signals.next() => match signal {
                 Signal::Hangup => {
-                    daemon.reload(&options.config);
-                    ticks = self::ticks(daemon.fail_open_after());
+                    // Nobody waits for an answer, and the log has the error.
+                    let _ = daemon.reload(&options.config);
                 }
                 Signal::Interrupt => return Ok(End::Interrupted),
                 Signal::Terminate => return Ok(End::Terminated),
             }
         }
     }
-}
-
-fn ticks(fail_open_after: Duration) -> Interval {
-    let mut ticks = interval(TICK.min(fail_open_after / BEATS));
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    ticks
 }
 
 fn finish(daemon: &Daemon, end: End, on_exit: Option<OnExit>) -> Result<()> {

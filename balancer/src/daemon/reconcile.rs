@@ -3,8 +3,9 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use balancer_common::abi::{Event, EventKind};
+use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, error, info};
 
 use super::attach::{GuardedNetns, Scope};
@@ -15,6 +16,10 @@ use crate::dataplane::{Plan, Writer, services, slots};
 use crate::sys::clock;
 use crate::sys::privileges::{Kept, suffice_for};
 
+/// The longest time between two ticks; shorter where `fail_open_after` is short.
+const TICK: Duration = Duration::from_secs(1);
+/// Heartbeats that may be missed before the kernel fails open.
+const BEATS: u32 = 4;
 /// The shortest time between two audits: a little less than a tick, so that not every other tick
 /// finds the audit not yet due.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -41,6 +46,8 @@ pub struct Daemon {
     pub mode: Mode,
     /// The data plane, which only this process may change.
     pub writer: Writer,
+    /// The times at which the next ticks are due.
+    pub ticks: Interval,
     /// The network namespaces that `steer` is or will be attached to.
     guarded: GuardedNetns,
     /// How long after the daemon last lived the kernel stops refusing.
@@ -53,11 +60,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// A daemon that has put nothing in force yet.
+    /// A daemon that has put nothing in force yet. Must be called inside a tokio runtime.
     pub fn new(config: &Config, guarded: GuardedNetns, mode: Mode, writer: Writer) -> Self {
         Self {
             mode,
             writer,
+            ticks: ticks(config.fail_open_after),
             guarded,
             fail_open_after: config.fail_open_after,
             plan: None,
@@ -136,18 +144,28 @@ impl Daemon {
         }
     }
 
-    /// Puts the file in force again; a bad one changes nothing.
-    pub fn reload(&mut self, path: &Path) {
-        if let Err(error) = self.reconfigure(path) {
-            error!("the configuration was not reloaded, the old one stays in force: {error:#}");
-            return;
+    /// Puts the file in force again; a bad one changes nothing. The log tells how it went.
+    ///
+    /// # Errors
+    /// When the file is bad, or the kernel refuses a part of what it says.
+    pub fn reload(&mut self, path: &Path) -> Result<()> {
+        let reloaded = self.put_file_in_force(path);
+        match &reloaded {
+            Ok(()) => info!("reloaded {}", path.display()),
+            Err(error) => error!("{error:#}"),
         }
+        reloaded
+    }
+
+    fn put_file_in_force(&mut self, path: &Path) -> Result<()> {
+        self.reconfigure(path)
+            .context("the configuration was not reloaded, the old one stays in force")?;
         self.beat();
-        if let Err(error) = self.follow_plan() {
-            error!("the new configuration is in force only in part: {error:#}");
-        }
-        log_failure(self.update());
-        info!("reloaded {}", path.display());
+        let followed = self.follow_plan();
+        let updated = self.update();
+        followed.and(updated).context(
+            "the new configuration is in force only in part; the rest is tried again at every tick",
+        )
     }
 
     fn reconfigure(&mut self, path: &Path) -> Result<()> {
@@ -157,6 +175,7 @@ impl Daemon {
         self.mode.reconfigure(&config)?;
         self.guarded = guarded;
         self.fail_open_after = config.fail_open_after;
+        self.ticks = ticks(config.fail_open_after);
         // Whatever the maps hold, it is written again.
         self.plan = None;
         Ok(())
@@ -247,6 +266,12 @@ impl Daemon {
         self.next_audit = Instant::now() + (cost * share).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
         Ok(())
     }
+}
+
+fn ticks(fail_open_after: Duration) -> Interval {
+    let mut ticks = interval(TICK.min(fail_open_after / BEATS));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 fn log_failure<T>(result: Result<T>) {

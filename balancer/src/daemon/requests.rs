@@ -1,5 +1,7 @@
 //! The answers to the verbs that ask the daemon.
 
+use std::path::Path;
+
 use anyhow::Result;
 use tracing::info;
 
@@ -7,8 +9,9 @@ use super::quotas::set_by_hand;
 use super::reconcile::Daemon;
 use crate::api::{Reply, Request, Response};
 
-/// Answers a request; true: everything is unloaded and the daemon is to end.
-pub fn answer(daemon: &mut Daemon, request: &Request, reply: Reply) -> bool {
+/// Answers a request to the daemon with this configuration file; true: everything is unloaded and
+/// the daemon is to end.
+pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Reply) -> bool {
     let done = |message| Response::Done { message };
     let response = match request {
         Request::SetQuota {
@@ -17,6 +20,9 @@ pub fn answer(daemon: &mut Daemon, request: &Request, reply: Reply) -> bool {
             quota,
         } => set_quota(daemon, service, *slot, Some(*quota)).map(done),
         Request::ClearQuota { service, slot } => set_quota(daemon, service, *slot, None).map(done),
+        Request::Reload => {
+            (daemon.reload(config)).map(|()| done(format!("reloaded {}", config.display())))
+        }
         // The answer must come after the deed, and the deed ends the daemon.
         Request::Unload => (daemon.writer.loader.remove())
             .map(|()| done("the data plane is out of the kernel; the daemon ends".into())),

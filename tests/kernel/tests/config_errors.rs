@@ -147,6 +147,43 @@ fn a_bad_file_at_a_reload_leaves_the_old_one_in_force() {
     });
 }
 
+/// `balancer reload` answers when it is done, and a shell can tell whether it was.
+#[test]
+fn the_verb_reload_says_whether_the_new_file_is_in_force() {
+    Machine::with(|machine| {
+        let with = |quota: u32| {
+            let quota = format!("quota: {{per_backend: {quota}}}");
+            virtual_port("least-connections", 2, &[&quota])
+        };
+        let balancer = Balancer::start(machine, &with(4));
+        let _listeners = open_listeners(2);
+        balancer.wait_active(2);
+        let file = balancer.config();
+        let quotas = || {
+            let backends = balancer.service().backends;
+            let quotas: Vec<_> = backends.iter().map(|backend| backend.quota).collect();
+            quotas
+        };
+        balancer.configure(&with(6));
+        assert_eq!(
+            balancer.must(&["reload"]),
+            format!("reloaded {}\n", file.display())
+        );
+        assert_eq!(quotas(), [Some(6); 2]);
+        balancer.configure("services:\n  - name: agents\n    prot: 1\n");
+        let failed = balancer.verb(&["reload"]);
+        assert_eq!(failed.code, 1, "{}", failed.stderr);
+        let place = format!("{}:3:5: unknown key `prot`", file.display());
+        assert!(
+            failed.stderr.contains(&place) && failed.stderr.contains("the old one stays in force"),
+            "{}",
+            failed.stderr
+        );
+        assert_eq!(quotas(), [Some(6); 2]);
+        balancer.wait_active(2);
+    });
+}
+
 #[test]
 fn a_reload_can_change_everything_about_a_service() {
     Machine::with(|machine| {
