@@ -19,8 +19,8 @@ use crate::{config::ConfigError, daemon, doctor};
 /// root.
 ///
 /// Signals: HUP reads the file again, as `balancer reload` does (a bad one is reported and the old
-/// one stays in force); INT (Ctrl-C) takes everything out of the kernel; TERM leaves it in place for
-/// the next run.
+/// one stays in force); INT (Ctrl-C) takes everything out of the kernel; TERM leaves it in place
+/// for the next run.
 ///
 /// Once it has started it keeps only the capabilities that it still needs. So a file with other
 /// `namespaces` than `own` takes a restart where it was started with `own`.

@@ -14,9 +14,10 @@ use super::{Place, output::Output};
 ///
 /// Reads the kernel's own counters, so it works without the daemon. ESTABLISHED is what the socket
 /// table says, EXEMPT are those of them that are never refused and don't count against the quota,
-/// PENDING are SYNs sent to it in the last 1.1 s that have not become established. A backend takes a
-/// connection while ESTABLISHED - EXEMPT, plus the half-open connections that may still complete, is
-/// below its QUOTA. Those are read from its listener at each SYN, so PENDING may differ from them.
+/// PENDING are SYNs sent to it in the last 1.1 s that have not become established. A backend takes
+/// a connection while ESTABLISHED - EXEMPT, plus the half-open connections that may still complete,
+/// is below its QUOTA. Those are read from its listener at each SYN, so PENDING may differ from
+/// them.
 ///
 /// Verdicts are look-ups, nearly always one for each new connection, but stray packets and other
 /// programs look up sockets too.

@@ -142,7 +142,8 @@ fn unmapped(network: IpNet) -> IpNet {
     }
 }
 
-/// The settings of a quota, the mapping at `path`. A bare number is most likely meant as a fixed one.
+/// The settings of a quota, the mapping at `path`. A bare number is most likely meant as a fixed
+/// one.
 pub(super) fn quota_fields<'a>(node: &'a Node, path: &'static str) -> Result<Fields<'a>> {
     if let Value::Scalar(text) = &*node.value
         && decimal(text).is_some_and(|limit| (1..=MAX_CONNECTIONS).contains(&limit))

@@ -89,8 +89,8 @@ pub struct LiveNetns {
 /// A netns that only a file, a mount or a socket keeps alive is not among them.
 ///
 /// # Errors
-/// Where `/proc` can't be read, or there is a netns to enter and `CAP_SYS_ADMIN` is missing, without
-/// which none but the own can be entered.
+/// Where `/proc` can't be read, or there is a netns to enter and `CAP_SYS_ADMIN` is missing,
+/// without which none but the own can be entered.
 pub fn live_netns() -> Result<LiveNetns> {
     live_netns_by(|file| netns::cookie_of(file))
 }
