@@ -118,28 +118,9 @@ pub const fn fits_family(flags: u32, packet_is_v4: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{ServicePort, SlotState, UNLIMITED};
-    use crate::decision::request::Arrival;
+    use crate::abi::{SlotState, UNLIMITED};
+    use crate::decision::request::tests::request;
     use proptest::prelude::*;
-
-    const SERVICE: ServicePort = ServicePort {
-        service: 0,
-        policy: 0,
-        flags: 0,
-        quota: UNLIMITED,
-    };
-
-    fn request(to: Address, device: u32) -> Request {
-        let arrival = Arrival {
-            netns: 1,
-            device,
-            from: Address::from_v4_be(1),
-            from_port: 1,
-            to,
-            to_port: 11_800,
-        };
-        Request::new(&SERVICE, &arrival, 0, 0, 0)
-    }
 
     fn member(address: Address, device: u32) -> Member {
         Member {

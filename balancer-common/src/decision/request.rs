@@ -76,3 +76,28 @@ impl Request {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::abi::UNLIMITED;
+
+    /// A SYN for the own port of a service with least connections and no quota.
+    pub fn request(to: Address, device: u32) -> Request {
+        let service = ServicePort {
+            service: 0,
+            policy: 0,
+            flags: 0,
+            quota: UNLIMITED,
+        };
+        let arrival = Arrival {
+            netns: 1,
+            device,
+            from: Address::from_v4_be(1),
+            from_port: 1,
+            to,
+            to_port: 11_800,
+        };
+        Request::new(&service, &arrival, 0, 0, 0)
+    }
+}

@@ -426,29 +426,10 @@ impl Scan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{Address, ServicePort, UNLIMITED};
+    use crate::abi::{Address, UNLIMITED};
     use crate::decision::admission::admits;
-    use crate::decision::request::Arrival;
+    use crate::decision::request::tests::request;
     use proptest::prelude::*;
-
-    const SERVICE: ServicePort = ServicePort {
-        service: 0,
-        policy: 0,
-        flags: 0,
-        quota: UNLIMITED,
-    };
-
-    fn request(to: Address, device: u32) -> Request {
-        let arrival = Arrival {
-            netns: 1,
-            device,
-            from: Address::from_v4_be(1),
-            from_port: 1,
-            to,
-            to_port: 11_800,
-        };
-        Request::new(&SERVICE, &arrival, 0, 0, 0)
-    }
 
     fn any_enforce() -> impl Strategy<Value = Enforce> {
         prop_oneof![
