@@ -20,6 +20,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{
     Args, CommandFactory, Parser, Subcommand,
+    builder::{PathBufValueParser, TypedValueParser},
     error::{ContextKind, ContextValue},
 };
 use nix::unistd::geteuid;
@@ -72,6 +73,7 @@ struct Place {
         value_name = "DIR",
         env = "BALANCER_STATE_DIR",
         default_value = "/sys/fs/bpf/balancer",
+        value_parser = absolute(),
         help_heading = "Which balancer (when several stand side by side)"
     )]
     state_dir: PathBuf,
@@ -82,6 +84,7 @@ struct Place {
         value_name = "PATH",
         env = "BALANCER_ADMIN_SOCKET",
         default_value = "/run/balancer/admin.sock",
+        value_parser = absolute(),
         help_heading = "Which balancer (when several stand side by side)"
     )]
     admin_socket: PathBuf,
@@ -249,6 +252,12 @@ impl Place {
             ),
         }
     }
+}
+
+/// Reads a path as one from the root on: messages name it so, and the next verb may be run
+/// elsewhere.
+fn absolute() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(std::path::absolute::<PathBuf>)
 }
 
 /// What to try where another user would see more; empty for root.

@@ -862,6 +862,15 @@ mod parsing {
             assert_eq!(place.admin_socket, Path::new("/a"));
         }
     }
+
+    #[test]
+    fn a_relative_path_is_one_from_here() {
+        let here = std::env::current_dir().unwrap();
+        let place = parse(&["--state-dir", "a/b", "--admin-socket", "c", "status"]);
+        let place = place.unwrap().place;
+        assert_eq!(place.state_dir, here.join("a/b"));
+        assert_eq!(place.admin_socket, here.join("c"));
+    }
 }
 
 mod without_a_daemon {

@@ -20,9 +20,9 @@ use self::signals::{Signal, Signals};
 use crate::api::Server;
 use crate::config::Config;
 use crate::dataplane::{Events, Lock, Paths, Writer};
-use crate::discover::cgroup2_mount;
+use crate::discover::cgroup;
 use crate::sys::memory;
-use crate::sys::privileges::drop_to;
+use crate::sys::privileges::{drop_to, suffice_to_start};
 
 /// What `balancer run` was told.
 #[derive(Clone, Debug)]
@@ -62,11 +62,9 @@ enum End {
 /// When it can't start; then nothing is left in the kernel that was not there before.
 pub async fn run(options: Options) -> Result<()> {
     let config = Config::load(&options.config)?;
+    suffice_to_start()?;
     let guarded = GuardedNetns::resolve(&config.namespaces)?;
-    let cgroup = match &options.cgroup {
-        Some(path) => path.clone(),
-        None => cgroup2_mount()?,
-    };
+    let cgroup = cgroup(options.cgroup.as_deref())?;
     let paths = Paths::new(&options.state_dir);
     let lock = Lock::for_daemon(&paths)?;
     let admin = Server::bind(&options.admin_socket, &options.state_dir)?;

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::unistd::geteuid;
+use nix::unistd::{Uid, geteuid};
 use tracing::info;
 
 use super::paths::Paths;
 use crate::discover::{ensure_bpffs, is_ending};
+use crate::sys::privileges::user;
 
 const HOLDERS: &str = "/run/balancer";
 
@@ -30,6 +31,38 @@ const TRY_EVERY: Duration = Duration::from_millis(20);
 pub struct Lock {
     _directory: Flock<File>,
     holder: PathBuf,
+    /// Dropped last: what is empty goes once the lock is free.
+    made: MadeDirectories,
+}
+
+/// Directories that a start has made, the innermost first. Those that are empty when this is
+/// dropped are removed: a start that fails leaves none.
+#[derive(Debug, Default)]
+struct MadeDirectories(Vec<PathBuf>);
+
+impl MadeDirectories {
+    fn down_to(path: &Path) -> Result<Self> {
+        let missing = path.ancestors().take_while(|path| !path.exists());
+        let made = Self(missing.map(Path::to_owned).collect());
+        make_directory(path)?;
+        Ok(made)
+    }
+}
+
+impl Drop for MadeDirectories {
+    fn drop(&mut self) {
+        for directory in &self.0 {
+            // Best effort: one that is in use, or gone already, is not ours to remove.
+            let _ = remove_empty(directory);
+        }
+    }
+}
+
+/// Removes a directory that holds nothing and that nobody has locked.
+fn remove_empty(directory: &Path) -> Result<()> {
+    let file = File::open(directory)?;
+    let _locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+    Ok(fs::remove_dir(directory)?)
 }
 
 /// How taking the lock ended.
@@ -50,7 +83,7 @@ impl Lock {
         if ensure_bpffs(paths.state_dir())? {
             info!("mounted the BPF file system");
         }
-        make_directory(paths.state_dir())?;
+        let made = MadeDirectories::down_to(paths.state_dir())?;
         close_to_others(paths.state_dir()).with_context(|| {
             format!(
                 "cannot use the state directory {}",
@@ -58,7 +91,10 @@ impl Lock {
             )
         })?;
         match Self::take(paths)? {
-            Held::Mine(lock) => Ok(lock),
+            Held::Mine(mut lock) => {
+                lock.made = made;
+                Ok(lock)
+            }
             Held::ByOther(pid) => bail!(
                 "the data plane in {} already has a daemon: {} (a second one needs a --state-dir \
                  of its own)",
@@ -101,6 +137,7 @@ impl Lock {
                 Ok(Held::Mine(Self {
                     _directory: locked,
                     holder,
+                    made: MadeDirectories::default(),
                 }))
             }
             Err((_, Errno::EWOULDBLOCK)) => Ok(Held::ByOther(holder_of(&holder))),
@@ -126,12 +163,7 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-        .with_context(|| {
-            format!(
-                "cannot make the directory {} (are we root?)",
-                path.display()
-            )
-        })
+        .with_context(|| format!("cannot make the directory {}", path.display()))
 }
 
 /// A directory that was there already may be open to others. The sticky bit means that it is meant
@@ -141,8 +173,11 @@ fn close_to_others(state_dir: &Path) -> Result<()> {
     let found = directory.metadata()?;
     ensure!(
         [0, geteuid().as_raw()].contains(&found.uid()),
-        "it belongs to user {}, who could replace what is pinned there",
-        found.uid()
+        "it belongs to {}, who could replace what is pinned there: an earlier `balancer run` as that \
+         user has left it, or somebody has made it. See what is in it (ls -l {dir}), then remove it \
+         with `balancer unload --state-dir {dir}`, or give another --state-dir",
+        user(Uid::from_raw(found.uid())),
+        dir = state_dir.display()
     );
     if found.mode() & 0o077 != 0 {
         ensure!(
@@ -205,6 +240,8 @@ fn holder_of(file: &Path) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::bpffs::DetachedBpffs;
+    use std::os::unix::fs::chown;
     use std::process::{Child, Command};
     use std::thread;
 
@@ -257,5 +294,47 @@ mod tests {
         assert!(matches!(held, Held::ByOther(_)), "{held:?}");
         assert!(begin.elapsed() >= ENDS_WITHIN, "the wait is bounded");
         fs::remove_file(holder_file(paths.state_dir())).expect("removed");
+    }
+
+    #[test]
+    fn a_start_that_comes_to_nothing_leaves_no_directory_that_it_made() {
+        let bpffs = DetachedBpffs::new().expect("a BPF file system");
+        let outer = bpffs.path().join("outer");
+        let paths = Paths::new(&outer.join("state"));
+        drop(Lock::for_daemon(&paths).expect("taken"));
+        assert!(!outer.exists());
+
+        fs::create_dir(&outer).expect("made");
+        drop(Lock::for_daemon(&paths).expect("taken"));
+        assert!(outer.exists(), "it was there before");
+
+        let lock = Lock::for_daemon(&paths).expect("taken");
+        let second = Lock::for_daemon(&paths).expect_err("one writer at a time");
+        assert!(
+            format!("{second:#}").contains("already has a daemon"),
+            "{second:#}"
+        );
+        assert!(paths.state_dir().exists(), "it is another's");
+        fs::create_dir(paths.current()).expect("made");
+        drop(lock);
+        assert!(paths.current().exists(), "what is in use stays");
+    }
+
+    #[test]
+    fn a_directory_of_another_user_is_refused_with_its_owner_and_the_way_out() {
+        let bpffs = DetachedBpffs::new().expect("a BPF file system");
+        let paths = Paths::new(&bpffs.path().join("state"));
+        fs::create_dir(paths.state_dir()).expect("made");
+        chown(paths.state_dir(), Some(65_534), None).expect("root may");
+        let error = Lock::for_daemon(&paths).expect_err("not ours");
+        let said = format!("{error:#}");
+        for words in [
+            "user 65534 (nobody)",
+            "earlier `balancer run`",
+            "`balancer unload --state-dir ",
+        ] {
+            assert!(said.contains(words), "{said}");
+        }
+        assert!(paths.state_dir().exists());
     }
 }

@@ -125,8 +125,7 @@ pub(super) fn attach(
     let file = bpf::link_create(program, target, hook.attach_type()).with_context(|| {
         let hint = match hook.target() {
             Target::Cgroup => {
-                "is it a cgroup2 directory? EPERM: an older program sits there that allows no \
-                 other; `balancer doctor` names it"
+                "EPERM: an older program sits there that allows no other; `balancer doctor` names it"
             }
             Target::Netns => "at most 64 programs in each",
         };
@@ -192,6 +191,10 @@ pub(super) fn remove_directory(_: &Lock, directory: &Path) -> Result<()> {
 }
 
 fn remove_tree(directory: &Path) -> Result<()> {
+    // A symbolic link may lead to what is not ours: it goes itself.
+    if directory.is_symlink() {
+        return remove_pin(directory);
+    }
     let mut entries: Vec<PathBuf> = match fs::read_dir(directory) {
         Ok(entries) => entries
             .map(|entry| Ok(entry?.path()))
@@ -207,7 +210,7 @@ fn remove_tree(directory: &Path) -> Result<()> {
         None => 2,
     });
     for entry in entries {
-        if entry.is_dir() {
+        if entry.is_dir() || entry.is_symlink() {
             remove_tree(&entry)?;
         } else {
             if let Some(link) = Link::at(&entry) {
@@ -283,4 +286,27 @@ fn detach(link: &Link) -> Result<()> {
 
 fn remove_pin(pin: &Path) -> Result<()> {
     fs::remove_file(pin).with_context(|| format!("cannot remove the pin {}", pin.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    /// Whoever owns the state directory could lead us to the pins of others.
+    #[test]
+    fn unloading_follows_no_symbolic_link() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let others = directory.path().join("others");
+        let paths = Paths::new(&directory.path().join("state"));
+        fs::create_dir_all(&others).expect("made");
+        fs::write(others.join("pin"), "").expect("written");
+        fs::create_dir_all(paths.staging()).expect("made");
+        for link in [paths.current(), paths.staging().join("inside")] {
+            symlink(&others, link).expect("linked");
+        }
+        assert!(unload(&paths).expect("unloaded"));
+        assert!(!paths.state_dir().exists());
+        assert!(others.join("pin").exists());
+    }
 }

@@ -12,7 +12,7 @@ mod processes;
 pub use cgroups::{cgroup_ids, cgroups};
 pub use kernel_offsets::kernel_offsets;
 pub use listeners::{Listener, listeners, listening};
-pub use mounts::{cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
+pub use mounts::{cgroup, cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
 pub use netns::{Netns, NetnsHint, OpenNetns, Thread, UnreachableNetns, find_netns, live_netns};
 pub use pods::{addresses, pod_of_process, source_towards};
 pub use processes::{SocketOwner, is_ending, owners};

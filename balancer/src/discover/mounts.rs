@@ -7,7 +7,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result, anyhow, bail};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
@@ -41,6 +41,33 @@ pub fn cgroup2_mount() -> Result<PathBuf> {
              the host's visible"
         )
     })
+}
+
+/// The cgroup whose sockets are counted: the chosen one, or the root of the hierarchy.
+///
+/// # Errors
+/// Where the chosen one is no cgroup, or no hierarchy is mounted.
+pub fn cgroup(chosen: Option<&Path>) -> Result<PathBuf> {
+    let Some(path) = chosen else {
+        return cgroup2_mount();
+    };
+    let place = path.display();
+    let below = cgroup2_mount().map_or_else(
+        |_| String::new(),
+        |mount| format!(" below {}", mount.display()),
+    );
+    match is_cgroup2(path) {
+        Ok(true) => Ok(path.to_owned()),
+        Ok(false) if path.exists() => bail!(
+            "{place} is no cgroup2 directory: give one{below} with --cgroup, or leave --cgroup out to count \
+             every process"
+        ),
+        Ok(false) => bail!(
+            "there is no cgroup {place}: make it first (mkdir, a directory{below}), or leave --cgroup out to \
+             count every process"
+        ),
+        Err(error) => Err(error).with_context(|| format!("cannot look at the cgroup {place}")),
+    }
 }
 
 /// Whether a path is a cgroup of the cgroup2 hierarchy.
@@ -202,6 +229,27 @@ mod tests {
             "{}",
             found.display()
         );
+    }
+
+    #[test]
+    fn a_cgroup_that_is_none_is_told_from_one_that_is_missing() {
+        let mount = cgroup2_mount().expect("cgroup2 is mounted");
+        assert_eq!(cgroup(None).expect("the root"), mount);
+        assert_eq!(cgroup(Some(&mount)).expect("a cgroup"), mount);
+        for (path, words) in [
+            ("/tmp", "/tmp is no cgroup2 directory: give one below"),
+            ("/proc/self/status", "is no cgroup2 directory"),
+            (
+                "/no/such/cgroup",
+                "there is no cgroup /no/such/cgroup: make it first",
+            ),
+        ] {
+            let error = cgroup(Some(Path::new(path))).expect_err("none").to_string();
+            assert!(
+                error.contains(words) && error.contains("--cgroup"),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::prctl;
+use nix::unistd::{Uid, User, geteuid};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -50,6 +51,32 @@ impl Kept {
             kept.insert(Capability::CAP_NET_ADMIN);
         }
         kept
+    }
+}
+
+/// Whether this process may load programs and attach them at all: asked before anything is made.
+///
+/// # Errors
+/// When it may not, which another user may.
+pub fn suffice_to_start() -> Result<()> {
+    let held = caps::read(None, CapSet::Effective).context("cannot read the capabilities")?;
+    let has = |capability| held.contains(&capability);
+    // `bpf_capable` and `sys_admin` (include/linux/capability.h): the wider one has the other in it.
+    let load = has(Capability::CAP_BPF) || has(Capability::CAP_SYS_ADMIN);
+    ensure!(
+        load && has(Capability::CAP_NET_ADMIN),
+        "{} may not load programs into the kernel and attach them (CAP_BPF and CAP_NET_ADMIN are \
+         needed): run it as root, with sudo for example",
+        user(geteuid())
+    );
+    Ok(())
+}
+
+/// How a message calls a user.
+pub fn user(id: Uid) -> String {
+    match User::from_uid(id) {
+        Ok(Some(user)) => format!("user {id} ({})", user.name),
+        _ => format!("user {id}"),
     }
 }
 
@@ -271,6 +298,30 @@ mod tests {
 
     fn nothing() -> CapsHashSet {
         CapsHashSet::new()
+    }
+
+    #[test]
+    fn who_may_load_nothing_is_told_to_be_root() {
+        suffice_to_start().expect("root may");
+        let without = |given_up: &'static [Capability]| {
+            let start = move || {
+                for capability in given_up {
+                    caps::drop(None, CapSet::Effective, *capability).expect("dropped");
+                }
+                suffice_to_start()
+            };
+            thread::spawn(start).join().expect("no panic")
+        };
+        without(&[Capability::CAP_SYS_ADMIN]).expect("CAP_BPF is enough");
+        let load = [Capability::CAP_BPF, Capability::CAP_SYS_ADMIN];
+        for given_up in [&load[..], &[Capability::CAP_NET_ADMIN]] {
+            let given_up: &'static [_] = given_up.to_vec().leak();
+            let error = without(given_up).expect_err("not without").to_string();
+            assert!(
+                error.contains("user 0 (root)") && error.contains("sudo"),
+                "{error}"
+            );
+        }
     }
 
     #[test]
