@@ -1,5 +1,7 @@
 //! The user half of the balancer: the daemon, the command line, and what both are made of.
 #![deny(unsafe_code)]
+// What is printed goes through the module `terminal`.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod api;
 pub mod cli;
@@ -17,6 +19,7 @@ mod sanitize;
     reason = "system calls that no safe crate offers have their one place here"
 )]
 pub mod sys;
+mod terminal;
 
 /// The readers of untrusted bytes that only the fuzz targets need from outside.
 #[doc(hidden)]

@@ -2,7 +2,8 @@
 //! over a Unix stream socket.
 //!
 //! Only root and the daemon's own user are listened to. Whatever a client sends or fails to send,
-//! it spoils its own connection alone.
+//! it spoils its own connection alone. A client keeps its side open until it has its answer: what
+//! is asked for by one that has gone is not done.
 
 use std::path::{Path, PathBuf};
 

@@ -2,12 +2,12 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, DirBuilder, File, Permissions},
+    fs::{self, DirBuilder, File},
     io::{ErrorKind, Write},
     os::{
-        fd::OwnedFd,
+        fd::{AsRawFd, OwnedFd},
         unix::{
-            fs::{DirBuilderExt, FileTypeExt, PermissionsExt},
+            fs::{DirBuilderExt, FileTypeExt, MetadataExt},
             net,
         },
     },
@@ -18,9 +18,16 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
-    sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
-    unistd::geteuid,
+    sys::{
+        socket::{
+            AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, recv,
+            socket,
+        },
+        stat::{Mode, fchmod},
+    },
+    unistd::{Uid, geteuid},
 };
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -31,7 +38,10 @@ use tokio::{
 };
 
 use super::protocol::{Envelope, MAX_REQUEST_BYTES, Request, Response, comparable};
-use crate::{sanitize, sys::file_id::FileId};
+use crate::{
+    sanitize,
+    sys::{file_id::FileId, privileges::user},
+};
 
 /// How long a client may take to say what it wants.
 const ASKS_WITHIN: Duration = Duration::from_secs(5);
@@ -78,12 +88,18 @@ impl Server {
         })
     }
 
-    /// The next request. Cancel safe: nothing is lost when the future is dropped.
+    /// The next request of a client that waits for its answer. Cancel safe: nothing is lost when
+    /// the future is dropped.
     pub async fn next(&mut self) -> (Request, Reply) {
-        match self.requests.recv().await {
-            Some(request) => request,
-            // Nobody accepts any more (the runtime is ending): there is no next one.
-            None => std::future::pending().await,
+        loop {
+            let Some((request, reply)) = self.requests.recv().await else {
+                // Nobody accepts any more (the runtime is ending): there is no next one.
+                std::future::pending().await
+            };
+            if reply.is_awaited() {
+                return (request, reply);
+            }
+            tracing::warn!(?request, "not done: who asked for it has gone meanwhile");
         }
     }
 }
@@ -103,6 +119,16 @@ impl Drop for Server {
 pub struct Reply(UnixStream);
 
 impl Reply {
+    /// Whether the client still waits. One that has given up must not find its request done later.
+    fn is_awaited(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        match recv(self.0.as_raw_fd(), &mut [0], flags) {
+            // The end is read where it has closed its side.
+            Ok(read) => read > 0,
+            Err(errno) => errno == Errno::EAGAIN,
+        }
+    }
+
     /// Answers and closes. Returns at once: an answer fits into the socket's buffer, and reaches
     /// the client even if this process ends now. A client that has gone away misses it.
     pub fn send(self, response: &Response) {
@@ -157,6 +183,7 @@ fn bind_socket(path: &Path) -> Result<(net::UnixListener, FileId)> {
             Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
         })
         .with_context(|| format!("can't lock the directory {}", directory.display()))?;
+    warn_of_others(directory);
     check_free(&path)?;
 
     let mut aside = OsString::from(".");
@@ -196,8 +223,8 @@ fn check_free(path: &Path) -> Result<()> {
     }
 }
 
-/// A listener whose file had its mode before anybody could connect.
-fn listen_aside(path: &Path) -> Result<net::UnixListener> {
+/// A listener whose file has its mode from the beginning.
+pub(super) fn listen_aside(path: &Path) -> Result<net::UnixListener> {
     let address = UnixAddr::new(path).context(
         "the path is too long for a socket: give one of at most 96 bytes with --admin-socket",
     )?;
@@ -208,12 +235,37 @@ fn listen_aside(path: &Path) -> Result<net::UnixListener> {
     }
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &address)
-        .context("can't make the socket's file")?;
-    fs::set_permissions(path, Permissions::from_mode(0o600))
-        .context("can't set the socket's mode")?;
+    // The file gets the mode of the socket itself (`unix_bind_bsd`, net/unix/af_unix.c).
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).context("can't set the socket's mode")?;
+    bind(socket.as_raw_fd(), &address).context("can't make the socket's file")?;
     listen(&socket, Backlog::new(BACKLOG)?)?;
     Ok(socket.into())
+}
+
+/// Warns where others could put a socket of theirs in the place of ours. Where a sticky directory
+/// lets others only add what they own, they can't.
+fn warn_of_others(directory: &Path) {
+    let Ok(directory) = directory.canonicalize() else {
+        return;
+    };
+    for directory in directory.ancestors() {
+        let Ok(found) = directory.metadata() else {
+            continue;
+        };
+        let owner = Uid::from_raw(found.uid());
+        let why = if !owner.is_root() && owner != geteuid() {
+            format!("belongs to {}", user(owner))
+        } else if found.mode() & 0o022 != 0 && found.mode() & 0o1000 == 0 {
+            format!("can be written by others, mode {:o}", found.mode() & 0o7777)
+        } else {
+            continue;
+        };
+        tracing::warn!(
+            "others can take the place of the admin socket: {} {why}. Requests reach the daemon as before, but may be kept from it; close the \
+             directory to others (chmod go-w), or give --admin-socket in one of root's",
+            directory.display()
+        );
+    }
 }
 
 /// Where the requests of all clients go.

@@ -18,7 +18,7 @@ use super::*;
 
 /// Asks with the time limit of the verbs.
 fn ask(socket: &Path, state_dir: &Path, request: &Request) -> anyhow::Result<Option<Response>> {
-    super::ask(socket, state_dir, request, ANSWERS_WITHIN)
+    super::ask(socket, state_dir, request, ANSWERS_WITHIN, |_| {})
 }
 
 const STATE: &str = "/sys/fs/bpf/one";
@@ -453,6 +453,87 @@ fn an_answer_outlives_the_server() {
             message: "gone".to_owned()
         })
     );
+}
+
+/// A stopped daemon: its socket takes requests, and nobody looks at them.
+#[test]
+fn a_request_that_nobody_waits_for_any_more_is_not_done() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.sock");
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut server = runtime.block_on(async { Server::bind(&path, Path::new(STATE)).unwrap() });
+    let mut told = Vec::new();
+    let within = Duration::from_secs(3);
+    let waiting = |line: &str| told.push(line.to_owned());
+    let error = super::ask(&path, Path::new(STATE), &Request::Unload, within, waiting).unwrap_err();
+    let process = format!("the daemon, process {},", std::process::id());
+    assert_eq!(told, [format!("waiting for {process} …")]);
+    let said = format!("{error:#}");
+    let end = format!("`kill -9 {}`", std::process::id());
+    for words in [&process, "within 3 s", "won't do", &end] {
+        assert!(said.contains(words), "{said}");
+    }
+
+    // It goes on, and serves whoever waits now.
+    let asking = {
+        let path = path.clone();
+        thread::spawn(move || ask(&path, Path::new(STATE), &Request::Reload).unwrap())
+    };
+    let (request, reply) = runtime.block_on(server.next());
+    assert_eq!(request, Request::Reload);
+    reply.send(&Response::Done {
+        message: "done".to_owned(),
+    });
+    assert!(matches!(
+        asking.join().unwrap(),
+        Some(Response::Done { .. })
+    ));
+}
+
+#[test]
+fn another_users_process_is_no_daemon() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let path = directory.path().join("a.sock");
+    let script = r#"my $s = IO::Socket::UNIX->new(Local => $ARGV[0], Listen => 1) or die "$!"; $s->accept; sleep 20"#;
+    let mut command = Command::new("perl");
+    command
+        .args(["-MIO::Socket::UNIX", "-e", script])
+        .arg(&path)
+        .uid(65_534);
+    let mut impostor = command
+        .spawn()
+        .expect("perl, and root to become another user");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !path.exists() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    // It may have made its file and not yet listen.
+    let error = loop {
+        match ask(&path, Path::new(STATE), &Request::Unload) {
+            Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            outcome => break outcome.unwrap_err(),
+        }
+    };
+    impostor.kill().unwrap();
+    impostor.wait().unwrap();
+    let said = format!("{error:#}");
+    assert!(
+        said.contains("user 65534 (nobody) listens behind"),
+        "{said}"
+    );
+}
+
+/// Nobody can connect before the file has its mode, whatever the umask allows.
+#[test]
+fn the_mode_of_a_socket_is_set_before_it_has_a_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a.sock");
+    let listener = server::listen_aside(&path).unwrap();
+    let mode = |metadata: fs::Metadata| metadata.permissions().mode() & 0o777;
+    assert_eq!(mode(fs::metadata(&path).unwrap()), 0o600);
+    let socket = std::os::fd::OwnedFd::from(listener);
+    assert_eq!(mode(fs::File::from(socket).metadata().unwrap()), 0o600);
 }
 
 #[test]

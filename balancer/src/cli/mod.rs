@@ -15,13 +15,13 @@ mod unload;
 #[cfg(test)]
 mod tests;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{env, ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::{
     Args, CommandFactory, Parser, Subcommand,
     builder::{PathBufValueParser, TypedValueParser},
-    error::{ContextKind, ContextValue},
+    error::{ContextKind, ContextValue, ErrorKind},
 };
 use nix::unistd::geteuid;
 
@@ -107,7 +107,7 @@ enum Verb {
 
 /// What `status` prints of a snapshot, for people.
 pub fn status_text(snapshot: &dataplane::Snapshot) -> String {
-    status::text(snapshot)
+    status::text(snapshot, &dataplane::DaemonNotes::default())
 }
 
 /// What `status -o json` prints of it.
@@ -115,18 +115,21 @@ pub fn status_text(snapshot: &dataplane::Snapshot) -> String {
 /// # Errors
 /// When it can't be written as JSON.
 pub fn status_json(snapshot: &dataplane::Snapshot) -> serde_json::Result<String> {
-    serde_json::to_string(&status::Json::new(snapshot))
+    serde_json::to_string(&status::Json::new(
+        snapshot,
+        &dataplane::DaemonNotes::default(),
+    ))
 }
 
 /// Runs the command line of this process: parses it, does what it says, prints. Returns the exit
 /// code: 0 done, 1 failed, 2 wrong usage.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    output::fit_terminal();
+    let cli = match parse(&env::args_os().collect::<Vec<_>>()) {
         Ok(cli) => cli,
+        // Help and version come this way too.
         Err(usage) => {
-            let usage = without_changing_verbs(usage);
-            // Help and version come this way too. Nobody is there to hear that printing failed.
-            let _ = usage.print();
+            output::print_usage(&usage);
             return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
         }
     };
@@ -134,6 +137,25 @@ pub fn main() -> ExitCode {
         output::print_error(&error);
         ExitCode::FAILURE
     })
+}
+
+fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(arguments).map_err(|usage| {
+        let is_help = !usage.use_stderr()
+            || usage.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+        if is_help {
+            return usage;
+        }
+        without_changing_verbs(usage_without_environment(arguments).unwrap_or(usage))
+    })
+}
+
+/// What is wrong with the arguments alone. Where the environment sets an option, the parser shows
+/// it as one that must be given.
+fn usage_without_environment(arguments: &[OsString]) -> Option<clap::Error> {
+    let unset = |command: clap::Command| command.mut_args(|arg| arg.env(None::<&str>));
+    let command = unset(Cli::command()).mut_subcommand("run", unset);
+    command.try_get_matches_from(arguments).err()
 }
 
 /// Takes the verbs that change something out of what is suggested for a misspelt one: who follows
@@ -217,12 +239,17 @@ impl Place {
     /// Has the daemon do this within that time. Its answer for the operator; `None` when there is
     /// no daemon.
     fn ask_within(&self, request: &Request, within: Duration) -> Result<Option<String>> {
-        match api::ask(&self.admin_socket, &self.state_dir, request, within)? {
+        match self.response(request, within)? {
             Some(Response::Done { message }) => Ok(Some(message)),
             Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
             Some(Response::Cluster { .. }) => bail!("the daemon answered something else"),
             None => Ok(None),
         }
+    }
+
+    fn response(&self, request: &Request, within: Duration) -> Result<Option<Response>> {
+        let socket = &self.admin_socket;
+        api::ask(socket, &self.state_dir, request, within, output::say)
     }
 
     /// Has the daemon do what `only` it does. Its answer for the operator.
@@ -237,12 +264,7 @@ impl Place {
 
     /// What the daemon knows of its cluster.
     fn ask_for_cluster(&self) -> Result<ClusterStatus> {
-        match api::ask(
-            &self.admin_socket,
-            &self.state_dir,
-            &Request::Cluster,
-            api::ANSWERS_WITHIN,
-        )? {
+        match self.response(&Request::Cluster, api::ANSWERS_WITHIN)? {
             Some(Response::Cluster { cluster }) => Ok(*cluster),
             Some(Response::Failed { message }) => bail!("the daemon refused: {message}"),
             Some(Response::Done { .. }) => bail!("the daemon answered something else"),

@@ -1,18 +1,31 @@
 //! How the verbs print.
 
 use std::{
+    cell::Cell,
+    env,
     fmt::Display,
-    io::{self, ErrorKind, Write},
+    io::{ErrorKind, Write},
     time::Duration,
 };
 
 use anyhow::{Context, Error, Result};
 use clap::{Args, ValueEnum};
-use comfy_table::{CellAlignment, Table, presets};
+use rustix::termios::tcgetwinsize;
 use serde::Serialize;
 
-/// The widest line that text output is wrapped to, in columns.
-const WIDTH: usize = 100;
+use crate::terminal::{Colours, stderr, stdout};
+
+/// Where nobody says how wide a line may be, in columns: what every terminal has.
+const USUAL: usize = 80;
+/// Text of a wider terminal is wrapped here, in columns: longer lines are hard to read.
+const WIDEST_TEXT: usize = 100;
+/// A narrower terminal breaks lines itself.
+const NARROWEST_TEXT: usize = 40;
+
+thread_local! {
+    /// How wide the lines of standard output may be; `None`: it is no terminal.
+    static COLUMNS: Cell<Option<usize>> = const { Cell::new(None) };
+}
 
 /// How a reading verb shows what it found.
 #[derive(Debug, Args)]
@@ -40,7 +53,7 @@ impl Output {
 
 /// Prints to standard output. A reader that has seen enough (`balancer status | head`) is no error.
 pub(super) fn print(text: &str) -> Result<()> {
-    let mut stdout = io::stdout().lock();
+    let mut stdout = stdout(Colours::Shown);
     match stdout
         .write_all(text.as_bytes())
         .and_then(|()| stdout.flush())
@@ -54,45 +67,132 @@ pub(super) fn print(text: &str) -> Result<()> {
 
 /// Prints why a verb failed to standard error.
 pub(super) fn print_error(error: &Error) {
-    // With standard error gone there is nobody left to tell.
-    let _ = writeln!(io::stderr(), "error: {error:#}");
+    say(&format!("error: {error:#}"));
 }
 
-/// Lines in aligned columns, indented by two. A column is right-aligned where its heading starts
-/// with `>`.
-pub(super) fn table(headings: &[&str], rows: Vec<Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(
-        headings
-            .iter()
-            .map(|heading| heading.trim_start_matches('>')),
-    );
-    table.add_rows(rows);
-    for (column, heading) in table.column_iter_mut().zip(headings) {
-        column.set_padding((0, 2));
-        if heading.starts_with('>') {
-            column.set_cell_alignment(CellAlignment::Right);
+/// Prints a line to standard error while a verb is at work.
+pub(super) fn say(line: &str) {
+    // With standard error gone there is nobody left to tell.
+    let _ = writeln!(stderr(Colours::Shown), "{line}");
+}
+
+/// Prints what the parser of the command line has to say: help in its colours, or an error, which
+/// quotes what was typed.
+pub(super) fn print_usage(usage: &clap::Error) {
+    let text = usage.render();
+    let written = if usage.use_stderr() {
+        write!(stderr(Colours::Shown), "{text}")
+    } else {
+        let mut stdout = stdout(Colours::Kept);
+        if stdout.is_terminal() && env::var_os("NO_COLOR").is_none_or(|no| no.is_empty()) {
+            write!(stdout, "{}", text.ansi())
+        } else {
+            write!(stdout, "{text}")
+        }
+    };
+    // Nobody is there to hear that printing failed.
+    let _ = written;
+}
+
+/// Lets what this thread prints be as wide as the terminal is, or as `COLUMNS` says, which `watch`
+/// sets.
+pub(super) fn fit_terminal() {
+    set_columns(terminal_columns().or_else(|| env::var("COLUMNS").ok()?.parse().ok()));
+}
+
+pub(super) fn set_columns(columns: Option<usize>) {
+    COLUMNS.set(columns.filter(|columns| *columns > 0));
+}
+
+fn terminal_columns() -> Option<usize> {
+    let size = tcgetwinsize(rustix::stdio::stdout()).ok()?;
+    Some(size.ws_col.into())
+}
+
+/// The columns that text is wrapped to.
+pub(super) fn text_columns() -> usize {
+    let columns = COLUMNS.get().unwrap_or(USUAL);
+    columns.clamp(NARROWEST_TEXT, WIDEST_TEXT)
+}
+
+/// A column of a table.
+pub(super) struct Column {
+    /// The heading; the column is right-aligned where it starts with `>`.
+    pub(super) heading: &'static str,
+    pub(super) cells: Vec<String>,
+}
+
+impl Column {
+    fn name(&self) -> &'static str {
+        self.heading.trim_start_matches('>')
+    }
+
+    fn width(&self) -> usize {
+        let cells = self.cells.iter().map(|cell| cell.chars().count());
+        cells.max().unwrap_or(0).max(self.name().len())
+    }
+
+    /// What stands in a line of the table; line 0 is the heading.
+    fn line(&self, number: usize) -> String {
+        let width = self.width();
+        let text = match number.checked_sub(1) {
+            None => self.name(),
+            Some(row) => self.cells.get(row).map_or("", String::as_str),
+        };
+        if self.heading.starts_with('>') {
+            format!("{text:>width$}")
+        } else {
+            format!("{text:<width$}")
         }
     }
-    let mut text = String::new();
-    for line in table.lines() {
-        text.push_str("  ");
-        text.push_str(line.trim_end());
-        text.push('\n');
+}
+
+/// Lines in aligned columns, indented by two. On a terminal that is too narrow for them the columns
+/// of `least` are left out, in that order, until the others fit.
+pub(super) fn table(mut columns: Vec<Column>, least: &[&str]) -> String {
+    let widest = COLUMNS.get().unwrap_or(usize::MAX);
+    let is_too_wide = |columns: &[Column]| {
+        let widths = columns.iter().map(|column| column.width() + 2);
+        widths.sum::<usize>() > widest
+    };
+    let mut left_out = Vec::new();
+    for name in least {
+        if !is_too_wide(&columns) {
+            break;
+        }
+        let before = columns.len();
+        columns.retain(|column| column.name() != *name);
+        if columns.len() < before {
+            left_out.push(*name);
+        }
+    }
+    let rows = columns.iter().map(|column| column.cells.len()).max();
+    let mut text: String = (0..=rows.unwrap_or(0))
+        .map(|number| line(&columns, number))
+        .collect();
+    if !left_out.is_empty() {
+        let words = format!("(no room for {}; `-o json` has all)", left_out.join(", "));
+        text += &wrapped("  ", &words);
     }
     text
+}
+
+fn line(columns: &[Column], number: usize) -> String {
+    let cells: Vec<String> = columns.iter().map(|column| column.line(number)).collect();
+    let line = format!("  {}", cells.join("  "));
+    format!("{}\n", line.trim_end())
 }
 
 /// `text` wrapped between words, the first line after `first`, the others indented just as far. A
 /// command in backquotes stays in one piece, to be copied.
 pub(super) fn wrapped(first: &str, text: &str) -> String {
+    let most = text_columns();
     let indent = first.chars().count();
     let mut lines = first.to_owned();
     let mut column = indent;
     for (index, word) in words(text).enumerate() {
         let width = word.chars().count();
-        if index > 0 && column + 1 + width > WIDTH {
+        if index > 0 && column + 1 + width > most {
             lines.push('\n');
             lines.push_str(&" ".repeat(indent));
             column = indent;

@@ -8,7 +8,8 @@ use serde::Serialize;
 
 use super::{
     Place,
-    output::{Output, or, print, table, wrapped},
+    output::{Column, Output, or, print, table, wrapped},
+    status::{by_address, is_own_override},
 };
 use crate::{
     api::Request,
@@ -222,20 +223,54 @@ fn service_text(service: &ServiceSnapshot) -> String {
     if service.backends.is_empty() {
         return text + "  No backend listens.\n";
     }
-    let row = |backend: &BackendSnapshot| {
-        vec![
-            backend.slot.to_string(),
-            backend.address.to_string(),
-            or(backend.quota, "unlimited"),
-            backend.established.to_string(),
-            if backend.overridden {
-                "by hand"
-            } else {
-                "by the rule"
-            }
-            .to_owned(),
-        ]
+    text + &by_hand(service) + &backends(service)
+}
+
+/// The backends that don't follow the sentence above.
+fn by_hand(service: &ServiceSnapshot) -> String {
+    let by_hand = by_address(&service.backends)
+        .into_iter()
+        .filter(|backend| is_own_override(service, backend));
+    let exceptions: Vec<String> = by_hand
+        .map(|backend| {
+            format!(
+                "{} for slot {}",
+                or(backend.quota, "unlimited"),
+                backend.slot
+            )
+        })
+        .collect();
+    if exceptions.is_empty() {
+        return String::new();
+    }
+    let words = format!(
+        "but by hand {}; `balancer quota clear {} --slot SLOT` goes back to the rule",
+        exceptions.join(", "),
+        service.name
+    );
+    wrapped("        ", &words)
+}
+
+fn backends(service: &ServiceSnapshot) -> String {
+    let backends = by_address(&service.backends);
+    let column = |heading: &'static str, cell: &dyn Fn(&BackendSnapshot) -> String| {
+        let cells = backends.iter().map(|backend| cell(backend)).collect();
+        Column { heading, cells }
     };
-    let rows = service.backends.iter().map(row).collect();
-    text + &table(&[">SLOT", "BACKEND", ">QUOTA", ">ESTABLISHED", "SET"], rows)
+    let set = |backend: &BackendSnapshot| {
+        let set = if backend.overridden {
+            "by hand"
+        } else {
+            "by the rule"
+        };
+        set.to_owned()
+    };
+    let columns = vec![
+        column(">SLOT", &|backend| backend.slot.to_string()),
+        column("BACKEND", &|backend| backend.address.to_string()),
+        column(">QUOTA", &|backend| or(backend.quota, "unlimited")),
+        column(">ESTABLISHED", &|backend| backend.established.to_string()),
+        column("SET", &set),
+    ];
+    table(columns, &["ESTABLISHED"])
 }

@@ -1,16 +1,17 @@
 //! `balancer run`
 
-use std::{
-    io::{IsTerminal, stderr},
-    path::PathBuf,
-};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
 use super::Place;
-use crate::{config::ConfigError, daemon, doctor};
+use crate::{
+    config::ConfigError,
+    daemon, doctor,
+    terminal::{Colours, stderr},
+};
 
 /// Balance what a configuration file says, until told to stop (changes the kernel)
 ///
@@ -69,8 +70,9 @@ impl Run {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
         tracing_subscriber::fmt()
             .with_env_filter(EnvFilter::new(format!("{QUIET},{}", self.log)))
-            .with_ansi(stderr().is_terminal())
-            .with_writer(stderr)
+            // What is logged is made safe before it is coloured.
+            .with_ansi(stderr(Colours::Kept).is_terminal())
+            .with_writer(|| stderr(Colours::Kept))
             // It would report a log that nobody reads any more to that same log, and panic.
             .log_internal_errors(false)
             .init();

@@ -7,8 +7,12 @@ mod text;
 use anyhow::{Context, Result};
 use clap::Args;
 
-pub(super) use self::{json::Json, text::text};
+pub(super) use self::{
+    json::Json,
+    text::{by_address, is_own_override, text},
+};
 use super::{Place, output::Output};
+use crate::dataplane::DaemonNotes;
 
 /// Show services, backends, their connections and quotas, and how look-ups ended (changes nothing)
 ///
@@ -49,6 +53,8 @@ impl Status {
             .reader()?
             .snapshot()
             .context("can't read the balancer's maps")?;
-        self.output.show(&Json::new(&snapshot), || text(&snapshot))
+        let notes = DaemonNotes::read(&place.paths());
+        self.output
+            .show(&Json::new(&snapshot, &notes), || text(&snapshot, &notes))
     }
 }

@@ -6,7 +6,10 @@ use clap::CommandFactory;
 
 use super::*;
 use crate::{
-    dataplane::{BackendSnapshot, DaemonSnapshot, Explanation, ServiceSnapshot, Snapshot},
+    dataplane::{
+        BackendSnapshot, DaemonNotes, DaemonSnapshot, Explanation, FailedReload, ServiceSnapshot,
+        Snapshot,
+    },
     doctor::{Check, Report, Status},
 };
 
@@ -98,6 +101,19 @@ fn alive() -> DaemonSnapshot {
     }
 }
 
+/// What `status` prints where the daemon has noted nothing.
+fn status_of(snapshot: &Snapshot) -> String {
+    status::text(snapshot, &DaemonNotes::default())
+}
+
+/// What `text` prints on a terminal with so many columns.
+fn at_columns(columns: usize, text: impl FnOnce() -> String) -> String {
+    output::set_columns(Some(columns));
+    let text = text();
+    output::set_columns(None);
+    text
+}
+
 /// Shows the first difference of two texts line by line, which a failing `assert_eq!` of long
 /// strings hides.
 #[track_caller]
@@ -115,7 +131,7 @@ fn status_of_a_service_under_pressure() {
         daemon: alive(),
     };
     assert_text(
-        &status::text(&snapshot),
+        &status_of(&snapshot),
         "\
 Daemon: alive, last heartbeat 0.4 s ago
 
@@ -123,15 +139,16 @@ agents: virtual port 11800, least-connections
   Quota: ceil(300 clients × 2 × 1.15 / 3 ready) = 230
   SLOT  BACKEND          STATE   ESTABLISHED  QUOTA  USED  PENDING  EXEMPT  WEIGHT
      0  127.0.0.1:21801  active          120    230   52%        0       0       1
-     1  [::1]:21802      active            9    230    3%        2       1       2
      7  127.0.0.1:21803  active          120     0*              0       0       1
+     1  [::1]:21802      active            9    230    3%        2       1       2
         total                            249    460              2       1
   * set by hand; `balancer quota clear agents --slot SLOT` goes back to the rule
   - slot 7: its quota is 0: it gets no new connections
 
-  LOOK-UPS  VERDICT  REASON              MEANING
-      1203  steer    steered             virtual port: steered to a backend with room
-        12  refuse   over-quota          every backend that could take it is at its quota
+  LOOK-UPS  VERDICT  REASON      MEANING
+      1203  steer    steered     virtual port: steered to a backend with room
+        12  refuse   over-quota  every backend that could take it is at its
+                                 quota
 ",
     );
 }
@@ -143,24 +160,195 @@ fn status_of_backends_with_something_the_matter() {
         daemon: alive(),
     };
     assert_text(
-        &status::text(&snapshot),
+        &status_of(&snapshot),
         "\
 Daemon: alive, last heartbeat 0.4 s ago
 
 als: port 10.0.0.9:11802, source-hash
-  Quota: 50 for each backend, set by hand; `balancer quota clear als` goes back to the rule (none:
-         steering only)
-  SLOT  BACKEND                                         STATE      ESTABLISHED      QUOTA  USED  PENDING  EXEMPT  WEIGHT       NETNS
-     3  0.0.0.0:11802                                   candidate            4  unlimited              0       0       1           7
-     4  [::]:11802                                      closed               5                         ?       0       1  4026531840
-     5  [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802  active         1000000  unlimited              ?       0       1  4026531840
-        total                                                          1000009  unlimited              ?       0
-  - slot 3: not confirmed by the daemon yet: counted, but no connection is steered to it
-  - slot 4: its listener is gone; its connections remain until their clients leave
-  - slot 5: an MPTCP listener: counted and limited, but not steered to; GODEBUG=multipathtcp=0 makes
-    it ordinary
+  Quota: 50 for each backend, set by hand; `balancer quota clear als` goes back
+         to the rule (none: steering only)
+  SLOT  BACKEND                                         STATE      ESTABLISHED      QUOTA  USED  PENDING       NETNS
+     3  0.0.0.0:11802                                   candidate            4  unlimited              0           7
+     4  [::]:11802                                      closed               5                         ?  4026531840
+     5  [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802  active         1000000  unlimited              ?  4026531840
+        total                                                          1000009  unlimited              ?
+  - slot 3: not confirmed by the daemon yet: counted, but no connection is
+    steered to it
+  - slot 4: its listener is gone; its connections remain until their clients
+    leave
+  - slot 5: an MPTCP listener: counted and limited, but not steered to;
+    GODEBUG=multipathtcp=0 makes it ordinary
   No connection has been looked up yet.
 ",
+    );
+}
+
+/// A service with so many ordinary backends, whose addresses are in another order than their slots.
+fn service_of(backends: u32) -> ServiceSnapshot {
+    let numbered = |slot: u32| {
+        let port = 22_000 - slot;
+        backend(slot, &format!("127.0.0.1:{port}"), 100 + slot, Some(230))
+    };
+    ServiceSnapshot {
+        backends: (0..backends).map(numbered).collect(),
+        ..agents()
+    }
+}
+
+#[test]
+fn status_fits_terminals_of_60_and_80_columns() {
+    for columns in [60, 80] {
+        for backends in [0, 1, 3, 30] {
+            let mut odd = service_of(backends);
+            for backend in &mut odd.backends {
+                (backend.exempt, backend.weight, backend.netns) = (3, 2, backend.slot.into());
+                backend.overridden = backend.slot == 1;
+            }
+            let snapshot = Snapshot {
+                services: vec![service_of(backends), odd],
+                daemon: alive(),
+            };
+            let services: Vec<_> = snapshot.services.iter().collect();
+            let text = at_columns(columns, || status_of(&snapshot) + &quota::text(&services));
+            for line in text.lines() {
+                assert!(line.chars().count() <= columns, "{columns} columns: {line}");
+            }
+            for backend in &snapshot.services[0].backends {
+                let address = backend.address.to_string();
+                let rows = text.lines().filter(|line| line.contains(&address));
+                assert_eq!(rows.count(), 4, "{text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_narrow_terminal_has_no_room_for_is_named() {
+    let snapshot = Snapshot {
+        services: vec![agents()],
+        daemon: alive(),
+    };
+    let text = at_columns(60, || status_of(&snapshot));
+    assert_text(
+        &text,
+        "\
+Daemon: alive, last heartbeat 0.4 s ago
+
+agents: virtual port 11800, least-connections
+  Quota: ceil(300 clients × 2 × 1.15 / 3 ready) = 230
+  SLOT  BACKEND          STATE   ESTABLISHED  QUOTA  USED
+     0  127.0.0.1:21801  active          120    230   52%
+     7  127.0.0.1:21803  active          120     0*
+     1  [::1]:21802      active            9    230    3%
+        total                            249    460
+  (no room for WEIGHT, EXEMPT, PENDING; `-o json` has all)
+  * set by hand; `balancer quota clear agents --slot SLOT`
+    goes back to the rule
+  - slot 7: its quota is 0: it gets no new connections
+
+  LOOK-UPS  REASON      MEANING
+      1203  steered     virtual port: steered to a backend
+                        with room
+        12  over-quota  every backend that could take it is
+                        at its quota
+",
+    );
+    let wide = at_columns(200, || status_of(&snapshot));
+    assert!(
+        wide.contains("WEIGHT") && !wide.contains("no room"),
+        "{wide}"
+    );
+    let piped = status_of(&snapshot);
+    assert!(
+        piped.contains("WEIGHT") && !piped.contains("no room"),
+        "{piped}"
+    );
+}
+
+#[test]
+fn backends_are_in_the_order_of_their_addresses() {
+    let snapshot = Snapshot {
+        services: vec![service_of(12)],
+        daemon: alive(),
+    };
+    for text in [status_of(&snapshot), quota::text(&[&snapshot.services[0]])] {
+        let ports: Vec<&str> = text
+            .lines()
+            .filter_map(|line| line.split_once("127.0.0.1:")?.1.split(' ').next())
+            .collect();
+        assert!(ports.is_sorted() && ports.len() == 12, "{text}");
+    }
+}
+
+#[test]
+fn columns_that_say_nothing_are_left_out() {
+    let snapshot = Snapshot {
+        services: vec![service_of(2)],
+        daemon: alive(),
+    };
+    let text = status_of(&snapshot);
+    assert!(
+        text.contains("  SLOT  BACKEND          STATE   ESTABLISHED  QUOTA  USED  PENDING\n"),
+        "{text}"
+    );
+}
+
+#[test]
+fn status_says_that_a_reload_failed() {
+    let snapshot = Snapshot {
+        services: vec![agents()],
+        daemon: alive(),
+    };
+    let notes = DaemonNotes {
+        ended: None,
+        failed_reload: Some(FailedReload {
+            age: Duration::from_secs(75),
+            error: "the old one stays in force: /etc/balancer.yaml:3:5: unknown key `prot`"
+                .to_owned(),
+        }),
+    };
+    let text = status::text(&snapshot, &notes);
+    assert!(
+        text.starts_with(
+            "\
+Daemon: alive, last heartbeat 0.4 s ago
+Reload: FAILED 1 min 15 s ago: the old one stays in force:
+        /etc/balancer.yaml:3:5: unknown key `prot`. Then: `balancer reload`
+
+agents:"
+        ),
+        "{text}"
+    );
+    let json = serde_json::to_value(status::Json::new(&snapshot, &notes)).unwrap();
+    assert_eq!(json["agent"]["failed_reload"]["age_ms"], 75_000);
+    let error = json["agent"]["failed_reload"]["error"].as_str().unwrap();
+    assert!(error.contains("/etc/balancer.yaml:3:5: "), "{error}");
+}
+
+#[test]
+fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
+    let of = |milliseconds| {
+        let mut snapshot = Snapshot {
+            services: Vec::new(),
+            daemon: alive(),
+        };
+        snapshot.daemon.heartbeat_age = Some(Duration::from_millis(milliseconds));
+        let notes = DaemonNotes {
+            ended: Some(4321),
+            failed_reload: None,
+        };
+        status::text(&snapshot, &notes)
+    };
+    let dead = of(1_600);
+    assert!(
+        dead.starts_with(
+            "Daemon: DEAD: its process 4321 is gone, last heartbeat 1.6 s ago; from 30 s on"
+        ),
+        "{dead}"
+    );
+    assert!(
+        of(900).starts_with("Daemon: alive, "),
+        "another process namespace's number"
     );
 }
 
@@ -174,11 +362,11 @@ fn status_says_when_everybody_is_refused() {
         services: vec![service],
         daemon: alive(),
     };
-    let text = status::text(&snapshot);
+    let text = status_of(&snapshot);
     assert!(text.contains("  ! Every backend is at its quota: new clients are refused. Raise it with\n    `balancer quota set agents N`, or start another backend.\n"), "{text}");
     let mut snapshot = snapshot;
     snapshot.services[0].backends[1].pending = Some(1);
-    assert!(!status::text(&snapshot).contains('!'));
+    assert!(!status_of(&snapshot).contains('!'));
 }
 
 #[test]
@@ -189,7 +377,7 @@ fn status_says_when_nobody_listens() {
     }
     let mut none = als();
     none.backends.clear();
-    let text = status::text(&Snapshot {
+    let text = status_of(&Snapshot {
         services: vec![closed, none],
         daemon: alive(),
     });
@@ -216,7 +404,7 @@ fn status_says_what_a_dead_daemon_means() {
             fail_open_after: Duration::from_secs(30),
             audit_totals: AuditTotals::default(),
         };
-        status::text(&Snapshot {
+        status_of(&Snapshot {
             services: Vec::new(),
             daemon,
         })
@@ -224,16 +412,18 @@ fn status_says_what_a_dead_daemon_means() {
     assert_text(
         &with(false, Some(125)),
         "\
-Daemon: DEAD OR STUCK, last heartbeat 2 min 5 s ago: nobody is refused (fail open after 30 s),
-        quotas stay as they are. Start it again with `balancer run --config FILE`.
+Daemon: DEAD OR STUCK, last heartbeat 2 min 5 s ago: nobody is refused (fail
+        open after 30 s), quotas stay as they are. Start it again with
+        `balancer run --config FILE`.
 
-No service is loaded: the daemon has not finished starting, or has been told to take them all out.
+No service is loaded: the daemon has not finished starting, or has been told to
+take them all out.
 ",
     );
     let silent = with(true, Some(12));
     assert!(silent.starts_with("Daemon: SILENT for 12 s: "), "{silent}");
     assert!(
-        silent.contains("from 30 s on nobody is refused"),
+        silent.contains("from 30 s on\n        nobody is refused"),
         "{silent}"
     );
     let never = with(false, None);
@@ -247,7 +437,7 @@ fn status_tells_what_was_done_by_hand_from_what_is_full() {
     for backend in &mut service.backends {
         (backend.quota, backend.overridden) = (Some(0), true);
     }
-    let text = status::text(&Snapshot {
+    let text = status_of(&Snapshot {
         services: vec![service],
         daemon: alive(),
     });
@@ -256,7 +446,7 @@ fn status_tells_what_was_done_by_hand_from_what_is_full() {
         "{text}"
     );
     assert!(
-        text.contains("`balancer quota clear agents` goes back to the rule"),
+        text.contains("`balancer quota clear agents` goes\n         back to the rule"),
         "{text}"
     );
     assert!(text.contains("  - slots 0, 1, 7: its quota is 0"), "{text}");
@@ -264,7 +454,7 @@ fn status_tells_what_was_done_by_hand_from_what_is_full() {
 }
 
 #[test]
-fn text_fits_into_a_hundred_columns_with_ordinary_addresses() {
+fn text_fits_into_80_columns_with_the_longest_ipv4_addresses() {
     let mut service = agents();
     service.sentence = "word ".repeat(100);
     service.verdicts = Reason::ALL
@@ -276,15 +466,16 @@ fn text_fits_into_a_hundred_columns_with_ordinary_addresses() {
         backend.established = 1_000_000;
         backend.state = BackendState::Candidate;
         backend.quota = None;
+        (backend.exempt, backend.weight) = (0, 1);
     }
     let services = [&service];
     let text = quota::text(&services)
-        + &status::text(&Snapshot {
-            services: vec![agents(), service],
+        + &status_of(&Snapshot {
+            services: vec![service_of(3), service],
             daemon: alive(),
         });
     for line in text.lines() {
-        assert!(line.chars().count() <= 100, "{line}");
+        assert!(line.chars().count() <= 80, "{line}");
         assert_eq!(line, line.trim_end());
     }
 }
@@ -305,7 +496,7 @@ fn status_as_json_is_as_contracted() {
         .collect();
     assert_eq!(verdicts["steered"], 1203);
     assert_eq!(
-        serde_json::to_value(status::Json::new(&snapshot)).unwrap(),
+        serde_json::to_value(status::Json::new(&snapshot, &DaemonNotes::default())).unwrap(),
         serde_json::json!({
             "schema": 1,
             "services": [{
@@ -328,7 +519,7 @@ fn status_as_json_is_as_contracted() {
                 }],
                 "verdicts": verdicts,
             }],
-            "agent": {"alive": true, "heartbeat_age_ms": 412, "checks": 7, "drift": 0, "repairs": 0},
+            "agent": {"alive": true, "heartbeat_age_ms": 412, "checks": 7, "drift": 0, "repairs": 0, "failed_reload": null},
         })
     );
 }
@@ -397,6 +588,26 @@ fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
     }
 }
 
+#[test]
+fn the_series_of_a_metric_are_in_the_order_of_their_labels() {
+    let snapshot = Snapshot {
+        services: vec![als(), service_of(12)],
+        daemon: alive(),
+    };
+    let text = crate::metrics::text(&snapshot).unwrap();
+    let slots: Vec<u32> = text
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("balancer_established_connections{service=\"agents\",slot=\"")
+        })
+        .map(|rest| rest.split('"').next().unwrap().parse().unwrap())
+        .collect();
+    assert_eq!(slots, (0..12).collect::<Vec<u32>>());
+    let again = crate::metrics::text(&snapshot).unwrap();
+    assert_eq!(text, again);
+    assert!(text.ends_with("# EOF\n"), "{text}");
+}
+
 /// The words of the help follow what is computed: SYNs that are expected, not what admission reads.
 #[test]
 fn help_and_reference_say_what_pending_shows() {
@@ -427,10 +638,12 @@ fn quota_as_text() {
 agents
   Rule: 300 clients × 2, 15% headroom, at least 16
   Now:  ceil(300 clients × 2 × 1.15 / 3 ready) = 230
+        but by hand 0 for slot 7; `balancer quota clear agents --slot SLOT` goes
+        back to the rule
   SLOT  BACKEND          QUOTA  ESTABLISHED  SET
      0  127.0.0.1:21801    230          120  by the rule
-     1  [::1]:21802        230            9  by the rule
      7  127.0.0.1:21803      0          120  by hand
+     1  [::1]:21802        230            9  by the rule
 
 als
   Rule: none: steering only
@@ -481,7 +694,8 @@ fn explain_as_text() {
     assert_text(
         &explain::text(from, to, &explained()),
         "\
-10.0.0.7 -> 11800: it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room
+10.0.0.7 -> 11800: it has the fewest connections for its weight: (9 + 2) / 2, of
+                   3 with room
   service  agents
   verdict  steer
   reason   steered: virtual port: steered to a backend with room
@@ -592,15 +806,15 @@ fn doctor_as_text() {
         &doctor::text(&report()),
         "\
 ok    kernel: tcp_syncookies is 2
-      every connection is judged again at its ACK, so a refusal may come after the client's connect
-      has succeeded
+      every connection is judged again at its ACK, so a refusal may come after
+      the client's connect has succeeded
 WARN  syncookies: tcp_syncookies is 2
-      every connection is judged again at its ACK, so a refusal may come after the client's connect
-      has succeeded
+      every connection is judged again at its ACK, so a refusal may come after
+      the client's connect has succeeded
       -> sysctl net.ipv4.tcp_syncookies=1
 FAIL  btf: tcp_syncookies is 2
-      every connection is judged again at its ACK, so a refusal may come after the client's connect
-      has succeeded
+      every connection is judged again at its ACK, so a refusal may come after
+      the client's connect has succeeded
       -> boot a kernel with CONFIG_DEBUG_INFO_BTF
 
 The balancer can't work here as it should: 1 of 3 checks fail, 1 warn.
@@ -626,8 +840,8 @@ FAIL  btf: refused, with this log:
       0: (bf) r6 = r1   ; R1=ctx()
 
       processed 1 insns
-      every connection is judged again at its ACK, so a refusal may come after the client's connect
-      has succeeded
+      every connection is judged again at its ACK, so a refusal may come after
+      the client's connect has succeeded
       -> boot a kernel with CONFIG_DEBUG_INFO_BTF
 
 The balancer can't work here as it should: 1 of 1 checks fail, 0 warn.
@@ -865,11 +1079,36 @@ mod parsing {
 
     #[test]
     fn a_relative_path_is_one_from_here() {
-        let here = std::env::current_dir().unwrap();
+        let here = env::current_dir().unwrap();
         let place = parse(&["--state-dir", "a/b", "--admin-socket", "c", "status"]);
         let place = place.unwrap().place;
         assert_eq!(place.state_dir, here.join("a/b"));
         assert_eq!(place.admin_socket, here.join("c"));
+    }
+}
+
+/// The environment of this process has none of our variables.
+mod usage {
+    use super::*;
+
+    #[test]
+    fn options_from_the_environment_are_none_that_must_be_given() {
+        let arguments = |words: &[&str]| {
+            let words = words.iter().map(OsString::from);
+            words.collect::<Vec<_>>()
+        };
+        let usage = usage_without_environment(&arguments(&["balancer", "quota", "set"])).unwrap();
+        let said = usage.to_string();
+        assert!(
+            said.contains("Usage: balancer quota set <SERVICE> <QUOTA>\n"),
+            "{said}"
+        );
+        let usage = usage_without_environment(&arguments(&["balancer", "run"])).unwrap();
+        let said = usage.to_string();
+        assert!(
+            said.contains("Usage: balancer run --config <FILE>\n"),
+            "{said}"
+        );
     }
 }
 

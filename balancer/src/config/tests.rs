@@ -38,6 +38,25 @@ fn with(more: &str) -> String {
     format!("services:\n  - name: agents\n    port: 11800\n{more}")
 }
 
+/// YAML takes brackets without quotes for a list.
+#[test]
+fn an_address_in_brackets_without_quotes_is_told_to_need_them() {
+    for backends in [
+        "[[::1]:8001]",
+        "[::1]:8001",
+        "[fe80::1]:8001",
+        "[\"[::1]:8001\", [::1]:8002]",
+        "\n      - [::1]:8001",
+        "\n      - {address: [::1]:8001}",
+        "\n      - address: [::1]:8001",
+    ] {
+        let text = with(&format!("    backends: {backends}\n"));
+        let line = text.lines().count();
+        let words = "an IPv6 address with a port needs quotes; write \"[::1]:21801\"";
+        is_refused(&text, line, words);
+    }
+}
+
 #[test]
 fn the_smallest_file() {
     let config = parsed(&with(""));

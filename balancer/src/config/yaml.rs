@@ -5,7 +5,7 @@
 //! what `no`, `0x10` or `1_000` means is for the reader of the value to say. An alias shares the
 //! node that it names, so aliases that double each other take no more memory than their text.
 
-use std::{collections::HashMap, rc::Rc};
+use std::{collections::HashMap, net::Ipv6Addr, rc::Rc};
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle, StrInput};
 
@@ -59,6 +59,7 @@ impl Value {
 pub(super) fn parse(text: &str) -> Result<Option<Node>> {
     let options = granit_parser::options! { disallow_directives: true, emit_comments: false };
     let mut builder = Builder {
+        text,
         events: Parser::new_from_str_with_options(text, options),
         // A carriage return alone ends a line too.
         last_line: text
@@ -84,7 +85,11 @@ pub(super) fn parse(text: &str) -> Result<Option<Node>> {
     }
 }
 
+/// What to write where an address in brackets stands without quotes, which YAML takes for a list.
+const QUOTE_IT: &str = "an IPv6 address with a port needs quotes; write \"[::1]:21801\"";
+
 struct Builder<'input> {
+    text: &'input str,
     events: Parser<'input, StrInput<'input>>,
     last_line: usize,
     anchors: HashMap<usize, Node>,
@@ -95,6 +100,9 @@ impl<'input> Builder<'input> {
     fn next(&mut self) -> Result<(Event<'input>, Place)> {
         match self.events.next() {
             Some(Ok((event, span))) => Ok((event, self.place(&span.start))),
+            Some(Err(error)) if self.follows_bare_ipv6(error.marker()) => self
+                .place(error.marker())
+                .fail(format!("this is not valid YAML: {QUOTE_IT}")),
             Some(Err(error)) => self.place(error.marker()).fail(format!(
                 "this is not valid YAML: {}; correct the syntax here or on a line next to it (indentation, tabs, quotes, brackets)",
                 error.info()
@@ -102,6 +110,16 @@ impl<'input> Builder<'input> {
             // The parser ends with StreamEnd, after which nobody asks.
             None => Ok((Event::StreamEnd, Place { line: self.last_line, column: 1 })),
         }
+    }
+
+    /// Whether an IPv6 address in brackets ends right before.
+    fn follows_bare_ipv6(&self, marker: &Marker) -> bool {
+        let line = self.text.lines().nth(marker.line().saturating_sub(1));
+        let before: String = line.unwrap_or("").chars().take(marker.col()).collect();
+        let inside = before
+            .strip_suffix(']')
+            .and_then(|rest| rest.rsplit_once('['));
+        inside.is_some_and(|(_, address)| is_ipv6(address))
     }
 
     /// The parser may place what is absent, a value or the end, behind the last line.
@@ -175,6 +193,9 @@ impl<'input> Builder<'input> {
             }
             let key = match &*self.node(event, place, depth + 1)?.value {
                 Value::Scalar(key) => key.clone(),
+                Value::List(items) if items.iter().any(Node::is_ipv6) => {
+                    return place.fail(QUOTE_IT);
+                }
                 other => {
                     let kind = other.kind();
                     return place.fail(format!(
@@ -196,6 +217,16 @@ impl<'input> Builder<'input> {
             }
             entries.push(Entry { key, place, node });
         }
+    }
+}
+
+fn is_ipv6(text: &str) -> bool {
+    text.parse::<Ipv6Addr>().is_ok()
+}
+
+impl Node {
+    fn is_ipv6(&self) -> bool {
+        matches!(&*self.value, Value::Scalar(text) if is_ipv6(text))
     }
 }
 

@@ -57,6 +57,8 @@ pub struct Daemon {
     plan: Option<Plan>,
     /// The next audit is not due before.
     next_audit: Instant,
+    /// The file that was read last is in force only in part.
+    in_part: bool,
 }
 
 impl Daemon {
@@ -70,6 +72,7 @@ impl Daemon {
             fail_open_after: config.fail_open_after,
             plan: None,
             next_audit: Instant::now(),
+            in_part: false,
         }
     }
 
@@ -110,11 +113,15 @@ impl Daemon {
         self.guarded.refresh();
         let followed = self.follow_plan();
         let audited = matches!(followed, Ok(true));
-        log_failure(followed);
+        let followed = log_failure(followed);
         if !audited && Instant::now() >= self.next_audit {
             log_failure(self.audit(Scope::Known));
         }
-        log_failure(self.update());
+        let updated = log_failure(self.update());
+        if self.in_part && followed && updated {
+            self.in_part = false;
+            self.writer.loader.note_reload(None);
+        }
     }
 
     /// What the cluster has told is put in force at once.
@@ -144,15 +151,19 @@ impl Daemon {
         }
     }
 
-    /// Puts the file in force again; a bad one changes nothing. The log tells how it went.
+    /// Puts the file in force again; a bad one changes nothing. The log tells how it went, and
+    /// `status` where it failed.
     ///
     /// # Errors
     /// When the file is bad, or the kernel refuses a part of what it says.
     pub fn reload(&mut self, path: &Path) -> Result<()> {
+        self.in_part = false;
         let reloaded = self.put_file_in_force(path);
-        match &reloaded {
-            Ok(()) => info!("reloaded {}", path.display()),
-            Err(error) => error!("{error:#}"),
+        let failed = reloaded.as_ref().err().map(|error| format!("{error:#}"));
+        self.writer.loader.note_reload(failed.as_deref());
+        match &failed {
+            None => info!("reloaded {}", path.display()),
+            Some(error) => error!("{error}"),
         }
         reloaded
     }
@@ -163,6 +174,7 @@ impl Daemon {
         self.beat();
         let followed = self.follow_plan();
         let updated = self.update();
+        self.in_part = followed.is_err() || updated.is_err();
         followed.and(updated).context(
             "the new configuration is in force only in part; the rest is tried again at every tick",
         )
@@ -274,8 +286,13 @@ fn ticks(fail_open_after: Duration) -> Interval {
     ticks
 }
 
-fn log_failure<T>(result: Result<T>) {
-    if let Err(error) = result {
-        error!("the data plane could not be brought up to date: {error:#}");
+/// Logs a failure; true: there was none.
+fn log_failure<T>(result: Result<T>) -> bool {
+    match result {
+        Ok(_) => true,
+        Err(error) => {
+            error!("the data plane could not be brought up to date: {error:#}");
+            false
+        }
     }
 }

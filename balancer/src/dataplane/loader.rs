@@ -251,6 +251,11 @@ impl Loader {
         Events::open(&self.paths.current())
     }
 
+    /// Notes for `status` how reading the configuration file again went: see [`Lock::note_reload`].
+    pub fn note_reload(&self, error: Option<&str>) {
+        self.lock.note_reload(error);
+    }
+
     /// Takes out of the kernel what this daemon has put there, after a start that failed. One that
     /// was to take over another build's data plane takes nothing back: that one is in force as
     /// before, or this one is for the netns whose links it has moved, and the next start goes on.

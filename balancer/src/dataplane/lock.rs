@@ -10,13 +10,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::{Uid, geteuid};
-use tracing::info;
+use tracing::{info, warn};
 
+use super::notes::Note;
 use super::paths::Paths;
 use crate::discover::{ensure_bpffs, is_ending};
 use crate::sys::privileges::user;
-
-const HOLDERS: &str = "/run/balancer";
 
 /// How long the lock of a process that ends is waited for. A process has the lock until its last
 /// thread has left the kernel.
@@ -30,7 +29,8 @@ const TRY_EVERY: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Lock {
     _directory: Flock<File>,
-    holder: PathBuf,
+    holder: Note,
+    failed_reload: Note,
     /// Dropped last: what is empty goes once the lock is free.
     made: MadeDirectories,
 }
@@ -93,6 +93,8 @@ impl Lock {
         match Self::take(paths)? {
             Held::Mine(mut lock) => {
                 lock.made = made;
+                // The file has just been read: what an earlier daemon said of it is over.
+                lock.note_reload(None);
                 Ok(lock)
             }
             Held::ByOther(pid) => bail!(
@@ -122,6 +124,20 @@ impl Lock {
         }
     }
 
+    /// Notes how reading the configuration file again went, for `status`: why it failed, or, with
+    /// `None`, that it did not.
+    pub fn note_reload(&self, error: Option<&str>) {
+        let Some(error) = error else {
+            return self.failed_reload.remove();
+        };
+        if let Err(error) = self.failed_reload.write_error(error) {
+            warn!(
+                "`status` can't show that the reload failed: cannot write {}: {error}",
+                self.failed_reload.path().display()
+            );
+        }
+    }
+
     fn take_now(paths: &Paths) -> Result<Held> {
         let directory = File::open(paths.state_dir()).with_context(|| {
             format!(
@@ -129,7 +145,7 @@ impl Lock {
                 paths.state_dir().display()
             )
         })?;
-        let holder = holder_file(paths.state_dir());
+        let holder = Note::holder(paths);
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Ok(locked) => {
                 ensure_in_place(&locked, paths.state_dir())?;
@@ -137,10 +153,11 @@ impl Lock {
                 Ok(Held::Mine(Self {
                     _directory: locked,
                     holder,
+                    failed_reload: Note::failed_reload(paths),
                     made: MadeDirectories::default(),
                 }))
             }
-            Err((_, Errno::EWOULDBLOCK)) => Ok(Held::ByOther(holder_of(&holder))),
+            Err((_, Errno::EWOULDBLOCK)) => Ok(Held::ByOther(holder.pid())),
             Err((_, errno)) => Err(errno).with_context(|| {
                 format!(
                     "cannot lock the state directory {}",
@@ -153,8 +170,9 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // The directory is still locked here, so the file can't be another's yet.
-        let _ = fs::remove_file(&self.holder);
+        // The directory is still locked here, so the notes can't be another's yet.
+        self.holder.remove();
+        self.failed_reload.remove();
     }
 }
 
@@ -212,29 +230,14 @@ fn ensure_in_place(locked: &File, state_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn holder_file(state_dir: &Path) -> PathBuf {
-    let name: String = state_dir
-        .to_string_lossy()
-        .trim_matches('/')
-        .replace('/', "-");
-    Path::new(HOLDERS).join(format!("{name}.pid"))
-}
-
-fn name_holder(file: &Path) -> Result<()> {
-    let write = || {
-        fs::create_dir_all(HOLDERS)?;
-        fs::write(file, format!("{}\n", std::process::id()))
-    };
-    write().with_context(|| {
+fn name_holder(holder: &Note) -> Result<()> {
+    let written = holder.write(&format!("{}\n", std::process::id()));
+    written.with_context(|| {
         format!(
             "cannot write {}, which names the process that holds the lock",
-            file.display()
+            holder.path().display()
         )
     })
-}
-
-fn holder_of(file: &Path) -> Option<u32> {
-    fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -251,9 +254,8 @@ mod tests {
         let paths = Paths::new(directory.path());
         let file = File::open(directory.path()).expect("open");
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("free");
-        fs::create_dir_all(HOLDERS).expect("a directory");
-        let named = holder_file(paths.state_dir());
-        fs::write(named, format!("{}\n", holder.id())).expect("written");
+        let named = Note::holder(&paths).write(&format!("{}\n", holder.id()));
+        named.expect("written");
         (directory, paths, lock)
     }
 
@@ -293,7 +295,7 @@ mod tests {
         let held = Lock::take(&paths).expect("tried");
         assert!(matches!(held, Held::ByOther(_)), "{held:?}");
         assert!(begin.elapsed() >= ENDS_WITHIN, "the wait is bounded");
-        fs::remove_file(holder_file(paths.state_dir())).expect("removed");
+        Note::holder(&paths).remove();
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod audit;
 mod events;
 mod loader;
 mod lock;
+mod notes;
 mod object;
 mod paths;
 mod pins;
@@ -21,6 +22,7 @@ mod writer;
 
 pub use events::Events;
 pub use lock::Lock;
+pub use notes::{DaemonNotes, FailedReload};
 pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};
 pub use pins::unload;

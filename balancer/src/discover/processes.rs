@@ -9,6 +9,7 @@ use std::{
     str::FromStr,
 };
 
+use crate::sanitize;
 use crate::sys::pidfd::Process;
 
 /// A process's descriptor of a socket.
@@ -33,7 +34,8 @@ impl SocketOwner {
     /// The owner's name (`/proc/PID/comm`), or its number where it has ended.
     pub fn name(self) -> String {
         let comm = fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
-        match comm.trim_end() {
+        // A process chooses its name, with ends of lines in it if it likes.
+        match sanitize::for_message(comm.trim_end(), 64).as_str() {
             "" => format!("process {}", self.pid),
             name => format!("{name} (process {})", self.pid),
         }

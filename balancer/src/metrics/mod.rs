@@ -48,7 +48,25 @@ pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
     }
     let mut text = String::new();
     encode(&mut text, &registry)?;
-    Ok(text)
+    Ok(with_sorted_series(&text))
+}
+
+/// The series of each metric in the order of their labels: the encoder has them in no order.
+fn with_sorted_series(text: &str) -> String {
+    let mut lines: Vec<&str> = text.lines().collect();
+    for series in lines.chunk_by_mut(|one, next| !one.starts_with('#') && !next.starts_with('#')) {
+        series.sort_unstable_by_key(|line| by_numbers(line));
+    }
+    lines.join("\n") + "\n"
+}
+
+/// The pieces of a line, so that slot 9 comes before slot 10.
+fn by_numbers(line: &str) -> Vec<(usize, &str)> {
+    let pieces = line.split('"');
+    let is_number = |piece: &str| piece.bytes().all(|byte| byte.is_ascii_digit());
+    pieces
+        .map(|piece| (if is_number(piece) { piece.len() } else { 0 }, piece))
+        .collect()
 }
 
 fn gauges(registry: &mut Registry, name: &str, help: &str) -> Gauges {

@@ -174,6 +174,7 @@ fn set(balancer: &Balancer<'_>, quota: u32) -> Result<Instant> {
         balancer.state(),
         &request,
         ANSWERS_WITHIN,
+        |_| {},
     )? {
         Some(Response::Done { .. }) => Ok(asked),
         other => bail!("the daemon did not set a quota: {other:?}"),

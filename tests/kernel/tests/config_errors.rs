@@ -1,7 +1,11 @@
 //! Bad files: one clear error with the line, exit code 1, and nothing changed in the kernel.
 
+use std::io::{BufRead as _, BufReader};
+use std::process::Stdio;
+use std::time::Duration;
+
 use testkit::fixtures::tcp::{self, Listen};
-use testkit::fixtures::{Balancer, Machine};
+use testkit::fixtures::{Balancer, Machine, Signal, eventually, process};
 
 use crate::support::{agents, agree, open_listeners, own_port, virtual_port};
 
@@ -184,6 +188,61 @@ fn the_verb_reload_says_whether_the_new_file_is_in_force() {
     });
 }
 
+/// By signal as well as by the verb: who comes later must see that the file is not in force.
+#[test]
+fn a_failed_reload_stays_in_status_until_one_succeeds() {
+    Machine::with(|machine| {
+        let with = |quota: u32| {
+            let quota = format!("quota: {{per_backend: {quota}}}");
+            virtual_port("least-connections", 2, &[&quota])
+        };
+        let mut balancer = Balancer::start(machine, &with(4));
+        let _listeners = open_listeners(2);
+        balancer.wait_active(2);
+        let failed = |balancer: &Balancer| balancer.status().agent.failed_reload;
+        assert!(failed(&balancer).is_none());
+        let place = format!("{}:3:5: unknown key `prot`", balancer.config().display());
+        for by_verb in [false, true] {
+            balancer.configure("services:\n  - name: agents\n    prot: 1\n");
+            if by_verb {
+                assert_eq!(balancer.verb(&["reload"]).code, 1);
+            } else {
+                balancer.reload();
+                balancer.wait_for_log(&place, 0);
+            }
+            let seen = failed(&balancer).expect("the reload failed");
+            assert!(
+                seen.error.contains(&place) && seen.age_ms < 60_000,
+                "{seen:?}"
+            );
+            let text = balancer.must(&["status"]);
+            let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(
+                text.contains("Reload: FAILED") && text.contains(&place),
+                "{text}"
+            );
+            let quotas = balancer.service().backends;
+            assert!(
+                quotas.iter().all(|backend| backend.quota == Some(4)),
+                "{quotas:?}"
+            );
+
+            balancer.configure(&with(4));
+            balancer.must(&["reload"]);
+            assert!(failed(&balancer).is_none());
+            assert!(!balancer.must(&["status"]).contains("Reload:"));
+        }
+        // The next daemon reads the file anew.
+        balancer.configure("services: []\n");
+        assert_eq!(balancer.verb(&["reload"]).code, 1);
+        balancer.stop(Signal::SIGKILL);
+        assert!(failed(&balancer).is_some());
+        balancer.configure(&with(4));
+        balancer.launch();
+        assert!(failed(&balancer).is_none());
+    });
+}
+
 #[test]
 fn a_reload_can_change_everything_about_a_service() {
     Machine::with(|machine| {
@@ -223,5 +282,83 @@ fn quotas_of_what_does_not_exist_are_errors() {
             let finished = balancer.verb(arguments);
             assert_eq!(finished.code, 1, "{arguments:?}: {}", finished.stderr);
         }
+    });
+}
+
+/// A request may wait for a daemon that hangs longer than the one who asked.
+#[test]
+fn a_daemon_that_was_stopped_does_not_do_what_nobody_waits_for() {
+    Machine::with(|machine| {
+        let rest = ["quota: {per_backend: 4}"];
+        let balancer = Balancer::start(machine, &virtual_port("least-connections", 1, &rest));
+        let _listeners = open_listeners(1);
+        balancer.wait_active(1);
+        balancer.signal(Signal::SIGSTOP);
+        let hung = balancer.verb(&["ping", "--within", "1"]);
+        let process = format!("process {}, has not answered within 1 s", balancer.pid());
+        assert!(hung.code == 1 && hung.stderr.contains(&process), "{hung:?}");
+        let mut command = balancer.command(&["quota", "set", "agents", "2"]);
+        command.stderr(Stdio::piped());
+        let mut asking = process::spawn(&mut command).expect("started");
+        let mut told = BufReader::new(asking.stderr.take().expect("piped"));
+        let mut line = String::new();
+        told.read_line(&mut line)
+            .expect("it tells for whom it waits");
+        let waiting = format!("waiting for the daemon, process {}, …\n", balancer.pid());
+        assert_eq!(line, waiting);
+        asking.kill().expect("killed");
+        asking.wait().expect("it ends");
+        balancer.signal(Signal::SIGCONT);
+        balancer.wait_for_log("not done: who asked for it has gone", 1);
+        assert_eq!(balancer.service().backends[0].quota, Some(4));
+        balancer.quota_set("agents", None, 3);
+        assert_eq!(balancer.service().backends[0].quota, Some(3));
+    });
+}
+
+#[test]
+fn a_run_that_fails_leaves_nothing_and_says_why() {
+    Machine::with(|machine| {
+        let balancer = Balancer::prepare(machine, &own_port("round-robin", &[]));
+        let config = balancer.config();
+        let config = config.to_str().expect("a UTF-8 path");
+        for (cgroup, words) in [
+            ("/tmp", "/tmp is no cgroup2 directory: give one below"),
+            (
+                "/no/such/cgroup",
+                "there is no cgroup /no/such/cgroup: make it first",
+            ),
+        ] {
+            let failed = balancer.verb(&["run", "--config", config, "--cgroup", cgroup]);
+            assert!(
+                failed.code == 1 && failed.stderr.contains(words),
+                "{failed:?}"
+            );
+            assert!(!balancer.state().exists());
+        }
+        // What fails once the lock is taken.
+        std::fs::write(balancer.socket(), "").expect("written");
+        let failed = balancer.verb(&["run", "--config", config]);
+        let words = "something else than a socket";
+        assert!(
+            failed.code == 1 && failed.stderr.contains(words),
+            "{failed:?}"
+        );
+        assert!(!balancer.state().exists());
+        std::fs::remove_file(balancer.socket()).expect("removed");
+    });
+}
+
+#[test]
+fn a_daemon_that_was_killed_is_dead_in_status_before_it_is_silent() {
+    Machine::with(|machine| {
+        let mut balancer = Balancer::start(machine, &own_port("round-robin", &[]));
+        let dead = format!("Daemon: DEAD: its process {} is gone", balancer.pid());
+        balancer.stop(Signal::SIGKILL);
+        eventually(Duration::from_secs(3), || {
+            let text = balancer.must(&["status"]);
+            anyhow::ensure!(text.starts_with(&dead), "{text}");
+            Ok(())
+        });
     });
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    cli::output::{or, span, table, wrapped},
+    cli::output::{Column, or, span, table, wrapped},
     kubernetes::{BackendStatus, ClusterStatus, GroupStatus},
 };
 
@@ -55,43 +55,68 @@ fn group_text(group: &GroupStatus) -> String {
         );
         text += &wrapped("  ! ", &words);
     }
-    let mut rows: Vec<Vec<String>> = group.backends.iter().map(row).collect();
-    rows.push(total(group));
-    text + &table(
-        &[
-            "POD",
-            "NODE",
-            "ADDRESS",
-            "STATE",
-            ">ESTABLISHED",
-            ">QUOTA",
-            ">ROOM",
-            ">PENDING",
-            ">EXEMPT",
-            ">WEIGHT",
-            ">REPORTED",
-        ],
-        rows,
-    )
+    text + &backends(group)
 }
 
-fn row(backend: &BackendStatus) -> Vec<String> {
-    let reported = backend.state.is_some();
-    let number =
-        |value: Option<u32>, unlimited: &str| or(value, if reported { unlimited } else { "?" });
-    vec![
-        backend.pod.to_string(),
-        or(backend.node.as_ref(), "-"),
-        or(backend.address, "-"),
-        state(backend),
-        number(backend.established, "?"),
-        number(backend.quota, "unlimited"),
-        number(backend.room, "unlimited"),
-        number(backend.pending, "-"),
-        number(backend.exempt, "?"),
-        backend.weight.to_string(),
-        age(backend),
-    ]
+/// The columns that a narrow terminal can do without, the least needed first.
+const LEAST: [&str; 7] = [
+    "WEIGHT", "EXEMPT", "PENDING", "ADDRESS", "ROOM", "NODE", "REPORTED",
+];
+
+fn backends(group: &GroupStatus) -> String {
+    let column = |heading: &'static str, cell: &dyn Fn(&BackendStatus) -> String, total: &str| {
+        let cells = group.backends.iter().map(cell);
+        let cells = cells.chain([total.to_owned()]).collect();
+        Column { heading, cells }
+    };
+    let number = |backend: &BackendStatus, value: Option<u32>, none: &str| {
+        or(value, if backend.state.is_some() { none } else { "?" })
+    };
+    let sum = |value: fn(&BackendStatus) -> Option<u32>| -> String {
+        let sum: u64 = group.backends.iter().filter_map(value).map(u64::from).sum();
+        sum.to_string()
+    };
+    let established = sum(|backend| backend.established);
+    let mut columns = vec![
+        column("POD", &|backend| backend.pod.to_string(), "total"),
+        column("NODE", &|backend| or(backend.node.as_ref(), "-"), ""),
+        column("ADDRESS", &|backend| or(backend.address, "-"), ""),
+        column("STATE", &state, ""),
+        column(
+            ">ESTABLISHED",
+            &|backend| number(backend, backend.established, "?"),
+            &established,
+        ),
+        column(
+            ">QUOTA",
+            &|backend| number(backend, backend.quota, "unlimited"),
+            "",
+        ),
+        column(
+            ">ROOM",
+            &|backend| number(backend, backend.room, "unlimited"),
+            "",
+        ),
+        column(
+            ">PENDING",
+            &|backend| number(backend, backend.pending, "-"),
+            "",
+        ),
+    ];
+    let any = |is_so: fn(&BackendStatus) -> bool| group.backends.iter().any(is_so);
+    if any(|backend| backend.exempt.is_some_and(|exempt| exempt != 0)) {
+        let exempt = sum(|backend| backend.exempt);
+        columns.push(column(
+            ">EXEMPT",
+            &|backend| number(backend, backend.exempt, "?"),
+            &exempt,
+        ));
+    }
+    if any(|backend| backend.weight != 1) {
+        columns.push(column(">WEIGHT", &|backend| backend.weight.to_string(), ""));
+    }
+    columns.push(column(">REPORTED", &age, ""));
+    table(columns, &LEAST)
 }
 
 /// The state that Kubernetes gives the pod, and the state of the backend where it is not active.
@@ -116,18 +141,6 @@ fn age(backend: &BackendStatus) -> String {
         Some(seconds) if seconds < OLD => format!("{seconds} s ago"),
         Some(seconds) => format!("{} ago (!)", span(Duration::from_secs(seconds))),
     }
-}
-
-fn total(group: &GroupStatus) -> Vec<String> {
-    let sum = |value: fn(&BackendStatus) -> Option<u32>| -> String {
-        let sum: u64 = group.backends.iter().filter_map(value).map(u64::from).sum();
-        sum.to_string()
-    };
-    let mut row = vec![String::new(); 11];
-    "total".clone_into(&mut row[0]);
-    row[4] = sum(|backend| backend.established);
-    row[8] = sum(|backend| backend.exempt);
-    row
 }
 
 #[cfg(test)]

@@ -5,23 +5,30 @@ use std::net::{IpAddr, SocketAddr};
 use balancer_common::Reason;
 use serde::{Serialize, Serializer};
 
-use crate::dataplane::{BackendSnapshot, ServiceSnapshot, Snapshot};
+use crate::dataplane::{BackendSnapshot, DaemonNotes, ServiceSnapshot, Snapshot};
 
 #[derive(Serialize)]
 pub(in crate::cli) struct Json<'a> {
     schema: u32,
     services: Vec<JsonService<'a>>,
     /// The daemon; the key is part of the contract.
-    agent: JsonDaemon,
+    agent: JsonDaemon<'a>,
 }
 
 #[derive(Serialize)]
-struct JsonDaemon {
+struct JsonDaemon<'a> {
     alive: bool,
     heartbeat_age_ms: Option<u128>,
     checks: u64,
     drift: u64,
     repairs: u64,
+    failed_reload: Option<JsonReload<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonReload<'a> {
+    age_ms: u128,
+    error: &'a str,
 }
 
 #[derive(Serialize)]
@@ -59,7 +66,7 @@ fn by_name<S: Serializer>(verdicts: &&[(Reason, u64)], serializer: S) -> Result<
 }
 
 impl<'a> Json<'a> {
-    pub(in crate::cli) fn new(snapshot: &'a Snapshot) -> Self {
+    pub(in crate::cli) fn new(snapshot: &'a Snapshot, notes: &'a DaemonNotes) -> Self {
         Self {
             schema: 1,
             services: snapshot.services.iter().map(JsonService::new).collect(),
@@ -69,6 +76,10 @@ impl<'a> Json<'a> {
                 checks: snapshot.daemon.audit_totals.checks,
                 drift: snapshot.daemon.audit_totals.drift,
                 repairs: snapshot.daemon.audit_totals.repairs,
+                failed_reload: notes.failed_reload.as_ref().map(|failed| JsonReload {
+                    age_ms: failed.age.as_millis(),
+                    error: &failed.error,
+                }),
             },
         }
     }

@@ -6,45 +6,74 @@ use balancer_common::BackendState;
 use balancer_common::abi::AuditTotals;
 
 use crate::{
-    cli::output::{or, span, table, wrapped},
-    dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapshot},
+    cli::output::{Column, or, span, table, text_columns, wrapped},
+    dataplane::{
+        BackendSnapshot, DaemonNotes, DaemonSnapshot, FailedReload, ServiceSnapshot, Snapshot,
+    },
 };
 
 /// A daemon beats every second; one that has not for so long has something the matter, even if the
 /// kernel still waits for it.
 const SILENT: Duration = Duration::from_secs(5);
+/// One that lives has given a heartbeat within this time, unless the machine is very busy.
+const BEATS_WITHIN: Duration = Duration::from_millis(1500);
 
-pub(in crate::cli) fn text(snapshot: &Snapshot) -> String {
-    let mut text = daemon(&snapshot.daemon);
+pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
+    let mut text = daemon(&snapshot.daemon, notes.ended);
+    if let Some(failed) = &notes.failed_reload {
+        text += &reload(failed);
+    }
+    text += &counts(&snapshot.daemon.audit_totals);
     for service in &snapshot.services {
         text += "\n";
         text += &service_text(service);
     }
     if snapshot.services.is_empty() {
-        text += "\nNo service is loaded: the daemon has not finished starting, or has been told to take them all out.\n";
+        text += "\n";
+        text += &wrapped(
+            "",
+            "No service is loaded: the daemon has not finished starting, or has been told to take them all out.",
+        );
     }
     text
 }
 
-fn daemon(daemon: &DaemonSnapshot) -> String {
+fn daemon(daemon: &DaemonSnapshot, ended: Option<u32>) -> String {
     let limit = span(daemon.fail_open_after);
-    let words = match daemon.heartbeat_age {
-        Some(age) if daemon.alive && age < SILENT => {
-            format!("alive, last heartbeat {} ago", span(age))
-        }
-        Some(age) if daemon.alive => format!(
-            "SILENT for {}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). Look at its log, or start it \
-             again with `balancer run --config FILE`.",
-            span(age)
-        ),
-        Some(age) => format!(
-            "DEAD OR STUCK, last heartbeat {} ago: nobody is refused (fail open after {limit}), quotas stay as they are. Start it again with \
-             `balancer run --config FILE`.",
-            span(age)
-        ),
-        None => "has not lived since the balancer was loaded: nobody is refused. Start it with `balancer run --config FILE`.".to_owned(),
+    let again = "`balancer run --config FILE`";
+    let Some(age) = daemon.heartbeat_age else {
+        let words = format!(
+            "has not lived since the balancer was loaded: nobody is refused. Start it with {again}."
+        );
+        return wrapped("Daemon: ", &words);
     };
-    wrapped("Daemon: ", &words) + &counts(&daemon.audit_totals)
+    let ago = span(age);
+    let words = match ended {
+        // A number that another process namespace gave says nothing here: so the heartbeat, too.
+        Some(pid) if daemon.alive && age >= BEATS_WITHIN => format!(
+            "DEAD: its process {pid} is gone, last heartbeat {ago} ago; from {limit} on nobody is refused (fail open). Start it again with \
+             {again}."
+        ),
+        _ if daemon.alive && age < SILENT => format!("alive, last heartbeat {ago} ago"),
+        _ if daemon.alive => format!(
+            "SILENT for {ago}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). Look at its log, or start it \
+             again with {again}."
+        ),
+        _ => format!(
+            "DEAD OR STUCK, last heartbeat {ago} ago: nobody is refused (fail open after {limit}), quotas stay as they are. Start it again with \
+             {again}."
+        ),
+    };
+    wrapped("Daemon: ", &words)
+}
+
+fn reload(failed: &FailedReload) -> String {
+    let words = format!(
+        "FAILED {} ago: {}. Then: `balancer reload`",
+        span(failed.age),
+        failed.error
+    );
+    wrapped("Reload: ", &words)
 }
 
 /// Nothing to be said where the counts have always been those of the socket table.
@@ -148,53 +177,48 @@ fn is_full(backend: &BackendSnapshot) -> bool {
     backend.quota.is_some_and(|quota| taken >= quota)
 }
 
+/// The columns that a narrow terminal can do without, the least needed first.
+const LEAST: [&str; 6] = ["WEIGHT", "EXEMPT", "PENDING", "USED", "NETNS", "SLOT"];
+
 fn backends(service: &ServiceSnapshot) -> String {
-    let mut headings = vec![
-        ">SLOT",
-        "BACKEND",
-        "STATE",
-        ">ESTABLISHED",
-        ">QUOTA",
-        ">USED",
-        ">PENDING",
-        ">EXEMPT",
-        ">WEIGHT",
+    let backends = by_address(&service.backends);
+    let total = total(&service.backends);
+    let column = |heading: &'static str, cell: &dyn Fn(&BackendSnapshot) -> String| {
+        let mut cells: Vec<String> = backends.iter().map(|backend| cell(backend)).collect();
+        if backends.len() > 1 {
+            cells.push(total.of(heading));
+        }
+        Column { heading, cells }
+    };
+    let mut columns = vec![
+        column(">SLOT", &|backend| backend.slot.to_string()),
+        column("BACKEND", &|backend| backend.address.to_string()),
+        column("STATE", &|backend| backend.state.name().to_owned()),
+        column(">ESTABLISHED", &|backend| backend.established.to_string()),
+        column(">QUOTA", &|backend| quota_cell(service, backend)),
+        column(">USED", &used),
+        column(">PENDING", &|backend| or(backend.pending, "?")),
     ];
-    let mut rows: Vec<Vec<String>> = service
-        .backends
-        .iter()
-        .map(|backend| row(service, backend))
-        .collect();
-    if rows.len() > 1 {
-        rows.push(total(&service.backends));
+    let any =
+        |is_so: &dyn Fn(&BackendSnapshot) -> bool| backends.iter().any(|backend| is_so(backend));
+    if any(&|backend| backend.exempt != 0) {
+        columns.push(column(">EXEMPT", &|backend| backend.exempt.to_string()));
+    }
+    if any(&|backend| backend.weight != 1) {
+        columns.push(column(">WEIGHT", &|backend| backend.weight.to_string()));
     }
     // Pods all listen on the same wildcard address: only the netns tells them apart.
-    let netns = |backend: &BackendSnapshot| backend.netns;
-    if service
-        .backends
-        .windows(2)
-        .any(|two| netns(&two[0]) != netns(&two[1]))
-    {
-        headings.push(">NETNS");
-        for (row, backend) in rows.iter_mut().zip(&service.backends) {
-            row.push(backend.netns.to_string());
-        }
+    if any(&|backend| backend.netns != backends[0].netns) {
+        columns.push(column(">NETNS", &|backend| backend.netns.to_string()));
     }
-    table(&headings, rows)
+    table(columns, &LEAST)
 }
 
-fn row(service: &ServiceSnapshot, backend: &BackendSnapshot) -> Vec<String> {
-    vec![
-        backend.slot.to_string(),
-        backend.address.to_string(),
-        backend.state.name().to_owned(),
-        backend.established.to_string(),
-        quota_cell(service, backend),
-        used(backend),
-        or(backend.pending, "?"),
-        backend.exempt.to_string(),
-        backend.weight.to_string(),
-    ]
+/// In the order in which a person looks for one.
+pub(in crate::cli) fn by_address(backends: &[BackendSnapshot]) -> Vec<&BackendSnapshot> {
+    let mut sorted: Vec<_> = backends.iter().collect();
+    sorted.sort_by_key(|backend| (backend.address, backend.netns, backend.slot));
+    sorted
 }
 
 fn quota_cell(service: &ServiceSnapshot, backend: &BackendSnapshot) -> String {
@@ -223,30 +247,43 @@ fn used(backend: &BackendSnapshot) -> String {
     }
 }
 
-fn total(backends: &[BackendSnapshot]) -> Vec<String> {
-    let sum = |of: fn(&BackendSnapshot) -> Option<u32>| {
-        backends
-            .iter()
-            .map(of)
-            .try_fold(0, |sum, part| Some(sum + u64::from(part?)))
+/// The last line of the table.
+struct Total {
+    established: u64,
+    quota: Option<u64>,
+    pending: Option<u64>,
+    exempt: u64,
+}
+
+fn total(backends: &[BackendSnapshot]) -> Total {
+    let sum = |of: fn(&BackendSnapshot) -> u32| backends.iter().map(|b| u64::from(of(b))).sum();
+    let sum_of_known = |of: fn(&BackendSnapshot) -> Option<u32>| {
+        let parts = backends.iter().map(|backend| of(backend).map(u64::from));
+        parts.sum::<Option<u64>>()
     };
-    vec![
-        String::new(),
-        "total".to_owned(),
-        String::new(),
-        or(sum(|backend| Some(backend.established)), ""),
+    Total {
+        established: sum(|backend| backend.established),
         // A backend that takes nobody any more adds nothing to what there is room for.
-        or(
-            sum(|backend| match backend.state {
-                BackendState::Closed => Some(0),
-                _ => backend.quota,
-            }),
-            "unlimited",
-        ),
-        String::new(),
-        or(sum(|backend| backend.pending), "?"),
-        or(sum(|backend| Some(backend.exempt)), ""),
-    ]
+        quota: sum_of_known(|backend| match backend.state {
+            BackendState::Closed => Some(0),
+            _ => backend.quota,
+        }),
+        pending: sum_of_known(|backend| backend.pending),
+        exempt: sum(|backend| backend.exempt),
+    }
+}
+
+impl Total {
+    fn of(&self, heading: &str) -> String {
+        match heading {
+            "BACKEND" => "total".to_owned(),
+            ">ESTABLISHED" => self.established.to_string(),
+            ">QUOTA" => or(self.quota, "unlimited"),
+            ">PENDING" => or(self.pending, "?"),
+            ">EXEMPT" => self.exempt.to_string(),
+            _ => String::new(),
+        }
+    }
 }
 
 /// What the table has no room for. Backends about which there is the same to say share a line.
@@ -285,7 +322,10 @@ fn notes(service: &ServiceSnapshot) -> String {
 
 /// Whether the quota was set by hand for this backend, as far as one can tell, and not for the
 /// whole service.
-fn is_own_override(service: &ServiceSnapshot, backend: &BackendSnapshot) -> bool {
+pub(in crate::cli) fn is_own_override(
+    service: &ServiceSnapshot,
+    backend: &BackendSnapshot,
+) -> bool {
     backend.overridden && service.quota_override != backend.quota
 }
 
@@ -316,22 +356,34 @@ fn verdicts(service: &ServiceSnapshot) -> String {
     if given.is_empty() {
         return "  No connection has been looked up yet.\n".to_owned();
     }
+    let names = given.iter().map(|(reason, _)| reason.name().len());
+    let widest = names.max().unwrap_or(0).max("REASON".len());
     let mut text = "\n".to_owned();
-    text += &verdict_line("LOOK-UPS", "VERDICT", "REASON", "MEANING");
+    text += &verdict_line(
+        "LOOK-UPS",
+        "VERDICT",
+        &format!("{:<widest$}", "REASON"),
+        "MEANING",
+    );
     for (reason, count) in given {
         text += &verdict_line(
             &count.to_string(),
             reason.verdict().name(),
-            reason.name(),
+            &format!("{:<widest$}", reason.name()),
             reason.meaning(),
         );
     }
     text
 }
 
+/// Narrower text has no column for the verdict: the reason says which it is.
+const FITS_VERDICT: usize = 72;
+
 fn verdict_line(count: &str, verdict: &str, reason: &str, meaning: &str) -> String {
-    wrapped(
-        &format!("  {count:>8}  {verdict:<7}  {reason:<18}  "),
-        meaning,
-    )
+    let verdict = if text_columns() < FITS_VERDICT {
+        String::new()
+    } else {
+        format!("{verdict:<7}  ")
+    };
+    wrapped(&format!("  {count:>8}  {verdict}{reason}  "), meaning)
 }
