@@ -79,6 +79,11 @@ fn exit_codes() {
         2,
         "write an address such as",
     );
+    assert_fails(
+        &run(&["explain", "--from", "::1", "--to", "10.0.0.9:1"]),
+        2,
+        "::1 and 10.0.0.9:1 are of two address families",
+    );
 }
 
 #[test]

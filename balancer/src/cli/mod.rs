@@ -129,14 +129,26 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         // Help and version come this way too.
         Err(usage) => {
-            output::print_usage(&usage);
-            return ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2));
+            return usage_failure(&usage);
         }
     };
-    cli.verb.perform(&cli.place).unwrap_or_else(|error| {
-        output::print_error(&error);
-        ExitCode::FAILURE
-    })
+    cli.verb
+        .perform(&cli.place)
+        .unwrap_or_else(|error| print_failure(&error))
+}
+
+/// Arguments that don't go together are wrong usage too, found out after parsing.
+fn print_failure(error: &anyhow::Error) -> ExitCode {
+    if let Some(usage) = error.downcast_ref() {
+        return usage_failure(usage);
+    }
+    output::print_error(error);
+    ExitCode::FAILURE
+}
+
+fn usage_failure(usage: &clap::Error) -> ExitCode {
+    output::print_usage(usage);
+    ExitCode::from(u8::try_from(usage.exit_code()).unwrap_or(2))
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
@@ -197,7 +209,7 @@ impl Verb {
             Self::Status(status) => status.perform(place),
             Self::Metrics(metrics) => metrics.perform(place),
             Self::Quota(quota) => quota.perform(place),
-            Self::Explain(explain) => explain.perform(place),
+            Self::Explain(explain) => return explain.perform(place),
             Self::Doctor(doctor) => return doctor.perform(place),
             Self::Ping(ping) => ping.perform(place),
             Self::Unload(unload) => unload.perform(place),

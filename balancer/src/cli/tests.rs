@@ -1,4 +1,4 @@
-use std::{collections::BTreeSet, net::SocketAddr, path::Path, time::Duration};
+use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use balancer_common::abi::AuditTotals;
 use balancer_common::{BackendState, Policy, Reason, Verdict};
@@ -7,10 +7,11 @@ use clap::CommandFactory;
 use super::*;
 use crate::{
     dataplane::{
-        BackendSnapshot, DaemonNotes, DaemonSnapshot, Explanation, FailedReload, ServiceSnapshot,
-        Snapshot,
+        BackendSnapshot, DaemonNotes, DaemonSnapshot, Explanation, FailedReload, ListeningBackend,
+        ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
+    kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
 };
 
 fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> BackendSnapshot {
@@ -677,12 +678,25 @@ fn quota_as_json_is_as_contracted() {
     );
 }
 
+fn listening(slot: u32, address: &str) -> ListeningBackend {
+    ListeningBackend {
+        slot,
+        address: address.parse().unwrap(),
+        state: BackendState::Active,
+    }
+}
+
 fn explained() -> Explanation {
     Explanation {
+        netns: 4711,
         service: Some("agents".to_owned()),
-        reason: Reason::Steered,
+        reason: Some(Reason::Steered),
         verdict: Verdict::Steer,
-        backend: Some((1, "[::1]:21802".parse::<SocketAddr>().unwrap())),
+        backend: Some(listening(1, "[::1]:21802")),
+        unsuited: vec![Unsuited {
+            backend: listening(0, "127.0.0.1:21801"),
+            why: "takes no IPv6",
+        }],
         sentence: "it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room"
             .to_owned(),
     }
@@ -700,20 +714,28 @@ fn explain_as_text() {
   verdict  steer
   reason   steered: virtual port: steered to a backend with room
   backend  [::1]:21802 (slot 1)
+  unsuited 127.0.0.1:21801 (slot 0): it takes no IPv6
 ",
     );
     let stranger = Explanation {
         service: None,
         backend: None,
-        reason: Reason::NoBackend,
+        reason: None,
+        unsuited: Vec::new(),
         verdict: Verdict::Pass,
         ..explained()
     };
     let text = explain::text(from, to, &stranger);
     assert!(
-        text.contains("service  none: the balancer leaves this port alone\n  verdict  pass\n"),
+        text.ends_with("  service  none: nobody is steered or refused there\n  verdict  pass\n"),
         "{text}"
     );
+    let of_many = Explanation {
+        unsuited: vec![explained().unsuited[0]; 30],
+        ..explained()
+    };
+    let text = explain::text(from, to, &of_many);
+    assert!(text.ends_with("  unsuited 22 more\n"), "{text}");
 }
 
 #[test]
@@ -728,13 +750,197 @@ fn explain_as_json_is_as_contracted() {
             "schema": 1,
             "from": "10.0.0.7:5",
             "to": "10.0.0.9:11800",
+            "netns": 4711,
             "service": "agents",
             "reason": "steered",
             "verdict": "steer",
             "backend": {"slot": 1, "address": "[::1]:21802"},
+            "unsuited": [{"slot": 0, "address": "127.0.0.1:21801", "why": "takes no IPv6"}],
+            "choices": [],
             "sentence": "it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room",
         })
     );
+}
+
+/// Two netns, the first of them a pod's.
+fn several() -> explain::Several {
+    let several = SeveralNetns {
+        service: "agents".to_owned(),
+        netns: vec![
+            (4711, vec![listening(6, "0.0.0.0:11800")]),
+            (
+                4712,
+                vec![
+                    ListeningBackend {
+                        state: BackendState::Candidate,
+                        ..listening(2, "[::]:11800")
+                    },
+                    listening(3, "[::]:11800"),
+                ],
+            ),
+        ],
+    };
+    let pods = explain::Pods::from([
+        (4711, [pod("oap-0")].into()),
+        // They use the node's network: none of them is the one.
+        (4712, [pod("oap-1"), pod("oap-2")].into()),
+    ]);
+    explain::Several::new(&several, &pods, "balancer explain --from ::1 --to 11800")
+}
+
+fn pod(name: &str) -> ObjectName {
+    ObjectName {
+        namespace: "skywalking".to_owned(),
+        name: name.to_owned(),
+    }
+}
+
+#[test]
+fn the_netns_to_choose_from_are_listed_with_the_commands() {
+    let (from, to) = ("::1".parse().unwrap(), "11800".parse().unwrap());
+    assert_text(
+        &several().text(from, to),
+        "\
+::1 -> 11800: agents has backends in 2 network namespaces, and none in that of
+              this command: say which one is meant
+  NETNS  POD               SLOT  BACKEND        STATE
+   4711  skywalking/oap-0     6  0.0.0.0:11800  active
+   4712  -                    2  [::]:11800     candidate
+   4712  -                    3  [::]:11800     active
+  balancer explain --from ::1 --to 11800 --pod skywalking/oap-0
+  balancer explain --from ::1 --to 11800 --netns 4712
+",
+    );
+    assert_eq!(
+        serde_json::to_value(explain::Json::of_several(from, to, &several())).unwrap(),
+        serde_json::json!({
+            "schema": 1,
+            "from": "::1",
+            "to": "11800",
+            "netns": null,
+            "service": "agents",
+            "reason": null,
+            "verdict": null,
+            "backend": null,
+            "unsuited": [],
+            "choices": [
+                {
+                    "netns": 4711,
+                    "pod": "skywalking/oap-0",
+                    "backends": [{"slot": 6, "address": "0.0.0.0:11800", "state": "active"}],
+                    "command": "balancer explain --from ::1 --to 11800 --pod skywalking/oap-0",
+                },
+                {
+                    "netns": 4712,
+                    "pod": null,
+                    "backends": [
+                        {"slot": 2, "address": "[::]:11800", "state": "candidate"},
+                        {"slot": 3, "address": "[::]:11800", "state": "active"},
+                    ],
+                    "command": "balancer explain --from ::1 --to 11800 --netns 4712",
+                },
+            ],
+            "sentence": "agents has backends in 2 network namespaces, and none in that of this command: say which one is meant",
+        })
+    );
+}
+
+#[test]
+fn a_command_is_said_again_as_a_shell_reads_it() {
+    for (argument, word) in [
+        ("[::1]:11800", "'[::1]:11800'"),
+        ("--state-dir=/a b", "'--state-dir=/a b'"),
+        ("10.0.0.7", "10.0.0.7"),
+        ("it's", r"'it'\''s'"),
+        ("", "''"),
+    ] {
+        assert_eq!(explain::shell_word(argument), word);
+    }
+}
+
+/// Two pods of this node, one without a listener, and one of another node.
+fn cluster() -> ClusterStatus {
+    let backend = |name: &str, node: &str, slot| BackendStatus {
+        pod: pod(name),
+        node: Some(node.to_owned()),
+        address: None,
+        ready: true,
+        terminating: false,
+        weight: 1,
+        slot,
+        state: None,
+        established: None,
+        exempt: None,
+        pending: None,
+        quota: None,
+        room: None,
+        seconds_ago: None,
+    };
+    ClusterStatus {
+        schema: 1,
+        node: "node-1".to_owned(),
+        complete: true,
+        silent_seconds: 0,
+        problems: Vec::new(),
+        groups: vec![GroupStatus {
+            id: GroupId {
+                entry: "agents".to_owned(),
+                service: pod("oap"),
+                port: 11800,
+            },
+            sentence: String::new(),
+            starved: 0,
+            backends: vec![
+                backend("oap-0", "node-1", Some(7)),
+                backend("oap-1", "node-1", None),
+                // Slots of other nodes are theirs.
+                backend("oap-2", "node-2", Some(0)),
+            ],
+        }],
+    }
+}
+
+#[test]
+fn a_pod_leads_to_its_listener_or_to_what_is_wrong() {
+    let cluster = cluster();
+    let slot = |name: &str, port| explain::slot_of(&cluster, &pod(name), port);
+    assert_eq!(slot("oap-0", 11800).unwrap(), 7);
+    for (name, port, words) in [
+        ("oap-0", 12800, "serves port 11800, not 12800"),
+        ("oap-1", 11800, "no listener on port 11800 is known"),
+        ("oap-2", 11800, "is on node node-2, and this is node node-1"),
+        (
+            "oap-3",
+            11800,
+            "those of this node are skywalking/oap-0, skywalking/oap-1",
+        ),
+    ] {
+        let error = format!("{:#}", slot(name, port).unwrap_err());
+        assert!(error.contains(words), "{error}");
+    }
+    let mut service = agents();
+    service.backends[2].netns = 4711;
+    let snapshot = Snapshot {
+        services: vec![service],
+        daemon: alive(),
+    };
+    let pods = explain::pods(&cluster, &snapshot);
+    assert_eq!(pods, [(4711, [pod("oap-0")].into())].into());
+}
+
+#[test]
+fn a_netns_is_a_name_a_file_or_a_number() {
+    use super::explain::Netns;
+
+    for (text, netns) in [
+        ("4026531840", Netns::Cookie(4_026_531_840)),
+        ("blue", Netns::File("/run/netns/blue".into())),
+        ("/proc/7/ns/net", Netns::File("/proc/7/ns/net".into())),
+        ("./7", Netns::File("./7".into())),
+    ] {
+        assert_eq!(text.parse(), Ok(netns), "{text}");
+    }
+    assert!("".parse::<Netns>().is_err());
 }
 
 #[test]
@@ -745,6 +951,7 @@ fn the_ends_of_a_connection() {
         ("10.0.0.7", "10.0.0.7", None),
         ("10.0.0.7:5", "10.0.0.7", Some(5)),
         ("::1", "::1", None),
+        ("[::1]", "::1", None),
         ("[::1]:5", "::1", Some(5)),
         ("::ffff:10.0.0.7", "10.0.0.7", None),
     ] {
@@ -765,11 +972,50 @@ fn the_ends_of_a_connection() {
         let address = address.map(|address| address.parse().unwrap());
         assert_eq!(text.parse(), Ok(To { address, port }), "{text}");
     }
-    for text in ["", "oap", "10.0.0", "10.0.0.7:", "10.0.0.7:70000", "[::1]"] {
-        assert!(text.parse::<From>().is_err(), "{text}");
+    for (text, words) in [
+        ("", "is no address"),
+        ("oap", "`oap` is no address, and names are not looked up"),
+        (
+            "oap:11800",
+            "`oap` is no address, and names are not looked up",
+        ),
+        ("10.0.0", "`10.0.0` is no address"),
+        ("10.0.0.7:", "`` is no port from 1 to 65535"),
+        ("10.0.0.7:0", "`0` is no port from 1 to 65535"),
+        ("10.0.0.7:70000", "`70000` is no port from 1 to 65535"),
+        ("11800", "write an address"),
+        ("fe80::1%eth0", "`fe80::1%eth0` has a zone"),
+        ("0.0.0.0", "no connection has the address 0.0.0.0"),
+        ("[ff02::1]:5", "no connection has the address ff02::1"),
+    ] {
+        let error = text.parse::<From>().unwrap_err();
+        assert!(error.contains(words), "{text}: {error}");
+        assert!(
+            error.contains("write an address such as 10.0.0.7"),
+            "{text}: {error}"
+        );
     }
-    for text in ["", "0", "70000", "10.0.0.9", "10.0.0.9:0", "::1", "http"] {
-        assert!(text.parse::<To>().is_err(), "{text}");
+    for (text, words) in [
+        ("", "is no address"),
+        ("0", "`0` is no port from 1 to 65535"),
+        ("70000", "`70000` is no port from 1 to 65535"),
+        ("10.0.0.9", "the port is missing"),
+        ("::1", "the port is missing"),
+        ("[::1]", "the port is missing"),
+        ("10.0.0.9:0", "`0` is no port from 1 to 65535"),
+        ("http", "`http` is no address, and names are not looked up"),
+        (
+            "oap:11800",
+            "`oap` is no address, and names are not looked up",
+        ),
+        ("0.0.0.0:11800", "no connection has the address 0.0.0.0"),
+    ] {
+        let error = text.parse::<To>().unwrap_err();
+        assert!(error.contains(words), "{text}: {error}");
+        assert!(
+            error.contains("write a port, or an address and a port"),
+            "{text}: {error}"
+        );
     }
 }
 
@@ -929,6 +1175,8 @@ mod parsing {
                 "-o",
                 "json",
             ],
+            &["explain", "--from", "::1", "--to", "1", "--netns", "blue"],
+            &["explain", "--from", "::1", "--to", "1", "--pod", "a/b"],
             &["doctor"],
             &[
                 "doctor", "--config", "a.yaml", "--cgroup", "/c", "-o", "json",
@@ -982,6 +1230,11 @@ mod parsing {
             &["explain", "--from", "10.0.0.7"],
             &["explain", "--from", "oap", "--to", "11800"],
             &["explain", "--from", "10.0.0.7", "--to", "0"],
+            &["explain", "--from", "::1", "--to", "1", "--pod", "a"],
+            &["explain", "--from", "::1", "--to", "1", "--pod", "a/b/c"],
+            &[
+                "explain", "--from", "::1", "--to", "1", "--pod", "a/b", "--netns", "c",
+            ],
             &["completions", "cmd"],
             &["unload", "now"],
         ] {

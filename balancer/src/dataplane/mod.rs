@@ -28,7 +28,9 @@ pub use paths::{Link, Paths};
 pub use pins::unload;
 pub use plan::{ListenAt, Plan, ServicePlan};
 pub use programs::{Hook, PROGRAMS, Program, Target};
-pub use read::explain::Explanation;
+pub use read::explain::{
+    Answer, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
+};
 pub use read::snapshot::{
     BackendSnapshot, DaemonSnapshot, MapContents, ServiceContents, ServiceSnapshot, Snapshot,
 };

@@ -55,6 +55,8 @@ pub struct BackendStatus {
     pub terminating: bool,
     /// The pod's share relative to the others.
     pub weight: u32,
+    /// The backend's slot on its node.
+    pub slot: Option<u32>,
     /// The backend's state, as in `status`.
     pub state: Option<String>,
     /// Connections in ESTABLISHED, the exempt ones among them.

@@ -473,6 +473,62 @@ fn what_all_agents_counted_is_shared_out() {
     });
 }
 
+/// The command is in the node's netns, where no pod listens.
+#[test]
+fn explain_answers_for_the_pod_that_is_named() {
+    with_cluster(|cluster| {
+        let (full, free) = (cluster.pod(5), cluster.pod(6));
+        with_route_back(&full);
+        with_route_back(&free);
+        let silent = Endpoint::new("10.244.1.7", "oap-7", NODE);
+        cluster.serve(&[full.endpoint(), free.endpoint(), silent, elsewhere(1)]);
+        let mut balancer = cluster.balancer("{per_backend: 2}");
+        balancer.launch();
+        let _listeners = [cluster.listen(&full), cluster.listen(&free)];
+        balancer.wait_active(2);
+        let _clients = cluster.clients(&full, 2);
+        let from = CLIENT.to_string();
+        let ask = ["explain", "--from", &from, "--to", "11800"];
+        let explain =
+            |pod: &str| balancer.explain_with(&CLIENT, &PORT, &["--pod", &format!("{OAPS}/{pod}")]);
+        assert_eq!(explain("oap-5").verdict, "refuse");
+        assert_eq!(explain("oap-6").verdict, "steer");
+        let listed = balancer.verb(&ask);
+        assert_eq!(listed.code, 1, "{listed:?}");
+        for pod in ["oap-5", "oap-6"] {
+            let command = format!("explain --from {CLIENT} --to 11800 --pod {OAPS}/{pod}\n");
+            assert!(listed.stdout.contains(&command), "{}", listed.stdout);
+        }
+        for (pod, port, words) in [
+            (
+                "skywalking/oap-9",
+                "11800",
+                "those of this node are skywalking/oap-5, skywalking/oap-6, skywalking/oap-7",
+            ),
+            (
+                "skywalking/oap-7",
+                "11800",
+                "no listener on port 11800 is known",
+            ),
+            ("skywalking/far-1", "11800", "is on node node2"),
+            ("skywalking/oap-5", "12800", "serves port 11800, not 12800"),
+        ] {
+            let refused = balancer.verb(&["explain", "--from", &from, "--to", port, "--pod", pod]);
+            assert_eq!(refused.code, 1, "{refused:?}");
+            assert!(refused.stderr.contains(words), "{refused:?}");
+        }
+        assert!(balancer.stop(Signal::SIGTERM).success());
+        let alone = balancer.verb(&[&ask[..], &["--pod", "skywalking/oap-5"]].concat());
+        assert!(alone.stderr.contains("no daemon answers"), "{alone:?}");
+        // The pods' names are the daemon's to know, the netns are the kernel's.
+        let listed = balancer.verb(&ask).stdout;
+        assert!(
+            !listed.contains("POD") && listed.contains("--netns"),
+            "{listed}"
+        );
+    });
+}
+
 #[test]
 fn monitored_pods_are_counted() {
     with_cluster(|cluster| {

@@ -163,6 +163,7 @@ mod tests {
             ready: true,
             terminating: false,
             weight: 1,
+            slot: Some(0),
             state: Some("active".to_owned()),
             established: Some(established),
             exempt: Some(2),
@@ -214,6 +215,7 @@ mod tests {
     fn what_is_old_or_missing_or_wrong_is_said() {
         let silent = BackendStatus {
             ready: false,
+            slot: None,
             state: None,
             established: None,
             exempt: None,

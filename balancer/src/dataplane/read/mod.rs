@@ -3,11 +3,11 @@
 pub mod explain;
 pub mod snapshot;
 
-use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
 
-use self::explain::Explanation;
+use self::explain::{Answer, NetnsChoice, Syn};
 use self::snapshot::Snapshot;
 use super::paths::Paths;
 use super::tables::{Tables, check_maps};
@@ -15,6 +15,7 @@ use super::tables::{Tables, check_maps};
 /// The pinned maps, for reading.
 pub struct Reader {
     tables: Tables,
+    directory: PathBuf,
 }
 
 /// Opens the data plane of a state directory; `None`: there is none.
@@ -45,6 +46,7 @@ pub fn open(paths: &Paths) -> Result<Option<Reader>> {
     check_maps(&directory)?;
     Ok(Some(Reader {
         tables: Tables::open(&directory)?,
+        directory,
     }))
 }
 
@@ -61,13 +63,9 @@ impl Reader {
     /// maps.
     ///
     /// # Errors
-    /// When a map or the socket table can't be read.
-    pub fn explain(
-        &self,
-        from: SocketAddr,
-        to_address: Option<IpAddr>,
-        to_port: u16,
-    ) -> Result<Explanation> {
-        explain::explain(&self.tables, from, to_address, to_port)
+    /// When a map or the socket table can't be read, the netns can't be entered, or it takes an
+    /// address to tell which service is meant.
+    pub fn explain(&self, syn: &Syn, netns: NetnsChoice) -> Result<Answer> {
+        explain::explain(&self.tables, &self.directory, syn, netns)
     }
 }

@@ -215,7 +215,7 @@ fn backend(member: &Member, of_service: InForce, now: u32) -> BackendSnapshot {
 }
 
 /// The address as the socket shows it: a wildcard of its own family.
-fn listen_address(backend: &Backend) -> IpAddr {
+pub fn listen_address(backend: &Backend) -> IpAddr {
     if backend.address.is_any() && backend.flags & Backend::V6 == 0 {
         return IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
     }

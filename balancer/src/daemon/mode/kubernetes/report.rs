@@ -93,6 +93,7 @@ fn backend_status(
         ready: endpoint.ready,
         terminating: endpoint.terminating,
         weight: endpoint.weight,
+        slot: told.map(|told| told.slot),
         state: told.map(|told| told.state.clone()),
         established: told.map(|told| told.established),
         exempt: told.map(|told| told.exempt),

@@ -101,6 +101,10 @@ fn peers(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         "2 quota set 1: a stranger's connect",
         &Check::new("refused", from_outside),
     )?;
+    report.check(
+        "2 quota set 1: explain --pod, of a stranger",
+        &Check::new("refuse", verdict_of_explain(fixture, full)?),
+    )?;
     let from_peer = other.run(|| connect(address));
     report.check(
         "2 quota set 1: another OAP's connect",
@@ -121,6 +125,28 @@ fn peers(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     let daemon = &fixture.daemons[&fixture.oaps[0].node];
     daemon.ask(&fixture.cluster, Way::Exec, &["quota", "clear", ENTRY])?;
     Ok(())
+}
+
+/// What `explain` says of a connection to an OAP from outside of the cluster.
+fn verdict_of_explain(fixture: &Fixture, oap: &Oap) -> Result<String> {
+    let daemon = &fixture.daemons[&oap.node];
+    let (to, pod) = (PORT.to_string(), format!("{OAPS}/{}", oap.name));
+    let explain = [
+        "explain",
+        "--from",
+        "203.0.113.9",
+        "--to",
+        &to,
+        "--pod",
+        &pod,
+    ];
+    let said = daemon.ask(
+        &fixture.cluster,
+        Way::Exec,
+        &[&explain[..], &["-o", "json"]].concat(),
+    )?;
+    let said: serde_json::Value = serde_json::from_str(&said).context("explain is not JSON")?;
+    crate::oaps::text(&said["verdict"])
 }
 
 /// All clients come anew: the first chance to refuse some.
