@@ -58,7 +58,7 @@ pub(super) fn open(path: &Path) -> Result<OpenNetns> {
             path.display()
         ),
         _ => anyhow!(error).context(format!(
-            "cannot enter the network namespace {} (are we root?)",
+            "cannot enter the network namespace {} (needs CAP_SYS_ADMIN)",
             path.display()
         )),
     })?;

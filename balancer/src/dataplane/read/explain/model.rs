@@ -45,7 +45,7 @@ impl Model {
         })
         .with_context(|| {
             format!(
-                "cannot enter the network namespace {} (are we root?)",
+                "cannot enter the network namespace {} (needs CAP_SYS_ADMIN)",
                 at.cookie
             )
         })?;

@@ -117,9 +117,8 @@ fn open(cookie: u64, all: &[&Member]) -> Result<OpenNetns> {
             .collect(),
     };
     let is_known = !hint.listened.is_empty();
-    let found = find_netns(&[hint]).with_context(|| {
-        format!("cannot look for the network namespace {cookie} (are we root?)")
-    })?;
+    let found = find_netns(&[hint])
+        .with_context(|| format!("cannot look for the network namespace {cookie}"))?;
     found.into_iter().next().ok_or_else(|| {
         if is_known {
             return anyhow!(
