@@ -8,10 +8,12 @@ use anyhow::{Context, Result, bail};
 /// Where administration programs are, also for a user whose `PATH` leaves these out.
 const SYSTEM_DIRECTORIES: [&str; 4] = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin"];
 
-/// The program of that name in `PATH` or in a system directory.
+/// The program of that name in `PATH` or in a system directory. Where `PATH` has no absolute path
+/// it means the current directory, which may be anybody's.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
+        .filter(|directory| directory.is_absolute())
         .chain(SYSTEM_DIRECTORIES.iter().map(PathBuf::from))
         .map(|directory| directory.join(program))
         .find(|candidate| is_executable(candidate))

@@ -2,22 +2,25 @@
 //! `tests/kit/kubernetes/programs`.
 //!
 //! It takes Go and about ten minutes of a processor, once: it is kept in `<target>/kubernetes`. A
-//! directory with a packed copy of what would be built saves even that ([`CACHE`]).
+//! directory with a packed copy of what would be built saves even that ([`CACHE`]). The tests run
+//! the program as root: a copy is used only where nobody else can change it and the tree has its
+//! checksum ([`SUMS`]).
 
-use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-use crate::{command, places};
+use crate::{command, machine, places};
 
-/// Names a directory that may hold a packed copy, [`packed_name`]; else one is looked for in
-/// `../shared/cache` of the workspace.
+/// Names a directory that may hold a packed copy, [`packed_name`]. Without it none is looked for.
 const CACHE: &str = "BALANCER_CACHE";
+/// The checksums of the programs that packed copies may hold, as `sha256sum` prints them.
+const SUMS: &str = "kubeall.sha256";
 /// What makes the program: all of it, because `go.sum` holds the hash of every module.
 const SOURCES: [&str; 3] = ["go.mod", "go.sum", "main.go"];
 /// The oldest Go that can build it, of `go.mod`.
@@ -123,33 +126,99 @@ fn version_in(module: &str) -> Option<&str> {
 }
 
 fn packed(version: &str) -> Option<PathBuf> {
-    let chosen = std::env::var_os(CACHE).map(PathBuf::from);
-    let directory = chosen.unwrap_or_else(|| places::workspace().join("../shared/cache"));
-    let packed = directory.join(packed_name(version)?);
+    let directory = PathBuf::from(std::env::var_os(CACHE)?);
+    let packed = directory.join(format!("{}.zst", packed_name(version)?));
     packed.is_file().then_some(packed)
 }
 
-/// None: nobody packs it for this machine's architecture.
+/// What a copy is called, before it is packed. None: nobody packs it for this machine's
+/// architecture.
 fn packed_name(version: &str) -> Option<String> {
     let architecture = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         _ => return None,
     };
-    Some(format!("kubeall-{version}-linux-{architecture}.zst"))
+    Some(format!("kubeall-{version}-linux-{architecture}"))
 }
 
 fn unpack(packed: &Path, program: &Path, version: &str) -> Result<()> {
     println!("Unpacking Kubernetes {version} from {}", packed.display());
     let from = File::open(packed).context("cannot open it")?;
-    let mut from = ruzstd::decoding::StreamingDecoder::new(from).context("it is not zstd")?;
-    let mut to =
-        File::create(program).with_context(|| format!("cannot make {}", program.display()))?;
-    io::copy(&mut from, &mut to).context("cannot unpack it")?;
-    to.set_permissions(fs::Permissions::from_mode(0o755))
+    only_ours(&from)?;
+    let sum = unpack_to(from, program)?;
+    let name = packed_name(version).context("it is for another architecture")?;
+    let sums = sources().join(SUMS);
+    let known =
+        fs::read_to_string(&sums).with_context(|| format!("cannot read {}", sums.display()))?;
+    ensure!(
+        is_listed(&known, &name, &sum),
+        "it holds a program with the SHA-256 {sum}, which is not in {}",
+        sums.display()
+    );
+    // Not before: until here nobody can start it.
+    fs::set_permissions(program, Permissions::from_mode(0o755))
         .context("cannot make it executable")?;
-    drop(to);
     check(program, version)
+}
+
+/// Fails for a file that somebody else could change before it is read, or while it is.
+fn only_ours(file: &File) -> Result<()> {
+    let found = file.metadata().context("cannot tell whose it is")?;
+    is_ours(found.uid(), found.mode(), machine::effective_user())
+}
+
+fn is_ours(owner: u32, mode: u32, own: Option<u32>) -> Result<()> {
+    ensure!(
+        owner == 0 || Some(owner) == own,
+        "it belongs to user {owner}: let it be root's or your own"
+    );
+    ensure!(
+        mode & 0o022 == 0,
+        "others may write to it (mode {:o}): chmod go-w",
+        mode & 0o7777
+    );
+    Ok(())
+}
+
+/// Unpacks into a file that nobody can execute; returns the SHA-256 of what is in it.
+fn unpack_to(packed: File, program: &Path) -> Result<String> {
+    let mut from = ruzstd::decoding::StreamingDecoder::new(packed).context("it is not zstd")?;
+    let to = File::create(program).with_context(|| format!("cannot make {}", program.display()))?;
+    to.set_permissions(Permissions::from_mode(0o600))
+        .context("cannot close it to others")?;
+    let mut to = Summed {
+        to,
+        hash: Sha256::new(),
+    };
+    io::copy(&mut from, &mut to).context("cannot unpack it")?;
+    Ok(oci_archive::hex(&to.hash.finalize()))
+}
+
+/// A file, and the SHA-256 of what is written to it.
+struct Summed {
+    to: File,
+    hash: Sha256,
+}
+
+impl Write for Summed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.to.write(bytes)?;
+        self.hash.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.to.flush()
+    }
+}
+
+/// Whether a list as `sha256sum` prints it has this sum for this name.
+fn is_listed(list: &str, name: &str, sum: &str) -> bool {
+    let lines = list.lines().map(|line| line.split_whitespace());
+    lines
+        .map(Iterator::collect::<Vec<_>>)
+        .any(|words| words == [sum, name])
 }
 
 fn build(program: &Path, version: &str) -> Result<()> {
@@ -164,7 +233,7 @@ fn build(program: &Path, version: &str) -> Result<()> {
     build
         .current_dir(sources())
         .env("CGO_ENABLED", "0")
-        .args(["build", "-trimpath", "-ldflags"])
+        .args(["build", "-trimpath", "-buildvcs=false", "-ldflags"])
         .arg(linker_flags(version))
         .arg("-o")
         .arg(program)
@@ -274,7 +343,66 @@ pub fn go_by_hand() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{linker_flags, minor, version, version_in};
+    use std::fs::{self, File, Permissions};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::{
+        SUMS, Sha256, is_listed, is_ours, linker_flags, minor, sources, unpack, unpack_to, version,
+        version_in,
+    };
+    use sha2::Digest as _;
+
+    /// A file in the format of zstd with these bytes, uncompressed (RFC 8878: a frame with a
+    /// single segment, and one raw block that is the last).
+    fn zstd(bytes: &[u8]) -> Vec<u8> {
+        let length = u8::try_from(bytes.len()).unwrap();
+        let header = u32::from(length) << 3 | 1;
+        let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x20, length];
+        [&frame[..], &header.to_le_bytes()[..3], bytes].concat()
+    }
+
+    #[test]
+    fn a_copy_that_others_may_change_is_not_used() {
+        let own = Some(1000);
+        for (owner, mode) in [(1000, 0o644), (0, 0o555), (0, 0o600)] {
+            is_ours(owner, mode, own).unwrap();
+        }
+        for (owner, mode) in [(1001, 0o644), (1000, 0o664), (0, 0o646), (65_534, 0o400)] {
+            assert!(is_ours(owner, mode, own).is_err(), "{owner} {mode:o}");
+        }
+        assert!(is_ours(1000, 0o644, None).is_err());
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("packed");
+        fs::write(&path, zstd(b"")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o666)).unwrap();
+        let refused = unpack(&path, &directory.path().join("program"), "v1").unwrap_err();
+        assert!(format!("{refused:#}").contains("mode 666"), "{refused:#}");
+    }
+
+    #[test]
+    fn a_copy_with_an_unknown_sum_is_never_executable() {
+        let directory = tempfile::tempdir().unwrap();
+        let [packed, program] = ["packed", "program"].map(|name| directory.path().join(name));
+        let script = b"#!/bin/sh\ntouch ran\n";
+        fs::write(&packed, zstd(script)).unwrap();
+        let sum = unpack_to(File::open(&packed).unwrap(), &program).unwrap();
+        assert_eq!(sum, oci_archive::hex(&Sha256::digest(script)));
+        let refused = unpack(&packed, &program, &version().unwrap()).unwrap_err();
+        assert!(format!("{refused:#}").contains(&sum), "{refused:#}");
+        let mode = fs::metadata(&program).unwrap().permissions().mode();
+        assert_eq!(mode & 0o111, 0, "{mode:o}");
+    }
+
+    #[test]
+    fn sums_are_listed_as_sha256sum_prints_them() {
+        let list = "# why\nabc  kubeall-v1-linux-amd64\nabd  kubeall-v1-linux-arm64\n";
+        assert!(is_listed(list, "kubeall-v1-linux-amd64", "abc"));
+        assert!(!is_listed(list, "kubeall-v1-linux-amd64", "abd"));
+        assert!(!is_listed(list, "kubeall-v1-linux-amd64", ""));
+        let kept = fs::read_to_string(sources().join(SUMS)).unwrap();
+        let name = format!("kubeall-{}-linux-amd64", version().unwrap());
+        assert!(kept.contains(&name), "{SUMS} is of another version");
+    }
 
     #[test]
     fn the_version_is_the_one_that_is_required() {
