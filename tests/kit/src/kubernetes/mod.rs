@@ -34,7 +34,7 @@ use std::sync::Once;
 
 use tempfile::TempDir;
 
-use crate::fixtures::{sweep, unique_name};
+use crate::fixtures::{sweep_shared, unique_name};
 
 /// What names `kubeall`.
 const KUBEALL: &str = "BALANCER_KUBEALL";
@@ -64,7 +64,7 @@ fn kubeall() -> PathBuf {
 /// A directory for data and logs. Those of test processes that were killed are removed first.
 fn directory() -> TempDir {
     static SWEPT: Once = Once::new();
-    SWEPT.call_once(|| sweep(&std::env::temp_dir()));
+    SWEPT.call_once(|| sweep_shared(&std::env::temp_dir()));
     let made = tempfile::Builder::new()
         .prefix(&format!("{}-", unique_name()))
         .tempdir();
