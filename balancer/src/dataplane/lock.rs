@@ -248,26 +248,47 @@ mod tests {
     use std::process::{Child, Command};
     use std::thread;
 
-    /// A state directory of its own that a file of this process has locked, as if `holder` had.
-    fn locked_by(holder: &Child) -> (tempfile::TempDir, Paths, Flock<File>) {
+    /// A process that is named as the one that has the lock. Both go with it, also where a test
+    /// panics.
+    struct Holder {
+        process: Child,
+        note: Note,
+    }
+
+    impl Holder {
+        fn of(paths: &Paths) -> Self {
+            let process = Command::new("sleep").arg("30").spawn().expect("spawn");
+            let note = Note::holder(paths);
+            let holder = Self { process, note };
+            let written = holder.note.write(&format!("{}\n", holder.process.id()));
+            written.expect("written");
+            holder
+        }
+    }
+
+    impl Drop for Holder {
+        fn drop(&mut self) {
+            // Each fails only where that has been done already.
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+            self.note.remove();
+        }
+    }
+
+    /// A state directory of its own that a file of this process has locked, as if a holder had.
+    fn locked() -> (tempfile::TempDir, Paths, Flock<File>) {
         let directory = tempfile::tempdir().expect("a directory");
         let paths = Paths::new(directory.path());
         let file = File::open(directory.path()).expect("open");
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("free");
-        let named = Note::holder(&paths).write(&format!("{}\n", holder.id()));
-        named.expect("written");
         (directory, paths, lock)
-    }
-
-    fn process() -> Child {
-        Command::new("sleep").arg("30").spawn().expect("spawn")
     }
 
     #[test]
     fn a_holder_that_was_killed_is_waited_for() {
-        let mut holder = process();
-        let (_directory, paths, lock) = locked_by(&holder);
-        holder.kill().expect("kill");
+        let (_directory, paths, lock) = locked();
+        let mut holder = Holder::of(&paths);
+        holder.process.kill().expect("kill");
         let release = thread::spawn(move || {
             sleep(Duration::from_millis(200));
             drop(lock);
@@ -275,27 +296,25 @@ mod tests {
         let held = Lock::take(&paths).expect("taken");
         assert!(matches!(held, Held::Mine(_)), "{held:?}");
         release.join().expect("no panic");
-        holder.wait().expect("wait");
     }
 
     #[test]
     fn a_holder_that_lives_is_not_waited_for() {
-        let mut holder = process();
-        let (_directory, paths, _lock) = locked_by(&holder);
+        let (_directory, paths, _lock) = locked();
+        let mut holder = Holder::of(&paths);
         let begin = Instant::now();
         let held = Lock::take(&paths).expect("tried");
         assert!(begin.elapsed() < ENDS_WITHIN, "{:?}", begin.elapsed());
         assert!(
-            matches!(held, Held::ByOther(Some(pid)) if pid == holder.id()),
+            matches!(held, Held::ByOther(Some(pid)) if pid == holder.process.id()),
             "{held:?}"
         );
-        holder.kill().expect("kill");
-        holder.wait().expect("wait");
+        holder.process.kill().expect("kill");
+        holder.process.wait().expect("wait");
         let begin = Instant::now();
         let held = Lock::take(&paths).expect("tried");
         assert!(matches!(held, Held::ByOther(_)), "{held:?}");
         assert!(begin.elapsed() >= ENDS_WITHIN, "the wait is bounded");
-        Note::holder(&paths).remove();
     }
 
     #[test]
