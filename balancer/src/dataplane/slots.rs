@@ -169,8 +169,10 @@ fn free(tables: &mut Tables, view: &SlotView) -> Result<bool> {
     Ok(claimed)
 }
 
-/// Makes a held slot free for the next backend, which has another generation.
+/// Makes a held slot free for the next backend, which has another generation and may be another
+/// service's: a daemon that died over it may have left it a member.
 fn give_back(tables: &mut Tables, slot: u32, slot_state: SlotState) -> Result<()> {
+    tables.leave_all(slot);
     clear_listener(tables, slot)?;
     let generation = slot_state.generation().wrapping_add(1);
     tables.set_slot_state(slot, SlotState::new(generation, BackendState::Free));
@@ -192,6 +194,7 @@ pub fn give_back_held(tables: &mut Tables) -> Result<()> {
         if tables.counts(slot).established == 0 {
             give_back(tables, slot, slot_state)?;
         } else {
+            tables.leave_all(slot);
             tables.set_slot_state(slot, slot_state.with(BackendState::Closed));
         }
     }

@@ -450,6 +450,16 @@ impl Tables {
         word.fetch_and(!bit, Ordering::SeqCst);
     }
 
+    /// Takes a slot out of every service's bitmap.
+    pub fn leave_all(&self, slot: u32) {
+        for service in every_service() {
+            let (word, bit) = self.member_bit(service, slot);
+            if word.load(Ordering::Acquire) & bit != 0 {
+                word.fetch_and(!bit, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// The policy of a slot.
     pub fn policy(&self, slot: u32) -> SlotPolicy {
         read!(

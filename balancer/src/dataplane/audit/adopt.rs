@@ -271,9 +271,11 @@ impl Adopter<'_> {
             };
             self.tables.write_backend(slot, unsteerable)?;
         }
+        // In this order: a member that is not active is passed by, while an active backend that is
+        // no member would be seen by nobody, and is not adopted again.
+        self.tables.join(backend.service, slot);
         self.tables
             .set_slot_state(slot, state.with(BackendState::Active));
-        self.tables.join(backend.service, slot);
         Ok(())
     }
 
