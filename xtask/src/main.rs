@@ -159,7 +159,12 @@ enum Verb {
 enum EndToEnd {
     /// Three clustered Apache SkyWalking OAPs with Java and Python agents and an Envoy. Fetches
     /// them first.
-    Oap,
+    Oap {
+        /// Instead: measure how long agents with their own defaults take to come back after a
+        /// refusal, and after their OAP's end. Takes about a quarter of an hour.
+        #[arg(long)]
+        agent_defaults: bool,
+    },
     /// The image and the Helm chart on a real Kubernetes of three nodes: stand-in OAPs, several
     /// hundred clients, and all that may happen.
     ///
@@ -233,7 +238,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             quick,
             arguments,
         }),
-        Verb::E2e(EndToEnd::Oap) => verbs::end_to_end_oap(),
+        Verb::E2e(EndToEnd::Oap { agent_defaults }) => verbs::end_to_end_oap(agent_defaults),
         Verb::E2e(EndToEnd::K8s { real_oap, keep }) => verbs::end_to_end_kubernetes(real_oap, keep),
     }
 }

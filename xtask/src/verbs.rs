@@ -123,12 +123,17 @@ pub fn demo() -> Result<ExitCode> {
     become_program(Profile::Debug, "demo", &[])
 }
 
-/// The balancer in front of real OAPs.
-pub fn end_to_end_oap() -> Result<ExitCode> {
+/// The balancer in front of real OAPs; `agent_defaults`: with the agents' own defaults, measured.
+pub fn end_to_end_oap(agent_defaults: bool) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::RealOap])?;
     build::debug_programs(&[PRODUCT, "e2e-oap"])?;
-    become_program(Profile::Debug, "e2e-oap", &[])
+    let arguments: &[_] = if agent_defaults {
+        &["--agent-defaults".to_owned()]
+    } else {
+        &[]
+    };
+    become_program(Profile::Debug, "e2e-oap", arguments)
 }
 
 /// The measurements, of an optimised build.

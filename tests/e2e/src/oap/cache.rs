@@ -5,8 +5,9 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest as _, Sha256};
 
 use testkit::scenario::process::{self, command};
 
@@ -20,6 +21,8 @@ const LENIENT_DEPENDENCY_PLUGIN: &str = "org.apache.maven.plugins:maven-dependen
 /// besides.
 const JRE_MODULES: &str = "java.se,jdk.crypto.ec,jdk.management,jdk.unsupported";
 const JAVA_AGENT: &str = "org.apache.skywalking:apm-agent:9.4.0";
+/// The checksums of all jars that are run.
+const SUMS: &str = "jars.sha256";
 const BOOT_SERVICE: &str =
     "META-INF/services/org.apache.skywalking.apm.agent.core.boot.BootService";
 
@@ -139,19 +142,20 @@ impl Cache {
 
     fn fetch_oap(&self) -> Result<()> {
         let pom = asset("pom.xml");
-        let inputs = read(&[&pom])?;
+        let inputs = read(&[&pom, &asset(SUMS)])?;
         once("the OAP server (130 MB)", &self.jars(), &inputs, || {
             let mut maven = self.maven(DEPENDENCY_PLUGIN, "build-classpath");
             maven.arg("-f").arg(&pom).arg("-DincludeScope=runtime");
             maven.arg(format!("-Dmdep.outputFile={}", self.jars().display()));
-            process::run("fetch-oap", &self.logs(), maven)
+            process::run("fetch-oap", &self.logs(), maven)?;
+            self.oap_jars()?.iter().try_for_each(|jar| check_sum(jar))
         })
     }
 
     fn build_java_agent(&self) -> Result<()> {
         let [span_maker, idle_app, config] = ["SpanMaker.java", "IdleApp.java", "agent.config"]
             .map(|name| asset("agent").join(name));
-        let inputs = read(&[&span_maker, &idle_app, &config])?;
+        let inputs = read(&[&span_maker, &idle_app, &config, &asset(SUMS)])?;
         once("the Java agent (23 MB)", &self.java(), &inputs, || {
             let mut maven = self.maven(LENIENT_DEPENDENCY_PLUGIN, "copy");
             maven.arg(format!("-Dartifact={JAVA_AGENT}"));
@@ -160,6 +164,7 @@ impl Cache {
             process::run("fetch-java-agent", &self.logs(), maven)?;
             fs::rename(self.java().join("apm-agent.jar"), self.java_agent())
                 .context("Maven did not copy the agent")?;
+            check_sum(&self.java_agent())?;
             self.install(&config, "config/agent.config")?;
             self.compile(&idle_app, &self.java_application())?;
             self.build_plugin(&span_maker)
@@ -259,6 +264,21 @@ fn once(what: &str, result: &Path, inputs: &str, make: impl FnOnce() -> Result<(
     write(&stamp, &wanted)
 }
 
+/// Fails for a jar that is not one of those that are listed. Until then nothing of it has run.
+fn check_sum(jar: &Path) -> Result<()> {
+    let list = asset(SUMS);
+    let bytes = fs::read(jar).with_context(|| format!("cannot read {}", jar.display()))?;
+    let name = jar.file_name().unwrap_or_default().to_string_lossy();
+    let line = format!("{}  {name}", oci_archive::hex(&Sha256::digest(&bytes)));
+    ensure!(
+        read(&[&list])?.lines().any(|known| known == line),
+        "{} is not the one in {}: not what Maven Central has, or another version",
+        jar.display(),
+        list.display()
+    );
+    Ok(())
+}
+
 /// What these files say.
 fn read(files: &[&Path]) -> Result<String> {
     let read = |file: &&Path| {
@@ -290,4 +310,18 @@ fn directory() -> Result<PathBuf> {
         .nth(2)
         .context("this program is not in a target directory")?;
     Ok(target.join("e2e-oap"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jar_that_is_not_listed_is_not_run() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let jar = directory.path().join("skywalking-agent.jar");
+        fs::write(&jar, "another").expect("written");
+        let refused = check_sum(&jar).expect_err("another");
+        assert!(format!("{refused:#}").contains(SUMS), "{refused:#}");
+    }
 }

@@ -5,17 +5,36 @@ use e2e::oap::cache::{Cache, asset};
 use testkit::scenario::process::{Process, command};
 
 use crate::cluster::java;
-use crate::layout::{AGENTS, VIRTUAL};
 
 const HEAP_MEGABYTES: u32 = 64;
 
 /// In which language an agent is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `SkyWalking` Java agent.
+    /// `SkyWalking` Java agent, with the settings of `agent.config`: it looks every second whether
+    /// it has to connect anew.
     Java,
-    /// `SkyWalking` Python agent.
+    /// The same with other ones.
+    JavaWith(Settings),
+    /// `SkyWalking` Python agent, with its own defaults.
     Python,
+}
+
+/// Settings of the Java agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// `collector.grpc_channel_check_interval`: seconds between two looks.
+    pub check_interval: u32,
+    /// `agent.force_reconnection_period`: looks that it leaves to gRPC.
+    pub force_reconnection_period: u32,
+}
+
+impl Settings {
+    /// The agent's own.
+    pub const DEFAULT: Self = Self {
+        check_interval: 30,
+        force_reconnection_period: 1,
+    };
 }
 
 /// A running application with its agent.
@@ -25,15 +44,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts one that connects through the balancer. Its service is called `java-NUMBER` or
-    /// `python-NUMBER`.
+    /// Starts one that reports to `collector`, an address or several. Its service is called
+    /// `java-NUMBER` or `python-NUMBER`.
     ///
     /// # Errors
     /// When the process cannot be started.
-    pub fn start(cache: &Cache, kind: Kind, number: usize) -> Result<Self> {
-        let collector = format!("{VIRTUAL}:{}", AGENTS.port);
+    pub fn start(cache: &Cache, kind: Kind, collector: &str, number: usize) -> Result<Self> {
         let (name, command) = match kind {
-            Kind::Java => {
+            Kind::Java | Kind::JavaWith(_) => {
                 let name = format!("java-{number}");
                 let mut java = java(HEAP_MEGABYTES, &cache.java_application().to_string_lossy());
                 java.arg(format!("-javaagent:{}", cache.java_agent().display()));
@@ -42,6 +60,9 @@ impl Agent {
                 java.arg(format!(
                     "-Dskywalking.collector.backend_service={collector}"
                 ));
+                if let Kind::JavaWith(settings) = kind {
+                    java.args(properties(settings));
+                }
                 java.arg("balancer.e2e.IdleApp");
                 (name, java)
             }
@@ -49,7 +70,7 @@ impl Agent {
                 let name = format!("python-{number}");
                 let mut python = command(cache.python_program("python3"));
                 python.arg(asset("python_agent.py"));
-                python.args([&name, &collector]);
+                python.args([&name, collector]);
                 (name, python)
             }
         };
@@ -82,4 +103,20 @@ impl Agent {
     pub fn check(&mut self) -> Result<()> {
         self.process.check()
     }
+}
+
+/// What puts settings in the place of those of `agent.config`.
+fn properties(settings: Settings) -> [String; 3] {
+    [
+        format!(
+            "-Dskywalking.collector.grpc_channel_check_interval={}",
+            settings.check_interval
+        ),
+        format!(
+            "-Dskywalking.agent.force_reconnection_period={}",
+            settings.force_reconnection_period
+        ),
+        // Its default.
+        "-Dskywalking.collector.grpc_upstream_timeout=30".to_owned(),
+    ]
 }

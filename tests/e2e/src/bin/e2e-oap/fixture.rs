@@ -12,7 +12,7 @@ use testkit::fixtures::{Balancer, Machine};
 use crate::access_logs::Envoy;
 use crate::agents::{Agent, Kind};
 use crate::cluster::Cluster;
-use crate::layout::{self, AGENTS, NODES, Service};
+use crate::layout::{self, AGENTS, NODES, Service, VIRTUAL};
 use crate::sockets::{self, Connection};
 use testkit::scenario::Check;
 
@@ -20,6 +20,8 @@ use testkit::scenario::Check;
 pub struct Fixture<'a> {
     cache: &'a Cache,
     pub agents: Vec<Agent>,
+    /// How many agents were started.
+    started: usize,
     pub envoy: Option<Envoy>,
     pub cluster: Cluster,
     pub balancer: Balancer<'a>,
@@ -36,20 +38,31 @@ impl<'a> Fixture<'a> {
         Ok(Self {
             cache,
             agents: Vec::new(),
+            started: 0,
             envoy: None,
             cluster: Cluster::start(cache)?,
             balancer,
         })
     }
 
-    /// Starts one more agent of each of these kinds; returns their names.
+    /// Starts one more agent of each of these kinds, behind the virtual port; returns their names.
     ///
     /// # Errors
     /// When a process cannot be started.
     pub fn start_agents(&mut self, kinds: &[Kind]) -> Result<BTreeSet<String>> {
+        self.start_agents_of(&layout::one_address(), kinds)
+    }
+
+    /// The same for agents that report elsewhere.
+    ///
+    /// # Errors
+    /// When a process cannot be started.
+    pub fn start_agents_of(&mut self, collector: &str, kinds: &[Kind]) -> Result<BTreeSet<String>> {
         let mut names = BTreeSet::new();
         for kind in kinds {
-            let agent = Agent::start(self.cache, *kind, self.agents.len() + 1)?;
+            let number = self.started + 1;
+            let agent = Agent::start(self.cache, *kind, collector, number)?;
+            self.started = number;
             names.insert(agent.name().to_owned());
             self.agents.push(agent);
         }
@@ -145,9 +158,9 @@ impl<'a> Fixture<'a> {
     pub fn homes(&self) -> Result<Vec<(String, usize)>> {
         let connections = sockets::established()?;
         let home = |agent: &Agent| {
-            let own = connections.iter().find(|end| {
-                end.process == Some(agent.process()) && end.peer.port() == AGENTS.port
-            })?;
+            let own = connections
+                .iter()
+                .find(|end| end.process == Some(agent.process()) && end.peer.ip() == VIRTUAL)?;
             let other = connections.iter().find(|end| end.peer == own.local)?;
             Some((
                 agent.name().to_owned(),

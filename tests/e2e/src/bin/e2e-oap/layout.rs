@@ -85,15 +85,55 @@ pub fn configuration() -> String {
     format!("services:\n{services}")
 }
 
+/// The same with a service of its own for each OAP: an agent that knows all of them has to go on by
+/// itself from one that refuses it.
+pub fn one_by_one() -> String {
+    let one = |index: usize| {
+        let backend = [AGENTS.backend(index)];
+        entry(
+            &name_of_one(index),
+            port_of_one(index),
+            &backend,
+            AGENTS.quota,
+        )
+    };
+    let services: String = (0..NODES).map(one).collect();
+    format!("services:\n{services}")
+}
+
+/// What the service of one OAP is called.
+pub fn name_of_one(index: usize) -> String {
+    format!("{}-{}", AGENTS.name, index + 1)
+}
+
+fn port_of_one(index: usize) -> u16 {
+    AGENTS.port + 11 + u16::try_from(index).expect("a few")
+}
+
+/// What an agent is told that reports through the one virtual port.
+pub fn one_address() -> String {
+    format!("{VIRTUAL}:{}", AGENTS.port)
+}
+
+/// What an agent is told that chooses by itself.
+pub fn three_addresses() -> String {
+    let one = |index| format!("{VIRTUAL}:{}", port_of_one(index));
+    let addresses: Vec<_> = (0..NODES).map(one).collect();
+    addresses.join(",")
+}
+
 fn service(service: Service) -> String {
-    let backends: Vec<_> = (0..NODES)
-        .map(|index| format!("\"{}\"", service.backend(index)))
-        .collect();
+    let backends: Vec<_> = (0..NODES).map(|index| service.backend(index)).collect();
+    entry(service.name, service.port, &backends, service.quota)
+}
+
+fn entry(name: &str, port: u16, backends: &[SocketAddr], quota: u32) -> String {
+    let backends: Vec<_> = backends.iter().map(|at| format!("\"{at}\"")).collect();
     format!(
         "  - name: {}\n    port: {}\n    policy: least-connections\n    backends: [{}]\n    quota: {{per_backend: {}}}\n    exempt: [{PEERS}]\n",
-        service.name,
-        service.port,
+        name,
+        port,
         backends.join(", "),
-        service.quota,
+        quota,
     )
 }

@@ -19,18 +19,30 @@ const OAPS_START_WITHIN: Duration = Duration::from_secs(150);
 
 const ACCESS_LOGS: u32 = 40;
 
+/// What is played.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Play {
+    /// The scenario.
+    Scenario,
+    /// How long agents with their own defaults take to come back.
+    AgentDefaults,
+}
+
 /// Runs it from the first to the last check, and cleans up, whatever happens.
 ///
 /// # Errors
 /// At the first difference.
-pub fn run(cache: &Cache, report: &mut Report) -> Result<()> {
+pub fn run(cache: &Cache, play: Play, report: &mut Report) -> Result<()> {
     let machine = Machine::new();
     for address in layout::addresses() {
         machine.netns.add_address(address);
     }
     let left = machine.run(|| -> Result<Traces> {
         let mut fixture = Fixture::start(cache, &machine)?;
-        let outcome = fixture.run(report);
+        let outcome = match play {
+            Play::Scenario => fixture.run(report),
+            Play::AgentDefaults => fixture.time_agents(report),
+        };
         if outcome.is_err() {
             fixture.explain();
         }
@@ -57,7 +69,7 @@ impl Fixture<'_> {
     }
 
     /// 1: three OAPs, a cluster, on ports of their own.
-    fn oaps_join(&mut self, report: &mut Report) -> Result<()> {
+    pub(crate) fn oaps_join(&mut self, report: &mut Report) -> Result<()> {
         self.wait(report, "1 OAPs that answer", OAPS_START_WITHIN, |fixture| {
             Ok(Check::new(NODES, fixture.cluster.answering()))
         })?;
