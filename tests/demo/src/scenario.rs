@@ -118,7 +118,7 @@ impl Scenario<'_> {
         heading(
             "3.",
             &format!(
-                "A storm: {STORM} clients at once, room for {room}. Whom node A refuses goes to node B at once, which has a balancer too."
+                "A storm: {STORM} clients at once, room for {room}. Whom node A refuses these clients take to node B at once; it has a balancer too."
             ),
         );
         self.b.balance(&configuration(5..=6, QUOTA_ELSEWHERE));
