@@ -5,13 +5,15 @@ use std::time::Duration;
 
 use testkit::fixtures::tcp::{self, Listen};
 use testkit::fixtures::wire::Wire;
-use testkit::fixtures::{Balancer, Machine, Signal};
+use testkit::fixtures::{Balancer, Machine, Signal, remains};
 
 use crate::support::{agents, agree, open_listeners, own_port, virtual_port};
 
 /// Longer than a SYN-ACK waits before it is sent again: from then on a half-open connection is not
 /// expected to complete.
 const NO_LONGER_YOUNG: Duration = Duration::from_millis(1_300);
+/// Long enough for several comparisons with the socket table.
+const SEVERAL_PASSES: Duration = Duration::from_secs(4);
 
 /// The smallest computed quota is 16. Clients that take seconds over their handshakes are not seen
 /// coming.
@@ -101,6 +103,10 @@ fn listeners_without_a_slot_open_the_service() {
         assert_eq!(more.len(), 20, "{:?}", balancer.service().verdicts);
         assert_eq!(balancer.service().verdicts("fail-open-full"), 20);
         balancer.wait_for_log("no slot is free", 0);
+        remains(SEVERAL_PASSES, || {
+            anyhow::ensure!(!tcp::connect(agents()).is_refused(), "refused");
+            Ok(())
+        });
         // Gone, or with a slot that has become free, it is no reason any more.
         drop(homeless);
         balancer.eventually(|_| {

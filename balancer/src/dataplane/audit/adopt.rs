@@ -1,5 +1,6 @@
 //! Listeners that were there before the kernel half are registered as it would have done.
 
+use std::cell::LazyCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
@@ -17,8 +18,7 @@ use super::super::plan::Rules;
 use super::super::services;
 use super::super::slots::{self, NoSlot};
 use super::super::tables::{ONLY_NEW, ONLY_OLD, Tables, backend_of};
-use super::connections::bound_to;
-use super::socket_table::SocketTable;
+use super::socket_table::{SocketTable, bound_to};
 use crate::discover::{self, Listener, cgroup2_mount, listeners};
 use crate::sys::netns;
 use crate::sys::sock_diag::{Family, Socket};
@@ -37,8 +37,12 @@ pub struct Unregistered {
     this: HashSet<u64>,
     /// The cookies of listeners that can't be registered, and when that is tried again.
     retry_at: HashMap<u64, Instant>,
+    /// The cookies of listeners outside of the cgroup, which are nobody's business.
+    outside: HashSet<u64>,
     /// How many listeners of each service lack a slot, by the service's id.
     without_slot: BTreeMap<u16, u64>,
+    /// How many listeners of each service this pass is the first to see, by the service's id.
+    new: BTreeMap<u16, u64>,
     /// How many the kernel half said lack a slot when the pass began, by the service's id.
     without_slot_before: BTreeMap<u16, u64>,
 }
@@ -52,6 +56,7 @@ impl Unregistered {
         let count = |id| (id, tables.unregistered_word(id).load(Ordering::SeqCst));
         self.without_slot_before = services::ids(tables)?.into_values().map(count).collect();
         self.without_slot.clear();
+        self.new.clear();
         self.this.clear();
         Ok(())
     }
@@ -59,17 +64,25 @@ impl Unregistered {
     /// Ends a pass.
     pub fn end(&mut self, tables: &Tables) {
         for (service, before) in &self.without_slot_before {
-            let now = self.without_slot.get(service).copied().unwrap_or(0);
+            let number = |of: &BTreeMap<u16, u64>| of.get(service).copied().unwrap_or(0);
+            let lacking = number(&self.without_slot);
+            // A new one may be registering itself: it lacks a slot if the kernel half says so.
+            let now = lacking + number(&self.new).min(before.saturating_sub(lacking));
             // Where the kernel half has just found another one, the next pass tells.
             let word = tables.unregistered_word(*service);
             let _ = word.compare_exchange(*before, now, Ordering::SeqCst, Ordering::SeqCst);
         }
         self.last = std::mem::take(&mut self.this);
         self.retry_at.retain(|cookie, _| self.last.contains(cookie));
+        self.outside.retain(|cookie| self.last.contains(cookie));
     }
 
     fn lacks_slot(&mut self, service: u16) {
         *self.without_slot.entry(service).or_insert(0) += 1;
+    }
+
+    fn is_new(&mut self, service: u16) {
+        *self.new.entry(service).or_insert(0) += 1;
     }
 
     /// Notes that a listener can't be registered now; says whether that is the first time.
@@ -119,7 +132,6 @@ impl Adopter<'_> {
         if claimants.is_empty() {
             return Ok(false);
         }
-        let cgroups = cgroup_ids(self.cgroup);
         let current = netns::current().context("cannot open the network namespace")?;
         let listeners = listeners(&current).context("cannot list the listeners")?;
         let listeners: HashMap<u64, Listener> = listeners
@@ -128,14 +140,8 @@ impl Adopter<'_> {
             .collect();
         let mut adopted = false;
         for claimant in claimants {
-            let cookie = claimant.socket.cookie;
-            let Some(listener) = listeners.get(&cookie) else {
-                continue;
-            };
-            if within(cgroups.as_ref(), claimant.socket) {
+            if let Some(listener) = listeners.get(&claimant.socket.cookie) {
                 adopted |= self.adopt_or_say_why(&claimant, listener);
-            } else {
-                self.unregistered.retry_later(cookie);
             }
         }
         Ok(adopted)
@@ -143,19 +149,28 @@ impl Adopter<'_> {
 
     fn claimants<'t>(&mut self, table: &'t SocketTable) -> Vec<Claimant<'t>> {
         let mut claimants = Vec::new();
+        let cgroup = self.cgroup;
+        let cgroups = LazyCell::new(|| cgroup_ids(cgroup));
         for socket in &table.listeners {
             let address = bound_to(socket.local.ip());
             let rule = self.rules.of(self.netns, address, socket.local.port());
             let Some(rule) = rule.filter(|_| !self.is_registered(socket)) else {
                 continue;
             };
-            self.unregistered.this.insert(socket.cookie);
-            if !(self.eager || self.unregistered.last.contains(&socket.cookie)) {
+            let cookie = socket.cookie;
+            self.unregistered.this.insert(cookie);
+            if self.unregistered.outside.contains(&cookie) {
+                continue;
+            }
+            if !within(cgroups.as_ref(), socket) {
+                self.unregistered.outside.insert(cookie);
                 continue;
             }
             if slots::room_for(self.tables, rule.service).is_err() {
                 self.unregistered.lacks_slot(rule.service);
-            } else if self.eager || self.unregistered.is_due(socket.cookie) {
+            } else if !(self.eager || self.unregistered.last.contains(&cookie)) {
+                self.unregistered.is_new(rule.service);
+            } else if self.eager || self.unregistered.is_due(cookie) {
                 claimants.push(Claimant {
                     socket,
                     address,
@@ -176,7 +191,9 @@ impl Adopter<'_> {
             Err(error) => error,
         };
         if error.is::<NoSlot>() {
+            // Not put off: nobody is refused for its service meanwhile.
             self.unregistered.lacks_slot(claimant.rule.service);
+            return false;
         }
         if self.unregistered.retry_later(claimant.socket.cookie) {
             warn!(

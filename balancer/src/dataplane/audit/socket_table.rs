@@ -1,10 +1,11 @@
 //! The socket table of one netns, and the slots of its backends just before and just after it was
 //! read.
 
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 
 use anyhow::{Context as _, Result};
-use balancer_common::abi::Counts;
+use balancer_common::abi::{Address, Counts};
 
 use super::super::tables::{SlotView, Tables};
 use crate::sys::sock_diag::{Family, Query, Socket, State, States, tcp_sockets};
@@ -91,4 +92,9 @@ pub fn sockets(storage: BorrowedFd<'_>) -> Result<Vec<Socket>> {
         sockets.extend(tcp_sockets(&query).context("cannot read the socket table (sock_diag)")?);
     }
     Ok(sockets)
+}
+
+/// An address as the maps hold it: mapped IPv4 of a dual-stack socket is IPv4.
+pub fn bound_to(address: IpAddr) -> Address {
+    Address::from(address.to_canonical())
 }
