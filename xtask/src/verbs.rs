@@ -46,7 +46,13 @@ const KUBEALL: &str = "BALANCER_KUBEALL";
 const TESTS: &str = "balancer-tests";
 
 /// What these tests start, beside Kubernetes.
-const TEST_PROGRAMS: [&str; 4] = [PRODUCT, "kill-before", "kernel-half-cost", "standin-oap"];
+const TEST_PROGRAMS: [&str; 5] = [
+    PRODUCT,
+    "kill-before",
+    "kernel-half-cost",
+    "hold-connections",
+    "standin-oap",
+];
 
 /// All tests; `long`: those that are shortened otherwise at their full length.
 pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {

@@ -23,7 +23,7 @@ pub use service::*;
 pub use ticks::*;
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 const _: () = {
     assert!(size_of::<PortKey>() == 32);
@@ -40,5 +40,5 @@ const _: () = {
     assert!(size_of::<ExemptKey>() == 20);
     assert!(size_of::<Heartbeat>() == 16);
     assert!(size_of::<Event>() == 48);
-    assert!(size_of::<ServiceInfo>() == 480);
+    assert!(size_of::<ServiceInfo>() == 484);
 };

@@ -183,6 +183,9 @@ pub struct ServiceInfo {
     pub flags: u8,
     /// Quota of a backend that the daemon has not seen yet.
     pub quota: u32,
+    /// Established connections through the virtual port that are counted on no backend: they are
+    /// older than the data plane, and nothing tells whose they are.
+    pub unattributed: u32,
 }
 
 /// Key of EXEMPT behind the prefix length (32 bits of service, then the bits of the address).

@@ -47,6 +47,7 @@ fn agents() -> ServiceSnapshot {
         rule: "300 clients × 2, 15% headroom, at least 16".to_owned(),
         sentence: "ceil(300 clients × 2 × 1.15 / 3 ready) = 230".to_owned(),
         quota_override: None,
+        unattributed: 0,
         backends: vec![
             backend(0, "127.0.0.1:21801", 120, Some(230)),
             BackendSnapshot {
@@ -76,6 +77,7 @@ fn als() -> ServiceSnapshot {
         rule: "none: steering only".to_owned(),
         sentence: "set by hand: 50 for each backend".to_owned(),
         quota_override: Some(50),
+        unattributed: 0,
         backends: vec![
             BackendSnapshot { netns: 7, state: BackendState::Candidate, ..backend(3, "0.0.0.0:11802", 4, None) },
             BackendSnapshot { state: BackendState::Closed, pending: None, ..backend(4, "[::]:11802", 5, None) },
@@ -432,6 +434,49 @@ take them all out.
 }
 
 #[test]
+fn status_names_connections_that_nobody_counts() {
+    let mut service = agents();
+    let text = |service: &ServiceSnapshot| {
+        status_of(&Snapshot {
+            services: vec![service.clone()],
+            daemon: alive(),
+        })
+    };
+    assert!(!text(&service).contains("older than the data plane"));
+    service.unattributed = 40;
+    let text = text(&service);
+    let alert = "  ! 40 established connections through this port are older than the data plane";
+    assert!(text.contains(alert), "{text}");
+}
+
+/// Only of those through virtual ports it is not plain whose they are.
+#[test]
+fn what_is_left_open_is_told_of_virtual_ports() {
+    let left_open = |services: Vec<ServiceSnapshot>| {
+        let snapshot = Snapshot {
+            services,
+            daemon: alive(),
+        };
+        snapshot.left_open()
+    };
+    assert_eq!(left_open(vec![als()]), None);
+    let mut service = agents();
+    service.unattributed = 40;
+    let many = left_open(vec![service.clone(), als()]).expect("some are left open");
+    assert!(
+        many.starts_with("289 established connections through virtual ports stay open: "),
+        "{many}"
+    );
+    service.backends.clear();
+    service.unattributed = 1;
+    let one = left_open(vec![service]).expect("one is left open");
+    assert!(
+        one.starts_with("1 established connection through a"),
+        "{one}"
+    );
+}
+
+#[test]
 fn status_tells_what_was_done_by_hand_from_what_is_full() {
     let mut service = agents();
     service.quota_override = Some(0);
@@ -487,6 +532,7 @@ fn status_as_json_is_as_contracted() {
         services: vec![agents()],
         daemon: alive(),
     };
+    snapshot.services[0].unattributed = 40;
     snapshot.services[0].backends.truncate(1);
     let backend = &mut snapshot.services[0].backends[0];
     (backend.quota, backend.pending, backend.note) = (None, None, Some("a \"note\"".to_owned()));
@@ -505,6 +551,7 @@ fn status_as_json_is_as_contracted() {
                 "port": 11800,
                 "address": null,
                 "policy": "least-connections",
+                "unattributed": 40,
                 "backends": [{
                     "slot": 0,
                     "address": "127.0.0.1:21801",
@@ -535,6 +582,7 @@ fn metrics_are_what_status_shows() {
         snapshot.daemon.audit_totals.drift,
         snapshot.daemon.audit_totals.repairs,
     ) = (3, 2);
+    snapshot.services[0].unattributed = 40;
     snapshot.services[0].backends.truncate(2);
     snapshot.services[0].backends[1].quota = None;
     let text = crate::metrics::text(&snapshot).unwrap();
@@ -544,6 +592,7 @@ fn metrics_are_what_status_shows() {
         "balancer_drift_connections 3",
         "balancer_checks_total 7",
         "balancer_repairs_total 2",
+        "balancer_unattributed_connections{service=\"agents\"} 40",
         "balancer_lookups_total{service=\"agents\",verdict=\"steer\",reason=\"steered\"} 1203",
         "balancer_established_connections{service=\"agents\",slot=\"0\",backend=\"127.0.0.1:21801\",netns=\"4026531840\"} 120",
     ] {

@@ -22,13 +22,23 @@ impl Unload {
         if let Some(message) = place.ask(&Request::Unload)? {
             return print(&format!("{message}\n"));
         }
+        let left_open = left_open(place);
         let state_dir = place.state_dir.display();
         let loaded = dataplane::unload(&place.paths())
             .with_context(|| format!("can't unload what is at {state_dir}{}", hint_of_user()))?;
         print(&if loaded {
-            format!("unloaded what was at {state_dir} (no daemon was running)\n")
+            format!("unloaded what was at {state_dir} (no daemon was running)\n{left_open}")
         } else {
             format!("nothing was loaded at {state_dir}\n")
         })
     }
+}
+
+/// What becomes of connections, in a line; nothing where what is loaded can't be read, which must
+/// not be in the way.
+fn left_open(place: &Place) -> String {
+    let reader = dataplane::open(&place.paths()).ok().flatten();
+    let snapshot = reader.and_then(|reader| reader.snapshot().ok());
+    let left_open = snapshot.and_then(|snapshot| snapshot.left_open());
+    left_open.map_or_else(String::new, |left_open| left_open + "\n")
 }

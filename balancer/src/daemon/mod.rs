@@ -135,8 +135,12 @@ fn finish(daemon: &Daemon, end: End, on_exit: Option<OnExit>) -> Result<()> {
         (End::Terminated, None) => false,
     };
     if unload {
+        let left_open = daemon.writer.left_open();
         daemon.writer.loader.remove()?;
         info!("the data plane is out of the kernel");
+        if let Some(left_open) = left_open {
+            info!("{left_open}");
+        }
     } else {
         info!(
             "the data plane stays: it counts and steers, and refuses nobody once {:?} have passed \

@@ -260,7 +260,7 @@ impl Daemon {
         let cost = clock::processor_time().saturating_sub(before);
         self.next_audit = Instant::now() + SHORTEST_PAUSE;
         audited?;
-        let totals = self.writer.audit.end(&self.writer.tables, cost);
+        let totals = self.writer.audit.end(&mut self.writer.tables, cost)?;
         debug!(
             "audit {}: {:.1} ms of processor time, drift {}, {} repairs so far",
             totals.checks,

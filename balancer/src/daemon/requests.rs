@@ -24,8 +24,7 @@ pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Repl
             (daemon.reload(config)).map(|()| done(format!("reloaded {}", config.display())))
         }
         // The answer must come after the deed, and the deed ends the daemon.
-        Request::Unload => (daemon.writer.loader.remove())
-            .map(|()| done("the data plane is out of the kernel; the daemon ends".into())),
+        Request::Unload => unload(daemon).map(done),
         Request::Ping => Ok(done("the daemon lives".into())),
         Request::Cluster => (daemon.mode.cluster_status(&daemon.writer)).map(|status| {
             let cluster = Box::new(status);
@@ -41,6 +40,16 @@ pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Repl
         _ => reply.send(&response),
     }
     unloaded
+}
+
+fn unload(daemon: &Daemon) -> Result<String> {
+    let left_open = daemon.writer.left_open();
+    daemon.writer.loader.remove()?;
+    let done = "the data plane is out of the kernel; the daemon ends".to_owned();
+    Ok(match left_open {
+        Some(left_open) => format!("{done}\n{left_open}"),
+        None => done,
+    })
 }
 
 /// Sets a quota by hand or, with `None`, clears it; in force when this returns.

@@ -26,6 +26,7 @@ const EMPTY_INFO: ServiceInfo = ServiceInfo {
     policy: 0,
     flags: 0,
     quota: 0,
+    unattributed: 0,
 };
 
 /// Puts a plan in force, and its rules into `rules`. New sources and listeners first, ports last,
@@ -126,6 +127,14 @@ fn describe(info: &mut ServiceInfo, service: &ServicePlan) {
 /// When the map can't be changed.
 pub fn write_sentence(tables: &mut Tables, id: u16, sentence: &str) -> Result<()> {
     update(tables, id, |info| info.sentence = padded(sentence)).map(drop)
+}
+
+/// Says how many connections through a service's virtual port are counted on no backend.
+///
+/// # Errors
+/// When the map can't be changed.
+pub fn set_unattributed(tables: &mut Tables, id: u16, connections: u32) -> Result<()> {
+    update(tables, id, |info| info.unattributed = connections).map(drop)
 }
 
 /// The quota set by hand for every backend of a service.

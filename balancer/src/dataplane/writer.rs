@@ -9,6 +9,7 @@ use super::loader::Loader;
 use super::lock::Lock;
 use super::paths::Paths;
 use super::plan::{Plan, Rules};
+use super::read::snapshot;
 use super::services;
 use super::slots::EmptySlots;
 use super::tables::Tables;
@@ -65,6 +66,12 @@ impl Writer {
         self.loader.switch()?;
         self.audit.end_handover();
         Ok(())
+    }
+
+    /// What becomes of connections without the data plane: see [`snapshot::Snapshot::left_open`].
+    pub fn left_open(&self) -> Option<String> {
+        let snapshot = snapshot::take(&self.tables);
+        snapshot.ok().and_then(|snapshot| snapshot.left_open())
     }
 
     /// Compares the counts of one netns with its socket table: see [`Audit::check`].

@@ -15,4 +15,4 @@ pub use listeners::{Listener, listeners, listening};
 pub use mounts::{cgroup, cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
 pub use netns::{Netns, NetnsHint, OpenNetns, Thread, UnreachableNetns, find_netns, live_netns};
 pub use pods::{addresses, pod_of_process, source_towards};
-pub use processes::{SocketOwner, is_ending, owners};
+pub use processes::{Owners, SocketOwner, is_ending, owners, process_name};

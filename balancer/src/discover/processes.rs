@@ -31,16 +31,24 @@ impl SocketOwner {
         Process::open(self.pid)?.file(self.fd)
     }
 
-    /// The owner's name (`/proc/PID/comm`), or its number where it has ended.
+    /// What [`process_name`] calls the owner.
     pub fn name(self) -> String {
-        let comm = fs::read_to_string(format!("/proc/{}/comm", self.pid)).unwrap_or_default();
-        // A process chooses its name, with ends of lines in it if it likes.
-        match sanitize::for_message(comm.trim_end(), 64).as_str() {
-            "" => format!("process {}", self.pid),
-            name => format!("{name} (process {})", self.pid),
-        }
+        process_name(self.pid)
     }
 }
+
+/// The name of a process (`/proc/PID/comm`) and its number, which alone is left once it has ended.
+pub fn process_name(pid: u32) -> String {
+    let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    // A process chooses its name, with ends of lines in it if it likes.
+    match sanitize::for_message(comm.trim_end(), 64).as_str() {
+        "" => format!("process {pid}"),
+        name => format!("{name} (process {pid})"),
+    }
+}
+
+/// The descriptors of sockets, by the inodes that the socket table names.
+pub type Owners = HashMap<u32, Vec<SocketOwner>>;
 
 /// Finds who holds sockets, by the inodes that the socket table names. A socket of which no process
 /// has a descriptor is missing in the result, and so are those of processes that we may not look
@@ -48,9 +56,9 @@ impl SocketOwner {
 ///
 /// # Errors
 /// Where `/proc` can't be read.
-pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<HashMap<u32, Vec<SocketOwner>>> {
+pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<Owners> {
     let inodes: HashSet<u32> = inodes.into_iter().collect();
-    let mut found: HashMap<u32, Vec<SocketOwner>> = HashMap::new();
+    let mut found = Owners::new();
     if inodes.is_empty() {
         return Ok(found);
     }

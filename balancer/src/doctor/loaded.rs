@@ -7,7 +7,7 @@ use super::{
     guarded::{self, GuardedNetns},
 };
 use crate::{
-    dataplane::{self, DaemonSnapshot, Link, Paths, Snapshot},
+    dataplane::{self, DaemonSnapshot, Link, Paths, ServiceSnapshot, Snapshot},
     sys::netns,
 };
 
@@ -96,6 +96,26 @@ pub(super) fn counts(daemon: &DaemonSnapshot) -> Check {
     )
 }
 
+/// Connections through virtual ports that nobody counts.
+pub(super) fn older_connections(services: &[ServiceSnapshot]) -> Check {
+    let unattributed = services.iter().filter(|service| service.unattributed > 0);
+    let found: Vec<String> = unattributed
+        .map(|service| format!("{}: {} connections", service.name, service.unattributed))
+        .collect();
+    Check::warn_of(
+        "older connections",
+        &found,
+        (
+            "none without a backend",
+            "each connection through a virtual port is counted on its backend",
+        ),
+        "established connections through a virtual port are older than the data plane, and the processes that hold them leave open which \
+         backend each is of: nobody counts them, so new clients may exceed the quota by as many",
+        "wait until they end, or start the server again that the daemon's log names. Next time end the daemon with TERM, which leaves the \
+         data plane in place",
+    )
+}
+
 /// The netns that the loaded data plane is attached to.
 pub(super) fn guarded_netns(state_dir: &Path) -> (Vec<GuardedNetns>, Option<Check>) {
     let cookies = attached(&Paths::new(state_dir).current());
@@ -121,6 +141,7 @@ fn attached(directory: &Path) -> HashSet<u64> {
 mod tests {
     use super::*;
     use crate::doctor::Status;
+    use balancer_common::Policy;
     use balancer_common::abi::AuditTotals;
     use std::{fs, time::Duration};
 
@@ -152,6 +173,32 @@ mod tests {
         assert_eq!(
             loaded(1, &daemon(false, None)).found,
             "loaded, with one service; no daemon has lived ever"
+        );
+    }
+
+    #[test]
+    fn connections_that_nobody_counts_are_told_by_service() {
+        let service = |name: &str, unattributed| ServiceSnapshot {
+            id: 0,
+            name: name.to_owned(),
+            port: 11800,
+            address: None,
+            policy: Policy::LeastConnections,
+            virtual_port: true,
+            rule: String::new(),
+            sentence: String::new(),
+            quota_override: None,
+            unattributed,
+            backends: Vec::new(),
+            verdicts: Vec::new(),
+        };
+        let mut services = [service("agents", 0), service("als", 0)];
+        assert_eq!(older_connections(&services).status, Status::Ok);
+        services[1].unattributed = 40;
+        let check = older_connections(&services);
+        assert_eq!(
+            (check.status, &*check.found),
+            (Status::Warn, "als: 40 connections")
         );
     }
 

@@ -138,6 +138,7 @@ pub fn run(options: &Options) -> Report {
     checks.push(check);
     if let Some(snapshot) = &snapshot {
         checks.push(loaded::counts(&snapshot.daemon));
+        checks.push(loaded::older_connections(&snapshot.services));
     }
     let config = options.config.as_ref();
     if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {

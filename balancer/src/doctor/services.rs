@@ -458,6 +458,7 @@ mod tests {
             rule: String::new(),
             sentence: String::new(),
             quota_override: None,
+            unattributed: 0,
             backends: backends.iter().map(backend).collect(),
             verdicts: Vec::new(),
         })

@@ -33,7 +33,13 @@ pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
     daemon(&mut registry, &snapshot.daemon);
     let mut backends = Backends::new(&mut registry);
     let lookups = counters(&mut registry, "lookups", "Look-ups by how they ended");
+    let help = "Through the virtual port, and counted on no backend";
+    let unattributed = gauges(&mut registry, "unattributed", help);
     for service in &snapshot.services {
+        let labels = vec![("service", service.name.clone())];
+        unattributed
+            .get_or_create(&labels)
+            .set(i64::from(service.unattributed));
         for backend in &service.backends {
             backends.add(service, backend);
         }

@@ -107,6 +107,7 @@ fn service(bytes: &mut Bytes<'_>) -> ServiceContents {
         policy: bytes.u8(),
         flags: bytes.u8(),
         quota: bytes.u32(),
+        unattributed: bytes.u32(),
     };
     let verdicts = Reason::ALL
         .iter()

@@ -4,6 +4,7 @@
 mod adoption;
 mod every_step;
 mod fixture;
+mod older;
 mod pins;
 mod poisoned;
 mod upgrade;

@@ -37,6 +37,7 @@ struct JsonService<'a> {
     port: u16,
     address: Option<IpAddr>,
     policy: &'static str,
+    unattributed: u32,
     backends: Vec<JsonBackend<'a>>,
     #[serde(serialize_with = "by_name")]
     verdicts: &'a [(Reason, u64)],
@@ -92,6 +93,7 @@ impl<'a> JsonService<'a> {
             port: service.port,
             address: service.address,
             policy: service.policy.name(),
+            unattributed: service.unattributed,
             backends: service.backends.iter().map(JsonBackend::new).collect(),
             verdicts: &service.verdicts,
         }

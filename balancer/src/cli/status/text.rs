@@ -165,6 +165,13 @@ fn alerts(service: &ServiceSnapshot) -> Vec<String> {
             )
         });
     }
+    if service.unattributed > 0 {
+        alerts.push(format!(
+            "{} established connections through this port are older than the data plane and counted on no backend: new clients may exceed the \
+             quota by as many, until these end or their server is started again. The daemon's log says why.",
+            service.unattributed
+        ));
+    }
     alerts
 }
 

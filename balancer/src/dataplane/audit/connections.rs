@@ -1,15 +1,15 @@
 //! Whose each connection of a netns is, and whether the kernel half counts it or the daemon.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
-use balancer_common::abi::{Address, Backend, BackendState, Connection, Counts};
+use balancer_common::abi::{BackendState, Connection, Counts};
 
 use super::super::tables::{SlotView, Tables, connection_of};
-use super::handover::Handover;
+use super::attribution::{Doubt, Doubts, adopted, fitting};
+use super::inherited::Inherited;
 use super::socket_table::SocketTable;
-use crate::discover::{SocketOwner, owners};
+use super::unattributed::Unattributed;
 use crate::sys::sock_diag::Socket;
 
 /// The connections of a netns, sorted.
@@ -31,7 +31,11 @@ pub struct Connections<'a> {
 
 impl<'a> Connections<'a> {
     /// Sorts the connections of a netns; `leaving` is what the last pass has found.
-    pub fn sort(table: &'a SocketTable, handover: &Handover, leaving: &HashMap<u64, u64>) -> Self {
+    pub fn sort(
+        table: &'a SocketTable,
+        inherited: &Inherited,
+        leaving: &HashMap<u64, u64>,
+    ) -> Self {
         let generations: HashMap<u32, u32> = table
             .slots
             .iter()
@@ -43,8 +47,8 @@ impl<'a> Connections<'a> {
         let mut sorted = Self::default();
         for socket in &table.connections {
             let connection = connection_of(socket).filter(is_current);
-            let inherited = || handover.connection(socket).filter(is_current);
-            match connection.or_else(inherited) {
+            let unwritten = || inherited.connection(socket).filter(is_current);
+            match connection.or_else(unwritten) {
                 Some(connection) => sorted.add(socket, connection, leaving),
                 None => sorted.unclaimed.push(socket),
             }
@@ -77,30 +81,47 @@ impl<'a> Connections<'a> {
     }
 
     /// Counts again the connections that the kernel half can't follow; says whether there may be
-    /// any.
+    /// any. Those that are nobody's are added to `unattributed`, by service.
     ///
     /// # Errors
-    /// When a map or the processes can't be read.
-    pub fn recount(&self, tables: &Tables, slots: &[SlotView]) -> Result<bool> {
-        let adopted: Vec<&SlotView> = slots
-            .iter()
-            .filter(|view| view.member.backend.flags & Backend::ADOPTED != 0)
-            .collect();
-        let mut counts = by_owner(tables, &adopted, &self.unclaimed)?;
+    /// When a map can't be read.
+    pub fn recount(
+        &self,
+        tables: &Tables,
+        slots: &[SlotView],
+        doubts: Option<&Doubts>,
+        unattributed: &mut BTreeMap<u16, Unattributed>,
+    ) -> Result<bool> {
+        let adopted = adopted(slots);
+        let mut counts = Shares::default();
+        for socket in &self.unclaimed {
+            let doubt = doubts.and_then(|doubts| doubts.of(socket));
+            let fitting = fitting(&adopted, socket.local);
+            if let Some(first) = fitting.first() {
+                let weight = weight(tables, first.member.backend.service, socket)?;
+                counts.add(sharing(&fitting, doubt), weight);
+            } else if let Some(doubt) = doubt
+                && let Some(service) = doubt.service
+            {
+                let of_service = unattributed.entry(service).or_default();
+                of_service.add(doubt.why, doubt.pid);
+            }
+        }
         let services: HashMap<u32, u16> = slots
             .iter()
             .map(|view| (view.slot(), view.member.backend.service))
             .collect();
         for (slot, socket) in &self.uncounted {
             if let Some(service) = services.get(slot) {
-                *counts.entry(*slot).or_insert(0) += weight(tables, *service, socket)?;
+                counts.add(vec![*slot], weight(tables, *service, socket)?);
             }
         }
+        let counts = counts.by_slot();
         for view in slots {
             let count = counts.get(&view.slot()).copied().unwrap_or(0);
             tables.set_adopted(view.slot(), count);
         }
-        Ok(!(adopted.is_empty() && self.uncounted.is_empty()))
+        Ok(!(adopted.is_empty() && self.uncounted.is_empty() && unattributed.is_empty()))
     }
 }
 
@@ -110,63 +131,85 @@ fn weight(tables: &Tables, service: u16, socket: &Socket) -> Result<u64> {
     Ok(if exempt { Counts::ONE_EXEMPT } else { 1 })
 }
 
-/// The counts of adopted slots: a connection belongs to one by its own address, and among listeners
-/// of one address by its process.
-fn by_owner(
-    tables: &Tables,
-    adopted: &[&SlotView],
-    connections: &[&Socket],
-) -> Result<BTreeMap<u32, u64>> {
-    let mut counts = BTreeMap::new();
-    let mut processes = None;
-    for socket in connections {
-        let fitting = fitting(adopted, socket.local);
-        let Some(first) = fitting.first() else {
-            continue;
-        };
-        let mut view = *first;
-        if fitting.len() > 1 {
-            let processes = match &processes {
-                Some(known) => known,
-                None => processes.insert(owners(connections.iter().map(|socket| socket.inode))?),
-            };
-            let owners = processes.get(&socket.inode).map_or(&[][..], Vec::as_slice);
-            let owned = fitting.iter().find(|view| is_owned(view, owners));
-            view = owned.unwrap_or(first);
-        }
-        *counts.entry(view.slot()).or_insert(0) +=
-            weight(tables, view.member.backend.service, socket)?;
-    }
-    Ok(counts)
-}
-
-fn is_owned(view: &SlotView, owners: &[SocketOwner]) -> bool {
-    let pid = view.member.backend.pid;
-    owners.iter().any(|owner| owner.pid == pid)
-}
-
-/// The adopted listeners that a connection with that local address can have come from: those of the
-/// exact address, else those of the wildcard.
-fn fitting<'a>(adopted: &[&'a SlotView], local: SocketAddr) -> Vec<&'a SlotView> {
-    let local_address = bound_to(local.ip());
-    let of = |fits: &dyn Fn(Address) -> bool| -> Vec<&'a SlotView> {
-        let fits = |view: &&'a SlotView| {
-            let backend = &view.member.backend;
-            backend.port == local.port() && fits(backend.address)
-        };
-        adopted.iter().copied().filter(fits).collect()
+/// The slots, of those that a connection's address fits, that share it: those of its processes, if
+/// they are known, and those that listen, if any does.
+fn sharing(fitting: &[&SlotView], doubt: Option<&Doubt>) -> Vec<u32> {
+    let slots_that = |is_so: &dyn Fn(&SlotView) -> bool| -> Vec<u32> {
+        let so = fitting.iter().filter(|view| is_so(view));
+        so.map(|view| view.slot()).collect()
     };
-    let mut fitting = of(&|address| address == local_address);
-    if fitting.is_empty() {
-        fitting = of(&|address| address.is_any());
-    }
-    // A slot that a daemon died over registering has the address of the one that its listener has
-    // got since.
-    fitting.sort_by_key(|view| !view.slot_state().is(BackendState::Active));
-    fitting
+    let held = |view: &SlotView| doubt.is_some_and(|doubt| doubt.slots.contains(&view.slot()));
+    let listens = |view: &SlotView| view.slot_state().is(BackendState::Active);
+    let any = [
+        slots_that(&|view| held(view) && listens(view)),
+        slots_that(&listens),
+        slots_that(&|_| true),
+    ];
+    let first = any.into_iter().find(|slots| !slots.is_empty());
+    first.unwrap_or_default()
 }
 
-/// An address as the maps hold it: mapped IPv4 of a dual-stack socket is IPv4.
-pub fn bound_to(address: IpAddr) -> Address {
-    Address::from(address.to_canonical())
+/// Counts, as `Counts::established` packs them, by the slots that share them.
+#[derive(Debug, Default)]
+struct Shares(BTreeMap<Vec<u32>, u64>);
+
+impl Shares {
+    fn add(&mut self, slots: Vec<u32>, count: u64) {
+        *self.0.entry(slots).or_insert(0) += count;
+    }
+
+    /// The count of each slot. What several share is dealt out evenly, so that the sums are right
+    /// and stay even while connections end.
+    fn by_slot(&self) -> BTreeMap<u32, u64> {
+        let mut counts = BTreeMap::new();
+        for (slots, count) in &self.0 {
+            let parts = slots.len() as u64;
+            let part = |count: u64, at: u64| count / parts + u64::from(at < count % parts);
+            for (slot, at) in slots.iter().zip(0..) {
+                let (all, exempt) = (count & u64::from(u32::MAX), count >> 32);
+                *counts.entry(*slot).or_insert(0) += part(all, at) | part(exempt, at) << 32;
+            }
+        }
+        counts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Sums hold, no slot has more than one more than another, and none more exempt
+        /// connections than connections.
+        #[test]
+        fn what_several_share_is_dealt_out_evenly(
+            slots in 1..9_u32,
+            counted in 0..1_000_u64,
+            exempt in 0..1_000_u64,
+        ) {
+            let mut shares = Shares::default();
+            shares.add((0..slots).collect(), counted + exempt * Counts::ONE_EXEMPT);
+            let counts = shares.by_slot();
+            let all: Vec<u64> = counts.values().map(|count| count & 0xffff_ffff).collect();
+            let of_exempt: Vec<u64> = counts.values().map(|count| count >> 32).collect();
+            prop_assert_eq!(all.iter().sum::<u64>(), counted + exempt);
+            prop_assert_eq!(of_exempt.iter().sum::<u64>(), exempt);
+            for parts in [&all, &of_exempt] {
+                prop_assert_eq!(parts.len(), slots as usize);
+                prop_assert!(parts.iter().max().unwrap() - parts.iter().min().unwrap() <= 1);
+            }
+            prop_assert!(all.iter().zip(&of_exempt).all(|(all, exempt)| exempt <= all));
+        }
+    }
+
+    #[test]
+    fn shares_of_one_slot_add_up() {
+        let mut shares = Shares::default();
+        shares.add(vec![3], 5);
+        shares.add(vec![3, 4], 5);
+        shares.add(vec![3, 4], Counts::ONE_EXEMPT);
+        let expected = [(3, 8 | 1 << 32), (4, 3)];
+        assert_eq!(shares.by_slot(), BTreeMap::from(expected));
+    }
 }

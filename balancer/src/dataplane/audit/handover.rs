@@ -11,21 +11,18 @@ use balancer_common::abi::{BackendId, Connection};
 use tracing::{info, warn};
 
 use super::super::paths::Paths;
-use super::super::tables::{ONLY_NEW, Tables, backend_of, connection_of};
+use super::super::tables::{Tables, backend_of, connection_of};
+use super::inherited::Inherited;
 use super::socket_table::{SocketTable, sockets};
-use crate::discover::{SocketOwner, owners};
+use crate::discover::owners;
 use crate::sys::bpf::{self, Object};
 use crate::sys::sock_diag::{Socket, State};
-use crate::sys::socket;
 
 /// What other builds' data planes know of connections.
 #[derive(Debug, Default)]
 pub struct Handover {
     /// The maps of other layouts that name the slots of connections.
     maps: Vec<OwnedFd>,
-    /// The connections whose storage could not be written because no process has them yet (they
-    /// wait to be accepted), by their cookie.
-    unaccepted: HashMap<u64, Connection>,
 }
 
 impl Handover {
@@ -49,10 +46,7 @@ impl Handover {
                 ),
             }
         }
-        Ok(Self {
-            maps,
-            ..Self::default()
-        })
+        Ok(Self { maps })
     }
 
     /// The others are gone, and their maps with them.
@@ -65,21 +59,21 @@ impl Handover {
     ///
     /// # Errors
     /// When the socket table or the processes can't be read.
-    pub fn inherit(&mut self, tables: &Tables, table: &SocketTable) -> Result<bool> {
+    pub fn inherit(
+        &self,
+        tables: &Tables,
+        table: &SocketTable,
+        inherited: &mut Inherited,
+    ) -> Result<bool> {
         let mut any = false;
         for map in &self.maps {
             let theirs = sockets(map.as_fd())?;
-            let inherited = inherited(table, &theirs);
-            any |= !inherited.is_empty();
-            let unaccepted = give(tables, inherited)?;
-            self.unaccepted.extend(unaccepted);
+            let given = given(table, &theirs);
+            let processes = owners(given.iter().map(|(socket, _)| socket.inode))?;
+            inherited.give(tables, &given, &processes);
+            any |= !given.is_empty();
         }
         Ok(any)
-    }
-
-    /// What a connection was given that could not be written to its storage.
-    pub fn connection(&self, socket: &Socket) -> Option<Connection> {
-        self.unaccepted.get(&socket.cookie).copied()
     }
 }
 
@@ -95,7 +89,7 @@ fn open(pin: &Path) -> Result<OwnedFd> {
 }
 
 /// The connections that another data plane has given to a listener which has a slot in this one.
-fn inherited<'a>(table: &SocketTable, theirs: &'a [Socket]) -> Vec<(&'a Socket, Connection)> {
+fn given<'a>(table: &SocketTable, theirs: &'a [Socket]) -> Vec<(&'a Socket, Connection)> {
     let our_slots: HashMap<u64, Connection> = table
         .listeners
         .iter()
@@ -124,33 +118,4 @@ fn inherited<'a>(table: &SocketTable, theirs: &'a [Socket]) -> Vec<(&'a Socket, 
         .filter(|socket| without_storage.get(&socket.cookie) == Some(&true))
         .filter_map(given)
         .collect()
-}
-
-/// Writes the storage of connections; returns what could not be written.
-fn give(
-    tables: &Tables,
-    inherited: Vec<(&Socket, Connection)>,
-) -> Result<HashMap<u64, Connection>> {
-    if inherited.is_empty() {
-        return Ok(HashMap::new());
-    }
-    let processes = owners(inherited.iter().map(|(socket, _)| socket.inode))?;
-    let mut unwritten = HashMap::new();
-    for (socket, connection) in inherited {
-        let owners = processes.get(&socket.inode).map(Vec::as_slice);
-        let written = file_of(socket, owners.unwrap_or_default())
-            .is_some_and(|file| tables.set_connection(&file, connection, ONLY_NEW).is_ok());
-        if !written {
-            unwritten.insert(socket.cookie, connection);
-        }
-    }
-    Ok(unwritten)
-}
-
-/// A descriptor of that very connection.
-fn file_of(connection: &Socket, owners: &[SocketOwner]) -> Option<OwnedFd> {
-    owners.iter().find_map(|owner| {
-        let file = owner.file().ok()?;
-        (socket::cookie(&file).ok()? == connection.cookie).then_some(file)
-    })
 }

@@ -2,12 +2,15 @@
 //! they stay wrong.
 
 mod adopt;
+mod attribution;
 mod compare;
 mod connections;
 mod handover;
+mod inherited;
 mod socket_table;
+mod unattributed;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
@@ -18,13 +21,16 @@ use balancer_common::abi::{AuditTotals, BackendId, BackendState, Counts};
 use tracing::{info, warn};
 
 use self::adopt::{Adopter, Unregistered};
+use self::attribution::Attribution;
 use self::compare::{Deviation, Drift, LASTING};
 use self::connections::Connections;
 pub use self::handover::Handover;
+use self::inherited::Inherited;
 use self::socket_table::SocketTable;
+use self::unattributed::Unattributed;
 use super::plan::Rules;
-use super::slots;
 use super::tables::{SlotView, Tables, backend_of};
+use super::{services, slots};
 use crate::sys::{clock, memory};
 
 /// So many connections take megabytes while they are compared, which the process must not keep
@@ -38,8 +44,14 @@ pub struct Audit {
     cgroup: PathBuf,
     /// What other builds' data planes know of connections.
     handover: Handover,
+    /// What processes tell of connections that are older than the data plane.
+    attribution: Attribution,
+    /// The connections that were given to slots.
+    inherited: Inherited,
     /// Listeners that a rule claims and nobody has registered.
     unregistered: Unregistered,
+    /// The ids of the services of which the log says how many connections nobody counts.
+    warned: BTreeSet<u16>,
     /// The numbers for `status`, over all passes.
     totals: AuditTotals,
     /// The pass before this one.
@@ -60,8 +72,10 @@ struct Pass {
     without_listener: HashSet<BackendId>,
     /// By how many connections counts were put right.
     drift: u64,
-    /// Whether there are adopted backends, or connections that only the daemon counts.
+    /// Whether there are adopted backends, or connections that the kernel half does not count.
     adopted: bool,
+    /// The connections through virtual ports that nobody counts, by the service's id.
+    unattributed: BTreeMap<u16, Unattributed>,
 }
 
 /// The two counts of a slot.
@@ -77,7 +91,10 @@ impl Audit {
         Self {
             cgroup: cgroup.to_owned(),
             handover,
+            attribution: Attribution::default(),
+            inherited: Inherited::default(),
             unregistered: Unregistered::default(),
+            warned: BTreeSet::new(),
             totals,
             last: Pass::default(),
             this: Pass::default(),
@@ -123,14 +140,24 @@ impl Audit {
         if adopter.adopt(&table)? {
             table = SocketTable::read(tables, netns)?;
         }
-        if self.handover.inherit(tables, &table)? {
+        let inherited = &mut self.inherited;
+        if self.handover.inherit(tables, &table, inherited)? {
+            table = SocketTable::read(tables, netns)?;
+        }
+        let attribution = &mut self.attribution;
+        if attribution.attribute(tables, &table, netns, eager, inherited)? {
             table = SocketTable::read(tables, netns)?;
         }
         self.close_without_listener(tables, &table);
-        let connections = Connections::sort(&table, &self.handover, &self.last.leaving);
+        let connections = Connections::sort(&table, &self.inherited, &self.last.leaving);
         self.compare(tables, &table, &connections);
         self.note_unseen(&table, &connections);
-        self.this.adopted |= connections.recount(tables, &table.slots)?;
+        self.this.adopted |= connections.recount(
+            tables,
+            &table.slots,
+            self.attribution.doubts(netns),
+            &mut self.this.unattributed,
+        )?;
         self.this.leaving.extend(connections.leaving);
         if table.connections.len() >= MANY {
             drop(table);
@@ -140,8 +167,12 @@ impl Audit {
     }
 
     /// Ends a pass that took so much processor time; returns what is known now.
-    pub fn end(&mut self, tables: &Tables, cost: Duration) -> AuditTotals {
+    ///
+    /// # Errors
+    /// When a map can't be read or changed.
+    pub fn end(&mut self, tables: &mut Tables, cost: Duration) -> Result<AuditTotals> {
         self.unregistered.end(tables);
+        self.publish_unattributed(tables)?;
         self.last = std::mem::take(&mut self.this);
         self.totals = AuditTotals {
             checks: self.totals.checks + 1,
@@ -151,7 +182,31 @@ impl Audit {
             ..self.totals
         };
         tables.set_audit_totals(self.totals);
-        self.totals
+        Ok(self.totals)
+    }
+
+    /// Writes down of each service how many connections nobody counts; the first time, the log says
+    /// why.
+    fn publish_unattributed(&mut self, tables: &mut Tables) -> Result<()> {
+        let found = &self.this.unattributed;
+        for (name, id) in services::ids(tables)? {
+            let of_service = found.get(&id);
+            services::set_unattributed(tables, id, of_service.map_or(0, Unattributed::total))?;
+            let Some(of_service) = of_service else {
+                self.warned.remove(&id);
+                continue;
+            };
+            if self.warned.insert(id) {
+                warn!(
+                    "{name}: {} established connections through its virtual port are older than \
+                     this data plane and counted by nobody: {}. New clients may exceed the quota \
+                     by as many, until these end or their server is started again",
+                    of_service.total(),
+                    of_service.reasons()
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Whether the last pass saw something that only the next one can tell from a socket on its
@@ -171,6 +226,7 @@ impl Audit {
     /// # Errors
     /// When a map can't be read.
     pub fn drop_netns(&mut self, tables: &Tables, netns: u64) -> Result<()> {
+        self.attribution.drop_netns(netns);
         for (view, left) in slots::close_netns(tables, netns)? {
             self.totals.repairs += 1;
             warn!(

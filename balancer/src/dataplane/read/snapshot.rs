@@ -60,6 +60,8 @@ pub struct ServiceSnapshot {
     pub sentence: String,
     /// A quota set by hand for every backend.
     pub quota_override: Option<u32>,
+    /// Established connections through the virtual port that are counted on no backend.
+    pub unattributed: u32,
     /// The service's backends, in the order of their slots.
     pub backends: Vec<BackendSnapshot>,
     /// How often each reason was given; look-ups, not connections.
@@ -140,6 +142,31 @@ impl Snapshot {
             daemon: daemon(contents),
         }
     }
+
+    /// What becomes of established connections once the data plane is out of the kernel, where
+    /// that is not obvious: nothing but the processes that hold it tells then which backend a
+    /// connection through a virtual port is of.
+    pub fn left_open(&self) -> Option<String> {
+        let connections = match self.through_virtual_ports() {
+            0 => return None,
+            1 => "1 established connection through a virtual port stays open".to_owned(),
+            many => format!("{many} established connections through virtual ports stay open"),
+        };
+        Some(format!(
+            "{connections}: the next `balancer run` finds whose they are by the processes that \
+             hold them, and says where it can't"
+        ))
+    }
+
+    fn through_virtual_ports(&self) -> u64 {
+        let virtual_ports = self.services.iter().filter(|service| service.virtual_port);
+        let established = |service: &ServiceSnapshot| -> u64 {
+            let backends = service.backends.iter();
+            let counted: u64 = backends.map(|backend| u64::from(backend.established)).sum();
+            counted + u64::from(service.unattributed)
+        };
+        virtual_ports.map(established).sum()
+    }
 }
 
 /// Reads the data plane as it is now.
@@ -175,6 +202,7 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u32) -> Service
         rule: text(&info.rule),
         sentence: text(&info.sentence),
         quota_override: (info.by_hand == 1).then_some(info.quota_by_hand),
+        unattributed: info.unattributed,
         backends: members
             .iter()
             .map(|member| backend(member, quota, now))
