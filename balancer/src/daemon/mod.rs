@@ -15,6 +15,8 @@ use tracing::{error, info};
 
 use self::attach::GuardedNetns;
 use self::mode::Mode;
+#[doc(hidden)]
+pub use self::mode::fuzzing;
 use self::reconcile::{Daemon, kept};
 use self::signals::{Signal, Signals};
 use crate::api::Server;

@@ -3,6 +3,7 @@
 //! Nothing here knows of maps or netns: the daemon reads a [`View`] and hands in a [`NodeReport`].
 
 mod access;
+mod bounds;
 mod client;
 mod cluster;
 mod daemon_set;
@@ -16,6 +17,7 @@ mod tests;
 mod watch;
 
 pub use access::{permissions, reachable};
+pub use bounds::{MOST_REFUSED, MOST_SECONDS_AGO};
 pub use client::{Connection, connection};
 pub use cluster::Cluster;
 pub use health::{ApiRequest, Target};
@@ -24,4 +26,6 @@ pub use model::{
     Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,
     ReportedBackend, SCHEMA, View,
 };
+#[doc(hidden)]
+pub use watch::node_reports::parse_text as parse_report;
 pub use status::{BackendStatus, ClusterStatus, GroupStatus};

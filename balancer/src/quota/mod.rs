@@ -4,6 +4,7 @@
 mod compute;
 pub mod in_force;
 mod model;
+pub mod plausible;
 mod sentence;
 mod share;
 pub mod starved;

@@ -41,26 +41,16 @@ impl Window {
 
     /// Takes a value that holds now.
     pub fn add(&mut self, now: Duration, value: u64) {
-        self.add_old(now, value, Duration::ZERO);
-    }
-
-    /// Takes a value that held some time ago, also before the start: what somebody else saw. One
-    /// that is too old does nothing.
-    pub fn add_old(&mut self, now: Duration, value: u64, age: Duration) {
-        let now = milliseconds(now);
-        let at = now.saturating_sub(milliseconds(age));
+        let at = milliseconds(now);
         let seen = Most { value, at };
         self.parts
             .entry(at.div_euclid(self.part))
             .and_modify(|most| *most = seen.max(*most))
             .or_insert(seen);
-        self.forget(now);
+        self.forget(at);
     }
 
     /// The largest value within the window and how long ago that was (of several times: the last).
-    ///
-    /// Who passes the age on in whole seconds should round it up: daemons that tell each other of
-    /// one value must not make it younger each time.
     pub fn peak(&self, now: Duration) -> Option<(u64, Duration)> {
         let now = milliseconds(now);
         let most = self

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use anyhow::{Result, bail};
 
 use self::kubernetes::KubernetesMode;
+pub use self::kubernetes::fuzzing;
 use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
 use crate::config::Config;

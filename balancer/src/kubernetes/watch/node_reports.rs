@@ -87,7 +87,11 @@ fn parse(map: &ConfigMap) -> Result<NodeReport, String> {
     })
 }
 
-fn parse_text(text: &str, name: &str) -> Result<NodeReport, String> {
+/// Reads the text of a report, which stands in the `ConfigMap` of this name.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn parse_text(text: &str, name: &str) -> Result<NodeReport, String> {
     if text.len() > MOST_BYTES {
         return Err(format!("it has {} bytes", text.len()));
     }
@@ -102,6 +106,7 @@ fn parse_text(text: &str, name: &str) -> Result<NodeReport, String> {
         let node = report.node.chars().take(80).collect::<String>();
         return Err(format!("it is about the node {node:?}"));
     }
+    report.check()?;
     Ok(report)
 }
 
@@ -186,6 +191,78 @@ mod tests {
             let error = parse(&map(name, data)).unwrap_err();
             assert!(error.contains(&format!("balancer/{name}")), "{error}");
             assert!(error.contains(why) && error.len() < 500, "{why}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_number_out_of_bounds_is_named_with_node_and_field() {
+        type Change = fn(&mut NodeReport);
+        let cases: [(Change, &str); 8] = [
+            (
+                |report| report.peaks[0].seconds_ago = u64::MAX,
+                "peaks[0].seconds_ago is 18446744073709551615, at most 31536000",
+            ),
+            (
+                |report| report.peaks[0].connections = u64::MAX,
+                "peaks[0].connections is 18446744073709551615, at most 100000000",
+            ),
+            (
+                |report| report.refused[0].first_seconds_ago = u64::MAX,
+                "refused[0].first_seconds_ago",
+            ),
+            (
+                |report| report.refused[0].last_seconds_ago = 31_536_001,
+                "refused[0].last_seconds_ago is 31536001",
+            ),
+            (
+                |report| report.refused = vec![report.refused[0].clone(); 1025],
+                "number of refused is 1025, at most 1024",
+            ),
+            (
+                |report| report.peaks = vec![report.peaks[0].clone(); 1025],
+                "number of peaks is 1025",
+            ),
+            (
+                |report| report.peaks[0].group.entry = "x".repeat(254),
+                "peaks[0].group.entry has 254 bytes",
+            ),
+            (
+                |report| report.peaks[0].group.service.name = "x".repeat(70_000),
+                "peaks[0].group.service.name has 70000 bytes",
+            ),
+        ];
+        for (change, words) in cases {
+            let mut report = node_report();
+            change(&mut report);
+            let text = serde_json::to_string(&report).unwrap();
+            let problem = parse(&map("balancer-node-a", &[(KEY, &text)])).unwrap_err();
+            assert!(problem.contains(words), "{words}: {problem}");
+            assert!(problem.contains("balancer/balancer-node-a"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn every_number_of_a_backend_is_bounded() {
+        let group = node_report().peaks[0].group.clone();
+        let backend = json!({
+            "group": group, "pod": {"namespace": "sw", "name": "oap-0"}, "uid": "u", "slot": 3,
+            "address": "10.0.0.1", "state": "active", "established": 7, "exempt": 1, "pending": 0,
+            "quota": 9, "room": 2,
+        });
+        let report = |backend: &serde_json::Value| {
+            let report = json!({"schema": SCHEMA, "node": "node-a", "backends": [backend],
+                "peaks": [], "refused": []});
+            parse(&map("balancer-node-a", &[(KEY, &report.to_string())]))
+        };
+        assert!(report(&backend).is_ok());
+        for (field, value) in backend.as_object().unwrap() {
+            if value.is_number() {
+                let mut other = backend.clone();
+                other[field] = json!(u32::MAX);
+                let problem = report(&other).unwrap_err();
+                let words = format!("backends[0].{field} is 4294967295");
+                assert!(problem.contains(&words), "{words}: {problem}");
+            }
         }
     }
 

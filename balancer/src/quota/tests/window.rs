@@ -37,52 +37,22 @@ fn forgets_what_is_older_than_its_length() {
     assert_eq!(window.peak(seconds(960)), None);
 }
 
-#[test]
-fn is_seeded_with_what_others_saw_even_before_the_start() {
-    let mut window = Window::new(seconds(600));
-    window.add_old(seconds(3), 40, seconds(500));
-    window.add_old(seconds(3), 90, seconds(700));
-    assert_eq!(window.peak(seconds(3)), Some((40, seconds(500))));
-    window.add(seconds(10), 30);
-    assert_eq!(window.peak(seconds(200)), Some((30, seconds(190))));
-    window.add_old(seconds(200), u64::MAX, Duration::MAX);
-    assert_eq!(window.peak(seconds(200)), Some((30, seconds(190))));
-}
-
-/// Two daemons that tell each other of a peak, in whole seconds rounded up, do not keep it alive.
-#[test]
-fn an_echo_dies_out() {
-    let mut daemons = [Window::new(seconds(60)), Window::new(seconds(60))];
-    let at = Duration::from_millis;
-    daemons[0].add(at(300), 100);
-    for tick in 1..100 {
-        let now = at(tick * 1700);
-        let (from, to) = if tick % 2 == 0 { (0, 1) } else { (1, 0) };
-        if let Some((value, age)) = daemons[from].peak(now) {
-            let seconds_ago = age.as_secs() + u64::from(age.subsec_nanos() > 0);
-            daemons[to].add_old(now, value, seconds(seconds_ago));
-        }
-    }
-    let now = at(100 * 1700);
-    assert_eq!(daemons.map(|daemon| daemon.peak(now)), [None, None]);
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
     #[test]
     fn is_the_most_of_its_length_and_at_most_a_thirtieth_more(
         length in 60..86_400u64,
-        steps in proptest::collection::vec((0..5000u64, 0..1000u64, 0..3000u64), 1..150),
+        steps in proptest::collection::vec((0..5000u64, 0..1000u64), 1..150),
     ) {
         let mut window = Window::new(seconds(length));
         let mut now = Duration::ZERO;
         let mut seen: Vec<(i128, u64)> = Vec::new();
-        for (wait, value, age) in steps {
+        for (wait, value) in steps {
             now += Duration::from_millis(wait * length / 60);
-            window.add_old(now, value, seconds(age));
+            window.add(now, value);
             let millis = |time: Duration| i128::try_from(time.as_millis()).unwrap();
-            seen.push((millis(now) - millis(seconds(age)), value));
+            seen.push((millis(now), value));
             let most_since = |longest: Duration| {
                 let since = millis(now) - millis(longest);
                 seen.iter().filter(|(at, _)| *at >= since).map(|(_, value)| *value).max()
@@ -101,11 +71,11 @@ proptest! {
     #[test]
     fn never_panics(
         length: Duration,
-        steps in proptest::collection::vec((any::<Duration>(), any::<u64>(), any::<Duration>()), 0..50),
+        steps in proptest::collection::vec((any::<Duration>(), any::<u64>()), 0..50),
     ) {
         let mut window = Window::new(length);
-        for (now, value, age) in steps {
-            window.add_old(now, value, age);
+        for (now, value) in steps {
+            window.add(now, value);
             let _ = window.peak(now);
             prop_assert!(window.parts() <= 32);
         }

@@ -3,14 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use balancer_common::BackendState;
-
 use super::super::super::quotas::ready_backend;
-use super::pod_resolver::PodResolver;
 use crate::config::ClusterService;
 use crate::dataplane::SlotView;
 use crate::kubernetes::{Endpoint, GroupId, ReportedBackend, View};
-use crate::quota::ReadyBackend;
+use crate::quota::{ReadyBackend, plausible};
 
 /// What a daemon reported longer ago than this says nothing about now.
 pub const STALE: Duration = Duration::from_secs(60);
@@ -52,37 +49,20 @@ pub struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    /// Puts a group together: the backends of this node from the slots, the others from what was
-    /// reported of them.
+    /// Puts a group together: `own` are its backends of this node that listen, the others are those
+    /// that were reported.
     pub fn new(
         id: &'a GroupId,
         entry: &'a ClusterService,
         view: &'a View,
-        resolver: &PodResolver,
-        slots: &'a [SlotView],
+        own: Vec<(&'a SlotView, &'a Endpoint)>,
     ) -> Self {
-        let own: Vec<_> = slots
-            .iter()
-            .filter(|slot| slot.slot_state().is(BackendState::Active))
-            .filter_map(|slot| Some((slot, resolver.pod(slot, &view.groups)?)))
-            .filter(|(_, (group, _))| *group == id)
-            .map(|(slot, (_, endpoint))| (slot, endpoint))
-            .collect();
-        let reported = reported_loads(id, view);
-        let load = |endpoint: &Endpoint| {
-            own.iter()
-                .filter(|(_, other)| other.uid == endpoint.uid)
-                .map(|(slot, _)| Load::of(slot))
-                .reduce(Load::and)
-                .or_else(|| reported.get(endpoint.uid.as_str()).copied())
-        };
-        let endpoints = view.groups[id].iter();
-        let all = endpoints.map(|endpoint| (endpoint, load(endpoint)));
+        let all = loads(id, view, &own);
         Self {
             id,
             entry,
-            all: all.collect(),
             own,
+            all,
         }
     }
 
@@ -128,6 +108,22 @@ impl<'a> Group<'a> {
         self.ready().next().is_some() && self.ready().all(|(_, load)| is_full(load))
     }
 
+    /// The connections that are counted elsewhere than on this node.
+    pub fn counted_without(&self, node: &str) -> u64 {
+        let others = self.all.iter().filter(|(endpoint, _)| {
+            let of = endpoint.node.as_deref();
+            of != Some(node)
+        });
+        let loads = others.filter_map(|(_, load)| *load);
+        loads.map(|load| u64::from(load.established)).sum()
+    }
+
+    /// Whether a pod of the group is on this node.
+    pub fn is_on(&self, node: &str) -> bool {
+        let mut all = self.all.iter();
+        all.any(|(endpoint, _)| endpoint.node.as_deref() == Some(node))
+    }
+
     /// All connections of the group; `None`: nobody has reported any ready backend.
     pub fn load(&self) -> Option<GroupLoad> {
         let (mut ready, mut known, mut sum) = (0, 0, 0);
@@ -163,6 +159,17 @@ impl Load {
         }
     }
 
+    /// Of what is believed of its node, this load takes its part.
+    fn cut_to(self, left: &mut u64) -> Self {
+        let most = u32::try_from(*left).unwrap_or(u32::MAX);
+        let established = self.established.min(most);
+        *left -= u64::from(established);
+        Self {
+            established,
+            ..self
+        }
+    }
+
     /// A pod with several listeners is one backend to the others.
     fn and(self, other: Self) -> Self {
         let room = self.room.zip(other.room);
@@ -174,18 +181,58 @@ impl Load {
     }
 }
 
-/// What the daemons of other nodes reported lately, by the uid of the pod.
-fn reported_loads<'a>(id: &GroupId, view: &'a View) -> BTreeMap<&'a str, Load> {
-    let mut loads: BTreeMap<&str, Load> = BTreeMap::new();
-    for received in view.nodes.values().filter(|received| received.age < STALE) {
-        let backends = received.node_report.backends.iter();
-        for backend in backends.filter(|backend| backend.group == *id) {
-            let load = Load::reported(backend, received.age);
-            loads
-                .entry(&backend.uid)
-                .and_modify(|known| *known = known.and(load))
-                .or_insert(load);
+/// The pods of a group with what is known of their connections: those of this node by what is
+/// counted here, the others by what the daemons of their own nodes reported lately, as far as that
+/// is [plausible].
+fn loads<'a>(
+    id: &GroupId,
+    view: &'a View,
+    own: &[(&SlotView, &Endpoint)],
+) -> Vec<(&'a Endpoint, Option<Load>)> {
+    let counted = |endpoint: &Endpoint| {
+        let slots = own.iter().filter(|(_, other)| other.uid == endpoint.uid);
+        slots.map(|(slot, _)| Load::of(slot)).reduce(Load::and)
+    };
+    let mut here: Option<u64> = None;
+    let mut by_node: BTreeMap<&str, u64> = BTreeMap::new();
+    let mut loads: Vec<(&Endpoint, Option<Load>, Option<&str>)> = Vec::new();
+    for endpoint in &view.groups[id] {
+        if let Some(load) = counted(endpoint) {
+            let sum = here.get_or_insert_default();
+            *sum = sum.saturating_add(load.established.into());
+            loads.push((endpoint, Some(load), None));
+        } else {
+            let reported = reported(id, endpoint, view);
+            if let Some((node, load)) = reported {
+                let sum = by_node.entry(node).or_default();
+                *sum = sum.saturating_add(load.established.into());
+            }
+            let (node, load) = reported.unzip();
+            loads.push((endpoint, load, node));
         }
     }
-    loads
+    let mut believed = plausible::believed(here, by_node);
+    let cut = |(endpoint, load, node): (&'a Endpoint, Option<Load>, Option<&str>)| {
+        let left = node.and_then(|node| believed.get_mut(node));
+        let load = load.map(|load| match left {
+            Some(left) => load.cut_to(left),
+            None => load,
+        });
+        (endpoint, load)
+    };
+    loads.into_iter().map(cut).collect()
+}
+
+/// What the daemon of a pod's own node reported lately of the pod, and that node.
+fn reported<'a>(id: &GroupId, endpoint: &Endpoint, view: &'a View) -> Option<(&'a str, Load)> {
+    let (node, received) = view.nodes.get_key_value(endpoint.node.as_ref()?)?;
+    if received.age >= STALE {
+        return None;
+    }
+    let backends = received.node_report.backends.iter();
+    let load = backends
+        .filter(|backend| backend.uid == endpoint.uid && backend.group == *id)
+        .map(|backend| Load::reported(backend, received.age))
+        .reduce(Load::and)?;
+    Some((node, load))
 }

@@ -1,7 +1,7 @@
 //! The quotas of backend groups: each group's total, shared among its pods that are ready.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -10,12 +10,14 @@ use anyhow::Result;
 use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
 use super::group::{Group, STALE};
 use super::pod_resolver::{Groups, PodResolver};
-use crate::config::{ClusterInput, ClusterQuota, Kubernetes};
+use crate::config::{ClusterInput, ClusterQuota, Kubernetes, MAX_CONNECTIONS};
 use crate::dataplane::{SlotView, Writer};
-use crate::kubernetes::{GroupId, Peak, RefusedSource, View};
+use crate::kubernetes::{
+    GroupId, MOST_REFUSED, MOST_SECONDS_AGO, Peak, ReceivedReport, RefusedSource, View,
+};
 use crate::quota::starved::{self, Refusals, Refused, Starved};
 use crate::quota::window::Window;
-use crate::quota::{InForce, Known, Outcome, QuotaSource, Total, compute_cluster};
+use crate::quota::{InForce, Known, Outcome, QuotaSource, Total, compute_cluster, plausible};
 
 /// For so long a report of a pod that has become ready is waited for. Then its node has no daemon,
 /// or one that is not well.
@@ -71,17 +73,22 @@ impl GroupQuotas {
         self.sentences.get(group).map(String::as_str)
     }
 
-    /// How many sources are starved, by all daemons' reports.
+    /// How many sources are starved, by the reports of all daemons that have a pod of the group.
     pub fn starved(&self, group: &GroupId, view: &View) -> Starved {
-        let received = view.nodes.values().filter(|received| received.age < STALE);
-        let reported = received.flat_map(|received| {
+        let endpoints = view.groups.get(group).into_iter().flatten();
+        let nodes: BTreeSet<&String> = endpoints.filter_map(|pod| pod.node.as_ref()).collect();
+        let received = nodes.into_iter().filter_map(|node| view.nodes.get(node));
+        let recent = received.filter(|received| received.age < STALE);
+        let reported = recent.flat_map(|received| {
             let refused = received.node_report.refused.iter();
+            let ago = |seconds| received.age.saturating_add(Duration::from_secs(seconds));
             refused
                 .filter(|refused| refused.group == *group)
-                .map(|refused| Refused {
+                .take(MAX_REPORTED_SOURCES)
+                .map(move |refused| Refused {
                     source: refused.source,
-                    first: received.age + Duration::from_secs(refused.first_seconds_ago),
-                    last: received.age + Duration::from_secs(refused.last_seconds_ago),
+                    first: ago(refused.first_seconds_ago),
+                    last: ago(refused.last_seconds_ago),
                 })
         });
         let own = self.refusals.of(group, self.started.elapsed());
@@ -99,23 +106,24 @@ impl GroupQuotas {
             let reported = refused.into_iter().map(|refused| RefusedSource {
                 group: group.clone(),
                 source: refused.source,
-                first_seconds_ago: refused.first.as_secs(),
+                first_seconds_ago: refused.first.as_secs().min(MOST_SECONDS_AGO),
                 last_seconds_ago: seconds_up(refused.last),
             });
             reported.collect::<Vec<_>>()
         };
-        self.refusals.groups().flat_map(of_group).collect()
+        let all = self.refusals.groups().flat_map(of_group);
+        all.take(MOST_REFUSED).collect()
     }
 
-    /// What the others should know of the most connections that there were.
+    /// What the others should know of the most connections that there were: what this daemon itself
+    /// added up. What others say of peaks is not passed on, or it would outlive them.
     pub fn peaks(&self) -> Vec<Peak> {
         let now = self.started.elapsed();
         let peak = |(group, window): (&GroupId, &Window)| {
             let (connections, age) = window.peak(now)?;
             Some(Peak {
                 group: group.clone(),
-                connections,
-                // Up: daemons that tell each other of a peak must not make it younger each time.
+                connections: connections.min(MAX_CONNECTIONS.into()),
                 seconds_ago: seconds_up(age),
             })
         };
@@ -139,7 +147,8 @@ impl GroupQuotas {
             let Some(entry) = config.services.iter().find(|entry| entry.name == id.entry) else {
                 continue;
             };
-            let group = Group::new(id, entry, view, resolver, &slots);
+            let own = resolver.backends(id, &slots, &view.groups);
+            let group = Group::new(id, entry, view, own);
             let outcome = self.compute(&group, view, config.hold_for);
             put_group_in_force(&group, &outcome, writer)?;
             self.sentences.insert(id.clone(), outcome.sentence);
@@ -161,7 +170,8 @@ impl GroupQuotas {
         self.clocks.retain(|id| groups.contains_key(id));
     }
 
-    fn compute(&mut self, group: &Group<'_>, view: &View, hold_for: Duration) -> Outcome {
+    /// Computes the quotas of one group.
+    pub fn compute(&mut self, group: &Group<'_>, view: &View, hold_for: Duration) -> Outcome {
         let starved = self.starved(group.id, view);
         let known = Known {
             total: self.total(group, view, starved),
@@ -239,19 +249,13 @@ impl GroupQuotas {
             .windows
             .entry(group.id.clone())
             .or_insert_with(|| Window::new(length));
-        for received in view.nodes.values() {
-            let peaks = received.node_report.peaks.iter();
-            for peak in peaks.filter(|peak| peak.group == *group.id) {
-                let age = received.age + Duration::from_secs(peak.seconds_ago);
-                window.add_old(now, peak.connections, age);
-            }
-        }
         let load = group.load();
         if let Some(load) = &load {
             window.add(now, load.reported + starved);
         }
-        let peak = window.peak(now).map(|(connections, _)| connections);
-        peak.max(load.map(|load| load.estimated + starved))
+        let own = window.peak(now).map(|(connections, _)| connections);
+        let now = load.map(|load| load.estimated + starved);
+        own.max(now).max(reported_peak(group, length, view))
     }
 
     /// A service of the kernel may have several groups: its sentence is all of theirs.
@@ -284,6 +288,25 @@ impl GroupQuotas {
     }
 }
 
+/// The largest peak within the window that the daemon of a node with a pod of the group reports, as
+/// far as that is [plausible] beside what the other nodes count.
+fn reported_peak(group: &Group<'_>, window: Duration, view: &View) -> Option<u64> {
+    let of_node = |(node, received): (&String, &ReceivedReport)| {
+        let peaks = received.node_report.peaks.iter();
+        let most = peaks
+            .filter(|peak| peak.group == *group.id)
+            .filter(|peak| {
+                let age = Duration::from_secs(peak.seconds_ago);
+                received.age.saturating_add(age) <= window
+            })
+            .map(|peak| peak.connections)
+            .max()?;
+        Some(most.min(plausible::at_most(group.counted_without(node))))
+    };
+    let nodes = view.nodes.iter().filter(|(node, _)| group.is_on(node));
+    nodes.filter_map(of_node).max()
+}
+
 /// Puts the quotas of this node's backends in force: the ready ones come first in the outcome.
 fn put_group_in_force(group: &Group<'_>, outcome: &Outcome, writer: &Writer) -> Result<()> {
     let mut computed = outcome.quotas.iter();
@@ -306,3 +329,6 @@ fn seconds_up(age: Duration) -> u64 {
     let seconds = age.as_millis().div_ceil(1000);
     seconds.try_into().unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! On a node of a Kubernetes cluster: ports and sources from the API server, quotas with the other
 //! daemons.
 
+pub mod fuzzing;
 mod group;
 mod group_quotas;
 mod plan;

@@ -102,6 +102,23 @@ impl PodResolver {
         }
     }
 
+    /// The backends of a group that listen on this node, with their pods.
+    pub fn backends<'a>(
+        &self,
+        group: &GroupId,
+        slots: &'a [SlotView],
+        groups: &'a Groups,
+    ) -> Vec<(&'a SlotView, &'a Endpoint)> {
+        let listening = slots
+            .iter()
+            .filter(|slot| slot.slot_state().is(BackendState::Active));
+        let with_pods = listening.filter_map(|slot| Some((slot, self.pod(slot, groups)?)));
+        with_pods
+            .filter(|(_, (of, _))| *of == group)
+            .map(|(slot, (_, endpoint))| (slot, endpoint))
+            .collect()
+    }
+
     /// The backend group that a port of a network namespace belongs to.
     pub fn group<'a>(&self, cookie: u64, port: u16, groups: &'a Groups) -> Option<&'a GroupId> {
         let netns = self.netns.get(&cookie);
