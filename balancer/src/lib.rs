@@ -29,6 +29,6 @@ pub mod fuzzing {
         server::{parse_request, read_line},
     };
     pub use crate::cli::{status_json, status_text};
-    pub use crate::daemon::fuzzing::quota_beside_report;
+    pub use crate::daemon::fuzzing::{OAP, plan_beside_slice, quota_beside_report};
     pub use crate::kubernetes::parse_report;
 }

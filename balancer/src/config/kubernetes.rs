@@ -58,6 +58,13 @@ pub struct ClusterService {
     pub exempt: Vec<IpNet>,
 }
 
+impl ClusterService {
+    /// Whether the file names the Kubernetes Service: it is meant, whoever else has its labels.
+    pub const fn is_named(&self) -> bool {
+        matches!(self.of, ServiceChoice::Named { .. })
+    }
+}
+
 /// Which Kubernetes Services a service entry means.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServiceChoice {

@@ -6,6 +6,7 @@ mod mode;
 mod quotas;
 mod reconcile;
 mod requests;
+mod retry;
 mod signals;
 
 use std::path::PathBuf;

@@ -3,14 +3,15 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
-use balancer_common::abi::{Event, EventKind};
+use anyhow::{Context as _, Result, ensure};
+use balancer_common::abi::{Event, EventKind, MAX_SERVICES};
 use tokio::time::{Interval, MissedTickBehavior, interval};
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
 use super::attach::{GuardedNetns, Scope};
 use super::event_log;
 use super::mode::Mode;
+use super::retry::FailedPlan;
 use crate::config::{Config, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots};
 use crate::sys::clock;
@@ -55,6 +56,8 @@ pub struct Daemon {
     /// What the maps hold. `None`: the cluster has not told yet, and what an earlier daemon put in
     /// force stays; or a plan is in force only in part.
     plan: Option<Plan>,
+    /// The plan that could not be put in force wholly, and waits to be tried again.
+    failed: Option<FailedPlan>,
     /// The next audit is not due before.
     next_audit: Instant,
     /// The file that was read last is in force only in part.
@@ -71,6 +74,7 @@ impl Daemon {
             guarded,
             fail_open_after: config.fail_open_after,
             plan: None,
+            failed: None,
             next_audit: Instant::now(),
             in_part: false,
         }
@@ -90,7 +94,11 @@ impl Daemon {
     pub fn start(&mut self) -> Result<()> {
         self.mode.resume(&self.writer)?;
         self.plan = self.mode.plan(&self.guarded, &self.writer)?;
-        self.writer.apply(self.plan.as_ref())?;
+        let left_out = self.writer.apply(self.plan.as_ref())?;
+        if !left_out.is_empty() {
+            warn!("{}", no_room(&left_out));
+            self.failed = (self.plan.take()).map(|plan| FailedPlan::after(None, plan));
+        }
         self.audit(Scope::Everywhere)?;
         slots::give_back_held(&mut self.writer.tables)?;
         self.mode.find_pods(&mut self.guarded, &mut self.writer)?;
@@ -118,7 +126,7 @@ impl Daemon {
             log_failure(self.audit(Scope::Known));
         }
         let updated = log_failure(self.update());
-        if self.in_part && followed && updated {
+        if self.in_part && self.failed.is_none() && followed && updated {
             self.in_part = false;
             self.writer.loader.note_reload(None);
         }
@@ -175,9 +183,9 @@ impl Daemon {
         let followed = self.follow_plan();
         let updated = self.update();
         self.in_part = followed.is_err() || updated.is_err();
-        followed.and(updated).context(
-            "the new configuration is in force only in part; the rest is tried again at every tick",
-        )
+        followed
+            .and(updated)
+            .context("the new configuration is in force only in part; the rest is tried again")
     }
 
     fn reconfigure(&mut self, path: &Path) -> Result<()> {
@@ -190,6 +198,7 @@ impl Daemon {
         self.ticks = ticks(config.fail_open_after);
         // Whatever the maps hold, it is written again.
         self.plan = None;
+        self.failed = None;
         Ok(())
     }
 
@@ -211,21 +220,33 @@ impl Daemon {
         let Some(plan) = self.mode.plan(&self.guarded, &self.writer)? else {
             return Ok(false);
         };
-        let before = self.plan.as_ref();
-        if before == Some(&plan) {
+        let is_held_back = |failed: &FailedPlan| failed.holds_back(&plan);
+        if self.plan.as_ref() == Some(&plan) || self.failed.as_ref().is_some_and(is_held_back) {
             return Ok(false);
         }
+        // Known again once all of this is done: what fails is begun anew after a while.
+        let before = self.plan.take();
+        let followed = self.put_in_force(before.as_ref(), &plan);
+        if followed.is_ok() {
+            self.failed = None;
+            self.plan = Some(plan);
+        } else {
+            self.failed = Some(FailedPlan::after(self.failed.take(), plan));
+        }
+        followed
+    }
+
+    /// True: listeners were registered.
+    fn put_in_force(&mut self, before: Option<&Plan>, plan: &Plan) -> Result<bool> {
         let other_listeners = before.is_none_or(|before| {
             before.ports_listened_on() != plan.ports_listened_on() || before.netns != plan.netns
         });
-        // Known again once all of this is done: what fails is begun anew at the next tick.
-        self.plan = None;
-        self.writer.apply(Some(&plan))?;
+        let left_out = self.writer.apply(Some(plan))?;
         if other_listeners {
             self.audit(Scope::Everywhere)?;
             self.guarded.attach(&mut self.writer)?;
         }
-        self.plan = Some(plan);
+        ensure!(left_out.is_empty(), no_room(&left_out));
         Ok(other_listeners)
     }
 
@@ -284,6 +305,16 @@ fn ticks(fail_open_after: Duration) -> Interval {
     let mut ticks = interval(TICK.min(fail_open_after / BEATS));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
+}
+
+/// Why services are not in force.
+fn no_room(left_out: &[String]) -> String {
+    format!(
+        "there is no room for {}: all {MAX_SERVICES} service ids are in use, and services that were \
+         removed keep theirs until their last connection is gone. The others are in force, and \
+         these are tried again",
+        left_out.join(", ")
+    )
 }
 
 /// Logs a failure; true: there was none.

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::maps::MapData;
 use aya::maps::lpm_trie::Key;
-use balancer_common::abi::{Address, BackendState, MAX_SERVICES, ServiceInfo, ServicePort};
+use balancer_common::abi::{Address, BackendState, ServiceInfo, ServicePort};
 use tracing::{info, warn};
 
 use super::plain::Plain;
@@ -30,12 +30,17 @@ const EMPTY_INFO: ServiceInfo = ServiceInfo {
 };
 
 /// Puts a plan in force, and its rules into `rules`. New sources and listeners first, ports last,
-/// so that no SYN is judged by half of it.
+/// so that no SYN is judged by half of it. Returns the names of the services that no id was left
+/// for: services that were removed keep theirs until their last connection is gone.
 ///
 /// # Errors
 /// When a map can't be changed.
-pub fn apply(tables: &mut Tables, plan: &Plan, rules: &mut Rules) -> Result<()> {
-    let ids = assign_ids(tables, plan)?;
+pub fn apply(tables: &mut Tables, plan: &Plan, rules: &mut Rules) -> Result<Vec<String>> {
+    let Numbered {
+        ref plan,
+        ids,
+        left_out,
+    } = assign_ids(tables, plan)?;
     for (service, id) in plan.services.iter().zip(&ids) {
         update(tables, *id, |info| describe(info, service))?;
     }
@@ -45,7 +50,8 @@ pub fn apply(tables: &mut Tables, plan: &Plan, rules: &mut Rules) -> Result<()> 
     write_ports(tables, plan, &ids)?;
     *rules = wanted;
     retire(tables, &ids)?;
-    close_unclaimed(tables, rules)
+    close_unclaimed(tables, rules)?;
+    Ok(left_out)
 }
 
 /// Writes the ports again after a quota by hand has changed.
@@ -53,8 +59,8 @@ pub fn apply(tables: &mut Tables, plan: &Plan, rules: &mut Rules) -> Result<()> 
 /// # Errors
 /// When a map can't be changed.
 pub fn refresh_ports(tables: &mut Tables, plan: &Plan) -> Result<()> {
-    let ids = assign_ids(tables, plan)?;
-    write_ports(tables, plan, &ids)
+    let Numbered { plan, ids, .. } = assign_ids(tables, plan)?;
+    write_ports(tables, &plan, &ids)
 }
 
 fn write_ports(tables: &mut Tables, plan: &Plan, ids: &[u16]) -> Result<()> {
@@ -63,8 +69,17 @@ fn write_ports(tables: &mut Tables, plan: &Plan, ids: &[u16]) -> Result<()> {
     sync(&mut tables.services, &plan.ports(ids, &quotas), "SERVICES")
 }
 
+/// A plan whose services have ids.
+struct Numbered {
+    plan: Plan,
+    /// The ids of the services, in their order.
+    ids: Vec<u16>,
+    /// The names of the services that there was no id for; they are not in the plan.
+    left_out: Vec<String>,
+}
+
 /// A service keeps its id by its name, over reloads and restarts.
-fn assign_ids(tables: &mut Tables, plan: &Plan) -> Result<Vec<u16>> {
+fn assign_ids(tables: &mut Tables, plan: &Plan) -> Result<Numbered> {
     let mut names: BTreeMap<String, u16> = BTreeMap::new();
     for id in every_service() {
         let info = tables.service(id)?;
@@ -73,23 +88,35 @@ fn assign_ids(tables: &mut Tables, plan: &Plan) -> Result<Vec<u16>> {
         }
     }
     let mut used: HashSet<u16> = names.values().copied().collect();
-    let id = |service: &ServicePlan| match names.get(&service.name) {
-        Some(id) => Ok(*id),
-        None => new_id(tables, &mut used),
+    let mut numbered = Numbered {
+        plan: plan.clone(),
+        ids: Vec::new(),
+        left_out: Vec::new(),
     };
-    plan.services.iter().map(id).collect()
+    for service in std::mem::take(&mut numbered.plan.services) {
+        let id = match names.get(&service.name) {
+            Some(id) => Some(*id),
+            None => new_id(tables, &mut used)?,
+        };
+        match id {
+            Some(id) => {
+                numbered.ids.push(id);
+                numbered.plan.services.push(service);
+            }
+            None => numbered.left_out.push(service.name),
+        }
+    }
+    Ok(numbered)
 }
 
-fn new_id(tables: &mut Tables, used: &mut HashSet<u16>) -> Result<u16> {
+/// `None`: all are in use.
+fn new_id(tables: &mut Tables, used: &mut HashSet<u16>) -> Result<Option<u16>> {
     let Some(id) = every_service().find(|id| !used.contains(id)) else {
-        bail!(
-            "all {MAX_SERVICES} service ids are in use (services that were removed keep theirs \
-             until their last connection is gone)"
-        );
+        return Ok(None);
     };
     used.insert(id);
     tables.forget_service(id)?;
-    Ok(id)
+    Ok(Some(id))
 }
 
 /// Changes what is known of a service; says whether that is another thing than before.

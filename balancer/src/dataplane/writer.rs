@@ -46,16 +46,17 @@ impl Writer {
     }
 
     /// Puts a plan in force; without one, goes on with the rules that are in the kernel, while it
-    /// is not known what they should be.
+    /// is not known what they should be. Returns the names of the services that there was no room
+    /// for.
     ///
     /// # Errors
     /// When a map can't be read or changed.
-    pub fn apply(&mut self, plan: Option<&Plan>) -> Result<()> {
+    pub fn apply(&mut self, plan: Option<&Plan>) -> Result<Vec<String>> {
         if let Some(plan) = plan {
             return services::apply(&mut self.tables, plan, &mut self.rules);
         }
         self.rules = services::rules(&self.tables)?;
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// Makes this data plane the one that decides: see [`Loader::switch`].

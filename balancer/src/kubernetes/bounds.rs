@@ -42,10 +42,8 @@ fn each<T>(
     items: &[T],
     check: impl Fn(&T) -> Result<(), String>,
 ) -> Result<(), String> {
-    let checked = items.iter().map(check).enumerate();
-    checked
-        .map(|(index, checked)| checked.map_err(|why| format!("{list}[{index}].{why}")))
-        .collect()
+    let mut checked = items.iter().map(check).enumerate();
+    checked.try_for_each(|(index, checked)| checked.map_err(|why| format!("{list}[{index}].{why}")))
 }
 
 fn backend(backend: &ReportedBackend) -> Result<(), String> {
@@ -98,7 +96,7 @@ fn name(field: &str, text: &str) -> Result<(), String> {
     ))
 }
 
-fn within<T: PartialOrd + Display>(field: &str, value: T, most: T) -> Result<(), String> {
+fn within<T: Copy + PartialOrd + Display>(field: &str, value: T, most: T) -> Result<(), String> {
     if value <= most {
         return Ok(());
     }

@@ -10,15 +10,25 @@ use tokio::time::Instant;
 
 use super::client::{Connection, connection};
 use super::daemon_set::OwnDaemonSet;
+use super::echo::Echo;
 use super::health::{Health, Notifier, ProblemLog, Problems, Target};
 use super::identity::Identity;
-use super::model::{NodeReport, View};
+use super::model::{NodeReport, ObjectName, View};
 use super::report_writer::{Outbox, ReportWriter};
+use super::watch::node_reports::name_of;
 use super::watch::watches::Watches;
 use crate::config::Kubernetes;
 
 /// The least time between two notes of a change.
 const PACE: Duration = Duration::from_millis(100);
+
+/// The longest time between two looks at problems.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// The problem that nothing new comes.
+const NOT_BACK: &str = "the API server answers, but this node's report has not come back from it: \
+     what it tells is old, and quotas hold and then open. See whether its database (etcd) runs, and \
+     whether the service account may write the ConfigMaps of the balancer's namespace";
 
 /// Watches a cluster and publishes to it. Dropping it ends its tasks.
 pub struct Cluster {
@@ -36,6 +46,10 @@ struct Known {
     daemon_set: Arc<OwnDaemonSet>,
     /// How writing the node report fares.
     writing: Arc<Health>,
+    /// Whether the node report comes back.
+    echo: Arc<Echo>,
+    /// The name of this node's report.
+    own_report: ObjectName,
 }
 
 impl Known {
@@ -45,13 +59,32 @@ impl Known {
 
     fn view(&self) -> (View, Problems) {
         let others = self.daemon_set.healths().into_iter();
-        self.watches(|watches| watches.view(others.chain([&*self.writing])))
+        let others = others.chain([&*self.writing]);
+        let ((mut view, mut problems), written) = self.watches(|watches| {
+            let view = watches.view(others);
+            let reports = watches.node_reports();
+            let own = reports.listing();
+            let own = own.items.get(&self.own_report);
+            (view, own.and_then(|own| own.written))
+        });
+        let overdue = self.echo.overdue(written);
+        if !overdue.is_zero() {
+            view.silent_for = view.silent_for.max(overdue);
+            problems.add(NOT_BACK.to_owned());
+            view.problems = problems.sentences();
+        }
+        (view, problems)
     }
 
     /// Lets the watches follow the Services that are found, and logs what goes wrong.
     async fn supervise(self: Arc<Self>, mut notifier: watch::Receiver<u64>) {
         let mut log = ProblemLog::default();
-        while notifier.changed().await.is_ok() {
+        loop {
+            // That nothing comes is no change, and is to be noticed.
+            let change = tokio::time::timeout(LOOK, notifier.changed()).await;
+            if matches!(change, Ok(Err(_))) {
+                return;
+            }
             log.note(self.view().1);
             tokio::time::sleep(PACE).await;
         }
@@ -82,17 +115,25 @@ impl Cluster {
             report: None,
             every: config.publish_every,
         });
+        let echo = Arc::new(Echo::default());
+        let own_report = ObjectName {
+            namespace: namespace.clone(),
+            name: name_of(&identity.node),
+        };
         let writer = ReportWriter {
             identity: identity.clone(),
             daemon_set: Arc::clone(&daemon_set),
             known: watches.node_reports(),
             health: Arc::clone(&writing),
+            echo: Arc::clone(&echo),
             outbox: outbox.subscribe(),
         };
         let known = Arc::new(Known {
             watches: Mutex::new(watches),
             daemon_set: Arc::clone(&daemon_set),
             writing,
+            echo,
+            own_report,
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(daemon_set.run(client.clone(), identity));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::client::{observed, pause};
 use super::health::{ApiError, Health, Notifier, Target};
 use super::identity::Identity;
-use super::watch::{Facts, Selection, Store};
+use super::watch::{Bounds, Facts, Selection, Store};
 
 /// What is known of the `DaemonSet`.
 pub(crate) struct OwnDaemonSet {
@@ -29,6 +29,10 @@ struct DaemonSetFacts {
 impl Facts for DaemonSetFacts {
     type Object = PartialObjectMeta<DaemonSet>;
     const RESOURCE: &'static str = "daemonsets.apps";
+    const MOST: Bounds = Bounds {
+        of_namespace: 1,
+        in_all: 1,
+    };
 
     fn digest(set: &Self::Object, _: Option<&Self>) -> Option<Self> {
         Some(Self {

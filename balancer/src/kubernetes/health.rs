@@ -14,6 +14,9 @@ const REPORTED_AFTER: u32 = 2;
 /// The most characters of a message of the server.
 const LONGEST_MESSAGE: usize = 300;
 
+/// The most problems that are told at a time: objects of anybody can be the reason of one each.
+const MOST_PROBLEMS: usize = 50;
+
 /// Wakes who waits for changes of a view.
 #[derive(Clone, Debug)]
 pub(crate) struct Notifier(Arc<watch::Sender<u64>>);
@@ -300,9 +303,14 @@ impl Health {
 pub(crate) struct Problems(BTreeMap<String, String>);
 
 impl Problems {
-    /// A problem that its sentence identifies.
+    /// A problem that its sentence identifies. Of more than [`MOST_PROBLEMS`] the rest is left out.
     pub(crate) fn add(&mut self, sentence: String) {
-        self.0.insert(sentence.clone(), sentence);
+        if self.0.len() < MOST_PROBLEMS {
+            self.0.insert(sentence.clone(), sentence);
+        } else {
+            let more = "there are more problems than these";
+            self.0.insert(more.to_owned(), more.to_owned());
+        }
     }
 
     pub(crate) fn sentences(&self) -> Vec<String> {
@@ -417,6 +425,17 @@ mod tests {
             sentence.contains("answers 503") && sentence.contains("not yet"),
             "{sentence}"
         );
+    }
+
+    #[test]
+    fn problems_without_number_are_told_in_part() {
+        let mut problems = Problems::default();
+        for number in 0..1000 {
+            problems.add(format!("{number}"));
+        }
+        assert_eq!(problems.sentences().len(), MOST_PROBLEMS + 1);
+        let more = problems.sentences().pop();
+        assert_eq!(more.as_deref(), Some("there are more problems than these"));
     }
 
     #[test]

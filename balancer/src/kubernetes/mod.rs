@@ -7,6 +7,7 @@ mod bounds;
 mod client;
 mod cluster;
 mod daemon_set;
+mod echo;
 mod health;
 mod identity;
 mod model;
@@ -26,6 +27,6 @@ pub use model::{
     Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,
     ReportedBackend, SCHEMA, View,
 };
-#[doc(hidden)]
-pub use watch::node_reports::parse_text as parse_report;
 pub use status::{BackendStatus, ClusterStatus, GroupStatus};
+#[doc(hidden)]
+pub use watch::{node_reports::parse_text as parse_report, slices::groups_beside_slice};

@@ -77,13 +77,16 @@ pub struct Demand {
 pub struct View {
     /// Everything has been listed at least once. Before that, what is missing means nothing.
     pub complete: bool,
-    /// For how long the API server has not answered, or has refused something that is needed; zero
-    /// while all is well.
+    /// For how long the API server has not answered, has refused something that is needed, or has
+    /// told nothing new: what this daemon wrote has not come back. Zero while all is well.
     pub silent_for: Duration,
     /// What is wrong, a sentence each, for the log, `status --cluster` and `doctor`.
     pub problems: Vec<String>,
     /// The backend groups with their pods.
     pub groups: BTreeMap<GroupId, Vec<Endpoint>>,
+    /// Which of the groups comes first where not all can have what they want: those of Services
+    /// that the file names, then those of the oldest Services. Some may not be in `groups`.
+    pub precedence: Vec<GroupId>,
     /// By service entry, where its quota follows from pods.
     pub demands: BTreeMap<String, Demand>,
     /// The last report of each node, this node's own among them.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -13,17 +13,15 @@ use tokio::time::Instant;
 
 use super::client::{observed, pause};
 use super::daemon_set::OwnDaemonSet;
+use super::echo::Echo;
 use super::health::{ApiError, Health};
 use super::identity::Identity;
 use super::model::{NodeReport, ObjectName, Peak, RefusedSource};
 use super::watch::Store;
-use super::watch::node_reports::{KEY, LABELS, MOST_BYTES, StoredReport, name_of};
+use super::watch::node_reports::{KEY, LABELS, MOST_BYTES, StoredReport, WRITTEN, name_of};
 
 /// The name of the balancer as a field manager, for the API server.
 const MANAGER: &str = "balancer";
-/// The annotation with the time of a write, in seconds since 1970. It makes a renewal a change,
-/// which the others are told of; nobody compares it with a clock.
-const WRITTEN: &str = "balancer.skywalking.apache.org/written";
 /// A report is written again after so long, although nothing has changed.
 const RENEW: Duration = Duration::from_secs(30);
 /// Ages of refused sources that differ by no more than this are equal, in seconds.
@@ -107,6 +105,7 @@ pub(crate) struct ReportWriter {
     /// The reports of all daemons, this one's own among them.
     pub(crate) known: Arc<Store<StoredReport>>,
     pub(crate) health: Arc<Health>,
+    pub(crate) echo: Arc<Echo>,
     pub(crate) outbox: watch::Receiver<Outbox>,
 }
 
@@ -178,14 +177,13 @@ impl ReportWriter {
             return Err(ApiError::Unwritten(why));
         }
         let name = name_of(&self.identity.node);
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let map = json!({
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {
                 "name": name,
                 "labels": LABELS.into_iter().collect::<BTreeMap<_, _>>(),
-                "annotations": {WRITTEN: now.unwrap_or_default().as_secs().to_string()},
+                "annotations": {WRITTEN: self.echo.stamp().to_string()},
                 "ownerReferences": self.daemon_set.references(),
             },
             "data": {KEY: text},
@@ -201,10 +199,12 @@ impl ReportWriter {
     async fn delete(&self, api: &Api<ConfigMap>) -> Result<(), ApiError> {
         let name = name_of(&self.identity.node);
         match api.delete(&name, &DeleteParams::default()).await {
-            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-            Err(error) => Err(self.error(&error, "delete")),
-            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => (),
+            Err(error) => return Err(self.error(&error, "delete")),
+            Ok(_) => (),
         }
+        self.echo.forget();
+        Ok(())
     }
 
     fn error(&self, error: &kube::Error, verb: &'static str) -> ApiError {

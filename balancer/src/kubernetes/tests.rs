@@ -47,6 +47,8 @@ struct Server {
     behaviour: Mutex<Behaviour>,
     objects: Mutex<BTreeMap<String, Vec<Value>>>,
     requests: Mutex<Vec<(Method, String)>>,
+    /// What was written last.
+    written: Mutex<Value>,
     changed: Notify,
 }
 
@@ -56,6 +58,7 @@ impl Server {
             behaviour: Mutex::new(Behaviour::Well),
             objects: Mutex::default(),
             requests: Mutex::default(),
+            written: Mutex::default(),
             changed: Notify::new(),
         })
     }
@@ -74,6 +77,15 @@ impl Server {
     fn set(&self, behaviour: Behaviour) {
         *self.behaviour.lock().unwrap() = behaviour;
         self.changed.notify_waiters();
+    }
+
+    /// Lists the object that was written last, from the next list on.
+    fn publish_what_was_written(&self) {
+        let mut written = self.written.lock().unwrap().clone();
+        written["metadata"]["namespace"] = json!("balancer");
+        written["metadata"]["resourceVersion"] = json!("9");
+        self.put("configmaps", json!([written]));
+        self.set(Behaviour::Well);
     }
 
     fn count(&self, method: &Method, part: &str) -> usize {
@@ -105,6 +117,10 @@ impl Server {
             .unwrap_or_default()
             .to_owned();
         let watches = uri.contains("watch=true");
+        if method == Method::PATCH {
+            let body = request.into_body().collect_bytes().await?;
+            *self.written.lock().unwrap() = serde_json::from_slice(&body)?;
+        }
         match behaviour {
             Behaviour::Refuses => return Err(io::Error::other("connection refused").into()),
             Behaviour::Stalls => std::future::pending().await,
@@ -220,9 +236,16 @@ fn config() -> Kubernetes {
 fn pod(name: &str, owner: &str, weight: Option<&str>) -> Value {
     let annotations =
         weight.map_or_else(|| json!({}), |weight| json!({watch::pods::WEIGHT: weight}));
-    json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {"name": name, "namespace": "sw",
-        "uid": format!("uid-{name}"), "annotations": annotations,
-        "ownerReferences": [{"apiVersion": "apps/v1", "kind": owner, "name": "balancer", "uid": "o"}]}})
+    json!({"metadata": {"name": name, "namespace": "sw", "uid": format!("uid-{name}"), "annotations": annotations,
+        "ownerReferences": [{"apiVersion": "apps/v1", "kind": owner, "name": "balancer", "uid": "o"}]},
+        "spec": {"nodeName": "node-a", "containers": []},
+        "status": {"podIPs": [{"ip": format!("10.0.0.{}", number(name))}]}})
+}
+
+/// The number behind a pod's name.
+fn number(pod: &str) -> u8 {
+    let (_, number) = pod.rsplit_once('-').unwrap_or(("", pod));
+    number.parse().unwrap_or(99)
 }
 
 fn service(name: &str) -> Value {
@@ -231,8 +254,8 @@ fn service(name: &str) -> Value {
 }
 
 fn slice(service: &str, pods: &[&str]) -> Value {
-    let endpoints = pods.iter().enumerate().map(|(index, pod)| {
-        json!({"addresses": [format!("10.0.0.{index}")], "nodeName": "node-a",
+    let endpoints = pods.iter().map(|pod| {
+        json!({"addresses": [format!("10.0.0.{}", number(pod))], "nodeName": "node-a",
         "targetRef": {"kind": "Pod", "name": pod, "namespace": "sw", "uid": format!("uid-{pod}")}})
     });
     json!({"metadata": {"name": format!("{service}-1"), "namespace": "sw", "labels": {"kubernetes.io/service-name": service}},
@@ -646,5 +669,191 @@ async fn missing_permissions_are_listed() {
     assert!(
         format!("{error:#}").contains("does not answer within 5 s"),
         "{error:#}"
+    );
+}
+
+/// An object of the same name in another namespace.
+fn of_tenant(mut object: Value) -> Value {
+    object["metadata"]["namespace"] = json!("tenant");
+    object
+}
+
+/// A cluster in which somebody made a Service like that of the OAPs in a namespace of their own,
+/// with this endpoint in an `EndpointSlice`, and with this pod.
+async fn with_tenant(endpoint: &Value, pod: Value) -> View {
+    let server = populated();
+    server.put(
+        "services",
+        json!([service("oap"), of_tenant(service("oap"))]),
+    );
+    let mut theirs = of_tenant(slice("oap", &[]));
+    theirs["endpoints"] = json!([endpoint]);
+    let ours = slice("oap", &["oap-0", "oap-1"]);
+    server.put("endpointslices", json!([ours, theirs]));
+    let pods = ["oap-0", "oap-1"].map(|name| self::pod(name, "StatefulSet", None));
+    server.put("pods", json!([pods[0], pods[1], of_tenant(pod)]));
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await
+}
+
+fn tenants(view: &View) -> &[Endpoint] {
+    let mut id = group("agents");
+    id.service.namespace = "tenant".to_owned();
+    &view.groups[&id]
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_is_a_pod_of_its_slices_own_namespace_with_its_uid_and_address() {
+    let mine = || pod("mine-7", "StatefulSet", None);
+    let honest = json!({"addresses": ["10.0.0.7"], "targetRef": {"kind": "Pod", "name": "mine-7", "uid": "uid-mine-7"}});
+    let view = with_tenant(&honest, mine()).await;
+    assert_eq!(tenants(&view).len(), 1, "{view:?}");
+    assert_eq!(
+        tenants(&view)[0].node.as_deref(),
+        Some("node-a"),
+        "the pod says where it is"
+    );
+    let elsewhere = json!({"addresses": ["10.0.0.0"],
+        "targetRef": {"kind": "Pod", "name": "oap-0", "namespace": "sw", "uid": "uid-oap-0"}});
+    let other_uid = json!({"addresses": ["10.0.0.7"],
+        "targetRef": {"kind": "Pod", "name": "mine-7", "namespace": "tenant", "uid": "uid-oap-0"}});
+    let no_pod = json!({"addresses": ["10.0.0.0"],
+        "targetRef": {"kind": "Pod", "name": "none", "namespace": "tenant", "uid": "uid-none"}});
+    for endpoint in [elsewhere, other_uid, no_pod] {
+        let view = with_tenant(&endpoint, mine()).await;
+        assert_eq!(tenants(&view), [], "{endpoint}");
+        assert_eq!(view.groups[&group("agents")].len(), 2, "{endpoint}");
+    }
+    let address = json!({"addresses": ["10.0.0.0", "10.0.0.7"], "nodeName": "node-x",
+        "targetRef": {"kind": "Pod", "name": "mine-7", "uid": "uid-mine-7"}});
+    let view = with_tenant(&address, mine()).await;
+    assert_eq!(
+        tenants(&view)[0].addresses,
+        ["10.0.0.7".parse::<std::net::IpAddr>().unwrap()]
+    );
+    assert_eq!(tenants(&view)[0].node.as_deref(), Some("node-a"));
+    let words = "10.0.0.0 for the pod tenant/mine-7";
+    assert!(
+        view.problems.iter().any(|problem| problem.contains(words)),
+        "{:?}",
+        view.problems
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_two_namespaces_claim_is_neithers_and_named() {
+    // As after a pod has ended whose address another one has got.
+    let same = pod("mine-1", "StatefulSet", None);
+    let endpoint = json!({"addresses": ["10.0.0.1"],
+        "targetRef": {"kind": "Pod", "name": "mine-1", "namespace": "tenant", "uid": "uid-mine-1"}});
+    let view = with_tenant(&endpoint, same).await;
+    assert_eq!(tenants(&view), []);
+    let ours = &view.groups[&group("agents")];
+    assert_eq!(
+        ours.iter()
+            .map(|pod| pod.pod.name.as_str())
+            .collect::<Vec<_>>(),
+        ["oap-0"]
+    );
+    for words in ["10.0.0.1", "11800", "sw/oap", "tenant/oap"] {
+        assert!(
+            view.problems.iter().any(|problem| problem.contains(words)),
+            "{words}: {:?}",
+            view.problems
+        );
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_has_ended_has_no_address() {
+    let mut over = pod("mine-1", "Job-less", None);
+    over["status"]["phase"] = json!("Succeeded");
+    let endpoint = json!({"addresses": ["10.0.0.1"],
+        "targetRef": {"kind": "Pod", "name": "mine-1", "namespace": "tenant", "uid": "uid-mine-1"}});
+    let view = with_tenant(&endpoint, over).await;
+    assert_eq!(tenants(&view), []);
+    assert_eq!(view.groups[&group("agents")].len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_many_services_of_a_namespace_the_oldest_are_followed() {
+    let server = populated();
+    let made = |index: u32| {
+        let mut made = of_tenant(service(&format!("oap-{index}")));
+        made["metadata"]["creationTimestamp"] =
+            json!(format!("2026-01-01T00:{:02}:00Z", 59 - index % 60));
+        made
+    };
+    let mut services: Vec<Value> = (0..60).map(made).collect();
+    services.push(service("oap"));
+    server.put("services", json!(services));
+    let mut cluster = server.cluster(&config());
+    let view = eventually(&mut cluster, "complete", |view| view.complete).await;
+    let of_entry = view.groups.keys().filter(|id| id.entry == "agents");
+    let names: Vec<_> = of_entry.map(|id| id.service.to_string()).collect();
+    let oldest = (52..60).map(|index| format!("tenant/oap-{index}"));
+    assert_eq!(
+        names,
+        ["sw/oap".to_owned()]
+            .into_iter()
+            .chain(oldest)
+            .collect::<Vec<_>>()
+    );
+    let watches = server.count(&Method::GET, "/pods?");
+    assert!(watches < 10, "{watches}: one watch for each selector");
+    let words = "tenant has 60 Services";
+    assert!(
+        view.problems.iter().any(|problem| problem.contains(words)),
+        "{:?}",
+        view.problems
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_answers_with_old_data_is_noticed_by_ones_own_report() {
+    let server = populated();
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "complete", |view| view.complete).await;
+    let report = NodeReport {
+        schema: SCHEMA,
+        node: "node-a".to_owned(),
+        peaks: vec![Peak {
+            group: group("agents"),
+            connections: 7,
+            seconds_ago: 0,
+        }],
+        ..NodeReport::default()
+    };
+    // It takes every write, answers every watch, and nothing of it comes back.
+    cluster.publish(report);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let view = cluster.view();
+    assert!(
+        view.silent_for >= Duration::from_secs(50),
+        "{:?}",
+        view.silent_for
+    );
+    let words = "has not come back";
+    assert!(
+        view.problems.iter().any(|problem| problem.contains(words)),
+        "{:?}",
+        view.problems
+    );
+    server.publish_what_was_written();
+    let view = eventually(&mut cluster, "no longer silent", |view| {
+        view.silent_for.is_zero()
+    })
+    .await;
+    assert!(
+        !view.problems.iter().any(|problem| problem.contains(words)),
+        "{:?}",
+        view.problems
+    );
+    server.put("configmaps", json!([]));
+    cluster.publish(NodeReport::default());
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(
+        cluster.view().silent_for.is_zero(),
+        "who has nothing to say waits for nothing"
     );
 }

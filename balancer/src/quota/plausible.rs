@@ -35,7 +35,11 @@ pub fn believed<K: Ord>(own: Option<u64>, reported: BTreeMap<K, u64>) -> BTreeMa
     let mut believed = BTreeMap::new();
     for (number, node) in numbers {
         let is_cut = node.is_some() && number > middle;
-        let number = if is_cut { number.min(at_most(smaller)) } else { number };
+        let number = if is_cut {
+            number.min(at_most(smaller))
+        } else {
+            number
+        };
         smaller = smaller.saturating_add(number);
         if let Some(node) = node {
             believed.insert(node, number);
@@ -57,9 +61,17 @@ mod tests {
     #[test]
     fn what_stands_out_is_cut() {
         assert_eq!(of(Some(100), &[110, 90]), [110, 90]);
-        assert_eq!(of(None, &[5000]), [5000], "there is nobody to compare it with");
+        assert_eq!(
+            of(None, &[5000]),
+            [5000],
+            "there is nobody to compare it with"
+        );
         assert_eq!(of(None, &[1500, 1500]), [1500, 1500]);
-        assert_eq!(of(Some(0), &[900, 0]), [900, 0], "one has all, after a restart");
+        assert_eq!(
+            of(Some(0), &[900, 0]),
+            [900, 0],
+            "one has all, after a restart"
+        );
         assert_eq!(of(Some(100), &[u64::MAX, 110]), [1000, 110]);
         assert_eq!(of(Some(1000), &[u64::MAX, 1100]), [8400, 1100]);
         assert_eq!(of(Some(u64::MAX), &[7]), [7], "the own one is not");
@@ -68,7 +80,10 @@ mod tests {
     #[test]
     fn nodes_that_lie_together_get_no_further_than_a_power_of_five() {
         let lies = [u64::MAX; 2];
-        assert_eq!(of(Some(1000), &[lies[0], lies[1], 1000, 1000]), [12000, 60000, 1000, 1000]);
+        assert_eq!(
+            of(Some(1000), &[lies[0], lies[1], 1000, 1000]),
+            [12000, 60000, 1000, 1000]
+        );
     }
 
     proptest! {

@@ -1,9 +1,10 @@
 //! A watch: what it has listed, kept up to date, and begun again when it fails.
 
+mod contested;
 pub(crate) mod node_reports;
 pub(crate) mod pods;
 mod services;
-mod slices;
+pub(crate) mod slices;
 pub(crate) mod watches;
 
 use std::collections::BTreeMap;
@@ -23,8 +24,6 @@ use super::client::{observed, pause, watch_seconds};
 use super::health::{ApiError, Health, Notifier, Target};
 use super::model::ObjectName;
 
-/// Objects in one answer to a list; more come in several answers.
-const PAGE: u32 = 250;
 /// A watch that lasted for so long begins with the shortest pause again when it fails.
 const LASTED: Duration = Duration::from_secs(30);
 
@@ -41,8 +40,26 @@ pub(crate) trait Facts: PartialEq + Sized + Send + 'static {
     /// The plural with its API group, as `kubectl` takes it.
     const RESOURCE: &'static str;
 
+    /// How much of them is kept.
+    const MOST: Bounds;
+
+    /// Objects in one answer to a list; more come in several answers.
+    const PAGE: u32 = 250;
+
     /// What is of interest, given what was known before; `None` leaves the object out.
     fn digest(object: &Self::Object, before: Option<&Self>) -> Option<Self>;
+
+    /// How much of the bounds it takes.
+    fn weight(&self) -> usize {
+        1
+    }
+}
+
+/// How much a watch keeps, as a sum of weights. Anybody may make many objects in a namespace of
+/// theirs: those of other namespaces still have room.
+pub(crate) struct Bounds {
+    pub(crate) of_namespace: usize,
+    pub(crate) in_all: usize,
 }
 
 /// The objects of a type that a watch is about.
@@ -75,13 +92,13 @@ impl Selection {
         }
     }
 
-    fn config(&self) -> watcher::Config {
+    fn config(&self, page: u32) -> watcher::Config {
         watcher::Config {
             label_selector: self.labels.clone(),
             field_selector: self.fields.clone(),
             ..watcher::Config::default()
         }
-        .page_size(PAGE)
+        .page_size(page)
         .timeout(watch_seconds())
     }
 }
@@ -100,6 +117,46 @@ pub(crate) struct Listing<V> {
     /// There was an object once.
     pub(crate) seen: bool,
     pub(crate) items: BTreeMap<ObjectName, V>,
+    /// There were more since the last list than are kept.
+    pub(crate) overflows: bool,
+    /// The weights of all items, by namespace.
+    weights: BTreeMap<String, usize>,
+}
+
+impl<V: Facts> Listing<V> {
+    const fn new() -> Self {
+        Self {
+            complete: false,
+            seen: false,
+            items: BTreeMap::new(),
+            overflows: false,
+            weights: BTreeMap::new(),
+        }
+    }
+
+    /// Takes an object, or a newer version of one, if it is within the bounds.
+    fn insert(&mut self, name: ObjectName, facts: V) {
+        self.remove(&name);
+        let in_all: usize = self.weights.values().sum();
+        let weight = facts.weight();
+        let of_namespace = self.weights.entry(name.namespace.clone()).or_default();
+        if in_all + weight > V::MOST.in_all || *of_namespace + weight > V::MOST.of_namespace {
+            self.overflows = true;
+        } else {
+            *of_namespace += weight;
+            self.items.insert(name, facts);
+        }
+    }
+
+    fn remove(&mut self, name: &ObjectName) {
+        let Some(facts) = self.items.remove(name) else {
+            return;
+        };
+        if let Some(of_namespace) = self.weights.get_mut(&name.namespace) {
+            *of_namespace -= facts.weight();
+        }
+        self.weights.retain(|_, weight| *weight > 0);
+    }
 }
 
 impl<V: Facts> Store<V> {
@@ -107,11 +164,7 @@ impl<V: Facts> Store<V> {
         let target = Target::new(V::RESOURCE, namespace);
         Arc::new(Self {
             health: Arc::new(Health::new(target, notifier)),
-            listing: Mutex::new(Listing {
-                complete: false,
-                seen: false,
-                items: BTreeMap::new(),
-            }),
+            listing: Mutex::new(Listing::new()),
             notifier: notifier.clone(),
         })
     }
@@ -124,12 +177,20 @@ impl<V: Facts> Store<V> {
         self.listing().complete
     }
 
-    fn replace(&self, items: BTreeMap<ObjectName, V>) {
+    /// What there is more of than is kept.
+    pub(crate) fn overflow(&self) -> Option<&Target> {
+        let overflows = self.listing().overflows;
+        overflows.then_some(&self.health.target)
+    }
+
+    fn replace(&self, listed: Listing<V>) {
         let mut listing = self.listing();
-        let changed = !listing.complete || listing.items != items;
-        listing.complete = true;
-        listing.seen |= !items.is_empty();
-        listing.items = items;
+        let changed = !listing.complete || listing.items != listed.items;
+        *listing = Listing {
+            complete: true,
+            seen: listing.seen || !listed.items.is_empty(),
+            ..listed
+        };
         drop(listing);
         if changed {
             self.notifier.notify();
@@ -142,8 +203,8 @@ impl<V: Facts> Store<V> {
         let changed = listing.items.get(&name) != facts.as_ref();
         listing.seen |= facts.is_some();
         match facts {
-            Some(facts) => _ = listing.items.insert(name, facts),
-            None => _ = listing.items.remove(&name),
+            Some(facts) => listing.insert(name, facts),
+            None => listing.remove(&name),
         }
         drop(listing);
         if changed {
@@ -171,7 +232,7 @@ impl<V: Facts> Store<V> {
         let mut failures = 0;
         loop {
             let begun = Instant::now();
-            let error = self.watch_once(&api, selection.config()).await;
+            let error = self.watch_once(&api, selection.config(V::PAGE)).await;
             let error = error.and_then(|error| api_error(&error, &self.health.target));
             if let Some(error) = error {
                 self.health.failed(error);
@@ -191,16 +252,16 @@ impl<V: Facts> Store<V> {
         config: watcher::Config,
     ) -> Option<watcher::Error> {
         let mut events = pin!(watcher(api.clone(), config));
-        let mut listed = BTreeMap::new();
+        let mut listed = Listing::new();
         while let Some(event) = events.next().await {
             match event {
-                Ok(Event::Init) => listed.clear(),
+                Ok(Event::Init) => listed = Listing::new(),
                 Ok(Event::InitApply(object)) => {
                     if let (name, Some(facts)) = self.digest(&object) {
                         listed.insert(name, facts);
                     }
                 }
-                Ok(Event::InitDone) => self.replace(std::mem::take(&mut listed)),
+                Ok(Event::InitDone) => self.replace(std::mem::replace(&mut listed, Listing::new())),
                 Ok(Event::Apply(object)) => {
                     let (name, facts) = self.digest(&object);
                     self.set(name, facts);
@@ -239,5 +300,64 @@ impl<V: Facts> Watch<V> {
         let mut task = JoinSet::new();
         task.spawn(async move { following.follow(&client, &selection).await });
         Self { store, _task: task }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use k8s_openapi::api::core::v1::ConfigMap;
+
+    #[derive(PartialEq)]
+    struct Heavy(usize);
+
+    impl Facts for Heavy {
+        type Object = ConfigMap;
+        const RESOURCE: &'static str = "configmaps";
+        const MOST: Bounds = Bounds {
+            of_namespace: 10,
+            in_all: 25,
+        };
+
+        fn digest(_: &ConfigMap, _: Option<&Self>) -> Option<Self> {
+            None
+        }
+
+        fn weight(&self) -> usize {
+            self.0
+        }
+    }
+
+    fn name(namespace: &str, name: &str) -> ObjectName {
+        ObjectName {
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+        }
+    }
+
+    #[test]
+    fn one_namespace_takes_no_room_from_the_others() {
+        let mut listing = Listing::new();
+        for number in 0..100 {
+            listing.insert(name("tenant", &number.to_string()), Heavy(3));
+        }
+        assert_eq!(listing.items.len(), 3);
+        assert!(listing.overflows);
+        listing.insert(name("sw", "oap"), Heavy(10));
+        assert!(listing.items.contains_key(&name("sw", "oap")));
+        listing.insert(name("other", "large"), Heavy(7));
+        assert_eq!(listing.items.len(), 4, "no room is left in all");
+        listing.insert(name("tenant", "0"), Heavy(1));
+        listing.remove(&name("tenant", "1"));
+        listing.insert(name("other", "large"), Heavy(7));
+        assert_eq!(
+            listing.items.len(),
+            4,
+            "what has gone or shrunk leaves room"
+        );
+        for number in 0..100 {
+            listing.remove(&name("tenant", &number.to_string()));
+        }
+        assert!(!listing.weights.contains_key("tenant"));
     }
 }

@@ -5,7 +5,7 @@ use kube::ResourceExt as _;
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use super::{Facts, Selection};
+use super::{Bounds, Facts, Selection};
 use crate::kubernetes::model::{NodeReport, ObjectName, ReceivedReport, SCHEMA};
 
 /// The labels of the `ConfigMap`s that are node reports, in all builds.
@@ -15,6 +15,10 @@ pub(crate) const LABELS: [(&str, &str); 2] = [
 ];
 /// The key of the report in the data of its `ConfigMap`, in all builds.
 pub(crate) const KEY: &str = "publication.json";
+/// The annotation with the time of a write, in milliseconds since 1970. It makes a renewal a
+/// change, which the others are told of, and tells the writer which of its writes has come back.
+/// Nobody compares it with a clock.
+pub(crate) const WRITTEN: &str = "balancer.skywalking.apache.org/written";
 /// The most bytes of a report that are written or read: a `ConfigMap` may have a mebibyte.
 pub(crate) const MOST_BYTES: usize = 900 * 1024;
 
@@ -29,12 +33,19 @@ pub(crate) fn name_of(node: &str) -> String {
     format!("balancer-{node}")
 }
 
+/// How much of all reports together is kept, in KiB: 4 KiB for each of 4,000 nodes.
+const MOST_KIB: usize = 16 * 1024;
+
 /// What arrived of a node.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct StoredReport {
     /// The version of the `ConfigMap`: a list that brings it again is no news.
     version: Option<String>,
     at: Instant,
+    /// The value of the annotation [`WRITTEN`].
+    pub(crate) written: Option<u64>,
+    /// How long its text is, in bytes.
+    bytes: usize,
     /// The report; an error is the problem with it.
     parsed: Result<NodeReport, String>,
 }
@@ -42,15 +53,36 @@ pub(crate) struct StoredReport {
 impl Facts for StoredReport {
     type Object = ConfigMap;
     const RESOURCE: &'static str = "configmaps";
+    const MOST: Bounds = Bounds {
+        of_namespace: MOST_KIB,
+        in_all: MOST_KIB,
+    };
+    // Each may have a mebibyte.
+    const PAGE: u32 = 16;
 
     fn digest(map: &ConfigMap, before: Option<&Self>) -> Option<Self> {
         let version = map.resource_version();
         let before = before.filter(|before| version.is_some() && before.version == version);
-        Some(before.cloned().unwrap_or_else(|| Self {
-            version,
-            at: Instant::now(),
-            parsed: parse(map),
+        Some(before.cloned().unwrap_or_else(|| {
+            Self {
+                version,
+                at: Instant::now(),
+                written: map
+                    .annotations()
+                    .get(WRITTEN)
+                    .and_then(|text| text.parse().ok()),
+                bytes: map
+                    .data
+                    .as_ref()
+                    .and_then(|data| data.get(KEY))
+                    .map_or(0, String::len),
+                parsed: parse(map),
+            }
         }))
+    }
+
+    fn weight(&self) -> usize {
+        1 + self.bytes / 1024
     }
 }
 

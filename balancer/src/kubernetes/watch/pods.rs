@@ -1,13 +1,14 @@
-//! Pods, of which only the metadata is fetched: the weight of those that serve, and the number of
-//! those that keep connections.
+//! Pods: where those that serve are, at which addresses and with which weight, and the number of
+//! those that keep connections. Of the latter only the metadata is fetched.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::core::PartialObjectMeta;
 
-use super::{Facts, Selection};
+use super::{Bounds, Facts, Selection};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, MAX_WEIGHT, PodClass};
 use crate::kubernetes::model::{Demand, ObjectName};
 
@@ -17,11 +18,21 @@ type Metadata = PartialObjectMeta<Pod>;
 /// The annotation that gives a pod's share relative to the others.
 pub(crate) const WEIGHT: &str = "balancer.skywalking.apache.org/weight";
 
-/// The pods that a Kubernetes Service means.
-pub(super) fn of_service(service: &ObjectName, labels: &BTreeMap<String, String>) -> Selection {
+/// The pods that a Kubernetes Service means: without a selector any of its namespace.
+pub(super) fn of_service(
+    service: &ObjectName,
+    labels: Option<&BTreeMap<String, String>>,
+) -> Selection {
+    let namespace = Some(service.namespace.clone());
+    let Some(labels) = labels else {
+        return Selection {
+            namespace,
+            ..Selection::default()
+        };
+    };
     let pairs = labels.iter().map(|(key, value)| format!("{key}={value}"));
     let labels = pairs.collect::<Vec<_>>().join(",");
-    Selection::labelled(Some(service.namespace.clone()), labels)
+    Selection::labelled(namespace, labels)
 }
 
 /// The running pods of a class.
@@ -47,6 +58,10 @@ pub(crate) fn classes(entry: &ClusterService) -> &[PodClass] {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PodFacts {
     pub(super) uid: String,
+    /// The addresses that its kubelet says it has; none once it has ended: others may get them.
+    pub(super) addresses: Vec<IpAddr>,
+    /// The node that it runs on.
+    pub(super) node: Option<String>,
     /// What its annotation says; an error is the text that is no weight.
     pub(super) weight: Result<u32, String>,
     /// A Job owns it: it does not serve, whatever its labels say.
@@ -54,10 +69,14 @@ pub(super) struct PodFacts {
 }
 
 impl Facts for PodFacts {
-    type Object = Metadata;
+    type Object = Pod;
     const RESOURCE: &'static str = "pods";
+    const MOST: Bounds = Bounds {
+        of_namespace: 5_000,
+        in_all: 20_000,
+    };
 
-    fn digest(pod: &Metadata, _: Option<&Self>) -> Option<Self> {
+    fn digest(pod: &Pod, _: Option<&Self>) -> Option<Self> {
         let weight = match pod.annotations().get(WEIGHT) {
             None => Ok(1),
             Some(text) => match text.trim().parse() {
@@ -68,10 +87,23 @@ impl Facts for PodFacts {
         let mut owners = pod.owner_references().iter();
         Some(Self {
             uid: pod.uid().unwrap_or_default(),
+            addresses: addresses(pod),
+            node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             weight,
             job: owners.any(|owner| owner.kind == "Job"),
         })
     }
+}
+
+fn addresses(pod: &Pod) -> Vec<IpAddr> {
+    let Some(status) = &pod.status else {
+        return Vec::new();
+    };
+    if matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")) {
+        return Vec::new();
+    }
+    let all = status.pod_ips.iter().flatten();
+    all.filter_map(|address| address.ip.parse().ok()).collect()
 }
 
 /// A pod of a class, which is only counted.
@@ -81,6 +113,10 @@ pub(super) struct Counted;
 impl Facts for Counted {
     type Object = Metadata;
     const RESOURCE: &'static str = PodFacts::RESOURCE;
+    const MOST: Bounds = Bounds {
+        of_namespace: 20_000,
+        in_all: 100_000,
+    };
 
     fn digest(_: &Metadata, _: Option<&Self>) -> Option<Self> {
         Some(Self)
@@ -109,11 +145,9 @@ mod tests {
 
     fn facts(weight: Option<&str>, owner: &str) -> PodFacts {
         let annotations = weight.map_or_else(|| json!({}), |weight| json!({WEIGHT: weight}));
-        let pod = serde_json::from_value(
-            json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": {
+        let pod = serde_json::from_value(json!({"metadata": {
             "name": "p", "namespace": "sw", "uid": "u", "annotations": annotations,
-            "ownerReferences": [{"apiVersion": "x/v1", "kind": owner, "name": "o", "uid": "v"}]}}),
-        )
+            "ownerReferences": [{"apiVersion": "x/v1", "kind": owner, "name": "o", "uid": "v"}]}}))
         .unwrap();
         PodFacts::digest(&pod, None).unwrap()
     }
@@ -152,7 +186,7 @@ mod tests {
         let labels =
             [("app", "sw"), ("component", "oap")].map(|(k, v)| (k.to_owned(), v.to_owned()));
         assert_eq!(
-            of_service(&service, &labels.into()).labels.as_deref(),
+            of_service(&service, Some(&labels.into())).labels.as_deref(),
             Some("app=sw,component=oap")
         );
     }

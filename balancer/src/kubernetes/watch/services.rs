@@ -3,10 +3,13 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use kube::ResourceExt as _;
 
-use super::{Facts, Selection};
+use super::{Bounds, Facts, Selection};
 use crate::config::{PortChoice, ServiceChoice};
+use crate::kubernetes::model::ObjectName;
 
 /// The selections of one choice: a label selector can't say "or".
 pub(super) fn selections(choice: &ServiceChoice) -> Vec<Selection> {
@@ -22,6 +25,47 @@ pub(super) fn selections(choice: &ServiceChoice) -> Vec<Selection> {
     }
 }
 
+/// The most Services of one namespace that a selector means. Who has more can name them.
+const MOST_OF_NAMESPACE: usize = 8;
+/// The most Services that a selector means.
+const MOST_FOLLOWED: usize = 256;
+
+/// Those of the Services of a selection that are followed, the oldest first, and a sentence for
+/// each namespace that has more of them: anybody may give a Service the labels of an OAP's.
+pub(super) fn followed(
+    found: &BTreeMap<ObjectName, ServiceFacts>,
+) -> (Vec<(&ObjectName, &ServiceFacts)>, Vec<String>) {
+    let mut oldest_first: Vec<_> = found.iter().collect();
+    oldest_first.sort_by_key(|(_, facts)| facts.age_order());
+    let mut of_namespace: BTreeMap<&str, usize> = BTreeMap::new();
+    oldest_first.retain(|(name, _)| {
+        let number = of_namespace.entry(&name.namespace).or_default();
+        *number += 1;
+        *number <= MOST_OF_NAMESPACE
+    });
+    let more = of_namespace
+        .into_iter()
+        .filter(|(_, number)| *number > MOST_OF_NAMESPACE);
+    let mut left_out: Vec<String> = more
+        .map(|(namespace, number)| {
+            format!(
+                "the namespace {namespace} has {number} Services of one selector: the \
+                 {MOST_OF_NAMESPACE} oldest are balanced. An entry `service: \
+                 {namespace}/NAME` balances another one"
+            )
+        })
+        .collect();
+    if oldest_first.len() > MOST_FOLLOWED {
+        let number = oldest_first.len();
+        left_out.push(format!(
+            "{number} Services of one selector are too many: the {MOST_FOLLOWED} oldest are \
+             balanced. An entry `service: NAMESPACE/NAME` balances another one"
+        ));
+    }
+    oldest_first.truncate(MOST_FOLLOWED);
+    (oldest_first, left_out)
+}
+
 /// What is of interest in a Kubernetes Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ServiceFacts {
@@ -29,6 +73,8 @@ pub(super) struct ServiceFacts {
     ports: Vec<ServicePort>,
     /// Labels of its pods; `None`: somebody else makes its `EndpointSlices`.
     pub(super) pods: Option<BTreeMap<String, String>>,
+    /// When it was made, by the API server's clock.
+    created: Option<Time>,
 }
 
 /// A TCP port of a Kubernetes Service.
@@ -49,6 +95,10 @@ pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
 impl Facts for ServiceFacts {
     type Object = Service;
     const RESOURCE: &'static str = "services";
+    const MOST: Bounds = Bounds {
+        of_namespace: 256,
+        in_all: 4_096,
+    };
 
     fn digest(service: &Service, _: Option<&Self>) -> Option<Self> {
         let spec = service.spec.clone().unwrap_or_default();
@@ -70,11 +120,17 @@ impl Facts for ServiceFacts {
         Some(Self {
             ports: ports.collect(),
             pods: spec.selector.filter(|labels| !labels.is_empty()),
+            created: service.creation_timestamp(),
         })
     }
 }
 
 impl ServiceFacts {
+    /// Oldest first: nobody can make a Service that is older than those that are there.
+    pub(super) fn age_order(&self) -> impl Ord + use<> {
+        (self.created.is_none(), self.created.clone())
+    }
+
     /// The port that is meant.
     pub(super) fn port(&self, choice: &PortChoice) -> Option<&ServicePort> {
         self.ports.iter().find(|port| match choice {

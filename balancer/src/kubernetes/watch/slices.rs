@@ -5,9 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointSlice};
 use kube::ResourceExt as _;
 
+use super::contested::drop_contested;
 use super::services::is_tcp;
-use super::{Facts, Selection};
-use crate::kubernetes::model::{Endpoint, ObjectName};
+use super::{Bounds, Facts, Selection};
+use crate::kubernetes::health::Problems;
+use crate::kubernetes::model::{Endpoint, GroupId, ObjectName};
 
 /// The label that names the Kubernetes Service of a slice.
 const SERVICE: &str = "kubernetes.io/service-name";
@@ -69,6 +71,10 @@ pub(super) struct SliceFacts {
 impl Facts for SliceFacts {
     type Object = EndpointSlice;
     const RESOURCE: &'static str = "endpointslices.discovery.k8s.io";
+    const MOST: Bounds = Bounds {
+        of_namespace: 10_000,
+        in_all: 50_000,
+    };
 
     fn digest(slice: &EndpointSlice, _: Option<&Self>) -> Option<Self> {
         let service = slice.labels().get(SERVICE)?.clone();
@@ -88,12 +94,18 @@ impl Facts for SliceFacts {
                 .collect(),
         })
     }
+
+    fn weight(&self) -> usize {
+        1 + self.pods.len()
+    }
 }
 
-/// What a slice says of a pod, with the weight of one without annotation; `None`: it is no pod.
+/// What a slice says of a pod, with the weight of one without annotation; `None`: it is no pod, or
+/// not one of the slice's own namespace, whose owners may write what they like of other pods.
 fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
     let target = endpoint.target_ref.clone()?;
-    if target.kind.as_deref() != Some("Pod") {
+    let is_elsewhere = target.namespace.is_some_and(|of| of != namespace);
+    if target.kind.as_deref() != Some("Pod") || is_elsewhere {
         return None;
     }
     let conditions = endpoint.conditions.clone().unwrap_or_default();
@@ -103,7 +115,7 @@ fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
     let addresses: BTreeSet<_> = addresses.filter_map(|text| text.parse().ok()).collect();
     Some(Endpoint {
         pod: ObjectName {
-            namespace: target.namespace.unwrap_or_else(|| namespace.to_owned()),
+            namespace: namespace.to_owned(),
             name: target.name?,
         },
         uid: target.uid?,
@@ -152,6 +164,38 @@ pub(super) fn behind<'a>(
     by_port
         .map(|(port, pods)| (port, pods.into_values().collect()))
         .collect()
+}
+
+/// For the fuzz targets: the groups that an `EndpointSlice` in JSON makes by an entry, where no pod
+/// is known. Pods that another namespace claims too are left out.
+///
+/// # Errors
+/// When it is none.
+pub fn groups_beside_slice(
+    text: &str,
+    entry: &str,
+    mut groups: BTreeMap<GroupId, Vec<Endpoint>>,
+) -> Result<BTreeMap<GroupId, Vec<Endpoint>>, String> {
+    let slice: EndpointSlice = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let name = ObjectName::of(&slice);
+    let facts = SliceFacts::digest(&slice, None).ok_or("it is of no Service")?;
+    let service = ObjectName {
+        namespace: name.namespace.clone(),
+        name: facts.service.clone(),
+    };
+    let ports: BTreeSet<&String> = facts.ports.iter().map(|(name, _)| name).collect();
+    for port in ports {
+        for (port, endpoints) in behind([(&name, &facts)], &service, port) {
+            let id = GroupId {
+                entry: entry.to_owned(),
+                service: service.clone(),
+                port,
+            };
+            groups.entry(id).or_insert(endpoints);
+        }
+    }
+    drop_contested(&mut groups, &mut Problems::default());
+    Ok(groups)
 }
 
 #[cfg(test)]

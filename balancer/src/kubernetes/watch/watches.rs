@@ -1,6 +1,7 @@
 //! All watches: which of them there have to be, and what they say together.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::{Arc, MutexGuard};
 
 use kube::Client;
@@ -9,9 +10,9 @@ use super::node_reports::{self, StoredReport};
 use super::pods::{self, Counted, PodFacts};
 use super::services::{self, ServiceFacts};
 use super::slices::{self, SliceFacts, SliceSet};
-use super::{Facts, Listing, Selection, Store, Watch};
+use super::{Facts, Listing, Selection, Store, Watch, contested};
 use crate::config::{ClusterService, Kubernetes, MAX_WEIGHT, PortChoice, ServiceChoice};
-use crate::kubernetes::health::{Health, Notifier, Problems, place};
+use crate::kubernetes::health::{Health, Notifier, Problems, Target, place};
 use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, View};
 
 /// Watches of one kind, by what they are about. Service entries that mean the same share one.
@@ -53,6 +54,11 @@ impl<K: Ord + Clone, V: Facts> WatchSet<K, V> {
 
     fn healths(&self) -> impl Iterator<Item = &Health> {
         self.stores().map(|store| &*store.health)
+    }
+
+    /// What there is more of than is kept.
+    fn overflows(&self) -> impl Iterator<Item = &Target> {
+        self.stores().filter_map(Store::overflow)
     }
 }
 
@@ -123,9 +129,10 @@ impl Watches {
         });
         let (mut slices, mut pods) = (BTreeSet::new(), BTreeSet::new());
         for store in self.services.stores() {
-            let found = &store.listing().items;
-            slices.extend(SliceSet::of(found.keys()));
-            pods.extend(found.iter().filter_map(pods_of));
+            let listing = store.listing();
+            let (followed, _) = services::followed(&listing.items);
+            slices.extend(SliceSet::of(followed.iter().map(|(name, _)| *name)));
+            pods.extend(followed.into_iter().map(pods_of));
         }
         self.slices.need(slices, |set| {
             Watch::start(client, notifier, set.selection())
@@ -181,12 +188,20 @@ impl Watches {
         for health in others {
             health.add_to(&mut problems, &self.server);
         }
+        self.add_overflows(&mut problems);
         for entry in &self.config.services {
-            self.add_groups(entry, &mut view.groups, &mut problems);
+            self.add_groups(entry, &mut view, &mut problems);
             if let Some(demand) = self.demand(entry) {
                 view.demands.insert(entry.name.clone(), demand);
             }
         }
+        let entries = &self.config.services;
+        let named = |id: &GroupId| {
+            let entry = entries.iter().find(|entry| entry.name == id.entry);
+            entry.is_some_and(ClusterService::is_named)
+        };
+        view.precedence.sort_by_key(|id| !named(id));
+        contested::drop_contested(&mut view.groups, &mut problems);
         for stored in self.node_reports.store.listing().items.values() {
             match stored.received() {
                 Ok(received) => {
@@ -200,12 +215,17 @@ impl Watches {
         (view, problems)
     }
 
-    fn add_groups(
-        &self,
-        entry: &ClusterService,
-        groups: &mut BTreeMap<GroupId, Vec<Endpoint>>,
-        problems: &mut Problems,
-    ) {
+    /// What there is more of than is kept.
+    fn add_overflows(&self, problems: &mut Problems) {
+        let services = self.services.overflows().chain(self.slices.overflows());
+        let pods = self.pods.overflows().chain(self.counted.overflows());
+        let reports = self.node_reports.store.overflow();
+        for target in services.chain(pods).chain(reports) {
+            problems.add(too_many(target));
+        }
+    }
+
+    fn add_groups(&self, entry: &ClusterService, view: &mut View, problems: &mut Problems) {
         let selections = services::selections(&entry.of);
         let stores = selections.iter().filter_map(|key| self.services.get(key));
         let listings: Vec<_> = stores.map(Store::listing).collect();
@@ -214,29 +234,46 @@ impl Watches {
         if listings.iter().all(is_empty) {
             problems.add(none_found(entry));
         }
-        for (service, facts) in listings.iter().flat_map(|listing| &listing.items) {
-            let Some(port) = facts.port(&entry.port) else {
-                problems.add(no_port(entry, service, facts));
+        for listing in &listings {
+            let (followed, left_out) = services::followed(&listing.items);
+            for sentence in left_out {
+                problems.add(sentence);
+            }
+            for (service, facts) in followed {
+                self.add_groups_of(entry, (service, facts), view, problems);
+            }
+        }
+    }
+
+    fn add_groups_of(
+        &self,
+        entry: &ClusterService,
+        (service, facts): (&ObjectName, &ServiceFacts),
+        view: &mut View,
+        problems: &mut Problems,
+    ) {
+        let Some(port) = facts.port(&entry.port) else {
+            problems.add(no_port(entry, service, facts));
+            return;
+        };
+        let Some(mut found) = self.behind(service, &port.name) else {
+            return;
+        };
+        // A Service that has no pods now is a group as well, where its port is known.
+        if let (true, Some(target)) = (found.is_empty(), port.target) {
+            found.insert(target, Vec::new());
+        }
+        for (port, pods) in found {
+            let Some(endpoints) = self.endpoints((service, facts), pods, problems) else {
                 continue;
             };
-            let Some(mut found) = self.behind(service, &port.name) else {
-                continue;
+            let id = GroupId {
+                entry: entry.name.clone(),
+                service: service.clone(),
+                port,
             };
-            // A Service that has no pods now is a group as well, where its port is known.
-            if let (true, Some(target)) = (found.is_empty(), port.target) {
-                found.insert(target, Vec::new());
-            }
-            for (port, pods) in found {
-                let Some(endpoints) = self.endpoints(service, facts, pods, problems) else {
-                    continue;
-                };
-                let id = GroupId {
-                    entry: entry.name.clone(),
-                    service: service.clone(),
-                    port,
-                };
-                groups.insert(id, endpoints);
-            }
+            view.precedence.push(id.clone());
+            view.groups.insert(id, endpoints);
         }
     }
 
@@ -253,34 +290,37 @@ impl Watches {
         None
     }
 
-    /// The pods with what their metadata says; `None`: that is about to be listed.
+    /// The pods as the pods themselves have it, wherever an `EndpointSlice` says something else;
+    /// `None`: they are about to be listed.
     fn endpoints(
         &self,
-        service: &ObjectName,
-        facts: &ServiceFacts,
+        (service, facts): (&ObjectName, &ServiceFacts),
         found: Vec<Endpoint>,
         problems: &mut Problems,
     ) -> Option<Vec<Endpoint>> {
-        let store = pods_of((service, facts)).and_then(|selection| self.pods.get(&selection));
-        let Some(store) = store else {
-            // Without a selector nothing but the slices says which pods the Service means.
-            return facts.pods.is_none().then_some(found);
-        };
-        let failing = store.health.is_failing();
+        let store = self.pods.get(&pods_of((service, facts)))?;
+        // They may not be listed at all: then nobody knows better than the slices.
+        let unknown = !store.is_complete() && store.health.is_failing();
         let listing = store.listing();
-        if !listing.complete && !failing {
+        if !listing.complete && !unknown {
             return None;
         }
         let serves = |mut pod: Endpoint| {
             let known = listing.items.get(&pod.pod);
             match known.filter(|known| known.uid == pod.uid) {
                 Some(known) if known.job => return None,
-                Some(known) => match &known.weight {
-                    Ok(weight) => pod.weight = *weight,
-                    Err(text) => problems.add(wrong_weight(&pod.pod, text)),
-                },
-                // Its slice is ahead of its metadata, or the Service's selector does not mean it.
-                None if !failing => return None,
+                Some(known) => {
+                    at_its_own_place(&mut pod, known, service, problems);
+                    if pod.addresses.is_empty() {
+                        return None;
+                    }
+                    match &known.weight {
+                        Ok(weight) => pod.weight = *weight,
+                        Err(text) => problems.add(wrong_weight(&pod.pod, text)),
+                    }
+                }
+                // Its slice is ahead of the pods, or the Service's selector does not mean it.
+                None if !unknown => return None,
                 None => (),
             }
             Some(pod)
@@ -288,22 +328,58 @@ impl Watches {
         Some(found.into_iter().filter_map(serves).collect())
     }
 
-    /// `None`: it does not follow from pods, or they have not been listed yet.
+    /// `None`: it does not follow from pods, or they have not been listed yet, or are too many.
     fn demand(&self, entry: &ClusterService) -> Option<Demand> {
         let classes = pods::classes(entry).iter();
         let counts = classes.map(|class| {
             let listing = self.counted.get(&pods::of_class(class))?.listing();
             let count = (listing.items.len(), class.connections);
-            listing.complete.then_some(count)
+            (listing.complete && !listing.overflows).then_some(count)
         });
         let counts = counts.collect::<Option<Vec<_>>>()?;
         (!counts.is_empty()).then(|| pods::demand(&counts))
     }
 }
 
-fn pods_of((service, facts): (&ObjectName, &ServiceFacts)) -> Option<Selection> {
-    let labels = facts.pods.as_ref()?;
-    Some(pods::of_service(service, labels))
+fn pods_of((service, facts): (&ObjectName, &ServiceFacts)) -> Selection {
+    pods::of_service(service, facts.pods.as_ref())
+}
+
+/// The pod at those of its addresses that it has, on the node that it runs on.
+fn at_its_own_place(
+    pod: &mut Endpoint,
+    known: &PodFacts,
+    service: &ObjectName,
+    problems: &mut Problems,
+) {
+    let (own, others) = std::mem::take(&mut pod.addresses)
+        .into_iter()
+        .partition(|address| known.addresses.contains(address));
+    pod.addresses = own;
+    pod.node.clone_from(&known.node);
+    // A pod that has none yet, or has just ended, is no reason to complain.
+    if !known.addresses.is_empty() {
+        let others: Vec<IpAddr> = others;
+        for address in others.iter().take(1) {
+            problems.add(wrong_address(service, *address, &pod.pod));
+        }
+    }
+}
+
+fn too_many(target: &Target) -> String {
+    format!(
+        "there are more {target} than the balancer keeps: some of them are not looked at. Let the \
+         entries of the configuration name a Service or a namespace"
+    )
+}
+
+fn wrong_address(service: &ObjectName, address: IpAddr, pod: &ObjectName) -> String {
+    format!(
+        "an EndpointSlice of the Service {service} names the address {address} for the pod {pod}, \
+         which has another one: nothing is balanced there. See who wrote it: `kubectl get \
+         endpointslices --namespace {} --selector kubernetes.io/service-name={} -o yaml`",
+        service.namespace, service.name
+    )
 }
 
 fn none_found(entry: &ClusterService) -> String {

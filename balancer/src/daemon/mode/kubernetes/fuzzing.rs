@@ -1,5 +1,7 @@
 //! What the fuzz targets go through.
 
+use std::collections::{BTreeSet, HashSet};
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use balancer_common::Policy;
@@ -7,9 +9,14 @@ use serde_json::json;
 
 use super::group::Group;
 use super::group_quotas::GroupQuotas;
-use crate::config::{ClusterInput, ClusterQuota, ClusterService, PortChoice, ServiceChoice};
+use super::plan::{Here, PortNames};
+use crate::config::{
+    ClusterInput, ClusterQuota, ClusterService, Kubernetes, PortChoice, ServiceChoice,
+};
+use crate::dataplane::Plan;
 use crate::kubernetes::{
-    Endpoint, GroupId, NodeReport, ObjectName, ReceivedReport, View, parse_report,
+    Endpoint, GroupId, NodeReport, ObjectName, ReceivedReport, View, groups_beside_slice,
+    parse_report,
 };
 use crate::quota::Quota;
 
@@ -42,6 +49,49 @@ pub fn quota_beside_report(text: &str, connections: u32) -> Result<Quota, String
     );
     Ok(outcome.quotas[0])
 }
+
+/// What the maps should hold on the node `a`, where one pod of an OAP is, and somebody wrote this
+/// `EndpointSlice` (JSON). The first service is the OAP's.
+///
+/// # Errors
+/// When the text is no `EndpointSlice` of a Service.
+pub fn plan_beside_slice(text: &str) -> Result<Plan, String> {
+    let group = group();
+    let mut own = endpoint("a");
+    own.addresses = vec![OAP];
+    let groups = [(group.clone(), vec![own])].into();
+    let groups = groups_beside_slice(text, &group.entry, groups)?;
+    let mut precedence = vec![group.clone()];
+    precedence.extend(groups.keys().filter(|id| **id != group).cloned());
+    let view = View {
+        complete: true,
+        groups,
+        precedence,
+        ..View::default()
+    };
+    let config = Kubernetes {
+        services: vec![ClusterService {
+            of: ServiceChoice::Selected {
+                namespace: None,
+                selectors: vec!["app=oap".into()],
+            },
+            ..entry()
+        }],
+        publish_every: Duration::from_secs(2),
+        hold_for: Duration::from_secs(300),
+    };
+    let here = Here {
+        node: "a",
+        addresses: BTreeSet::new(),
+    };
+    let mut ports = PortNames::default();
+    ports.keep(&config, &group.entry, group.port);
+    ports.update(&config, &view, &HashSet::from([group.port]));
+    Ok(ports.plan(&config, &view, &here))
+}
+
+/// The address of the OAP of [`plan_beside_slice`].
+pub const OAP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
 fn group() -> GroupId {
     GroupId {

@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
 use self::group_quotas::GroupQuotas;
-use self::plan::PortNames;
+use self::plan::{Here, PortNames};
 use self::pod_resolver::PodResolver;
 use super::super::attach::GuardedNetns;
 use super::super::quotas::{explain, put_in_force};
@@ -43,6 +43,8 @@ pub struct KubernetesMode {
     /// The `DaemonSet` of this daemon is gone, or about to go.
     uninstalled: bool,
     port_names: PortNames,
+    /// Which target ports have no service, a sentence each.
+    left_out: Vec<String>,
     pod_resolver: PodResolver,
     quotas: GroupQuotas,
 }
@@ -66,6 +68,7 @@ impl KubernetesMode {
             view,
             uninstalled: false,
             port_names: PortNames::default(),
+            left_out: Vec::new(),
             pod_resolver,
             quotas: GroupQuotas::new(),
         })
@@ -103,6 +106,7 @@ impl KubernetesMode {
         if !view.complete && self.view.complete {
             view.complete = true;
             view.groups = std::mem::take(&mut self.view.groups);
+            view.precedence = std::mem::take(&mut self.view.precedence);
             view.demands = std::mem::take(&mut self.view.demands);
         }
         self.view = view;
@@ -129,10 +133,26 @@ impl KubernetesMode {
         }
         let slots = writer.tables.slots()?;
         let busy: HashSet<u16> = slots.iter().map(|slot| slot.member.backend.port).collect();
-        let groups = &self.view.groups;
-        self.port_names.update(&self.config, groups, &busy);
-        let node = self.node_addresses();
-        Ok(Some(self.port_names.plan(&self.config, groups, &node)))
+        let left_out = self.port_names.update(&self.config, &self.view, &busy);
+        self.complain_of(left_out);
+        let here = Here {
+            node: &self.identity.node,
+            addresses: self.node_addresses(),
+        };
+        Ok(Some(self.port_names.plan(&self.config, &self.view, &here)))
+    }
+
+    /// Logs what is new of it, and shows it in the status.
+    fn complain_of(&mut self, left_out: Vec<String>) {
+        for sentence in &left_out {
+            if !self.left_out.contains(sentence) {
+                warn!("{sentence}");
+            }
+        }
+        let problems = &mut self.view.problems;
+        problems.retain(|problem| !self.left_out.contains(problem));
+        problems.extend(left_out.iter().cloned());
+        self.left_out = left_out;
     }
 
     /// The addresses that this node's own processes, its kubelet among them, send from to its pods.
@@ -294,6 +314,7 @@ fn view(api: &Cluster) -> View {
         !pods.is_empty()
             && sets.iter().any(|(other, others)| {
                 (other.entry == id.entry && other.port == id.port && other != id)
+                    && other.service.namespace == id.service.namespace
                     && pods.is_subset(others)
                     && (pods.len() < others.len() || other < id)
             })

@@ -75,7 +75,8 @@ fn backend_status(
     view: &View,
     own: &NodeReport,
 ) -> BackendStatus {
-    let received = view.nodes.values();
+    // A node is believed about its own pods alone.
+    let received = endpoint.node.as_ref().and_then(|node| view.nodes.get(node));
     let received = received.map(|received| (&received.node_report, received.age.as_secs()));
     let (told, seconds_ago) = std::iter::once((own, 0))
         .chain(received)

@@ -154,7 +154,11 @@ fn a_peak_is_believed_up_to_four_times_what_the_others_count_and_goes_with_who_s
     let lie = seen.peak(u64::MAX, 0);
     seen.reports("d", &[("d", 1500, None)]).peaks.push(lie);
     seen.gives(4000);
-    assert_eq!(seen.quotas.peaks()[0].connections, 4500, "none is passed on");
+    assert_eq!(
+        seen.quotas.peaks()[0].connections,
+        4500,
+        "none is passed on"
+    );
     seen.reports("d", &[("d", 1500, None)]);
     seen.gives(2000);
     let long_ago = seen.peak(6000, 601);
@@ -171,12 +175,28 @@ fn a_node_is_believed_only_about_its_own_pods() {
     for node in ["b", "c"] {
         seen.reports(node, &[(node, 30, Some(0))]);
     }
-    seen.reports("d", &[("d", 30, Some(0)), ("b", 30, Some(5)), ("c", 9000, None)]);
+    seen.reports(
+        "d",
+        &[("d", 30, Some(0)), ("b", 30, Some(5)), ("c", 9000, None)],
+    );
     let outcome = seen.compute();
-    assert!(outcome.sentence.contains("none of the 3 ready backends has room"), "{outcome:?}");
-    seen.reports("x", &[("b", 30, Some(5)), ("c", 30, Some(5)), ("d", 30, Some(5))]);
+    assert!(
+        outcome
+            .sentence
+            .contains("none of the 3 ready backends has room"),
+        "{outcome:?}"
+    );
+    seen.reports(
+        "x",
+        &[("b", 30, Some(5)), ("c", 30, Some(5)), ("d", 30, Some(5))],
+    );
     let outcome = seen.compute();
-    assert!(outcome.sentence.contains("none of the 3 ready backends has room"), "{outcome:?}");
+    assert!(
+        outcome
+            .sentence
+            .contains("none of the 3 ready backends has room"),
+        "{outcome:?}"
+    );
 }
 
 #[test]
