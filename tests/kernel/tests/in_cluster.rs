@@ -1,9 +1,11 @@
 //! The daemon in a cluster with a real API server. Nodes and pods are objects that the test writes;
 //! the netns and connections of the pods are real.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -15,7 +17,7 @@ use testkit::fixtures::{
     Balancer, Machine, Netns, Signal, binary, eventually, long, process, remains,
 };
 use testkit::kubernetes::objects::{self, Endpoint};
-use testkit::kubernetes::{ApiServer, Kubectl};
+use testkit::kubernetes::{ApiServer, Kubectl, Program};
 
 const SETTLES_WITHIN: Duration = Duration::from_secs(40);
 const PORT: u16 = 11800;
@@ -30,6 +32,8 @@ const NODE: &str = "node1";
 struct Cluster<'a> {
     machine: &'a Machine,
     api: ApiServer,
+    /// The uids of the pods that were made, by name.
+    uids: Mutex<BTreeMap<String, String>>,
 }
 
 /// A pod of this node: its netns, and its OAP.
@@ -79,7 +83,11 @@ impl<'a> Cluster<'a> {
             service(),
         ]));
         api.admin().apply(&permissions());
-        Self { machine, api }
+        Self {
+            machine,
+            api,
+            uids: Mutex::default(),
+        }
     }
 
     /// A daemon with this quota, under the balancer's own service account.
@@ -121,17 +129,64 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// Writes which pods serve the Service.
+    /// Writes which pods serve the Service, and the pods that there are not yet.
     fn serve(&self, endpoints: &[Endpoint]) {
-        let mut slice = objects::endpoint_slice(OAPS, "oap-1", "oap", &[("grpc", PORT)], endpoints);
+        self.make_pods(OAPS, endpoints);
+        self.write_slice(OAPS, "oap", PORT, endpoints);
+    }
+
+    /// Writes the only `EndpointSlice` of a Service, with pods of its namespace.
+    fn write_slice(&self, namespace: &str, service: &str, port: u16, endpoints: &[Endpoint]) {
+        self.api
+            .admin()
+            .apply(&self.slice(namespace, service, port, endpoints));
+    }
+
+    fn slice(&self, namespace: &str, service: &str, port: u16, endpoints: &[Endpoint]) -> Value {
+        let name = format!("{service}-1");
+        let mut slice =
+            objects::endpoint_slice(namespace, &name, service, &[("grpc", port)], endpoints);
         for endpoint in slice["endpoints"].as_array_mut().expect("a list") {
-            let name = endpoint["targetRef"]["name"]
-                .as_str()
-                .expect("a name")
-                .to_owned();
-            endpoint["targetRef"]["uid"] = json!(uid(&name));
+            let pod = endpoint["targetRef"]["name"].as_str().expect("a name");
+            endpoint["targetRef"]["uid"] = json!(self.uid(pod));
         }
-        self.api.admin().apply(&slice);
+        slice
+    }
+
+    /// Makes the pods that there are not yet, each with its endpoint's address.
+    fn make_pods(&self, namespace: &str, endpoints: &[Endpoint]) {
+        let known = self.uids.lock().expect("no panic").clone();
+        let pods: Vec<Value> = endpoints
+            .iter()
+            .filter(|endpoint| !known.contains_key(&endpoint.pod))
+            .map(
+                |Endpoint {
+                     pod, node, address, ..
+                 }| { objects::pod(namespace, pod, node, &[address]) },
+            )
+            .collect();
+        if pods.is_empty() {
+            return;
+        }
+        self.api.admin().apply(&objects::list(&pods));
+        let made = self.api.admin().get(&["pods", "-n", namespace]);
+        let text = |value: &Value| value.as_str().expect("text").to_owned();
+        let uids = made["items"].as_array().expect("a list").iter();
+        let uids = uids.map(|pod| {
+            (
+                text(&pod["metadata"]["name"]),
+                text(&pod["metadata"]["uid"]),
+            )
+        });
+        self.uids.lock().expect("no panic").extend(uids);
+    }
+
+    /// The uid of a pod that was made.
+    fn uid(&self, pod: &str) -> String {
+        let uids = self.uids.lock().expect("no panic");
+        uids.get(pod)
+            .unwrap_or_else(|| panic!("no pod {pod}"))
+            .clone()
     }
 
     /// Writes the node report of another node's daemon.
@@ -142,7 +197,7 @@ impl<'a> Cluster<'a> {
                 json!({
                     "group": {"entry": "agents", "service": {"namespace": OAPS, "name": "oap"}, "port": PORT},
                     "pod": {"namespace": OAPS, "name": pod},
-                    "uid": uid(pod),
+                    "uid": self.uid(pod),
                     "slot": 0,
                     "address": "10.244.2.9",
                     "state": "active",
@@ -156,6 +211,11 @@ impl<'a> Cluster<'a> {
             .collect();
         let report =
             json!({"schema": 1, "node": node, "backends": backends, "peaks": [], "refused": []});
+        self.publish_json(node, &report);
+    }
+
+    /// Writes something in the place of a node report.
+    fn publish_json(&self, node: &str, report: &Value) {
         let object = json!({
             "apiVersion": "v1",
             "kind": "ConfigMap",
@@ -201,11 +261,6 @@ impl Pod {
     }
 }
 
-fn uid(pod: &str) -> String {
-    let number: u32 = pod.bytes().map(u32::from).sum();
-    format!("{number:08x}-52f2-4e65-9c0a-7a3f0a8d9d01")
-}
-
 fn elsewhere(number: u8) -> Endpoint {
     Endpoint::new(
         &format!("10.244.2.{number}"),
@@ -215,6 +270,15 @@ fn elsewhere(number: u8) -> Endpoint {
 }
 
 fn service() -> Value {
+    labelled_as_oap(objects::service(
+        OAPS,
+        "oap",
+        &[("rest", 12800), ("grpc", PORT)],
+    ))
+}
+
+/// With the labels of `SkyWalking`'s Helm chart.
+fn labelled_as_oap(service: Value) -> Value {
     let labels = [
         ("app", "skywalking"),
         ("chart", "skywalking-4.9.0"),
@@ -222,10 +286,7 @@ fn service() -> Value {
         ("heritage", "Helm"),
         ("release", "skywalking"),
     ];
-    objects::labelled(
-        objects::service(OAPS, "oap", &[("rest", 12800), ("grpc", PORT)]),
-        &labels,
-    )
+    objects::labelled(service, &labels)
 }
 
 /// The permissions that the chart gives the daemon.
@@ -238,9 +299,9 @@ fn permissions() -> Value {
             (
                 "",
                 "configmaps",
-                &["get", "list", "watch", "create", "patch", "delete"],
+                &["list", "watch", "create", "patch", "delete"],
             ),
-            ("apps", "daemonsets", &["get", "list", "watch"]),
+            ("apps", "daemonsets", &["list", "watch"]),
             ("", "pods", &["get"]),
         ],
     );
@@ -788,11 +849,265 @@ fn a_pod_of_the_nodes_own_network_is_told_by_its_cgroup() {
         let group = cluster
             .machine
             .cgroup
-            .below_as(&format!("pod{}", uid("oap-host")));
+            .below_as(&format!("pod{}", cluster.uid("oap-host")));
         let server = group.run(|| cluster.machine.netns.run(Server::start));
         wait_for_quota(&balancer, Some(2), "/ 2 ready) = 2");
         let clients = [connect().connected(), connect().connected()];
         assert!(connect().is_refused(), "{}", balancer.logs());
         drop((clients, server));
+    });
+}
+
+/// Somebody else's namespace, with a Service that has the labels of an OAP's.
+const TENANT: &str = "tenant";
+
+#[test]
+fn clients_that_a_service_of_their_own_selects_are_not_exempt() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let clients = [Endpoint::new(&CLIENT.to_string(), "client", "node2")];
+        cluster.api.admin().apply(&objects::list(&[
+            objects::namespace(TENANT),
+            labelled_as_oap(objects::service(TENANT, "oap", &[("grpc", PORT)])),
+        ]));
+        cluster.make_pods(TENANT, &clients);
+        cluster.write_slice(TENANT, "oap", PORT, &clients);
+        let mut balancer = cluster.balancer("{clients: 10, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let mut listener = cluster.listen(&pod);
+        eventually(SETTLES_WITHIN, || {
+            let quota = balancer
+                .service()
+                .backends
+                .first()
+                .map(|backend| backend.quota);
+            ensure!(quota == Some(Some(5)), "{quota:?}\n{}", balancer.logs());
+            Ok(())
+        });
+        let status = cluster_status(&balancer);
+        assert_eq!(
+            status["groups"].as_array().map(Vec::len),
+            Some(2),
+            "{status}"
+        );
+        let outcomes: Vec<_> = (0..20).map(|_| cluster.connect(&pod)).collect();
+        let refused = outcomes
+            .iter()
+            .filter(|outcome| outcome.is_refused())
+            .count();
+        assert_eq!(refused, 15, "{}", balancer.logs());
+        assert_eq!(listener.accept_all(), 5);
+    });
+}
+
+#[test]
+fn a_slice_of_another_namespace_takes_no_listener_over() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        // It comes before that of the OAPs in every order of names.
+        let first = "aaa";
+        let mut slice = cluster.slice(first, "oap", PORT, &[pod.endpoint(), elsewhere(1)]);
+        for endpoint in slice["endpoints"].as_array_mut().expect("a list") {
+            endpoint["targetRef"]["namespace"] = json!(OAPS);
+        }
+        cluster.api.admin().apply(&objects::list(&[
+            objects::namespace(first),
+            labelled_as_oap(objects::service(first, "oap", &[("grpc", PORT)])),
+            slice,
+        ]));
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        eventually(SETTLES_WITHIN, || {
+            let status = cluster_status(&balancer);
+            let groups = status["groups"].as_array().context("no groups")?;
+            let pods = |namespace: &str| {
+                let mut groups = groups.iter();
+                let of = groups.find(|group| group["service"]["namespace"] == namespace);
+                of.map(|group| group["backends"].clone())
+            };
+            let ours = pods(OAPS).context("no group yet")?;
+            ensure!(ours[1]["quota"] == 10, "{status}");
+            ensure!(pods(first) == Some(json!([])), "{status}");
+            Ok(())
+        });
+    });
+}
+
+#[test]
+fn many_services_of_one_namespace_keep_no_other_from_being_guarded() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        let pods = [Endpoint::new("10.244.2.66", "anything", "node2")];
+        cluster.api.admin().apply(&objects::namespace(TENANT));
+        cluster.make_pods(TENANT, &pods);
+        let many = (0..70_u16).flat_map(|index| {
+            let name = format!("oap{index}");
+            let service = objects::service(TENANT, &name, &[("grpc", PORT)]);
+            let slice = cluster.slice(TENANT, &name, 20_000 + index, &pods);
+            [labelled_as_oap(service), slice]
+        });
+        cluster
+            .api
+            .admin()
+            .apply(&objects::list(&many.collect::<Vec<_>>()));
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        eventually(SETTLES_WITHIN, || {
+            let status = balancer.status();
+            let services = status.services.iter();
+            let ours = services.clone().find(|service| service.port == PORT);
+            let quota = ours.and_then(|service| service.backends.first()?.quota);
+            ensure!(quota == Some(10), "{quota:?}\n{}", balancer.logs());
+            ensure!(services.count() == 1 + 8, "{:?}", status.services);
+            Ok(())
+        });
+        let problems = cluster_status(&balancer)["problems"].to_string();
+        assert!(
+            problems.contains("the namespace tenant has 70 Services"),
+            "{problems}"
+        );
+    });
+}
+
+#[test]
+fn a_report_out_of_bounds_is_named_and_nothing_else_happens() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{observed: 1m, headroom: 0%, min_quota: 12}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        cluster.publish("node2", &[("far-1", 30)]);
+        wait_for_quota(&balancer, Some(15), "30 connections (observed)");
+        let group =
+            json!({"entry": "agents", "service": {"namespace": OAPS, "name": "oap"}, "port": PORT});
+        let peak = json!({"group": group, "connections": 7, "seconds_ago": u64::MAX});
+        let report =
+            json!({"schema": 1, "node": "node3", "backends": [], "peaks": [peak], "refused": []});
+        cluster.publish_json("node3", &report);
+        eventually(SETTLES_WITHIN, || {
+            let problems = cluster_status(&balancer)["problems"].to_string();
+            for words in [
+                "balancer-node3",
+                "peaks[0].seconds_ago is 18446744073709551615",
+            ] {
+                ensure!(problems.contains(words), "{problems} has no {words}");
+            }
+            Ok(())
+        });
+        wait_for_quota(&balancer, Some(15), "30 connections (observed)");
+    });
+}
+
+#[test]
+fn while_the_api_server_tells_old_things_quotas_hold_and_then_open() {
+    Machine::with(|machine| {
+        machine.netns.add_address(CLIENT);
+        let mut cluster = Cluster::start(machine);
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(10), "= 10");
+        // Watches stay open, and nothing is new.
+        cluster.api.kill(Program::Etcd);
+        let client = cluster.connect(&pod).connected();
+        wait_for_quota(&balancer, None, "longer than hold_for");
+        let problems = cluster_status(&balancer)["problems"].to_string();
+        assert!(problems.contains("has not come back"), "{problems}");
+        cluster.api.spawn(Program::Etcd);
+        wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
+        drop(client);
+    });
+}
+
+/// `kubectl` as the daemon on a node: with a token of its pod, as its kubelet asks for.
+fn daemon_on(api: &ApiServer, node: &str) -> Kubectl {
+    let name = format!("balancer-on-{node}");
+    let mut pod = objects::pod(SYSTEM, &name, node, &["10.89.0.11"]);
+    pod["spec"]["serviceAccountName"] = json!("balancer");
+    api.admin().apply(&pod);
+    api.account_of_pod(SYSTEM, "balancer", &name)
+}
+
+/// A node report without content.
+fn config_map(name: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"namespace": SYSTEM, "name": name},
+        "data": {"publication.json": "{}"},
+    })
+}
+
+#[test]
+fn a_daemon_can_change_the_report_of_its_own_node_and_nothing_else() {
+    Machine::with(|machine| {
+        let api = ApiServer::start(&machine.netns);
+        let manifests = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../../deploy/manifests/balancer.yaml"
+        );
+        api.kubectl(&["apply", "--server-side", "-f", manifests]);
+        api.admin().apply(&objects::list(&[
+            objects::node(NODE),
+            objects::node("node2"),
+        ]));
+        api.admin().apply(&config_map("balancer-node2"));
+        api.admin().apply(&config_map("kube-root-ca.crt"));
+        let daemon = daemon_on(&api, NODE);
+        let refused = |object: &Value, words: &str| {
+            let attempt = daemon.attempt_to_apply(object);
+            ensure!(attempt.code != 0, "{object} was taken");
+            ensure!(attempt.stderr.contains(words), "{attempt:?}");
+            Ok(())
+        };
+        // A policy is in force a moment after it was made.
+        let policy = "the node report of its own node alone";
+        eventually(SETTLES_WITHIN, || {
+            refused(&config_map("balancer-node2"), policy)
+        });
+        for other in ["kube-root-ca.crt", "balancer-node3", "anything"] {
+            refused(&config_map(other), policy).expect("it is another one's");
+        }
+        let delete = ["delete", "configmap", "balancer-node2", "-n", SYSTEM];
+        let deleted = daemon.attempt(&delete);
+        assert!(
+            deleted.code != 0 && deleted.stderr.contains(policy),
+            "{deleted:?}"
+        );
+        // The configuration.
+        let secret = json!({
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"namespace": SYSTEM, "name": "balancer"},
+            "stringData": {"balancer.yaml": "kubernetes: {services: []}"},
+        });
+        refused(&secret, "Forbidden").expect("RBAC refuses it");
+        let read = daemon.attempt(&["get", "secret", "balancer", "-n", SYSTEM]);
+        assert!(read.stderr.contains("Forbidden"), "{read:?}");
+        // Its own report: new, changed and taken away.
+        for _ in 0..2 {
+            daemon.apply(&config_map("balancer-node1"));
+        }
+        daemon.run(&["delete", "configmap", "balancer-node1", "-n", SYSTEM]);
+        // A token that belongs to no pod names no node.
+        let unbound = api.account(SYSTEM, "balancer");
+        let attempt = unbound.attempt_to_apply(&config_map("balancer-node1"));
+        assert!(
+            attempt.code != 0 && attempt.stderr.contains(policy),
+            "{attempt:?}"
+        );
     });
 }

@@ -163,15 +163,24 @@ impl ApiServer {
     /// When there is no such account.
     #[track_caller]
     pub fn account(&self, namespace: &str, name: &str) -> Kubectl {
-        let token = self.kubectl(&[
-            "create",
-            "token",
-            name,
-            "--namespace",
-            namespace,
-            "--duration=1h",
-        ]);
-        let kubeconfig = self.directory.path().join(format!("{namespace}-{name}"));
+        self.with_token(namespace, name, name, &[])
+    }
+
+    /// The same with a token that belongs to a pod of the account, and names the pod's node.
+    ///
+    /// # Panics
+    /// When there is no such account or pod.
+    #[track_caller]
+    pub fn account_of_pod(&self, namespace: &str, name: &str, pod: &str) -> Kubectl {
+        let bound = ["--bound-object-kind=Pod", "--bound-object-name", pod];
+        self.with_token(namespace, name, pod, &bound)
+    }
+
+    #[track_caller]
+    fn with_token(&self, namespace: &str, name: &str, user: &str, options: &[&str]) -> Kubectl {
+        let create = ["create", "token", name, "--namespace", namespace];
+        let token = self.kubectl(&[&create[..], &["--duration=1h"], options].concat());
+        let kubeconfig = self.directory.path().join(format!("{namespace}-{user}"));
         let text = self.pki.kubeconfig_with_token(token.trim(), &self.url());
         fs::write(&kubeconfig, text).expect("the directory can be written");
         Kubectl::new(&self.netns, self.keeper.namespace(), &kubeconfig)

@@ -68,6 +68,16 @@ impl Kubectl {
         }
     }
 
+    /// Tries to make an object what this JSON says, without its status.
+    ///
+    /// # Panics
+    /// When it does not end within three minutes.
+    #[track_caller]
+    pub fn attempt_to_apply(&self, object: &Value) -> Finished {
+        let apply = ["apply", "--server-side", "--force-conflicts", "-f", "-"];
+        self.attempt_with_input(&apply, object.to_string().as_bytes())
+    }
+
     /// Merges this into the object's status.
     ///
     /// # Panics
