@@ -2,9 +2,11 @@
 
 use std::{
     fs::{self, File},
-    io::Read,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixListener,
     path::Path,
     process::{Command, Output, Stdio},
+    thread,
 };
 
 /// The program, pointed at a directory in which there is no balancer.
@@ -105,6 +107,56 @@ fn a_bad_configuration_is_one_line_and_changes_nothing() {
         1,
         "nothing but the file"
     );
+}
+
+/// What steers a terminal, and what is shown instead.
+const ESCAPE: (&str, &str) = ("\u{1b}[2J", "\\u001b[2J");
+
+#[test]
+fn a_path_does_not_reach_the_terminal_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = format!("/no/such{}", ESCAPE.0);
+    for arguments in [
+        &["doctor", "--config", &path][..],
+        &["run", "--config", &path],
+        &["status", "--state-dir", &path],
+        &["reload", "--admin-socket", &path],
+    ] {
+        let output = run(directory.path(), arguments);
+        assert_fails(&output, 1, ESCAPE.1);
+        assert!(!output.stderr.contains(&0x1b), "{output:?}");
+    }
+}
+
+/// Anybody who may write a node report, and any pod's name, is shown by `status --cluster`.
+#[test]
+fn what_a_cluster_tells_does_not_reach_the_terminal_as_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = UnixListener::bind(directory.path().join("admin.sock")).unwrap();
+    let problem = "the ConfigMap \\u001b[2J is bad";
+    let answer = format!(
+        "{{\"result\":\"cluster\",\"cluster\":{{\"schema\":1,\"node\":\"n\",\"complete\":true,\
+         \"silent_seconds\":0,\"problems\":[\"{problem}\"],\"groups\":[]}}}}\n"
+    );
+    let serving = thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut client, _) = daemon.accept().unwrap();
+            BufReader::new(&client)
+                .read_line(&mut String::new())
+                .unwrap();
+            client.write_all(answer.as_bytes()).unwrap();
+        }
+    });
+    for arguments in [
+        &["status", "--cluster"][..],
+        &["status", "--cluster", "-o", "json"],
+    ] {
+        let output = run(directory.path(), arguments);
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && said.contains(ESCAPE.1), "{said}");
+        assert!(!said.contains('\u{1b}'), "{said:?}");
+    }
+    serving.join().unwrap();
 }
 
 #[test]

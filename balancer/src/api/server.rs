@@ -183,7 +183,12 @@ fn bind_socket(path: &Path) -> Result<(net::UnixListener, FileId)> {
             Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, error)| error.into())
         })
         .with_context(|| format!("can't lock the directory {}", directory.display()))?;
-    warn_of_others(directory);
+    for why in open_to_others(directory) {
+        tracing::warn!(
+            "others can take the place of the admin socket, and so keep requests from the daemon: {why}. Close the directory to them (chmod \
+             go-w), or give --admin-socket in one of root's"
+        );
+    }
     check_free(&path)?;
 
     let mut aside = OsString::from(".");
@@ -242,12 +247,11 @@ pub(super) fn listen_aside(path: &Path) -> Result<net::UnixListener> {
     Ok(socket.into())
 }
 
-/// Warns where others could put a socket of theirs in the place of ours. Where a sticky directory
-/// lets others only add what they own, they can't.
-fn warn_of_others(directory: &Path) {
-    let Ok(directory) = directory.canonicalize() else {
-        return;
-    };
+/// Why others could put a socket of theirs in the place of one in this directory. In a sticky
+/// directory they can't: there they can only remove what they own.
+pub(super) fn open_to_others(directory: &Path) -> Vec<String> {
+    let mut reasons = Vec::new();
+    let directory = directory.canonicalize().unwrap_or_default();
     for directory in directory.ancestors() {
         let Ok(found) = directory.metadata() else {
             continue;
@@ -260,12 +264,9 @@ fn warn_of_others(directory: &Path) {
         } else {
             continue;
         };
-        tracing::warn!(
-            "others can take the place of the admin socket: {} {why}. Requests reach the daemon as before, but may be kept from it; close the \
-             directory to others (chmod go-w), or give --admin-socket in one of root's",
-            directory.display()
-        );
+        reasons.push(format!("{} {why}", directory.display()));
     }
+    reasons
 }
 
 /// Where the requests of all clients go.

@@ -524,6 +524,41 @@ fn another_users_process_is_no_daemon() {
     );
 }
 
+#[test]
+fn a_directory_that_others_may_change_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let inner = directory.path().join("inner");
+    fs::create_dir(&inner).unwrap();
+    let inner = inner.canonicalize().unwrap();
+    let with = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        server::open_to_others(&inner)
+    };
+    assert!(
+        with(&inner, 0o755).is_empty(),
+        "also below a sticky one such as /tmp"
+    );
+    let outer = inner.parent().unwrap().to_owned();
+    let told = with(&outer, 0o777);
+    assert_eq!(
+        told,
+        [format!(
+            "{} can be written by others, mode 777",
+            outer.display()
+        )]
+    );
+    assert!(with(&outer, 0o1777).is_empty());
+    std::os::unix::fs::chown(&inner, Some(65_534), None).unwrap();
+    let told = with(&outer, 0o700);
+    assert_eq!(
+        told,
+        [format!(
+            "{} belongs to user 65534 (nobody)",
+            inner.display()
+        )]
+    );
+}
+
 /// Nobody can connect before the file has its mode, whatever the umask allows.
 #[test]
 fn the_mode_of_a_socket_is_set_before_it_has_a_name() {

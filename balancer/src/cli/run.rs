@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use tracing_subscriber::EnvFilter;
 
-use super::Place;
+use super::{Place, absolute};
 use crate::{
     config::ConfigError,
     daemon, doctor,
@@ -37,7 +37,7 @@ and the command:
   balancer run --config /etc/balancer.yaml")]
 pub(super) struct Run {
     /// The configuration file (YAML)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = absolute())]
     config: PathBuf,
     /// The cgroup whose listeners and connections are counted [default: the root of the cgroup2
     /// mount]

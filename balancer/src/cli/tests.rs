@@ -303,20 +303,20 @@ fn status_says_that_a_reload_failed() {
         daemon: alive(),
     };
     let notes = DaemonNotes {
-        ended: None,
         failed_reload: Some(FailedReload {
             age: Duration::from_secs(75),
             error: "the old one stays in force: /etc/balancer.yaml:3:5: unknown key `prot`"
                 .to_owned(),
         }),
+        ..DaemonNotes::default()
     };
     let text = status::text(&snapshot, &notes);
     assert!(
         text.starts_with(
             "\
 Daemon: alive, last heartbeat 0.4 s ago
-Reload: FAILED 1 min 15 s ago: the old one stays in force:
-        /etc/balancer.yaml:3:5: unknown key `prot`. Then: `balancer reload`
+Reload: FAILED 1 min 15 s ago (`balancer reload` tries again): the old one stays
+        in force: /etc/balancer.yaml:3:5: unknown key `prot`
 
 agents:"
         ),
@@ -338,7 +338,7 @@ fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
         snapshot.daemon.heartbeat_age = Some(Duration::from_millis(milliseconds));
         let notes = DaemonNotes {
             ended: Some(4321),
-            failed_reload: None,
+            ..DaemonNotes::default()
         };
         status::text(&snapshot, &notes)
     };

@@ -20,7 +20,7 @@ use super::{
     yaml::{self, Node, Value, shown},
 };
 
-const SMALLEST: &str = "start with\n  services:\n    - name: agents\n      port: 11800";
+const SMALLEST: &str = "start with `services: [{name: agents, port: 11800}]`";
 
 const FAIL_OPEN_AFTER: Time = Time {
     key: "fail_open_after",

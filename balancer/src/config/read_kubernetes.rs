@@ -17,7 +17,7 @@ use super::{
     yaml::{Entry, Node, Value, shown},
 };
 
-const SMALLEST: &str = "start with\n  kubernetes:\n    services:\n      - name: agents";
+const SMALLEST: &str = "start with `kubernetes: {services: [{name: agents}]}`";
 
 const PUBLISH_EVERY: Time = Time {
     key: "publish_every",

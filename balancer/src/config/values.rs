@@ -15,7 +15,7 @@ use super::{
 
 /// The items of `services`, of which there is at least one.
 pub(super) fn service_entries<'a>(node: &'a Node, smallest: &str) -> Result<&'a [Node]> {
-    let nodes = node.list("`services`", "- name: agents")?;
+    let nodes = node.list("`services`", "[{name: agents, port: 11800}]")?;
     match nodes.get(MAX_SERVICES) {
         Some(node) => node.fail(format!(
             "{} services, at most {MAX_SERVICES} are possible; remove some, or run several daemons with a --state-dir each",

@@ -3,6 +3,7 @@
 mod attach;
 mod event_log;
 mod mode;
+mod neighbours;
 mod quotas;
 mod reconcile;
 mod requests;
@@ -18,6 +19,7 @@ use self::attach::GuardedNetns;
 use self::mode::Mode;
 #[doc(hidden)]
 pub use self::mode::fuzzing;
+use self::neighbours::ensure_sole;
 use self::reconcile::{Daemon, kept};
 use self::signals::{Signal, Signals};
 use crate::api::Server;
@@ -64,14 +66,16 @@ enum End {
 /// # Errors
 /// When it can't start; then nothing is left in the kernel that was not there before.
 pub async fn run(options: Options) -> Result<()> {
+    // Who reloads or ends it while it starts must not kill it half way.
+    let signals = Signals::new()?;
     let config = Config::load(&options.config)?;
     suffice_to_start()?;
     let guarded = GuardedNetns::resolve(&config.namespaces)?;
     let cgroup = cgroup(options.cgroup.as_deref())?;
     let paths = Paths::new(&options.state_dir);
     let lock = Lock::for_daemon(&paths)?;
+    ensure_sole(&config.services, &guarded.named_cookies(), &paths)?;
     let admin = Server::bind(&options.admin_socket, &options.state_dir)?;
-    let signals = Signals::new()?;
     let mode = Mode::start(&config).await?;
     let writer = Writer::start(paths, lock, &cgroup)?;
     let mut daemon = Daemon::new(&config, guarded, mode, writer);

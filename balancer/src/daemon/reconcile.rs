@@ -11,6 +11,7 @@ use tracing::{debug, error, info, warn};
 use super::attach::{GuardedNetns, Scope};
 use super::event_log;
 use super::mode::Mode;
+use super::neighbours::ensure_sole;
 use super::retry::FailedPlan;
 use crate::config::{Config, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots};
@@ -192,6 +193,8 @@ impl Daemon {
         let config = Config::load(path)?;
         suffice_for(kept(&config))?;
         let guarded = GuardedNetns::resolve(&config.namespaces)?;
+        let own = self.writer.loader.paths();
+        ensure_sole(&config.services, &guarded.named_cookies(), own)?;
         self.mode.reconfigure(&config)?;
         self.guarded = guarded;
         self.fail_open_after = config.fail_open_after;

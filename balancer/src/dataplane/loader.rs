@@ -251,6 +251,11 @@ impl Loader {
         Events::open(&self.paths.current())
     }
 
+    /// Where the pins are.
+    pub const fn paths(&self) -> &Paths {
+        &self.paths
+    }
+
     /// Notes for `status` how reading the configuration file again went: see [`Lock::note_reload`].
     pub fn note_reload(&self, error: Option<&str>) {
         self.lock.note_reload(error);

@@ -18,6 +18,8 @@ const LONGEST: u64 = 16 << 10;
 /// The notes of the daemon of one state directory, as they are now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DaemonNotes {
+    /// The process of the daemon.
+    pub running: Option<u32>,
     /// The daemon was this process, which is gone. Only where it ended by itself no note is left.
     pub ended: Option<u32>,
     /// The configuration file could not be put in force when it was last read again.
@@ -37,8 +39,10 @@ impl DaemonNotes {
     /// Reads the notes. What can't be read is not there.
     pub fn read(paths: &Paths) -> Self {
         let failed = Note::failed_reload(paths).read();
+        let holder = Note::holder(paths).pid();
         Self {
-            ended: Note::holder(paths).pid().filter(|pid| is_ending(*pid)),
+            running: holder.filter(|pid| !is_ending(*pid)),
+            ended: holder.filter(|pid| is_ending(*pid)),
             failed_reload: failed.and_then(|note| {
                 let (since, error) = note.split_once('\n')?;
                 let age = clock::monotonic_ns().saturating_sub(since.parse().ok()?);
@@ -154,11 +158,16 @@ mod tests {
         let note = Note::holder(&own.0);
         note.write(&std::process::id().to_string())
             .expect("written");
-        assert_eq!(DaemonNotes::read(&own.0).ended, None);
+        let notes = DaemonNotes::read(&own.0);
+        assert_eq!(
+            (notes.running, notes.ended),
+            (Some(std::process::id()), None)
+        );
         let mut gone = std::process::Command::new("true").spawn().expect("true");
         gone.wait().expect("it ends");
         note.write(&gone.id().to_string()).expect("written");
-        assert_eq!(DaemonNotes::read(&own.0).ended, Some(gone.id()));
+        let notes = DaemonNotes::read(&own.0);
+        assert_eq!((notes.running, notes.ended), (None, Some(gone.id())));
     }
 
     #[test]

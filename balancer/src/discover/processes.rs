@@ -143,6 +143,7 @@ fn socket_inode(descriptor: &Path) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read as _, Write as _};
     use std::{net::TcpListener, os::fd::AsRawFd as _};
 
     fn inode(listener: &TcpListener) -> u32 {
@@ -200,6 +201,27 @@ mod tests {
         assert!(is_ending(child.id()), "killed");
         child.wait().expect("wait");
         assert!(is_ending(child.id()), "gone");
+    }
+
+    #[test]
+    fn a_name_is_one_line_without_control_characters() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let program = directory.path().join("a\u{1b}[31m\nok  b");
+        fs::copy("/bin/cat", &program).expect("copied");
+        let mut child = std::process::Command::new(&program)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("spawn");
+        // It has its name once it answers.
+        let (mut to, mut from) = child.stdin.take().zip(child.stdout.take()).expect("piped");
+        to.write_all(b"x").expect("written");
+        from.read_exact(&mut [0]).expect("read");
+        let pid = child.id();
+        let name = SocketOwner { pid, fd: 0 }.name();
+        drop(to);
+        child.wait().expect("it ends");
+        assert_eq!(name, format!("a\\u{{1b}}[31m\\nok  b (process {pid})"));
     }
 
     #[test]

@@ -278,9 +278,12 @@ fn quotas_of_what_does_not_exist_are_errors() {
             &["quota", "set", "nobody", "5"][..],
             &["quota", "set", "agents", "5", "--slot", "77"],
             &["quota", "clear", "nobody"],
+            &["quota", "set", "\u{1b}[2J", "5"],
+            &["quota", "show", "\u{1b}[2J"],
         ] {
             let finished = balancer.verb(arguments);
             assert_eq!(finished.code, 1, "{arguments:?}: {}", finished.stderr);
+            assert!(!finished.stderr.contains('\u{1b}'), "{}", finished.stderr);
         }
     });
 }
@@ -360,5 +363,46 @@ fn a_daemon_that_was_killed_is_dead_in_status_before_it_is_silent() {
             anyhow::ensure!(text.starts_with(&dead), "{text}");
             Ok(())
         });
+    });
+}
+
+/// Each would count and steer as if it were alone.
+#[test]
+fn two_daemons_on_one_port_of_a_netns_are_refused() {
+    Machine::with(|machine| {
+        let on_port = |port: u16| format!("services: [{{name: agents, port: {port}}}]\n");
+        let mut first = Balancer::start(machine, &on_port(11_800));
+        let mut second = Balancer::prepare(machine, &on_port(11_800));
+        let state = first.state().to_owned();
+        let named = |said: &str, daemon: &str| {
+            for words in [
+                format!(
+                    "with its state in {} ({daemon}) has port 11800",
+                    state.display()
+                ),
+                format!("`balancer unload --state-dir {}`", state.display()),
+            ] {
+                assert!(said.contains(&words), "{words:?} is not in {said}");
+            }
+        };
+        let (code, said) = run(&second);
+        assert_eq!(code, 1, "{said}");
+        named(&said, &format!("process {}", first.pid()));
+        assert!(!second.state().exists());
+        // Beside it is room for others, and a reload can't come closer either.
+        second.configure(&on_port(11_900));
+        second.launch();
+        second.configure(&on_port(11_800));
+        let reload = second.verb(&["reload"]);
+        assert_eq!(reload.code, 1, "{}", reload.stderr);
+        named(&reload.stderr, &format!("process {}", first.pid()));
+        assert_eq!(second.service().port, 11_900);
+        // What a daemon has left goes on deciding.
+        first.stop(Signal::SIGTERM);
+        let reload = second.verb(&["reload"]);
+        named(&reload.stderr, "no daemon runs there");
+        first.must(&["unload"]);
+        second.must(&["reload"]);
+        assert_eq!(second.service().port, 11_800);
     });
 }

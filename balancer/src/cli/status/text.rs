@@ -69,7 +69,7 @@ fn daemon(daemon: &DaemonSnapshot, ended: Option<u32>) -> String {
 
 fn reload(failed: &FailedReload) -> String {
     let words = format!(
-        "FAILED {} ago: {}. Then: `balancer reload`",
+        "FAILED {} ago (`balancer reload` tries again): {}",
         span(failed.age),
         failed.error
     );
