@@ -66,12 +66,10 @@ impl<'a> Json<'a> {
     }
 }
 
-fn count(report: &Report, status: Status) -> usize {
-    report
-        .checks
-        .iter()
-        .filter(|check| check.status == status)
-        .count()
+/// The names of the checks with that status.
+fn names(report: &Report, status: Status) -> Vec<&'static str> {
+    let those = report.checks.iter().filter(|check| check.status == status);
+    those.map(|check| check.name).collect()
 }
 
 pub(super) fn text(report: &Report) -> String {
@@ -103,13 +101,32 @@ fn found(first: &str, text: &str) -> String {
         .collect()
 }
 
+/// The sentence at the end, which names what is to be looked at.
 fn summary(report: &Report) -> String {
     let all = report.checks.len();
-    match (count(report, Status::Fail), count(report, Status::Warn)) {
-        (0, 0) => format!("All {all} checks are ok.\n"),
-        (0, warnings) => format!("The balancer works here; {warnings} of {all} checks warn.\n"),
-        (failures, warnings) => format!(
-            "The balancer can't work here as it should: {failures} of {all} checks fail, {warnings} warn.\n"
-        ),
-    }
+    let (fail, warn) = (names(report, Status::Fail), names(report, Status::Warn));
+    let sentence = match (fail.len(), warn.len()) {
+        (0, 0) => format!("All {all} checks are ok."),
+        (0, warnings) => {
+            let which = named("warn", &warn);
+            format!("The balancer works here; {warnings} of {all} checks {which}.")
+        }
+        (failures, warnings) => {
+            let which = named("fail", &fail);
+            let also = match warnings {
+                0 => String::new(),
+                _ => format!("; {warnings} {}", named("warn", &warn)),
+            };
+            format!(
+                "The balancer can't work here as it should: {failures} of {all} checks {which}{also}."
+            )
+        }
+    };
+    wrapped("", &sentence)
+}
+
+/// `warns: tcp_syncookies`, or `warn: backends, tcp_syncookies`.
+fn named(verb: &str, checks: &[&str]) -> String {
+    let ending = if checks.len() == 1 { "s" } else { "" };
+    format!("{verb}{ending}: {}", checks.join(", "))
 }

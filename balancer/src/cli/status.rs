@@ -13,6 +13,7 @@ pub(super) use self::{
 };
 use super::{Place, output::Output};
 use crate::dataplane::DaemonNotes;
+use crate::doctor;
 
 /// Show services, backends, their connections and quotas, and how look-ups ended (changes nothing)
 ///
@@ -22,6 +23,9 @@ use crate::dataplane::DaemonNotes;
 /// a connection while ESTABLISHED - EXEMPT, plus the half-open connections that may still complete,
 /// is below its QUOTA. Those are read from its listener at each SYN, so PENDING may differ from
 /// them.
+///
+/// Lines with `!` say what is wrong. Those about listeners and addresses are about the network
+/// namespace in which it is run; `balancer doctor` looks at all that are guarded.
 ///
 /// Verdicts are look-ups, nearly always one for each new connection, but stray packets and other
 /// programs look up sockets too.
@@ -49,10 +53,12 @@ impl Status {
             let report = place.ask_for_cluster()?;
             return self.output.show(&report, || cluster::text(&report));
         }
-        let snapshot = place
-            .reader()?
+        let reader = place.reader()?;
+        let mut snapshot = reader
             .snapshot()
             .context("can't read the balancer's maps")?;
+        doctor::add_warnings(&mut snapshot, &reader, &place.state_dir)
+            .context("can't compare the services with their listeners")?;
         let notes = DaemonNotes::read(&place.paths());
         self.output
             .show(&Json::new(&snapshot, &notes), || text(&snapshot, &notes))

@@ -62,6 +62,7 @@ fn agents() -> ServiceSnapshot {
             },
         ],
         verdicts: verdicts.collect(),
+        warnings: Vec::new(),
     }
 }
 
@@ -89,6 +90,7 @@ fn als() -> ServiceSnapshot {
             },
         ],
         verdicts: Reason::ALL.iter().map(|reason| (*reason, 0)).collect(),
+        warnings: Vec::new(),
     }
 }
 
@@ -527,6 +529,24 @@ fn text_fits_into_80_columns_with_the_longest_ipv4_addresses() {
 }
 
 #[test]
+fn status_shows_the_warnings_of_a_service_in_its_lines() {
+    let mut service = agents();
+    service
+        .warnings
+        .push("the listener 0.0.0.0:11800 gets no connections".to_owned());
+    let text = status::text(&Snapshot {
+        services: vec![service],
+        daemon: alive(),
+    });
+    let quota = text.find("  Quota: ").unwrap();
+    let warning = text.find("  ! the listener 0.0.0.0:11800").unwrap();
+    assert!(
+        quota < warning && warning < text.find("  SLOT").unwrap(),
+        "{text}"
+    );
+}
+
+#[test]
 fn status_as_json_is_as_contracted() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
@@ -534,6 +554,9 @@ fn status_as_json_is_as_contracted() {
     };
     snapshot.services[0].unattributed = 40;
     snapshot.services[0].backends.truncate(1);
+    snapshot.services[0]
+        .warnings
+        .push("a hidden listener".to_owned());
     let backend = &mut snapshot.services[0].backends[0];
     (backend.quota, backend.pending, backend.note) = (None, None, Some("a \"note\"".to_owned()));
     let verdicts: serde_json::Map<_, _> = snapshot.services[0]
@@ -566,6 +589,7 @@ fn status_as_json_is_as_contracted() {
                     "note": "a \"note\"",
                 }],
                 "verdicts": verdicts,
+                "warnings": ["a hidden listener"],
             }],
             "agent": {"alive": true, "heartbeat_age_ms": 412, "checks": 7, "drift": 0, "repairs": 0, "failed_reload": null},
         })
@@ -1112,12 +1136,15 @@ FAIL  btf: tcp_syncookies is 2
       the client's connect has succeeded
       -> boot a kernel with CONFIG_DEBUG_INFO_BTF
 
-The balancer can't work here as it should: 1 of 3 checks fail, 1 warn.
+The balancer can't work here as it should: 1 of 3 checks fails: btf; 1 warns: syncookies.
 ",
     );
     let mut fine = report();
     fine.checks.truncate(2);
-    assert!(doctor::text(&fine).ends_with("The balancer works here; 1 of 2 checks warn.\n"));
+    assert!(
+        doctor::text(&fine)
+            .ends_with("The balancer works here; 1 of 2 checks warns: syncookies.\n")
+    );
     fine.checks.truncate(1);
     assert!(doctor::text(&fine).ends_with("All 1 checks are ok.\n"));
 }
@@ -1139,7 +1166,7 @@ FAIL  btf: refused, with this log:
       the client's connect has succeeded
       -> boot a kernel with CONFIG_DEBUG_INFO_BTF
 
-The balancer can't work here as it should: 1 of 1 checks fail, 0 warn.
+The balancer can't work here as it should: 1 of 1 checks fails: btf.
 ",
     );
 }

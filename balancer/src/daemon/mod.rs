@@ -13,7 +13,7 @@ mod signals;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use self::attach::GuardedNetns;
 use self::mode::Mode;
@@ -26,6 +26,7 @@ use crate::api::Server;
 use crate::config::Config;
 use crate::dataplane::{Events, Lock, Paths, Writer};
 use crate::discover::cgroup;
+use crate::doctor;
 use crate::sys::memory;
 use crate::sys::privileges::{drop_to, suffice_to_start};
 
@@ -92,10 +93,23 @@ pub async fn run(options: Options) -> Result<()> {
             return Err(error);
         }
     };
+    warn_of_mistakes(&config);
     memory::give_back();
     info!("ready");
     let end = serve(&mut daemon, &options, events, admin, signals).await?;
     finish(&daemon, end, options.on_exit)
+}
+
+/// Warns of what the file says and this machine makes nothing of.
+fn warn_of_mistakes(config: &Config) {
+    match doctor::mistakes(config) {
+        Ok(mistakes) => {
+            for mistake in mistakes {
+                warn!("{}: {mistake}", mistake.service);
+            }
+        }
+        Err(error) => warn!("the file could not be compared with this machine: {error}"),
+    }
 }
 
 async fn serve(

@@ -13,6 +13,7 @@ use super::event_log;
 use super::mode::Mode;
 use super::neighbours::ensure_sole;
 use super::retry::FailedPlan;
+use super::warn_of_mistakes;
 use crate::config::{Config, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots};
 use crate::sys::clock;
@@ -202,6 +203,7 @@ impl Daemon {
         // Whatever the maps hold, it is written again.
         self.plan = None;
         self.failed = None;
+        warn_of_mistakes(&config);
         Ok(())
     }
 

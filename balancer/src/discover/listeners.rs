@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    net::{IpAddr, UdpSocket},
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -76,6 +77,22 @@ pub fn listening(netns: impl AsFd) -> io::Result<Vec<Socket>> {
     })?
 }
 
+/// Whether servers in the calling thread's netns can be bound to an address: it is one of its own,
+/// or `net.ipv4.ip_nonlocal_bind` lets them (`inet_addr_valid_or_nonlocal`, `include/net/inet_sock.h`).
+/// A server that sets `IP_FREEBIND` can be bound to any.
+///
+/// # Errors
+/// Where it can't be tried.
+pub fn has_address(address: IpAddr) -> io::Result<bool> {
+    // By UDP, for which the kernel has the same rule and nothing listens meanwhile.
+    match UdpSocket::bind((address, 0)) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,8 +117,7 @@ mod tests {
     fn listeners_of_a_namespace_are_found_from_outside_with_their_owners() {
         let netns = netns::tests::fresh();
         let (v4, v6) = netns::inside(&netns, || {
-            let bind =
-                |address: std::net::IpAddr| TcpListener::bind((address, 11800)).expect("bind");
+            let bind = |address: IpAddr| TcpListener::bind((address, 11800)).expect("bind");
             (
                 bind(Ipv4Addr::UNSPECIFIED.into()),
                 TcpListener::bind((Ipv6Addr::UNSPECIFIED, 11802)).expect("bind"),
@@ -128,6 +144,13 @@ mod tests {
                 found.socket.cookie
             );
         }
+    }
+
+    #[test]
+    fn an_address_of_another_host_is_told() {
+        let has = |address: &str| has_address(address.parse().expect("an address")).expect("tried");
+        assert!(has("127.0.0.1") && has("127.3.2.1"));
+        assert!(!has("192.0.2.77") && !has("2001:db8::77"));
     }
 
     #[test]

@@ -323,6 +323,7 @@ mod tests {
         GuardedNetns {
             label: label.to_owned(),
             file: netns::tests::fresh(),
+            for_backends_alone: false,
         }
     }
 

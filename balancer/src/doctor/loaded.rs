@@ -1,25 +1,56 @@
 //! The data plane that is loaded already, if one is.
 
-use std::{collections::HashSet, path::Path};
+use std::{
+    collections::{BTreeSet, HashSet},
+    path::Path,
+};
+
+use anyhow::Result;
 
 use super::{
     Check,
-    guarded::{self, GuardedNetns},
+    guarded::{self, Guarded, GuardedNetns},
+    listening::CheckedService,
 };
 use crate::{
-    dataplane::{self, DaemonSnapshot, Link, Paths, ServiceSnapshot, Snapshot},
+    dataplane::{self, DaemonSnapshot, Link, Paths, Reader, ServiceSnapshot, Snapshot},
     sys::netns,
 };
 
-/// What is loaded under a state directory, and what to say of it.
-pub(super) fn snapshot(state_dir: &Path) -> (Option<Snapshot>, Check) {
-    const NAME: &str = "data plane";
-    let snapshot = || {
-        dataplane::open(&Paths::new(state_dir))?
-            .map(|reader| reader.snapshot())
-            .transpose()
+/// What is loaded.
+pub(super) struct Loaded {
+    pub(super) snapshot: Snapshot,
+    pub(super) services: Vec<CheckedService>,
+}
+
+impl Loaded {
+    fn read(reader: &Reader) -> Result<Self> {
+        let snapshot = reader.snapshot()?;
+        Ok(Self {
+            services: services(reader, &snapshot)?,
+            snapshot,
+        })
+    }
+}
+
+/// The services of the loaded data plane.
+pub(super) fn services(reader: &Reader, snapshot: &Snapshot) -> Result<Vec<CheckedService>> {
+    let listed = reader.listed()?;
+    let none = BTreeSet::new();
+    let service = |service: &ServiceSnapshot| {
+        CheckedService::loaded(service, listed.get(&service.id).unwrap_or(&none))
     };
-    match snapshot() {
+    Ok(snapshot.services.iter().map(service).collect())
+}
+
+/// What is loaded under a state directory, and what to say of it.
+pub(super) fn data_plane(state_dir: &Path) -> (Option<Loaded>, Check) {
+    const NAME: &str = "data plane";
+    let loaded_there = || {
+        let reader = dataplane::open(&Paths::new(state_dir))?;
+        reader.map(|reader| Loaded::read(&reader)).transpose()
+    };
+    match loaded_there() {
         Ok(None) => (
             None,
             Check::ok(
@@ -28,9 +59,9 @@ pub(super) fn snapshot(state_dir: &Path) -> (Option<Snapshot>, Check) {
                 "`balancer run` loads it",
             ),
         ),
-        Ok(Some(snapshot)) => {
-            let check = loaded(snapshot.services.len(), &snapshot.daemon);
-            (Some(snapshot), check)
+        Ok(Some(there)) => {
+            let check = loaded(there.services.len(), &there.snapshot.daemon);
+            (Some(there), check)
         }
         Err(error) => (
             None,
@@ -58,12 +89,12 @@ fn loaded(services: usize, daemon: &DaemonSnapshot) -> Check {
         );
     }
     let silence = daemon.heartbeat_age.map_or_else(
-        || "ever".to_owned(),
-        |age| format!("for {} s", age.as_secs()),
+        || "no daemon has ever lived".to_owned(),
+        |age| format!("no daemon has lived for {} s", age.as_secs()),
     );
     Check::warn(
         NAME,
-        format!("{found}; no daemon has lived {silence}"),
+        format!("{found}; {silence}"),
         "connections are counted and steered as before, but nobody is refused any more (fail open), and quotas stay as they are",
         "start `balancer run`, or take the data plane out with `balancer unload`",
     )
@@ -117,18 +148,25 @@ pub(super) fn older_connections(services: &[ServiceSnapshot]) -> Check {
 }
 
 /// The netns that the loaded data plane is attached to.
-pub(super) fn guarded_netns(state_dir: &Path) -> (Vec<GuardedNetns>, Option<Check>) {
+pub(super) fn guarded_netns(state_dir: &Path) -> Guarded {
     let cookies = attached(&Paths::new(state_dir).current());
-    let own = netns::cookie().ok();
-    let (mut found, check) = guarded::all();
+    let (mut found, unreachable) = guarded::all();
     found.retain(|(cookie, _)| cookies.contains(cookie));
-    let labelled = found.into_iter().map(|(cookie, mut netns)| {
-        if Some(cookie) == own {
-            guarded::OWN.clone_into(&mut netns.label);
-        }
-        netns
+    let netns = found.into_iter().map(|(_, netns)| GuardedNetns {
+        for_backends_alone: false,
+        ..netns
     });
-    (labelled.collect(), check)
+    Guarded {
+        netns: netns.collect(),
+        unreachable,
+    }
+}
+
+/// The netns that we are in, where the loaded data plane is attached to it.
+pub(super) fn own_netns(state_dir: &Path) -> Option<GuardedNetns> {
+    let cookies = attached(&Paths::new(state_dir).current());
+    let own = netns::cookie().ok()?;
+    (cookies.contains(&own)).then(guarded::own)?.ok()
 }
 
 /// The cookies in the names of the links' pins.
@@ -156,8 +194,8 @@ mod tests {
 
     #[test]
     fn nothing_loaded_is_no_fault() {
-        let (snapshot, check) = snapshot(Path::new("/sys/fs/bpf/no-such-balancer"));
-        assert!(snapshot.is_none());
+        let (loaded, check) = data_plane(Path::new("/sys/fs/bpf/no-such-balancer"));
+        assert!(loaded.is_none());
         assert_eq!(check.status, Status::Ok);
     }
 
@@ -172,7 +210,7 @@ mod tests {
         );
         assert_eq!(
             loaded(1, &daemon(false, None)).found,
-            "loaded, with one service; no daemon has lived ever"
+            "loaded, with one service; no daemon has ever lived"
         );
     }
 

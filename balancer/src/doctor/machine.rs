@@ -23,26 +23,39 @@ const CAPABILITIES: [Needed; 5] = [
     ),
     (Capability::CAP_NET_ADMIN, "attaching programs", true),
     (
-        Capability::CAP_SYS_ADMIN,
-        "entering network namespaces and mounting bpffs",
-        true,
-    ),
-    (
         Capability::CAP_SYS_PTRACE,
         "taking over listeners that run already, and naming their owners",
         false,
     ),
+    (
+        Capability::CAP_DAC_READ_SEARCH,
+        "the same for listeners of other users",
+        false,
+    ),
 ];
 
-pub(super) fn checks(state_dir: &Path) -> Vec<Check> {
+/// Not needed where the daemon guards its own netns alone and finds a BPF file system.
+const ADMIN: Needed = (
+    Capability::CAP_SYS_ADMIN,
+    "entering network namespaces and mounting bpffs",
+    true,
+);
+
+/// `own_alone`: no other netns than the own is to be guarded.
+pub(super) fn checks(state_dir: &Path, own_alone: bool) -> Vec<Check> {
+    let needs_admin = !own_alone || !is_bpffs(state_dir).unwrap_or(false);
+    let needed: Vec<Needed> = CAPABILITIES
+        .into_iter()
+        .chain(needs_admin.then_some(ADMIN))
+        .collect();
     vec![
-        capabilities(caps::read(None, CapSet::Effective)),
+        capabilities(&needed, caps::read(None, CapSet::Effective)),
         files(),
         bpffs(state_dir),
     ]
 }
 
-fn capabilities(effective: Result<CapsHashSet, CapsError>) -> Check {
+fn capabilities(needed: &[Needed], effective: Result<CapsHashSet, CapsError>) -> Check {
     const NAME: &str = "capabilities";
     let held = match effective {
         Ok(held) => held,
@@ -51,14 +64,14 @@ fn capabilities(effective: Result<CapsHashSet, CapsError>) -> Check {
             return Check::fail(NAME, found, "what is permitted is not known", "run as root");
         }
     };
-    let missing: Vec<_> = CAPABILITIES
+    let missing: Vec<_> = needed
         .iter()
         .filter(|(needed, ..)| !held.contains(needed))
         .collect();
     if missing.is_empty() {
         return Check::ok(
             NAME,
-            listing(&CAPABILITIES.map(|(capability, ..)| capability)),
+            listing(&(needed.iter().map(|(capability, ..)| capability)).collect::<Vec<_>>()),
             "everything that the daemon does is permitted",
         );
     }
@@ -248,6 +261,7 @@ mod tests {
         GuardedNetns {
             label: label.to_owned(),
             file: netns::tests::fresh(),
+            for_backends_alone: false,
         }
     }
 
@@ -259,6 +273,8 @@ mod tests {
 
     #[test]
     fn missing_capabilities_are_named() {
+        let needed = [&CAPABILITIES[..], &[ADMIN]].concat();
+        let capabilities = |held| capabilities(&needed, held);
         let all = capabilities(Ok(caps::all()));
         assert_eq!(all.status, Status::Ok);
         let none = capabilities(Ok(CapsHashSet::new()));
@@ -267,13 +283,16 @@ mod tests {
             none.found.contains("CAP_BPF") && none.found.contains("CAP_SYS_PTRACE"),
             "{none:?}"
         );
-        let mut most = caps::all();
-        most.remove(&Capability::CAP_SYS_PTRACE);
-        let no_ptrace = capabilities(Ok(most));
-        assert_eq!(
-            (no_ptrace.status, no_ptrace.found.as_str()),
-            (Status::Warn, "missing: CAP_SYS_PTRACE")
-        );
+        let without = |capability| {
+            let mut most = caps::all();
+            most.remove(&capability);
+            let check = capabilities(Ok(most));
+            assert_eq!(check.found, format!("missing: {capability}"));
+            check.status
+        };
+        assert_eq!(without(Capability::CAP_SYS_PTRACE), Status::Warn);
+        assert_eq!(without(Capability::CAP_DAC_READ_SEARCH), Status::Warn);
+        assert_eq!(without(Capability::CAP_SYS_ADMIN), Status::Fail);
         assert_eq!(
             capabilities(Err(CapsError::from("no"))).status,
             Status::Fail
@@ -283,6 +302,17 @@ mod tests {
             Status::Ok,
             "tests run as root"
         );
+    }
+
+    #[test]
+    fn who_guards_the_own_netns_alone_enters_none() {
+        let names_admin = |state_dir: &str, own_alone| {
+            let checks = checks(Path::new(state_dir), own_alone);
+            checks[0].found.contains("CAP_SYS_ADMIN")
+        };
+        assert!(!names_admin("/sys/fs/bpf/no-such-balancer", true));
+        assert!(names_admin("/sys/fs/bpf/no-such-balancer", false));
+        assert!(names_admin("/no-such-directory", true), "to mount bpffs");
     }
 
     #[test]
@@ -307,10 +337,12 @@ mod tests {
                 GuardedNetns {
                     label: "first".into(),
                     file: first.file.try_clone().expect("clone"),
+                    for_backends_alone: false,
                 },
                 GuardedNetns {
                     label: "second".into(),
                     file: second.file.try_clone().expect("clone"),
+                    for_backends_alone: false,
                 },
             ]);
             checks

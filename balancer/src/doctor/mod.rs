@@ -8,15 +8,25 @@ mod attached;
 mod cluster;
 mod features;
 mod guarded;
+mod listening;
 mod loaded;
 mod machine;
+mod mistakes;
 mod services;
 
-use std::{fmt::Display, path::PathBuf};
+use std::{
+    fmt::Display,
+    io,
+    path::{Path, PathBuf},
+};
 
 use serde::Serialize;
 
-use crate::config::Config;
+use self::guarded::Guarded;
+use self::listening::CheckedService;
+pub use self::mistakes::{Kind, Mistake};
+use crate::config::{Config, NetnsScope};
+use crate::dataplane::{Reader, Snapshot};
 
 /// What to look at.
 #[derive(Clone, Debug)]
@@ -129,47 +139,89 @@ pub fn kernel_too_old() -> Option<String> {
     features::too_old(&features::release())
 }
 
+/// The mistakes in a file that shows on this machine; none for a cluster, whose file names no
+/// addresses.
+///
+/// # Errors
+/// When listening sockets or their owners can't be listed.
+pub fn mistakes(config: &Config) -> io::Result<Vec<Mistake>> {
+    let services = of_file(config);
+    if services.is_empty() {
+        return Ok(Vec::new());
+    }
+    mistakes::with_owners(&services, &guarded::configured(Some(config)))
+}
+
+/// Adds to each service which [`mistakes`] are in force, without the owners of listeners: in the
+/// netns that we are in, where it is guarded.
+///
+/// # Errors
+/// When listening sockets or maps can't be read.
+pub fn add_warnings(
+    snapshot: &mut Snapshot,
+    reader: &Reader,
+    state_dir: &Path,
+) -> anyhow::Result<()> {
+    let own = loaded::own_netns(state_dir).filter(|_| {
+        let mut services = snapshot.services.iter();
+        services.any(|service| service.virtual_port)
+    });
+    let Some(own) = own else {
+        return Ok(());
+    };
+    let (services, guarded) = (loaded::services(reader, snapshot)?, Guarded::only(own));
+    let listeners = listening::listeners(&services, &guarded.netns)?;
+    for mistake in mistakes::of(&services, &guarded, &listeners) {
+        let mut of = snapshot.services.iter_mut();
+        if let Some(service) = of.find(|service| service.name == mistake.service) {
+            service.warnings.push(mistake.to_string());
+        }
+    }
+    Ok(())
+}
+
+fn of_file(config: &Config) -> Vec<CheckedService> {
+    config.services.iter().map(CheckedService::from).collect()
+}
+
 /// Looks at everything. What can't be looked at is a finding, too.
 pub fn run(options: &Options) -> Report {
+    let config = options.config.as_ref();
     let mut checks = features::checks();
     checks.push(features::programs(&options.state_dir));
-    checks.extend(machine::checks(&options.state_dir));
-    let (snapshot, check) = loaded::snapshot(&options.state_dir);
+    let own_alone = config.is_some_and(|config| config.namespaces == NetnsScope::Own);
+    checks.extend(machine::checks(&options.state_dir, own_alone));
+    let (loaded, check) = loaded::data_plane(&options.state_dir);
     checks.push(check);
-    if let Some(snapshot) = &snapshot {
-        checks.push(loaded::counts(&snapshot.daemon));
-        checks.push(loaded::older_connections(&snapshot.services));
+    if let Some(loaded) = &loaded {
+        checks.push(loaded::counts(&loaded.snapshot.daemon));
+        checks.push(loaded::older_connections(&loaded.snapshot.services));
     }
-    let config = options.config.as_ref();
     if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {
         checks.extend(cluster::checks(kubernetes));
     }
-    checks.extend(snapshot.as_ref().and_then(cluster::translated));
+    checks.extend((loaded.as_ref()).and_then(|loaded| cluster::translated(&loaded.snapshot)));
 
     // In a cluster the file names no addresses: the loaded data plane knows them.
     let file = config.filter(|config| config.kubernetes.is_none());
-    let (netns, unreachable) = match (file, &snapshot) {
+    let guarded = match (file, &loaded) {
         (None, Some(_)) => loaded::guarded_netns(&options.state_dir),
         _ => guarded::configured(config),
     };
-    checks.extend(unreachable);
-    checks.extend(machine::settings(&netns));
-    checks.extend(attached::checks(options, &netns));
-    let watched: Vec<_> = match (file, &snapshot) {
-        (Some(file), _) => file
-            .services
-            .iter()
-            .map(services::CheckedService::from)
-            .collect(),
-        (None, Some(snapshot)) => snapshot
-            .services
-            .iter()
-            .map(services::CheckedService::from)
-            .collect(),
+    checks.extend(guarded.unreachable.clone());
+    checks.extend(machine::settings(&guarded.netns));
+    checks.extend(attached::checks(options, &guarded.netns));
+    let services = match (file, loaded) {
+        (Some(file), _) => of_file(file),
+        (None, Some(loaded)) => loaded.services,
         (None, None) => Vec::new(),
     };
-    let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
-    checks.extend(services::checks(&watched, &netns, cgroup.as_deref()));
+    if services.is_empty() {
+        checks.push(services::none(config.is_some()));
+    } else {
+        let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
+        checks.extend(services::checks(&services, &guarded, cgroup.as_deref()));
+    }
     Report { checks }
 }
 

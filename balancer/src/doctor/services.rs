@@ -1,101 +1,45 @@
 //! The services' listeners: those that can't be steered to, that nobody reaches, that are missing.
 
-use std::{
-    collections::{HashMap, HashSet},
-    fs, io,
-    net::{IpAddr, SocketAddr},
-    path::Path,
+use std::{collections::HashMap, fs, net::SocketAddr, path::Path};
+
+use super::{
+    Check,
+    guarded::Guarded,
+    listening::{CheckedService, ServiceListener, family_of, find_owners, listeners},
+    listing, mistakes,
 };
+use crate::{discover::cgroup_ids, sys::sock_diag::Family};
 
-use balancer_common::abi::BackendState;
-use ipnet::IpNet;
+const NAME: &str = "services";
 
-use super::{Check, guarded::GuardedNetns, listing};
-use crate::{
-    config::{Backend, QuotaRule, Service},
-    dataplane::ServiceSnapshot,
-    discover::{self, SocketOwner, cgroup_ids},
-    sys::sock_diag::Socket,
-};
-
-/// A service, as far as its listeners go.
-#[derive(Clone, Debug)]
-pub(super) struct CheckedService {
-    name: String,
-    port: u16,
-    address: Option<IpAddr>,
-    /// Where the listeners behind a virtual port are; `None`: on the port itself.
-    backends: Option<Vec<SocketAddr>>,
-    /// The quota of each backend, where it is known.
-    quota: Option<u32>,
-    /// Sources that are exempt; `None`: not known.
-    exempt: Option<Vec<IpNet>>,
-    /// Addresses and ports that its listeners in the loaded data plane are bound to; `None`: not
-    /// known.
-    loaded: Option<Vec<SocketAddr>>,
-}
-
-impl From<&Service> for CheckedService {
-    fn from(service: &Service) -> Self {
-        let addresses =
-            |backends: &Vec<Backend>| backends.iter().map(|backend| backend.address).collect();
-        Self {
-            name: service.name.clone(),
-            port: service.port,
-            address: service.address,
-            backends: service.backends.as_ref().map(addresses),
-            quota: match service.quota {
-                QuotaRule::Fixed(quota) => Some(quota),
-                QuotaRule::Unlimited | QuotaRule::Computed { .. } => None,
-            },
-            exempt: Some(service.exempt.clone()),
-            loaded: None,
-        }
-    }
-}
-
-impl From<&ServiceSnapshot> for CheckedService {
-    fn from(service: &ServiceSnapshot) -> Self {
-        let backends = service.backends.iter();
-        let ours = backends.filter(|backend| backend.state != BackendState::Candidate);
-        let seen: Vec<_> = ours.map(|backend| backend.address).collect();
-        let quotas = service.backends.iter().filter_map(|backend| backend.quota);
-        Self {
-            name: service.name.clone(),
-            port: service.port,
-            address: service.address,
-            backends: service.virtual_port.then(|| seen.clone()),
-            quota: quotas.max(),
-            exempt: None,
-            loaded: Some(seen),
-        }
-    }
-}
-
-/// A listening socket on a port that a service has to do with.
-struct ServiceListener<'a> {
-    socket: Socket,
-    /// The label of the netns that it is in, for findings.
-    netns: &'a str,
-    owners: Vec<SocketOwner>,
+/// The finding where no services are known; `in_cluster`: the file is one for a cluster.
+pub(super) fn none(in_cluster: bool) -> Check {
+    let (found, advice) = if in_cluster {
+        (
+            "none: nothing is loaded, and the file names no addresses",
+            "start the daemon (`balancer run`), which learns of them from the API server, and look \
+             again",
+        )
+    } else {
+        (
+            "none: no configuration is given and nothing is loaded",
+            "give the file with --config",
+        )
+    };
+    Check::warn(NAME, found, "no service's listeners were looked at", advice)
 }
 
 /// The services' listeners; `cgroup` is where sockets are counted.
 pub(super) fn checks(
     services: &[CheckedService],
-    netns: &[GuardedNetns],
+    guarded: &Guarded,
     cgroup: Option<&Path>,
 ) -> Vec<Check> {
-    const NAME: &str = "services";
-    if services.is_empty() {
-        return vec![Check::warn(
-            NAME,
-            "none: no configuration is given and nothing is loaded",
-            "no service's listeners were looked at",
-            "give the file with --config",
-        )];
-    }
-    let listeners = match listeners(services, netns) {
+    let found = listeners(services, &guarded.netns).and_then(|mut found| {
+        find_owners(&mut found)?;
+        Ok(found)
+    });
+    let listeners = match found {
         Ok(listeners) => listeners,
         Err(error) => {
             let found = format!("listening sockets can't be listed: {error}");
@@ -103,81 +47,17 @@ pub(super) fn checks(
             return vec![Check::fail(NAME, found, means, "run as root")];
         }
     };
-    let mut checks = vec![
-        mptcp(services, &listeners),
-        hidden(services, &listeners),
-        missing(services, &listeners),
-    ];
+    let mut checks = vec![mptcp(services, &listeners)];
+    checks.extend(mistakes::checks(&mistakes::of(
+        services, guarded, &listeners,
+    )));
+    checks.push(missing(services, &listeners));
+    checks.push(families(services, &listeners));
     checks.extend(unclaimed(services, &listeners));
     checks.extend(cgroup.map(|cgroup| outside(services, &listeners, cgroup)));
     checks.push(file_limits(services, &listeners));
     checks.extend(exempt(services));
     checks
-}
-
-fn listeners<'a>(
-    services: &[CheckedService],
-    netns: &'a [GuardedNetns],
-) -> io::Result<Vec<ServiceListener<'a>>> {
-    let backends = services
-        .iter()
-        .flat_map(|service| service.backends.iter().flatten());
-    let ports: HashSet<u16> = backends
-        .map(SocketAddr::port)
-        .chain(services.iter().map(|service| service.port))
-        .collect();
-    let mut found = Vec::new();
-    for netns in netns {
-        let sockets = discover::listening(netns)?.into_iter();
-        let relevant = sockets.filter(|socket| ports.contains(&socket.local.port()));
-        found.extend(relevant.map(|socket| ServiceListener {
-            socket,
-            netns: &netns.label,
-            owners: Vec::new(),
-        }));
-    }
-    let mut owners = discover::owners(found.iter().map(|listener| listener.socket.inode))?;
-    for listener in &mut found {
-        listener.owners = owners.remove(&listener.socket.inode).unwrap_or_default();
-    }
-    Ok(found)
-}
-
-impl ServiceListener<'_> {
-    fn describe(&self) -> String {
-        let owner = self.owners.first();
-        let owner = owner.map_or_else(|| "owner unknown".to_owned(), |owner| owner.name());
-        format!("{} of {owner} in {}", self.socket.local, self.netns)
-    }
-
-    /// Whether connections to an address reach it, were there no balancer.
-    fn covers(&self, address: IpAddr) -> bool {
-        match self.socket.local.ip().to_canonical() {
-            IpAddr::V4(own) if own.is_unspecified() => address.is_ipv4(),
-            IpAddr::V6(own) if own.is_unspecified() => {
-                address.is_ipv6() || self.socket.v6only != Some(true)
-            }
-            own => own == address.to_canonical(),
-        }
-    }
-
-    fn covers_backend(&self, backend: &SocketAddr) -> bool {
-        self.socket.local.port() == backend.port() && self.covers(backend.ip())
-    }
-
-    /// Whether it listens on the service's own port and address.
-    fn is_on_port(&self, service: &CheckedService) -> bool {
-        self.socket.local.port() == service.port
-            && service.address.is_none_or(|address| self.covers(address))
-    }
-
-    /// Whether it listens where a backend of the service is expected.
-    fn serves(&self, service: &CheckedService) -> bool {
-        match &service.backends {
-            None => self.is_on_port(service),
-            Some(backends) => backends.iter().any(|backend| self.covers_backend(backend)),
-        }
-    }
 }
 
 /// `service: listener` for every pair that fits.
@@ -210,30 +90,15 @@ fn mptcp(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Chec
     )
 }
 
-/// Listeners that wait on a port whose connections all go elsewhere.
-fn hidden(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
-    let found = pairs(services, listeners, |service, listener| {
-        service.backends.is_some() && listener.is_on_port(service) && !listener.serves(service)
-    });
-    Check::warn_of(
-        "hidden listeners",
-        &found,
-        (
-            "none",
-            "no listener waits on a port whose connections go elsewhere",
-        ),
-        "the service's port is virtual (it has `backends:`): its connections all go to the backends, \
-         and this listener gets none",
-        "stop it, add it to `backends:`, or drop `backends:` to balance the listeners on the port itself",
-    )
-}
-
 fn missing(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
     let found: Vec<_> = services
         .iter()
         .flat_map(|service| absent(service, listeners))
         .collect();
-    let well = format!("{} services have their listeners", services.len());
+    let well = match services.len() {
+        1 => "the service has its listeners".to_owned(),
+        services => format!("{services} services have their listeners"),
+    };
     Check::warn_of(
         "backends",
         &found,
@@ -249,11 +114,6 @@ fn absent(service: &CheckedService, listeners: &[ServiceListener<'_>]) -> Vec<St
     match &service.backends {
         None if listeners.iter().any(|listener| listener.serves(service)) => Vec::new(),
         None => vec![format!("{name}: nobody listens on port {}", service.port)],
-        Some(backends) if backends.is_empty() => {
-            vec![format!(
-                "{name}: no backend has listened since it was loaded"
-            )]
-        }
         Some(backends) => {
             let listens = |backend: &&SocketAddr| {
                 listeners
@@ -266,6 +126,66 @@ fn absent(service: &CheckedService, listeners: &[ServiceListener<'_>]) -> Vec<St
                 .collect()
         }
     }
+}
+
+/// Backends of which no client can reach all: a listener takes clients of its own family alone.
+fn families(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
+    let found: Vec<_> = services
+        .iter()
+        .filter_map(|service| {
+            let reached = reached(service, listeners);
+            let whole = |family| {
+                reached
+                    .iter()
+                    .all(|(_, families)| families.contains(family))
+            };
+            if reached.is_empty() || [Family::V4, Family::V6].iter().any(whole) {
+                return None;
+            }
+            let only = |family| {
+                let those = reached.iter().filter(|(_, families)| *families == [family]);
+                listing(&those.map(|(place, _)| place).collect::<Vec<_>>())
+            };
+            let (v4, v6) = (only(Family::V4), only(Family::V6));
+            Some(format!("{}: IPv4 only {v4}; IPv6 only {v6}", service.name))
+        })
+        .collect();
+    Check::warn_of(
+        "address families",
+        &found,
+        (
+            "each service has one that all its backends take",
+            "a client can be given to every backend",
+        ),
+        "a client is given to backends of its own family alone, but all count as ready, with their \
+         share of a computed quota",
+        "let all listen for the family that clients come by, or for both (on [::] without \
+         IPV6_V6ONLY); or make a service of each family, with an `address` of its own",
+    )
+}
+
+/// Where a service's backends are, and the families of the clients that reach them; by the address
+/// where nobody listens.
+fn reached(
+    service: &CheckedService,
+    listeners: &[ServiceListener<'_>],
+) -> Vec<(SocketAddr, Vec<Family>)> {
+    let Some(backends) = &service.backends else {
+        let ours = listeners.iter().filter(|listener| listener.serves(service));
+        return ours
+            .map(|listener| (listener.socket.local, listener.families().to_vec()))
+            .collect();
+    };
+    let families = |backend: &SocketAddr| {
+        let ours = (listeners.iter()).filter(|listener| listener.covers_backend(backend));
+        let mut families: Vec<_> = ours.flat_map(ServiceListener::families).copied().collect();
+        families.dedup();
+        if families.is_empty() {
+            families.extend(family_of(backend.ip()));
+        }
+        (*backend, families)
+    };
+    backends.iter().map(families).collect()
 }
 
 /// Listeners that the loaded data plane doesn't have; nothing where none is loaded.
@@ -373,7 +293,7 @@ fn exempt(services: &[CheckedService]) -> Option<Check> {
     } else {
         Check::ok(
             NAME,
-            format!("services {}", listing(&found)),
+            format!("some of {}", listing(&found)),
             "a source is known by the address that arrives here: after SNAT (masquerading, a \
              Kubernetes Service with externalTrafficPolicy: Cluster) that is a node's, and rules by \
              pod address don't match it",
@@ -384,25 +304,27 @@ fn exempt(services: &[CheckedService]) -> Option<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::BackendSnapshot;
+    use crate::dataplane::{BackendSnapshot, ServiceSnapshot};
     use crate::{
         config::Config,
-        doctor::Status,
+        discover,
+        doctor::{Status, guarded::GuardedNetns},
         sys::{netns, sock_diag::tests::mptcp_listener},
     };
-    use balancer_common::Policy;
+    use balancer_common::{BackendState, Policy};
     use std::net::TcpListener;
 
-    fn guarded() -> GuardedNetns {
-        GuardedNetns {
+    fn guarded() -> Guarded {
+        Guarded::only(GuardedNetns {
             label: "the test's namespace".to_owned(),
             file: netns::tests::fresh(),
-        }
+            for_backends_alone: false,
+        })
     }
 
-    fn listen(netns: &GuardedNetns, addresses: &[&str]) -> Vec<TcpListener> {
+    fn listen(netns: &Guarded, addresses: &[&str]) -> Vec<TcpListener> {
         let bind = |address: &&str| TcpListener::bind(address).expect("bind");
-        netns::inside(netns, || addresses.iter().map(bind).collect()).expect("inside")
+        netns::inside(&netns.netns[0], || addresses.iter().map(bind).collect()).expect("inside")
     }
 
     fn config(services: &str) -> Vec<CheckedService> {
@@ -410,8 +332,8 @@ mod tests {
         config.services.iter().map(CheckedService::from).collect()
     }
 
-    fn check(services: &[CheckedService], netns: &GuardedNetns, name: &str) -> Check {
-        let all = checks(services, std::slice::from_ref(netns), None);
+    fn check(services: &[CheckedService], guarded: &Guarded, name: &str) -> Check {
+        let all = checks(services, guarded, None);
         all.into_iter()
             .find(|check| check.name == name)
             .expect(name)
@@ -422,14 +344,17 @@ mod tests {
 
     #[test]
     fn without_a_configuration_nothing_is_claimed() {
-        let checks = checks(&[], &[guarded()], None);
-        assert_eq!(
-            checks
-                .iter()
-                .map(|check| (check.name, check.status))
-                .collect::<Vec<_>>(),
-            [("services", Status::Warn)]
-        );
+        let (outside, in_cluster) = (none(false), none(true));
+        for check in [&outside, &in_cluster] {
+            assert_eq!((check.name, check.status), ("services", Status::Warn));
+        }
+        let advises_the_file = |check: &Check| {
+            check
+                .advice
+                .as_ref()
+                .is_some_and(|advice| advice.contains("--config"))
+        };
+        assert!(advises_the_file(&outside) && !advises_the_file(&in_cluster));
     }
 
     /// A service of the loaded data plane as `status` sees it.
@@ -448,7 +373,9 @@ mod tests {
             steerable: true,
             note: None,
         };
-        CheckedService::from(&ServiceSnapshot {
+        let listed =
+            ["127.0.0.1:21801", "127.0.0.1:21802"].map(|text| text.parse().expect("an address"));
+        let service = ServiceSnapshot {
             id: 0,
             name: "agents".to_owned(),
             port: 11800,
@@ -461,7 +388,9 @@ mod tests {
             unattributed: 0,
             backends: backends.iter().map(backend).collect(),
             verdicts: Vec::new(),
-        })
+            warnings: Vec::new(),
+        };
+        CheckedService::loaded(&service, &listed.into())
     }
 
     #[test]
@@ -491,11 +420,11 @@ mod tests {
     }
 
     #[test]
-    fn a_virtual_service_without_any_backend_is_told() {
+    fn backends_that_have_never_listened_are_told() {
         let none = check(&[loaded(true, &[])], &guarded(), "backends");
         assert_eq!(
             none.found,
-            "agents: no backend has listened since it was loaded"
+            "agents: nobody listens on 127.0.0.1:21801, agents: nobody listens on 127.0.0.1:21802"
         );
     }
 
@@ -523,7 +452,7 @@ mod tests {
             );
         }
         let names = |services: &[CheckedService]| {
-            checks(services, std::slice::from_ref(&netns), None)
+            checks(services, &netns, None)
                 .iter()
                 .map(|check| check.name)
                 .collect::<Vec<_>>()
@@ -541,7 +470,7 @@ mod tests {
     #[test]
     fn an_mptcp_listener_of_a_service_is_named_with_its_owner() {
         let netns = guarded();
-        let listener = netns::inside(&netns, mptcp_listener).expect("inside");
+        let listener = netns::inside(&netns.netns[0], mptcp_listener).expect("inside");
         let address = listener.local_addr().expect("address");
         let own = config(&format!(
             "  - {{name: als, port: {}, policy: least-connections}}\n",
@@ -574,6 +503,35 @@ mod tests {
             check(&config(OWN), &netns, "MPTCP listeners").status,
             Status::Ok
         );
+    }
+
+    #[test]
+    fn backends_that_no_client_can_all_reach_are_told() {
+        let netns = guarded();
+        let backends = |listed: &str| {
+            config(&format!(
+                "  - {{name: agents, port: 11800, backends: [{listed}]}}\n"
+            ))
+        };
+        let both = "\"127.0.0.1:21801\", \"[::1]:21802\"";
+        let found = check(&backends(both), &netns, "address families");
+        assert_eq!(
+            (found.status, found.found.as_str()),
+            (
+                Status::Warn,
+                "agents: IPv4 only 127.0.0.1:21801; IPv6 only [::1]:21802"
+            )
+        );
+        let status = |services: &str| check(&config(services), &netns, "address families").status;
+        // Each advice, followed.
+        let split = "  - {name: four, port: 11800, address: 127.0.0.1, backends: [\"127.0.0.1:21801\"]}\n  \
+                     - {name: six, port: 11800, address: \"::1\", backends: [\"[::1]:21802\"]}\n";
+        assert_eq!(status(split), Status::Ok);
+        let _dual = listen(&netns, &["[::]:21802"]);
+        let on_both = check(&backends(both), &netns, "address families");
+        assert_eq!(on_both.status, Status::Ok, "{on_both:?}");
+        let _v4 = listen(&netns, &["0.0.0.0:11802"]);
+        assert_eq!(status(OWN), Status::Ok);
     }
 
     #[test]
@@ -652,7 +610,7 @@ mod tests {
         let elsewhere = root.join(format!("balancer-doctor-services-{}", std::process::id()));
         fs::create_dir(&elsewhere).expect("a cgroup");
         let at = |cgroup: &Path| {
-            let checks = checks(&config(OWN), std::slice::from_ref(&netns), Some(cgroup));
+            let checks = checks(&config(OWN), &netns, Some(cgroup));
             checks
                 .into_iter()
                 .find(|check| check.name == "listeners' cgroups")

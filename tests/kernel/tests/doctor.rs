@@ -3,7 +3,7 @@
 use testkit::fixtures::tcp::Listen;
 use testkit::fixtures::{Balancer, Machine};
 
-use crate::support::{agents, open_listeners, virtual_port};
+use crate::support::{agents, backend, open_listeners, virtual_port, virtual_port_of};
 
 /// The names of the checks with this status.
 fn with_status(balancer: &Balancer, status: &str) -> Vec<String> {
@@ -57,7 +57,7 @@ fn each_thing_that_would_go_wrong_is_named() {
         let _other = Balancer::start(machine, "services: [{name: other, port: 11900}]\n");
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[]));
         let _hidden = Listen::on(&agents()).open();
-        let _mptcp = Listen::on(&crate::support::backend(0)).mptcp().open();
+        let _mptcp = Listen::on(&backend(0)).mptcp().open();
         let warned = with_status(&balancer, "warn");
         for subject in SUBJECTS.iter().chain(&["backends"]) {
             assert!(
@@ -65,6 +65,45 @@ fn each_thing_that_would_go_wrong_is_named() {
                 "{subject} is not among {warned:?}"
             );
         }
+    });
+}
+
+/// Said at the start and at each reload, and by `status` for as long as it is so.
+#[test]
+fn mistakes_of_the_file_are_said_where_people_look() {
+    let hidden = "the listener 127.0.0.1:11800";
+    let foreign = "the backend 10.99.0.3:21803";
+    let no_clients = "`quota:` without `clients`";
+    Machine::with(|machine| {
+        let listener = Listen::on(&agents()).open();
+        let wrong = virtual_port_of(
+            "least-connections",
+            &format!("\"{}\", \"10.99.0.3:21803\"", backend(0)),
+            &["quota: {headroom: 10%}"],
+        );
+        let balancer = Balancer::start(machine, &wrong);
+        let said = |text: &str| balancer.logs().matches(text).count();
+        for mistake in [hidden, foreign, no_clients] {
+            assert_eq!(said(mistake), 1, "{mistake}: {}", balancer.logs());
+        }
+        let (text, json) = (
+            balancer.must(&["status"]),
+            balancer.must(&["status", "-o", "json"]),
+        );
+        for output in [text, json] {
+            assert!(
+                output.contains(hidden) && output.contains(foreign),
+                "{output}"
+            );
+        }
+        balancer.must(&["reload"]);
+        assert_eq!(said(hidden), 2, "{}", balancer.logs());
+        drop(listener);
+        balancer.configure(&virtual_port("least-connections", 1, &[]));
+        balancer.must(&["reload"]);
+        assert_eq!((said(hidden), said(foreign)), (2, 2), "{}", balancer.logs());
+        let now = balancer.must(&["status", "-o", "json"]);
+        assert!(now.contains("\"warnings\": []"), "{now}");
     });
 }
 

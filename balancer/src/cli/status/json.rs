@@ -41,6 +41,7 @@ struct JsonService<'a> {
     backends: Vec<JsonBackend<'a>>,
     #[serde(serialize_with = "by_name")]
     verdicts: &'a [(Reason, u64)],
+    warnings: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -96,6 +97,7 @@ impl<'a> JsonService<'a> {
             unattributed: service.unattributed,
             backends: service.backends.iter().map(JsonBackend::new).collect(),
             verdicts: &service.verdicts,
+            warnings: &service.warnings,
         }
     }
 }

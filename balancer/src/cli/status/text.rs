@@ -101,8 +101,8 @@ fn service_text(service: &ServiceSnapshot) -> String {
         service.policy.name()
     );
     text += &wrapped("  Quota: ", &quota_words(service));
-    for alert in alerts(service) {
-        text += &wrapped("  ! ", &alert);
+    for alert in alerts(service).iter().chain(&service.warnings) {
+        text += &wrapped("  ! ", alert);
     }
     if service.backends.is_empty() {
         return text + &verdicts(service);

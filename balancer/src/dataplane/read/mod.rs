@@ -3,13 +3,17 @@
 pub mod explain;
 pub mod snapshot;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
+use balancer_common::abi::ListenRule;
 
 use self::explain::{Answer, NetnsChoice, Syn};
 use self::snapshot::Snapshot;
 use super::paths::Paths;
+use super::services;
 use super::tables::{Tables, check_maps};
 
 /// The pinned maps, for reading.
@@ -57,6 +61,23 @@ impl Reader {
     /// When a map can't be read.
     pub fn snapshot(&self) -> Result<Snapshot> {
         snapshot::take(&self.tables)
+    }
+
+    /// The addresses and ports that the services list for their backends, by the service's id.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn listed(&self) -> Result<BTreeMap<u16, BTreeSet<SocketAddr>>> {
+        let mut listed: BTreeMap<u16, BTreeSet<SocketAddr>> = BTreeMap::new();
+        for (key, rule) in services::rules(&self.tables)?.0 {
+            if key.address.is_any() || rule.flags & ListenRule::WILDCARD_ONLY != 0 {
+                continue;
+            }
+            let port = u16::try_from(key.port).context("a rule in LISTEN_RULES has no TCP port")?;
+            let address = SocketAddr::new(key.address.into(), port);
+            listed.entry(rule.service).or_default().insert(address);
+        }
+        Ok(listed)
     }
 
     /// Where a SYN would go now, and why: the decision of the kernel program on a snapshot of the

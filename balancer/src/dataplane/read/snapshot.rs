@@ -66,6 +66,8 @@ pub struct ServiceSnapshot {
     pub backends: Vec<BackendSnapshot>,
     /// How often each reason was given; look-ups, not connections.
     pub verdicts: Vec<(Reason, u64)>,
+    /// Mistakes of the file that show around the maps: whoever has looked there adds them.
+    pub warnings: Vec<String>,
 }
 
 /// One backend.
@@ -208,6 +210,7 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u32) -> Service
             .map(|member| backend(member, quota, now))
             .collect(),
         verdicts: contents.verdicts.clone(),
+        warnings: Vec::new(),
     }
 }
 
