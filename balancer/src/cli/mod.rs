@@ -234,6 +234,13 @@ impl Place {
             )
         })?;
         reader.ok_or_else(|| {
+            if let Ok(Some(_)) = self.ask(&Request::Ping) {
+                return anyhow!(
+                    "the daemon lives, but its pins are not in {}: is the BPF file system unmounted there, or another one mounted over it? Mount one \
+                     (`mount -t bpf bpf /sys/fs/bpf`), and the daemon puts them back; its log has more",
+                    self.state_dir.display()
+                );
+            }
             anyhow!(
                 "no balancer is loaded at {}: it has not run since the machine started, was unloaded, or uses another directory; start it with \
                  `balancer run --config FILE`, or give its directory with --state-dir{}",

@@ -120,6 +120,7 @@ impl Daemon {
     /// next tick and keeps no other one from its turn; counting and steering go on meanwhile.
     pub fn tick(&mut self) {
         self.beat();
+        self.writer.loader.keep();
         self.guarded.refresh();
         let followed = self.follow_plan();
         let audited = matches!(followed, Ok(true));

@@ -1,15 +1,15 @@
 //! Loads the programs, and keeps them attached to the cgroup and to the guarded netns.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::File;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::fs::MetadataExt as _;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use aya::Ebpf;
-use tracing::info;
+use balancer_common::abi::maps;
+use tracing::{error, info, warn};
 
+use super::cgroup::CountedCgroup;
 use super::events::{self, Events, LogFollower};
 use super::lock::{Lock, make_directory};
 use super::object::{self, ObjectLoader};
@@ -17,6 +17,7 @@ use super::paths::{Link, Paths};
 use super::pins;
 use super::programs::Target;
 use super::tables::{Tables, check_maps};
+use crate::discover::is_bpffs;
 use crate::sys::bpf::{self, LinkTarget};
 
 /// The programs of one data plane.
@@ -26,6 +27,12 @@ pub struct Loader {
     objects: ObjectLoader,
     /// This build's links to guarded netns, by the netns' cookie and the program's name.
     links: BTreeMap<(u64, &'static str), (Link, OwnedFd)>,
+    /// The cgroup, and this build's links to it.
+    cgroup: CountedCgroup,
+    /// The pinned maps by their names.
+    maps: Vec<(&'static str, OwnedFd)>,
+    /// What was said last of pins that are gone; `None`: all are there.
+    lost: Option<String>,
     /// The loaded objects whose logs nobody follows yet: they own the buffers.
     unfollowed: Vec<(NetnsCookie, Ebpf)>,
     /// The followers of the loaded objects' logs.
@@ -57,26 +64,31 @@ impl Loader {
             paths,
             objects,
             links: BTreeMap::new(),
+            cgroup: CountedCgroup::at(cgroup),
+            maps: Vec::new(),
+            lost: None,
             unfollowed: Vec::new(),
             logs: Vec::new(),
             lock,
         };
         let (tables, how) = if loader.adopted {
             check(&directory)?;
-            (loader.attach_to_cgroup(&directory, cgroup)?, "adopted")
+            (loader.attach_to_cgroup(&directory)?, "adopted")
         } else {
-            (loader.make(cgroup)?, "made")
+            (loader.make()?, "made")
         };
+        loader.maps = open_maps(&directory)?;
         info!("{how} the data plane in {}", directory.display());
         Ok((loader, tables))
     }
 
     /// Builds a data plane aside and puts it in its place whole.
-    fn make(&mut self, cgroup: &Path) -> Result<Tables> {
+    fn make(&mut self) -> Result<Tables> {
         let staging = self.paths.staging();
         make_directory(&staging)?;
-        let made = self.attach_to_cgroup(&staging, cgroup).and_then(|tables| {
+        let made = self.attach_to_cgroup(&staging).and_then(|tables| {
             pins::rename(&self.lock, &staging, &self.paths.current())?;
+            self.cgroup.moved_to(&self.paths.current());
             Ok(tables)
         });
         if made.is_ok() {
@@ -87,23 +99,21 @@ impl Loader {
 
     /// Attaches the programs of the cgroup to it, or puts them under the links that are there.
     /// Links to other cgroups are removed.
-    fn attach_to_cgroup(&mut self, directory: &Path, cgroup: &Path) -> Result<Tables> {
+    fn attach_to_cgroup(&mut self, directory: &Path) -> Result<Tables> {
         let mut object = self.objects.open(directory, 0)?;
         let tables = Tables::open(directory)?;
-        let place = format!("the cgroup {}", cgroup.display());
-        let target = File::open(cgroup).with_context(|| format!("cannot open {place}"))?;
-        let metadata = target.metadata();
-        let id = metadata
-            .with_context(|| format!("cannot query {place}"))?
-            .ino();
+        let (target, id) = self.cgroup.open()?;
         for program in Target::Cgroup.programs() {
             let link = Link::new(directory, program, id);
             let loaded = object::load(&mut object, program)?.fd()?;
-            if link.pin.exists() {
-                pins::replace(&self.lock, &link, loaded)?;
+            let file = if link.pin.exists() {
+                pins::replace(&self.lock, &link, loaded)?
             } else {
-                pins::attach(&self.lock, &link, loaded, &target, &place)?;
-            }
+                pins::attach(&self.lock, &link, loaded, &target, &self.cgroup.place())?
+            };
+            let program = loaded.as_fd().try_clone_to_owned();
+            let program = program.context("cannot copy a descriptor")?;
+            self.cgroup.links.push((link, file, program));
         }
         self.unfollowed.push((None, object));
         for link in links(directory)? {
@@ -179,6 +189,8 @@ impl Loader {
         if self.guards(cookie) {
             return Ok(());
         }
+        // Maps that are not there would be made anew beside those that are in use.
+        self.put_back_pins()?;
         let directory = self.paths.current();
         let place = format!("the network namespace with cookie {cookie}");
         let mut object = self.objects.open(&directory, cookie)?;
@@ -227,7 +239,10 @@ impl Loader {
         let unwanted = |(cookie, _): &(u64, &str)| !wanted.contains(cookie);
         let keys: Vec<_> = self.links.keys().copied().filter(unwanted).collect();
         for key in keys {
-            pins::remove_link(&self.lock, &self.links[&key].0)?;
+            let (link, file) = &self.links[&key];
+            info!("detaching {}", link.pin.display());
+            pins::detach_now(&self.lock, link, file)?;
+            pins::remove_pin(&link.pin)?;
             self.links.remove(&key);
         }
         self.logs
@@ -274,18 +289,106 @@ impl Loader {
         self.remove()
     }
 
-    /// Takes everything out of the kernel.
+    /// Takes everything out of the kernel, also what lost its pin.
     ///
     /// # Errors
-    /// When a pin can't be removed.
+    /// When a link can't be detached or a pin can't be removed.
     pub fn remove(&self) -> Result<()> {
+        // Links to a netns before those to a cgroup.
+        for (link, file) in self.links.values() {
+            pins::detach_now(&self.lock, link, file)?;
+        }
+        for (link, file, _) in &self.cgroup.links {
+            pins::detach_now(&self.lock, link, file)?;
+        }
         pins::remove_data_plane(&self.lock, &self.paths)
+    }
+
+    /// Puts back pins that are gone, and follows the cgroup when it is made anew. What keeps that
+    /// from being done is said once.
+    pub fn keep(&mut self) {
+        let lost = self.put_back_pins().err();
+        let lost = lost.map(|error| format!("{error:#}"));
+        if let Some(problem) = lost.as_ref().filter(|_| lost != self.lost) {
+            error!("{problem}");
+        }
+        self.lost = lost;
+        self.cgroup.follow(&self.lock, &self.paths.current());
+    }
+
+    /// Pins again what has lost its pin: somebody removed it, or unmounted the BPF file system or
+    /// mounted another one over it. Without pins the data plane ends with this process.
+    fn put_back_pins(&mut self) -> Result<()> {
+        let lost = self.pinned().filter(|(pin, _)| !pin.exists()).count();
+        if lost == 0 {
+            return Ok(());
+        }
+        let directory = self.paths.current();
+        ensure!(
+            is_bpffs(self.paths.state_dir())?,
+            "the pins in {} are gone: no BPF file system is mounted there any more. The data plane \
+             works on, but ends with this process, and `balancer status` doesn't find it. Mount one \
+             (`mount -t bpf bpf /sys/fs/bpf`), and the pins are put back at once. `balancer unload` \
+             works meanwhile",
+            directory.display()
+        );
+        make_directory(self.paths.state_dir())?;
+        self.lock.follow(&self.paths)?;
+        if directory.exists() {
+            self.pin_into(&directory)?;
+        } else {
+            // Whole or not at all, as when it is made.
+            let staging = self.paths.staging();
+            pins::remove_directory(&self.lock, &staging)?;
+            make_directory(&staging)?;
+            self.pin_into(&staging)?;
+            pins::rename(&self.lock, &staging, &directory)?;
+        }
+        warn!(
+            "put back {lost} pins in {} that were gone: somebody had removed them, or mounted or \
+             unmounted a file system there",
+            directory.display()
+        );
+        Ok(())
+    }
+
+    /// Pins in a directory what has no pin there.
+    fn pin_into(&self, directory: &Path) -> Result<()> {
+        for (pin, object) in self.pinned() {
+            let name = pin.file_name().context("a pin has no name")?;
+            let pin = directory.join(name);
+            if !pin.exists() {
+                pins::pin_again(&self.lock, object, &pin)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where everything belongs that this data plane consists of: maps, then links.
+    fn pinned(&self) -> impl Iterator<Item = (PathBuf, BorrowedFd<'_>)> {
+        let maps = self.maps.iter();
+        let maps = maps.map(|(name, file)| (self.paths.map(name), file.as_fd()));
+        let netns = self.links.values();
+        let netns = netns.map(|(link, file)| (link.pin.clone(), file.as_fd()));
+        let cgroup = self.cgroup.links.iter();
+        let cgroup = cgroup.map(|(link, file, _)| (link.pin.clone(), file.as_fd()));
+        maps.chain(netns).chain(cgroup)
     }
 
     fn others(&self) -> Result<Vec<PathBuf>> {
         let others = self.paths.others();
         others.context("cannot list the state directory")
     }
+}
+
+/// Every pinned map of a directory.
+fn open_maps(directory: &Path) -> Result<Vec<(&'static str, OwnedFd)>> {
+    let open = |(name, _): &(&'static str, _)| {
+        let pin = directory.join(name);
+        let map = bpf::obj_get(&pin).with_context(|| format!("cannot open {}", pin.display()))?;
+        Ok((*name, map))
+    };
+    maps::PINNED.iter().map(open).collect()
 }
 
 /// The links that are pinned in a directory.

@@ -28,7 +28,7 @@ const TRY_EVERY: Duration = Duration::from_millis(20);
 /// dies.
 #[derive(Debug)]
 pub struct Lock {
-    _directory: Flock<File>,
+    directory: Flock<File>,
     holder: Note,
     failed_reload: Note,
     /// Dropped last: what is empty goes once the lock is free.
@@ -138,6 +138,23 @@ impl Lock {
         }
     }
 
+    /// Takes the lock of the state directory that is there now in place of the one that is locked,
+    /// which somebody removed or unmounted.
+    ///
+    /// # Errors
+    /// When the directory can't be opened or is open to others, or another process has its lock.
+    pub fn follow(&mut self, paths: &Paths) -> Result<()> {
+        if ensure_in_place(&self.directory, paths.state_dir()).is_ok() {
+            return Ok(());
+        }
+        close_to_others(paths.state_dir())?;
+        let directory = File::open(paths.state_dir())?;
+        self.directory = Flock::lock(directory, FlockArg::LockExclusiveNonblock)
+            .map_err(|(_, errno)| errno)
+            .context("another process holds the new state directory")?;
+        Ok(())
+    }
+
     fn take_now(paths: &Paths) -> Result<Held> {
         let directory = File::open(paths.state_dir()).with_context(|| {
             format!(
@@ -151,7 +168,7 @@ impl Lock {
                 ensure_in_place(&locked, paths.state_dir())?;
                 name_holder(&holder)?;
                 Ok(Held::Mine(Self {
-                    _directory: locked,
+                    directory: locked,
                     holder,
                     failed_reload: Note::failed_reload(paths),
                     made: MadeDirectories::default(),

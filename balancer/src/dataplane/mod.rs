@@ -4,6 +4,7 @@
 //! and changes them.
 
 mod audit;
+mod cgroup;
 mod events;
 mod loader;
 mod lock;

@@ -135,6 +135,16 @@ pub(super) fn attach(
     Ok(file)
 }
 
+/// Pins something again whose pin is gone.
+pub(super) fn pin_again(_: &Lock, object: impl AsFd, pin: &Path) -> Result<()> {
+    bpf::obj_pin(object, pin).with_context(|| format!("cannot pin {}", pin.display()))
+}
+
+/// Takes the program of a link off its target, wherever the link is pinned.
+pub(super) fn detach_now(_: &Lock, link: &Link, file: impl AsFd) -> Result<()> {
+    bpf::link_detach(file).with_context(|| format!("cannot detach the link {}", link.pin.display()))
+}
+
 /// Replaces the program of a pinned link, without a moment in which there is none.
 pub(super) fn replace(_: &Lock, link: &Link, program: impl AsFd) -> Result<OwnedFd> {
     let file = open_own_link(link)?;
@@ -239,6 +249,9 @@ fn all_directories(paths: &Paths) -> Result<Vec<PathBuf>> {
 
 /// Takes everything out of the kernel that a state directory holds, and removes it.
 pub(super) fn remove_data_plane(lock: &Lock, paths: &Paths) -> Result<()> {
+    if !paths.state_dir().exists() {
+        return Ok(());
+    }
     remove_directory(lock, &paths.removed())?;
     if paths.current().exists() {
         // In one step: a daemon that is killed over this leaves nothing that looks whole and isn't.
@@ -284,8 +297,14 @@ fn detach(link: &Link) -> Result<()> {
     }
 }
 
-fn remove_pin(pin: &Path) -> Result<()> {
-    fs::remove_file(pin).with_context(|| format!("cannot remove the pin {}", pin.display()))
+/// Takes a pin away, where it is still there; what it stands for may live on.
+pub(super) fn remove_pin(pin: &Path) -> Result<()> {
+    match fs::remove_file(pin) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove the pin {}", pin.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -59,7 +59,9 @@ type Missing = io::Result<Option<String>>;
 /// What the kernel can do of what the programs need. Whether it takes the programs themselves is
 /// seen by [`programs`].
 pub(super) fn checks() -> Vec<Check> {
-    let mut checks = vec![version(&release())];
+    let names = nix::sys::utsname::uname();
+    let build = names.map(|names| names.version().to_string_lossy().into_owned());
+    let mut checks = vec![version(&release()), preemption(&build.unwrap_or_default())];
     checks.extend(PROGRAMS.iter().map(|program| {
         let supported = is_program_supported(program.hook.program_type());
         let missing = absent(supported.map_err(io_error));
@@ -141,6 +143,26 @@ pub(super) fn too_old(release: &str) -> Option<String> {
             "Linux {release} is too old for this: use Linux {major}.{minor} or newer (`balancer doctor` says what this one lacks)"
         )
     })
+}
+
+/// By what `uname -v` says: `#1 SMP PREEMPT_RT ...`.
+fn preemption(build: &str) -> Check {
+    const NAME: &str = "preemption";
+    if build.split_whitespace().all(|word| word != "PREEMPT_RT") {
+        return Check::ok(
+            NAME,
+            "not a real-time kernel",
+            "a decision is finished before another one begins on the same processor",
+        );
+    }
+    Check::warn(
+        NAME,
+        "a real-time kernel (PREEMPT_RT)",
+        "the balancer is not tried on one. Decisions may interrupt each other on a processor and \
+         mix up what they have found: a connection may get another backend than it should, or a \
+         wrong refusal. Counts are not concerned",
+        "use a kernel without PREEMPT_RT",
+    )
 }
 
 fn is_new_enough(release: &str) -> bool {
@@ -262,6 +284,17 @@ mod tests {
         assert_eq!(too_old("6.1.0-18-amd64"), None);
         let said = too_old("5.10.0-32-amd64").expect("it is");
         assert!(said.contains("5.10.0") && said.contains("Linux 6.1 or newer"));
+    }
+
+    #[test]
+    fn a_real_time_kernel_is_a_warning() {
+        let status = |build| preemption(build).status;
+        let debian = "#1 SMP PREEMPT_DYNAMIC Debian 6.12.117-1 (2026-01-10)";
+        assert_eq!(status(debian), Status::Ok);
+        assert_eq!(
+            status("#1 SMP PREEMPT_RT Debian 6.12.117-1 (2026-01-10)"),
+            Status::Warn
+        );
     }
 
     #[test]

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     dataplane::{self, DaemonSnapshot, Link, Paths, Reader, ServiceSnapshot, Snapshot},
-    sys::netns,
+    sys::{
+        bpf::{self, LinkTarget},
+        netns,
+    },
 };
 
 /// What is loaded.
@@ -147,6 +150,36 @@ pub(super) fn older_connections(services: &[ServiceSnapshot]) -> Check {
     )
 }
 
+/// Whether the cgroup that the loaded data plane counts in still exists.
+pub(super) fn counted_cgroup(state_dir: &Path) -> Option<Check> {
+    let links = Paths::links(&Paths::new(state_dir).current()).unwrap_or_default();
+    let link = links.into_iter().find(|link| link.netns().is_none())?;
+    let info = bpf::obj_get(&link.pin).and_then(bpf::link_info).ok()?;
+    let LinkTarget::Cgroup { id, .. } = info.target else {
+        return None;
+    };
+    Some(cgroup_of(id))
+}
+
+/// By the id that the link shows: 0 once the cgroup is gone.
+fn cgroup_of(id: u64) -> Check {
+    const NAME: &str = "counted cgroup";
+    if id != 0 {
+        return Check::ok(
+            NAME,
+            format!("the data plane is attached to the one with id {id}"),
+            "what listens and connects in it is counted",
+        );
+    }
+    Check::fail(
+        NAME,
+        "the cgroup that the loaded data plane is attached to is gone",
+        "nothing that listens or connects is counted any more; quotas are judged by the last counts",
+        "make the cgroup again and start the servers in it: a daemon that lives attaches itself \
+         there; or start the daemon with another --cgroup",
+    )
+}
+
 /// The netns that the loaded data plane is attached to.
 pub(super) fn guarded_netns(state_dir: &Path) -> Guarded {
     let cookies = attached(&Paths::new(state_dir).current());
@@ -229,6 +262,7 @@ mod tests {
             unattributed,
             backends: Vec::new(),
             verdicts: Vec::new(),
+            warnings: Vec::new(),
         };
         let mut services = [service("agents", 0), service("als", 0)];
         assert_eq!(older_connections(&services).status, Status::Ok);
@@ -238,6 +272,14 @@ mod tests {
             (check.status, &*check.found),
             (Status::Warn, "als: 40 connections")
         );
+    }
+
+    #[test]
+    fn a_cgroup_that_is_gone_fails_with_advice() {
+        assert_eq!(cgroup_of(77).status, Status::Ok);
+        let gone = cgroup_of(0);
+        assert_eq!(gone.status, Status::Fail);
+        assert!(gone.advice.expect("advice").contains("--cgroup"));
     }
 
     #[test]

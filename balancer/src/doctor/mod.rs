@@ -196,6 +196,7 @@ pub fn run(options: &Options) -> Report {
     if let Some(loaded) = &loaded {
         checks.push(loaded::counts(&loaded.snapshot.daemon));
         checks.push(loaded::older_connections(&loaded.snapshot.services));
+        checks.extend(loaded::counted_cgroup(&options.state_dir));
     }
     if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {
         checks.extend(cluster::checks(kubernetes));

@@ -19,6 +19,7 @@ mod load;
 mod neighbours;
 mod netns;
 mod outlive;
+mod pins;
 mod policies;
 mod privileges;
 mod queue;
