@@ -534,7 +534,7 @@ fn status_shows_the_warnings_of_a_service_in_its_lines() {
     service
         .warnings
         .push("the listener 0.0.0.0:11800 gets no connections".to_owned());
-    let text = status::text(&Snapshot {
+    let text = status_of(&Snapshot {
         services: vec![service],
         daemon: alive(),
     });
@@ -1136,7 +1136,8 @@ FAIL  btf: tcp_syncookies is 2
       the client's connect has succeeded
       -> boot a kernel with CONFIG_DEBUG_INFO_BTF
 
-The balancer can't work here as it should: 1 of 3 checks fails: btf; 1 warns: syncookies.
+The balancer can't work here as it should: 1 of 3 checks fails: btf; 1 warns:
+syncookies.
 ",
     );
     let mut fine = report();

@@ -177,22 +177,6 @@ mod tests {
     }
 
     #[test]
-    fn a_name_does_not_steer_a_terminal() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let program = directory.path().join("\u{1b}[2J\nx");
-        std::os::unix::fs::symlink("/bin/sleep", &program).expect("a link");
-        let mut child = std::process::Command::new(&program)
-            .arg("30")
-            .spawn()
-            .expect("spawn");
-        let pid = child.id();
-        let name = SocketOwner { pid, fd: 0 }.name();
-        child.kill().expect("kill");
-        child.wait().expect("wait");
-        assert_eq!(name, format!("\\u{{1b}}[2J\\nx (process {pid})"));
-    }
-
-    #[test]
     fn nobody_holds_what_is_not_there() {
         assert!(owners([0]).expect("owners").is_empty());
         assert!(owners([]).expect("owners").is_empty());

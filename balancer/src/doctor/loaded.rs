@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::Result;
@@ -14,8 +14,10 @@ use super::{
 };
 use crate::{
     dataplane::{self, DaemonSnapshot, Link, Paths, Reader, ServiceSnapshot, Snapshot},
+    discover::{cgroup2_mount, cgroups},
     sys::{
         bpf::{self, LinkTarget},
+        file_id::FileId,
         netns,
     },
 };
@@ -152,16 +154,28 @@ pub(super) fn older_connections(services: &[ServiceSnapshot]) -> Check {
 
 /// Whether the cgroup that the loaded data plane counts in still exists.
 pub(super) fn counted_cgroup(state_dir: &Path) -> Option<Check> {
+    cgroup_id(state_dir).map(cgroup_of)
+}
+
+/// The cgroup that the loaded data plane counts in; `None`: that is the root, or not known.
+pub(super) fn cgroup(state_dir: &Path) -> Option<PathBuf> {
+    let id = cgroup_id(state_dir)?;
+    let root = cgroup2_mount().ok()?;
+    let is_it = |path: &PathBuf| FileId::at(path).is_ok_and(|file| file.inode == id);
+    cgroups(&root).find(is_it).filter(|path| *path != root)
+}
+
+/// The id that the link of the loaded data plane shows: 0 once the cgroup is gone.
+fn cgroup_id(state_dir: &Path) -> Option<u64> {
     let links = Paths::links(&Paths::new(state_dir).current()).unwrap_or_default();
     let link = links.into_iter().find(|link| link.netns().is_none())?;
     let info = bpf::obj_get(&link.pin).and_then(bpf::link_info).ok()?;
-    let LinkTarget::Cgroup { id, .. } = info.target else {
-        return None;
-    };
-    Some(cgroup_of(id))
+    match info.target {
+        LinkTarget::Cgroup { id, .. } => Some(id),
+        _ => None,
+    }
 }
 
-/// By the id that the link shows: 0 once the cgroup is gone.
 fn cgroup_of(id: u64) -> Check {
     const NAME: &str = "counted cgroup";
     if id != 0 {

@@ -5,7 +5,11 @@ use std::{fs, path::Path};
 use caps::{CapSet, Capability, CapsHashSet, errors::CapsError};
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::{Check, guarded::GuardedNetns, listing};
+use super::{
+    Check,
+    guarded::{self, GuardedNetns},
+    listing,
+};
 use crate::{discover::is_bpffs, sys::netns};
 
 /// Open files that do for the maps, for a link for each netns, and for clients of the daemon's API.
@@ -186,7 +190,7 @@ fn syncookies(value: &str) -> Meaning {
         _ => (
             "every connection is made with a cookie: half-open ones aren't counted, and a backend over its quota refuses a client only after \
              its connect has succeeded",
-            Some("sysctl -w net.ipv4.tcp_syncookies=1, unless this is a test"),
+            Some("unless this is a test, sysctl -w net.ipv4.tcp_syncookies=1"),
         ),
     }
 }
@@ -230,7 +234,16 @@ impl Setting {
             .find(|(_, (_, advice))| advice.is_some())
         {
             let found = format!("{value} in {}", places(Some(value)));
-            return Check::warn(self.name, found, means, advice);
+            let elsewhere = netns
+                .iter()
+                .zip(&values)
+                .any(|(netns, found)| found.as_ref() == Some(value) && netns.label != guarded::OWN);
+            let inside = if elsewhere {
+                " in that network namespace (`ip netns exec NAME …`, `nsenter --net=FILE …`)"
+            } else {
+                ""
+            };
+            return Check::warn(self.name, found, means, format!("{advice}{inside}"));
         }
         match values.iter().flatten().next() {
             Some(value) if !values.contains(&None) => {
@@ -357,6 +370,8 @@ mod tests {
             (check.status, check.found.as_str()),
             (Status::Warn, "1 in second")
         );
+        let advice = check.advice.expect("advice");
+        assert!(advice.contains("nsenter"), "it is not ours: {advice}");
         for (value, status) in [("1", Status::Ok), ("0", Status::Warn), ("2", Status::Warn)] {
             for netns in [&first, &second] {
                 set(netns, "/proc/sys/net/ipv4/tcp_syncookies", value);

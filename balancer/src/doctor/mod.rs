@@ -211,6 +211,11 @@ pub fn run(options: &Options) -> Report {
     };
     checks.extend(guarded.unreachable.clone());
     checks.extend(machine::settings(&guarded.netns));
+    let options = &Options {
+        // Where nobody has named one, that of the data plane, which is there already.
+        cgroup: (options.cgroup.clone()).or_else(|| loaded::cgroup(&options.state_dir)),
+        ..options.clone()
+    };
     checks.extend(attached::checks(options, &guarded.netns));
     let services = match (file, loaded) {
         (Some(file), _) => of_file(file),

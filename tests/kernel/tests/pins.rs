@@ -12,7 +12,8 @@ use testkit::fixtures::{Balancer, Machine, Signal, eventually};
 use crate::support::{agents, agree, open_listeners, own_port, virtual_port};
 
 const BPFFS: &str = "/sys/fs/bpf";
-const PUT_BACK: &str = "put back ";
+/// The daemon has put pins back.
+const PUT_BACK: &str = "that were gone: somebody had removed them";
 
 /// The files of the data plane that is loaded.
 fn pins(balancer: &Balancer) -> Vec<String> {
@@ -128,7 +129,8 @@ fn unload_works_without_the_file_system() {
         );
         assert!(balancer.wait().success());
         mount_bpffs();
-        let doctor = balancer.must(&["doctor", "--config", text(&balancer.config()), "-o", "json"]);
+        let cgroup = balancer.cgroup();
+        let doctor = balancer.must(&["doctor", "--cgroup", text(&cgroup), "-o", "json"]);
         assert!(!doctor.contains("another balancer's"), "{doctor}");
     });
 }
@@ -152,6 +154,9 @@ fn a_cgroup_that_is_removed_is_said_and_followed_when_it_is_back() {
     balancer.wait_active(1);
     drop(first);
     let path = machine.cgroup.path();
+    let counted = machine.netns.run(|| balancer.must(&["doctor"]));
+    let named = format!("cgroup2: {}", path.display());
+    assert!(counted.contains(&named), "{counted}");
     eventually(Duration::from_secs(5), || Ok(fs::remove_dir(path)?));
     balancer.wait_for_log("nothing that listens or connects is counted", 0);
     let doctor = || machine.netns.run(|| balancer.verb(&["doctor"]));
