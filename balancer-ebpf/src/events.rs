@@ -8,7 +8,7 @@ use crate::kernel::atomic;
 use crate::maps::{EVENTS, SERVICE_STATE};
 
 /// Refusal events of one service are at least so many ticks apart.
-const REFUSAL_INTERVAL: u32 = ticks_of_ms(100);
+const REFUSAL_INTERVAL: u64 = ticks_of_ms(100);
 
 /// Something happened to a listener. A full ring loses the event; the daemon also looks by itself.
 #[inline(always)]
@@ -52,15 +52,15 @@ pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -
 
 /// A look-up was refused.
 #[inline(always)]
-pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u32) {
+pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u64) {
     let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
         return;
     };
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let last = unsafe { (*state).last_event };
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if now.wrapping_sub(last as u32) < REFUSAL_INTERVAL
-        || !unsafe { atomic::replace(&raw mut (*state).last_event, last, u64::from(now)) }
+    if now < last + REFUSAL_INTERVAL
+        || !unsafe { atomic::replace(&raw mut (*state).last_event, last, now) }
     {
         return;
     }

@@ -2,25 +2,27 @@
 
 use super::backend::SlotPolicy;
 
-/// Value of COUNTS: the live numbers of a slot, each word atomic.
+/// Value of COUNTS: the live numbers of a slot, each word atomic. Ticks are whole: what is past
+/// stays past, however long nobody writes the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct Counts {
     /// established | exempt established << 32. Exact: changed on entering and on leaving
     /// ESTABLISHED alone.
     pub established: u64,
-    /// SYNs sent here that have not become established | tick of the last << 32. A hint for the
-    /// order of candidates.
+    /// SYNs sent here that have not become established (20 bits with a sign) | tick of the last
+    /// << 20. A hint for the order of candidates.
     pub expected: u64,
-    /// Tick when the accept queue was first seen full | tick when last << 32; 0: not full.
+    /// For how many ticks the accept queue had been full (20 bits) when it was last seen so | tick
+    /// of that << 20; 0: not full.
     pub full: u64,
-    /// Tick until which SYN cookies are in use | [`Cookies`] << 32.
+    /// [`Cookies`] | tick until which they are in use << 2.
     pub cookies: u64,
     /// Tick from when on the half-open connections, which hold all the room, are a flood unless
-    /// one is completed before | 1 << 32; 0: they hold it not.
+    /// one is completed before; 0: they hold it not.
     pub stalled: u64,
-    /// The longest handshake of late, in microseconds | tick when it was completed << 32; 0: none
-    /// yet.
+    /// The longest handshake of late, in microseconds (20 bits: a second is more than is asked
+    /// for) | tick when it was completed << 20; 0: none yet.
     pub handshake: u64,
 }
 

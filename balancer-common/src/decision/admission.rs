@@ -4,18 +4,18 @@ use crate::abi::{Cookies, Counts, ticks_of_ms, ticks_of_us};
 
 /// How long a queue may be full without a pause before connections are refused because of it, in
 /// ticks.
-pub const QUEUE_GRACE: u32 = ticks_of_ms(1_000);
+pub const QUEUE_GRACE: u64 = ticks_of_ms(1_000);
 
 /// How long a SYN that was sent to a backend counts as expected there: as long as the kernel calls
 /// it young.
-pub const EXPECTED_FOR: u32 = ticks_of_ms(1_100);
+pub const EXPECTED_FOR: u64 = ticks_of_ms(1_100);
 
 /// How long after the last overflow the kernel accepts cookies (`TCP_SYNCOOKIE_VALID`,
 /// include/net/tcp.h), in seconds.
 pub const COOKIES_FOR_SECONDS: u32 = 120;
 
 /// How long a SYN queue that is about to overflow makes the choice stable for cookies, in ticks.
-pub const COOKIES_SOON_FOR: u32 = ticks_of_ms(3_000);
+pub const COOKIES_SOON_FOR: u64 = ticks_of_ms(3_000);
 
 /// Free places in the SYN queue below which other CPUs may fill it before the SYN at hand gets
 /// there.
@@ -24,24 +24,56 @@ const QUEUE_MARGIN: u32 = 4;
 /// How long the room may be full of half-open connections none of which completes, before they are
 /// taken for a flood, in ticks: where no handshake was seen yet, and at most. Shorter than the
 /// kernel calls them young.
-const STALL_LONGEST: u32 = ticks_of_ms(900);
+const STALL_LONGEST: u64 = ticks_of_ms(900);
 
 /// The least time for which half-open connections may hold the room, in ticks: some handshakes take
 /// next to no time.
-const STALL_SHORTEST: u32 = ticks_of_ms(20);
+const STALL_SHORTEST: u64 = ticks_of_ms(20);
 
 /// How many times the longest handshake half-open connections may hold the room.
 const STALL_HANDSHAKES: u64 = 8;
 
 /// How long half-open connections that were taken for a flood stay one, in ticks: after that the
 /// SYN queue itself shows a flood that goes on.
-const FLOOD_FOR: u32 = ticks_of_ms(5_000);
+const FLOOD_FOR: u64 = ticks_of_ms(5_000);
 
 /// How long the longest handshake is remembered, in ticks.
-const HANDSHAKE_FOR: u32 = ticks_of_ms(600_000);
+const HANDSHAKE_FOR: u64 = ticks_of_ms(600_000);
 
-/// Marks the word `stalled` as set.
-const SET: u64 = 1 << 32;
+/// Bits of a word beside the tick in it.
+const BESIDE: u32 = 20;
+/// What these bits hold at most.
+const MOST_BESIDE: u64 = (1 << BESIDE) - 1;
+
+/// A word of a tick and a number beside it, which is the most that fits where it is more.
+#[inline(always)]
+const fn stamped(tick: u64, beside: u64) -> u64 {
+    let beside = if beside > MOST_BESIDE {
+        MOST_BESIDE
+    } else {
+        beside
+    };
+    tick << BESIDE | beside
+}
+
+/// The tick of such a word.
+#[inline(always)]
+const fn tick_of(word: u64) -> u64 {
+    word >> BESIDE
+}
+
+/// What such a word has beside its tick.
+#[inline(always)]
+const fn beside(word: u64) -> u64 {
+    word & MOST_BESIDE
+}
+
+/// Whether something that was seen at `tick` is still so: for a while, in ticks. Another CPU may
+/// have seen it after `now`.
+#[inline(always)]
+const fn lasts(tick: u64, for_ticks: u64, now: u64) -> bool {
+    tick + for_ticks >= now
+}
 
 /// What the kernel says of a listening socket at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +130,7 @@ impl Observation {
     /// Half-open connections that may still complete; none during a half-open flood, which would
     /// otherwise use up the room of honest clients.
     #[inline(always)]
-    pub const fn pending(&self, counts: &Counts, quota: u32, now: u32) -> u32 {
+    pub const fn pending(&self, counts: &Counts, quota: u32, now: u64) -> u32 {
         if is_stalled(counts, now) {
             return 0;
         }
@@ -122,32 +154,32 @@ impl Observation {
 /// Whether the half-open connections are a flood by what became of them: they held all the room for
 /// longer than handshakes take here, and not one was completed.
 #[inline(always)]
-const fn is_stalled(counts: &Counts, now: u32) -> bool {
-    counts.stalled != 0 && now.wrapping_sub(counts.stalled as u32) <= FLOOD_FOR
+const fn is_stalled(counts: &Counts, now: u64) -> bool {
+    counts.stalled != 0 && counts.stalled <= now && lasts(counts.stalled, FLOOD_FOR, now)
 }
 
 /// Whether a handshake that is completed now takes the word `stalled` back.
 #[inline(always)]
-pub const fn is_held(word: u64, now: u32) -> bool {
-    word != 0 && (word as u32).wrapping_sub(now) as i32 > 0
+pub const fn is_held(word: u64, now: u64) -> bool {
+    word > now
 }
 
 /// The word `stalled` after a look. `None`: leave it as it is.
 #[inline(always)]
-pub const fn pack_stalled(counts: &Counts, now: u32) -> Option<u64> {
+pub const fn pack_stalled(counts: &Counts, now: u64) -> Option<u64> {
     if is_held(counts.stalled, now) || is_stalled(counts, now) {
         return None;
     }
-    Some(SET | now.wrapping_add(stall_patience(counts.handshake)) as u64)
+    Some(now + stall_patience(counts.handshake))
 }
 
 /// How long half-open connections may hold all the room without one being completed.
 #[inline(always)]
-const fn stall_patience(handshake: u64) -> u32 {
+const fn stall_patience(handshake: u64) -> u64 {
     if handshake == 0 {
         return STALL_LONGEST;
     }
-    let ticks = ticks_of_us((handshake as u32 as u64) * STALL_HANDSHAKES);
+    let ticks = ticks_of_us(beside(handshake) * STALL_HANDSHAKES);
     if ticks < STALL_SHORTEST {
         STALL_SHORTEST
     } else if ticks > STALL_LONGEST {
@@ -159,15 +191,14 @@ const fn stall_patience(handshake: u64) -> u32 {
 
 /// The word `handshake` after one that took `micros` was completed. `None`: leave it as it is.
 #[inline(always)]
-pub const fn pack_handshake(word: u64, micros: u32, now: u32) -> Option<u64> {
-    let longest = word as u32;
-    let age = now.wrapping_sub((word >> 32) as u32);
-    if word != 0 && micros <= longest && age <= HANDSHAKE_FOR {
+pub const fn pack_handshake(word: u64, micros: u32, now: u64) -> Option<u64> {
+    // A handshake of no time at all is one all the same.
+    let longest = stamped(now, if micros == 0 { 1 } else { micros as u64 });
+    let is_shorter = beside(longest) <= beside(word);
+    if word != 0 && is_shorter && lasts(tick_of(word), HANDSHAKE_FOR, now) {
         return None;
     }
-    // A handshake of no time at all is one all the same.
-    let micros = if micros == 0 { 1 } else { micros };
-    Some((now as u64) << 32 | micros as u64)
+    Some(longest)
 }
 
 /// More than there can be connections: added to a quota that does not count.
@@ -203,7 +234,7 @@ pub enum Judgement {
     /// It does not accept; `since` is the tick since when.
     QueueFull {
         /// Tick when its queue was first seen full.
-        since: u32,
+        since: u64,
     },
 }
 
@@ -215,7 +246,7 @@ pub fn judge(
     counts: &Counts,
     quota: u32,
     enforce: bool,
-    now: u32,
+    now: u64,
 ) -> Judgement {
     if enforce
         && !admits(
@@ -238,57 +269,70 @@ pub fn judge(
 /// Since when the queue has been full, given the word of the last look: a pause of more than the
 /// grace starts anew.
 #[inline(always)]
-pub const fn full_since(word: u64, now: u32) -> u32 {
-    let (since, seen) = (word as u32, (word >> 32) as u32);
-    if word == 0 || now.wrapping_sub(seen) > QUEUE_GRACE {
-        now
+pub const fn full_since(word: u64, now: u64) -> u64 {
+    if is_full(word, now) {
+        tick_of(word).saturating_sub(beside(word))
     } else {
-        since
+        now
     }
 }
 
 /// The word `full` after a look that found the queue full (never 0, which says "not full").
 #[inline(always)]
-pub const fn pack_full(since: u32, now: u32) -> u64 {
-    let word = (now as u64) << 32 | since as u64;
+pub const fn pack_full(since: u64, now: u64) -> u64 {
+    let word = stamped(now, now.saturating_sub(since));
     if word == 0 { 1 } else { word }
 }
 
 /// Whether the queue was full at the last look, and that look is recent.
 #[inline(always)]
-pub const fn is_full(word: u64, now: u32) -> bool {
-    word != 0 && now.wrapping_sub((word >> 32) as u32) <= QUEUE_GRACE
+pub const fn is_full(word: u64, now: u64) -> bool {
+    word != 0 && lasts(tick_of(word), QUEUE_GRACE, now)
 }
 
 /// SYNs that were sent to a backend and may still become established. Without a branch, like
 /// [`limit`].
 #[inline(always)]
-pub const fn expected(word: u64, now: u32) -> u32 {
-    let count = word as u32;
-    let age = now.wrapping_sub((word >> 32) as u32);
-    // Completions that no SYN announced (exempt ones on an own port) make it negative.
-    let is_none = (count | count.wrapping_sub(1)) >> 31;
-    let is_young = (age as u64).wrapping_sub(EXPECTED_FOR as u64 + 1) >> 63;
-    let counts = is_young & !(is_none as u64);
-    (count as u64 * counts) as u32
+pub const fn expected(word: u64, now: u64) -> u32 {
+    // The number stands at the top, with its sign.
+    let count = word << (u64::BITS - BESIDE);
+    let is_none = (count | count.wrapping_sub(1)) >> 63;
+    let is_old = (tick_of(word) + EXPECTED_FOR).wrapping_sub(now) >> 63;
+    let counts = 1 & !(is_none | is_old);
+    (beside(word) * counts) as u32
 }
+
+/// Whether a handshake that is completed now takes one off the word `expected`. Completions that no
+/// SYN announced (exempt ones on an own port) may have made its number negative.
+#[inline(always)]
+pub const fn is_expected(word: u64) -> bool {
+    (word << (u64::BITS - BESIDE)) as i64 > 0
+}
+
+/// The most SYNs that the word `expected` tells of: its number has a sign.
+const MOST_EXPECTED: u32 = (MOST_BESIDE >> 1) as u32;
 
 /// The word `expected` after a SYN was sent to a backend that has `pending` half-open connections.
 #[inline(always)]
-pub const fn pack_expected(pending: u32, now: u32) -> u64 {
+pub const fn pack_expected(pending: u32, now: u64) -> u64 {
     pack_over(pending.saturating_add(1), now)
 }
 
 /// The word `expected` after a look that found so many pending that the quota is reached: no SYN
 /// was sent.
 #[inline(always)]
-pub const fn pack_over(pending: u32, now: u32) -> u64 {
-    (now as u64) << 32 | pending as u64
+pub const fn pack_over(pending: u32, now: u64) -> u64 {
+    let pending = if pending > MOST_EXPECTED {
+        MOST_EXPECTED
+    } else {
+        pending
+    };
+    stamped(now, pending as u64)
 }
 
 /// What the word `cookies` says of SYN cookies.
 #[inline(always)]
-pub const fn cookies_state(word: u64, now: u32) -> Cookies {
+pub const fn cookies_state(word: u64, now: u64) -> Cookies {
     if cookies_near(word, now) == 0 {
         Cookies::Off
     } else if cookies_in_use(word, now) == 0 {
@@ -298,32 +342,39 @@ pub const fn cookies_state(word: u64, now: u32) -> Cookies {
     }
 }
 
+/// Bits of the word `cookies` below its tick.
+const KIND: u32 = 2;
+
+/// The word `cookies` of a kind until a tick.
+#[inline(always)]
+pub(super) const fn cookies_until(kind: Cookies, tick: u64) -> u64 {
+    tick << KIND | kind as u64
+}
+
 /// 1 where the word says that SYN cookies are in use or soon will be, else 0; without a branch.
 #[inline(always)]
-pub const fn cookies_near(word: u64, now: u32) -> u64 {
-    let is_set = (word | word.wrapping_neg()) >> 63;
-    let is_past = (word as u32).wrapping_sub(now) >> 31;
-    is_set & !(is_past as u64)
+pub const fn cookies_near(word: u64, now: u64) -> u64 {
+    now.wrapping_sub(word >> KIND) >> 63
 }
 
 /// 1 where the word says that SYN cookies are in use, else 0; without a branch.
 #[inline(always)]
-pub const fn cookies_in_use(word: u64, now: u32) -> u64 {
+pub const fn cookies_in_use(word: u64, now: u64) -> u64 {
     const { assert!(Cookies::Soon as u32 == 1 && Cookies::InUse as u32 == 2) };
-    cookies_near(word, now) & word >> 33
+    cookies_near(word, now) & word >> 1
 }
 
 /// The word `cookies` after a look: until when the choice must be stable for cookies. `None`: leave
 /// it as it is.
 #[inline(always)]
-pub const fn pack_cookies(seen: &Observation, word: u64, now: u32) -> Option<u64> {
+pub const fn pack_cookies(seen: &Observation, word: u64, now: u64) -> Option<u64> {
     match seen.cookies() {
         Cookies::Off => None,
         Cookies::Soon => {
             if matches!(cookies_state(word, now), Cookies::InUse) {
                 return None;
             }
-            Some((Cookies::Soon as u64) << 32 | now.wrapping_add(COOKIES_SOON_FOR) as u64)
+            Some(cookies_until(Cookies::Soon, now + COOKIES_SOON_FOR))
         }
         Cookies::InUse => {
             let age = if seen.overflow_age < COOKIES_FOR_SECONDS {
@@ -332,7 +383,7 @@ pub const fn pack_cookies(seen: &Observation, word: u64, now: u32) -> Option<u64
                 0
             };
             let left = ticks_of_ms((COOKIES_FOR_SECONDS - age) as u64 * 1_000);
-            Some((Cookies::InUse as u64) << 32 | now.wrapping_add(left) as u64)
+            Some(cookies_until(Cookies::InUse, now + left))
         }
     }
 }
@@ -480,14 +531,16 @@ mod tests {
     }
 
     /// How long the kernel calls a half-open connection young.
-    const YOUNG_FOR: u32 = ticks_of_ms(1_000);
+    const YOUNG_FOR: u64 = ticks_of_ms(1_000);
     const QUOTA: u32 = 20;
+    /// After the first tick of all, with which no word begins.
+    const BEGIN: u64 = 1;
 
     /// A listener, and what becomes of the SYNs that it takes.
     struct Model {
         counts: Counts,
         /// When each half-open connection began, and when its last segment comes if one does.
-        half_open: Vec<(u32, Option<u32>)>,
+        half_open: Vec<(u64, Option<u64>)>,
     }
 
     impl Model {
@@ -504,7 +557,7 @@ mod tests {
         }
 
         /// The kernel half's `completed`.
-        fn complete(&mut self, now: u32) {
+        fn complete(&mut self, now: u64) {
             let before = self.half_open.len();
             self.half_open
                 .retain(|(_, last)| last.is_none_or(|last| last > now));
@@ -515,9 +568,9 @@ mod tests {
         }
 
         /// A SYN of a client whose handshake takes that long; whether it is let in.
-        fn syn(&mut self, now: u32, takes: Option<u32>) -> bool {
+        fn syn(&mut self, now: u64, takes: Option<u64>) -> bool {
             self.complete(now);
-            let young = |(born, _): &&(u32, Option<u32>)| now - born < YOUNG_FOR;
+            let young = |(born, _): &&(u64, Option<u64>)| now - born < YOUNG_FOR;
             let seen = Observation {
                 half_open: self.half_open.len() as u32,
                 young: self.half_open.iter().filter(young).count() as u32,
@@ -539,17 +592,21 @@ mod tests {
         }
     }
 
+    /// How many of a flood of one SYN a tick are let in.
+    fn flood(model: &mut Model, times: core::ops::Range<u64>) -> usize {
+        times.filter(|now| model.syn(*now, None)).count()
+    }
+
     #[test]
     fn half_open_connections_that_never_complete_hold_the_room_for_a_moment() {
         let mut model = Model::new(1);
-        let flood =
-            |model: &mut Model, from, to| (from..to).filter(|now| model.syn(*now, None)).count();
-        assert_eq!(flood(&mut model, 0, QUOTA + STALL_SHORTEST), QUOTA as usize);
+        let ends = BEGIN + u64::from(QUOTA) + STALL_SHORTEST;
+        assert_eq!(flood(&mut model, BEGIN..ends), QUOTA as usize);
         // From then on, beside the flood, honest ones get in up to the quota and not beyond.
         for n in 0..QUOTA + 5 {
-            let now = QUOTA + STALL_SHORTEST + 300 * n;
+            let now = ends + 300 * u64::from(n);
             assert_eq!(model.syn(now, Some(1)), n < QUOTA, "honest client {n}");
-            flood(&mut model, now + 1, now + 300);
+            flood(&mut model, now + 1..now + 300);
         }
         assert_eq!(model.counts.established(), QUOTA);
     }
@@ -558,10 +615,9 @@ mod tests {
     fn a_backend_without_a_handshake_yet_is_given_nearly_a_second() {
         let mut model = Model::new(1);
         model.counts.handshake = 0;
-        let taken =
-            |model: &mut Model, from, to| (from..to).filter(|now| model.syn(*now, None)).count();
-        assert_eq!(taken(&mut model, 0, QUOTA + STALL_LONGEST), QUOTA as usize);
-        assert!(model.syn(QUOTA + STALL_LONGEST, Some(1)));
+        let ends = BEGIN + u64::from(QUOTA) + STALL_LONGEST;
+        assert_eq!(flood(&mut model, BEGIN..ends), QUOTA as usize);
+        assert!(model.syn(ends, Some(1)));
     }
 
     /// However little room is left: the dead ones in the SYN queue would take many seconds to be
@@ -570,24 +626,18 @@ mod tests {
     fn one_place_that_is_left_is_not_held_for_long() {
         let mut model = Model::new(1);
         model.counts.established = u64::from(QUOTA) - 1;
-        assert!(model.syn(0, None));
-        assert!(!model.syn(1, Some(1)));
-        assert!(model.syn(1 + STALL_SHORTEST, Some(1)));
+        assert!(model.syn(BEGIN, None));
+        assert!(!model.syn(BEGIN + 1, Some(1)));
+        assert!(model.syn(BEGIN + 1 + STALL_SHORTEST, Some(1)));
     }
 
     #[test]
     fn the_longest_handshake_is_remembered_for_a_while() {
         let first = pack_handshake(0, 800, 1_000).unwrap();
         assert_eq!(pack_handshake(first, 700, 2_000), None);
-        assert_eq!(
-            pack_handshake(first, 900, 2_000).map(|word| word as u32),
-            Some(900)
-        );
+        assert_eq!(pack_handshake(first, 900, 2_000).map(beside), Some(900));
         let later = 1_001 + HANDSHAKE_FOR;
-        assert_eq!(
-            pack_handshake(first, 700, later).map(|word| word as u32),
-            Some(700)
-        );
+        assert_eq!(pack_handshake(first, 700, later).map(beside), Some(700));
         assert_eq!(
             stall_patience(pack_handshake(0, 0, 0).unwrap()),
             STALL_SHORTEST
@@ -606,10 +656,11 @@ mod tests {
         /// Bursts of clients that all complete are no flood: they get the quota and no more.
         #[test]
         fn a_burst_of_honest_clients_stays_within_the_quota(
-            longest in 1..100_u32, clients in prop::collection::vec((0..4_u32, 1..100_u32), 1..300),
+            longest in 1..100_u32, clients in prop::collection::vec((0..4_u64, 1..100_u64), 1..300),
         ) {
             let mut model = Model::new(longest);
-            let mut now = 0;
+            let mut now = BEGIN;
+            let longest = u64::from(longest);
             let wanted = clients.len().min(QUOTA as usize);
             for (gap, takes) in clients {
                 now += gap;
@@ -623,11 +674,11 @@ mod tests {
         /// refused gets in soon after.
         #[test]
         fn a_flood_refuses_honest_clients_for_a_moment_only(
-            gaps in prop::collection::vec(0..60_u32, 400), established in 0..QUOTA, longest in 1..100_u32,
+            gaps in prop::collection::vec(0..60_u64, 400), established in 0..QUOTA, longest in 1..100_u32,
         ) {
             let mut model = Model::new(longest);
             model.counts.established = u64::from(established);
-            let (mut now, mut refused) = (0, None);
+            let (mut now, mut refused) = (BEGIN, None);
             for gap in gaps {
                 // One that leaves at once: it takes no room.
                 if model.syn(now, Some(0)) {
@@ -635,7 +686,7 @@ mod tests {
                     model.counts.established -= 1;
                     refused = None;
                 } else {
-                    let since: u32 = *refused.get_or_insert(now);
+                    let since: u64 = *refused.get_or_insert(now);
                     prop_assert!(now - since <= stall_patience(model.counts.handshake));
                 }
                 now += gap;
@@ -652,27 +703,65 @@ mod tests {
         }
 
         #[test]
-        fn only_young_syns_are_expected(count: u32, age in 0..=2 * EXPECTED_FOR, now: u32) {
-            let word = u64::from(now.wrapping_sub(age)) << 32 | u64::from(count);
-            let is_expected = count.cast_signed() > 0 && age <= EXPECTED_FOR;
-            prop_assert_eq!(expected(word, now), if is_expected { count } else { 0 });
+        fn only_young_syns_are_expected(count in 0..=MOST_BESIDE, age in 0..=2 * EXPECTED_FOR, now in 2 * EXPECTED_FOR..END) {
+            let word = stamped(now - age, count);
+            let is_young = age <= EXPECTED_FOR;
+            let count = u32::try_from(count).unwrap();
+            prop_assert_eq!(is_expected(word), (1..=MOST_EXPECTED).contains(&count));
+            prop_assert_eq!(expected(word, now), if is_expected(word) && is_young { count } else { 0 });
         }
 
         #[test]
-        fn what_is_told_of_cookies_without_a_branch_is_their_state(kind in 0..=2_u32, until: u32, now: u32) {
+        fn what_is_told_of_cookies_without_a_branch_is_their_state(kind in 0..=2_u32, until in 0..END, now in 0..END) {
             let kind = [Cookies::Off, Cookies::Soon, Cookies::InUse][kind as usize];
-            let word = if kind == Cookies::Off { 0 } else { (kind as u64) << 32 | u64::from(until) };
-            let is_past = until.wrapping_sub(now).cast_signed() < 0;
-            let expected = if is_past { Cookies::Off } else { kind };
+            let word = if kind == Cookies::Off { 0 } else { cookies_until(kind, until) };
+            let expected = if until <= now { Cookies::Off } else { kind };
             prop_assert_eq!(cookies_state(word, now), expected);
             prop_assert_eq!(cookies_near(word, now) == 1, expected != Cookies::Off);
             prop_assert_eq!(cookies_in_use(word, now) == 1, expected == Cookies::InUse);
         }
 
+        /// What was written once and then left alone ends once, and does not come back: not after
+        /// 2³¹ ticks, which are 26 days, nor after 2³².
+        #[test]
+        fn what_is_past_stays_past(
+            written in BEGIN..1_u64 << 40, half_open in 0..300_u32, overflow_age in 0..300_u32, micros: u32, pending: u32, lasting in 0..2_000_u64, age in any_age(),
+        ) {
+            let seen = Observation { half_open, overflow_age, ..QUIET };
+            let now = written + age;
+            if let Some(word) = pack_cookies(&seen, 0, written) {
+                let longest = ticks_of_ms(u64::from(COOKIES_FOR_SECONDS) * 1_000);
+                prop_assert_ne!(cookies_state(word, written), Cookies::Off);
+                prop_assert!(age < longest || cookies_state(word, now) == Cookies::Off);
+            }
+            let full = pack_full(written.saturating_sub(lasting), written);
+            prop_assert_eq!(is_full(full, now), age <= QUEUE_GRACE);
+            prop_assert!(age <= QUEUE_GRACE || full_since(full, now) == now);
+            let word = pack_over(pending, written);
+            prop_assert_eq!(expected(word, now) != 0, is_expected(word) && age <= EXPECTED_FOR);
+            let handshake = pack_handshake(0, micros, written).unwrap();
+            prop_assert_eq!(pack_handshake(handshake, 0, now).is_some(), age > HANDSHAKE_FOR || beside(handshake) == 0);
+            let patience = stall_patience(handshake);
+            let stalled = pack_stalled(&Counts { handshake, ..Counts::ZERO }, written).unwrap();
+            prop_assert_eq!(is_held(stalled, now), age < patience);
+            let counts = Counts { stalled, ..Counts::ZERO };
+            prop_assert_eq!(is_stalled(&counts, now), (patience..=patience + FLOOD_FOR).contains(&age));
+            prop_assert_eq!(pack_stalled(&counts, now).is_some(), age > patience + FLOOD_FOR);
+        }
+
+        /// A look on another CPU may have a later time than the one at hand.
+        #[test]
+        fn what_another_cpu_has_just_seen_counts(now in BEGIN..1_u64 << 40, later in 0..10_u64, pending in 1..100_u32) {
+            prop_assert!(is_full(pack_full(now, now + later), now));
+            prop_assert_eq!(full_since(pack_full(now, now + later), now), now);
+            prop_assert_eq!(expected(pack_over(pending, now + later), now), pending);
+            prop_assert!(pack_handshake(pack_handshake(0, 9, now + later).unwrap(), 8, now).is_none());
+        }
+
         #[test]
         fn no_word_panics(
             half_open: u32, young: u32, fast_open: u32, queue: u32, backlog: u32, syncookies: u8, overflow_age: u32,
-            word: u64, quota: u32, now: u32, established: u64, enforce: bool,
+            word: u64, quota: u32, now in 0..END, established: u64, enforce: bool,
         ) {
             let seen = Observation { half_open, young, fast_open, queue, backlog, syncookies, overflow_age };
             let counts = Counts { established, expected: word, full: word, cookies: word, stalled: word, handshake: word };
@@ -681,7 +770,20 @@ mod tests {
             pack_full(full_since(word, now), now);
             pack_stalled(&counts, now);
             pack_handshake(word, half_open, now);
-            prop_assert!(expected(pack_expected(seen.pending(&counts, quota, now), now), now) <= i32::MAX as u32 + 1);
+            prop_assert!(expected(pack_expected(seen.pending(&counts, quota, now), now), now) <= MOST_EXPECTED);
         }
+    }
+
+    /// After the last tick that there is.
+    const END: u64 = 1 << 44;
+
+    fn any_age() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            0..10_000_u64,
+            0..2_000_000_u64,
+            (1_u64 << 31) - 200_000..(1 << 31) + 200_000,
+            (1_u64 << 32) - 200_000..(1 << 32) + 200_000,
+            0..1_u64 << 43,
+        ]
     }
 }

@@ -39,7 +39,7 @@ impl Attempt {
             Self::Failed => 4,
             Self::Foreign => 5,
             Self::Judged(Judgement::OverQuota) => 6,
-            Self::Judged(Judgement::QueueFull { since }) => 7 | (since as u64) << 32,
+            Self::Judged(Judgement::QueueFull { since }) => 7 | since << KIND,
             Self::Judged(Judgement::Take) => 8,
         }
     }
@@ -47,7 +47,7 @@ impl Attempt {
     /// The attempt of a word; an unknown one failed.
     #[inline(always)]
     pub const fn decode(word: u64) -> Self {
-        match word as u32 {
+        match word as u8 {
             0 => Self::Assigned,
             1 => Self::Raced,
             2 => Self::Cookies,
@@ -55,13 +55,16 @@ impl Attempt {
             5 => Self::Foreign,
             6 => Self::Judged(Judgement::OverQuota),
             7 => Self::Judged(Judgement::QueueFull {
-                since: (word >> 32) as u32,
+                since: word >> KIND,
             }),
             8 => Self::Judged(Judgement::Take),
             _ => Self::Failed,
         }
     }
 }
+
+/// Bits of an attempt's word that say how it ended.
+const KIND: u32 = 8;
 
 /// How a backend is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -214,7 +217,7 @@ mod tests {
     use crate::abi::{Address, Backend, ServicePort, SlotPolicy, SlotState, UNLIMITED};
     use crate::decision::request::{Arrival, Request};
 
-    const NOW: u32 = 50_000;
+    const NOW: u64 = 50_000;
     const IDLE: Observation = Observation {
         half_open: 3,
         young: 3,

@@ -49,13 +49,13 @@ pub struct Request {
     /// where it is still that.
     pub weights: u64,
     /// The time, in ticks.
-    pub now: u32,
+    pub now: u64,
 }
 
 impl Request {
     /// What a SYN for a service's port asks.
     #[inline(always)]
-    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, weights: u64, now: u32) -> Self {
+    pub fn new(port: &ServicePort, arrival: &Arrival, ticket: u64, weights: u64, now: u64) -> Self {
         let (high, low) = arrival.from.halves();
         let source = hash::of_source(high, low);
         let (to_high, to_low) = arrival.to.halves();

@@ -1,6 +1,8 @@
 //! The decision with a model of backends.
 
-use super::admission::{Observation, QUEUE_GRACE, pack_cookies, pack_expected, pack_full};
+use super::admission::{
+    Observation, QUEUE_GRACE, cookies_until, pack_cookies, pack_expected, pack_full,
+};
 use super::cursor::Cursor;
 use super::member::Member;
 use super::request::Request;
@@ -15,7 +17,7 @@ use proptest::prelude::*;
 use std::vec::Vec;
 
 const GENERATION: u32 = 3;
-const NOW: u32 = 50_000;
+const NOW: u64 = 50_000;
 
 /// Backends whose sockets say exactly what their counters say.
 struct Model {
@@ -310,7 +312,7 @@ proptest! {
         let choose = |counts: &[u32], ticket| {
             let mut model = Model::of((0..5).map(|slot| member(slot, counts[slot as usize], UNLIMITED, 1)));
             model.sockets[2].overflow_age = 1;
-            model.members[2].counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+            model.members[2].counts.cookies = cookies_until(Cookies::InUse, NOW + 10);
             model.decide(Request { ticket, ..from_source(policy, source) }).slot
         };
         prop_assert_eq!(choose(&at_syn, 1), choose(&at_ack, 2));
@@ -428,7 +430,7 @@ fn the_ack_of_a_first_cookie_finds_the_listener_of_the_syn() {
 fn what_a_look_finds_counts_when_cookies_are_about_to_be_in_use() {
     let mut model = Model::of((0..3).map(|slot| member(slot, 0, 5, 1)));
     for member in &mut model.members {
-        member.counts.cookies = (Cookies::Soon as u64) << 32 | u64::from(NOW + 10);
+        member.counts.cookies = cookies_until(Cookies::Soon, NOW + 10);
     }
     model.sockets.fill(Observation {
         half_open: 126,
@@ -519,7 +521,7 @@ fn each_refusal_has_its_reason() {
     );
     assert_eq!(
         decide(5, &|model| {
-            model.members[0].counts.cookies = (Cookies::InUse as u64) << 32 | u64::from(NOW + 10);
+            model.members[0].counts.cookies = cookies_until(Cookies::InUse, NOW + 10);
         }),
         Reason::OverQuotaCookie
     );

@@ -10,7 +10,7 @@ use balancer_common::abi::{
     Address, Backend, BackendId, BackendState, Connection, Counts, EventKind, ListenRule,
     MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS, SlotState, ticks,
 };
-use balancer_common::decision::admission::{is_held, pack_handshake};
+use balancer_common::decision::admission::{is_expected, is_held, pack_handshake};
 use core::ffi::c_void;
 use core::ptr::read_volatile;
 
@@ -105,7 +105,7 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     }
     // It is no longer expected. Counted first, so that it is never missing from both.
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if unsafe { (*counts).expected } as u32 as i32 > 0 {
+    if is_expected(unsafe { (*counts).expected }) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
     }

@@ -160,7 +160,7 @@ pub fn is_exempt(service: u16, source: &Address) -> bool {
 
 /// Tells the daemon, from a stack frame of its own.
 #[inline(never)]
-fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason, now: u32) {
+fn refused(lookup: *const bpf_sk_lookup, service: u16, reason: Reason, now: u64) {
     let arrival = arrival_of(lookup);
     events::refused(service, &arrival, reason, now);
 }

@@ -191,7 +191,7 @@ pub fn take(tables: &Tables) -> Result<Snapshot> {
     }))
 }
 
-fn service(contents: &ServiceContents, members: &[&Member], now: u32) -> ServiceSnapshot {
+fn service(contents: &ServiceContents, members: &[&Member], now: u64) -> ServiceSnapshot {
     let info = &contents.info;
     let quota = of_service(info);
     ServiceSnapshot {
@@ -226,7 +226,7 @@ fn daemon(contents: &MapContents) -> DaemonSnapshot {
     }
 }
 
-fn backend(member: &Member, of_service: InForce, now: u32) -> BackendSnapshot {
+fn backend(member: &Member, of_service: InForce, now: u64) -> BackendSnapshot {
     let in_force = written(&member.policy, member.backend.slot_state()).unwrap_or(of_service);
     let steerable = member.backend.flags & Backend::UNSTEERABLE == 0;
     BackendSnapshot {

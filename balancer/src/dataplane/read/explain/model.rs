@@ -59,7 +59,7 @@ impl Model {
     }
 
     /// What the kernel half would see of a backend's socket; `None`: it can't look at it.
-    fn observe(&self, member: &Member, now: u32) -> Option<Observation> {
+    fn observe(&self, member: &Member, now: u64) -> Option<Observation> {
         if member.backend.flags & Backend::UNSTEERABLE != 0 {
             return None;
         }
