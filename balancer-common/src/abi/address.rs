@@ -44,6 +44,17 @@ impl Address {
         )
     }
 
+    /// The address that stands in memory as these two halves.
+    #[inline(always)]
+    pub const fn of_words([high, low]: [u64; 2]) -> Self {
+        Self([
+            high as u32,
+            (high >> 32) as u32,
+            low as u32,
+            (low >> 32) as u32,
+        ])
+    }
+
     /// The upper and the lower half as numbers, for hashing.
     #[inline(always)]
     pub const fn halves(&self) -> (u64, u64) {

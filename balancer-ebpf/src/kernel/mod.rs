@@ -4,4 +4,5 @@ pub mod atomic;
 pub mod context;
 pub mod offsets;
 pub mod scratch;
+pub mod shared;
 pub mod socket;

@@ -4,6 +4,7 @@ use aya_ebpf::bindings::{bpf_sock, tcp_sock};
 use aya_ebpf::helpers::generated::{bpf_get_current_task_btf, bpf_jiffies64, bpf_skc_to_tcp_sock};
 use balancer_common::decision::admission::Observation;
 
+use super::context::context;
 use super::offsets::{constant, field};
 
 const TCP_LISTEN: u32 = 10;
@@ -81,8 +82,7 @@ impl TcpSocket {
 /// Whether a socket listens.
 #[inline(always)]
 pub fn listens(socket: *mut bpf_sock) -> bool {
-    // SAFETY: the socket lives as long as the program runs; the verifier checks that it is one.
-    unsafe { (*socket).state == TCP_LISTEN }
+    context!(socket, state) == TCP_LISTEN
 }
 
 /// Thread group id and thread id of the current task, in the initial pid namespace.

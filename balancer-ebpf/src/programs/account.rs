@@ -18,6 +18,7 @@ use super::steer::is_exempt;
 use crate::events;
 use crate::kernel::atomic;
 use crate::kernel::context::context;
+use crate::kernel::shared::shared;
 use crate::kernel::socket::{TcpSocket, current_task};
 use crate::maps::{
     BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
@@ -87,13 +88,13 @@ fn share(class: u16) -> u64 {
 #[inline(always)]
 fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     let slot = u32::from(connection.slot);
-    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
+    let (Some(backend), Some(counts)) = (BACKENDS.get_ptr(slot), COUNTS.get_ptr_mut(slot)) else {
         return;
     };
-    if backend.slot_state().generation() != connection.generation {
+    if slot_state(backend).generation() != connection.generation {
         return;
     }
-    let class = class_of(backend.service, &remote(ctx));
+    let class = class_of(shared!(backend, service), &remote(ctx));
     connection.class = class;
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
@@ -104,8 +105,7 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
         unsafe { atomic::add(&raw mut (*totals).entered, 1) };
     }
     // It is no longer expected. Counted first, so that it is never missing from both.
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if is_expected(unsafe { (*counts).expected }) {
+    if is_expected(shared!(counts, expected)) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::add(&raw mut (*counts).expected, u64::MAX) };
     }
@@ -129,8 +129,7 @@ fn class_of(service: u16, source: &Address) -> u16 {
 /// A handshake was completed: those under way are no flood, and this is how long one takes.
 #[inline(always)]
 fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    let stalled = unsafe { read_volatile(&raw const (*counts).stalled) };
+    let stalled = shared!(counts, stalled);
     // SAFETY: a helper without arguments.
     let now = ticks(unsafe { bpf_ktime_get_ns() });
     if is_held(stalled, now) {
@@ -141,8 +140,7 @@ fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
     // measured.
     let ops: *const bpf_sock_ops = ctx.ops;
     let eighths = context!(ops, srtt_us);
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    let word = unsafe { read_volatile(&raw const (*counts).handshake) };
+    let word = shared!(counts, handshake);
     if eighths != 0
         && let Some(word) = pack_handshake(word, eighths >> 3, now)
     {
@@ -154,11 +152,11 @@ fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
 #[inline(always)]
 fn left(connection: &mut Connection) {
     let slot = u32::from(connection.slot);
-    let (Some(backend), Some(counts)) = (BACKENDS.get(slot), COUNTS.get_ptr_mut(slot)) else {
+    let (Some(backend), Some(counts)) = (BACKENDS.get_ptr(slot), COUNTS.get_ptr_mut(slot)) else {
         return;
     };
     let counted = connection.class == Connection::COUNTED || connection.class == Connection::EXEMPT;
-    if !counted || backend.slot_state().generation() != connection.generation {
+    if !counted || slot_state(backend).generation() != connection.generation {
         return;
     }
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
@@ -177,26 +175,28 @@ fn closed(connection: &Connection) {
     let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
         return;
     };
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    let slot_state = unsafe { (*backend).slot_state() };
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if slot_state.generation() != connection.generation
-        || !slot_state.is(BackendState::Active)
-        || !unsafe {
-            atomic::replace(
-                &raw mut (*backend).slot_state,
-                slot_state.0,
-                slot_state.with(BackendState::Closed).0,
-            )
-        }
+    let state = slot_state(backend);
+    if state.generation() != connection.generation
+        || !state.is(BackendState::Active)
+        || !change_state(backend, state, BackendState::Closed)
     {
         return;
     }
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program. The words
-    // that are read here change only once the slot is claimed again, and any bytes are a value.
-    let backend = unsafe { &*backend };
-    change_membership(backend.service, slot, false);
+    change_membership(shared!(backend, service), slot, false);
     events::listener(EventKind::ListenerDown, slot, backend);
+}
+
+/// Generation and state of a slot.
+#[inline(always)]
+fn slot_state(backend: *const Backend) -> SlotState {
+    SlotState(shared!(backend, slot_state))
+}
+
+/// Gives a slot another state where it still has the one given; says whether it had.
+#[inline(always)]
+fn change_state(backend: *mut Backend, from: SlotState, to: BackendState) -> bool {
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+    unsafe { atomic::replace(&raw mut (*backend).slot_state, from.0, from.with(to).0) }
 }
 
 #[inline(always)]
@@ -272,9 +272,14 @@ pub extern "C" fn account_rule(netns: u64, address: *const Address, port: u32) -
     let Some(address) = (unsafe { address.as_ref() }) else {
         return NONE;
     };
-    // SAFETY: the value is copied at once. Should an update reuse its element meanwhile: any bytes
-    // are a value.
-    let read = |key| unsafe { LISTEN_RULES.get(key) }.copied();
+    let read = |key| {
+        let rule = LISTEN_RULES.get_ptr(key)?;
+        Some(ListenRule {
+            service: shared!(rule, service),
+            flags: shared!(rule, flags),
+            weight: shared!(rule, weight),
+        })
+    };
     match ListenRule::most_specific(netns, *address, port as u16, read) {
         Some(rule) => {
             u64::from(rule.weight) << 32 | u64::from(rule.flags) << 16 | u64::from(rule.service)
@@ -292,23 +297,12 @@ fn listens_again(ctx: &SockOpsContext, connection: &Connection, service: u16) ->
     let Some(backend) = BACKENDS.get_ptr_mut(slot) else {
         return false;
     };
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    let slot_state = unsafe { (*backend).slot_state() };
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if slot_state.generation() != connection.generation
-        || !(slot_state.is(BackendState::Closed) || slot_state.is(BackendState::Active))
-        || unsafe { (*backend).service } != service
+    let state = slot_state(backend);
+    if state.generation() != connection.generation
+        || !(state.is(BackendState::Closed) || state.is(BackendState::Active))
+        || shared!(backend, service) != service
+        || !change_state(backend, state, BackendState::Claimed)
     {
-        return false;
-    }
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if !unsafe {
-        atomic::replace(
-            &raw mut (*backend).slot_state,
-            slot_state.0,
-            slot_state.with(BackendState::Claimed).0,
-        )
-    } {
         return false;
     }
     publish(ctx, connection.id(), backend);
@@ -342,8 +336,7 @@ fn backend_of(
     }
     let socket: *mut bpf_sock = socket(ctx);
     if !socket.is_null() {
-        // SAFETY: the socket lives as long as the program runs; the verifier checks that it is one.
-        backend.device = unsafe { (*socket).bound_dev_if };
+        backend.device = context!(socket, bound_dev_if);
         if let Some(tcp) = TcpSocket::of(socket) {
             backend.uid = tcp.uid();
             if backend.flags & Backend::V6 != 0 && tcp.is_v6_only() {
@@ -385,21 +378,11 @@ pub extern "C" fn account_claim(service: u32) -> u64 {
         let Some(place) = BACKENDS.get_ptr_mut(slot as u32) else {
             return NONE;
         };
-        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        let slot_state = unsafe { (*place).slot_state() };
-        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        if slot_state.is(BackendState::Free)
-            && unsafe {
-                atomic::replace(
-                    &raw mut (*place).slot_state,
-                    slot_state.0,
-                    slot_state.with(BackendState::Claimed).0,
-                )
-            }
-        {
+        let state = slot_state(place);
+        if state.is(BackendState::Free) && change_state(place, state, BackendState::Claimed) {
             let id = BackendId {
                 slot: slot as u32,
-                generation: slot_state.generation(),
+                generation: state.generation(),
             };
             return id.pack();
         }
@@ -410,15 +393,14 @@ pub extern "C" fn account_claim(service: u32) -> u64 {
 /// Whether a service has all the backends that it may have.
 #[inline(always)]
 fn is_crowded(service: u16) -> bool {
-    let Some(members) = MEMBERS.get(u32::from(service)) else {
+    let Some(members) = MEMBERS.get_ptr(u32::from(service)) else {
         return true;
     };
     let mut count = 0;
-    for word in &members.words {
-        // Volatile, so that the words are not all loaded first and kept on the stack: Linux 6.1
-        // rounds each frame up to 32 bytes, and a chain of calls may take 512.
-        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        count += unsafe { read_volatile(word) }.count_ones();
+    let mut word = 0;
+    while word < MEMBER_WORDS {
+        count += shared!(members, words[word]).count_ones();
+        word += 1;
     }
     count >= MAX_MEMBERS as u32
 }
@@ -428,10 +410,10 @@ fn is_crowded(service: u16) -> bool {
 /// # Safety
 /// `found` points to a word that nobody else uses.
 unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
-    let Some(backend) = BACKENDS.get(slot) else {
+    let Some(backend) = BACKENDS.get_ptr(slot) else {
         return 1;
     };
-    if !backend.slot_state().is(BackendState::Free) {
+    if !slot_state(backend).is(BackendState::Free) {
         return 0;
     }
     // SAFETY: by this function's contract.
@@ -522,11 +504,8 @@ fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
         );
     }
     watch_states(ctx);
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program. The words
-    // that are read here change only once the slot is claimed again, and any bytes are a value.
-    let backend = unsafe { &*place };
-    change_membership(backend.service, id.slot, true);
-    events::listener(EventKind::ListenerUp, id.slot, backend);
+    change_membership(shared!(place, service), id.slot, true);
+    events::listener(EventKind::ListenerUp, id.slot, place);
 }
 
 /// The socket that the program runs for; null where the kernel has only a request for one.

@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    Address, Backend, Counts, ExemptKey, MEMBER_WORDS, Members, Policy, PortKey, REASON_SLOTS,
-    ServicePort, ticks,
+    Address, Backend, Counts, ExemptKey, Heartbeat, MEMBER_WORDS, Members, Policy, PortKey,
+    REASON_SLOTS, ServicePort, SlotPolicy, ticks,
 };
 use balancer_common::decision::attempt::{Expected, Writes};
 use balancer_common::decision::cursor::{Cursor, Step};
@@ -27,6 +27,7 @@ use crate::kernel::atomic;
 use crate::kernel::context::context;
 use crate::kernel::offsets::constant;
 use crate::kernel::scratch::Scratch;
+use crate::kernel::shared::shared;
 use crate::kernel::socket::{TcpSocket, listens};
 use crate::maps::{
     BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE, SERVICES,
@@ -80,11 +81,20 @@ fn start(state: &mut DecisionState, lookup: *const bpf_sk_lookup, port: ServiceP
     let arrival = arrival_of(lookup);
     let flags = LookupFlags {
         exempt: is_exempt(port.service, &arrival.from),
-        stale: HEARTBEAT.get(0).is_none_or(|beat| beat.is_stale(now_ns)),
+        stale: heartbeat().is_none_or(|beat| beat.is_stale(now_ns)),
     };
     let (ticket, weights) = next_ticket(&port);
     let request = Request::new(&port, &arrival, ticket, weights, ticks(now_ns));
     state.start(request, flags);
+}
+
+#[inline(always)]
+fn heartbeat() -> Option<Heartbeat> {
+    let beat = HEARTBEAT.get_ptr(0)?;
+    Some(Heartbeat {
+        last_ns: shared!(beat, last_ns),
+        limit_ns: shared!(beat, limit_ns),
+    })
 }
 
 /// Whether a program that ran before has chosen a socket: its choice stands, whatever this one says
@@ -123,9 +133,14 @@ fn arrival_of(lookup: *const bpf_sk_lookup) -> Arrival {
 /// The service of a look-up's destination.
 #[inline(always)]
 fn service_of(lookup: *const bpf_sk_lookup) -> Option<ServicePort> {
-    // SAFETY: the value is copied at once. Should an update reuse its element meanwhile: any bytes
-    // are a value.
-    let read = |key: &PortKey| Ok::<_, Infallible>(unsafe { SERVICES.get(key) }.copied());
+    let read = |key: &PortKey| {
+        Ok::<_, Infallible>(SERVICES.get_ptr(key).map(|port| ServicePort {
+            service: shared!(port, service),
+            policy: shared!(port, policy),
+            flags: shared!(port, flags),
+            quota: shared!(port, quota),
+        }))
+    };
     let address = || arrival_of(lookup).to;
     let Ok(found) = ServicePort::of_destination(address, context!(lookup, local_port) as u16, read);
     found
@@ -139,12 +154,8 @@ fn next_ticket(port: &ServicePort) -> (u64, u64) {
         && let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(port.service))
     {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        unsafe {
-            (
-                atomic::add(&raw mut (*state).turn, 1),
-                read_volatile(&raw const (*state).weights),
-            )
-        }
+        let ticket = unsafe { atomic::add(&raw mut (*state).turn, 1) };
+        (ticket, shared!(state, weights))
     } else {
         (0, 0)
     }
@@ -253,8 +264,7 @@ impl BackendAccess for Sockets {
     #[inline(always)]
     fn begin(&mut self, scan: &mut Scan) {
         if let Some(members) = MEMBERS.get_ptr(u32::from(scan.request.service)) {
-            // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-            scan.cursor = Cursor::new(|word| unsafe { load(members, word) });
+            scan.cursor = Cursor::new(|word| load(members, word));
         }
     }
 
@@ -285,8 +295,8 @@ impl BackendAccess for Sockets {
     #[inline(always)]
     fn has_unregistered(&self, service: u16) -> bool {
         SERVICE_STATE
-            .get(u32::from(service))
-            .is_some_and(|state| state.unregistered != 0)
+            .get_ptr(u32::from(service))
+            .is_some_and(|state| shared!(state, unregistered) != 0)
     }
 }
 
@@ -313,12 +323,23 @@ pub extern "C" fn steer_attempt(
 
 #[inline(always)]
 fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> Attempt {
-    let Some(member) = member(slot) else {
+    let (Some(mut member), Some(counts)) = (member(slot), COUNTS.get_ptr_mut(slot)) else {
         return Attempt::Gone;
     };
+    // The scan does without these.
+    member.counts.stalled = shared!(counts, stalled);
+    member.counts.handshake = shared!(counts, handshake);
     if member.backend.flags & Backend::UNSTEERABLE != 0 {
         return state.judge(None, &member).attempt;
     }
+    with_socket(slot, |socket| {
+        attempt_socket(ctx, socket, &member, counts, state)
+    })
+}
+
+/// Does something with the listening socket of a slot.
+#[inline(always)]
+fn with_socket(slot: u32, work: impl FnOnce(*mut bpf_sock) -> Attempt) -> Attempt {
     // SAFETY: a map and a key of its size, on the stack.
     let socket: *mut bpf_sock = unsafe {
         bpf_map_lookup_elem(
@@ -330,20 +351,20 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> At
     if socket.is_null() {
         return Attempt::Gone;
     }
-    let attempt = attempt_socket(ctx, socket, &member, state);
+    let attempt = if listens(socket) {
+        work(socket)
+    } else {
+        Attempt::Gone
+    };
     // SAFETY: the reference that the look-up in the map took, given back once.
     unsafe { bpf_sk_release(socket.cast()) };
     attempt
 }
 
 /// Reads a word of a service's bitmap of slots.
-///
-/// # Safety
-/// `members` points to an element of MEMBERS.
 #[inline(always)]
-unsafe fn load(members: *const Members, word: u32) -> u64 {
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    unsafe { read_volatile(&raw const (*members).words[word as usize & (MEMBER_WORDS - 1)]) }
+fn load(members: *const Members, word: u32) -> u64 {
+    shared!(members, words[word as usize & (MEMBER_WORDS - 1)])
 }
 
 /// A few steps over the members; the callback of `bpf_loop`. 1 ends the loop.
@@ -359,8 +380,7 @@ unsafe extern "C" fn visit(_index: u32, scan: *mut c_void) -> i64 {
     // Opaque, so that it stays a loop.
     let mut left = opaque(u64::from(STEPS_A_CALL));
     while left > 0 {
-        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        match scan.cursor.step(|word| unsafe { load(members, word) }) {
+        match scan.cursor.step(|word| load(members, word)) {
             Step::End => return 1,
             Step::Nobody => {}
             Step::Member(slot) => consider(scan, slot),
@@ -378,15 +398,40 @@ fn consider(scan: &mut Scan, slot: u32) {
     }
 }
 
-/// A slot as the maps show it.
+/// A slot as the maps show it: what a scan asks for.
 #[inline(always)]
 fn member(slot: u32) -> Option<Member> {
-    let (backend, policy, counts) = (BACKENDS.get(slot)?, POLICY.get(slot)?, COUNTS.get(slot)?);
+    let backend = BACKENDS.get_ptr(slot)?;
+    let policy = POLICY.get_ptr(slot)?;
+    let counts = COUNTS.get_ptr(slot)?;
+    let policy = SlotPolicy {
+        quota: shared!(policy, quota),
+        weight: shared!(policy, weight),
+        adopted: shared!(policy, adopted),
+    };
+    let counts = Counts {
+        established: shared!(counts, established),
+        expected: shared!(counts, expected),
+        full: shared!(counts, full),
+        cookies: shared!(counts, cookies),
+        ..Counts::ZERO
+    };
+    let backend = Backend {
+        slot_state: shared!(backend, slot_state),
+        netns: shared!(backend, netns),
+        address: Address::of_words(shared!(backend, address as [u64; 2])),
+        port: shared!(backend, port),
+        weight: shared!(backend, weight),
+        uid: shared!(backend, uid),
+        device: shared!(backend, device),
+        flags: shared!(backend, flags),
+        ..Backend::EMPTY
+    };
     Some(Member {
         slot,
-        backend: *backend,
-        policy: *policy,
-        counts: counts.with_adopted(policy),
+        backend,
+        policy,
+        counts: counts.with_adopted(&policy),
     })
 }
 
@@ -395,15 +440,10 @@ fn attempt_socket(
     ctx: *mut bpf_sk_lookup,
     socket: *mut bpf_sock,
     member: &Member,
+    counts: *mut Counts,
     state: &DecisionState,
 ) -> Attempt {
-    if !listens(socket) {
-        return Attempt::Gone;
-    }
     let Some(tcp) = TcpSocket::of(socket) else {
-        return Attempt::Gone;
-    };
-    let Some(counts) = COUNTS.get_ptr_mut(member.slot) else {
         return Attempt::Gone;
     };
     let outcome = state.judge(Some(&tcp.observe()), member);
@@ -411,9 +451,15 @@ fn attempt_socket(
     if !unsafe { write(&outcome.writes, counts, member) } {
         return Attempt::Raced;
     }
-    if !matches!(outcome.attempt, Attempt::Assigned) {
-        return outcome.attempt;
+    match outcome.attempt {
+        Attempt::Assigned => assign(ctx, socket),
+        attempt => attempt,
     }
+}
+
+/// Gives the look-up to a socket.
+#[inline(always)]
+fn assign(ctx: *mut bpf_sk_lookup, socket: *mut bpf_sock) -> Attempt {
     // SAFETY: the context and a socket with a reference, as the verifier demands.
     match unsafe { bpf_sk_assign(ctx.cast(), socket.cast(), NO_REUSEPORT) } {
         0 => Attempt::Assigned,
