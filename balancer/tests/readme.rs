@@ -18,12 +18,13 @@ fn the_table_of_reasons_is_that_of_the_code() {
     let reasons: Vec<_> = Reason::ALL
         .iter()
         .map(|reason| {
-            format!(
-                "| `{}` | {} | {} |",
-                reason.name(),
-                reason.verdict().name(),
-                reason.meaning()
-            )
+            let [own, on_virtual] = [false, true].map(|port| reason.verdict(port).name());
+            let verdict = if own == on_virtual {
+                own.to_owned()
+            } else {
+                format!("{own}; virtual port: {on_virtual}")
+            };
+            format!("| `{}` | {verdict} | {} |", reason.name(), reason.meaning())
         })
         .collect();
     assert_eq!(rows, reasons);

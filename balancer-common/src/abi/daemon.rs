@@ -39,6 +39,18 @@ pub struct AuditTotals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Stale once is stale until the next beat, however old it is; one that another CPU has
+        /// just given is not.
+        #[test]
+        fn only_silence_makes_it_stale(last_ns in 0..1_u64 << 62, limit_ns in 0..1_u64 << 62, age in 0..1_u64 << 62) {
+            let beat = Heartbeat { last_ns, limit_ns };
+            prop_assert_eq!(beat.is_stale(last_ns + age), age > limit_ns);
+            prop_assert!(!beat.is_stale(last_ns.saturating_sub(age)));
+        }
+    }
 
     #[test]
     fn heartbeat_goes_stale_after_its_limit() {

@@ -71,8 +71,9 @@ const KIND: u32 = 8;
 pub struct Effort {
     /// Give way to another CPU that has sent a SYN to the backend since it was chosen.
     pub yielding: bool,
-    /// Take it although its accept queue is full.
-    pub last_resort: bool,
+    /// Ask whether it has room. Otherwise it has the SYN, whatever its quota and its accept queue
+    /// say.
+    pub judging: bool,
 }
 
 /// What a look at a backend leads to.
@@ -170,11 +171,38 @@ fn look(
         return Attempt::Cookies;
     }
     let pending = seen.pending(counts, member.quota(scan.request.quota), now);
-    match judge_member(seen, member, scan) {
-        Judgement::QueueFull { since } if !effort.last_resort => {
-            writes.full = Some(pack_full(since, now));
-            return Attempt::Judged(Judgement::QueueFull { since });
+    if effort.judging
+        && let Some(judgement) = in_vain(seen, pending, member, scan, writes)
+    {
+        return Attempt::Judged(judgement);
+    }
+    // Tells the other CPUs of the SYN that goes there.
+    writes.expected = Some(Expected {
+        word: pack_expected(pending, now),
+        instead_of: effort.yielding.then_some(scan.best_expected()),
+    });
+    Attempt::Assigned
+}
+
+/// Why it can't take the SYN, and what the look leaves then.
+#[inline(always)]
+fn in_vain(
+    seen: &Observation,
+    pending: u32,
+    member: &Member,
+    scan: &Scan,
+    writes: &mut Writes,
+) -> Option<Judgement> {
+    let (counts, now) = (&member.counts, scan.request.now);
+    let judgement = judge_member(seen, member, scan);
+    match judgement {
+        Judgement::Take => {
+            if counts.full != 0 {
+                writes.full = Some(0);
+            }
+            return None;
         }
+        Judgement::QueueFull { since } => writes.full = Some(pack_full(since, now)),
         Judgement::OverQuota => {
             // Corrects the hint that the look has found wrong.
             writes.expected = Some(Expected {
@@ -184,17 +212,9 @@ fn look(
             // By established connections alone it would not have been looked at: half-open ones
             // hold the room.
             writes.stalled = pack_stalled(counts, now);
-            return Attempt::Judged(Judgement::OverQuota);
         }
-        Judgement::Take if counts.full != 0 => writes.full = Some(0),
-        _ => {}
     }
-    // Tells the other CPUs of the SYN that goes there.
-    writes.expected = Some(Expected {
-        word: pack_expected(pending, now),
-        instead_of: effort.yielding.then_some(scan.best_expected()),
-    });
-    Attempt::Assigned
+    Some(judgement)
 }
 
 #[inline(always)]
@@ -230,7 +250,7 @@ mod tests {
     const FULL: Observation = Observation { queue: 129, ..IDLE };
     const USUAL: Effort = Effort {
         yielding: true,
-        last_resort: false,
+        judging: true,
     };
 
     fn member(established: u64) -> Member {
@@ -321,7 +341,7 @@ mod tests {
         assert_eq!(full.writes, seen_full);
         let last = Effort {
             yielding: false,
-            last_resort: true,
+            judging: false,
         };
         let last = outcome(Some(&FULL), &member(5), last);
         assert_eq!(last.attempt, Attempt::Assigned);

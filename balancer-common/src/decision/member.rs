@@ -62,6 +62,16 @@ impl Member {
                 || self.policy.is_for(self.backend.slot_state()))
     }
 
+    /// Whether it is given a SYN of that netns that can't be judged: quotas don't count then, but
+    /// for 0, with which somebody closed it. `default` is the quota as for [`Self::quota`].
+    #[inline(always)]
+    pub const fn takes_unjudged(&self, netns: u64, default: u32) -> bool {
+        self.is_ready()
+            && self.is_steerable()
+            && self.backend.netns == netns
+            && self.quota(default) != 0
+    }
+
     /// The state as it is shown.
     pub const fn state(&self) -> BackendState {
         match self.backend.slot_state().state() {

@@ -5,6 +5,7 @@ pub mod admission;
 pub mod attempt;
 pub mod cursor;
 pub mod member;
+mod outcome;
 pub mod reason;
 pub mod request;
 pub mod scan;
@@ -13,7 +14,8 @@ mod state;
 mod tests;
 
 pub use attempt::Attempt;
-pub use state::{BackendAccess, Decision, DecisionState, LookupFlags, MAX_ROUNDS, advance};
+pub use outcome::Decision;
+pub use state::{BackendAccess, DecisionState, LookupFlags, MAX_ROUNDS, advance};
 
 /// Decides one look-up for a service. The kernel program does the same with `bpf_loop` for the
 /// loop, which the verifier follows once instead of for every round.
@@ -26,5 +28,5 @@ pub fn decide<A: BackendAccess>(access: &mut A, state: &mut DecisionState) -> De
             return decision;
         }
     }
-    state.failure()
+    state.out_of_rounds()
 }

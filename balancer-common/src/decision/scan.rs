@@ -2,7 +2,7 @@
 //! alone. No socket is touched here; one [`Scan`] is fed every member, in ascending order of slots,
 //! and remembers the best.
 
-use crate::abi::{MAX_SLOTS, Policy, SlotPolicy};
+use crate::abi::{MAX_SLOTS, MEMBER_WORDS, Policy, SlotPolicy};
 use crate::decision::admission::{LIFTED, cookies_in_use, cookies_near, expected, is_full, limit};
 use crate::decision::cursor::{Cursor, Step};
 use crate::decision::member::Member;
@@ -10,9 +10,8 @@ use crate::decision::request::Request;
 use crate::hash::{self, rendezvous_score};
 use crate::opaque;
 
-/// Most backends that are tried for one SYN though their counters say that it is in vain, or that
-/// turn out to be gone.
-pub const MAX_LOOKS: usize = 6;
+/// Most backends that are tried for one SYN though their counters say that it is in vain.
+pub const MAX_LOOKS: u32 = 6;
 const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
 const SIBLINGS: u64 = 0xfff;
@@ -92,6 +91,12 @@ impl Tally {
     }
 }
 
+/// The word of a bitmap of slots that has a slot's bit.
+#[inline(always)]
+const fn word_of(slot: u32) -> usize {
+    (slot / 64) as usize & (MEMBER_WORDS - 1)
+}
+
 /// The first phase for one request.
 #[derive(Clone, Copy, Debug)]
 pub struct Scan {
@@ -122,10 +127,9 @@ pub struct Scan {
     uid: u32,
     /// Whether any slot was tried; without one, `tried` holds what an earlier request has left.
     has_tried: bool,
-    tried: [u16; MAX_LOOKS],
+    /// Those that are not chosen again, a bit for each slot.
+    tried: [u64; MEMBER_WORDS],
 }
-
-const NOT_TRIED: u16 = u16::MAX;
 
 impl Scan {
     /// A scan that has seen nobody.
@@ -145,7 +149,7 @@ impl Scan {
             fit: 0,
             uid: 0,
             has_tried: false,
-            tried: [NOT_TRIED; MAX_LOOKS],
+            tried: [0; MEMBER_WORDS],
         }
     }
 
@@ -175,14 +179,12 @@ impl Scan {
 
     /// Never choose that one again for this request.
     #[inline(always)]
-    pub fn mark_tried(&mut self, look: usize, slot: u32) {
-        if look < MAX_LOOKS {
-            if !self.has_tried {
-                self.has_tried = true;
-                self.tried = [opaque(NOT_TRIED); MAX_LOOKS];
-            }
-            self.tried[look] = slot as u16;
+    pub fn mark_tried(&mut self, slot: u32) {
+        if !self.has_tried {
+            self.has_tried = true;
+            self.tried = [opaque(0); MEMBER_WORDS];
         }
+        self.tried[word_of(slot)] |= 1 << (slot % 64);
     }
 
     #[inline(always)]
@@ -356,17 +358,9 @@ impl Scan {
         }
     }
 
-    /// Without branches: each would double what the verifier has to follow.
     #[inline(always)]
-    fn was_tried(&self, slot: u32) -> bool {
-        let mut hits = 0;
-        let mut look = 0;
-        while look < MAX_LOOKS {
-            // The top bit of x - 1 is set for x = 0 alone.
-            hits |= (u64::from(self.tried[look]) ^ u64::from(slot)).wrapping_sub(1);
-            look += 1;
-        }
-        hits >> 63 != 0
+    const fn was_tried(&self, slot: u32) -> bool {
+        self.tried[word_of(slot)] >> (slot % 64) & 1 != 0
     }
 
     /// The smaller, the better; below 2⁵².

@@ -3,6 +3,7 @@
 use crate::decision::admission::{Judgement, Observation, QUEUE_GRACE};
 use crate::decision::attempt::{self, Attempt, Effort, Outcome};
 use crate::decision::member::Member;
+use crate::decision::outcome::Decision;
 use crate::decision::request::Request;
 use crate::decision::scan::{Enforce, MAX_LOOKS, Scan};
 use crate::{Reason, opaque};
@@ -47,18 +48,13 @@ enum FailOpenCause {
     Error,
 }
 
-/// How a look-up ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Decision {
-    /// The reason that is counted for the look-up and, for a refusal, told to the daemon.
-    pub reason: Reason,
-    /// The backend that has it, where one was chosen.
-    pub slot: Option<u32>,
-}
-
 /// Rounds in all: looks, passes for the sum of the weights and for cookies, choices made anew
 /// because of other CPUs.
-pub const MAX_ROUNDS: u32 = 48;
+pub const MAX_ROUNDS: u32 = 72;
+/// After so many rounds nobody is judged any more whose counters say that it has room. To refuse
+/// would be wrong: not all were looked at. Each look has put the counters of its backend right, so
+/// that the next SYN gets further.
+const JUDGING_ROUNDS: u32 = 48;
 /// After so many rounds another CPU's SYN is no reason to choose anew.
 const YIELDING_ROUNDS: u32 = 6;
 
@@ -85,9 +81,13 @@ pub struct DecisionState {
     over_with_cookies: bool,
     full: bool,
     failed: bool,
+    /// Nothing is left but [`Self::full_one`].
+    last_resort: bool,
     cause: FailOpenCause,
-    /// A backend with room whose queue has been full only for a moment, or [`NOBODY`].
-    momentary: u32,
+    /// A backend with a full accept queue that takes it where there is no other, or [`NOBODY`]:
+    /// full only for a moment, or nobody may be refused. The kernel drops the SYN, and the client
+    /// tries again.
+    full_one: u32,
 }
 
 const NOBODY: u32 = u32::MAX;
@@ -100,7 +100,7 @@ impl DecisionState {
             flags,
             effort: Effort {
                 yielding: true,
-                last_resort: false,
+                judging: true,
             },
             cookies_known: false,
             total_known: false,
@@ -110,8 +110,9 @@ impl DecisionState {
             over_with_cookies: false,
             full: false,
             failed: false,
+            last_resort: false,
             cause: FailOpenCause::None,
-            momentary: NOBODY,
+            full_one: NOBODY,
         };
         state.start(request, flags);
         state
@@ -129,7 +130,7 @@ impl DecisionState {
         self.scan.start(request, enforce);
         self.flags = flags;
         self.effort.yielding = true;
-        self.effort.last_resort = false;
+        self.effort.judging = true;
         let no = opaque(false);
         self.cookies_known = no;
         self.total_known = no;
@@ -139,18 +140,16 @@ impl DecisionState {
         self.over_with_cookies = no;
         self.full = no;
         self.failed = no;
+        self.last_resort = no;
         self.cause = FailOpenCause::None;
-        self.momentary = NOBODY;
+        self.full_one = NOBODY;
     }
 
     /// The decision that needs no look: an exempt source on an own port.
     #[inline(always)]
     pub fn without_looking(&self) -> Option<Decision> {
         if self.flags.exempt && !self.scan.request.virtual_port {
-            return Some(Decision {
-                reason: Reason::Exempt,
-                slot: None,
-            });
+            return Some(Decision::pass(Reason::Exempt));
         }
         None
     }
@@ -161,12 +160,19 @@ impl DecisionState {
         attempt::attempt(seen, member, &self.scan, self.effort)
     }
 
+    /// The decision after [`MAX_ROUNDS`]: all that were tried without being judged were gone.
+    #[inline(always)]
+    pub const fn out_of_rounds(&self) -> Decision {
+        Decision::unjudged(self.scan.request.virtual_port, None)
+    }
+
     /// The decision when nothing is left to try.
     #[inline(always)]
-    pub fn failure(&self) -> Decision {
-        Decision {
-            reason: self.reason_of_failure(),
-            slot: None,
+    fn failure(&self) -> Decision {
+        let reason = self.reason_of_failure();
+        match reason {
+            Reason::NoBackend | Reason::FailOpenError => Decision::pass(reason),
+            _ => Decision::refuse(reason),
         }
     }
 
@@ -202,16 +208,16 @@ impl DecisionState {
 
     #[inline(always)]
     fn next(&self) -> Option<u32> {
-        if !self.effort.last_resort {
-            if self.looks < MAX_LOOKS as u32 {
+        if !self.last_resort {
+            if self.looks < MAX_LOOKS {
                 self.scan.best()
             } else {
                 None
             }
-        } else if self.momentary == NOBODY {
+        } else if self.full_one == NOBODY {
             None
         } else {
-            Some(self.momentary)
+            Some(self.full_one)
         }
     }
 
@@ -226,11 +232,24 @@ impl DecisionState {
                 return true;
             }
         }
-        if !self.effort.last_resort && self.momentary != NOBODY {
-            self.effort.last_resort = true;
+        if !self.last_resort && self.full_one != NOBODY {
+            self.last_resort = true;
             return true;
         }
         false
+    }
+
+    /// Whether anybody may be refused because the backends do not accept.
+    #[inline(always)]
+    const fn may_refuse(&self) -> bool {
+        !self.flags.exempt && !self.flags.stale && !self.failed
+    }
+
+    /// Whether the best of the scan looks like one with room after as many looks as one SYN may
+    /// cost.
+    #[inline(always)]
+    const fn looks_never_end(&self) -> bool {
+        self.rounds > JUDGING_ROUNDS && !self.last_resort && !self.scan.best_is_doubtful()
     }
 
     #[inline(always)]
@@ -267,7 +286,7 @@ impl DecisionState {
         self.cookies_known = false;
         self.total_known = false;
         self.looks = 0;
-        self.momentary = NOBODY;
+        self.full_one = NOBODY;
     }
 
     /// Notes an attempt that led to nothing.
@@ -280,10 +299,9 @@ impl DecisionState {
             }
             Attempt::Judged(Judgement::QueueFull { since }) => {
                 self.full = true;
-                if self.momentary == NOBODY
-                    && self.scan.request.now.wrapping_sub(since) <= QUEUE_GRACE
-                {
-                    self.momentary = slot;
+                let for_a_moment = since + QUEUE_GRACE >= self.scan.request.now;
+                if self.full_one == NOBODY && (for_a_moment || !self.may_refuse()) {
+                    self.full_one = slot;
                 }
             }
             Attempt::Failed => self.failed = true,
@@ -292,12 +310,10 @@ impl DecisionState {
         // A look that fails changes the counters, which put the backend behind those that may have
         // room. Only one that was there already, or has no counters to change, must be
         // remembered.
-        if self.scan.best_is_doubtful()
-            || self.scan.best_has_no_hint()
-            || matches!(attempt, Attempt::Gone | Attempt::Failed)
-        {
-            self.scan.mark_tried(self.looks as usize, slot);
-            self.looks += 1;
+        let is_one_of_few = self.scan.best_is_doubtful() || self.scan.best_has_no_hint();
+        self.looks += is_one_of_few as u32;
+        if is_one_of_few || matches!(attempt, Attempt::Gone | Attempt::Failed) {
+            self.scan.mark_tried(slot);
         }
     }
 
@@ -313,8 +329,10 @@ impl DecisionState {
             FailOpenCause::Error => return Reason::FailOpenError,
             FailOpenCause::None => {}
         }
-        if self.effort.last_resort {
+        if self.last_resort {
             Reason::AcceptQueueGrace
+        } else if !self.effort.judging {
+            Reason::FailOpenError
         } else if self.scan.request.virtual_port {
             Reason::Steered
         } else {
@@ -322,17 +340,17 @@ impl DecisionState {
         }
     }
 
-    /// Names the refusal, or the error that keeps it from being one.
+    /// Names the refusal, or what keeps it from being one.
     #[inline(always)]
     fn reason_of_failure(&self) -> Reason {
         let tally = &self.scan.tally;
-        if self.flags.exempt {
-            Reason::Exempt
-        } else if tally.members == 0 {
+        if tally.members == 0 {
             Reason::NoBackend
-        } else if self.flags.stale || self.failed {
+        } else if self.failed && !self.scan.request.virtual_port {
             // An error must not refuse anybody.
             Reason::FailOpenError
+        } else if !self.may_refuse() {
+            Reason::NoBackend
         } else if self.full {
             Reason::AcceptQueueFull
         } else if self.over || tally.over > 0 {
@@ -363,25 +381,21 @@ pub fn advance<A: BackendAccess>(access: &mut A, state: &mut DecisionState) -> O
             Some(state.failure())
         };
     };
-    state.effort.yielding &= state.rounds < YIELDING_ROUNDS && !state.effort.last_resort;
+    let unjudged = state.looks_never_end();
+    if unjudged && !state.scan.request.virtual_port {
+        // The kernel decides alone instead.
+        return Some(Decision::pass(Reason::FailOpenError));
+    }
+    state.effort.judging = !unjudged && !state.last_resort;
+    state.effort.yielding &= state.rounds < YIELDING_ROUNDS && state.effort.judging;
     let attempt = access.attempt(slot, state);
     match attempt {
-        Attempt::Assigned => {
-            return Some(Decision {
-                reason: state.reason_of_success(),
-                slot: Some(slot),
-            });
-        }
-        Attempt::Foreign => {
-            return Some(Decision {
-                reason: Reason::ForeignSkLookup,
-                slot: None,
-            });
-        }
+        Attempt::Assigned => return Some(Decision::steer(slot, state.reason_of_success())),
+        Attempt::Foreign => return Some(Decision::pass(Reason::ForeignSkLookup)),
         Attempt::Raced => {}
         Attempt::Cookies => state.scan.cookies = true,
         attempt => {
-            let last = state.effort.last_resort;
+            let last = state.last_resort;
             state.note(attempt, slot);
             if last {
                 return Some(state.failure());

@@ -25,6 +25,8 @@ struct Model {
     sockets: Vec<Observation>,
     /// The kernel refuses to assign these.
     broken: Vec<u32>,
+    /// These listen no more.
+    gone: Vec<u32>,
     unregistered: bool,
     /// What round-robin added up last.
     weights: u64,
@@ -67,6 +69,7 @@ impl Model {
             members,
             sockets,
             broken: Vec::new(),
+            gone: Vec::new(),
             unregistered: false,
             weights: 0,
         }
@@ -132,6 +135,9 @@ impl BackendAccess for Model {
     }
 
     fn attempt(&mut self, slot: u32, state: &DecisionState) -> Attempt {
+        if self.gone.contains(&slot) {
+            return Attempt::Gone;
+        }
         let index = self.index(slot);
         let member = &mut self.members[index];
         let outcome = state.judge(Some(&self.sockets[index]), member);
@@ -200,6 +206,15 @@ fn any_members() -> impl Strategy<Value = Vec<Member>> {
     })
 }
 
+/// A word of counters: often one of about now.
+fn any_word() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        any::<u64>(),
+        (NOW - 2_000..NOW + 2_000, 0..300_u64, 2..21_u32)
+            .prop_map(|(tick, beside, bits)| tick << bits | beside),
+    ]
+}
+
 fn any_observation() -> impl Strategy<Value = Observation> {
     (
         0..300_u32,
@@ -250,7 +265,7 @@ proptest! {
                 Some(slot) => prop_assert!(rooms().nth(slot as usize).unwrap()),
                 None => prop_assert!(!rooms().any(|room| room), "{decision:?} though there is room"),
             }
-            prop_assert_eq!(decision.slot.is_none(), decision.reason.verdict() == Verdict::Refuse);
+            prop_assert_eq!(decision.slot.is_none(), decision.verdict == Verdict::Refuse);
         }
     }
 
@@ -266,20 +281,37 @@ proptest! {
         }
     }
 
+    /// What the kernel is told is what the reason is said to mean: on a virtual port, where nobody
+    /// else listens, who is let in has a backend. And who must not be refused is not.
     #[test]
-    fn whatever_the_sockets_say_nothing_panics(
-        members in any_members(), seen in prop::collection::vec(any_observation(), 40), policy in any_policy(),
-        exempt: bool, stale: bool, virtual_port: bool, source: u64, words in prop::collection::vec(any::<u64>(), 40),
+    fn whatever_the_sockets_say_a_reason_says_what_was_done(
+        members in any_members(), seen in prop::collection::vec(any_observation(), 40), policy in any_policy(), virtual_port: bool,
+        exempt: bool, stale: bool, unregistered: bool, source: u64, words in prop::collection::vec(any_word(), 40),
+        broken in prop::collection::vec(0..40_u32, 0..6), unsteerable in prop::collection::vec(0..40_usize, 0..6), all_hang: bool,
     ) {
-        let mut model = Model::of(members);
+        let mut model = Model { broken, unregistered, ..Model::of(members) };
         for ((member, socket), word) in model.members.iter_mut().zip(&mut model.sockets).zip(seen.iter().zip(&words)) {
             *socket = *word.0;
+            if all_hang {
+                socket.queue = socket.backlog + 1;
+            }
             member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, stalled: word.1 >> 5, handshake: word.1 >> 7 };
+        }
+        for index in unsteerable {
+            if let Some(member) = model.members.get_mut(index) {
+                member.backend.flags |= Backend::UNSTEERABLE;
+            }
         }
         let request = Request { virtual_port, ..from_source(policy, source) };
         let decision = model.decide_in(request, LookupFlags { exempt, stale });
+        prop_assert_eq!(decision.verdict, decision.reason.verdict(virtual_port), "{:?}", decision);
+        prop_assert_eq!(decision.slot.is_some(), decision.verdict == Verdict::Steer, "{:?}", decision);
         if exempt || stale {
-            prop_assert_ne!(decision.reason.verdict(), Verdict::Refuse);
+            prop_assert_ne!(decision.verdict, Verdict::Refuse);
+            let may_fail = model.members.iter().any(|member| model.broken.contains(&member.slot));
+            let steerable = |member: &Member| member.backend.flags & Backend::UNSTEERABLE == 0;
+            let nobody = virtual_port && !model.members.iter().any(steerable);
+            prop_assert!(may_fail || nobody == (decision.reason == Reason::NoBackend), "{:?}", decision);
         }
     }
 
@@ -389,13 +421,7 @@ fn pending_counts_and_the_next_candidate_is_taken() {
         ..IDLE
     };
     let refused = model.decide(request(Policy::LeastConnections));
-    assert_eq!(
-        refused,
-        Decision {
-            reason: Reason::OverQuota,
-            slot: None
-        }
-    );
+    assert_eq!(refused, Decision::refuse(Reason::OverQuota));
 }
 
 /// The first cookie of a listener: nobody has looked at its SYN queue since it began to fill. The
@@ -463,13 +489,7 @@ fn a_full_queue_is_steered_around_then_has_grace_then_is_refused() {
         member.counts.full = pack_full(NOW - QUEUE_GRACE - 1, NOW - 1);
     }
     let refused = model.decide(request(Policy::LeastConnections));
-    assert_eq!(
-        refused,
-        Decision {
-            reason: Reason::AcceptQueueFull,
-            slot: None
-        }
-    );
+    assert_eq!(refused, Decision::refuse(Reason::AcceptQueueFull));
 }
 
 #[test]
@@ -549,37 +569,19 @@ fn a_stale_daemon_and_an_exempt_source_are_not_refused() {
         ..NORMAL
     };
     let decision = full().decide_in(request(Policy::LeastConnections), stale);
-    assert_eq!(
-        decision,
-        Decision {
-            reason: Reason::FailOpenStale,
-            slot: Some(0)
-        }
-    );
+    assert_eq!(decision, Decision::steer(0, Reason::FailOpenStale));
     let exempt = LookupFlags {
         exempt: true,
         ..NORMAL
     };
     let decision = full().decide_in(request(Policy::LeastConnections), exempt);
-    assert_eq!(
-        decision,
-        Decision {
-            reason: Reason::Exempt,
-            slot: Some(0)
-        }
-    );
+    assert_eq!(decision, Decision::steer(0, Reason::Exempt));
     let own_port = Request {
         virtual_port: false,
         ..request(Policy::LeastConnections)
     };
     let decision = full().decide_in(own_port, exempt);
-    assert_eq!(
-        decision,
-        Decision {
-            reason: Reason::Exempt,
-            slot: None
-        }
-    );
+    assert_eq!(decision, Decision::pass(Reason::Exempt));
 }
 
 fn computed(slot: u32, established: u32, quota: u32) -> Member {
@@ -623,10 +625,7 @@ fn nobody_is_refused_while_listeners_are_not_registered() {
     let decision = model.decide(request(Policy::LeastConnections));
     assert_eq!(
         decision,
-        Decision {
-            reason: Reason::FailOpenFull,
-            slot: Some(1)
-        },
+        Decision::steer(1, Reason::FailOpenFull),
         "and one that somebody closed stays closed"
     );
     model = Model::of([member(0, 0, 0, 1)]);
@@ -645,10 +644,7 @@ fn an_error_refuses_nobody() {
             ..request(Policy::LeastConnections)
         })
     };
-    let steered = Decision {
-        reason: Reason::FailOpenError,
-        slot: Some(1),
-    };
+    let steered = Decision::steer(1, Reason::FailOpenError);
     assert_eq!(decide(true), steered);
     let mut model = Model::of([member(0, 0, 5, 1), member(1, 5, 5, 1)]);
     model.broken = vec![0];
@@ -657,10 +653,7 @@ fn an_error_refuses_nobody() {
         to: model.members[0].backend.address,
         ..request(Policy::LeastConnections)
     };
-    let passed = Decision {
-        reason: Reason::FailOpenError,
-        slot: None,
-    };
+    let passed = Decision::pass(Reason::FailOpenError);
     assert_eq!(model.decide(own), passed);
 }
 
@@ -699,4 +692,121 @@ fn on_an_own_port_only_listeners_of_the_destination_take_part() {
         ..own(bound.backend.address)
     };
     assert_eq!(Model::of([bound, device]).decide(arrived).slot, Some(3));
+}
+
+/// Every one of them looks free by its counters and is not.
+fn sixty(seen: Observation) -> Model {
+    let mut model = Model::of((0..60).map(|slot| member(slot, 0, 5, 1)));
+    model.sockets.fill(seen);
+    model
+}
+
+#[test]
+fn after_many_looks_the_next_is_taken_without_one_and_the_next_syn_gets_further() {
+    let mut model = sixty(Observation {
+        half_open: 5,
+        young: 5,
+        ..IDLE
+    });
+    let asked = request(Policy::LeastConnections);
+    let unjudged = Decision::steer(48, Reason::FailOpenError);
+    assert_eq!(model.decide(asked), unjudged);
+    // Each look has left what it found: the others are looked at, and then all were.
+    let refused = Decision::refuse(Reason::OverQuota);
+    assert_eq!(model.decide(asked), refused);
+
+    let mut hanging = sixty(Observation {
+        queue: 9,
+        backlog: 8,
+        ..IDLE
+    });
+    assert_eq!(hanging.decide(asked), unjudged);
+    let grace = Reason::AcceptQueueGrace;
+    assert_eq!(hanging.decide(asked).reason, grace);
+}
+
+#[test]
+fn on_an_own_port_the_kernel_decides_after_many_looks() {
+    let mut model = sixty(Observation {
+        half_open: 5,
+        young: 5,
+        ..IDLE
+    });
+    let asked = Request {
+        virtual_port: false,
+        ..request(Policy::LeastConnections)
+    };
+    let left_to_it = Decision::pass(Reason::FailOpenError);
+    assert_eq!(model.decide(asked), left_to_it);
+    assert_eq!(model.decide(asked).verdict, Verdict::Refuse);
+}
+
+/// As many as there may be, of which all but one have gone without the kernel half seeing it.
+#[test]
+fn those_that_are_gone_hide_nobody() {
+    let mut model = Model::of((0..40).map(|slot| member(slot, 0, 5, 1)));
+    model.gone = (0..39).collect();
+    let decision = model.decide(request(Policy::LeastConnections));
+    assert_eq!(decision, Decision::steer(39, Reason::Steered));
+}
+
+/// For longer than the grace.
+fn hanging() -> Model {
+    let mut model = Model::of((0..8).map(|slot| member(slot, 0, 5, 1)));
+    model.sockets.fill(Observation {
+        queue: 9,
+        backlog: 8,
+        ..IDLE
+    });
+    for member in &mut model.members {
+        member.counts.full = pack_full(NOW - QUEUE_GRACE - 1, NOW - 1);
+    }
+    model
+}
+
+#[test]
+fn who_must_not_be_refused_is_given_to_one_that_hangs() {
+    let stale = LookupFlags {
+        stale: true,
+        ..NORMAL
+    };
+    let exempt = LookupFlags {
+        exempt: true,
+        ..NORMAL
+    };
+    for policy in Policy::ALL {
+        let decide = |flags| hanging().decide_in(request(policy), flags);
+        let decision = decide(stale);
+        assert_eq!(
+            (decision.reason, decision.verdict),
+            (Reason::FailOpenStale, Verdict::Steer)
+        );
+        let decision = decide(exempt);
+        assert_eq!(
+            (decision.reason, decision.verdict),
+            (Reason::Exempt, Verdict::Steer)
+        );
+        assert_eq!(decide(NORMAL).reason, Reason::AcceptQueueFull);
+    }
+}
+
+#[test]
+fn with_nobody_to_take_it_nobody_is_said_to_be_let_in() {
+    for flags in [(false, true), (true, false), (false, false)] {
+        let flags = LookupFlags {
+            exempt: flags.0,
+            stale: flags.1,
+        };
+        let asked = request(Policy::LeastConnections);
+        let mut broken = Model::of((0..8).map(|slot| member(slot, 0, 5, 1)));
+        broken.broken = (0..8).collect();
+        let nobody = Decision::pass(Reason::NoBackend);
+        assert_eq!(broken.decide_in(asked, flags), nobody);
+        let mut model = Model::of((0..8).map(|slot| member(slot, 0, 5, 1)));
+        for member in &mut model.members {
+            member.backend.flags |= Backend::UNSTEERABLE;
+        }
+        assert_eq!(model.decide_in(asked, flags), nobody);
+        assert_eq!(Model::of([]).decide_in(asked, flags), nobody);
+    }
 }

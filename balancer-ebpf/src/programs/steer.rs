@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    Address, Backend, Counts, ExemptKey, Heartbeat, MEMBER_WORDS, Members, Policy, PortKey,
-    REASON_SLOTS, ServicePort, SlotPolicy, ticks,
+    Address, Backend, Counts, ExemptKey, Heartbeat, MAX_SLOTS, MEMBER_WORDS, Members, Policy,
+    PortKey, REASON_SLOTS, ServicePort, SlotPolicy, ticks,
 };
 use balancer_common::decision::attempt::{Expected, Writes};
 use balancer_common::decision::cursor::{Cursor, Step};
@@ -15,7 +15,7 @@ use balancer_common::decision::member::Member;
 use balancer_common::decision::request::{Arrival, Request};
 use balancer_common::decision::scan::Scan;
 use balancer_common::decision::{
-    Attempt, BackendAccess, DecisionState, LookupFlags, MAX_ROUNDS, advance,
+    Attempt, BackendAccess, Decision, DecisionState, LookupFlags, MAX_ROUNDS, advance,
 };
 use balancer_common::{Reason, Verdict, opaque};
 use core::convert::Infallible;
@@ -57,18 +57,18 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     }
     // SAFETY: a helper without arguments.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    let reason = match Scratch::take() {
+    let decision = match Scratch::take() {
         Some(scratch) => {
             start(scratch.state, lookup, port, now_ns);
             decide(ctx, scratch.state)
         }
-        None => Reason::FailOpenError,
+        None => unjudged(ctx, &port),
     };
-    count(port.service, reason);
-    match reason.verdict() {
+    count(port.service, decision.reason);
+    match decision.verdict {
         Verdict::Pass | Verdict::Steer => SK_PASS,
         Verdict::Refuse => {
-            refused(lookup, port.service, reason, ticks(now_ns));
+            refused(lookup, port.service, decision.reason, ticks(now_ns));
             SK_DROP
         }
     }
@@ -190,42 +190,41 @@ fn count(service: u16, reason: Reason) {
 struct Rounds {
     ctx: *mut bpf_sk_lookup,
     state: *mut DecisionState,
-    reason: u64,
+    decision: u64,
 }
 
-/// No reason yet.
+/// No decision yet: what [`Decision::encode`] never gives.
 const UNDECIDED: u64 = u64::MAX;
 
 /// `balancer_common::decision::decide`, with `bpf_loop` for its loop.
 #[inline(always)]
-fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
+fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Decision {
     if let Some(decision) = state.without_looking() {
-        return decision.reason;
+        return decision;
     }
     // Most end with the first. Opaque, because the compiler knows what values there are and would
     // leave out the check that the verifier wants.
-    let reason = opaque(steer_round(ctx.lookup, state));
-    if reason != UNDECIDED {
-        return Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError);
-    }
+    let first = opaque(steer_round(ctx.lookup, state));
     let mut rounds = Rounds {
         ctx: ctx.lookup,
         state,
-        reason: UNDECIDED,
+        decision: first,
     };
-    let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
-    // SAFETY: the callback gets a pointer to `rounds`, which outlives the loop.
-    unsafe {
-        bpf_loop(
-            MAX_ROUNDS - 1,
-            round as *mut c_void,
-            (&raw mut rounds).cast(),
-            0,
-        )
-    };
+    if first == UNDECIDED {
+        let round = round as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+        // SAFETY: the callback gets a pointer to `rounds`, which outlives the loop.
+        unsafe {
+            bpf_loop(
+                MAX_ROUNDS - 1,
+                round as *mut c_void,
+                (&raw mut rounds).cast(),
+                0,
+            )
+        };
+    }
     // SAFETY: a variable of this function. Volatile, because the callback has written it.
-    let reason = unsafe { read_volatile(&raw const rounds.reason) };
-    Reason::from_index(reason as usize).unwrap_or(Reason::FailOpenError)
+    let decision = unsafe { read_volatile(&raw const rounds.decision) };
+    Decision::decode(decision).unwrap_or_else(|| state.out_of_rounds())
 }
 
 /// One round; the callback of `bpf_loop`. 1 ends the loop.
@@ -235,24 +234,97 @@ fn decide(ctx: &SkLookupContext, state: &mut DecisionState) -> Reason {
 unsafe extern "C" fn round(_index: u32, rounds: *mut c_void) -> i64 {
     // SAFETY: by this function's contract.
     let rounds = unsafe { &mut *rounds.cast::<Rounds>() };
-    rounds.reason = steer_round(rounds.ctx, rounds.state);
-    i64::from(rounds.reason != UNDECIDED)
+    rounds.decision = steer_round(rounds.ctx, rounds.state);
+    i64::from(rounds.decision != UNDECIDED)
 }
 
-/// One round; the reason, or [`UNDECIDED`]. Global functions are looked at by the verifier once, by
-/// themselves, and not on every path that leads to them.
+/// One round; the decision in a word, or [`UNDECIDED`]. Global functions are looked at by the
+/// verifier once, by themselves, and not on every path that leads to them.
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn steer_round(ctx: *mut bpf_sk_lookup, state: *mut DecisionState) -> u64 {
     // SAFETY: for an argument of a global function the verifier takes null or a pointer to the
     // whole structure. Nobody else has it meanwhile.
     let Some(state) = (unsafe { state.as_mut() }) else {
-        return Reason::FailOpenError as u64;
+        return UNDECIDED;
     };
     match advance(&mut Sockets { ctx }, state) {
-        Some(decision) => decision.reason as u64,
+        Some(decision) => decision.encode(),
         None => UNDECIDED,
     }
+}
+
+/// Without a place for a decision: lets everybody in. On a virtual port nobody else listens, so
+/// that takes a backend.
+#[inline(always)]
+fn unjudged(ctx: &SkLookupContext, port: &ServicePort) -> Decision {
+    let virtual_port = port.flags & ServicePort::VIRTUAL != 0;
+    let assigned = if virtual_port {
+        let slot = opaque(steer_unjudged(ctx.lookup, port.service.into(), port.quota));
+        (slot < MAX_SLOTS as u32).then_some(slot)
+    } else {
+        None
+    };
+    Decision::unjudged(virtual_port, assigned)
+}
+
+/// What the search for any backend needs, on the stack of the program.
+struct Search {
+    ctx: *mut bpf_sk_lookup,
+    service: u32,
+    quota: u32,
+    found: u32,
+}
+
+/// Assigns the first backend that takes it, unless it was closed by hand. Its slot, or a number
+/// that is none. Global like [`steer_round`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn steer_unjudged(ctx: *mut bpf_sk_lookup, service: u32, quota: u32) -> u32 {
+    let mut search = Search {
+        ctx,
+        service,
+        quota,
+        found: u32::MAX,
+    };
+    let visit = give as unsafe extern "C" fn(u32, *mut c_void) -> i64;
+    // SAFETY: the callback gets a pointer to `search`, which outlives the loop.
+    unsafe {
+        bpf_loop(
+            MAX_SLOTS as u32,
+            visit as *mut c_void,
+            (&raw mut search).cast(),
+            0,
+        )
+    };
+    // SAFETY: a variable of this function. Volatile, because the callback has written it.
+    unsafe { read_volatile(&raw const search.found) }
+}
+
+/// The callback of `bpf_loop` over all slots; 1 ends the loop.
+///
+/// # Safety
+/// `search` points to a [`Search`] that nobody else uses.
+unsafe extern "C" fn give(slot: u32, search: *mut c_void) -> i64 {
+    // SAFETY: by this function's contract.
+    let search = unsafe { &mut *search.cast::<Search>() };
+    let Some(members) = MEMBERS.get_ptr(search.service) else {
+        return 1;
+    };
+    if shared!(members, words[(slot / 64) as usize & (MEMBER_WORDS - 1)]) >> (slot % 64) & 1 == 0 {
+        return 0;
+    }
+    let takes = member(slot).is_some_and(|member| {
+        member.takes_unjudged(constant!(NETNS), search.quota)
+            && matches!(
+                with_socket(slot, |socket| assign(search.ctx, socket)),
+                Attempt::Assigned
+            )
+    });
+    if takes {
+        search.found = slot;
+    }
+    i64::from(takes)
 }
 
 /// The pinned maps and the listening sockets in them.

@@ -46,7 +46,10 @@ pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
         for (reason, count) in &service.verdicts {
             let labels = vec![
                 ("service", service.name.clone()),
-                ("verdict", reason.verdict().name().to_owned()),
+                (
+                    "verdict",
+                    reason.verdict(service.virtual_port).name().to_owned(),
+                ),
                 ("reason", reason.name().to_owned()),
             ];
             lookups.get_or_create(&labels).inc_by(*count);

@@ -5,7 +5,7 @@ mod adoption;
 mod every_step;
 mod fixture;
 mod older;
-mod pins;
+pub mod pins;
 mod poisoned;
 mod upgrade;
 

@@ -87,7 +87,7 @@ fn each_ordinary_reason_is_counted_for_what_it_says() {
     });
 }
 
-/// The daemon is gone and the backend hangs: no refusal either, the kernel decides.
+/// The daemon is gone and the backend hangs: no refusal either, the client tries again.
 #[test]
 fn a_stale_daemon_refuses_nobody_for_a_full_queue() {
     Machine::with(|machine| {
@@ -103,7 +103,7 @@ fn a_stale_daemon_refuses_nobody_for_a_full_queue() {
         }
         let service = balancer.service();
         assert_eq!(service.verdicts("accept-queue-full"), 0);
-        assert!(service.verdicts("fail-open-error") > 0, "{service:?}");
+        assert!(service.verdicts("fail-open-stale") > 0, "{service:?}");
     });
 }
 

@@ -375,7 +375,7 @@ fn verdicts(service: &ServiceSnapshot) -> String {
     for (reason, count) in given {
         text += &verdict_line(
             &count.to_string(),
-            reason.verdict().name(),
+            reason.verdict(service.virtual_port).name(),
             &format!("{:<widest$}", reason.name()),
             reason.meaning(),
         );

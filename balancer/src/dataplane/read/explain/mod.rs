@@ -120,10 +120,6 @@ impl Service<'_> {
         let mut state = DecisionState::new(request, flags);
         let decision = decide(&mut model, &mut state);
         let backend = (self.here.iter()).find(|member| Some(member.slot) == decision.slot);
-        let verdict = match backend {
-            Some(_) => Verdict::Steer,
-            None => decision.reason.verdict(),
-        };
         let backend = backend.map(|member| ListeningBackend::of(member));
         let why = match decision.reason {
             Reason::NoBackend if self.here.is_empty() => self.no_backend(),
@@ -133,10 +129,15 @@ impl Service<'_> {
             netns: chosen.netns.cookie,
             service: Some(self.name.clone()),
             reason: Some(decision.reason),
-            verdict,
+            verdict: decision.verdict,
             backend,
             unsuited: sentence::unsuited(&self.here, &request),
-            sentence: self.sentence(syn, chosen, &sentence::fate(verdict, backend), &why),
+            sentence: self.sentence(
+                syn,
+                chosen,
+                &sentence::fate(decision.verdict, backend),
+                &why,
+            ),
         })
     }
 
