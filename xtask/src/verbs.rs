@@ -46,8 +46,9 @@ const KUBEALL: &str = "BALANCER_KUBEALL";
 const TESTS: &str = "balancer-tests";
 
 /// What these tests start, beside Kubernetes.
-const TEST_PROGRAMS: [&str; 5] = [
+const TEST_PROGRAMS: [&str; 6] = [
     PRODUCT,
+    "crowd",
     "kill-before",
     "kernel-half-cost",
     "hold-connections",

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::FilterExt as _, prelude::*};
 
 use super::{Place, absolute};
 use crate::{
@@ -68,13 +68,15 @@ const QUIET: &str = "kube_client=off,kube_runtime=off";
 
 impl Run {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
-        tracing_subscriber::fmt()
-            .with_env_filter(EnvFilter::new(format!("{QUIET},{}", self.log)))
+        let wanted = EnvFilter::new(format!("{QUIET},{}", self.log));
+        let log = tracing_subscriber::fmt::layer()
             // What is logged is made safe before it is coloured.
             .with_ansi(stderr(Colours::Kept).is_terminal())
             .with_writer(|| stderr(Colours::Kept))
             // It would report a log that nobody reads any more to that same log, and panic.
-            .log_internal_errors(false)
+            .log_internal_errors(false);
+        tracing_subscriber::registry()
+            .with(log.with_filter(wanted.and(daemon::LogLimit)))
             .init();
         let options = daemon::Options {
             config: self.config.clone(),

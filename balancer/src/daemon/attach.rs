@@ -1,25 +1,30 @@
 //! Which network namespaces are guarded, and keeping `steer` attached to them.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::{self, ErrorKind};
 use std::os::fd::AsFd as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use balancer_common::abi::Backend;
 use tracing::{info, warn};
 
+use super::search::NetnsSearch;
 use crate::config::NetnsScope;
 use crate::dataplane::{SlotView, Writer};
 use crate::discover::{
-    Netns, NetnsHint, OpenNetns, Thread, UnreachableNetns, find_netns, live_netns,
+    Look, Netns, NetnsHint, OpenNetns, Place, Thread, UnreachableNetns, look_everywhere,
 };
 use crate::sys::file_id::FileId;
+use crate::sys::limits::{seen, spare_files};
 use crate::sys::{memory, netns};
 
-/// A netns that can't be found is looked for again only after so long: that takes a look at every
-/// thread.
-const RETRY_AFTER: Duration = Duration::from_secs(2);
+/// How many network namespaces are held open at a time, to be guarded.
+const AT_ONCE: usize = 8;
+
+/// So many descriptors are left for everything else that the daemon does.
+const SPARE_FILES: u64 = 64;
 
 /// Which network namespaces an audit looks at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,24 +36,120 @@ pub enum Scope {
 }
 
 /// The guarded network namespaces.
-#[derive(Debug)]
 pub struct GuardedNetns {
     /// The network namespace of this process, where it is guarded.
     own: Option<OpenNetns>,
-    /// The network namespaces that the configuration names, with their cookies; `None`: there is
-    /// none at that path now.
-    named: BTreeMap<PathBuf, Option<u64>>,
+    /// The network namespaces that the configuration names.
+    named: BTreeMap<PathBuf, Named>,
     /// Every other network namespace is guarded as soon as a backend listens there.
     any: bool,
     /// With `any`: the cookies of the network namespaces that may be guarded; `None`: all may.
     only: Option<HashSet<u64>>,
     /// With `any`: the cookies of network namespaces that were found, guarded or about to be, with
-    /// a thread that lives there; `None`: none is known.
-    found: HashMap<u64, Option<Thread>>,
-    /// The cookies of network namespaces that were not found, and when they were looked for last.
-    missing: HashMap<u64, Instant>,
+    /// the place where they were found; `None`: none is known.
+    found: HashMap<u64, Option<Place>>,
+    /// With `any`: the search for those that are at no known place.
+    search: NetnsSearch,
     /// Network namespaces that could not be entered at the last look at all.
     unreachable: HashSet<FileId>,
+    /// When this round is to end.
+    until: Instant,
+    /// This round has left something to the next one.
+    unfinished: bool,
+}
+
+/// A network namespace that the configuration names.
+#[derive(Debug, Default)]
+struct Named {
+    /// Its cookie; `None`: there is none at that path now.
+    cookie: Option<u64>,
+    /// The last look could not tell.
+    in_doubt: bool,
+}
+
+impl Named {
+    /// Takes in what a look at the path has found. Only where nothing has that name, or another
+    /// network namespace, the one that it led to is gone.
+    fn update(&mut self, path: &Path, look: io::Result<u64>) {
+        let now = match look {
+            Ok(cookie) => Some(cookie),
+            Err(error) if is_absent(&error) => None,
+            Err(error) => {
+                if !std::mem::replace(&mut self.in_doubt, true) {
+                    warn!(
+                        "cannot look at the network namespace {}: {error}. What is in force there \
+                         stays in force",
+                        path.display()
+                    );
+                }
+                return;
+            }
+        };
+        self.in_doubt = false;
+        if self.cookie != now {
+            let what = if now.is_some() { "there" } else { "gone" };
+            info!("the network namespace {} is {what}", path.display());
+            self.cookie = now;
+        }
+    }
+}
+
+/// Whether nothing has the name that was looked at.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+/// A netns that is to be opened when it has its turn.
+enum Target {
+    Own(OpenNetns),
+    Named(PathBuf, u64),
+    Found(NetnsHint),
+}
+
+impl Target {
+    const fn cookie(&self) -> u64 {
+        match self {
+            Self::Own(OpenNetns { cookie, .. }) | Self::Named(_, cookie) => *cookie,
+            Self::Found(hint) => hint.cookie,
+        }
+    }
+
+    /// `None`: it is not there any more. A path may lead to another one than at the last
+    /// [`GuardedNetns::refresh`]: the next one will see that.
+    fn open(self) -> io::Result<Option<OpenNetns>> {
+        match self {
+            Self::Own(own) => Ok(Some(own)),
+            Self::Found(hint) => Ok(hint.open()?.map(|found| found.open)),
+            Self::Named(path, cookie) => {
+                let Some(file) = seen(netns::open(&path))? else {
+                    return Ok(None);
+                };
+                let there = seen(netns::cookie_of(&file))?;
+                Ok((there == Some(cookie)).then_some(OpenNetns { cookie, file }))
+            }
+        }
+    }
+}
+
+/// An audit that goes on from round to round: one pass over the network namespaces.
+pub struct AuditPass {
+    scope: Scope,
+    /// The cookies of the own and the named network namespaces.
+    named: HashSet<u64>,
+    /// What is looked at first.
+    targets: std::vec::IntoIter<Target>,
+    /// What is looked at then.
+    everywhere: Option<Box<dyn Iterator<Item = Result<Look>> + Send>>,
+    unreachable: Vec<UnreachableNetns>,
+    /// The processor time that it has taken.
+    pub cost: Duration,
+}
+
+impl AuditPass {
+    /// Which network namespaces it looks at.
+    pub const fn scope(&self) -> Scope {
+        self.scope
+    }
 }
 
 impl GuardedNetns {
@@ -64,16 +165,20 @@ impl GuardedNetns {
             any: matches!(scope, NetnsScope::All | NetnsScope::Pods),
             only: (*scope == NetnsScope::Pods).then(HashSet::new),
             found: HashMap::new(),
-            missing: HashMap::new(),
+            search: NetnsSearch::new(),
             unreachable: HashSet::new(),
+            until: Instant::now(),
+            unfinished: false,
         };
         match scope {
             NetnsScope::Own | NetnsScope::All => guarded.own = Some(own()?),
             NetnsScope::Pods => {}
             NetnsScope::Paths(paths) => {
-                guarded.named = paths.iter().map(|path| (path.clone(), None)).collect();
+                let named = |path: &PathBuf| (path.clone(), Named::default());
+                guarded.named = paths.iter().map(named).collect();
                 guarded.refresh();
-                for (path, _) in guarded.named.iter().filter(|(_, cookie)| cookie.is_none()) {
+                let absent = |named: &Named| named.cookie.is_none() && !named.in_doubt;
+                for (path, _) in guarded.named.iter().filter(|(_, named)| absent(named)) {
                     warn!(
                         "the network namespace {} is not there (`ip netns` lists named ones): \
                          waiting for it",
@@ -88,20 +193,31 @@ impl GuardedNetns {
     /// Looks whether the network namespaces that the configuration names have come, gone or become
     /// others.
     pub fn refresh(&mut self) {
-        for (path, known) in &mut self.named {
-            let now = netns::open(path).and_then(netns::cookie_of).ok();
-            if *known != now {
-                let what = if now.is_some() { "there" } else { "gone" };
-                info!("the network namespace {} is {what}", path.display());
-                *known = now;
-            }
+        for (path, named) in &mut self.named {
+            named.update(path, netns::open(path).and_then(netns::cookie_of));
         }
+    }
+
+    /// Begins a round that is to end then.
+    pub const fn begin_round(&mut self, until: Instant) {
+        self.until = until;
+        self.unfinished = false;
+    }
+
+    /// Whether the last round has left something that goes on at once.
+    pub const fn is_unfinished(&self) -> bool {
+        self.unfinished || self.search.is_under_way()
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.until
     }
 
     /// Cookies of the network namespaces that are guarded whether a backend listens there or not.
     pub fn named_cookies(&self) -> Vec<u64> {
         let own = self.own.iter().map(|own| own.cookie);
-        own.chain(self.named.values().flatten().copied()).collect()
+        own.chain(self.named.values().filter_map(|named| named.cookie))
+            .collect()
     }
 
     /// Whether listeners of any network namespace are wanted.
@@ -124,19 +240,43 @@ impl GuardedNetns {
         self.only.as_ref().is_none_or(|only| only.contains(&cookie))
     }
 
-    /// Attaches `steer` to the own and the named network namespaces.
+    /// Attaches `steer` to the own and the named network namespaces where it is not yet, until the
+    /// round is over. One that can't be attached to is tried again later.
     ///
     /// # Errors
-    /// When the kernel refuses it.
-    pub fn attach(&self, writer: &mut Writer) -> Result<()> {
-        for netns in self.open_named()? {
-            writer.loader.guard(netns.file.as_fd(), netns.cookie)?;
+    /// When the kernel refuses it for the own one.
+    pub fn attach_named(&mut self, writer: &mut Writer) -> Result<()> {
+        for target in self.named_targets()? {
+            let cookie = target.cookie();
+            if writer.loader.guards(cookie) || !self.search.is_due(cookie, &[]) {
+                continue;
+            }
+            if self.unfinished {
+                break;
+            }
+            let is_own = matches!(target, Target::Own(_));
+            match attach(target, writer) {
+                Err(error) if is_own => return Err(error),
+                Err(error) => self.put_off(cookie, &error),
+                Ok(()) => {}
+            }
+            self.unfinished = self.is_over();
         }
         Ok(())
     }
 
-    /// With `any`: opens the network namespaces where backends listen and `steer` is not attached,
-    /// those that are `wanted`.
+    fn put_off(&mut self, cookie: u64, error: &anyhow::Error) {
+        if self.search.put_off(cookie) {
+            warn!(
+                "cannot guard the network namespace with cookie {cookie}, which is tried again \
+                 later: {error:#}"
+            );
+        }
+    }
+
+    /// With `any`: opens a few of the network namespaces where backends listen and `steer` is not
+    /// attached, those that are `wanted`. What is at none of its known places is searched for until
+    /// the round is over.
     ///
     /// # Errors
     /// When the slots or the network namespaces can't be read.
@@ -148,45 +288,87 @@ impl GuardedNetns {
         if !self.any {
             return Ok(Vec::new());
         }
-        let now = Instant::now();
-        self.missing
-            .retain(|_, since| now.duration_since(*since) < RETRY_AFTER);
         let slots = writer.tables.slots()?;
-        let mut wanted_hints = Vec::new();
-        for hint in netns_of(&slots) {
-            if writer.loader.guards(hint.cookie) {
-                // An earlier daemon found it.
-                self.found.entry(hint.cookie).or_insert(None);
-            } else if !self.missing.contains_key(&hint.cookie) && wanted(hint.cookie) {
-                wanted_hints.push(hint);
+        let hints = self.hints(&slots);
+        self.search
+            .retain(&hints.iter().map(|hint| hint.cookie).collect());
+        let mut found = Vec::new();
+        for hint in hints {
+            let guarded = writer.loader.guards(hint.cookie);
+            let place = if guarded {
+                // An earlier daemon may have found it.
+                *self.found.entry(hint.cookie).or_insert(None)
+            } else {
+                None
+            };
+            let is_needed = if guarded {
+                place.is_none()
+            } else {
+                wanted(hint.cookie)
+            };
+            if !is_needed || !self.search.is_due(hint.cookie, &hint.places) {
+                continue;
+            }
+            if found.len() >= AT_ONCE {
+                self.unfinished = true;
+                break;
+            }
+            match hint.open().context("cannot open a network namespace")? {
+                Some(netns) if guarded => self.note(hint.cookie, netns.place),
+                Some(netns) => found.push(netns.open),
+                None => self.search.lose(hint),
             }
         }
-        if wanted_hints.is_empty() {
-            return Ok(Vec::new());
-        }
-        let found = find_netns(&wanted_hints)?;
-        for NetnsHint { cookie, .. } in wanted_hints {
-            if !found.iter().any(|found| found.cookie == cookie) {
-                self.missing.insert(cookie, now);
-                drop_adopted(&slots, cookie, writer);
-            }
-        }
+        self.search_on(writer, &slots, &mut found)?;
         Ok(found)
     }
 
-    /// Attaches `steer` to network namespaces that were found.
+    fn note(&mut self, cookie: u64, place: Place) {
+        self.found.insert(cookie, Some(place));
+    }
+
+    /// Goes on with the search until the round is over.
+    fn search_on(
+        &mut self,
+        writer: &mut Writer,
+        slots: &[SlotView],
+        found: &mut Vec<OpenNetns>,
+    ) -> Result<()> {
+        let mut gone = Vec::new();
+        while found.len() < AT_ONCE
+            && let Some(netns) = self.search.go_on(self.until, &mut gone)?
+        {
+            let cookie = netns.open.cookie;
+            self.note(cookie, netns.place);
+            if !writer.loader.guards(cookie) {
+                found.push(netns.open);
+            }
+        }
+        for cookie in gone {
+            drop_adopted(slots, cookie, writer);
+        }
+        Ok(())
+    }
+
+    /// Attaches `steer` to network namespaces that were found, until the round is over, but to one
+    /// at the least.
     pub fn attach_to(&mut self, found: &[OpenNetns], writer: &mut Writer) {
         for OpenNetns { cookie, file } in found {
-            match writer.loader.guard(file.as_fd(), *cookie) {
+            let guarded =
+                ensure_spare_files().and_then(|()| writer.loader.guard(file.as_fd(), *cookie));
+            match guarded {
                 Ok(()) => {
                     self.found.entry(*cookie).or_insert(None);
                     info!("guarding the network namespace with cookie {cookie}");
                 }
                 Err(error) => {
                     self.found.remove(cookie);
-                    self.missing.insert(*cookie, Instant::now());
-                    warn!("cannot guard the network namespace with cookie {cookie}: {error:#}");
+                    self.put_off(*cookie, &error);
                 }
+            }
+            if self.is_over() {
+                self.unfinished = true;
+                break;
             }
         }
         if !found.is_empty() {
@@ -218,51 +400,107 @@ impl GuardedNetns {
         writer.loader.unguard_others(&wanted)
     }
 
-    /// Compares the counts of the guarded network namespaces with the socket table, and registers
-    /// what listens there unregistered.
+    /// Begins to compare the counts of the guarded network namespaces with the socket table, and to
+    /// register what listens there unregistered.
     ///
     /// # Errors
-    /// When the network namespaces or their sockets can't be read.
-    pub fn audit(&mut self, writer: &mut Writer, scope: Scope) -> Result<()> {
+    /// When the slots or the processes can't be read.
+    pub fn begin_audit(&self, writer: &mut Writer, scope: Scope) -> Result<AuditPass> {
         writer.audit.begin(&writer.tables)?;
-        for OpenNetns { cookie, file } in self.open_all(writer, scope)? {
-            netns::inside(&file, || writer.check(cookie, scope == Scope::Everywhere))
-                .context("cannot enter a network namespace")??;
+        let mut targets = self.named_targets()?;
+        let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();
+        let everywhere = self.any && scope == Scope::Everywhere;
+        if self.any && !everywhere {
+            let mut hints = self.hints(&writer.tables.slots()?);
+            hints.retain(|hint| {
+                self.found.contains_key(&hint.cookie) && !named.contains(&hint.cookie)
+            });
+            targets.extend(hints.into_iter().map(Target::Found));
         }
-        Ok(())
+        let everywhere = everywhere.then(look_everywhere).transpose()?;
+        Ok(AuditPass {
+            scope,
+            named,
+            targets: targets.into_iter(),
+            everywhere: everywhere.map(|looks| Box::new(looks) as Box<_>),
+            unreachable: Vec::new(),
+            cost: Duration::ZERO,
+        })
     }
 
-    fn open_all(&mut self, writer: &Writer, scope: Scope) -> Result<Vec<OpenNetns>> {
-        let mut open = self.open_named()?;
-        if !self.any {
-            return Ok(open);
+    /// Goes on with an audit until the round is over, with one step at the least; true: it is at its
+    /// end. Each netns is open only for as long as it is looked at. One that can't be looked at,
+    /// other than the own and the named ones, is left out.
+    ///
+    /// # Errors
+    /// When the own or a named network namespace, or its sockets, can't be read, or there is not
+    /// enough memory or descriptors to look on.
+    pub fn audit(&mut self, writer: &mut Writer, pass: &mut AuditPass) -> Result<bool> {
+        let eager = pass.scope == Scope::Everywhere;
+        loop {
+            if let Some(target) = pass.targets.next() {
+                let cookie = target.cookie();
+                match target.open().context("cannot open a network namespace")? {
+                    Some(netns) => check(&netns, writer, eager, pass.named.contains(&cookie))?,
+                    // It is searched for.
+                    None => {
+                        self.found.entry(cookie).and_modify(|place| *place = None);
+                    }
+                }
+            } else {
+                let looks = pass.everywhere.as_mut();
+                match looks.and_then(Iterator::next).transpose()? {
+                    None => {
+                        self.warn_of(&pass.unreachable);
+                        return Ok(true);
+                    }
+                    Some(Look::Nothing) => {}
+                    Some(Look::Unreachable(netns)) => pass.unreachable.push(netns),
+                    Some(Look::Found(netns)) => {
+                        let Netns { pid, tid, .. } = netns;
+                        self.note(netns.cookie, Place::Thread(Thread { pid, tid }));
+                        if !pass.named.contains(&netns.cookie) {
+                            check(&netns.into(), writer, eager, false)?;
+                        }
+                    }
+                }
+            }
+            if self.is_over() {
+                return Ok(false);
+            }
         }
-        let others = if scope == Scope::Everywhere {
-            let live = live_netns()?;
-            self.warn_of(&live.unreachable);
-            let all = live.reachable;
-            let thread = |found: &Netns| {
-                let Netns { pid, tid, .. } = *found;
-                (found.cookie, Some(Thread { pid, tid }))
-            };
-            self.found = all.iter().map(thread).collect();
-            all.into_iter().map(OpenNetns::from).collect()
-        } else {
-            let mut hints = netns_of(&writer.tables.slots()?);
-            hints.retain_mut(|hint| {
-                let found = self.found.get(&hint.cookie);
-                hint.listened.splice(0..0, found.copied().flatten());
-                found.is_some()
-            });
-            find_netns(&hints)?
-        };
-        let named: HashSet<u64> = open.iter().map(|netns| netns.cookie).collect();
-        open.extend(
-            others
-                .into_iter()
-                .filter(|other| !named.contains(&other.cookie)),
+    }
+
+    /// The own and the named network namespaces that are there.
+    fn named_targets(&self) -> Result<Vec<Target>> {
+        let mut targets = Vec::new();
+        if let Some(own) = &self.own {
+            let file = own.file.try_clone().context("cannot copy a descriptor")?;
+            targets.push(Target::Own(OpenNetns { file, ..*own }));
+        }
+        let named = self.named.iter();
+        targets.extend(
+            named.filter_map(|(path, named)| Some(Target::Named(path.clone(), named.cookie?))),
         );
-        Ok(open)
+        Ok(targets)
+    }
+
+    /// The network namespaces of slots, with the places where they may be.
+    fn hints(&self, slots: &[SlotView]) -> Vec<NetnsHint> {
+        let mut places: BTreeMap<u64, Vec<Place>> = BTreeMap::new();
+        for slot in slots {
+            let Backend {
+                netns, pid, tid, ..
+            } = slot.member.backend;
+            let places = places.entry(netns).or_default();
+            places.push(Place::Thread(Thread { pid, tid }));
+        }
+        let hint = |(cookie, mut places): (u64, Vec<Place>)| {
+            let known = self.found.get(&cookie).copied().flatten();
+            places.splice(0..0, known);
+            NetnsHint { cookie, places }
+        };
+        places.into_iter().map(hint).collect()
     }
 
     /// Warns of the network namespaces that can't be entered, of each once.
@@ -279,23 +517,6 @@ impl GuardedNetns {
         }
         self.unreachable = unreachable.iter().map(|netns| netns.id).collect();
     }
-
-    /// Opens the own and the named network namespaces. A path that leads to another one than at
-    /// the last [`Self::refresh`] is passed over: the next one will see that.
-    fn open_named(&self) -> Result<Vec<OpenNetns>> {
-        let mut open = Vec::new();
-        if let Some(own) = &self.own {
-            let file = own.file.try_clone().context("cannot copy a descriptor")?;
-            open.push(OpenNetns { file, ..*own });
-        }
-        let named = self.named.iter().filter_map(|(path, known)| {
-            let cookie = (*known)?;
-            let file = netns::open(path).ok()?;
-            (netns::cookie_of(&file).ok()? == cookie).then_some(OpenNetns { cookie, file })
-        });
-        open.extend(named);
-        Ok(open)
-    }
 }
 
 fn own() -> Result<OpenNetns> {
@@ -304,19 +525,39 @@ fn own() -> Result<OpenNetns> {
     Ok(OpenNetns { cookie, file })
 }
 
-/// The network namespaces of slots, with the threads that listened there.
-fn netns_of(slots: &[SlotView]) -> Vec<NetnsHint> {
-    let mut threads: BTreeMap<u64, Vec<Thread>> = BTreeMap::new();
-    for slot in slots {
-        let Backend {
-            netns, pid, tid, ..
-        } = slot.member.backend;
-        threads.entry(netns).or_default().push(Thread { pid, tid });
+fn attach(target: Target, writer: &mut Writer) -> Result<()> {
+    ensure_spare_files()?;
+    match target.open().context("cannot open it")? {
+        Some(netns) => writer.loader.guard(netns.file.as_fd(), netns.cookie),
+        None => Ok(()),
     }
-    threads
-        .into_iter()
-        .map(|(cookie, listened)| NetnsHint { cookie, listened })
-        .collect()
+}
+
+/// What is guarded takes a descriptor for as long as it is, and must not take the last one.
+fn ensure_spare_files() -> Result<()> {
+    let spare = spare_files().context("cannot count the open files")?;
+    ensure!(
+        spare >= SPARE_FILES,
+        "only {spare} more files may be opened, which the daemon needs for its other work: raise \
+         its limit (`ulimit -n`, LimitNOFILE=)"
+    );
+    Ok(())
+}
+
+/// Audits one netns. What fails in one that the configuration does not name is no failure of the
+/// audit.
+fn check(netns: &OpenNetns, writer: &mut Writer, eager: bool, is_named: bool) -> Result<()> {
+    let cookie = netns.cookie;
+    let checked = netns::inside(&netns.file, || writer.check(cookie, eager))
+        .context("cannot enter a network namespace")
+        .flatten();
+    match checked {
+        Err(error) if !is_named => {
+            warn!("cannot audit the network namespace with cookie {cookie}: {error:#}");
+            Ok(())
+        }
+        checked => checked,
+    }
 }
 
 /// Nobody tells when an adopted listener closes, and nothing is left to look at.

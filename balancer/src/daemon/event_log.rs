@@ -30,10 +30,7 @@ pub fn log(event: &Event, service: &str) {
             let (name, meaning) = reason.map_or(("unknown", "an unknown reason"), |reason| {
                 (reason.name(), reason.meaning())
             });
-            warn!(
-                "{service}: refused {address}: {name} ({meaning}); at most ten of these a second \
-                 are logged"
-            );
+            warn!("{service}: refused {address}: {name} ({meaning})");
         }
         None => warn!(
             "the kernel half sent an event of unknown kind {}",

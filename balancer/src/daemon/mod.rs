@@ -2,12 +2,15 @@
 
 mod attach;
 mod event_log;
+mod heartbeat;
+mod log_limit;
 mod mode;
 mod neighbours;
 mod quotas;
 mod reconcile;
 mod requests;
 mod retry;
+mod search;
 mod signals;
 
 use std::path::PathBuf;
@@ -16,6 +19,7 @@ use anyhow::Result;
 use tracing::{error, info, warn};
 
 use self::attach::GuardedNetns;
+pub use self::log_limit::LogLimit;
 use self::mode::Mode;
 #[doc(hidden)]
 pub use self::mode::fuzzing;
@@ -27,8 +31,8 @@ use crate::config::Config;
 use crate::dataplane::{Events, Lock, Paths, Writer};
 use crate::discover::cgroup;
 use crate::doctor;
-use crate::sys::memory;
 use crate::sys::privileges::{drop_to, suffice_to_start};
+use crate::sys::{limits, memory};
 
 /// What `balancer run` was told.
 #[derive(Clone, Debug)]
@@ -69,6 +73,9 @@ enum End {
 pub async fn run(options: Options) -> Result<()> {
     // Who reloads or ends it while it starts must not kill it half way.
     let signals = Signals::new()?;
+    if let Err(error) = limits::raise_open_files() {
+        warn!("cannot raise the limit of open files: {error}");
+    }
     let config = Config::load(&options.config)?;
     suffice_to_start()?;
     let guarded = GuardedNetns::resolve(&config.namespaces)?;
@@ -83,7 +90,11 @@ pub async fn run(options: Options) -> Result<()> {
     let started = daemon
         .start()
         .and_then(|()| daemon.writer.loader.events())
-        .and_then(|events| drop_to(kept(&config)).map(|()| events));
+        .and_then(|events| {
+            drop_to(kept(&config))?;
+            daemon.follow_heartbeat()?;
+            Ok(events)
+        });
     let events = match started {
         Ok(events) => events,
         Err(error) => {
@@ -120,7 +131,12 @@ async fn serve(
     mut signals: Signals,
 ) -> Result<End> {
     loop {
+        daemon.turn();
+        let busy = daemon.is_busy();
         tokio::select! {
+            () = tokio::task::yield_now(), if busy => {
+                daemon.go_on();
+            }
             _ = daemon.ticks.tick() => daemon.tick(),
             () = daemon.mode.changed() => daemon.on_cluster_change(),
             batch = events.next() => daemon.on_events(&batch?),

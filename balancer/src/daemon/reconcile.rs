@@ -1,5 +1,6 @@
 //! Bringing the data plane up to date with the configuration, the cluster and the kernel.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,10 @@ use balancer_common::abi::{Event, EventKind, MAX_SERVICES};
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
-use super::attach::{GuardedNetns, Scope};
+use super::attach::{AuditPass, GuardedNetns, Scope};
 use super::event_log;
+use super::heartbeat::Heartbeat;
+use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
 use super::neighbours::ensure_sole;
 use super::retry::FailedPlan;
@@ -21,8 +24,11 @@ use crate::sys::privileges::{Kept, suffice_for};
 
 /// The longest time between two ticks; shorter where `fail_open_after` is short.
 const TICK: Duration = Duration::from_secs(1);
-/// Heartbeats that may be missed before the kernel fails open.
-const BEATS: u32 = 4;
+/// Ticks in the time after which the kernel fails open.
+const TICKS: u32 = 4;
+/// How long one round of the daemon's work may take before it looks up: for requests, events,
+/// signals. What is left then is done in the next one.
+const ROUND: Duration = Duration::from_millis(250);
 /// The shortest time between two audits: a little less than a tick, so that not every other tick
 /// finds the audit not yet due.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(500);
@@ -55,6 +61,9 @@ pub struct Daemon {
     guarded: GuardedNetns,
     /// How long after the daemon last lived the kernel stops refusing.
     fail_open_after: Duration,
+    heartbeat: Heartbeat,
+    /// The audit that is under way.
+    audit: Option<AuditPass>,
     /// What the maps hold. `None`: the cluster has not told yet, and what an earlier daemon put in
     /// force stays; or a plan is in force only in part.
     plan: Option<Plan>,
@@ -70,6 +79,8 @@ impl Daemon {
     /// A daemon that has put nothing in force yet. Must be called inside a tokio runtime.
     pub fn new(config: &Config, guarded: GuardedNetns, mode: Mode, writer: Writer) -> Self {
         Self {
+            heartbeat: Heartbeat::new(writer.tables.pulse(), config.fail_open_after),
+            audit: None,
             mode,
             writer,
             ticks: ticks(config.fail_open_after),
@@ -101,51 +112,80 @@ impl Daemon {
             warn!("{}", no_room(&left_out));
             self.failed = (self.plan.take()).map(|plan| FailedPlan::after(None, plan));
         }
-        self.audit(Scope::Everywhere)?;
+        self.audit_now(Scope::Everywhere)?;
         slots::give_back_held(&mut self.writer.tables)?;
+        self.begin_round();
         self.mode.find_pods(&mut self.guarded, &mut self.writer)?;
         self.apply_quotas()?;
         // Not before: the quotas that the last daemon left may have been refusing nobody for a
         // while. And not later: a data plane that has never had a sign of life refuses nobody.
-        self.beat();
-        self.writer.switch()?;
-        self.guarded.attach(&mut self.writer)?;
-        self.writer.loader.follow_logs();
-        self.update()?;
-        self.beat();
-        Ok(())
+        self.heartbeat.begin();
+        self.writer.switch(|| self.heartbeat.turn())?;
+        self.update_all()
+    }
+
+    /// Gives a heartbeat also while the loop is busy. To be called once privileges are given up: the
+    /// thread that is started has what is left.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn follow_heartbeat(&self) -> Result<()> {
+        self.heartbeat.start_thread()
+    }
+
+    /// The loop has turned.
+    pub fn turn(&self) {
+        self.heartbeat.turn();
+    }
+
+    /// Whether there is work that goes on at once.
+    pub const fn is_busy(&self) -> bool {
+        self.audit.is_some() || self.guarded.is_unfinished()
     }
 
     /// Once a while: follows also what no event tells of. A step that fails is tried again at the
     /// next tick and keeps no other one from its turn; counting and steering go on meanwhile.
     pub fn tick(&mut self) {
-        self.beat();
+        report_left_out();
         self.writer.loader.keep();
         self.guarded.refresh();
-        let followed = self.follow_plan();
-        let audited = matches!(followed, Ok(true));
-        let followed = log_failure(followed);
-        if !audited && Instant::now() >= self.next_audit {
-            log_failure(self.audit(Scope::Known));
+        let followed = log_failure(self.follow_plan());
+        if self.audit.is_none() && Instant::now() >= self.next_audit {
+            log_failure(self.begin_audit(Scope::Known));
         }
-        let updated = log_failure(self.update());
-        if self.in_part && self.failed.is_none() && followed && updated {
+        let done = self.go_on() && !self.is_auditing_everywhere();
+        if self.in_part && self.failed.is_none() && followed && done {
             self.in_part = false;
             self.writer.loader.note_reload(None);
         }
     }
 
+    /// Does a round of the work that is there; true: nothing failed.
+    pub fn go_on(&mut self) -> bool {
+        self.begin_round();
+        let audited = log_failure(self.go_on_auditing());
+        log_failure(self.update()) && audited
+    }
+
+    fn begin_round(&mut self) {
+        self.guarded.begin_round(Instant::now() + ROUND);
+    }
+
     /// What the cluster has told is put in force at once.
     pub fn on_cluster_change(&mut self) {
         log_failure(self.follow_plan());
-        log_failure(self.update());
+        self.go_on();
     }
 
     /// What happens in the kernel is logged, and followed where it is about listeners.
     pub fn on_events(&mut self, events: &[Event]) {
         let mut listeners_changed = false;
+        let mut names = BTreeMap::new();
         for event in events {
-            event_log::log(event, &services::name(&self.writer.tables, event.service));
+            let tables = &self.writer.tables;
+            let name = names.entry(event.service);
+            let name = name.or_insert_with_key(|service| services::name(tables, *service));
+            event_log::log(event, name);
             match EventKind::from_number(event.kind) {
                 Some(EventKind::Refused) => {
                     if let Some(port) = services::port_of(&self.writer.tables, event.service) {
@@ -158,6 +198,7 @@ impl Daemon {
             }
         }
         if listeners_changed {
+            self.begin_round();
             log_failure(self.update());
         }
     }
@@ -173,8 +214,8 @@ impl Daemon {
         let failed = reloaded.as_ref().err().map(|error| format!("{error:#}"));
         self.writer.loader.note_reload(failed.as_deref());
         match &failed {
-            None => info!("reloaded {}", path.display()),
-            Some(error) => error!("{error}"),
+            None => info!(target: BY_HAND, "reloaded {}", path.display()),
+            Some(error) => error!(target: BY_HAND, "{error}"),
         }
         reloaded
     }
@@ -182,11 +223,15 @@ impl Daemon {
     fn put_file_in_force(&mut self, path: &Path) -> Result<()> {
         self.reconfigure(path)
             .context("the configuration was not reloaded, the old one stays in force")?;
-        self.beat();
+        self.turn();
         let followed = self.follow_plan();
-        let updated = self.update();
-        self.in_part = followed.is_err() || updated.is_err();
+        let audited = self.finish_audit();
+        let updated = self.update_all();
+        self.in_part = [&followed, &audited, &updated]
+            .into_iter()
+            .any(Result::is_err);
         followed
+            .and(audited)
             .and(updated)
             .context("the new configuration is in force only in part; the rest is tried again")
     }
@@ -200,10 +245,12 @@ impl Daemon {
         self.mode.reconfigure(&config)?;
         self.guarded = guarded;
         self.fail_open_after = config.fail_open_after;
+        self.heartbeat.set_limit(config.fail_open_after);
         self.ticks = ticks(config.fail_open_after);
         // Whatever the maps hold, it is written again.
         self.plan = None;
         self.failed = None;
+        self.audit = None;
         warn_of_mistakes(&config);
         Ok(())
     }
@@ -219,16 +266,16 @@ impl Daemon {
         self.apply_quotas()
     }
 
-    /// Puts in force what the maps should hold by now. Listeners on other ports or in other network
-    /// namespaces than before are registered with their connections; true: that was done.
-    fn follow_plan(&mut self) -> Result<bool> {
+    /// Puts in force what the maps should hold by now. An audit is begun that registers the
+    /// listeners on other ports or in other network namespaces than before, with their connections.
+    fn follow_plan(&mut self) -> Result<()> {
         self.mode.refresh();
         let Some(plan) = self.mode.plan(&self.guarded, &self.writer)? else {
-            return Ok(false);
+            return Ok(());
         };
         let is_held_back = |failed: &FailedPlan| failed.holds_back(&plan);
         if self.plan.as_ref() == Some(&plan) || self.failed.as_ref().is_some_and(is_held_back) {
-            return Ok(false);
+            return Ok(());
         }
         // Known again once all of this is done: what fails is begun anew after a while.
         let before = self.plan.take();
@@ -242,51 +289,110 @@ impl Daemon {
         followed
     }
 
-    /// True: listeners were registered.
-    fn put_in_force(&mut self, before: Option<&Plan>, plan: &Plan) -> Result<bool> {
+    fn put_in_force(&mut self, before: Option<&Plan>, plan: &Plan) -> Result<()> {
         let other_listeners = before.is_none_or(|before| {
             before.ports_listened_on() != plan.ports_listened_on() || before.netns != plan.netns
         });
         let left_out = self.writer.apply(Some(plan))?;
         if other_listeners {
-            self.audit(Scope::Everywhere)?;
-            self.guarded.attach(&mut self.writer)?;
+            self.begin_audit(Scope::Everywhere)?;
         }
         ensure!(left_out.is_empty(), no_room(&left_out));
-        Ok(other_listeners)
+        Ok(())
     }
 
-    /// Follows the listeners that have come and gone.
+    /// Follows the listeners that have come and gone, to the end.
+    fn update_all(&mut self) -> Result<()> {
+        loop {
+            self.begin_round();
+            self.update()?;
+            self.turn();
+            if !self.guarded.is_unfinished() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Follows the listeners that have come and gone, until the round is over.
     fn update(&mut self) -> Result<()> {
         for freed in self.writer.empty.free(&mut self.writer.tables)? {
             let slot = freed.slot();
             debug!("slot {slot} is free: its last connection has left");
         }
+        // Not before the listeners that are there are registered.
+        let attached = if self.is_auditing_everywhere() {
+            Ok(())
+        } else {
+            self.guarded.attach_named(&mut self.writer)
+        };
         // `steer` before quotas: the backends of a newly guarded network namespace are confirmed by
         // their quotas, and active from then on.
         self.mode.attach(&mut self.guarded, &mut self.writer)?;
         self.apply_quotas()?;
         self.guarded.detach_unwanted(&mut self.writer)?;
         self.writer.loader.follow_logs();
-        Ok(())
+        attached
     }
 
     fn apply_quotas(&mut self) -> Result<()> {
         self.mode.apply_quotas(&self.guarded, &mut self.writer)
     }
 
-    fn beat(&self) {
-        self.writer.tables.beat(self.fail_open_after);
+    fn is_auditing_everywhere(&self) -> bool {
+        let audit = self.audit.as_ref();
+        audit.is_some_and(|audit| audit.scope() == Scope::Everywhere)
     }
 
-    /// Compares the counts with the socket table, so seldom that it takes only a small part of one
-    /// processor.
-    fn audit(&mut self, scope: Scope) -> Result<()> {
-        let before = clock::processor_time();
-        let audited = self.guarded.audit(&mut self.writer, scope);
-        let cost = clock::processor_time().saturating_sub(before);
+    /// Begins to compare the counts with the socket table; one that is under way is given up.
+    fn begin_audit(&mut self, scope: Scope) -> Result<()> {
         self.next_audit = Instant::now() + SHORTEST_PAUSE;
-        audited?;
+        self.audit = Some(self.guarded.begin_audit(&mut self.writer, scope)?);
+        Ok(())
+    }
+
+    fn audit_now(&mut self, scope: Scope) -> Result<()> {
+        self.begin_audit(scope)?;
+        self.finish_audit()
+    }
+
+    fn finish_audit(&mut self) -> Result<()> {
+        while self.audit.is_some() {
+            self.begin_round();
+            self.go_on_auditing()?;
+            self.turn();
+        }
+        Ok(())
+    }
+
+    /// Goes on with the audit that is under way until the round is over.
+    fn go_on_auditing(&mut self) -> Result<()> {
+        let Some(mut pass) = self.audit.take() else {
+            return Ok(());
+        };
+        let before = clock::processor_time();
+        let audited = self.guarded.audit(&mut self.writer, &mut pass);
+        pass.cost += clock::processor_time().saturating_sub(before);
+        match audited {
+            Ok(true) => self.end_audit(&pass),
+            Ok(false) => {
+                self.audit = Some(pass);
+                Ok(())
+            }
+            Err(error) => {
+                self.next_audit = Instant::now() + SHORTEST_PAUSE;
+                if pass.scope() == Scope::Everywhere {
+                    // What it was to register is not: the plan is put in force anew.
+                    self.plan = None;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Comparing is done so seldom that it takes only a small part of one processor.
+    fn end_audit(&mut self, pass: &AuditPass) -> Result<()> {
+        self.next_audit = Instant::now() + SHORTEST_PAUSE;
+        let cost = pass.cost;
         let totals = self.writer.audit.end(&mut self.writer.tables, cost)?;
         debug!(
             "audit {}: {:.1} ms of processor time, drift {}, {} repairs so far",
@@ -295,7 +401,7 @@ impl Daemon {
             totals.drift,
             totals.repairs
         );
-        let share = match scope {
+        let share = match pass.scope() {
             // It also looks for owners and network namespaces, which later ones don't.
             Scope::Everywhere => 0,
             Scope::Known if self.writer.audit.is_in_doubt() => DOUBTFUL_SHARE,
@@ -308,7 +414,7 @@ impl Daemon {
 }
 
 fn ticks(fail_open_after: Duration) -> Interval {
-    let mut ticks = interval(TICK.min(fail_open_after / BEATS));
+    let mut ticks = interval(TICK.min(fail_open_after / TICKS));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use tracing::info;
 
+use super::log_limit::BY_HAND;
 use super::quotas::set_by_hand;
 use super::reconcile::Daemon;
 use crate::api::{Reply, Request, Response};
@@ -61,6 +62,6 @@ fn set_quota(
 ) -> Result<String> {
     let message = set_by_hand(&mut daemon.writer, service, slot, quota)?;
     daemon.apply_quotas_by_hand()?;
-    info!("by hand: {message}");
+    info!(target: BY_HAND, "by hand: {message}");
     Ok(message)
 }

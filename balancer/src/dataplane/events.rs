@@ -1,22 +1,35 @@
 //! What the kernel half says: its events, and its log where it was built with one.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{MapData, RingBuf};
 use aya_log::EbpfLogger;
-use balancer_common::abi::{Address, Event};
+use balancer_common::abi::{Address, Event, maps};
 use bytes::Buf as _;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
 use tracing::warn;
 
 use super::tables::Tables;
 
+/// The shortest time between two batches of events: what happens meanwhile is followed at once, and
+/// no flood of events keeps the daemon from anything else.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The most events of a batch: as many as the ring holds.
+const BATCH: usize = maps::EVENTS.entries as usize / size_of::<Event>();
+
 /// The events of the kernel half, as they come.
-pub struct Events(AsyncFd<RingBuf<MapData>>);
+pub struct Events {
+    ring: AsyncFd<RingBuf<MapData>>,
+    /// The next batch is not taken before.
+    next: Instant,
+}
 
 impl Events {
     pub(super) fn open(directory: &Path) -> Result<Self> {
@@ -27,26 +40,29 @@ impl Events {
         )]
         let ring = AsyncFd::with_interest(ring, Interest::READABLE)
             .context("cannot watch the ring of events")?;
-        Ok(Self(ring))
+        let next = Instant::now();
+        Ok(Self { ring, next })
     }
 
-    /// Waits for events and takes all that are there. Cancel safe: nothing is taken before it
-    /// returns.
+    /// Waits for events and takes those that are there, a ring full at the most; a while after it
+    /// took some before. Cancel safe: nothing is taken before it returns.
     ///
     /// # Errors
     /// When the ring can't be watched any more.
     pub async fn next(&mut self) -> Result<Vec<Event>> {
-        let mut ready = self
-            .0
-            .readable_mut()
-            .await
-            .context("cannot watch the ring of events")?;
+        sleep_until(self.next).await;
+        let ready = self.ring.readable_mut().await;
+        let mut ready = ready.context("cannot watch the ring of events")?;
         let ring = ready.get_inner_mut();
         let mut events = Vec::new();
-        while let Some(record) = ring.next() {
+        while events.len() < BATCH {
+            let Some(record) = ring.next() else {
+                ready.clear_ready();
+                break;
+            };
             events.extend(parse(&record));
         }
-        ready.clear_ready();
+        self.next = Instant::now() + PAUSE;
         Ok(events)
     }
 }

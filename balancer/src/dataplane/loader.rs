@@ -60,7 +60,7 @@ impl Loader {
         }
         let directory = paths.current();
         let mut loader = Self {
-            adopted: directory.exists(),
+            adopted: pins::is_there(&directory)?,
             paths,
             objects,
             links: BTreeMap::new(),
@@ -106,7 +106,7 @@ impl Loader {
         for program in Target::Cgroup.programs() {
             let link = Link::new(directory, program, id);
             let loaded = object::load(&mut object, program)?.fd()?;
-            let file = if link.pin.exists() {
+            let file = if pins::is_there(&link.pin)? {
                 pins::replace(&self.lock, &link, loaded)?
             } else {
                 pins::attach(&self.lock, &link, loaded, &target, &self.cgroup.place())?
@@ -126,17 +126,19 @@ impl Loader {
 
     /// Puts this build's programs under every link to a netns that is there. Links of another
     /// layout become this data plane's, those of netns that are gone are removed, then what is left
-    /// of other layouts. From here on this data plane alone decides.
+    /// of other layouts. From here on this data plane alone decides. `step` is called after each
+    /// link.
     ///
     /// # Errors
     /// When the kernel refuses a program, or a pin can't be moved or removed.
-    pub fn switch(&mut self) -> Result<()> {
+    pub fn switch(&mut self, step: impl Fn()) -> Result<()> {
         let others = self.others()?;
         let current = self.paths.current();
         for directory in others.iter().chain([&current]) {
             for link in links(directory)? {
                 if let Some(cookie) = link.netns() {
                     self.take_over(&link, cookie)?;
+                    step();
                 }
             }
         }
@@ -160,7 +162,7 @@ impl Loader {
         let directory = self.paths.current();
         let link = Link::new(&directory, from.program, cookie);
         let elsewhere = from.pin != link.pin;
-        if elsewhere && link.pin.exists() {
+        if elsewhere && pins::is_there(&link.pin)? {
             return pins::finish_move(&self.lock, from, &file, &link.pin);
         }
         if self.links.contains_key(&(cookie, link.program.name)) {

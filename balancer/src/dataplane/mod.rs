@@ -37,5 +37,5 @@ pub use read::snapshot::{
 };
 pub use read::{Reader, open};
 pub use slots::SlotQuota;
-pub use tables::SlotView;
+pub use tables::{Pulse, SlotView};
 pub use writer::Writer;

@@ -19,7 +19,7 @@ use crate::sys::bpf::{self, LinkTarget, Object};
 /// # Errors
 /// When a daemon holds it, or a pin can't be removed.
 pub fn unload(paths: &Paths) -> Result<bool> {
-    if !paths.state_dir().exists() {
+    if !is_there(paths.state_dir())? {
         return Ok(false);
     }
     match Lock::take(paths)? {
@@ -35,6 +35,12 @@ pub fn unload(paths: &Paths) -> Result<bool> {
             holder(pid)
         ),
     }
+}
+
+/// Whether there is anything at a path; what can't be looked at is not taken for absent.
+pub(super) fn is_there(path: &Path) -> Result<bool> {
+    let there = path.try_exists();
+    there.with_context(|| format!("cannot look at {}", path.display()))
 }
 
 /// Opens a pinned link of ours.
@@ -240,11 +246,13 @@ fn all_directories(paths: &Paths) -> Result<Vec<PathBuf>> {
         .others()
         .with_context(|| format!("cannot list {}", paths.state_dir().display()))?;
     let ours = [paths.removed(), paths.staging(), paths.current()];
-    Ok(others
-        .into_iter()
-        .chain(ours)
-        .filter(|directory| directory.exists())
-        .collect())
+    let mut directories = Vec::new();
+    for directory in others.into_iter().chain(ours) {
+        if is_there(&directory)? {
+            directories.push(directory);
+        }
+    }
+    Ok(directories)
 }
 
 /// Takes everything out of the kernel that a state directory holds, and removes it.
@@ -253,7 +261,7 @@ pub(super) fn remove_data_plane(lock: &Lock, paths: &Paths) -> Result<()> {
         return Ok(());
     }
     remove_directory(lock, &paths.removed())?;
-    if paths.current().exists() {
+    if is_there(&paths.current())? {
         // In one step: a daemon that is killed over this leaves nothing that looks whole and isn't.
         rename(lock, &paths.current(), &paths.removed())?;
     }

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -105,8 +106,22 @@ pub struct Tables {
     totals: SharedArray,
     members: SharedArray,
     service_states: SharedArray,
-    heartbeat: SharedArray,
+    heartbeat: Arc<SharedArray>,
     audit_totals: SharedArray,
+}
+
+/// The heartbeat's place in the maps, for any thread.
+pub struct Pulse(Arc<SharedArray>);
+
+impl Pulse {
+    /// The daemon lives, and the kernel may believe so for that long.
+    pub fn beat(&self, limit: Duration) {
+        let beat = Heartbeat {
+            last_ns: clock::monotonic_ns(),
+            limit_ns: u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX),
+        };
+        write!(self.0, 0, beat, Heartbeat { limit_ns, last_ns });
+    }
 }
 
 /// One slot that is not free.
@@ -265,7 +280,7 @@ impl Tables {
             totals: shared(directory, "TOTALS", maps::TOTALS)?,
             members: shared(directory, "MEMBERS", maps::MEMBERS)?,
             service_states: shared(directory, "SERVICE_STATE", maps::SERVICE_STATE)?,
-            heartbeat: shared(directory, "HEARTBEAT", maps::HEARTBEAT)?,
+            heartbeat: Arc::new(shared(directory, "HEARTBEAT", maps::HEARTBEAT)?),
             audit_totals: shared(directory, "AUDIT", maps::AUDIT)?,
         })
     }
@@ -510,13 +525,9 @@ impl Tables {
         read!(self.heartbeat, 0, Heartbeat { last_ns, limit_ns })
     }
 
-    /// The daemon lives, and the kernel may believe so for that long.
-    pub fn beat(&self, limit: Duration) {
-        let beat = Heartbeat {
-            last_ns: clock::monotonic_ns(),
-            limit_ns: u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX),
-        };
-        write!(self.heartbeat, 0, beat, Heartbeat { limit_ns, last_ns });
+    /// What gives the heartbeat.
+    pub fn pulse(&self) -> Pulse {
+        Pulse(Arc::clone(&self.heartbeat))
     }
 
     /// A slot, if it is taken.

@@ -63,8 +63,8 @@ impl Writer {
     ///
     /// # Errors
     /// When the kernel refuses a program, or a pin can't be moved or removed.
-    pub fn switch(&mut self) -> Result<()> {
-        self.loader.switch()?;
+    pub fn switch(&mut self, step: impl Fn()) -> Result<()> {
+        self.loader.switch(step)?;
         self.audit.end_handover();
         Ok(())
     }

@@ -13,6 +13,9 @@ pub use cgroups::{cgroup_ids, cgroups};
 pub use kernel_offsets::kernel_offsets;
 pub use listeners::{Listener, has_address, listeners, listening};
 pub use mounts::{cgroup, cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
-pub use netns::{Netns, NetnsHint, OpenNetns, Thread, UnreachableNetns, find_netns, live_netns};
+pub use netns::{
+    FoundNetns, Look, Netns, NetnsHint, OpenNetns, Place, Progress, Search, Thread,
+    UnreachableNetns, find_netns, live_netns, look_everywhere,
+};
 pub use pods::{addresses, pod_of_process, source_towards};
 pub use processes::{Owners, SocketOwner, is_ending, owners, process_name};

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::sanitize;
-use crate::sys::pidfd::Process;
+use crate::sys::{limits::seen, pidfd::Process};
 
 /// A process's descriptor of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -55,33 +55,48 @@ pub type Owners = HashMap<u32, Vec<SocketOwner>>;
 /// into.
 ///
 /// # Errors
-/// Where `/proc` can't be read.
+/// Where `/proc` can't be read, or descriptors or memory are short.
 pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<Owners> {
     let inodes: HashSet<u32> = inodes.into_iter().collect();
     let mut found = Owners::new();
     if inodes.is_empty() {
         return Ok(found);
     }
-    let sockets = pids()?.into_iter().flat_map(sockets_of);
-    for (inode, owner) in sockets.filter(|(inode, _)| inodes.contains(inode)) {
-        found.entry(inode).or_default().push(owner);
+    for socket in pids()?.into_iter().flat_map(sockets_of) {
+        if let Some((inode, owner)) = socket?
+            && inodes.contains(&inode)
+        {
+            found.entry(inode).or_default().push(owner);
+        }
     }
     Ok(found)
 }
 
-/// The sockets that a process holds, with their inodes; none where it has ended or may not be
-/// looked into.
-pub(super) fn sockets_of(pid: u32) -> impl Iterator<Item = (u32, SocketOwner)> {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd"));
-    descriptors
+/// The sockets that a process holds, with their inodes, and `None` for each other descriptor, so
+/// that whoever goes through them can look at the clock. Nothing where it has ended or may not be
+/// looked into; an error where descriptors or memory are short.
+pub(super) fn sockets_of(pid: u32) -> impl Iterator<Item = io::Result<Option<(u32, SocketOwner)>>> {
+    let socket = move |descriptor: DirEntry| {
+        let Some(inode) = socket_inode(&descriptor.path())? else {
+            return Ok(None);
+        };
+        Ok(number(&descriptor).map(|fd| (inode, SocketOwner { pid, fd })))
+    };
+    entries(format!("/proc/{pid}/fd")).map(move |descriptor| descriptor.and_then(socket))
+}
+
+/// The entries of a directory that may be gone; an error only where descriptors or memory are
+/// short.
+fn entries(directory: String) -> impl Iterator<Item = io::Result<DirEntry>> {
+    let (listed, failed) = match seen(fs::read_dir(directory)) {
+        Ok(listed) => (listed, None),
+        Err(error) => (None, Some(error)),
+    };
+    let entries = listed.into_iter().flatten();
+    failed
         .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(move |descriptor| {
-            let inode = socket_inode(&descriptor.path())?;
-            let fd = number(&descriptor)?;
-            Some((inode, SocketOwner { pid, fd }))
-        })
+        .map(Err)
+        .chain(entries.filter_map(|entry| seen(entry).transpose()))
 }
 
 /// All processes that there are now.
@@ -93,20 +108,23 @@ pub(super) fn pids() -> io::Result<Vec<u32>> {
     Ok(entries.filter_map(|entry| number(&entry)).collect())
 }
 
-/// The threads of a process, the main one first; that one alone where the others can't be listed.
-pub(super) fn threads(pid: u32) -> impl Iterator<Item = u32> {
-    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
-    let all = tasks
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|task| number(&task));
-    iter::once(pid).chain(all.filter(move |tid| *tid != pid))
+/// The threads of a process, the main one first; that one alone where the others may not be listed.
+/// An error where descriptors or memory are short.
+pub(super) fn threads(pid: u32) -> impl Iterator<Item = io::Result<u32>> {
+    let all = entries(format!("/proc/{pid}/task"))
+        .filter_map(|task| task.map(|task| number(&task)).transpose());
+    let others = all.filter(move |tid| !matches!(tid, Ok(tid) if *tid == pid));
+    iter::once(Ok(pid)).chain(others)
 }
 
-/// Whether a process has ended or is about to: it is gone, a zombie, exits, or was killed.
+/// Whether a process has ended or is about to: it is gone, a zombie, exits, or was killed. False
+/// also where that can't be read now.
 pub fn is_ending(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| is_ending_by(&stat))
+    match seen(fs::read_to_string(format!("/proc/{pid}/stat"))) {
+        Ok(Some(stat)) => is_ending_by(&stat),
+        Ok(None) => true,
+        Err(_) => false,
+    }
 }
 
 /// By `/proc/PID/stat` (`proc_pid_stat(5)`).
@@ -130,14 +148,13 @@ fn number<N: FromStr>(entry: &DirEntry) -> Option<N> {
 }
 
 /// The inode out of `socket:[4242]`.
-fn socket_inode(descriptor: &Path) -> Option<u32> {
-    let target = fs::read_link(descriptor).ok()?;
-    let target = target.to_str()?;
-    target
-        .strip_prefix("socket:[")?
-        .strip_suffix(']')?
-        .parse()
-        .ok()
+fn socket_inode(descriptor: &Path) -> io::Result<Option<u32>> {
+    let target = seen(fs::read_link(descriptor))?;
+    let inode = |target: &Path| {
+        let inode = target.to_str()?.strip_prefix("socket:[")?;
+        inode.strip_suffix(']')?.parse().ok()
+    };
+    Ok(target.as_deref().and_then(inode))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ pub mod bpf;
 pub mod bpffs;
 pub mod clock;
 pub mod file_id;
+pub mod limits;
 pub mod memory;
 pub mod netns;
 pub mod pidfd;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod budget;
 mod config_errors;
 mod cookies;
 mod counting;

@@ -20,8 +20,9 @@ const MODULES: [&str; 4] = ["inet_diag", "tcp_diag", "udp_diag", "veth"];
 /// Programs that the tests start, of this machine.
 const TOOLS: [&str; 2] = ["ip", "ss"];
 /// Programs of ours that the tests start. Those that need a Kubernetes do not run there.
-pub const PROGRAMS: [&str; 4] = [
+pub const PROGRAMS: [&str; 5] = [
     "balancer",
+    "crowd",
     "kill-before",
     "kernel-half-cost",
     "hold-connections",

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context as _, Result, anyhow};
 use balancer_common::decision::member::Member;
 
-use crate::discover::{NetnsHint, OpenNetns, Thread, find_netns};
+use crate::discover::{NetnsHint, OpenNetns, Place, Thread, find_netns};
 use crate::sys::netns;
 
 /// The netns that an explanation is asked for.
@@ -109,17 +109,17 @@ fn cookies(members: &[&Member]) -> BTreeSet<u64> {
 fn open(cookie: u64, all: &[&Member]) -> Result<OpenNetns> {
     let listened = all.iter().map(|member| &member.backend);
     let listened = listened.filter(|backend| backend.netns == cookie);
-    let thread = |pid, tid| Thread { pid, tid };
+    let thread = |pid, tid| Place::Thread(Thread { pid, tid });
     let hint = NetnsHint {
         cookie,
-        listened: listened
+        places: listened
             .map(|backend| thread(backend.pid, backend.tid))
             .collect(),
     };
-    let is_known = !hint.listened.is_empty();
-    let found = find_netns(&[hint])
+    let is_known = !hint.places.is_empty();
+    let found = find_netns(hint)
         .with_context(|| format!("cannot look for the network namespace {cookie}"))?;
-    found.into_iter().next().ok_or_else(|| {
+    found.ok_or_else(|| {
         if is_known {
             return anyhow!(
                 "the network namespace {cookie} can't be entered: none of the processes that are \
