@@ -201,29 +201,50 @@ pub(super) fn make_directory(path: &Path) -> Result<()> {
         .with_context(|| format!("cannot make the directory {}", path.display()))
 }
 
-/// A directory that was there already may be open to others. The sticky bit means that it is meant
-/// to be, as the root of a BPF file system is.
+/// Why the daemon would refuse this state directory, and what to do about it: another user could
+/// replace what is pinned there. One that is not there is made when the daemon starts.
+pub fn refused(state_dir: &Path) -> Option<(String, String)> {
+    refusal(state_dir, &fs::metadata(state_dir).ok()?)
+}
+
+/// A directory that was there already may be open to others.
 fn close_to_others(state_dir: &Path) -> Result<()> {
     let directory = File::open(state_dir)?;
     let found = directory.metadata()?;
-    ensure!(
-        [0, geteuid().as_raw()].contains(&found.uid()),
-        "it belongs to {}, who could replace what is pinned there: an earlier `balancer run` as that \
-         user has left it, or somebody has made it. See what is in it (ls -l {dir}), then remove it \
-         with `balancer unload --state-dir {dir}`, or give another --state-dir",
-        user(Uid::from_raw(found.uid())),
-        dir = state_dir.display()
-    );
+    if let Some((why, advice)) = refusal(state_dir, &found) {
+        bail!("{why}: {advice}");
+    }
     if found.mode() & 0o077 != 0 {
-        ensure!(
-            found.mode() & 0o1000 == 0,
-            "it is shared with others (mode {:o}): give one of its own below it",
-            found.mode() & 0o7777
-        );
         directory.set_permissions(fs::Permissions::from_mode(0o700))?;
         info!("closed {} to other users", state_dir.display());
     }
     Ok(())
+}
+
+/// The sticky bit means that a directory is meant to be shared, as the root of a BPF file system
+/// is.
+fn refusal(state_dir: &Path, found: &fs::Metadata) -> Option<(String, String)> {
+    if ![0, geteuid().as_raw()].contains(&found.uid()) {
+        let owner = user(Uid::from_raw(found.uid()));
+        let dir = state_dir.display();
+        return Some((
+            format!(
+                "it belongs to {owner}, who could replace what is pinned there (an earlier \
+                 `balancer run` as that user has left it, or somebody has made it)"
+            ),
+            format!(
+                "see what is in it (ls -l {dir}), then remove it with `balancer unload --state-dir \
+                 {dir}`, or give another --state-dir"
+            ),
+        ));
+    }
+    let mode = found.mode() & 0o7777;
+    (mode & 0o1000 != 0 && mode & 0o077 != 0).then(|| {
+        (
+            format!("it is shared with others (mode {mode:o})"),
+            "give one of its own below it".to_owned(),
+        )
+    })
 }
 
 /// How a message calls the process that has the lock.

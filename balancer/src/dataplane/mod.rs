@@ -22,7 +22,7 @@ mod tables;
 mod writer;
 
 pub use events::Events;
-pub use lock::Lock;
+pub use lock::{Lock, refused};
 pub use notes::{DaemonNotes, FailedReload};
 pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};

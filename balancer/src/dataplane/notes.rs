@@ -8,10 +8,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::paths::Paths;
+use super::read::snapshot::DaemonSnapshot;
 use crate::discover::is_ending;
 use crate::sys::clock;
 
 const DIRECTORY: &str = "/run/balancer";
+/// A daemon that lives has given a heartbeat within this time, unless the machine is very busy.
+const BEATS_WITHIN: Duration = Duration::from_millis(1500);
 /// More than any note has, in bytes.
 const LONGEST: u64 = 16 << 10;
 
@@ -52,6 +55,15 @@ impl DaemonNotes {
                 })
             }),
         }
+    }
+}
+
+impl DaemonNotes {
+    /// The process that the daemon was, where it is gone. A number that another process namespace
+    /// gave says nothing here, so a heartbeat must be missing, too.
+    pub fn gone(&self, daemon: &DaemonSnapshot) -> Option<u32> {
+        let beats = daemon.heartbeat_age.is_some_and(|age| age < BEATS_WITHIN);
+        self.ended.filter(|_| !beats)
     }
 }
 

@@ -13,7 +13,10 @@ use super::{
     listening::CheckedService,
 };
 use crate::{
-    dataplane::{self, DaemonSnapshot, Link, Paths, Reader, ServiceSnapshot, Snapshot},
+    dataplane::{
+        self, DaemonNotes, DaemonSnapshot, FailedReload, Link, Paths, Reader, ServiceSnapshot,
+        Snapshot,
+    },
     discover::{cgroup2_mount, cgroups},
     sys::{
         bpf::{self, LinkTarget},
@@ -65,7 +68,8 @@ pub(super) fn data_plane(state_dir: &Path) -> (Option<Loaded>, Check) {
             ),
         ),
         Ok(Some(there)) => {
-            let check = loaded(there.services.len(), &there.snapshot.daemon);
+            let notes = DaemonNotes::read(&Paths::new(state_dir));
+            let check = loaded(there.services.len(), &there.snapshot.daemon, &notes);
             (Some(there), check)
         }
         Err(error) => (
@@ -80,12 +84,27 @@ pub(super) fn data_plane(state_dir: &Path) -> (Option<Loaded>, Check) {
     }
 }
 
-fn loaded(services: usize, daemon: &DaemonSnapshot) -> Check {
+fn loaded(services: usize, daemon: &DaemonSnapshot, notes: &DaemonNotes) -> Check {
     const NAME: &str = "data plane";
     let found = match services {
         1 => "loaded, with one service".to_owned(),
         services => format!("loaded, with {services} services"),
     };
+    if let Some(pid) = notes.gone(daemon) {
+        let refusing = if daemon.alive {
+            "it refuses over quota for a while yet, then nobody"
+        } else {
+            "nobody is refused any more"
+        };
+        return Check::warn(
+            NAME,
+            format!("{found}; its daemon, process {pid}, is gone"),
+            format!(
+                "connections are counted and steered as before, but {refusing} (fail open), and quotas stay as they are"
+            ),
+            "start `balancer run`, or take the data plane out with `balancer unload`",
+        );
+    }
     if daemon.alive {
         return Check::ok(
             NAME,
@@ -95,13 +114,43 @@ fn loaded(services: usize, daemon: &DaemonSnapshot) -> Check {
     }
     let silence = daemon.heartbeat_age.map_or_else(
         || "no daemon has ever lived".to_owned(),
-        |age| format!("no daemon has lived for {} s", age.as_secs()),
+        |age| format!("its daemon has given no heartbeat for {} s", age.as_secs()),
     );
     Check::warn(
         NAME,
         format!("{found}; {silence}"),
         "connections are counted and steered as before, but nobody is refused any more (fail open), and quotas stay as they are",
-        "start `balancer run`, or take the data plane out with `balancer unload`",
+        "`balancer ping` says whether it is dead or hangs, and what to do; or take the data plane out with `balancer unload`",
+    )
+}
+
+/// Whether what the file said when it was last read again is in force.
+pub(super) fn reload(state_dir: &Path) -> Check {
+    reload_of(
+        DaemonNotes::read(&Paths::new(state_dir))
+            .failed_reload
+            .as_ref(),
+    )
+}
+
+fn reload_of(failed: Option<&FailedReload>) -> Check {
+    const NAME: &str = "reload";
+    failed.map_or_else(
+        || {
+            Check::ok(
+                NAME,
+                "none has failed",
+                "what the daemon last read in its file is in force",
+            )
+        },
+        |failed| {
+            Check::warn(
+                NAME,
+                format!("failed {} s ago: {}", failed.age.as_secs(), failed.error),
+                "what the file says is not in force, or in part, and a daemon that is started anew may not take it",
+                "correct what the error names, then `balancer reload`",
+            )
+        },
     )
 }
 
@@ -230,6 +279,13 @@ mod tests {
     use balancer_common::abi::AuditTotals;
     use std::{fs, time::Duration};
 
+    fn ended(pid: u32) -> DaemonNotes {
+        DaemonNotes {
+            ended: Some(pid),
+            ..DaemonNotes::default()
+        }
+    }
+
     fn daemon(alive: bool, age: Option<u64>) -> DaemonSnapshot {
         DaemonSnapshot {
             alive,
@@ -248,17 +304,53 @@ mod tests {
 
     #[test]
     fn a_data_plane_without_its_daemon_is_told() {
-        assert_eq!(loaded(2, &daemon(true, Some(0))).status, Status::Ok);
-        let check = loaded(2, &daemon(false, Some(90)));
+        let none = DaemonNotes::default();
+        assert_eq!(loaded(2, &daemon(true, Some(0)), &none).status, Status::Ok);
+        let check = loaded(2, &daemon(false, Some(90)), &none);
         assert_eq!(check.status, Status::Warn);
         assert_eq!(
             check.found,
-            "loaded, with 2 services; no daemon has lived for 90 s"
+            "loaded, with 2 services; its daemon has given no heartbeat for 90 s"
         );
+        assert!(check.advice.expect("advice").contains("`balancer ping`"));
         assert_eq!(
-            loaded(1, &daemon(false, None)).found,
+            loaded(1, &daemon(false, None), &none).found,
             "loaded, with one service; no daemon has ever lived"
         );
+    }
+
+    #[test]
+    fn a_daemon_whose_process_is_gone_is_told_before_the_kernel_misses_it() {
+        let other_numbers = loaded(1, &daemon(true, Some(0)), &ended(77));
+        assert_eq!(other_numbers.status, Status::Ok, "{other_numbers:?}");
+        for (alive, refused) in [(true, "for a while yet"), (false, "nobody is refused")] {
+            let check = loaded(1, &daemon(alive, Some(3)), &ended(77));
+            assert_eq!(
+                (check.status, &*check.found),
+                (
+                    Status::Warn,
+                    "loaded, with one service; its daemon, process 77, is gone"
+                )
+            );
+            assert!(check.means.contains(refused), "{check:?}");
+        }
+    }
+
+    #[test]
+    fn a_reload_that_failed_is_told_with_its_error() {
+        assert_eq!(reload_of(None).status, Status::Ok);
+        let check = reload_of(Some(&FailedReload {
+            age: Duration::from_secs(75),
+            error: "the old one stays in force: a.yaml:3:5: no".to_owned(),
+        }));
+        assert_eq!(
+            (check.status, &*check.found),
+            (
+                Status::Warn,
+                "failed 75 s ago: the old one stays in force: a.yaml:3:5: no"
+            )
+        );
+        assert!(check.advice.expect("advice").contains("`balancer reload`"));
     }
 
     #[test]

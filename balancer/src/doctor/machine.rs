@@ -10,7 +10,7 @@ use super::{
     guarded::{self, GuardedNetns},
     listing,
 };
-use crate::{discover::is_bpffs, sys::netns};
+use crate::{dataplane, discover::is_bpffs, sys::netns};
 
 /// Open files that do for the maps, for a link for each netns, and for clients of the daemon's API.
 const FEWEST_FILES: u64 = 1024;
@@ -56,6 +56,7 @@ pub(super) fn checks(state_dir: &Path, own_alone: bool) -> Vec<Check> {
         capabilities(&needed, caps::read(None, CapSet::Effective)),
         files(),
         bpffs(state_dir),
+        state_directory(state_dir),
     ]
 }
 
@@ -153,6 +154,24 @@ fn bpffs(state_dir: &Path) -> Check {
             format!("{error:#}"),
             "programs and maps can't be pinned there",
             "choose another --state-dir",
+        ),
+    }
+}
+
+fn state_directory(state_dir: &Path) -> Check {
+    const NAME: &str = "state directory";
+    let place = state_dir.display();
+    match dataplane::refused(state_dir) {
+        None => Check::ok(
+            NAME,
+            format!("{place} is nobody else's"),
+            "no other user can replace what is pinned there",
+        ),
+        Some((why, advice)) => Check::fail(
+            NAME,
+            format!("{place}: {why}"),
+            "`balancer run` refuses to start with it",
+            advice,
         ),
     }
 }
@@ -269,6 +288,7 @@ impl Setting {
 mod tests {
     use super::*;
     use crate::doctor::Status;
+    use std::os::unix::fs::chown;
 
     fn netns(label: &str) -> GuardedNetns {
         GuardedNetns {
@@ -340,6 +360,20 @@ mod tests {
     fn a_state_directory_elsewhere_fails() {
         let directory = tempfile::tempdir().expect("a directory");
         assert_eq!(bpffs(directory.path()).status, Status::Fail);
+    }
+
+    #[test]
+    fn a_state_directory_of_another_user_fails_with_advice() {
+        let directory = tempfile::tempdir().expect("a directory");
+        assert_eq!(state_directory(directory.path()).status, Status::Ok);
+        let missing = directory.path().join("missing");
+        assert_eq!(state_directory(&missing).status, Status::Ok);
+        chown(directory.path(), Some(65534), None).expect("chown, as root");
+        let check = state_directory(directory.path());
+        assert_eq!(check.status, Status::Fail);
+        assert!(check.found.contains("user 65534"), "{check:?}");
+        let advice = check.advice.expect("advice");
+        assert!(advice.contains("balancer unload --state-dir"), "{advice}");
     }
 
     #[test]

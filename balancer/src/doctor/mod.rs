@@ -194,6 +194,7 @@ pub fn run(options: &Options) -> Report {
     let (loaded, check) = loaded::data_plane(&options.state_dir);
     checks.push(check);
     if let Some(loaded) = &loaded {
+        checks.push(loaded::reload(&options.state_dir));
         checks.push(loaded::counts(&loaded.snapshot.daemon));
         checks.push(loaded::older_connections(&loaded.snapshot.services));
         checks.extend(loaded::counted_cgroup(&options.state_dir));
