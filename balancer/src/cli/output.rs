@@ -106,7 +106,8 @@ pub(super) fn set_columns(columns: Option<usize>) {
 
 fn terminal_columns() -> Option<usize> {
     let size = tcgetwinsize(rustix::stdio::stdout()).ok()?;
-    Some(size.ws_col.into())
+    // A terminal that nobody has told its size has none.
+    Some(size.ws_col.into()).filter(|columns| *columns > 0)
 }
 
 /// The columns that text is wrapped to.
@@ -208,11 +209,16 @@ pub(super) fn wrapped(first: &str, text: &str) -> String {
     lines
 }
 
-/// The pieces of `text` between which a line may end.
+/// The pieces of `text` between which a line may end. A backquote without a second one, as an error
+/// in a file may quote it, keeps nothing together.
 fn words(text: &str) -> impl Iterator<Item = &str> {
+    let mut left = text.matches('`').count();
     let mut quoted = false;
     text.split(move |c: char| {
-        quoted ^= c == '`';
+        if c == '`' {
+            left -= 1;
+            quoted = !quoted && left > 0;
+        }
         c.is_whitespace() && !quoted
     })
     .filter(|word| !word.is_empty())
