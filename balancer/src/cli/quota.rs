@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{
     Place,
     output::{Column, Output, or, print, table, wrapped},
-    status::{by_address, is_own_override},
+    status::{back_from_own, by_address, is_own_override},
 };
 use crate::{
     api::Request,
@@ -244,9 +244,9 @@ fn by_hand(service: &ServiceSnapshot) -> String {
         return String::new();
     }
     let words = format!(
-        "but by hand {}; `balancer quota clear {} --slot SLOT` goes back to the rule",
+        "but by hand {}; {}",
         exceptions.join(", "),
-        service.name
+        back_from_own(service)
     );
     wrapped("        ", &words)
 }

@@ -9,7 +9,7 @@ use clap::Args;
 
 pub(super) use self::{
     json::Json,
-    text::{by_address, is_own_override, text},
+    text::{back_from_own, by_address, is_own_override, text},
 };
 use super::{Place, output::Output};
 use crate::dataplane::DaemonNotes;

@@ -355,6 +355,22 @@ fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
         of(900).starts_with("Daemon: alive, "),
         "another process namespace's number"
     );
+    let mut snapshot = Snapshot {
+        services: Vec::new(),
+        daemon: alive(),
+    };
+    (snapshot.daemon.alive, snapshot.daemon.heartbeat_age) = (false, Some(Duration::from_secs(99)));
+    let long_dead = status::text(
+        &snapshot,
+        &DaemonNotes {
+            ended: Some(4321),
+            ..DaemonNotes::default()
+        },
+    );
+    assert!(
+        long_dead.starts_with("Daemon: DEAD: its process 4321 is gone, last heartbeat 1 min 39 s"),
+        "{long_dead}"
+    );
 }
 
 #[test]
@@ -395,7 +411,7 @@ fn status_says_when_nobody_listens() {
         "{text}"
     );
     assert!(
-        text.contains("  - slots 0, 1, 7: its listener is gone"),
+        text.contains("  - each of slots 0, 1, 7: its listener is gone"),
         "{text}"
     );
 }
@@ -418,8 +434,8 @@ fn status_says_what_a_dead_daemon_means() {
         &with(false, Some(125)),
         "\
 Daemon: DEAD OR STUCK, last heartbeat 2 min 5 s ago: nobody is refused (fail
-        open after 30 s), quotas stay as they are. Start it again with
-        `balancer run --config FILE`.
+        open after 30 s), quotas stay as they are. `balancer ping` says which,
+        and what to do.
 
 No service is loaded: the daemon has not finished starting, or has been told to
 take them all out.
@@ -497,7 +513,10 @@ fn status_tells_what_was_done_by_hand_from_what_is_full() {
         text.contains("`balancer quota clear agents` goes\n         back to the rule"),
         "{text}"
     );
-    assert!(text.contains("  - slots 0, 1, 7: its quota is 0"), "{text}");
+    assert!(
+        text.contains("  - each of slots 0, 1, 7: its quota is 0"),
+        "{text}"
+    );
     assert!(!text.contains("--slot") && !text.contains("0*"), "{text}");
 }
 
@@ -729,6 +748,37 @@ als
      5  [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802  unlimited      1000000  by the rule
 ",
     );
+}
+
+/// A backend's own quota by hand gives way to the service's, which may be by hand, too.
+#[test]
+fn a_backend_goes_back_to_the_quota_of_the_service() {
+    let mut service = agents();
+    service.quota_override = Some(50);
+    let to = "goes back to 50, the service's by hand";
+    let flat = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let quotas = flat(&quota::text(&[&service]));
+    let status = flat(&status_of(&Snapshot {
+        services: vec![service],
+        daemon: alive(),
+    }));
+    for text in [quotas, status] {
+        assert!(
+            text.contains(&format!("`balancer quota clear agents --slot SLOT` {to}")),
+            "{text}"
+        );
+    }
+}
+
+/// Errors in a file quote what is wrong, a single backquote, too.
+#[test]
+fn a_lone_backquote_keeps_nothing_together() {
+    let text = format!("`balancer a b` found character '`' {}", "word ".repeat(20));
+    let wrapped = at_columns(40, || output::wrapped("  ", &text));
+    assert!(wrapped.starts_with("  `balancer a b` found"), "{wrapped}");
+    for line in wrapped.lines() {
+        assert!(line.chars().count() <= 40, "{line}");
+    }
 }
 
 #[test]

@@ -131,18 +131,20 @@ pub fn set_by_hand(
     let Some(id) = ids.get(service).copied() else {
         let known: Vec<_> = ids.into_keys().collect();
         bail!(
-            "there is no service {service:?}; there are: {}",
+            "there is no service `{service}`; there are: {}",
             known.join(", ")
         );
     };
     let mut slots = writer.tables.slots()?;
     slots.retain(|view| view.member.backend.service == id);
     let Some(slot) = slot else {
+        let before = services::quota_by_hand(&writer.tables, id)?;
         services::set_quota_by_hand(&mut writer.tables, id, quota)?;
-        let message = quota.map_or_else(
-            || format!("the quota of {service} follows its rule again"),
-            |quota| format!("the quota of every backend of {service} is {quota}"),
-        );
+        let message = match (quota, before) {
+            (Some(quota), _) => format!("the quota of every backend of {service} is {quota}"),
+            (None, Some(_)) => format!("the quota of {service} follows its rule again"),
+            (None, None) => format!("the quota of {service} follows its rule, as before"),
+        };
         return Ok(message + &kept_by_hand(service, &slots));
     };
     let view = slots
@@ -158,6 +160,11 @@ pub fn set_by_hand(
             format!("the quota of slot {slot} of {service} is {quota}"),
         ),
         // It holds until the next computation. A computed quota would go down slowly.
+        None if own(view).is_none() => {
+            return Ok(format!(
+                "the quota of slot {slot} of {service} follows the service's, as before"
+            ));
+        }
         None => (
             view.limit().map_or(Quota::Unlimited, Quota::Limited),
             QuotaSource::Service,
@@ -176,17 +183,20 @@ pub fn set_by_hand(
 /// The exceptions from the quota of a service: its backends whose own quota was set by hand.
 fn kept_by_hand(service: &str, slots: &[SlotView]) -> String {
     let kept = slots.iter().filter_map(|view| {
-        let written = written(&view.member.policy, view.slot_state())?;
+        let own = own(view)?;
         let slot = view.slot();
-        (written.source == QuotaSource::Backend).then(|| {
-            format!(
-                "; slot {slot} keeps its own quota by hand, {}, until `balancer quota clear \
-                 {service} --slot {slot}`",
-                written.quota
-            )
-        })
+        Some(format!(
+            "; slot {slot} keeps its own quota by hand, {own}, until `balancer quota clear \
+             {service} --slot {slot}`"
+        ))
     });
     kept.collect()
+}
+
+/// The quota that was set by hand for this backend alone.
+fn own(view: &SlotView) -> Option<Quota> {
+    let written = written(&view.member.policy, view.slot_state())?;
+    (written.source == QuotaSource::Backend).then_some(written.quota)
 }
 
 #[cfg(test)]

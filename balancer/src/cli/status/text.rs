@@ -15,11 +15,9 @@ use crate::{
 /// A daemon beats every second; one that has not for so long has something the matter, even if the
 /// kernel still waits for it.
 const SILENT: Duration = Duration::from_secs(5);
-/// One that lives has given a heartbeat within this time, unless the machine is very busy.
-const BEATS_WITHIN: Duration = Duration::from_millis(1500);
 
 pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
-    let mut text = daemon(&snapshot.daemon, notes.ended);
+    let mut text = daemon(&snapshot.daemon, notes.gone(&snapshot.daemon));
     if let Some(failed) = &notes.failed_reload {
         text += &reload(failed);
     }
@@ -38,7 +36,7 @@ pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
     text
 }
 
-fn daemon(daemon: &DaemonSnapshot, ended: Option<u32>) -> String {
+fn daemon(daemon: &DaemonSnapshot, gone: Option<u32>) -> String {
     let limit = span(daemon.fail_open_after);
     let again = "`balancer run --config FILE`";
     let Some(age) = daemon.heartbeat_age else {
@@ -48,20 +46,23 @@ fn daemon(daemon: &DaemonSnapshot, ended: Option<u32>) -> String {
         return wrapped("Daemon: ", &words);
     };
     let ago = span(age);
-    let words = match ended {
-        // A number that another process namespace gave says nothing here: so the heartbeat, too.
-        Some(pid) if daemon.alive && age >= BEATS_WITHIN => format!(
+    let words = match gone {
+        Some(pid) if daemon.alive => format!(
             "DEAD: its process {pid} is gone, last heartbeat {ago} ago; from {limit} on nobody is refused (fail open). Start it again with \
              {again}."
         ),
-        _ if daemon.alive && age < SILENT => format!("alive, last heartbeat {ago} ago"),
-        _ if daemon.alive => format!(
-            "SILENT for {ago}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). Look at its log, or start it \
-             again with {again}."
+        Some(pid) => format!(
+            "DEAD: its process {pid} is gone, last heartbeat {ago} ago: nobody is refused (fail open after {limit}), quotas stay as they are. \
+             Start it again with {again}."
         ),
-        _ => format!(
-            "DEAD OR STUCK, last heartbeat {ago} ago: nobody is refused (fail open after {limit}), quotas stay as they are. Start it again with \
-             {again}."
+        None if daemon.alive && age < SILENT => format!("alive, last heartbeat {ago} ago"),
+        None if daemon.alive => format!(
+            "SILENT for {ago}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). `balancer ping` says which, \
+             and what to do."
+        ),
+        None => format!(
+            "DEAD OR STUCK, last heartbeat {ago} ago: nobody is refused (fail open after {limit}), quotas stay as they are. `balancer ping` says \
+             which, and what to do."
         ),
     };
     wrapped("Daemon: ", &words)
@@ -310,17 +311,14 @@ fn notes(service: &ServiceSnapshot) -> String {
         .iter()
         .any(|backend| is_own_override(service, backend))
     {
-        let back = format!(
-            "set by hand; `balancer quota clear {} --slot SLOT` goes back to the rule",
-            service.name
-        );
-        text += &wrapped("  * ", &back);
+        let words = format!("set by hand; {}", back_from_own(service));
+        text += &wrapped("  * ", &words);
     }
     for (note, slots) in notes {
         let slots = if slots.len() == 1 {
             format!("slot {}", slots[0])
         } else {
-            format!("slots {}", slots.join(", "))
+            format!("each of slots {}", slots.join(", "))
         };
         text += &wrapped("  - ", &format!("{slots}: {note}"));
     }
@@ -334,6 +332,18 @@ pub(in crate::cli) fn is_own_override(
     backend: &BackendSnapshot,
 ) -> bool {
     backend.overridden && service.quota_override != backend.quota
+}
+
+/// How a backend gives up the quota that was set by hand for it alone, and for which.
+pub(in crate::cli) fn back_from_own(service: &ServiceSnapshot) -> String {
+    let to = service.quota_override.map_or_else(
+        || "the rule".to_owned(),
+        |quota| format!("{quota}, the service's by hand"),
+    );
+    format!(
+        "`balancer quota clear {} --slot SLOT` goes back to {to}",
+        service.name
+    )
 }
 
 fn note(backend: &BackendSnapshot) -> Option<&str> {
