@@ -1111,3 +1111,45 @@ fn a_daemon_can_change_the_report_of_its_own_node_and_nothing_else() {
         );
     });
 }
+
+/// How many of so many clients get into a pod.
+fn admitted(cluster: &Cluster, pod: &Pod, clients: usize) -> usize {
+    let attempts: Vec<_> = (0..clients)
+        .filter_map(|_| cluster.connect(pod).ok())
+        .collect();
+    attempts.len()
+}
+
+/// A pod is one backend to its group, however often it listens.
+#[test]
+fn several_listeners_of_a_pod_have_one_share() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 18, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let listen = || {
+            cluster.in_pod(&pod, || {
+                let listen = Listen::on(&format!("0.0.0.0:{PORT}"));
+                listen.reuse_port().open()
+            })
+        };
+        let _listeners = [listen(), listen()];
+        eventually(SETTLES_WITHIN, || {
+            let service = balancer.service();
+            let quotas: Vec<_> = service
+                .backends
+                .iter()
+                .map(|backend| backend.quota)
+                .collect();
+            ensure!(
+                quotas == [Some(5), Some(4)],
+                "{quotas:?}: {}",
+                group(&balancer)?
+            );
+            Ok(())
+        });
+        assert_eq!(admitted(cluster, &pod, 12), 9, "{}", balancer.logs());
+    });
+}

@@ -7,7 +7,7 @@ use super::super::super::quotas::ready_backend;
 use crate::config::ClusterService;
 use crate::dataplane::SlotView;
 use crate::kubernetes::{Endpoint, GroupId, ReportedBackend, View};
-use crate::quota::{ReadyBackend, plausible};
+use crate::quota::{Quota, ReadyBackend, plausible};
 
 /// What a daemon reported longer ago than this says nothing about now.
 pub const STALE: Duration = Duration::from_secs(60);
@@ -69,19 +69,36 @@ impl<'a> Group<'a> {
     /// The backends that quotas are computed for: first the ready ones of [`Self::own`], then those
     /// of other nodes.
     pub fn ready_backends(&self) -> Vec<ReadyBackend> {
-        let own = || self.own.iter().filter(|(_, endpoint)| endpoint.ready);
+        let own = self.own_ready();
         let others = self
             .ready()
-            .filter(|(endpoint, _)| !own().any(|(_, own)| own.uid == endpoint.uid))
+            .filter(|(endpoint, _)| !own.iter().any(|(own, _)| own.uid == endpoint.uid))
             .map(|(endpoint, load)| ReadyBackend {
                 weight: endpoint.weight,
                 established: load.map_or(0, |load| load.established),
                 previous: None,
             });
-        own()
-            .map(|(slot, endpoint)| ready_backend(slot, endpoint.weight))
+        own.iter()
+            .filter_map(|(endpoint, slots)| {
+                let listeners = slots
+                    .iter()
+                    .map(|slot| ready_backend(slot, endpoint.weight));
+                listeners.reduce(together)
+            })
             .chain(others)
             .collect()
+    }
+
+    /// The pods of this node that are ready, with their listeners.
+    pub fn own_ready(&self) -> Vec<(&'a Endpoint, Vec<&'a SlotView>)> {
+        let mut pods: Vec<(&Endpoint, Vec<&SlotView>)> = Vec::new();
+        for (slot, endpoint) in self.own.iter().filter(|(_, endpoint)| endpoint.ready) {
+            match pods.iter_mut().find(|(pod, _)| pod.uid == endpoint.uid) {
+                Some((_, slots)) => slots.push(slot),
+                None => pods.push((endpoint, vec![slot])),
+            }
+        }
+        pods
     }
 
     /// The ready pods, with what is known of their connections.
@@ -139,6 +156,16 @@ impl<'a> Group<'a> {
             reported: sum + elsewhere,
             estimated: (sum * ready).div_ceil(known) + elsewhere,
         })
+    }
+}
+
+/// Two listeners of one pod, which have one share.
+fn together(one: ReadyBackend, other: ReadyBackend) -> ReadyBackend {
+    let previous = [one.previous, other.previous];
+    ReadyBackend {
+        established: one.established.saturating_add(other.established),
+        previous: previous.into_iter().flatten().reduce(Quota::and),
+        ..one
     }
 }
 

@@ -309,17 +309,19 @@ fn reported_peak(group: &Group<'_>, window: Duration, view: &View) -> Option<u64
 
 /// Puts the quotas of this node's backends in force: the ready ones come first in the outcome.
 fn put_group_in_force(group: &Group<'_>, outcome: &Outcome, writer: &Writer) -> Result<()> {
-    let mut computed = outcome.quotas.iter();
-    for (slot, endpoint) in &group.own {
-        // Nobody is sent to a pod that is not ready: who comes all the same means it.
-        let quota = endpoint.ready.then(|| computed.next()).flatten();
-        let (quota, why) = match quota {
-            Some(quota) => (*quota, outcome.sentence.as_str()),
-            None => (group.entry.quota.uncomputed(), "its pod is not ready"),
-        };
-        let source = QuotaSource::Rule;
+    let source = QuotaSource::Rule;
+    for ((endpoint, slots), quota) in group.own_ready().iter().zip(&outcome.quotas) {
+        let listeners = u32::try_from(slots.len())?;
+        for (slot, quota) in slots.iter().zip(quota.split(listeners)) {
+            let rule = InForce { quota, source };
+            put_in_force(writer, slot, rule, endpoint.weight, &outcome.sentence)?;
+        }
+    }
+    // Nobody is sent to a pod that is not ready: who comes all the same means it.
+    let quota = group.entry.quota.uncomputed();
+    for (slot, endpoint) in group.own.iter().filter(|(_, endpoint)| !endpoint.ready) {
         let rule = InForce { quota, source };
-        put_in_force(writer, slot, rule, endpoint.weight, why)?;
+        put_in_force(writer, slot, rule, endpoint.weight, "its pod is not ready")?;
     }
     Ok(())
 }
