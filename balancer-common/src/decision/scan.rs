@@ -91,10 +91,11 @@ impl Tally {
     }
 }
 
-/// The word of a bitmap of slots that has a slot's bit.
+/// The word of a bitmap of slots that has a slot's bit. Opaque, because the compiler knows how many
+/// slots there are and would leave out the mask, by which the verifier of Linux 6.1 knows it too.
 #[inline(always)]
-const fn word_of(slot: u32) -> usize {
-    (slot / 64) as usize & (MEMBER_WORDS - 1)
+fn word_of(slot: u32) -> usize {
+    opaque(slot / 64) as usize & (MEMBER_WORDS - 1)
 }
 
 /// The first phase for one request.
@@ -359,7 +360,7 @@ impl Scan {
     }
 
     #[inline(always)]
-    const fn was_tried(&self, slot: u32) -> bool {
+    fn was_tried(&self, slot: u32) -> bool {
         self.tried[word_of(slot)] >> (slot % 64) & 1 != 0
     }
 
