@@ -17,6 +17,7 @@ mod services;
 use std::{
     fmt::Display,
     io,
+    net::SocketAddr,
     path::{Path, PathBuf},
 };
 
@@ -152,8 +153,8 @@ pub fn mistakes(config: &Config) -> io::Result<Vec<Mistake>> {
     mistakes::with_owners(&services, &guarded::configured(Some(config)))
 }
 
-/// Adds to each service which [`mistakes`] are in force, without the owners of listeners: in the
-/// netns that we are in, where it is guarded.
+/// Adds to each service which [`mistakes`] are in force, without the owners of listeners, and which
+/// backends nobody listens on: in the netns that we are in, where it is guarded.
 ///
 /// # Errors
 /// When listening sockets or maps can't be read.
@@ -171,13 +172,35 @@ pub fn add_warnings(
     };
     let (services, guarded) = (loaded::services(reader, snapshot)?, Guarded::only(own));
     let listeners = listening::listeners(&services, &guarded.netns)?;
-    for mistake in mistakes::of(&services, &guarded, &listeners) {
-        let mut of = snapshot.services.iter_mut();
-        if let Some(service) = of.find(|service| service.name == mistake.service) {
-            service.warnings.push(mistake.to_string());
+    let mistakes = mistakes::of(&services, &guarded, &listeners);
+    let mut warn = |of: &str, warning: String| {
+        let mut services = snapshot.services.iter_mut();
+        if let Some(service) = services.find(|service| service.name == of) {
+            service.warnings.push(warning);
+        }
+    };
+    for mistake in &mistakes {
+        warn(&mistake.service, mistake.to_string());
+    }
+    for service in &services {
+        let mut missing = services::missing_beside_others(service, &listeners);
+        missing.retain(|backend| {
+            let is_it = |mistake: &Mistake| mistake.found == backend.to_string();
+            !mistakes.iter().any(is_it)
+        });
+        if !missing.is_empty() {
+            warn(&service.name, nobody_listens(&missing));
         }
     }
     Ok(())
+}
+
+fn nobody_listens(backends: &[&SocketAddr]) -> String {
+    format!(
+        "nobody listens on {}: the other backends take the connections. What to do: start the \
+         server, or correct the address in the file",
+        listing(backends)
+    )
 }
 
 fn of_file(config: &Config) -> Vec<CheckedService> {

@@ -114,18 +114,35 @@ fn absent(service: &CheckedService, listeners: &[ServiceListener<'_>]) -> Vec<St
     match &service.backends {
         None if listeners.iter().any(|listener| listener.serves(service)) => Vec::new(),
         None => vec![format!("{name}: nobody listens on port {}", service.port)],
-        Some(backends) => {
-            let listens = |backend: &&SocketAddr| {
-                listeners
-                    .iter()
-                    .any(|listener| listener.covers_backend(backend))
-            };
-            let absent = backends.iter().filter(|backend| !listens(backend));
-            absent
-                .map(|backend| format!("{name}: nobody listens on {backend}"))
-                .collect()
-        }
+        Some(backends) => unattended(backends, listeners)
+            .map(|backend| format!("{name}: nobody listens on {backend}"))
+            .collect(),
     }
+}
+
+/// Those of the backends that nobody listens on.
+fn unattended<'a>(
+    backends: &'a [SocketAddr],
+    listeners: &[ServiceListener<'_>],
+) -> impl Iterator<Item = &'a SocketAddr> {
+    backends.iter().filter(|backend| {
+        let mut listeners = listeners.iter();
+        !listeners.any(|listener| listener.covers_backend(backend))
+    })
+}
+
+/// Backends that nobody listens on, beside others of the service. Where there are no others in the
+/// netns that was looked at, all may listen in another one.
+pub(super) fn missing_beside_others<'a>(
+    service: &'a CheckedService,
+    listeners: &[ServiceListener<'_>],
+) -> Vec<&'a SocketAddr> {
+    let backends = service.backends.as_deref().unwrap_or_default();
+    let missing: Vec<_> = unattended(backends, listeners).collect();
+    if missing.len() == backends.len() {
+        return Vec::new();
+    }
+    missing
 }
 
 /// Backends of which no client can reach all: a listener takes clients of its own family alone.
@@ -282,14 +299,19 @@ fn soft_limit(limits: &str) -> Option<u64> {
 fn exempt(services: &[CheckedService]) -> Option<Check> {
     const NAME: &str = "exempt sources";
     let mut found = Vec::new();
+    let mut none = true;
     for service in services {
-        let mut networks = service.exempt.as_ref()?.iter();
+        let networks = service.exempt.as_ref()?;
+        none &= networks.is_empty();
+        let mut networks = networks.iter();
         if networks.any(|network| !network.addr().is_loopback()) {
             found.push(&service.name);
         }
     }
-    Some(if found.is_empty() {
-        Check::ok(NAME, "none but loopback", "quotas are for everybody")
+    Some(if none {
+        Check::ok(NAME, "none", "quotas are for everybody")
+    } else if found.is_empty() {
+        Check::ok(NAME, "loopback alone", "quotas are for every other client")
     } else {
         Check::ok(
             NAME,
@@ -417,6 +439,23 @@ mod tests {
             check(&[loaded(false, &[])], &netns, "backends").status,
             Status::Ok
         );
+    }
+
+    #[test]
+    fn a_backend_is_missed_only_beside_others() {
+        let netns = guarded();
+        let service = loaded(true, &[]);
+        let missing = || {
+            let listeners =
+                listeners(std::slice::from_ref(&service), &netns.netns).expect("listed");
+            let missing = missing_beside_others(&service, &listeners);
+            missing.into_iter().copied().collect::<Vec<_>>()
+        };
+        assert_eq!(missing(), []);
+        let _one = listen(&netns, &["127.0.0.1:21801"]);
+        assert_eq!(missing(), ["127.0.0.1:21802".parse().expect("address")]);
+        let _other = listen(&netns, &["0.0.0.0:21802"]);
+        assert_eq!(missing(), []);
     }
 
     #[test]
@@ -653,9 +692,14 @@ mod tests {
             let config = config(&format!(
                 "  - {{name: als, port: 11802, policy: least-connections, exempt: [{networks}]}}\n"
             ));
-            check(&config, &netns, "exempt sources").means
+            check(&config, &netns, "exempt sources")
         };
-        assert!(with("10.0.0.0/24").contains("SNAT"));
-        assert!(!with("127.0.0.0/8").contains("SNAT"));
+        assert!(with("10.0.0.0/24").means.contains("SNAT"));
+        assert_eq!(with("127.0.0.0/8").found, "loopback alone");
+        assert_eq!(
+            with("").found,
+            "none",
+            "loopback is exempt where it is listed"
+        );
     }
 }

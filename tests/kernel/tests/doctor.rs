@@ -104,6 +104,12 @@ fn mistakes_of_the_file_are_said_where_people_look() {
         assert_eq!((said(hidden), said(foreign)), (2, 2), "{}", balancer.logs());
         let now = balancer.must(&["status", "-o", "json"]);
         assert!(now.contains("\"warnings\": []"), "{now}");
+        balancer.configure(&virtual_port("least-connections", 2, &[]));
+        balancer.must(&["reload"]);
+        let _one = Listen::on(&backend(0)).open();
+        let now = balancer.must(&["status", "-o", "json"]);
+        let missing = format!("nobody listens on {}: ", backend(1));
+        assert!(now.contains(&missing), "{now}");
     });
 }
 
