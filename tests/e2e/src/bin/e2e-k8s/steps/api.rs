@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use testkit::scenario::{Check, Report, interrupt};
 
 use super::pods;
@@ -145,11 +145,23 @@ fn permission(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     )?;
     let configuration = "/etc/balancer/balancer.yaml";
     let exec = ["exec", "-n", SYSTEM, &daemon.name, "--"];
-    let doctor = ["balancer", "doctor", "--config", configuration];
+    // As JSON: text is broken into lines.
+    let doctor = [
+        "balancer",
+        "doctor",
+        "--config",
+        configuration,
+        "-o",
+        "json",
+    ];
     let arguments = [&exec[..], &doctor].concat();
     let doctor = fixture.cluster.kubernetes.admin().attempt(&arguments);
-    let said = doctor.stdout + &doctor.stderr;
-    let named = said.lines().any(tells);
+    let said: Value = serde_json::from_str(&doctor.stdout)
+        .with_context(|| format!("doctor did not answer: {}{}", doctor.stdout, doctor.stderr))?;
+    let checks = said["checks"].as_array().context("doctor has checks")?;
+    let failed = checks.iter().filter(|check| check["status"] == "fail");
+    let mut found = failed.filter_map(|check| check["found"].as_str());
+    let named = found.any(tells);
     report.check(
         &format!("{step}: doctor names it"),
         &Check::new(
