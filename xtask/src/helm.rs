@@ -27,7 +27,7 @@ const RELEASES: [[&str; 2]; 3] = [
     ["as-long-as-the-name-of-a-release-may-be-which-is-53-a", "b"],
 ];
 /// What the schema has to refuse, and what its complaint has to name.
-const REFUSED: [[&str; 2]; 8] = [
+const REFUSED: [[&str; 2]; 9] = [
     ["imagee.tag=1", "imagee"],
     ["config.publish_every=2s", "publish_every"],
     ["config.failOpenAfter=60", "failOpenAfter"],
@@ -48,6 +48,7 @@ const REFUSED: [[&str; 2]; 8] = [
         "services/0",
     ],
     ["probes.liveness.periodSecond=3", "periodSecond"],
+    ["privileged=maybe", "privileged"],
 ];
 
 /// Renders the chart into the plain manifests and writes them. `check`: compares them instead, and

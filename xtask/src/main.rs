@@ -175,6 +175,9 @@ enum EndToEnd {
         /// Fetches them first.
         #[arg(long)]
         real_oap: bool,
+        /// Install the chart with `privileged: false`.
+        #[arg(long)]
+        unprivileged: bool,
         /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to
         /// reach it.
         #[arg(long)]
@@ -239,7 +242,11 @@ fn run(verb: Verb) -> Result<ExitCode> {
             arguments,
         }),
         Verb::E2e(EndToEnd::Oap { agent_defaults }) => verbs::end_to_end_oap(agent_defaults),
-        Verb::E2e(EndToEnd::K8s { real_oap, keep }) => verbs::end_to_end_kubernetes(real_oap, keep),
+        Verb::E2e(EndToEnd::K8s {
+            real_oap,
+            unprivileged,
+            keep,
+        }) => verbs::end_to_end_kubernetes(real_oap, unprivileged, keep),
     }
 }
 

@@ -151,9 +151,9 @@ pub fn bench(arguments: &[String]) -> Result<ExitCode> {
     become_program(Profile::Release, "bench", arguments)
 }
 
-/// The balancer's image and chart on a real Kubernetes; `real_oap`: with real OAPs, too; `keep`: it
-/// stays up at the end.
-pub fn end_to_end_kubernetes(real_oap: bool, keep: bool) -> Result<ExitCode> {
+/// The balancer's image and chart on a real Kubernetes; `real_oap`: with real OAPs, too;
+/// `unprivileged`: in containers that are not privileged; `keep`: it stays up at the end.
+pub fn end_to_end_kubernetes(real_oap: bool, unprivileged: bool, keep: bool) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::Kubernetes, Need::Cluster])?;
     if real_oap {
@@ -175,6 +175,9 @@ pub fn end_to_end_kubernetes(real_oap: bool, keep: bool) -> Result<ExitCode> {
         .arg(image.program);
     if real_oap {
         play.arg("--real-oap");
+    }
+    if unprivileged {
+        play.arg("--unprivileged");
     }
     if keep {
         play.arg("--keep");

@@ -12,7 +12,7 @@ mod processes;
 pub use cgroups::{cgroup_ids, cgroups};
 pub use kernel_offsets::kernel_offsets;
 pub use listeners::{Listener, has_address, listeners, listening};
-pub use mounts::{cgroup, cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2};
+pub use mounts::{cgroup, cgroup2_mount, ensure_bpffs, is_bpffs, is_cgroup2, stays_here};
 pub use netns::{
     FoundNetns, Look, Netns, NetnsHint, OpenNetns, Place, Progress, Search, Thread,
     UnreachableNetns, find_netns, live_netns, look_everywhere,

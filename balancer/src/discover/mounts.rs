@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     fs, io,
-    os::unix::ffi::OsStringExt as _,
+    os::{fd::AsRawFd as _, unix::ffi::OsStringExt as _},
     path::{Component, Path, PathBuf},
 };
 
@@ -13,18 +13,22 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
 };
 
-const MOUNTINFO: &str = "/proc/self/mountinfo";
+/// Of the calling thread, which may be in another mount namespace than the others.
+const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 /// Where every distribution mounts bpffs.
 const BPFFS: &str = "/sys/fs/bpf";
 
-/// One line of `/proc/self/mountinfo`, as far as it matters here.
+/// One line of `/proc/PID/mountinfo`, as far as it matters here.
 #[derive(Debug, PartialEq, Eq)]
 struct Mount {
+    id: u64,
     /// Which directory of the file system is mounted.
     root: PathBuf,
     /// The directory that it is mounted on.
     point: PathBuf,
     kind: String,
+    /// Whether it gets what is mounted elsewhere and hands nothing on, as in a container.
+    only_receives: bool,
 }
 
 /// The root of the cgroup2 hierarchy: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid
@@ -96,7 +100,8 @@ pub fn is_bpffs(path: &Path) -> Result<bool> {
 /// where the directory is to be below it and there is none. Returns whether it did.
 ///
 /// # Errors
-/// Where the directory is elsewhere and not on bpffs, or mounting fails.
+/// Where the directory is elsewhere and not on bpffs, where the mount would be one of this container
+/// alone, or mounting fails.
 pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
     if is_bpffs(state_dir)? {
         return Ok(false);
@@ -111,10 +116,40 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
             state_dir.display()
         ));
     }
+    if stays_here(Path::new(BPFFS))? {
+        bail!(
+            "no BPF file system is mounted at {BPFFS} on this machine, and one that is mounted from this container, or \
+             service, would end with it, with the data plane in it: mount one on the machine itself (mount -t bpf bpf \
+             {BPFFS}; systemd does so when it starts), or, on Kubernetes, install with `privileged: true`"
+        );
+    }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
         .with_context(|| format!("cannot mount the BPF file system at {BPFFS}: are CAP_SYS_ADMIN and a writable /sys there?"))?;
     Ok(true)
+}
+
+/// Whether what is mounted on a path is seen in this mount namespace alone, although the path is the
+/// machine's: mounts come in from there, and none go back (`MS_SLAVE`, `mount_namespaces(7)`).
+///
+/// # Errors
+/// Where the mounts can't be read.
+pub fn stays_here(path: &Path) -> Result<bool> {
+    let text = fs::read(MOUNTINFO)
+        .with_context(|| format!("cannot read {MOUNTINFO}: is /proc mounted?"))?;
+    let around = mount_id(path)
+        .with_context(|| format!("cannot tell which mount {} is on", path.display()))?;
+    let mut mounts = mounts(&text).into_iter();
+    Ok(mounts.any(|mount| mount.id == around && mount.only_receives))
+}
+
+/// The mount that a directory is on: by its path it could be one that another one covers.
+fn mount_id(path: &Path) -> Result<u64> {
+    let directory = fs::File::open(path)?;
+    let info = format!("/proc/thread-self/fdinfo/{}", directory.as_raw_fd());
+    let info = fs::read_to_string(&info).with_context(|| format!("cannot read {info}"))?;
+    let id = info.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+    Ok(id.context("the kernel names no mount")?.trim().parse()?)
 }
 
 /// Where cgroup2 is mounted, in the order of preference: the whole hierarchy before a part of it,
@@ -137,13 +172,18 @@ fn mounts(mountinfo: &[u8]) -> Vec<Mount> {
 /// end with a dash.
 fn mount_of(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|byte| *byte == b' ');
-    let root = unescape(fields.nth(3)?);
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let root = unescape(fields.nth(2)?);
     let point = unescape(fields.next()?);
-    let kind = fields.skip_while(|field| *field != b"-").nth(1)?;
+    let optional: Vec<_> = fields.by_ref().take_while(|field| *field != b"-").collect();
+    let any = |prefix: &[u8]| optional.iter().any(|field| field.starts_with(prefix));
+    let kind = fields.next()?;
     Some(Mount {
+        id,
         root,
         point,
         kind: String::from_utf8_lossy(kind).into_owned(),
+        only_receives: any(b"master:") && !any(b"shared:"),
     })
 }
 
@@ -204,6 +244,9 @@ mod tests {
             Some("/sys/fs/cgroup".into())
         );
         assert_eq!(chosen(part), Some("/host".into()));
+        // The machine's, seen from a cgroup namespace of a container.
+        let from_below = "30 23 0:26 /../.. /sys/fs/cgroup ro - cgroup2 cgroup2 rw\n";
+        assert_eq!(chosen(from_below), Some("/sys/fs/cgroup".into()));
         let copy = "90 1 0:26 / /chroot/sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
         assert_eq!(
             chosen(&format!("{unified}{copy}")),
@@ -285,6 +328,51 @@ mod tests {
             assert!(ensure_bpffs(state).expect("mounted"));
             assert!(is_bpffs(state).expect("it can be looked at"));
             assert!(!ensure_bpffs(state).expect("nothing to do"));
+        };
+        std::thread::spawn(work).join().expect("no panic");
+    }
+
+    #[test]
+    fn a_mount_that_hands_nothing_on_is_told_from_others() {
+        for (optional, expected) in [
+            ("", false),
+            ("shared:5 ", false),
+            ("shared:5 master:2 ", false),
+            ("master:2 ", true),
+            ("master:2 propagate_from:1 ", true),
+        ] {
+            let line = format!("9 8 0:21 /fs/bpf /sys/fs/bpf rw {optional}- sysfs sysfs rw");
+            let mount = mount_of(line.as_bytes()).expect("a mount");
+            assert_eq!(mount.only_receives, expected, "{line}");
+            assert_eq!(mount.kind, "sysfs");
+        }
+    }
+
+    /// As in a container that is not privileged, on a machine without a BPF file system.
+    #[test]
+    fn bpffs_is_not_mounted_where_only_a_container_would_see_it() {
+        let work = || {
+            unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace");
+            let set = |place: &Path, flags: MsFlags| {
+                mount(None::<&str>, place, None::<&str>, flags, None::<&str>).expect("set");
+            };
+            let bind = |from: &Path, to: &Path| {
+                mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>).expect("bound");
+            };
+            set(Path::new("/"), MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+            let machine = tempfile::tempdir().expect("a directory");
+            let (machine, container) = (machine.path(), Path::new("/sys/fs"));
+            // Without what is mounted below it, a BPF file system among others.
+            bind(container, machine);
+            set(machine, MsFlags::MS_SHARED);
+            bind(machine, container);
+            set(container, MsFlags::MS_SLAVE);
+            let before = fs::read(MOUNTINFO).expect("/proc is mounted");
+            let state = Path::new("/sys/fs/bpf/no-such-balancer/state");
+            let error = ensure_bpffs(state).expect_err("not here").to_string();
+            assert!(error.contains("on the machine itself"), "{error}");
+            assert!(before == fs::read(MOUNTINFO).expect("/proc is mounted"));
+            umount2(machine, MntFlags::MNT_DETACH).expect("unmounted");
         };
         std::thread::spawn(work).join().expect("no panic");
     }

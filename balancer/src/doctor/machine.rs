@@ -10,7 +10,11 @@ use super::{
     guarded::{self, GuardedNetns},
     listing,
 };
-use crate::{dataplane, discover::is_bpffs, sys::netns};
+use crate::{
+    dataplane,
+    discover::{is_bpffs, stays_here},
+    sys::netns,
+};
 
 /// Open files that do for the maps, for a link for each netns, and for clients of the daemon's API.
 const FEWEST_FILES: u64 = 1024;
@@ -136,6 +140,12 @@ fn bpffs(state_dir: &Path) -> Check {
             NAME,
             format!("mounted where {place} is"),
             "the data plane outlives the daemon there",
+        ),
+        Ok(false) if stays_here(state_dir).unwrap_or(false) => Check::fail(
+            NAME,
+            "not mounted at /sys/fs/bpf, and a mount from this container would not reach the machine",
+            "the data plane would end with the container, so the balancer won't start",
+            "on the machine: mount -t bpf bpf /sys/fs/bpf",
         ),
         Ok(false) if state_dir.starts_with("/sys/fs/bpf") => Check::warn(
             NAME,

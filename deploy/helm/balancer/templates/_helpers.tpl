@@ -50,6 +50,37 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{/* What the container may do. */}}
+{{- define "balancer.securityContext" -}}
+privileged: {{ .Values.privileged }}
+{{- if not .Values.privileged }}
+{{- $narrow := .Values.unprivileged }}
+# What each is for: docs/privileges.md.
+capabilities:
+  drop: [ALL]
+  add: [BPF, DAC_READ_SEARCH, NET_ADMIN, PERFMON, SETPCAP, SYS_ADMIN, SYS_PTRACE]
+seccompProfile:
+  {{- toYaml $narrow.seccompProfile | nindent 2 }}
+{{- with $narrow.seLinuxOptions }}
+seLinuxOptions:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if semverCompare ">=1.30.0-0" .Capabilities.KubeVersion.Version }}
+appArmorProfile:
+  {{- toYaml $narrow.appArmorProfile | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* An AppArmor profile as annotations name it: Kubernetes before 1.30 has no field for it. */}}
+{{- define "balancer.appArmorAnnotation" -}}
+{{- if eq .type "Localhost" -}}
+localhost/{{ .localhostProfile }}
+{{- else -}}
+{{ ternary "unconfined" "runtime/default" (eq .type "Unconfined") }}
+{{- end -}}
+{{- end -}}
+
 {{/* One probe: when to ask, and `balancer ping`. */}}
 {{- define "balancer.probe" -}}
 exec:

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use testkit::fixtures::{Finished, binary, process};
 use testkit::kubernetes::{Cluster, objects};
@@ -32,6 +32,21 @@ pub struct Product {
     /// The balancer that is in it.
     #[arg(long)]
     pub balancer: PathBuf,
+    /// Install the chart with `privileged: false`.
+    #[arg(long)]
+    pub unprivileged: bool,
+}
+
+impl Product {
+    /// The chart's values with this configuration.
+    pub fn values(&self, config: &Value) -> Value {
+        let (repository, tag) = self.name.rsplit_once(':').unwrap_or((&self.name, ""));
+        json!({
+            "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
+            "privileged": !self.unprivileged,
+            "config": config,
+        })
+    }
 }
 
 /// The cluster.

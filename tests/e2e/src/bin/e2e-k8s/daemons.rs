@@ -1,10 +1,14 @@
 //! The balancer's pods, and what they say.
 
 use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use nix::unistd::Pid;
 use serde::Deserialize;
 use testkit::fixtures::Status;
+use testkit::scenario::interrupt;
 
 use crate::cluster::TestCluster;
 use crate::layout::{RELEASE, SYSTEM};
@@ -130,6 +134,45 @@ impl DaemonPod {
             self.node
         );
         Ok(status)
+    }
+
+    /// The process, by the id that it has here.
+    ///
+    /// # Errors
+    /// When there is none within a time.
+    pub fn process(&self) -> Result<Pid> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline {
+            let processes = fs::read_dir("/proc").context("cannot list the processes")?;
+            for entry in processes.flatten() {
+                let read =
+                    |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
+                if read("comm").trim() == "balancer"
+                    && read("cgroup").contains(&self.uid)
+                    && read("cmdline").split('\0').nth(1) == Some("run")
+                {
+                    let id = entry.file_name().to_string_lossy().parse()?;
+                    return Ok(Pid::from_raw(id));
+                }
+            }
+            interrupt::pause(Duration::from_millis(50))?;
+        }
+        bail!("no process of {} is a daemon", self.name)
+    }
+
+    /// How many seccomp filters its system calls go through.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn seccomp_filters(&self) -> Result<u32> {
+        let status = format!("/proc/{}/status", self.process()?);
+        let status =
+            fs::read_to_string(&status).with_context(|| format!("cannot read {status}"))?;
+        let filters = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Seccomp_filters:"));
+        let filters = filters.context("the kernel does not tell the number of seccomp filters")?;
+        Ok(filters.trim().parse()?)
     }
 
     /// What it has logged; `options` are those of `kubectl logs`.

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::cluster::Product;
+
 /// The nodes. The way from outside to Services leads through the first one, which therefore stays.
 pub const NODES: [&str; 3] = ["node1", "node2", "node3"];
 /// The node that is killed.
@@ -140,28 +142,25 @@ pub fn clients() -> Value {
 }
 
 /// The chart's values while the total is what is observed.
-pub fn by_observation(image: &str) -> Value {
+pub fn by_observation(product: &Product) -> Value {
     let quota = json!({"observed": "10m", "headroom": format!("{HEADROOM}%")});
-    values(image, "observation", &quota, Duration::from_secs(300))
+    values(product, "observation", &quota, Duration::from_secs(300))
 }
 
 /// The chart's values while the total follows from pods.
-pub fn by_pods(image: &str) -> Value {
+pub fn by_pods(product: &Product) -> Value {
     let class =
         json!({"selector": "agent=java", "namespace": WORKLOADS, "connections": CONNECTIONS});
     let quota = json!({"pods": [class], "headroom": format!("{TIGHT_HEADROOM}%")});
-    values(image, "pods", &quota, HOLD_FOR)
+    values(product, "pods", &quota, HOLD_FOR)
 }
 
-fn values(image: &str, annotation: &str, quota: &Value, hold_for: Duration) -> Value {
-    let (repository, tag) = image.rsplit_once(':').unwrap_or((image, ""));
-    json!({
-        "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
-        "podAnnotations": {"scenario": annotation},
-        "config": {
-            // Which Services is left to the default: those of SkyWalking's chart.
-            "services": [{"name": ENTRY, "port": "grpc", "quota": quota}],
-            "holdFor": format!("{}s", hold_for.as_secs()),
-        },
-    })
+fn values(product: &Product, annotation: &str, quota: &Value, hold_for: Duration) -> Value {
+    let mut values = product.values(&json!({
+        // Which Services is left to the default: those of SkyWalking's chart.
+        "services": [{"name": ENTRY, "port": "grpc", "quota": quota}],
+        "holdFor": format!("{}s", hold_for.as_secs()),
+    }));
+    values["podAnnotations"] = json!({"scenario": annotation});
+    values
 }

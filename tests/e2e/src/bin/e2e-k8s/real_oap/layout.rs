@@ -5,6 +5,7 @@ use std::time::Duration;
 use e2e::oap::image;
 use serde_json::{Value, json};
 
+use crate::cluster::Product;
 use crate::layout::{ENTRY, OAPS, PORT, SERVICE, WORKLOADS, over_nodes};
 
 pub const NODES: usize = 2;
@@ -155,15 +156,11 @@ pub fn agents() -> Value {
 }
 
 /// The chart's values. The total follows from the pods, and nothing is added.
-pub fn values(image: &str) -> Value {
-    let (repository, tag) = image.rsplit_once(':').unwrap_or((image, ""));
+pub fn values(product: &Product) -> Value {
     let class = json!({"selector": "agent=java", "namespace": WORKLOADS, "connections": 1});
     let quota = json!({"pods": [class], "headroom": "0%", "min_quota": 1});
-    json!({
-        "image": {"repository": repository, "tag": tag, "pullPolicy": "Never"},
-        // Which Services is left to the default: those of SkyWalking's chart.
-        "config": {"services": [{"name": ENTRY, "port": "grpc", "quota": quota}]},
-    })
+    // Which Services is left to the default: those of SkyWalking's chart.
+    product.values(&json!({"services": [{"name": ENTRY, "port": "grpc", "quota": quota}]}))
 }
 
 /// A small JVM: the second compiler would only make the start longer.

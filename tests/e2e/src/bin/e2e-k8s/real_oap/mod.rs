@@ -87,7 +87,7 @@ fn install(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     let before = fixture.connections()?;
     fixture
         .cluster
-        .helm_upgrade(&layout::values(&fixture.cluster.product.name))?;
+        .helm_upgrade(&layout::values(&fixture.cluster.product))?;
     let step = "2 helm install";
     fixture.daemons_ready(report, step, &BTreeSet::new())?;
     let since = ready_since(fixture)?;

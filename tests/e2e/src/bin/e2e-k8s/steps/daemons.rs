@@ -1,16 +1,14 @@
 //! 4: daemons end in every way under load.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use testkit::scenario::{Check, Report, interrupt};
+use testkit::scenario::{Check, Report};
 
 use crate::checks::{PODS_START_WITHIN, wait};
-use crate::daemons::{DaemonPod, Way};
+use crate::daemons::Way;
 use crate::fixture::Fixture;
 use crate::layout::{self, SYSTEM};
 
@@ -47,7 +45,7 @@ fn killed(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         .context("there are daemons")?;
     let daemon = daemon.clone();
     let step = "4 daemon killed (-9)";
-    kill(process(&daemon)?, Signal::SIGKILL).context("cannot kill a daemon")?;
+    kill(daemon.process()?, Signal::SIGKILL).context("cannot kill a daemon")?;
     wait(
         report,
         &format!("{step}: restarts, and ready"),
@@ -76,7 +74,7 @@ fn replaced(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         .map(|daemon| daemon.uid.clone())
         .collect();
     let begun = Instant::now();
-    let values = layout::by_pods(&fixture.cluster.product.name);
+    let values = layout::by_pods(&fixture.cluster.product);
     fixture.cluster.helm_upgrade(&values)?;
     let step = "4 helm upgrade";
     fixture.daemons_ready(report, step, &old)?;
@@ -85,26 +83,4 @@ fn replaced(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     fixture.nothing_lost(report, step, &mark)?;
     fixture.counts_are_true(report, step, Way::Exec)?;
     fixture.views_agree(report, step)
-}
-
-/// The daemon of a daemon's pod, by the id that it has here.
-fn process(daemon: &DaemonPod) -> Result<Pid> {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while Instant::now() < deadline {
-        for entry in fs::read_dir("/proc")
-            .context("cannot list the processes")?
-            .flatten()
-        {
-            let read = |file: &str| fs::read_to_string(entry.path().join(file)).unwrap_or_default();
-            if read("comm").trim() == "balancer"
-                && read("cgroup").contains(&daemon.uid)
-                && read("cmdline").split('\0').nth(1) == Some("run")
-            {
-                let id = entry.file_name().to_string_lossy().parse()?;
-                return Ok(Pid::from_raw(id));
-            }
-        }
-        interrupt::pause(Duration::from_millis(50))?;
-    }
-    bail!("no process of {} is a daemon", daemon.name)
 }

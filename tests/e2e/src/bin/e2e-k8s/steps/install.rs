@@ -10,8 +10,8 @@ use anyhow::{Context, Result};
 use testkit::scenario::{Check, Report};
 
 use crate::checks::wait;
-use crate::daemons::{Named, Way};
-use crate::fixture::Fixture;
+use crate::daemons::{DaemonPod, Named, Way};
+use crate::fixture::{Fixture, slashed};
 use crate::layout::{self, ENTRY, HEADROOM, OAPS, PORT, REPLICAS, WITHOUT_CONNECTION};
 use crate::oaps::{Held, Oap};
 use crate::timestamp;
@@ -22,11 +22,12 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(3);
 pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     let mark = fixture.clients()?.mark(&fixture.cluster)?;
     let begun = Instant::now();
-    let values = layout::by_observation(&fixture.cluster.product.name);
+    let values = layout::by_observation(&fixture.cluster.product);
     fixture.cluster.helm_upgrade(&values)?;
     fixture.daemons_ready(report, "2 helm install", &BTreeSet::new())?;
     let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
     report.tell("2 helm install: all daemons ready", &took);
+    confined(fixture, report)?;
     let since = ready_since(fixture)?;
     fixture.attached(report, "2 helm install", &since)?;
     fixture.counts_are_true(report, "2 helm install", Way::Exec)?;
@@ -49,6 +50,21 @@ pub fn ready_since(fixture: &Fixture) -> Result<BTreeMap<String, u64>> {
         Ok((daemon.node.clone(), ready))
     });
     daemons.collect()
+}
+
+/// Beside the filter that a daemon puts on itself there is the runtime's, where the container is not
+/// privileged.
+fn confined(fixture: &Fixture, report: &mut Report) -> Result<()> {
+    let unprivileged = fixture.cluster.product.unprivileged;
+    let each = if unprivileged { 2 } else { 1 };
+    let daemons = fixture.daemons.values();
+    let filters: Vec<_> = daemons
+        .map(DaemonPod::seccomp_filters)
+        .collect::<Result<_>>()?;
+    report.check(
+        "2 helm install: seccomp filters of each daemon",
+        &Check::new(slashed(filters.iter().map(|_| each)), slashed(filters)),
+    )
 }
 
 /// The quotas are what the sentence says, of as many connections as there are.
