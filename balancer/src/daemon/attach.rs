@@ -428,9 +428,9 @@ impl GuardedNetns {
         })
     }
 
-    /// Goes on with an audit until the round is over, with one step at the least; true: it is at its
-    /// end. Each netns is open only for as long as it is looked at. One that can't be looked at,
-    /// other than the own and the named ones, is left out.
+    /// Goes on with an audit until the round is over, with one step at the least; true: it is at
+    /// its end. Each netns is open only for as long as it is looked at. One that can't be looked
+    /// at, other than the own and the named ones, is left out.
     ///
     /// # Errors
     /// When the own or a named network namespace, or its sockets, can't be read, or there is not

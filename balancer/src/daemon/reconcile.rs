@@ -124,8 +124,8 @@ impl Daemon {
         self.update_all()
     }
 
-    /// Gives a heartbeat also while the loop is busy. To be called once privileges are given up: the
-    /// thread that is started has what is left.
+    /// Gives a heartbeat also while the loop is busy. To be called once privileges are given up:
+    /// the thread that is started has what is left.
     ///
     /// # Errors
     /// When no thread can be started.

@@ -91,8 +91,8 @@ impl NetnsSearch {
         self.under_way.is_some()
     }
 
-    /// Searches until then, or until a netns is found. `gone` gets those of which it is certain that
-    /// no process has them.
+    /// Searches until then, or until a netns is found. `gone` gets those of which it is certain
+    /// that no process has them.
     ///
     /// # Errors
     /// When the search can't be done now; then it is begun anew later.

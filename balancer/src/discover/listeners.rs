@@ -78,8 +78,8 @@ pub fn listening(netns: impl AsFd) -> io::Result<Vec<Socket>> {
 }
 
 /// Whether servers in the calling thread's netns can be bound to an address: it is one of its own,
-/// or `net.ipv4.ip_nonlocal_bind` lets them (`inet_addr_valid_or_nonlocal`, `include/net/inet_sock.h`).
-/// A server that sets `IP_FREEBIND` can be bound to any.
+/// or `net.ipv4.ip_nonlocal_bind` lets them (`inet_addr_valid_or_nonlocal`,
+/// `include/net/inet_sock.h`). A server that sets `IP_FREEBIND` can be bound to any.
 ///
 /// # Errors
 /// Where it can't be tried.

@@ -100,8 +100,8 @@ pub fn is_bpffs(path: &Path) -> Result<bool> {
 /// where the directory is to be below it and there is none. Returns whether it did.
 ///
 /// # Errors
-/// Where the directory is elsewhere and not on bpffs, where the mount would be one of this container
-/// alone, or mounting fails.
+/// Where the directory is elsewhere and not on bpffs, where the mount would be one of this
+/// container alone, or mounting fails.
 pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
     if is_bpffs(state_dir)? {
         return Ok(false);
@@ -129,8 +129,8 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether what is mounted on a path is seen in this mount namespace alone, although the path is the
-/// machine's: mounts come in from there, and none go back (`MS_SLAVE`, `mount_namespaces(7)`).
+/// Whether what is mounted on a path is seen in this mount namespace alone, although the path is
+/// the machine's: mounts come in from there, and none go back (`MS_SLAVE`, `mount_namespaces(7)`).
 ///
 /// # Errors
 /// Where the mounts can't be read.

@@ -215,8 +215,8 @@ pub struct NetnsHint {
 }
 
 impl NetnsHint {
-    /// Opens the netns where it is at one of the places; `None`: it isn't, and a [`Search`] may find
-    /// it.
+    /// Opens the netns where it is at one of the places; `None`: it isn't, and a [`Search`] may
+    /// find it.
     ///
     /// # Errors
     /// Where descriptors or memory are short.
@@ -535,7 +535,8 @@ mod tests {
         assert_eq!(with(netns::cookie().expect("cookie")).len(), 1);
     }
 
-    /// Where a netns is found: at one of the places, or by a search that is interrupted at each look.
+    /// Where a netns is found: at one of the places, or by a search that is interrupted at each
+    /// look.
     fn find(cookie: u64, places: &[Place]) -> (Option<Place>, Option<Place>) {
         let places = places.to_vec();
         let hint = NetnsHint { cookie, places };

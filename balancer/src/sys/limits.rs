@@ -27,8 +27,8 @@ pub fn spare_files() -> io::Result<u64> {
     Ok(soft.saturating_sub(open as u64))
 }
 
-/// Whether a look at something failed because this process, or the machine, is short of descriptors,
-/// memory or threads: that says nothing of what was looked for.
+/// Whether a look at something failed because this process, or the machine, is short of
+/// descriptors, memory or threads: that says nothing of what was looked for.
 pub fn is_shortage(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

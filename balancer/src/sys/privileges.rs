@@ -61,7 +61,8 @@ impl Kept {
 pub fn suffice_to_start() -> Result<()> {
     let held = caps::read(None, CapSet::Effective).context("cannot read the capabilities")?;
     let has = |capability| held.contains(&capability);
-    // `bpf_capable` and `sys_admin` (include/linux/capability.h): the wider one has the other in it.
+    // `bpf_capable` and `sys_admin` (include/linux/capability.h): the wider one has the other in
+    // it.
     let load = has(Capability::CAP_BPF) || has(Capability::CAP_SYS_ADMIN);
     ensure!(
         load && has(Capability::CAP_NET_ADMIN),

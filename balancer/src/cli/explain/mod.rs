@@ -28,9 +28,9 @@ use crate::{
 ///
 /// Decides as the kernel would, by the same rules, on the state of this moment.
 ///
-/// A SYN is looked at in the network namespace that it arrives in. Without --netns and --pod that is
-/// the one of this command where backends of the service listen there, else the only one where they
-/// do. Where they listen in several others, these are listed and the exit code is 1.
+/// A SYN is looked at in the network namespace that it arrives in. Without --netns and --pod that
+/// is the one of this command where backends of the service listen there, else the only one where
+/// they do. Where they listen in several others, these are listed and the exit code is 1.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

@@ -52,8 +52,8 @@ pub fn ready_since(fixture: &Fixture) -> Result<BTreeMap<String, u64>> {
     daemons.collect()
 }
 
-/// Beside the filter that a daemon puts on itself there is the runtime's, where the container is not
-/// privileged.
+/// Beside the filter that a daemon puts on itself there is the runtime's, where the container is
+/// not privileged.
 fn confined(fixture: &Fixture, report: &mut Report) -> Result<()> {
     let unprivileged = fixture.cluster.product.unprivileged;
     let each = if unprivileged { 2 } else { 1 };
