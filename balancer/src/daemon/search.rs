@@ -14,6 +14,8 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 const LONGEST_RETRY: Duration = Duration::from_secs(64);
 /// The part of the time that searches may take is one in this many.
 const SHARE: u32 = 10;
+/// The shortest rest between two searches.
+const SHORTEST_REST: Duration = Duration::from_millis(100);
 
 /// The search for network namespaces: one at a time, for all that are lost.
 pub struct NetnsSearch {
@@ -118,7 +120,7 @@ impl NetnsSearch {
             Ok(Progress::AtEnd) | Err(_) => {}
         }
         self.under_way = None;
-        self.next = Instant::now() + (self.took * SHARE).max(RETRY_AFTER);
+        self.next = Instant::now() + (self.took * SHARE).max(SHORTEST_REST);
         progress.map(|_| None)
     }
 }
