@@ -19,6 +19,7 @@ pub mod abi;
 pub mod decision;
 pub mod hash;
 mod opaque;
+pub mod pool;
 
 pub use abi::{BackendState, Policy};
 pub use decision::reason::{Reason, Verdict};

@@ -46,13 +46,14 @@ const KUBEALL: &str = "BALANCER_KUBEALL";
 const TESTS: &str = "balancer-tests";
 
 /// What these tests start, beside Kubernetes.
-const TEST_PROGRAMS: [&str; 6] = [
+const TEST_PROGRAMS: [&str; 7] = [
     PRODUCT,
     "crowd",
     "kill-before",
     "kernel-half-cost",
     "hold-connections",
     "standin-oap",
+    "stranger",
 ];
 
 /// All tests; `long`: those that are shortened otherwise at their full length.

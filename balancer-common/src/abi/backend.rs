@@ -131,6 +131,8 @@ pub struct Backend {
     /// The thread of that process that listened: a thread can be in another netns than its process.
     /// 0 if not known.
     pub tid: u32,
+    /// Id of the cgroup that the socket was made in, 0 if not known.
+    pub cgroup: u64,
 }
 
 impl Backend {
@@ -161,6 +163,7 @@ impl Backend {
         map_error: 0,
         pid: 0,
         tid: 0,
+        cgroup: 0,
     };
 
     /// Generation and stored state.

@@ -6,6 +6,18 @@ pub const MAX_SERVICES: usize = 64;
 pub const MAX_SLOTS: usize = 1024;
 /// Most backends of one service.
 pub const MAX_MEMBERS: usize = 256;
+/// Most slots that rules for any netns give away. The others are for the netns that the daemon
+/// guards by name.
+pub const MAX_SLOTS_OF_ANY_NETNS: u32 = 768;
+/// Most unconfirmed candidates, together.
+pub const MAX_CANDIDATES: u32 = 128;
+/// Most unconfirmed candidates of one netns.
+pub const MAX_CANDIDATES_OF_NETNS: u32 = 32;
+/// Most unconfirmed candidates of a netns that has a confirmed backend, whatever others have.
+pub const MAX_CANDIDATES_BESIDE_CONFIRMED: u32 = 64;
+/// Most connections that are counted on an unconfirmed candidate: a socket's storage is kernel
+/// memory.
+pub const MAX_CONNECTIONS_OF_CANDIDATE: u32 = 1_024;
 /// Words of a service's bitmap of slots.
 pub const MEMBER_WORDS: usize = MAX_SLOTS / 64;
 /// Counters a service has in VERDICTS.

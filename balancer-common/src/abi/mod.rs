@@ -29,11 +29,11 @@ const _: () = {
     assert!(size_of::<PortKey>() == 32);
     assert!(size_of::<ServicePort>() == 8);
     assert!(size_of::<ListenRule>() == 8);
-    assert!(size_of::<Backend>() == 64);
+    assert!(size_of::<Backend>() == 72);
     assert!(size_of::<SlotPolicy>() == 24);
     assert!(size_of::<Counts>() == 48);
     assert!(size_of::<Members>() == 128);
-    assert!(size_of::<ServiceState>() == 32);
+    assert!(size_of::<ServiceState>() == 40);
     assert!(size_of::<Totals>() == 8);
     assert!(size_of::<AuditTotals>() == 40);
     assert!(size_of::<Connection>() == 8);

@@ -157,6 +157,9 @@ pub struct ServiceState {
     /// refused because the registered ones are full. The kernel half adds, the daemon
     /// corrects. Atomic.
     pub unregistered: u64,
+    /// How often a listener of a netns that is not known to be guarded got no slot, because there
+    /// were too many of its kind. The kernel half adds. Atomic.
+    pub turned_away: u64,
 }
 
 /// Value of `SERVICE_INFO`: what only user space reads, so that `status` works without a daemon.

@@ -39,6 +39,12 @@ constants! {
     AT_V6_ONLY: u32;
     /// The bit of `skc_ipv6only` in that byte.
     V6_ONLY_BIT: u32;
+    /// `sock.sk_cgrp_data.cgroup`.
+    AT_CGROUP: u32;
+    /// `cgroup.kn`.
+    AT_CGROUP_NODE: u32;
+    /// `kernfs_node.id`.
+    AT_NODE_ID: u32;
     /// `task_struct.tgid`.
     AT_TGID: u32;
     /// `task_struct.pid`.

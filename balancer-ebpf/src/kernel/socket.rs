@@ -31,6 +31,14 @@ impl TcpSocket {
         field!(self.0, AT_UID as u32)
     }
 
+    /// Id of the cgroup that it was made in (`cgroup_sk_alloc`, kernel/cgroup/cgroup.c).
+    #[inline(always)]
+    pub fn cgroup(&self) -> u64 {
+        let cgroup: *const u8 = field!(self.0, AT_CGROUP as *const u8);
+        let node: *const u8 = field!(cgroup, AT_CGROUP_NODE as *const u8);
+        field!(node, AT_NODE_ID as u64)
+    }
+
     /// An IPv6 socket that takes no IPv4.
     #[inline(always)]
     pub fn is_v6_only(&self) -> bool {

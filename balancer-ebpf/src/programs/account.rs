@@ -3,17 +3,16 @@
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_ops};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use aya_ebpf::helpers::generated::{
-    bpf_get_netns_cookie, bpf_loop, bpf_sk_storage_get, bpf_sock_map_update,
+    bpf_get_netns_cookie, bpf_sk_storage_delete, bpf_sk_storage_get, bpf_sock_map_update,
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
     Address, Backend, BackendId, BackendState, Connection, Counts, EventKind, ListenRule,
-    MAX_MEMBERS, MAX_SLOTS, MEMBER_WORDS, SlotState, ticks,
+    MAX_CONNECTIONS_OF_CANDIDATE, MEMBER_WORDS, SlotState, ticks,
 };
 use balancer_common::decision::admission::{is_expected, is_held, pack_handshake};
-use core::ffi::c_void;
-use core::ptr::read_volatile;
 
+use super::claim::{NONE, claim, is_confirmed, is_policy_needed};
 use super::steer::is_exempt;
 use crate::events;
 use crate::kernel::atomic;
@@ -34,8 +33,6 @@ const LISTEN: u32 = 10;
 const AF_INET: u32 = 2;
 /// `BPF_SK_STORAGE_GET_F_CREATE`.
 const CREATE: u64 = 1;
-/// Compare-and-swaps that may be lost to other CPUs before a listener is given up.
-const CLAIMS: u32 = 4;
 
 #[inline(always)]
 pub fn run(ctx: &SockOpsContext) {
@@ -48,11 +45,39 @@ pub fn run(ctx: &SockOpsContext) {
 }
 
 /// A child of a listener of ours: ask for its state changes, next to what other programs ask for.
+/// One that won't be counted takes no memory for it.
 #[inline(always)]
 fn accepted(ctx: &SockOpsContext) {
-    if storage(ctx).is_some() {
+    let Some(connection) = storage(ctx) else {
+        return;
+    };
+    if account_is_counted(connection.id().pack()) != 0 {
         watch_states(ctx);
+        return;
     }
+    let socket = socket(ctx);
+    if !socket.is_null() {
+        let map = (&raw const CONNECTION).cast_mut().cast();
+        // SAFETY: a map and a live socket, which has a storage.
+        unsafe { bpf_sk_storage_delete(map, socket.cast()) };
+    }
+}
+
+/// Whether one more connection of a packed [`BackendId`] is counted: the slot is still its own, and
+/// it is not a stranger with very many. Global like [`account_rule`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_is_counted(id: u64) -> u32 {
+    let id = BackendId::unpack(id);
+    let (Some(backend), Some(counts)) = (BACKENDS.get_ptr(id.slot), COUNTS.get_ptr(id.slot)) else {
+        return 0;
+    };
+    let state = slot_state(backend);
+    let is_counted = state.generation() == id.generation
+        && ((shared!(counts, established) as u32) < MAX_CONNECTIONS_OF_CANDIDATE
+            || shared!(backend, flags) & Backend::CANDIDATE == 0
+            || is_confirmed(id.slot, state));
+    u32::from(is_counted)
 }
 
 #[inline(always)]
@@ -98,6 +123,13 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     connection.class = class;
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
+    // Its listener has closed meanwhile, and the slot was given away: see `account_free`.
+    if slot_state(backend).generation() != connection.generation {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+        unsafe { atomic::add(&raw mut (*counts).established, share(class).wrapping_neg()) };
+        connection.class = Connection::UNCOUNTED;
+        return;
+    }
     // After the count: who reads it before the count is read never misses an entry that the count
     // has.
     if let Some(totals) = TOTALS.get_ptr_mut(slot) {
@@ -184,17 +216,51 @@ fn closed(connection: &Connection) {
     }
     change_membership(shared!(backend, service), slot, false);
     events::listener(EventKind::ListenerDown, slot, backend);
+    account_free(slot, state.with(BackendState::Closed).0);
+}
+
+/// Frees a closed slot that nobody needs any more. The daemon frees it where it has a connection,
+/// where it may have one that only the daemon counts, and where the daemon has confirmed it. After
+/// the bit of its service is gone: the next backend may set it again. Its half-open connections end
+/// with the listener. One that completes at this very moment is seen here, or sees the other
+/// generation: the generation changes before this looks at the count, and whoever enters looks at
+/// the generation after it has counted. Global like [`account_rule`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_free(slot: u32, closed: u64) -> u32 {
+    let closed = SlotState(closed);
+    let (Some(backend), Some(counts)) = (BACKENDS.get_ptr_mut(slot), COUNTS.get_ptr(slot)) else {
+        return 0;
+    };
+    let flags = shared!(backend, flags) & (Backend::CANDIDATE | Backend::ADOPTED);
+    if flags != Backend::CANDIDATE || is_policy_needed(slot, closed) {
+        return 0;
+    }
+    let next = SlotState::new(closed.generation().wrapping_add(1), BackendState::Claimed);
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+    if !unsafe { atomic::replace(&raw mut (*backend).slot_state, closed.0, next.0) } {
+        return 0;
+    }
+    let is_empty = shared!(counts, established) == 0;
+    let state = if is_empty {
+        next.with(BackendState::Free)
+    } else {
+        closed
+    };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+    unsafe { atomic::store(&raw mut (*backend).slot_state, state.0) };
+    u32::from(is_empty)
 }
 
 /// Generation and state of a slot.
 #[inline(always)]
-fn slot_state(backend: *const Backend) -> SlotState {
+pub fn slot_state(backend: *const Backend) -> SlotState {
     SlotState(shared!(backend, slot_state))
 }
 
 /// Gives a slot another state where it still has the one given; says whether it had.
 #[inline(always)]
-fn change_state(backend: *mut Backend, from: SlotState, to: BackendState) -> bool {
+pub fn change_state(backend: *mut Backend, from: SlotState, to: BackendState) -> bool {
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe { atomic::replace(&raw mut (*backend).slot_state, from.0, from.with(to).0) }
 }
@@ -231,25 +297,29 @@ fn listened(ctx: &SockOpsContext) {
         return;
     }
     let backend = backend_of(ctx, netns, address, port, &rule);
-    match claim(rule.service) {
+    match claim(netns, &rule) {
         Some(id) => register(ctx, id, backend),
         None => unregistered(EventKind::NoSlot, &backend),
     }
 }
 
 /// A listener serves without the balancer: until the daemon has mended that, nobody is refused for
-/// its service.
+/// its service. A candidate may be anybody's: the daemon finds out whether it counts, and no event
+/// tells of it, because there may be any number of them.
 #[inline(always)]
 fn unregistered(kind: EventKind, backend: &Backend) {
-    if let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(backend.service)) {
+    let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(backend.service)) else {
+        return;
+    };
+    if backend.flags & Backend::CANDIDATE != 0 {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        unsafe { atomic::add(&raw mut (*state).unregistered, 1) };
+        unsafe { atomic::add(&raw mut (*state).turned_away, 1) };
+        return;
     }
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+    unsafe { atomic::add(&raw mut (*state).unregistered, 1) };
     events::listener(kind, u32::MAX, backend);
 }
-
-/// No rule, no slot.
-const NONE: u64 = u64::MAX;
 
 /// The rule for a listener: the more specific one wins.
 #[inline(always)]
@@ -339,86 +409,13 @@ fn backend_of(
         backend.device = context!(socket, bound_dev_if);
         if let Some(tcp) = TcpSocket::of(socket) {
             backend.uid = tcp.uid();
+            backend.cgroup = tcp.cgroup();
             if backend.flags & Backend::V6 != 0 && tcp.is_v6_only() {
                 backend.flags |= Backend::V6_ONLY;
             }
         }
     }
     backend
-}
-
-/// Claims the first free slot.
-#[inline(always)]
-fn claim(service: u16) -> Option<BackendId> {
-    let packed = account_claim(u32::from(service));
-    (packed != NONE).then_some(BackendId::unpack(packed))
-}
-
-/// A packed [`BackendId`], or [`NONE`]. Global like [`account_rule`].
-#[unsafe(no_mangle)]
-#[inline(never)]
-pub extern "C" fn account_claim(service: u32) -> u64 {
-    if is_crowded(service as u16) {
-        return NONE;
-    }
-    for _ in 0..CLAIMS {
-        let mut found = NONE;
-        let visit = search_free as unsafe extern "C" fn(u32, *mut c_void) -> i64;
-        // SAFETY: the callback gets a pointer to `found`, which outlives the loop.
-        unsafe {
-            bpf_loop(
-                MAX_SLOTS as u32,
-                visit as *mut c_void,
-                (&raw mut found).cast(),
-                0,
-            )
-        };
-        // SAFETY: a variable of this function. Volatile, because the callback has written it.
-        let slot = unsafe { read_volatile(&raw const found) };
-        let Some(place) = BACKENDS.get_ptr_mut(slot as u32) else {
-            return NONE;
-        };
-        let state = slot_state(place);
-        if state.is(BackendState::Free) && change_state(place, state, BackendState::Claimed) {
-            let id = BackendId {
-                slot: slot as u32,
-                generation: state.generation(),
-            };
-            return id.pack();
-        }
-    }
-    NONE
-}
-
-/// Whether a service has all the backends that it may have.
-#[inline(always)]
-fn is_crowded(service: u16) -> bool {
-    let Some(members) = MEMBERS.get_ptr(u32::from(service)) else {
-        return true;
-    };
-    let mut count = 0;
-    let mut word = 0;
-    while word < MEMBER_WORDS {
-        count += shared!(members, words[word]).count_ones();
-        word += 1;
-    }
-    count >= MAX_MEMBERS as u32
-}
-
-/// The callback of `bpf_loop` over all slots; 1 ends the loop.
-///
-/// # Safety
-/// `found` points to a word that nobody else uses.
-unsafe extern "C" fn search_free(slot: u32, found: *mut c_void) -> i64 {
-    let Some(backend) = BACKENDS.get_ptr(slot) else {
-        return 1;
-    };
-    if !slot_state(backend).is(BackendState::Free) {
-        return 0;
-    }
-    // SAFETY: by this function's contract.
-    unsafe { *found.cast::<u64>() = u64::from(slot) };
-    1
 }
 
 #[inline(always)]

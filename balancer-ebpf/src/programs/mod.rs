@@ -1,4 +1,5 @@
 //! The programs, one file each.
 
 pub mod account;
+mod claim;
 pub mod steer;

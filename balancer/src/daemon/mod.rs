@@ -12,6 +12,7 @@ mod requests;
 mod retry;
 mod search;
 mod signals;
+mod turned_away;
 
 use std::path::PathBuf;
 

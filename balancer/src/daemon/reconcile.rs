@@ -16,6 +16,7 @@ use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
 use super::neighbours::ensure_sole;
 use super::retry::FailedPlan;
+use super::turned_away::TurnedAway;
 use super::warn_of_mistakes;
 use crate::config::{Config, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots};
@@ -71,6 +72,8 @@ pub struct Daemon {
     failed: Option<FailedPlan>,
     /// The next audit is not due before.
     next_audit: Instant,
+    /// The listeners that were turned away, which may be pods'.
+    turned_away: TurnedAway,
     /// The file that was read last is in force only in part.
     in_part: bool,
 }
@@ -89,6 +92,7 @@ impl Daemon {
             plan: None,
             failed: None,
             next_audit: Instant::now(),
+            turned_away: TurnedAway::default(),
             in_part: false,
         }
     }
@@ -150,6 +154,9 @@ impl Daemon {
         self.writer.loader.keep();
         self.guarded.refresh();
         let followed = log_failure(self.follow_plan());
+        if self.audit.is_none() && self.turned_away.is_due(&self.writer) {
+            log_failure(self.begin_audit(Scope::Everywhere));
+        }
         if self.audit.is_none() && Instant::now() >= self.next_audit {
             log_failure(self.begin_audit(Scope::Known));
         }
@@ -345,6 +352,10 @@ impl Daemon {
 
     /// Begins to compare the counts with the socket table; one that is under way is given up.
     fn begin_audit(&mut self, scope: Scope) -> Result<()> {
+        if scope == Scope::Everywhere {
+            self.turned_away.look(&self.writer);
+            self.mode.look_at_cgroups(&mut self.writer);
+        }
         self.next_audit = Instant::now() + SHORTEST_PAUSE;
         self.audit = Some(self.guarded.begin_audit(&mut self.writer, scope)?);
         Ok(())

@@ -21,6 +21,7 @@ pub mod slots;
 mod tables;
 mod writer;
 
+pub use audit::Known;
 pub use events::Events;
 pub use lock::{Lock, refused};
 pub use notes::{DaemonNotes, FailedReload};

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use balancer_common::abi::{
-    BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState,
+    Backend, BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState,
 };
+use balancer_common::pool::Pool;
 use tracing::{debug, info};
 
 use super::tables::{SlotView, Tables, every_slot};
@@ -90,6 +91,22 @@ pub fn room_for(tables: &Tables, service: u16) -> Result<(), NoSlot> {
     }
     let first = free_slots(tables).next();
     first.map(drop).ok_or(ALL_TAKEN)
+}
+
+/// The slots that rules for any netns have given away, as one more listener of a netns finds them.
+///
+/// # Errors
+/// When a map can't be read.
+pub fn pool(tables: &Tables, netns: u64) -> Result<Pool> {
+    let mut pool = Pool::default();
+    for SlotView { member } in &tables.slots()? {
+        let backend = &member.backend;
+        if backend.flags & Backend::CANDIDATE != 0 {
+            let confirmed = member.policy.is_for(backend.slot_state());
+            pool.add(confirmed, backend.netns == netns);
+        }
+    }
+    Ok(pool)
 }
 
 /// Claims the first free slot, as the kernel half does.

@@ -405,6 +405,17 @@ impl Tables {
             .word(u32::from(service), word!(ServiceState.unregistered))
     }
 
+    /// How often listeners of any service got no slot because there were too many of their kind,
+    /// since the map was made.
+    pub fn turned_away(&self) -> u64 {
+        let word = word!(ServiceState.turned_away);
+        every_service()
+            .map(|id| self.service_states.word(u32::from(id), word))
+            .fold(0, |sum, word| {
+                sum.wrapping_add(word.load(Ordering::Acquire))
+            })
+    }
+
     /// How COUNTS compared with the socket table last.
     pub fn audit_totals(&self) -> AuditTotals {
         read!(

@@ -17,7 +17,7 @@ type Offset = (&'static str, &'static str, &'static str, usize);
 
 /// Offsets in `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct
 /// tcp_sock` are those from the start of the socket, which these four share.
-const OFFSETS: [Offset; 13] = [
+const OFFSETS: [Offset; 16] = [
     ("AT_NET", "sock_common", "skc_net.net", 8),
     ("AT_QUEUE", "sock", "sk_ack_backlog", 4),
     ("AT_BACKLOG", "sock", "sk_max_ack_backlog", 4),
@@ -44,6 +44,9 @@ const OFFSETS: [Offset; 13] = [
     ("AT_OVERFLOW", "tcp_sock", "rx_opt.ts_recent_stamp", 4),
     ("AT_GROUP_OVERFLOW", "sock_reuseport", "synq_overflow_ts", 4),
     ("AT_SYNCOOKIES", "net", "ipv4.sysctl_tcp_syncookies", 1),
+    ("AT_CGROUP", "sock", "sk_cgrp_data.cgroup", 8),
+    ("AT_CGROUP_NODE", "cgroup", "kn", 8),
+    ("AT_NODE_ID", "kernfs_node", "id", 8),
     ("AT_TGID", "task_struct", "tgid", 4),
     ("AT_PID", "task_struct", "pid", 4),
 ];

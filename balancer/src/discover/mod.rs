@@ -6,6 +6,7 @@ mod kernel_offsets;
 mod listeners;
 mod mounts;
 mod netns;
+mod pod_cgroups;
 mod pods;
 mod processes;
 
@@ -17,5 +18,6 @@ pub use netns::{
     FoundNetns, Look, Netns, NetnsHint, OpenNetns, Place, Progress, Search, Thread,
     UnreachableNetns, find_netns, live_netns, look_everywhere,
 };
+pub use pod_cgroups::pod_cgroups;
 pub use pods::{addresses, pod_of_process, source_towards};
 pub use processes::{Owners, SocketOwner, is_ending, owners, process_name};

@@ -58,21 +58,24 @@ pub fn pod_of_process(pid: u32) -> Option<String> {
     cgroups.lines().find_map(pod_of_cgroup)
 }
 
-/// The uid in the path of a pod's cgroup: `…/pod<uid>/…` by kubelet's cgroupfs driver, `…-pod<uid
-/// with _ for ->.slice/…` by its systemd driver (`GetPodContainerName` in
-/// `pkg/kubelet/cm/pod_container_manager_linux.go`).
+/// The uid in the path of a pod's cgroup.
 fn pod_of_cgroup(line: &str) -> Option<String> {
     let path = line.splitn(3, ':').nth(2)?;
-    path.split('/').find_map(|part| {
-        let part = part.strip_suffix(".slice").unwrap_or(part);
-        let uid = match part.strip_prefix("pod") {
-            Some(uid) => uid,
-            None => part.split_once("kubepods")?.1.rsplit_once("-pod")?.1,
-        };
-        let uid = uid.replace('_', "-");
-        let plausible = uid.len() >= 32 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
-        plausible.then_some(uid)
-    })
+    path.split('/').find_map(pod_of_directory)
+}
+
+/// The uid in the name of a pod's cgroup: `pod<uid>` by kubelet's cgroupfs driver, `…-pod<uid with
+/// _ for ->.slice` by its systemd driver (`GetPodContainerName` in
+/// `pkg/kubelet/cm/pod_container_manager_linux.go`).
+pub fn pod_of_directory(name: &str) -> Option<String> {
+    let name = name.strip_suffix(".slice").unwrap_or(name);
+    let uid = match name.strip_prefix("pod") {
+        Some(uid) => uid,
+        None => name.split_once("kubepods")?.1.rsplit_once("-pod")?.1,
+    };
+    let uid = uid.replace('_', "-");
+    let plausible = uid.len() >= 32 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
+    plausible.then_some(uid)
 }
 
 #[cfg(test)]

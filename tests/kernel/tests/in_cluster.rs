@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::Mutex;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -14,7 +14,8 @@ use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
 use testkit::fixtures::tcp::{self, Listen, Listener};
 use testkit::fixtures::{
-    Balancer, Machine, Netns, Signal, binary, eventually, long, process, remains,
+    Balancer, Cgroup, Deed, Machine, Netns, Signal, Stranger, binary, eventually, long, process,
+    remains,
 };
 use testkit::kubernetes::objects::{self, Endpoint};
 use testkit::kubernetes::{ApiServer, Kubectl, Program};
@@ -36,11 +37,13 @@ struct Cluster<'a> {
     uids: Mutex<BTreeMap<String, String>>,
 }
 
-/// A pod of this node: its netns, and its OAP.
+/// A pod of this node: its netns, its cgroup and its OAP.
 struct Pod {
     name: String,
     address: String,
     netns: Netns,
+    /// What the kubelet gives it: made when it is first needed, because its name has the uid.
+    cgroup: OnceLock<Cgroup>,
     _resident: Resident,
 }
 
@@ -126,6 +129,7 @@ impl<'a> Cluster<'a> {
             address,
             _resident: Resident::of(&netns),
             netns,
+            cgroup: OnceLock::new(),
         }
     }
 
@@ -181,6 +185,20 @@ impl<'a> Cluster<'a> {
         self.uids.lock().expect("no panic").extend(uids);
     }
 
+    /// The cgroup of a pod. One that is in no Service has one that tells of no pod.
+    fn cgroup_of<'p>(&self, pod: &'p Pod) -> &'p Cgroup {
+        pod.cgroup.get_or_init(|| {
+            let uids = self.uids.lock().expect("no panic");
+            match uids.get(&pod.name) {
+                Some(uid) => {
+                    let name = format!("kubepods-pod{}.slice", uid.replace('-', "_"));
+                    self.machine.cgroup.below_as(&name)
+                }
+                None => self.machine.cgroup.below(),
+            }
+        })
+    }
+
     /// The uid of a pod that was made.
     fn uid(&self, pod: &str) -> String {
         let uids = self.uids.lock().expect("no panic");
@@ -231,7 +249,7 @@ impl<'a> Cluster<'a> {
 
     /// A thread's work in the cgroup and netns of a pod.
     fn in_pod<T: Send>(&self, pod: &Pod, work: impl FnOnce() -> T + Send) -> T {
-        self.machine.cgroup.run(|| pod.netns.run(work))
+        self.cgroup_of(pod).run(|| pod.netns.run(work))
     }
 
     fn listen(&self, pod: &Pod) -> Listener {
@@ -1120,6 +1138,81 @@ fn admitted(cluster: &Cluster, pod: &Pod, clients: usize) -> usize {
     attempts.len()
 }
 
+/// Whoever can make a netns can give it any address, and listen there.
+#[test]
+fn a_stranger_with_a_pods_address_takes_no_share_of_its_quota() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
+        let _stranger = cluster
+            .machine
+            .run(|| Stranger::start(pod.at(), 1, Deed::Hold(20)));
+        remains(Duration::from_secs(5), || {
+            let service = balancer.service();
+            ensure!(service.active() == 1, "{service:?}");
+            let sentence = group(&balancer)?["sentence"].to_string();
+            ensure!(sentence.contains("/ 2 ready) = 10"), "{sentence}");
+            Ok(())
+        });
+        let strangers = balancer.service().backends.len() - 1;
+        assert_eq!(strangers, 20, "it was seen: {}", balancer.logs());
+        assert_eq!(admitted(cluster, &pod, 12), 10, "{}", balancer.logs());
+    });
+}
+
+/// Whatever strangers hold, a pod that begins to listen is registered, and its quota holds.
+#[test]
+fn strangers_take_no_slot_from_a_pod() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 8, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let here = SocketAddr::new("127.0.0.1".parse().expect("valid"), PORT);
+        let _stranger = cluster
+            .machine
+            .run(|| Stranger::start(here, 8, Deed::Connect(140)));
+        let held = balancer.service().backends.len();
+        assert!((33..=128).contains(&held), "strangers hold {held} slots");
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(4), "/ 2 ready) = 4");
+        assert_eq!(admitted(cluster, &pod, 6), 4, "{}", balancer.logs());
+        assert_eq!(balancer.service().verdicts("fail-open-full"), 0);
+        let lines = balancer.logs().lines().count();
+        assert!(lines < 400, "{lines} lines of log");
+    });
+}
+
+/// Strangers that listened before the daemon get no more slots than those that come after it.
+#[test]
+fn strangers_that_listened_before_the_daemon_get_few_slots() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let here = SocketAddr::new("127.0.0.1".parse().expect("valid"), PORT);
+        let _stranger = cluster
+            .machine
+            .run(|| Stranger::start(here, 1, Deed::Hold(60)));
+        let _listener = cluster.listen(&pod);
+        let mut balancer = cluster.balancer("{clients: 8, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        wait_for_quota(&balancer, Some(4), "/ 2 ready) = 4");
+        remains(Duration::from_secs(5), || {
+            let strangers = balancer.service().backends.len() - 1;
+            ensure!(strangers == 32, "{strangers} slots");
+            Ok(())
+        });
+        assert_eq!(balancer.service().verdicts("fail-open-full"), 0);
+    });
+}
+
 /// A pod is one backend to its group, however often it listens.
 #[test]
 fn several_listeners_of_a_pod_have_one_share() {
@@ -1151,5 +1244,21 @@ fn several_listeners_of_a_pod_have_one_share() {
             Ok(())
         });
         assert_eq!(admitted(cluster, &pod, 12), 9, "{}", balancer.logs());
+    });
+}
+
+/// Where the kubelet uses cgroup v1, no cgroup tells of a pod: its address has to do.
+#[test]
+fn without_pod_cgroups_a_pod_is_told_by_its_address() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        let elsewhere_in_the_hierarchy = cluster.machine.cgroup.below();
+        assert!(pod.cgroup.set(elsewhere_in_the_hierarchy).is_ok());
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 8, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let _listener = cluster.listen(&pod);
+        wait_for_quota(&balancer, Some(4), "/ 2 ready) = 4");
     });
 }

@@ -69,8 +69,9 @@ struct Budget {
 const RELEASE: [Budget; 2] = [
     Budget {
         program: "account",
-        size: 1_300,
-        verified: 5_200,
+        // A walk over all slots counts what strangers have.
+        size: 1_550,
+        verified: 7_500,
         stack: 320,
     },
     Budget {
@@ -85,8 +86,8 @@ const RELEASE: [Budget; 2] = [
 const DEBUG: [Budget; 2] = [
     Budget {
         program: "account",
-        size: 1_850,
-        verified: 9_100,
+        size: 2_050,
+        verified: 11_500,
         stack: 320,
     },
     Budget {
@@ -258,6 +259,7 @@ fn assert_is_whole(text: &str) {
     assert!(
         minds.contains("cannot use helper")
             || minds.contains("prohibited")
+            || minds.contains("attempt to corrupt spilled pointer")
             || minds.contains("unknown func"),
         "it does not say what it minds, but {minds:?}:\n{text}"
     );

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use testkit::fixtures::tcp::{self, Listen, Listener};
-use testkit::fixtures::{Backend, Balancer, Machine, Netns, eventually, long};
+use testkit::fixtures::{Backend, Balancer, Deed, Machine, Netns, Stranger, eventually, long};
 
 use crate::support::{agents, agree, own_port};
 
@@ -234,5 +234,46 @@ fn what_runs_already_in_another_namespace_is_adopted() {
             drop(listeners);
             balancer.wait_until(|service| service.backends.is_empty());
         });
+    });
+}
+
+fn slots_elsewhere(balancer: &Balancer, own: u64) -> usize {
+    let service = balancer.service();
+    let elsewhere = |backend: &&Backend| backend.netns != own;
+    service.backends.iter().filter(elsewhere).count()
+}
+
+/// Where every netns is guarded, whoever can make one can have slots there: not all of them.
+#[test]
+fn strangers_leave_slots_to_the_namespace_of_the_daemon() {
+    Machine::with(|machine| {
+        let own = balancer::sys::netns::cookie().expect("the netns has a cookie");
+        let yaml = own_port("least-connections", &["quota: {per_backend: 4}"]);
+        let balancer = Balancer::start(machine, &format!("{yaml}namespaces: all\n"));
+        let churning = Stranger::start(agents(), 2, Deed::Churn(1000));
+        // Two thousand listeners came and went, and nobody needs their slots.
+        let held = slots_elsewhere(&balancer, own);
+        assert!(held < 100, "{held} slots are held");
+        drop(churning);
+        let _stranger = Stranger::start(agents(), 12, Deed::Connect(100));
+        let held = slots_elsewhere(&balancer, own);
+        assert!(held <= 768, "strangers hold {held} slots");
+        let mut listener = Listen::on(&agents()).open();
+        balancer.eventually(|service| {
+            let ours = service
+                .backends
+                .iter()
+                .filter(|backend| backend.netns == own);
+            let ready = ours.filter(|backend| backend.state == "active").count();
+            ensure!(
+                ready == 1,
+                "not registered: {} slots",
+                service.backends.len()
+            );
+            Ok(())
+        });
+        assert_eq!(tcp::connect_many(agents(), 7).len(), 4);
+        assert_eq!(balancer.service().verdicts("fail-open-full"), 0);
+        assert_eq!(listener.accept_all(), 4);
     });
 }

@@ -20,12 +20,13 @@ const MODULES: [&str; 4] = ["inet_diag", "tcp_diag", "udp_diag", "veth"];
 /// Programs that the tests start, of this machine.
 const TOOLS: [&str; 2] = ["ip", "ss"];
 /// Programs of ours that the tests start. Those that need a Kubernetes do not run there.
-pub const PROGRAMS: [&str; 5] = [
+pub const PROGRAMS: [&str; 6] = [
     "balancer",
     "crowd",
     "kill-before",
     "kernel-half-cost",
     "hold-connections",
+    "stranger",
 ];
 /// Where busybox must not put a program of its own over one of this machine.
 const REAL: &str = "usr/bin";

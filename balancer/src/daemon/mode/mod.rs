@@ -92,6 +92,13 @@ impl Mode {
         }
     }
 
+    /// Finds out whose listeners always get a slot, for an audit that looks everywhere.
+    pub fn look_at_cgroups(&mut self, writer: &mut Writer) {
+        if let Self::Kubernetes(mode) = self {
+            mode.look_at_cgroups(writer);
+        }
+    }
+
     /// Finds the pods of the listeners that are there.
     ///
     /// # Errors

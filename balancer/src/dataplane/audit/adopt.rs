@@ -12,6 +12,7 @@ use aya::maps::MapError;
 use balancer_common::abi::{
     Address, Backend, BackendState, Connection, ListenRule, MAX_SLOTS, SlotState,
 };
+use balancer_common::pool::Pool;
 use tracing::{info, warn};
 
 use super::super::plan::Rules;
@@ -97,6 +98,33 @@ impl Unregistered {
     }
 }
 
+/// Whose listeners get a slot by a rule for any netns although strangers have many.
+#[derive(Debug, Default)]
+pub enum Known {
+    /// Everybody's, as long as such rules may give away slots.
+    #[default]
+    All,
+    /// All those whose sockets were made in cgroups with these ids.
+    Cgroups(HashSet<u64>),
+}
+
+impl Known {
+    fn has(&self, socket: &Socket) -> bool {
+        match self {
+            Self::All => false,
+            Self::Cgroups(ids) => socket.cgroup.is_some_and(|id| ids.contains(&id)),
+        }
+    }
+
+    /// Whether there is room for one more listener that is not known.
+    const fn leaves_room(&self, pool: &Pool) -> bool {
+        match self {
+            Self::All => pool.has_any(),
+            Self::Cgroups(_) => pool.has_room(),
+        }
+    }
+}
+
 /// A listener that a rule claims.
 struct Claimant<'a> {
     socket: &'a Socket,
@@ -116,6 +144,8 @@ pub struct Adopter<'a> {
     pub netns: u64,
     /// Whether listeners are registered at first sight; else only if the last pass saw them too.
     pub eager: bool,
+    /// Whose listeners always get a slot.
+    pub known: &'a Known,
     /// What is known of unregistered listeners.
     pub unregistered: &'a mut Unregistered,
 }
@@ -128,7 +158,7 @@ impl Adopter<'_> {
     /// # Errors
     /// When the socket table can't be read.
     pub fn adopt(&mut self, table: &SocketTable) -> Result<bool> {
-        let claimants = self.claimants(table);
+        let claimants = self.claimants(table)?;
         if claimants.is_empty() {
             return Ok(false);
         }
@@ -147,8 +177,9 @@ impl Adopter<'_> {
         Ok(adopted)
     }
 
-    fn claimants<'t>(&mut self, table: &'t SocketTable) -> Vec<Claimant<'t>> {
+    fn claimants<'t>(&mut self, table: &'t SocketTable) -> Result<Vec<Claimant<'t>>> {
         let mut claimants = Vec::new();
+        let mut pool = slots::pool(self.tables, self.netns)?;
         let cgroup = self.cgroup;
         let cgroups = LazyCell::new(|| cgroup_ids(cgroup));
         for socket in &table.listeners {
@@ -166,11 +197,22 @@ impl Adopter<'_> {
                 self.unregistered.outside.insert(cookie);
                 continue;
             }
+            let is_stranger = self.may_be_strangers(socket, rule);
+            if is_stranger && !self.known.leaves_room(&pool) {
+                continue;
+            }
             if slots::room_for(self.tables, rule.service).is_err() {
-                self.unregistered.lacks_slot(rule.service);
+                if !is_stranger {
+                    self.unregistered.lacks_slot(rule.service);
+                }
             } else if !(self.eager || self.unregistered.last.contains(&cookie)) {
-                self.unregistered.is_new(rule.service);
+                if !is_stranger {
+                    self.unregistered.is_new(rule.service);
+                }
             } else if self.eager || self.unregistered.is_due(cookie) {
+                if rule.flags & ListenRule::CANDIDATE != 0 {
+                    pool.add(false, true);
+                }
                 claimants.push(Claimant {
                     socket,
                     address,
@@ -178,7 +220,12 @@ impl Adopter<'_> {
                 });
             }
         }
-        claimants
+        Ok(claimants)
+    }
+
+    /// Whether anybody at all may have made the listener.
+    fn may_be_strangers(&self, socket: &Socket, rule: ListenRule) -> bool {
+        rule.flags & ListenRule::CANDIDATE != 0 && !self.known.has(socket)
     }
 
     fn adopt_or_say_why(&mut self, claimant: &Claimant<'_>, listener: &Listener) -> bool {
@@ -190,7 +237,7 @@ impl Adopter<'_> {
             }
             Err(error) => error,
         };
-        if error.is::<NoSlot>() {
+        if error.is::<NoSlot>() && !self.may_be_strangers(claimant.socket, claimant.rule) {
             // Not put off: nobody is refused for its service meanwhile.
             self.unregistered.lacks_slot(claimant.rule.service);
             return false;
@@ -314,6 +361,7 @@ impl Adopter<'_> {
             device: socket.interface,
             flags: flags.fold(Backend::ADOPTED, |flags, (_, flag)| flags | flag),
             pid: listener.owners.first().map_or(0, |owner| owner.pid),
+            cgroup: socket.cgroup.unwrap_or(0),
             ..Backend::EMPTY
         }
     }

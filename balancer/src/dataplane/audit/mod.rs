@@ -20,6 +20,7 @@ use anyhow::Result;
 use balancer_common::abi::{AuditTotals, BackendId, BackendState, Counts};
 use tracing::{info, warn};
 
+pub use self::adopt::Known;
 use self::adopt::{Adopter, Unregistered};
 use self::attribution::Attribution;
 use self::compare::{Deviation, Drift, LASTING};
@@ -50,6 +51,8 @@ pub struct Audit {
     inherited: Inherited,
     /// Listeners that a rule claims and nobody has registered.
     unregistered: Unregistered,
+    /// Whose listeners always get a slot.
+    known: Known,
     /// The ids of the services of which the log says how many connections nobody counts.
     warned: BTreeSet<u16>,
     /// The numbers for `status`, over all passes.
@@ -94,6 +97,7 @@ impl Audit {
             attribution: Attribution::default(),
             inherited: Inherited::default(),
             unregistered: Unregistered::default(),
+            known: Known::All,
             warned: BTreeSet::new(),
             totals,
             last: Pass::default(),
@@ -104,6 +108,16 @@ impl Audit {
     /// Other data planes are gone, and with them what they knew.
     pub fn end_handover(&mut self) {
         self.handover.close();
+    }
+
+    /// The cgroup whose listeners are counted.
+    pub fn cgroup(&self) -> &Path {
+        &self.cgroup
+    }
+
+    /// Says whose listeners always get a slot.
+    pub fn know(&mut self, known: Known) {
+        self.known = known;
     }
 
     /// Begins a pass.
@@ -135,6 +149,7 @@ impl Audit {
             cgroup: &self.cgroup,
             netns,
             eager,
+            known: &self.known,
             unregistered: &mut self.unregistered,
         };
         if adopter.adopt(&table)? {

@@ -174,6 +174,13 @@ impl KubernetesMode {
             .collect()
     }
 
+    /// Tells the audit whose listeners always get a slot.
+    pub fn look_at_cgroups(&mut self, writer: &mut Writer) {
+        let root = writer.audit.cgroup().to_owned();
+        let known = self.pod_resolver.look_at_cgroups(&root, &self.view.groups);
+        writer.audit.know(known);
+    }
+
     /// Finds the pods of the listeners that are there, and returns those of their network
     /// namespaces that `steer` is not attached to yet.
     ///
@@ -185,11 +192,16 @@ impl KubernetesMode {
         writer: &mut Writer,
     ) -> Result<Vec<OpenNetns>> {
         let (resolver, groups) = (&mut self.pod_resolver, &self.view.groups);
-        resolver.update_host(&writer.tables.slots()?);
-        let mut found =
-            guarded.find_unguarded(writer, |cookie| resolver.is_worth_a_look(cookie, groups))?;
-        found.retain(|netns| resolver.may_be_a_pod(netns, groups));
+        let slots = writer.tables.slots()?;
+        resolver.update(writer.audit.cgroup(), &slots);
+        let of_pods = resolver.netns_of_pods(&slots, groups);
+        let wanted = |cookie| resolver.is_worth_a_look(cookie, &of_pods);
+        let mut found = guarded.find_unguarded(writer, wanted)?;
+        for netns in &found {
+            resolver.read_addresses(netns);
+        }
         let of_pods = resolver.netns_of_pods(&writer.tables.slots()?, groups);
+        found.retain(|netns| of_pods.contains(&netns.cookie));
         let host = resolver.host();
         if of_pods.contains(&host) && !writer.loader.guards(host) {
             let file = netns::current().context("cannot open the node's own network namespace")?;

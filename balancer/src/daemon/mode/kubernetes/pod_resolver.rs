@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use balancer_common::BackendState;
-use balancer_common::abi::BackendId;
+use balancer_common::abi::{Backend, BackendId};
 use tracing::debug;
 
-use crate::dataplane::SlotView;
-use crate::discover::{Listener, OpenNetns, addresses, listeners, pod_of_process};
+use crate::dataplane::{Known, SlotView};
+use crate::discover::{Listener, OpenNetns, addresses, listeners, pod_cgroups, pod_of_process};
 use crate::kubernetes::{Endpoint, GroupId};
 use crate::sys::netns;
 
@@ -20,6 +21,11 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// listener is there before its pod's address has gone from the kubelet through the API server into
 /// an `EndpointSlice`.
 const POD_EXPECTED_FOR: Duration = Duration::from_secs(60);
+
+/// Looking for the cgroups of pods takes one in this many parts of the time at the most.
+const CGROUPS_SHARE: u32 = 50;
+/// The shortest time between two such looks.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// The backend groups of the cluster with their pods.
 pub type Groups = BTreeMap<GroupId, Vec<Endpoint>>;
@@ -34,8 +40,67 @@ pub struct PodResolver {
     host: u64,
     /// The addresses of other network namespaces, by their cookies.
     netns: HashMap<u64, NetnsAddresses>,
-    /// The pods of listeners in the node's own network namespace.
+    /// The cgroups of pods.
+    cgroups: PodCgroups,
+    /// The pods of listeners in the node's own network namespace, where cgroups don't tell.
     host_pods: HashMap<BackendId, HostPod>,
+}
+
+/// The pods of this node by their cgroups, which nobody but root and the kubelet makes.
+#[derive(Debug, Default)]
+struct PodCgroups {
+    /// The uid of the pod of each cgroup, by the cgroup's id. Empty: this node does not tell, or
+    /// has no pod.
+    pods: HashMap<u64, String>,
+    /// The ids of cgroups of listeners that are no pod's.
+    others: HashSet<u64>,
+    /// The next look is not due before; `None`: there was none yet.
+    next: Option<Instant>,
+}
+
+impl PodCgroups {
+    /// Looks at the cgroups below `root`.
+    fn look(&mut self, root: &Path) {
+        let begin = Instant::now();
+        // A node that has told of pods once goes on to: nothing found means that nothing was read.
+        let found = pod_cgroups(root);
+        if !found.is_empty() {
+            self.pods = found;
+        }
+        let now = Instant::now();
+        let pause = now.duration_since(begin) * CGROUPS_SHARE;
+        self.next = Some(now + pause.max(SHORTEST_PAUSE));
+    }
+
+    /// Looks again where a listener is in a cgroup that has not been seen.
+    fn update(&mut self, root: &Path, slots: &[SlotView]) {
+        let listening = slots
+            .iter()
+            .filter(|slot| slot.slot_state().is(BackendState::Active));
+        let cgroups: HashSet<u64> = listening.map(|slot| slot.member.backend.cgroup).collect();
+        let is_unknown = |id: &u64| !self.pods.contains_key(id) && !self.others.contains(id);
+        let is_due = self.next.is_none_or(|next| next <= Instant::now());
+        if is_due && cgroups.iter().any(is_unknown) {
+            self.look(root);
+            self.others = cgroups;
+            self.others.retain(|id| !self.pods.contains_key(id));
+        }
+    }
+
+    /// Whether the cgroup is that pod's, or it can't be told: the node tells of no pod (its kubelet
+    /// uses cgroup v1), or the pod is a static one, which has another uid there.
+    fn may_be(&self, cgroup: u64, endpoint: &Endpoint) -> bool {
+        match self.pods.get(&cgroup) {
+            Some(uid) => *uid == endpoint.uid || is_static(uid),
+            None => self.pods.is_empty(),
+        }
+    }
+}
+
+/// Whether that is the uid of a static pod: a hash of its file, without dashes
+/// (`pkg/kubelet/config/common.go`).
+fn is_static(uid: &str) -> bool {
+    !uid.contains('-')
 }
 
 #[derive(Debug)]
@@ -63,6 +128,7 @@ impl PodResolver {
             node,
             host: netns::cookie()?,
             netns: HashMap::new(),
+            cgroups: PodCgroups::default(),
             host_pods: HashMap::new(),
         })
     }
@@ -94,11 +160,13 @@ impl PodResolver {
             .local_endpoints(groups)
             .filter(|(group, _)| group.port == backend.port);
         if backend.netns == self.host {
-            let uid = self.host_pods.get(&slot.id())?.uid.as_deref()?;
+            let uid = self.host_pod(slot.id(), backend)?;
             of_port.find(|(_, endpoint)| endpoint.uid == uid)
         } else {
             let netns = self.netns.get(&backend.netns)?;
-            of_port.find(|(_, endpoint)| netns.has(endpoint))
+            of_port.find(|(_, endpoint)| {
+                netns.has(endpoint) && self.cgroups.may_be(backend.cgroup, endpoint)
+            })
         }
     }
 
@@ -119,6 +187,28 @@ impl PodResolver {
             .collect()
     }
 
+    /// The uid of the pod of a listener in the node's own network namespace.
+    fn host_pod(&self, id: BackendId, backend: &Backend) -> Option<&str> {
+        if self.cgroups.pods.is_empty() {
+            self.host_pods.get(&id)?.uid.as_deref()
+        } else {
+            let uid = self.cgroups.pods.get(&backend.cgroup);
+            uid.map(String::as_str)
+        }
+    }
+
+    /// Looks at all cgroups below `root`, and tells whose listeners are pods' of a group.
+    pub fn look_at_cgroups(&mut self, root: &Path, groups: &Groups) -> Known {
+        self.cgroups.look(root);
+        let uids: HashSet<&str> = self
+            .local_endpoints(groups)
+            .map(|(_, endpoint)| endpoint.uid.as_str())
+            .collect();
+        let pods = self.cgroups.pods.iter();
+        let of_groups = pods.filter(|(_, uid)| uids.contains(uid.as_str()) || is_static(uid));
+        Known::Cgroups(of_groups.map(|(id, _)| *id).collect())
+    }
+
     /// The backend group that a port of a network namespace belongs to.
     pub fn group<'a>(&self, cookie: u64, port: u16, groups: &'a Groups) -> Option<&'a GroupId> {
         let netns = self.netns.get(&cookie);
@@ -131,17 +221,17 @@ impl PodResolver {
             .map(|(group, _)| group)
     }
 
-    /// Whether the addresses of a network namespace are to be read: a pod of a group may be there.
-    pub fn is_worth_a_look(&self, cookie: u64, groups: &Groups) -> bool {
+    /// Whether the addresses of a network namespace are to be read: it is among `of_pods`, as far
+    /// as is known, or it is time to look again.
+    pub fn is_worth_a_look(&self, cookie: u64, of_pods: &HashSet<u64>) -> bool {
         cookie != self.host
             && self.netns.get(&cookie).is_none_or(|netns| {
-                netns.last_read.elapsed() >= RETRY_AFTER || self.is_pod(netns, groups)
+                netns.last_read.elapsed() >= RETRY_AFTER || of_pods.contains(&cookie)
             })
     }
 
-    /// Reads the addresses of a network namespace. True: a pod of a group has it, or may turn out
-    /// to.
-    pub fn may_be_a_pod(&mut self, open: &OpenNetns, groups: &Groups) -> bool {
+    /// Reads the addresses of a network namespace.
+    pub fn read_addresses(&mut self, open: &OpenNetns) {
         let cookie = open.cookie;
         let addresses = addresses(&open.file).unwrap_or_else(|error| {
             debug!(
@@ -156,29 +246,21 @@ impl PodResolver {
             first_read: before.map_or(now, |netns| netns.first_read),
             last_read: now,
         };
-        let may_be = self.is_pod(&netns, groups);
         self.netns.insert(cookie, netns);
-        may_be
     }
 
-    /// Whether a network namespace is a pod's, or too young to tell.
-    fn is_pod(&self, netns: &NetnsAddresses, groups: &Groups) -> bool {
-        netns.is_young()
-            || self
-                .local_endpoints(groups)
-                .any(|(_, endpoint)| netns.has(endpoint))
-    }
-
-    /// Looks for the pods of listeners in the node's own network namespace, and forgets what is
-    /// gone.
-    pub fn update_host(&mut self, slots: &[SlotView]) {
+    /// Looks for the pods of listeners by their cgroups, below `root`, and in the node's own
+    /// network namespace, and forgets what is gone.
+    pub fn update(&mut self, root: &Path, slots: &[SlotView]) {
+        self.cgroups.update(root, slots);
         let listened_in: HashSet<u64> =
             slots.iter().map(|slot| slot.member.backend.netns).collect();
         self.netns.retain(|cookie, _| listened_in.contains(cookie));
         let ids: HashSet<BackendId> = slots.iter().map(SlotView::id).collect();
         self.host_pods.retain(|id, _| ids.contains(id));
         let is_due = |slot: &&SlotView| {
-            slot.member.backend.netns == self.host
+            self.cgroups.pods.is_empty()
+                && slot.member.backend.netns == self.host
                 && slot.slot_state().is(BackendState::Active)
                 && self
                     .host_pods
