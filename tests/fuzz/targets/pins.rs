@@ -132,6 +132,7 @@ fn member(bytes: &mut Bytes<'_>) -> Member {
             map_error: bytes.u32(),
             pid: bytes.u32(),
             tid: bytes.u32(),
+            cgroup: bytes.u64(),
         },
         policy: SlotPolicy {
             quota: bytes.u64(),
