@@ -210,7 +210,8 @@ fn with_causes(error: &kube::Error) -> String {
     shortened(&text)
 }
 
-fn shortened(text: &str) -> String {
+/// A message in one line that is not too long: it may quote what anybody wrote.
+pub(super) fn shortened(text: &str) -> String {
     let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
     match line.char_indices().nth(LONGEST_MESSAGE) {
         Some((end, _)) => format!("{}…", &line[..end]),

@@ -3,9 +3,11 @@
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::ResourceExt as _;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{Bounds, Facts, Selection};
+use crate::kubernetes::health::shortened;
 use crate::kubernetes::model::{NodeReport, ObjectName, ReceivedReport, SCHEMA};
 
 /// The labels of the `ConfigMap`s that are node reports, in all builds.
@@ -127,19 +129,23 @@ pub fn parse_text(text: &str, name: &str) -> Result<NodeReport, String> {
     if text.len() > MOST_BYTES {
         return Err(format!("it has {} bytes", text.len()));
     }
-    let AnyReport { schema } = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let AnyReport { schema } = read(text)?;
     if schema != SCHEMA {
         return Err(format!(
             "its schema is {schema}, and this daemon reads {SCHEMA}"
         ));
     }
-    let report: NodeReport = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let report: NodeReport = read(text)?;
     if name_of(&report.node) != name {
         let node = report.node.chars().take(80).collect::<String>();
         return Err(format!("it is about the node {node:?}"));
     }
     report.check()?;
     Ok(report)
+}
+
+fn read<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_str(text).map_err(|error| shortened(&error.to_string()))
 }
 
 #[cfg(test)]
@@ -183,6 +189,13 @@ mod tests {
                 last_seconds_ago: 3,
             }],
         }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_report_is_told_in_short() {
+        let text = format!("\"{}\"", "x".repeat(5_000));
+        let problem = parse_text(&text, "balancer-b").expect_err("a string is no report");
+        assert!(problem.len() < 400, "{problem}");
     }
 
     #[test]
