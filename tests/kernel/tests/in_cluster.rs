@@ -252,6 +252,17 @@ impl<'a> Cluster<'a> {
         self.cgroup_of(pod).run(|| pod.netns.run(work))
     }
 
+    /// The pod of this node, of two, with a listener; and a daemon with that quota.
+    fn one_of_two_pods(&self, quota: &str) -> (Pod, Balancer<'a>, Listener) {
+        let pod = self.pod(5);
+        with_route_back(&pod);
+        self.serve(&[pod.endpoint(), elsewhere(1)]);
+        let mut balancer = self.balancer(quota);
+        balancer.launch();
+        let listener = self.listen(&pod);
+        (pod, balancer, listener)
+    }
+
     fn listen(&self, pod: &Pod) -> Listener {
         self.in_pod(pod, || Listen::on(&format!("0.0.0.0:{PORT}")).open())
     }
@@ -697,12 +708,8 @@ fn while_the_api_server_is_silent_quotas_hold_and_then_open() {
     Machine::with(|machine| {
         machine.netns.add_address(CLIENT);
         let mut cluster = Cluster::start(machine);
-        let pod = cluster.pod(5);
-        with_route_back(&pod);
-        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
-        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
-        balancer.launch();
-        let mut listener = cluster.listen(&pod);
+        let (pod, mut balancer, mut listener) =
+            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
         wait_for_quota(&balancer, Some(10), "= 10");
         cluster.api.stop();
         let clients = cluster.clients(&pod, 10);
@@ -724,12 +731,8 @@ fn while_the_api_server_is_silent_quotas_hold_and_then_open() {
 #[test]
 fn an_api_server_that_hangs_harms_nobody() {
     with_cluster(|cluster| {
-        let pod = cluster.pod(5);
-        with_route_back(&pod);
-        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
-        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
-        balancer.launch();
-        let _listener = cluster.listen(&pod);
+        let (pod, balancer, _listener) =
+            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
         wait_for_quota(&balancer, Some(10), "= 10");
         cluster.api.freeze();
         let clients = cluster.clients(&pod, 10);
@@ -998,12 +1001,8 @@ fn many_services_of_one_namespace_keep_no_other_from_being_guarded() {
 #[test]
 fn a_report_out_of_bounds_is_named_and_nothing_else_happens() {
     with_cluster(|cluster| {
-        let pod = cluster.pod(5);
-        with_route_back(&pod);
-        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
-        let mut balancer = cluster.balancer("{observed: 1m, headroom: 0%, min_quota: 12}");
-        balancer.launch();
-        let _listener = cluster.listen(&pod);
+        let (_pod, balancer, _listener) =
+            cluster.one_of_two_pods("{observed: 1m, headroom: 0%, min_quota: 12}");
         cluster.publish("node2", &[("far-1", 30)]);
         wait_for_quota(&balancer, Some(15), "30 connections (observed)");
         let group =
@@ -1031,12 +1030,8 @@ fn while_the_api_server_tells_old_things_quotas_hold_and_then_open() {
     Machine::with(|machine| {
         machine.netns.add_address(CLIENT);
         let mut cluster = Cluster::start(machine);
-        let pod = cluster.pod(5);
-        with_route_back(&pod);
-        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
-        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
-        balancer.launch();
-        let _listener = cluster.listen(&pod);
+        let (pod, balancer, _listener) =
+            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
         wait_for_quota(&balancer, Some(10), "= 10");
         // Watches stay open, and nothing is new.
         cluster.api.kill(Program::Etcd);
@@ -1142,12 +1137,8 @@ fn admitted(cluster: &Cluster, pod: &Pod, clients: usize) -> usize {
 #[test]
 fn a_stranger_with_a_pods_address_takes_no_share_of_its_quota() {
     with_cluster(|cluster| {
-        let pod = cluster.pod(5);
-        with_route_back(&pod);
-        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
-        let mut balancer = cluster.balancer("{clients: 20, headroom: 0%, min_quota: 1}");
-        balancer.launch();
-        let _listener = cluster.listen(&pod);
+        let (pod, balancer, _listener) =
+            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
         wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
         let _stranger = cluster
             .machine

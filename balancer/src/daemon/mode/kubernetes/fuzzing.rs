@@ -93,7 +93,8 @@ pub fn plan_beside_slice(text: &str) -> Result<Plan, String> {
 /// The address of the OAP of [`plan_beside_slice`].
 pub const OAP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1));
 
-fn group() -> GroupId {
+/// The backend group of an OAP.
+pub(super) fn group() -> GroupId {
     GroupId {
         entry: "agents".into(),
         service: object("oap"),
@@ -108,7 +109,8 @@ fn object(name: &str) -> ObjectName {
     }
 }
 
-fn entry() -> ClusterService {
+/// The service entry of [`group`]: what was observed within ten minutes, and nothing added.
+pub(super) fn entry() -> ClusterService {
     ClusterService {
         name: "agents".into(),
         of: ServiceChoice::Named {

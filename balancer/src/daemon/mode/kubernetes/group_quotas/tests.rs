@@ -1,10 +1,10 @@
 //! Quotas of a group by what daemons of other nodes report.
 
+use super::super::fuzzing::{entry, group};
 use super::*;
-use crate::config::{ClusterService, PortChoice, ServiceChoice};
+use crate::config::ClusterService;
 use crate::kubernetes::{Endpoint, NodeReport, ObjectName, ReceivedReport, ReportedBackend};
 use crate::quota::Quota;
-use balancer_common::Policy;
 
 const HOLD_FOR: Duration = Duration::from_secs(300);
 
@@ -18,22 +18,7 @@ struct Seen {
 
 impl Seen {
     fn new() -> Self {
-        let service = ObjectName {
-            namespace: "sw".into(),
-            name: "oap".into(),
-        };
-        let id = GroupId {
-            entry: "agents".into(),
-            service: service.clone(),
-            port: 11800,
-        };
-        let observed = ClusterQuota::Shared {
-            input: ClusterInput::Observed {
-                window: Duration::from_secs(600),
-            },
-            headroom_percent: 0,
-            min_quota: 1,
-        };
+        let id = group();
         let mut view = View {
             complete: true,
             ..View::default()
@@ -41,17 +26,7 @@ impl Seen {
         let endpoints = ["b", "c", "d"].map(endpoint_on).to_vec();
         view.groups.insert(id.clone(), endpoints);
         Self {
-            entry: ClusterService {
-                name: "agents".into(),
-                of: ServiceChoice::Named {
-                    namespace: "sw".into(),
-                    name: "oap".into(),
-                },
-                port: PortChoice::Number(11800),
-                policy: Policy::LeastConnections,
-                quota: observed,
-                exempt: Vec::new(),
-            },
+            entry: entry(),
             id,
             view,
             quotas: GroupQuotas::new(),
