@@ -56,9 +56,7 @@ impl DaemonNotes {
             }),
         }
     }
-}
 
-impl DaemonNotes {
     /// The process that the daemon was, where it is gone. A number that another process namespace
     /// gave says nothing here, so a heartbeat must be missing, too.
     pub fn gone(&self, daemon: &DaemonSnapshot) -> Option<u32> {
