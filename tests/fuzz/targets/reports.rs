@@ -20,7 +20,10 @@ fuzz_target!(|bytes: &[u8]| {
             assert!(quota.limit().is_none_or(|quota| quota <= MOST), "{quota}");
             is_read_as_it_is_written(text);
         }
-        Err(problem) => assert!(!problem.is_empty() && problem.chars().count() < 1000, "{problem}"),
+        Err(problem) => assert!(
+            !problem.is_empty() && problem.chars().count() < 1000,
+            "{problem}"
+        ),
     }
 });
 
