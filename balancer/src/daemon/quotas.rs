@@ -56,6 +56,8 @@ pub fn ready_backend(slot: &SlotView, weight: u32) -> ReadyBackend {
         weight,
         established: slot.counted(),
         previous: computed.map(|before| before.quota),
+        full: slot.room() == Some(0),
+        unhealthy_for: None,
     }
 }
 

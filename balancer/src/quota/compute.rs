@@ -33,9 +33,6 @@ pub struct Known {
     /// How many sources have been [refused for long](super::starved::ROOM_AFTER), wherever they
     /// went.
     pub refused_for_long: u32,
-    /// Whether no ready backend of the whole cluster would take another connection under the quotas
-    /// in force.
-    pub all_full: bool,
     /// How many ready backends no daemon has reported yet, where their connections are needed.
     pub unreported: usize,
     /// How long the API server has not been heard of.
@@ -50,6 +47,14 @@ pub struct Known {
 /// in proportion to weight, at least `min_quota`, and never so low that the sum is less than what
 /// is established now. With no clients known, or with one ready backend, it is unlimited. It is
 /// raised at once and lowered by at most 10 % a minute. A fixed quota is taken as it is.
+///
+/// Computed quotas are unlimited also while every ready backend is full, for then a refused client
+/// has nowhere to go. Nobody is full without a quota, so what was opened stays open until the
+/// numbers that would be in force instead leave room somewhere.
+///
+/// A backend that has been unhealthy for [`SHARE_GONE_AFTER`] takes nobody more: its share goes to
+/// the others, with room for its clients. Where more than half are unhealthy, all are treated
+/// alike: then it is more likely that something else is wrong.
 ///
 /// `waited` is how long the `previous` quotas have been waiting to go down. It is not the time
 /// since the last call: quotas are whole numbers, and a tenth a minute may take many seconds to
@@ -80,11 +85,14 @@ pub fn compute(rule: &QuotaRule, backends: &[ReadyBackend], waited: Duration) ->
                 min_quota,
                 elsewhere: 0,
                 extra: 0,
+                unhealthy: 0,
             };
-            match too_few(backends) {
-                Some(why) => unlimited(why),
-                None => lowered_slowly(&demand, backends, waited),
-            }
+            share_out(&demand, backends, |demand, sharing| {
+                match too_few(demand, sharing).or_else(|| nobody_has_room(demand, sharing)) {
+                    Some(why) => Outcome::equal(Quota::Unlimited, sharing, why),
+                    None => lowered_slowly(demand, sharing, waited),
+                }
+            })
         }
     }
 }
@@ -104,9 +112,8 @@ pub fn compute(rule: &QuotaRule, backends: &[ReadyBackend], waited: Duration) ->
 /// silent for longer than `hold_for`. Before that, while it is silent, quotas are raised but not
 /// lowered, for nobody knows who is there.
 ///
-/// Unlimited also while every ready backend is full, for then a refused client has nowhere to go.
-/// Nobody is full without a quota, so what was opened stays open until the numbers that would be in
-/// force instead leave room somewhere.
+/// Unlimited also while every ready backend is full, as [`compute`] says it, which also says what
+/// becomes of unhealthy ones.
 pub fn compute_cluster(
     rule: &ClusterQuota,
     known: &Known,
@@ -144,11 +151,49 @@ pub fn compute_cluster(
         min_quota,
         elsewhere: known.established_elsewhere,
         extra: known.refused_for_long,
+        unhealthy: 0,
     };
-    match why_open(input, known, &demand, ready) {
-        Some(why) => unlimited(why),
-        None if known.silent_for > OLD_AFTER => held(known, &demand, ready),
-        None => lowered_slowly(&demand, ready, waited),
+    share_out(&demand, ready, |demand, sharing| {
+        match why_open(input, known, demand, sharing) {
+            Some(why) => Outcome::equal(Quota::Unlimited, sharing, why),
+            None if known.silent_for > OLD_AFTER => held(known, demand, sharing),
+            None => lowered_slowly(demand, sharing, waited),
+        }
+    })
+}
+
+/// Computes the quotas of those that have a share; the others keep what they hold.
+fn share_out(
+    demand: &Demand,
+    ready: &[ReadyBackend],
+    compute: impl FnOnce(&Demand, &[ReadyBackend]) -> Outcome,
+) -> Outcome {
+    let unhealthy = ready.iter().filter(|backend| backend.is_unhealthy());
+    let (unhealthy, theirs) = unhealthy.fold((0, 0), |(count, sum), backend| {
+        (count + 1, sum + u64::from(backend.established))
+    });
+    if unhealthy == 0 || 2 * unhealthy > ready.len() {
+        return compute(demand, ready);
+    }
+    let sharing = ready.iter().filter(|backend| !backend.is_unhealthy());
+    let sharing: Vec<ReadyBackend> = sharing.copied().collect();
+    let demand = Demand {
+        elsewhere: demand.elsewhere.saturating_add(theirs),
+        unhealthy,
+        ..*demand
+    };
+    let outcome = compute(&demand, &sharing);
+    let mut shares = outcome.quotas.iter();
+    let quota = |backend: &ReadyBackend| {
+        if backend.is_unhealthy() {
+            Quota::Limited(backend.established.max(1))
+        } else {
+            shares.next().copied().unwrap_or(Quota::Unlimited)
+        }
+    };
+    Outcome {
+        quotas: ready.iter().map(quota).collect(),
+        ..outcome
     }
 }
 
@@ -158,12 +203,16 @@ fn fixed(limit: u32, backends: &[ReadyBackend]) -> Outcome {
 }
 
 /// Why so few backends have no quota, if so.
-const fn too_few(backends: &[ReadyBackend]) -> Option<&'static str> {
+fn too_few(demand: &Demand, backends: &[ReadyBackend]) -> Option<String> {
+    let ready = match demand.unhealthy {
+        0 => "ready",
+        _ => "ready and healthy",
+    };
     match backends.len() {
-        0 => Some("no backend is ready: nothing to share out"),
-        1 => {
-            Some("unlimited: one backend is ready, a refused client would have nowhere else to go")
-        }
+        0 => Some(format!("no backend is {ready}: nothing to share out")),
+        1 => Some(format!(
+            "unlimited: one backend is {ready}, a refused client would have nowhere else to go"
+        )),
         _ => None,
     }
 }
@@ -208,8 +257,8 @@ fn why_open(
     demand: &Demand,
     ready: &[ReadyBackend],
 ) -> Option<String> {
-    if let Some(why) = too_few(ready) {
-        return Some(why.to_owned());
+    if let Some(why) = too_few(demand, ready) {
+        return Some(why);
     }
     if known.silent_for > known.hold_for {
         return Some(format!(
@@ -226,7 +275,13 @@ fn why_open(
         };
         return Some(format!("unlimited: {nothing}"));
     }
-    (known.all_full || still_full(demand, ready)).then(|| {
+    nobody_has_room(demand, ready)
+}
+
+/// Why everybody is open because everybody would be full, if so.
+fn nobody_has_room(demand: &Demand, ready: &[ReadyBackend]) -> Option<String> {
+    let all_full = ready.iter().all(|backend| backend.full);
+    (all_full || still_full(demand, ready)).then(|| {
         format!(
             "unlimited: {} established and none of the {} ready backends has room for another",
             Connections(established(ready)),

@@ -1,6 +1,6 @@
 //! What quotas are computed from, and what comes out.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use balancer_common::abi::UNLIMITED;
 
@@ -74,6 +74,22 @@ pub struct ReadyBackend {
     pub established: u32,
     /// The quota computed for the backend so far; `None` when it has just become ready.
     pub previous: Option<Quota>,
+    /// Whether it takes no connection more under the quota in force; false where that is not known.
+    pub full: bool,
+    /// For how long clients have been kept from it because it does not serve; `None`: it serves.
+    pub unhealthy_for: Option<Duration>,
+}
+
+/// A backend that has been unhealthy for this long gives its share to the others. A pause of its
+/// garbage collection looks the same, and is over before.
+pub const SHARE_GONE_AFTER: Duration = Duration::from_secs(10);
+
+impl ReadyBackend {
+    /// Whether it has been unhealthy for so long that it has no share.
+    pub(super) fn is_unhealthy(&self) -> bool {
+        self.unhealthy_for
+            .is_some_and(|time| time >= SHARE_GONE_AFTER)
+    }
 }
 
 /// The quotas of one service.
@@ -131,6 +147,8 @@ pub(super) struct Demand<'a> {
     /// Room on every backend beyond its part, for clients that are sent to a full one again and
     /// again.
     pub(super) extra: u32,
+    /// How many ready backends have no share because they are unhealthy.
+    pub(super) unhealthy: usize,
 }
 
 impl Demand<'_> {

@@ -72,8 +72,16 @@ fn what_moved_it(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) ->
             "; held at {held} because {established} are established"
         ));
         if demand.elsewhere > 0 {
-            words.push(format!(" ({} on backends not ready)", demand.elsewhere));
+            let elsewhere = match demand.unhealthy {
+                0 => "not ready",
+                _ => "not ready or unhealthy",
+            };
+            words.push(format!(" ({} on backends {elsewhere})", demand.elsewhere));
         }
+    }
+    if demand.unhealthy > 0 {
+        let unhealthy = demand.unhealthy;
+        words.push(format!("; {unhealthy} unhealthy without a share"));
     }
     if demand.extra > 0 {
         let extra = demand.extra;

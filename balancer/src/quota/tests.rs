@@ -26,6 +26,22 @@ fn ready(weight: u32, established: u32, previous: Option<u32>) -> ReadyBackend {
         weight,
         established,
         previous: previous.map(Quota::Limited),
+        full: false,
+        unhealthy_for: None,
+    }
+}
+
+fn full(backend: ReadyBackend) -> ReadyBackend {
+    ReadyBackend {
+        full: true,
+        ..backend
+    }
+}
+
+fn unhealthy(backend: ReadyBackend, seconds: u64) -> ReadyBackend {
+    ReadyBackend {
+        unhealthy_for: Some(Duration::from_secs(seconds)),
+        ..backend
     }
 }
 
@@ -131,6 +147,81 @@ fn the_sum_is_never_below_what_is_established() {
         outcome.sentence,
         "ceil(300 clients × 1 / 3 ready) = 100; held at 301 because 901 are established"
     );
+}
+
+#[test]
+fn when_everybody_is_full_everybody_opens() {
+    let rule = computed(100, 1, 10);
+    let limited = [ready(1, 55, Some(55)), ready(1, 54, Some(55))];
+    assert_eq!(limits(&compute(&rule, &limited, NOW)), [55, 55]);
+    let all = limited.map(full);
+    let outcome = compute(&rule, &all, NOW);
+    assert_eq!(outcome.quotas, [Quota::Unlimited; 2]);
+    assert_eq!(
+        outcome.sentence,
+        "unlimited: 109 connections established and none of the 2 ready backends has room for another"
+    );
+    let only_one = [full(limited[0]), limited[1]];
+    assert_eq!(limits(&compute(&rule, &only_one, NOW)), [55, 55]);
+    // Without a quota nobody is full: the numbers that would come tell whether it is over.
+    let opened = |established| ReadyBackend {
+        previous: Some(Quota::Unlimited),
+        ..ready(1, established, None)
+    };
+    let outcome = compute(&rule, &[opened(100), opened(100)], NOW);
+    assert_eq!(outcome.quotas, [Quota::Unlimited; 2]);
+    let outcome = compute(&rule, &[opened(100), opened(99)], NOW);
+    assert_eq!(limits(&outcome), [100, 100]);
+    // What somebody wrote down is taken as it is.
+    assert_eq!(limits(&compute(&QuotaRule::Fixed(55), &all, NOW)), [55, 55]);
+}
+
+#[test]
+fn who_is_unhealthy_for_ten_seconds_gives_its_share_to_the_others() {
+    let rule = computed(300, 1, 0);
+    let backends = |seconds| {
+        let sick = unhealthy(ready(1, 90, Some(100)), seconds);
+        [ready(1, 100, Some(100)), ready(1, 100, Some(100)), sick]
+    };
+    assert_eq!(limits(&compute(&rule, &backends(9), NOW)), [100; 3]);
+    let outcome = compute(&rule, &backends(10), NOW);
+    assert_eq!(limits(&outcome), [150, 150, 90]);
+    assert_eq!(
+        outcome.sentence,
+        "ceil(300 clients × 1 / 2 ready) = 150; 1 unhealthy without a share"
+    );
+    // Its clients have room on the others, however many they are.
+    let many = [
+        ready(1, 100, None),
+        ready(1, 100, None),
+        unhealthy(ready(1, 300, None), 60),
+    ];
+    let outcome = compute(&rule, &many, NOW);
+    assert_eq!(limits(&outcome), [250, 250, 300]);
+    assert_eq!(
+        outcome.sentence,
+        "ceil(300 clients × 1 / 2 ready) = 150; held at 250 because 500 are established \
+         (300 on backends not ready or unhealthy); 1 unhealthy without a share"
+    );
+}
+
+#[test]
+fn the_last_healthy_one_is_open_and_where_most_are_unhealthy_all_are_alike() {
+    let rule = computed(100, 1, 0);
+    let sick = unhealthy(ready(1, 0, Some(50)), 30);
+    let outcome = compute(&rule, &[ready(1, 50, Some(50)), sick], NOW);
+    assert_eq!(outcome.quotas, [Quota::Unlimited, Quota::Limited(1)]);
+    assert!(
+        (outcome.sentence).starts_with("unlimited: one backend is ready and healthy"),
+        "{}",
+        outcome.sentence
+    );
+    let outcome = compute(&rule, &[ready(1, 50, Some(50)), sick, sick], NOW);
+    assert_eq!(limits(&outcome), [50; 3]);
+    // The one that is open to those who try it is not what everybody waits for.
+    let all_full = [full(ready(1, 50, Some(50))), full(ready(1, 50, Some(50)))];
+    let outcome = compute(&rule, &[all_full[0], all_full[1], sick], NOW);
+    assert_eq!(outcome.quotas[..2], [Quota::Unlimited; 2]);
 }
 
 #[test]
@@ -264,8 +355,8 @@ fn any_quota() -> impl Strategy<Value = Option<Quota>> {
 }
 
 prop_compose! {
-    fn any_ready()(weight: u32, established: u32, previous in any_quota()) -> ReadyBackend {
-        ReadyBackend { weight, established, previous }
+    fn any_ready()(weight: u32, established: u32, previous in any_quota(), full: bool, unhealthy_for: Option<Duration>) -> ReadyBackend {
+        ReadyBackend { weight, established, previous, full, unhealthy_for }
     }
 }
 
@@ -320,6 +411,33 @@ proptest! {
         prop_assert!(sum >= established);
         prop_assert!(sum * 100 >= needed);
         prop_assert!(quotas.iter().all(|quota| *quota >= min_quota));
+    }
+
+    #[test]
+    fn the_healthy_have_the_shares_of_the_unhealthy(
+        rule in sane_rule(),
+        backends in proptest::collection::vec((sane_ready(), any::<bool>()), 2..20),
+    ) {
+        let backends: Vec<ReadyBackend> = backends
+            .into_iter()
+            .map(|(ready, sick)| if sick { unhealthy(ready, 10) } else { ready })
+            .collect();
+        let outcome = compute(&rule, &backends, NOW);
+        let is_sick = |backend: &&ReadyBackend| backend.unhealthy_for.is_some();
+        let sick: Vec<ReadyBackend> = backends.iter().filter(is_sick).copied().collect();
+        if sick.is_empty() || 2 * sick.len() > backends.len() {
+            let well: Vec<ReadyBackend> = backends.iter().map(|ready| ReadyBackend { unhealthy_for: None, ..*ready }).collect();
+            prop_assert_eq!(outcome, compute(&rule, &well, NOW));
+        } else {
+            let pairs = || backends.iter().zip(&outcome.quotas);
+            for (backend, quota) in pairs().filter(|(backend, _)| backend.unhealthy_for.is_some()) {
+                prop_assert_eq!(*quota, Quota::Limited(backend.established.max(1)));
+            }
+            let theirs = pairs().filter(|(backend, _)| backend.unhealthy_for.is_none());
+            let theirs: u64 = theirs.map(|(_, quota)| quota.limit().map_or(u64::from(u32::MAX), u64::from)).sum();
+            let established: u64 = backends.iter().map(|ready| u64::from(ready.established)).sum();
+            prop_assert!(theirs >= established);
+        }
     }
 
     #[test]

@@ -329,6 +329,32 @@ fn a_computed_quota_follows_the_number_of_backends() {
     });
 }
 
+/// Clients that are gone and still counted must not keep out those that are there: where no backend
+/// has room, nobody has a quota.
+#[test]
+fn computed_quotas_open_when_all_backends_are_full() {
+    Machine::with(|machine| {
+        let quota = "quota: {clients: 20, headroom: 10%, min_quota: 1}";
+        let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[quota]));
+        let mut listeners = open_listeners(2);
+        balancer.wait_until(|service| quotas(service) == [Some(11); 2]);
+        let gone = tcp::connect_many(agents(), 20);
+        let mut come = tcp::connect_many(agents(), 2);
+        balancer.wait_until(|service| quotas(service) == [None; 2]);
+        let sentence = balancer.must(&["quota", "show", "agents"]);
+        assert!(
+            sentence.contains("none of the 2 ready backends"),
+            "{sentence}"
+        );
+        come.extend(tcp::connect_many(agents(), 18));
+        assert_eq!((gone.len(), come.len()), (20, 20));
+        assert_eq!(agree(&balancer, &mut listeners), [20, 20]);
+        // Numbers are back when they leave room somewhere.
+        drop(gone);
+        balancer.wait_until(|service| quotas(service) == [Some(11); 2]);
+    });
+}
+
 /// What `quota show -o json` says of a backend.
 fn shown(balancer: &Balancer) -> serde_json::Value {
     let json = balancer.must(&["quota", "show", "agents", "-o", "json"]);

@@ -21,7 +21,6 @@ fn known(connections: u64, words: &str) -> Known {
         }),
         established_elsewhere: 0,
         refused_for_long: 0,
-        all_full: false,
         unreported: 0,
         silent_for: Duration::ZERO,
         hold_for: Duration::from_secs(300),
@@ -57,10 +56,7 @@ fn is_open(outcome: &Outcome, sentence: &str) {
 
 #[test]
 fn without_a_rule_or_with_a_fixed_one_nothing_else_counts() {
-    let known = Known {
-        all_full: true,
-        ..silent(9999)
-    };
+    let known = silent(9999);
     let outcome = compute_cluster(&ClusterQuota::Unlimited, &known, &fresh(3), NOW);
     is_open(&outcome, "no quota is set: counting only");
     let outcome = compute_cluster(&ClusterQuota::Fixed(7), &known, &fresh(1), NOW);
@@ -248,20 +244,19 @@ fn a_short_hold_for_opens_before_the_server_counts_as_silent() {
 
 #[test]
 fn when_everybody_is_full_everybody_opens() {
-    let full = Known {
-        all_full: true,
-        ..known(202, "observed")
-    };
     let backends = [
-        ready(1, 110, Some(100)),
-        ready(1, 90, Some(90)),
-        ready(1, 110, None),
+        full(ready(1, 110, Some(100))),
+        full(ready(1, 90, Some(90))),
+        full(ready(1, 110, None)),
     ];
     let sentence = "unlimited: 310 connections established and none of the 3 ready backends has room for another";
     is_open(
-        &compute_cluster(&observed(15), &full, &backends, NOW),
+        &compute_cluster(&observed(15), &known(202, "observed"), &backends, NOW),
         sentence,
     );
+    let one_with_room = [backends[0], backends[1], ready(1, 60, None)];
+    let outcome = compute_cluster(&observed(15), &known(202, "observed"), &one_with_room, NOW);
+    assert_eq!(limits(&outcome), [100, 90, 87]);
 
     // Without a quota nobody is full: only the numbers that would come tell whether it is over.
     let known = known(202, "observed");
@@ -273,7 +268,7 @@ fn when_everybody_is_full_everybody_opens() {
         &compute_cluster(&observed(0), &known, &still, NOW),
         "unlimited: 312 connections established and none of the 3 ready backends has room for another",
     );
-    // A backend that was never opened is not, full or not, unless the caller says that all are.
+    // A backend that was never opened stays limited until it is said to be full.
     let limited = [ready(1, 104, Some(104)); 3];
     assert_eq!(
         limits(&compute_cluster(&observed(0), &known, &limited, NOW)),
@@ -407,13 +402,12 @@ prop_compose! {
         total in proptest::option::of((any::<u64>(), "\\PC{0,300}")),
         established_elsewhere: u64,
         refused_for_long in prop_oneof![0..10u32, any::<u32>()],
-        all_full in proptest::bool::weighted(0.1),
         unreported in prop_oneof![9 => Just(0), 1 => 1..20usize],
         silent_for in prop_oneof![Just(Duration::ZERO), any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
         hold_for in prop_oneof![any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
     ) -> Known {
         let total = total.map(|(connections, words)| Total { connections, words });
-        Known { total, established_elsewhere, refused_for_long, all_full, unreported, silent_for, hold_for }
+        Known { total, established_elsewhere, refused_for_long, unreported, silent_for, hold_for }
     }
 }
 
@@ -433,7 +427,7 @@ prop_compose! {
 prop_compose! {
     /// A backend here, with its quota so far, or one of another node.
     fn some_ready()(weight in 1..=1000u32, established in 0..50_000u32, previous in any_sane_quota()) -> ReadyBackend {
-        ReadyBackend { weight, established, previous }
+        ReadyBackend { previous, ..ready(weight, established, None) }
     }
 }
 

@@ -77,6 +77,8 @@ impl<'a> Group<'a> {
                 weight: endpoint.weight,
                 established: load.map_or(0, |load| load.established),
                 previous: None,
+                full: load.is_some_and(|load| load.room == Some(0)),
+                unhealthy_for: None,
             });
         own.iter()
             .filter_map(|(endpoint, slots)| {
@@ -119,12 +121,6 @@ impl<'a> Group<'a> {
             .sum()
     }
 
-    /// Whether no ready backend could take a refused client.
-    pub fn all_full(&self) -> bool {
-        let is_full = |load: Option<Load>| load.is_some_and(|load| load.room == Some(0));
-        self.ready().next().is_some() && self.ready().all(|(_, load)| is_full(load))
-    }
-
     /// The connections that are counted elsewhere than on this node.
     pub fn counted_without(&self, node: &str) -> u64 {
         let others = self.all.iter().filter(|(endpoint, _)| {
@@ -165,6 +161,8 @@ fn together(one: ReadyBackend, other: ReadyBackend) -> ReadyBackend {
     ReadyBackend {
         established: one.established.saturating_add(other.established),
         previous: previous.into_iter().flatten().reduce(Quota::and),
+        full: one.full && other.full,
+        unhealthy_for: one.unhealthy_for.min(other.unhealthy_for),
         ..one
     }
 }

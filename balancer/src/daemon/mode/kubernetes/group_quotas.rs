@@ -177,7 +177,6 @@ impl GroupQuotas {
             total: self.total(group, view, starved),
             established_elsewhere: group.established_elsewhere(),
             refused_for_long: starved.long,
-            all_full: group.all_full(),
             unreported: self.unreported(group),
             silent_for: view.silent_for,
             hold_for,
