@@ -6,8 +6,8 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    AuditTotals, Backend, Connection, Counts, ExemptKey, Heartbeat, ListenRule, Members, PortKey,
-    ServiceInfo, ServicePort, ServiceState, SlotPolicy, Totals, maps,
+    AuditTotals, Backend, Connection, Counts, ExemptKey, Health, Heartbeat, ListenRule, Members,
+    PortKey, ServiceInfo, ServicePort, ServiceState, SlotPolicy, Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -25,6 +25,8 @@ pub static POLICY: Array<SlotPolicy> = Array::pinned(maps::POLICY.entries, maps:
 pub static COUNTS: Array<Counts> = Array::pinned(maps::COUNTS.entries, maps::COUNTS.flags);
 #[map]
 pub static TOTALS: Array<Totals> = Array::pinned(maps::TOTALS.entries, maps::TOTALS.flags);
+#[map]
+pub static HEALTH: Array<Health> = Array::pinned(maps::HEALTH.entries, maps::HEALTH.flags);
 #[map]
 pub static LISTENERS: SockMap = SockMap::pinned(maps::LISTENERS.entries, maps::LISTENERS.flags);
 #[map]

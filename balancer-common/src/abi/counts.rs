@@ -20,7 +20,7 @@ pub struct Counts {
     pub cookies: u64,
     /// Tick from when on the half-open connections, which hold all the room, are a flood unless
     /// one is completed before; 0: they hold it not.
-    pub stalled: u64,
+    pub flood: u64,
     /// The longest handshake of late, in microseconds (20 bits: a second is more than is asked
     /// for) | tick when it was completed << 20; 0: none yet.
     pub handshake: u64,
@@ -33,7 +33,7 @@ impl Counts {
         expected: 0,
         full: 0,
         cookies: 0,
-        stalled: 0,
+        flood: 0,
         handshake: 0,
     };
     /// What one exempt connection adds to the word `established`; any other adds 1.

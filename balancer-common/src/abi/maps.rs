@@ -4,6 +4,7 @@ use super::address::PortKey;
 use super::backend::{Backend, Connection, SlotPolicy};
 use super::counts::{Counts, Totals};
 use super::daemon::{AuditTotals, Heartbeat};
+use super::health::Health;
 use super::limits::{MAX_SERVICES, MAX_SLOTS, REASON_SLOTS};
 use super::service::{ExemptKey, ListenRule, Members, ServiceInfo, ServicePort, ServiceState};
 
@@ -90,6 +91,8 @@ pinned! {
     COUNTS = MapShape::shared::<Counts>(MAX_SLOTS);
     /// [`Totals`] for each slot. Written by the kernel half.
     TOTALS = MapShape::shared::<Totals>(MAX_SLOTS);
+    /// [`Health`] for each slot. Written by the kernel half, and some words by the daemon.
+    HEALTH = MapShape::shared::<Health>(MAX_SLOTS);
     /// The listening socket of each slot. Written by the kernel half, or by the daemon that adopts.
     LISTENERS = MapShape::new(SOCK_MAP, WORD, WORD, MAX_SLOTS);
     /// [`Members`] for each service. Written by the kernel half and by the daemon.

@@ -8,6 +8,7 @@ mod backend;
 mod counts;
 mod daemon;
 mod events;
+mod health;
 mod limits;
 pub mod maps;
 mod service;
@@ -18,12 +19,13 @@ pub use backend::*;
 pub use counts::*;
 pub use daemon::*;
 pub use events::*;
+pub use health::*;
 pub use limits::*;
 pub use service::*;
 pub use ticks::*;
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 const _: () = {
     assert!(size_of::<PortKey>() == 32);
@@ -32,6 +34,7 @@ const _: () = {
     assert!(size_of::<Backend>() == 72);
     assert!(size_of::<SlotPolicy>() == 24);
     assert!(size_of::<Counts>() == 48);
+    assert!(size_of::<Health>() == 64);
     assert!(size_of::<Members>() == 128);
     assert!(size_of::<ServiceState>() == 40);
     assert!(size_of::<Totals>() == 8);

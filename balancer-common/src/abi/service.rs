@@ -84,6 +84,8 @@ impl ServicePort {
     pub const EXACT_ADDRESSES: u8 = 1;
     /// Nothing listens on the port itself: its backends listen elsewhere.
     pub const VIRTUAL: u8 = 2;
+    /// The health of its backends is not regarded (`health: off`).
+    pub const HEALTH_OFF: u8 = 4;
 }
 
 /// Value of `LISTEN_RULES`: which service a new listener belongs to.

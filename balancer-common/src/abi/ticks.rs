@@ -17,3 +17,38 @@ pub const fn ticks_of_ms(ms: u64) -> u64 {
 pub const fn ticks_of_us(us: u64) -> u64 {
     ticks(us.saturating_mul(1_000))
 }
+
+/// Bits of a word beside the tick in it.
+pub const BESIDE: u32 = 20;
+/// What these bits hold at most.
+pub const MOST_BESIDE: u64 = (1 << BESIDE) - 1;
+
+/// A word of a tick and a number beside it, which is the most that fits where it is more.
+#[inline(always)]
+pub const fn stamped(tick: u64, beside: u64) -> u64 {
+    let beside = if beside > MOST_BESIDE {
+        MOST_BESIDE
+    } else {
+        beside
+    };
+    tick << BESIDE | beside
+}
+
+/// The tick of such a word.
+#[inline(always)]
+pub const fn tick_of(word: u64) -> u64 {
+    word >> BESIDE
+}
+
+/// What such a word has beside its tick.
+#[inline(always)]
+pub const fn beside(word: u64) -> u64 {
+    word & MOST_BESIDE
+}
+
+/// Whether something that was seen at `tick` is still so: for a while, in ticks. Another CPU may
+/// have seen it after `now`.
+#[inline(always)]
+pub const fn lasts(tick: u64, for_ticks: u64, now: u64) -> bool {
+    tick + for_ticks >= now
+}

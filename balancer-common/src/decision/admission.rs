@@ -1,6 +1,8 @@
 //! Admission: may this backend take one connection more?
 
-use crate::abi::{Cookies, Counts, ticks_of_ms, ticks_of_us};
+use crate::abi::{
+    BESIDE, Cookies, Counts, MOST_BESIDE, beside, lasts, stamped, tick_of, ticks_of_ms, ticks_of_us,
+};
 
 /// How long a queue may be full without a pause before connections are refused because of it, in
 /// ticks.
@@ -24,14 +26,14 @@ const QUEUE_MARGIN: u32 = 4;
 /// How long the room may be full of half-open connections none of which completes, before they are
 /// taken for a flood, in ticks: where no handshake was seen yet, and at most. Shorter than the
 /// kernel calls them young.
-const STALL_LONGEST: u64 = ticks_of_ms(900);
+const FLOOD_LONGEST: u64 = ticks_of_ms(900);
 
 /// The least time for which half-open connections may hold the room, in ticks: some handshakes take
 /// next to no time.
-const STALL_SHORTEST: u64 = ticks_of_ms(20);
+const FLOOD_SHORTEST: u64 = ticks_of_ms(20);
 
 /// How many times the longest handshake half-open connections may hold the room.
-const STALL_HANDSHAKES: u64 = 8;
+const FLOOD_HANDSHAKES: u64 = 8;
 
 /// How long half-open connections that were taken for a flood stay one, in ticks: after that the
 /// SYN queue itself shows a flood that goes on.
@@ -39,41 +41,6 @@ const FLOOD_FOR: u64 = ticks_of_ms(5_000);
 
 /// How long the longest handshake is remembered, in ticks.
 const HANDSHAKE_FOR: u64 = ticks_of_ms(600_000);
-
-/// Bits of a word beside the tick in it.
-const BESIDE: u32 = 20;
-/// What these bits hold at most.
-const MOST_BESIDE: u64 = (1 << BESIDE) - 1;
-
-/// A word of a tick and a number beside it, which is the most that fits where it is more.
-#[inline(always)]
-const fn stamped(tick: u64, beside: u64) -> u64 {
-    let beside = if beside > MOST_BESIDE {
-        MOST_BESIDE
-    } else {
-        beside
-    };
-    tick << BESIDE | beside
-}
-
-/// The tick of such a word.
-#[inline(always)]
-const fn tick_of(word: u64) -> u64 {
-    word >> BESIDE
-}
-
-/// What such a word has beside its tick.
-#[inline(always)]
-const fn beside(word: u64) -> u64 {
-    word & MOST_BESIDE
-}
-
-/// Whether something that was seen at `tick` is still so: for a while, in ticks. Another CPU may
-/// have seen it after `now`.
-#[inline(always)]
-const fn lasts(tick: u64, for_ticks: u64, now: u64) -> bool {
-    tick + for_ticks >= now
-}
 
 /// What the kernel says of a listening socket at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,7 +98,7 @@ impl Observation {
     /// otherwise use up the room of honest clients.
     #[inline(always)]
     pub const fn pending(&self, counts: &Counts, quota: u32, now: u64) -> u32 {
-        if is_stalled(counts, now) {
+        if is_flooded(counts, now) {
             return 0;
         }
         self.young_unless_flooded(quota)
@@ -154,36 +121,36 @@ impl Observation {
 /// Whether the half-open connections are a flood by what became of them: they held all the room for
 /// longer than handshakes take here, and not one was completed.
 #[inline(always)]
-const fn is_stalled(counts: &Counts, now: u64) -> bool {
-    counts.stalled != 0 && counts.stalled <= now && lasts(counts.stalled, FLOOD_FOR, now)
+const fn is_flooded(counts: &Counts, now: u64) -> bool {
+    counts.flood != 0 && counts.flood <= now && lasts(counts.flood, FLOOD_FOR, now)
 }
 
-/// Whether a handshake that is completed now takes the word `stalled` back.
+/// Whether a handshake that is completed now takes the word `flood` back.
 #[inline(always)]
 pub const fn is_held(word: u64, now: u64) -> bool {
     word > now
 }
 
-/// The word `stalled` after a look. `None`: leave it as it is.
+/// The word `flood` after a look. `None`: leave it as it is.
 #[inline(always)]
-pub const fn pack_stalled(counts: &Counts, now: u64) -> Option<u64> {
-    if is_held(counts.stalled, now) || is_stalled(counts, now) {
+pub const fn pack_flood(counts: &Counts, now: u64) -> Option<u64> {
+    if is_held(counts.flood, now) || is_flooded(counts, now) {
         return None;
     }
-    Some(now + stall_patience(counts.handshake))
+    Some(now + flood_patience(counts.handshake))
 }
 
 /// How long half-open connections may hold all the room without one being completed.
 #[inline(always)]
-const fn stall_patience(handshake: u64) -> u64 {
+const fn flood_patience(handshake: u64) -> u64 {
     if handshake == 0 {
-        return STALL_LONGEST;
+        return FLOOD_LONGEST;
     }
-    let ticks = ticks_of_us(beside(handshake) * STALL_HANDSHAKES);
-    if ticks < STALL_SHORTEST {
-        STALL_SHORTEST
-    } else if ticks > STALL_LONGEST {
-        STALL_LONGEST
+    let ticks = ticks_of_us(beside(handshake) * FLOOD_HANDSHAKES);
+    if ticks < FLOOD_SHORTEST {
+        FLOOD_SHORTEST
+    } else if ticks > FLOOD_LONGEST {
+        FLOOD_LONGEST
     } else {
         ticks
     }
@@ -562,8 +529,8 @@ mod tests {
             self.half_open
                 .retain(|(_, last)| last.is_none_or(|last| last > now));
             self.counts.established += (before - self.half_open.len()) as u64;
-            if before > self.half_open.len() && is_held(self.counts.stalled, now) {
-                self.counts.stalled = 0;
+            if before > self.half_open.len() && is_held(self.counts.flood, now) {
+                self.counts.flood = 0;
             }
         }
 
@@ -581,9 +548,9 @@ mod tests {
             let for_pending = admits(self.counts.established(), 0, 0, QUOTA);
             if !admitted
                 && for_pending
-                && let Some(word) = pack_stalled(&self.counts, now)
+                && let Some(word) = pack_flood(&self.counts, now)
             {
-                self.counts.stalled = word;
+                self.counts.flood = word;
             }
             if admitted {
                 self.half_open.push((now, takes.map(|takes| now + takes)));
@@ -600,7 +567,7 @@ mod tests {
     #[test]
     fn half_open_connections_that_never_complete_hold_the_room_for_a_moment() {
         let mut model = Model::new(1);
-        let ends = BEGIN + u64::from(QUOTA) + STALL_SHORTEST;
+        let ends = BEGIN + u64::from(QUOTA) + FLOOD_SHORTEST;
         assert_eq!(flood(&mut model, BEGIN..ends), QUOTA as usize);
         // From then on, beside the flood, honest ones get in up to the quota and not beyond.
         for n in 0..QUOTA + 5 {
@@ -615,7 +582,7 @@ mod tests {
     fn a_backend_without_a_handshake_yet_is_given_nearly_a_second() {
         let mut model = Model::new(1);
         model.counts.handshake = 0;
-        let ends = BEGIN + u64::from(QUOTA) + STALL_LONGEST;
+        let ends = BEGIN + u64::from(QUOTA) + FLOOD_LONGEST;
         assert_eq!(flood(&mut model, BEGIN..ends), QUOTA as usize);
         assert!(model.syn(ends, Some(1)));
     }
@@ -628,7 +595,7 @@ mod tests {
         model.counts.established = u64::from(QUOTA) - 1;
         assert!(model.syn(BEGIN, None));
         assert!(!model.syn(BEGIN + 1, Some(1)));
-        assert!(model.syn(BEGIN + 1 + STALL_SHORTEST, Some(1)));
+        assert!(model.syn(BEGIN + 1 + FLOOD_SHORTEST, Some(1)));
     }
 
     #[test]
@@ -639,16 +606,16 @@ mod tests {
         let later = 1_001 + HANDSHAKE_FOR;
         assert_eq!(pack_handshake(first, 700, later).map(beside), Some(700));
         assert_eq!(
-            stall_patience(pack_handshake(0, 0, 0).unwrap()),
-            STALL_SHORTEST
+            flood_patience(pack_handshake(0, 0, 0).unwrap()),
+            FLOOD_SHORTEST
         );
         assert_eq!(
-            stall_patience(pack_handshake(0, 10_000, 0).unwrap()),
+            flood_patience(pack_handshake(0, 10_000, 0).unwrap()),
             ticks_of_ms(80)
         );
         assert_eq!(
-            stall_patience(pack_handshake(0, u32::MAX, 0).unwrap()),
-            STALL_LONGEST
+            flood_patience(pack_handshake(0, u32::MAX, 0).unwrap()),
+            FLOOD_LONGEST
         );
     }
 
@@ -687,7 +654,7 @@ mod tests {
                     refused = None;
                 } else {
                     let since: u64 = *refused.get_or_insert(now);
-                    prop_assert!(now - since <= stall_patience(model.counts.handshake));
+                    prop_assert!(now - since <= flood_patience(model.counts.handshake));
                 }
                 now += gap;
                 model.syn(now, None);
@@ -741,12 +708,12 @@ mod tests {
             prop_assert_eq!(expected(word, now) != 0, is_expected(word) && age <= EXPECTED_FOR);
             let handshake = pack_handshake(0, micros, written).unwrap();
             prop_assert_eq!(pack_handshake(handshake, 0, now).is_some(), age > HANDSHAKE_FOR || beside(handshake) == 0);
-            let patience = stall_patience(handshake);
-            let stalled = pack_stalled(&Counts { handshake, ..Counts::ZERO }, written).unwrap();
-            prop_assert_eq!(is_held(stalled, now), age < patience);
-            let counts = Counts { stalled, ..Counts::ZERO };
-            prop_assert_eq!(is_stalled(&counts, now), (patience..=patience + FLOOD_FOR).contains(&age));
-            prop_assert_eq!(pack_stalled(&counts, now).is_some(), age > patience + FLOOD_FOR);
+            let patience = flood_patience(handshake);
+            let flood = pack_flood(&Counts { handshake, ..Counts::ZERO }, written).unwrap();
+            prop_assert_eq!(is_held(flood, now), age < patience);
+            let counts = Counts { flood, ..Counts::ZERO };
+            prop_assert_eq!(is_flooded(&counts, now), (patience..=patience + FLOOD_FOR).contains(&age));
+            prop_assert_eq!(pack_flood(&counts, now).is_some(), age > patience + FLOOD_FOR);
         }
 
         /// A look on another CPU may have a later time than the one at hand.
@@ -764,11 +731,11 @@ mod tests {
             word: u64, quota: u32, now in 0..END, established: u64, enforce: bool,
         ) {
             let seen = Observation { half_open, young, fast_open, queue, backlog, syncookies, overflow_age };
-            let counts = Counts { established, expected: word, full: word, cookies: word, stalled: word, handshake: word };
+            let counts = Counts { established, expected: word, full: word, cookies: word, flood: word, handshake: word };
             judge(&seen, &counts, quota, enforce, now);
             pack_cookies(&seen, word, now);
             pack_full(full_since(word, now), now);
-            pack_stalled(&counts, now);
+            pack_flood(&counts, now);
             pack_handshake(word, half_open, now);
             prop_assert!(expected(pack_expected(seen.pending(&counts, quota, now), now), now) <= MOST_EXPECTED);
         }

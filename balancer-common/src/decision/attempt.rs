@@ -2,7 +2,7 @@
 
 use crate::abi::{BackendState, Cookies, Counts};
 use crate::decision::admission::{
-    Judgement, Observation, judge, pack_cookies, pack_expected, pack_full, pack_over, pack_stalled,
+    Judgement, Observation, judge, pack_cookies, pack_expected, pack_flood, pack_full, pack_over,
 };
 use crate::decision::member::Member;
 use crate::decision::scan::Scan;
@@ -92,9 +92,9 @@ pub struct Writes {
     pub cookies: Option<u64>,
     /// `Counts::full`.
     pub full: Option<u64>,
-    /// `Counts::stalled`, only in place of the word that was judged by: a handshake that completes
+    /// `Counts::flood`, only in place of the word that was judged by: a handshake that completes
     /// on another CPU takes it back.
-    pub stalled: Option<u64>,
+    pub flood: Option<u64>,
     /// `Counts::expected`.
     pub expected: Option<Expected>,
 }
@@ -113,7 +113,7 @@ impl Writes {
     const NONE: Self = Self {
         cookies: None,
         full: None,
-        stalled: None,
+        flood: None,
         expected: None,
     };
 
@@ -125,8 +125,8 @@ impl Writes {
         if let Some(word) = self.full {
             counts.full = word;
         }
-        if let Some(word) = self.stalled {
-            counts.stalled = word;
+        if let Some(word) = self.flood {
+            counts.flood = word;
         }
         if let Some(expected) = self.expected {
             counts.expected = expected.word;
@@ -211,7 +211,7 @@ fn in_vain(
             });
             // By established connections alone it would not have been looked at: half-open ones
             // hold the room.
-            writes.stalled = pack_stalled(counts, now);
+            writes.flood = pack_flood(counts, now);
         }
     }
     Some(judgement)
@@ -234,7 +234,7 @@ const fn must_choose_by_tuple(cookies: Cookies, scan: &Scan) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{Address, Backend, ServicePort, SlotPolicy, SlotState, UNLIMITED};
+    use crate::abi::{Address, Backend, Health, ServicePort, SlotPolicy, SlotState, UNLIMITED};
     use crate::decision::request::{Arrival, Request};
 
     const NOW: u64 = 50_000;
@@ -266,6 +266,7 @@ mod tests {
                 expected: pack_expected(7, NOW - 1),
                 ..Counts::ZERO
             },
+            health: Health::UNKNOWN,
         }
     }
 
@@ -326,10 +327,10 @@ mod tests {
                 word: pack_over(3, NOW),
                 instead_of: None,
             }),
-            stalled: pack_stalled(&member(8).counts, NOW),
+            flood: pack_flood(&member(8).counts, NOW),
             ..Writes::NONE
         };
-        assert!(corrected.stalled.is_some());
+        assert!(corrected.flood.is_some());
         assert_eq!(over.writes, corrected);
         let full = outcome(Some(&FULL), &member(5), USUAL);
         let judgement = Judgement::QueueFull { since: NOW };

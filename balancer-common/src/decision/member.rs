@@ -1,6 +1,8 @@
 //! A backend as the decision sees it.
 
-use crate::abi::{Address, Backend, BackendId, BackendState, Counts, DEFAULT_WEIGHT, SlotPolicy};
+use crate::abi::{
+    Address, Backend, BackendId, BackendState, Counts, DEFAULT_WEIGHT, Health, SlotPolicy,
+};
 use crate::decision::admission::used;
 use crate::decision::request::Request;
 
@@ -15,6 +17,8 @@ pub struct Member {
     pub policy: SlotPolicy,
     /// The element of COUNTS, with the connections that only the daemon counts.
     pub counts: Counts,
+    /// The element of HEALTH.
+    pub health: Health,
 }
 
 impl Member {
@@ -144,6 +148,7 @@ mod tests {
             },
             policy: SlotPolicy::new(1, UNLIMITED, 1, 0),
             counts: Counts::ZERO,
+            health: Health::UNKNOWN,
         }
     }
 

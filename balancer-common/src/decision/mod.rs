@@ -4,6 +4,7 @@
 pub mod admission;
 pub mod attempt;
 pub mod cursor;
+pub mod health;
 pub mod member;
 mod outcome;
 pub mod reason;

@@ -9,8 +9,8 @@ use super::request::Request;
 use super::scan::Scan;
 use super::*;
 use crate::abi::{
-    Address, Backend, BackendState, Cookies, Counts, MEMBER_WORDS, Policy, SlotPolicy, SlotState,
-    UNLIMITED,
+    Address, Backend, BackendState, Cookies, Counts, Health, MEMBER_WORDS, Policy, SlotPolicy,
+    SlotState, UNLIMITED,
 };
 use crate::{Reason, Verdict, hash};
 use proptest::prelude::*;
@@ -48,6 +48,7 @@ fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
             established: u64::from(established),
             ..Counts::ZERO
         },
+        health: Health::UNKNOWN,
     }
 }
 
@@ -295,7 +296,7 @@ proptest! {
             if all_hang {
                 socket.queue = socket.backlog + 1;
             }
-            member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, stalled: word.1 >> 5, handshake: word.1 >> 7 };
+            member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, flood: word.1 >> 5, handshake: word.1 >> 7 };
         }
         for index in unsteerable {
             if let Some(member) = model.members.get_mut(index) {

@@ -20,7 +20,7 @@ use crate::kernel::context::context;
 use crate::kernel::shared::shared;
 use crate::kernel::socket::{TcpSocket, current_task};
 use crate::maps::{
-    BACKENDS, CONNECTION, COUNTS, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
+    BACKENDS, CONNECTION, COUNTS, HEALTH, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
 };
 
 // Operations and states: include/uapi/linux/bpf.h, include/net/tcp_states.h.
@@ -161,12 +161,12 @@ fn class_of(service: u16, source: &Address) -> u16 {
 /// A handshake was completed: those under way are no flood, and this is how long one takes.
 #[inline(always)]
 fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
-    let stalled = shared!(counts, stalled);
+    let flood = shared!(counts, flood);
     // SAFETY: a helper without arguments.
     let now = ticks(unsafe { bpf_ktime_get_ns() });
-    if is_held(stalled, now) {
+    if is_held(flood, now) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        unsafe { atomic::replace(&raw mut (*counts).stalled, stalled, 0) };
+        unsafe { atomic::replace(&raw mut (*counts).flood, flood, 0) };
     }
     // Eighths of a microsecond; 0 where the SYN-ACK was sent again or was a cookie, and nothing was
     // measured.
@@ -467,11 +467,28 @@ fn register(ctx: &SockOpsContext, id: BackendId, mut backend: Backend) {
             atomic::store(&raw mut (*counts).expected, 0);
             atomic::store(&raw mut (*counts).full, 0);
             atomic::store(&raw mut (*counts).cookies, 0);
-            atomic::store(&raw mut (*counts).stalled, 0);
+            atomic::store(&raw mut (*counts).flood, 0);
             atomic::store(&raw mut (*counts).handshake, 0);
         }
     }
+    forget_health(id.slot);
     publish(ctx, id, place);
+}
+
+/// A new backend has the slot: nothing was seen of its health.
+#[inline(always)]
+fn forget_health(slot: u32) {
+    let Some(health) = HEALTH.get_ptr_mut(slot) else {
+        return;
+    };
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+    unsafe {
+        atomic::store(&raw mut (*health).queue, 0);
+        atomic::store(&raw mut (*health).stalled, 0);
+        atomic::store(&raw mut (*health).failures, 0);
+        atomic::store(&raw mut (*health).failing, 0);
+        atomic::store(&raw mut (*health).hung, 0);
+    }
 }
 
 /// Makes a claimed slot one that SYNs may go to.

@@ -6,8 +6,8 @@ use aya_ebpf::helpers::generated::{bpf_loop, bpf_map_lookup_elem, bpf_sk_assign,
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::SkLookupContext;
 use balancer_common::abi::{
-    Address, Backend, Counts, ExemptKey, Heartbeat, MAX_SLOTS, MEMBER_WORDS, Members, Policy,
-    PortKey, REASON_SLOTS, ServicePort, SlotPolicy, ticks,
+    Address, Backend, Counts, ExemptKey, Health, Heartbeat, MAX_SLOTS, MEMBER_WORDS, Members,
+    Policy, PortKey, REASON_SLOTS, ServicePort, SlotPolicy, ticks,
 };
 use balancer_common::decision::attempt::{Expected, Writes};
 use balancer_common::decision::cursor::{Cursor, Step};
@@ -30,8 +30,8 @@ use crate::kernel::scratch::Scratch;
 use crate::kernel::shared::shared;
 use crate::kernel::socket::{TcpSocket, listens};
 use crate::maps::{
-    BACKENDS, COUNTS, EXEMPT, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE, SERVICES,
-    VERDICTS,
+    BACKENDS, COUNTS, EXEMPT, HEALTH, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE,
+    SERVICES, VERDICTS,
 };
 
 const SK_DROP: u32 = 0;
@@ -399,7 +399,7 @@ fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> At
         return Attempt::Gone;
     };
     // The scan does without these.
-    member.counts.stalled = shared!(counts, stalled);
+    member.counts.flood = shared!(counts, flood);
     member.counts.handshake = shared!(counts, handshake);
     if member.backend.flags & Backend::UNSTEERABLE != 0 {
         return state.judge(None, &member).attempt;
@@ -476,6 +476,7 @@ fn member(slot: u32) -> Option<Member> {
     let backend = BACKENDS.get_ptr(slot)?;
     let policy = POLICY.get_ptr(slot)?;
     let counts = COUNTS.get_ptr(slot)?;
+    let health = HEALTH.get_ptr(slot)?;
     let policy = SlotPolicy {
         quota: shared!(policy, quota),
         weight: shared!(policy, weight),
@@ -487,6 +488,12 @@ fn member(slot: u32) -> Option<Member> {
         full: shared!(counts, full),
         cookies: shared!(counts, cookies),
         ..Counts::ZERO
+    };
+    let health = Health {
+        stalled: shared!(health, stalled),
+        failing: shared!(health, failing),
+        hung: shared!(health, hung),
+        ..Health::UNKNOWN
     };
     let backend = Backend {
         slot_state: shared!(backend, slot_state),
@@ -504,6 +511,7 @@ fn member(slot: u32) -> Option<Member> {
         backend,
         policy,
         counts: counts.with_adopted(&policy),
+        health,
     })
 }
 
@@ -554,8 +562,8 @@ unsafe fn write(writes: &Writes, counts: *mut Counts, member: &Member) -> bool {
         if let Some(word) = writes.full {
             atomic::store(&raw mut (*counts).full, word);
         }
-        if let Some(word) = writes.stalled {
-            atomic::replace(&raw mut (*counts).stalled, member.counts.stalled, word);
+        if let Some(word) = writes.flood {
+            atomic::replace(&raw mut (*counts).flood, member.counts.flood, word);
         }
         match writes.expected {
             None => true,

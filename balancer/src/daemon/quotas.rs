@@ -204,7 +204,7 @@ fn own(view: &SlotView) -> Option<Quota> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balancer_common::abi::{Backend, BackendState, Counts, SlotPolicy, SlotState};
+    use balancer_common::abi::{Backend, BackendState, Counts, Health, SlotPolicy, SlotState};
     use balancer_common::decision::member::Member;
 
     fn slot(policy: SlotPolicy) -> SlotView {
@@ -216,6 +216,7 @@ mod tests {
             },
             policy,
             counts: Counts::ZERO,
+            health: Health::UNKNOWN,
         };
         SlotView { member }
     }

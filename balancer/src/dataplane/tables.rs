@@ -15,7 +15,7 @@ use aya::maps::{
 use balancer_common::Reason;
 use balancer_common::abi::maps::{self, MapShape};
 use balancer_common::abi::{
-    Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey,
+    Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey, Health,
     Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, PortKey, REASON_SLOTS,
     ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
@@ -104,6 +104,7 @@ pub struct Tables {
     policies: SharedArray,
     counts: SharedArray,
     totals: SharedArray,
+    health: SharedArray,
     members: SharedArray,
     service_states: SharedArray,
     heartbeat: Arc<SharedArray>,
@@ -278,6 +279,7 @@ impl Tables {
             policies: shared(directory, "POLICY", maps::POLICY)?,
             counts: shared(directory, "COUNTS", maps::COUNTS)?,
             totals: shared(directory, "TOTALS", maps::TOTALS)?,
+            health: shared(directory, "HEALTH", maps::HEALTH)?,
             members: shared(directory, "MEMBERS", maps::MEMBERS)?,
             service_states: shared(directory, "SERVICE_STATE", maps::SERVICE_STATE)?,
             heartbeat: Arc::new(shared(directory, "HEARTBEAT", maps::HEARTBEAT)?),
@@ -452,6 +454,9 @@ impl Tables {
         for hint in 1..size_of::<Counts>() / size_of::<u64>() {
             self.counts.word(slot, hint).store(0, Ordering::SeqCst);
         }
+        for word in 0..size_of::<Health>() / size_of::<u64>() {
+            self.health.word(slot, word).store(0, Ordering::SeqCst);
+        }
         self.backends
             .set(slot, Plain(backend), 0)
             .with_context(|| format!("cannot write slot {slot}"))
@@ -509,8 +514,26 @@ impl Tables {
                 expected,
                 full,
                 cookies,
-                stalled,
+                flood,
                 handshake
+            }
+        )
+    }
+
+    /// What is seen of a slot's health.
+    pub fn health(&self, slot: u32) -> Health {
+        read!(
+            self.health,
+            slot,
+            Health {
+                queue,
+                stalled,
+                failures,
+                failing,
+                failing_since,
+                hung,
+                hung_since,
+                zero
             }
         )
     }
@@ -562,6 +585,7 @@ impl Tables {
             backend,
             policy,
             counts,
+            health: self.health(slot),
         };
         Ok(Some(SlotView { member }))
     }

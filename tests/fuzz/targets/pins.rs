@@ -9,7 +9,7 @@ use balancer::dataplane::{MapContents, ServiceContents, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
 use balancer_common::abi::{
-    Address, AuditTotals, Backend, Counts, Heartbeat, ServiceInfo, SlotPolicy,
+    Address, AuditTotals, Backend, Counts, Health, Heartbeat, ServiceInfo, SlotPolicy,
 };
 use balancer_common::decision::member::Member;
 use bytes::Buf;
@@ -144,8 +144,18 @@ fn member(bytes: &mut Bytes<'_>) -> Member {
             expected: bytes.u64(),
             full: bytes.u64(),
             cookies: bytes.u64(),
-            stalled: bytes.u64(),
+            flood: bytes.u64(),
             handshake: bytes.u64(),
+        },
+        health: Health {
+            queue: bytes.u64(),
+            stalled: bytes.u64(),
+            failures: bytes.u64(),
+            failing: bytes.u64(),
+            failing_since: bytes.u64(),
+            hung: bytes.u64(),
+            hung_since: bytes.u64(),
+            zero: bytes.u64(),
         },
     }
 }

@@ -140,7 +140,9 @@ fn load(member: &Member, request: &Request) -> String {
 
 #[cfg(test)]
 mod tests {
-    use balancer_common::abi::{Address, BackendState, Counts, ServicePort, SlotPolicy, SlotState};
+    use balancer_common::abi::{
+        Address, BackendState, Counts, Health, ServicePort, SlotPolicy, SlotState,
+    };
     use balancer_common::decision::request::Arrival;
     use balancer_common::decision::scan::Scan;
 
@@ -185,6 +187,7 @@ mod tests {
                 adopted: 0,
             },
             counts: Counts::ZERO,
+            health: Health::UNKNOWN,
         }
     }
 
