@@ -68,7 +68,7 @@ pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
 pub fn listening(netns: impl AsFd) -> io::Result<Vec<Socket>> {
     netns::inside(netns, || {
         let query = |family| Query {
-            protocol: true,
+            info: true,
             ..Query::new(family, States::of(&[State::Listen]))
         };
         let mut sockets = tcp_sockets(&query(Family::V4))?;

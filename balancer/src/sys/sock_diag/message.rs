@@ -6,7 +6,7 @@ use std::{
     os::fd::AsRawFd as _,
 };
 
-use super::{Family, Query, Socket, State, Storage};
+use super::{Family, Query, Received, Socket, State, Storage};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 
@@ -28,15 +28,26 @@ const INET_DIAG_ULP_INFO: u16 = 19;
 const INET_DIAG_SK_BPF_STORAGES: u16 = 20;
 const INET_DIAG_CGROUP_ID: u16 = 21;
 const INET_ULP_INFO_NAME: u16 = 1;
+const INET_DIAG_REQ_BYTECODE: u16 = 1;
 const INET_DIAG_REQ_SK_BPF_STORAGES: u16 = 2;
+// Operations of the filter's program: `enum` in include/uapi/linux/inet_diag.h.
+const INET_DIAG_BC_JMP: u8 = 1;
+const INET_DIAG_BC_S_GE: u8 = 2;
+const INET_DIAG_BC_S_LE: u8 = 3;
 const SK_DIAG_BPF_STORAGE_REQ_MAP_FD: u16 = 1;
 const SK_DIAG_BPF_STORAGE: u16 = 1;
 const SK_DIAG_BPF_STORAGE_MAP_VALUE: u16 = 3;
+
+/// Ports of a filter: its jumps have 16 bits.
+const MOST_PORTS: usize = 3_000;
 
 const HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;
 /// `struct inet_diag_msg`.
 const SOCKET_MESSAGE: usize = 72;
+/// Where `struct tcp_info` has `tcpi_last_data_recv` and `tcpi_bytes_received`.
+const INFO_LAST_RECEIVED: usize = 52;
+const INFO_BYTES_RECEIVED: usize = 128;
 
 /// Bytes that are no `sock_diag` answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,11 +160,13 @@ fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
         v6only: None,
         cgroup: None,
         mptcp: false,
+        received: None,
         storage: None,
     };
     for attribute in Attributes(&message[SOCKET_MESSAGE..]) {
         let (kind, value) = attribute?;
         match kind {
+            INET_DIAG_INFO => socket.received = received(value),
             INET_DIAG_SKV6ONLY => socket.v6only = value.first().map(|only| *only != 0),
             INET_DIAG_ULP_INFO => {
                 socket.mptcp = find(value, INET_ULP_INFO_NAME)?
@@ -167,6 +180,15 @@ fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
         }
     }
     Ok(Some(socket))
+}
+
+/// Of a `struct tcp_info`; nothing where the kernel's is too short to have it.
+fn received(info: &[u8]) -> Option<Received> {
+    let bytes = info.get(INFO_BYTES_RECEIVED..)?.first_chunk()?;
+    Some(Received {
+        bytes: u64::from_ne_bytes(*bytes),
+        ms_ago: u32_at(info, INFO_LAST_RECEIVED)?,
+    })
 }
 
 /// The first value found: one map is asked for.
@@ -273,11 +295,17 @@ pub(super) fn dump_request(query: &Query<'_>, sequence: u32) -> Vec<u8> {
     };
     let [family, protocol] =
         [family, libc::IPPROTO_TCP].map(|number| u8::try_from(number).expect("both are small"));
-    let extensions = u8::from(query.protocol) << (INET_DIAG_INFO - 1);
+    let extensions = u8::from(query.info) << (INET_DIAG_INFO - 1);
     let mut body = vec![family, protocol, extensions, 0];
     body.extend(query.states.0.to_ne_bytes());
     // No socket is named.
     body.extend([0; 48]);
+    if (1..=MOST_PORTS).contains(&query.ports.len()) {
+        body.extend(attribute(
+            INET_DIAG_REQ_BYTECODE,
+            &bound_to_any_of(query.ports),
+        ));
+    }
     if let Some(map) = query.storage {
         let map = map.as_raw_fd().to_ne_bytes();
         let map = attribute(SK_DIAG_BPF_STORAGE_REQ_MAP_FD, &map);
@@ -286,6 +314,33 @@ pub(super) fn dump_request(query: &Query<'_>, sequence: u32) -> Vec<u8> {
     }
     let flags = NLM_F_REQUEST | NLM_F_DUMP;
     message(SOCK_DIAG_BY_FAMILY, flags, sequence, &body)
+}
+
+/// The program of a filter that takes what is bound to one of these ports: for each port two
+/// comparisons and a jump to the end. A jump beyond the end refuses (`inet_diag_bc_run`,
+/// `net/ipv4/inet_diag.c`).
+fn bound_to_any_of(ports: &[u16]) -> Vec<u8> {
+    /// `struct inet_diag_bc_op`; a comparison has its port in a second one.
+    const OP: u16 = 4;
+    const COMPARISON: u16 = 2 * OP;
+    const OF_A_PORT: u16 = 2 * COMPARISON + OP;
+    let mut program = Vec::with_capacity(ports.len() * usize::from(OF_A_PORT));
+    let mut op = |code: u8, yes: u16, no: u16| {
+        let yes = u8::try_from(yes).expect("an operation is short");
+        program.extend([code, yes]);
+        program.extend(no.to_ne_bytes());
+    };
+    for (at, port) in ports.iter().enumerate() {
+        let behind = u16::try_from(ports.len() - 1 - at).expect("at most so many ports");
+        // Where no other port follows: out of the program.
+        let next = if behind == 0 { OP } else { 0 };
+        op(INET_DIAG_BC_S_GE, COMPARISON, OF_A_PORT + next);
+        op(0, 0, *port);
+        op(INET_DIAG_BC_S_LE, COMPARISON, COMPARISON + OP + next);
+        op(0, 0, *port);
+        op(INET_DIAG_BC_JMP, OP, OP + behind * OF_A_PORT);
+    }
+    program
 }
 
 fn message(kind: u16, flags: u16, sequence: u32, body: &[u8]) -> Vec<u8> {
@@ -330,6 +385,10 @@ mod tests {
             body.extend(word.to_ne_bytes());
         }
         assert_eq!(body.len(), SOCKET_MESSAGE);
+        let mut info = [0; 232];
+        info[INFO_LAST_RECEIVED..][..4].copy_from_slice(&250_u32.to_ne_bytes());
+        info[INFO_BYTES_RECEIVED..][..8].copy_from_slice(&70_000_000_000_u64.to_ne_bytes());
+        body.extend(attribute(INET_DIAG_INFO, &info));
         body.extend(attribute(INET_DIAG_SKV6ONLY, &[1]));
         body.extend(attribute(INET_DIAG_CGROUP_ID, &77_u64.to_ne_bytes()));
         body.extend(attribute(
@@ -375,6 +434,10 @@ mod tests {
             v6only: Some(true),
             cgroup: Some(77),
             mptcp: true,
+            received: Some(Received {
+                bytes: 70_000_000_000,
+                ms_ago: 250,
+            }),
             storage: Some(Storage::from_slice(&[9; 24])),
         };
         assert_eq!(sockets, [expected]);

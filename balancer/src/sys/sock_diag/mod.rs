@@ -95,10 +95,14 @@ pub struct Query<'a> {
     pub family: Family,
     /// In one of these states.
     pub states: States,
+    /// Bound to one of these ports only; none, or more than 3,000: to any. The kernel passes the
+    /// others over.
+    pub ports: &'a [u16],
     /// A socket storage map: report what it holds for each socket.
     pub storage: Option<BorrowedFd<'a>>,
-    /// Report whether a socket belongs to MPTCP. The kernel then adds a few hundred bytes a socket.
-    pub protocol: bool,
+    /// Report what a connection has received, and whether a socket belongs to MPTCP. The kernel
+    /// then adds a few hundred bytes a socket (`struct tcp_info`).
+    pub info: bool,
 }
 
 impl Query<'_> {
@@ -107,10 +111,20 @@ impl Query<'_> {
         Self {
             family,
             states,
+            ports: &[],
             storage: None,
-            protocol: false,
+            info: false,
         }
     }
+}
+
+/// What has come in on a connection (`struct tcp_info`, `include/uapi/linux/tcp.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Bytes since it began, whether they have been read or not.
+    pub bytes: u64,
+    /// How long ago the last ones came, in milliseconds.
+    pub ms_ago: u32,
 }
 
 /// What a storage map holds for a socket. Of very many sockets each one's few bytes must not be an
@@ -147,8 +161,10 @@ pub struct Socket {
     /// Id of the cgroup2 directory (its inode) that the socket was made in, where the kernel
     /// reports it.
     pub cgroup: Option<u64>,
-    /// Belongs to an MPTCP socket. Known only with [`Query::protocol`].
+    /// Belongs to an MPTCP socket. Known only with [`Query::info`].
     pub mptcp: bool,
+    /// What has come in on a connection. Known only with [`Query::info`].
+    pub received: Option<Received>,
     /// What the storage map of the query holds for it.
     pub storage: Option<Storage>,
 }
@@ -389,7 +405,7 @@ pub(crate) mod tests {
         let port = listener.local_addr().expect("address").port();
         let pairs: Vec<_> = (0..200).map(|_| connected(&listener)).collect();
         let query = Query {
-            protocol: true,
+            info: true,
             ..Query::new(Family::V4, States::of(&[State::Established]))
         };
         let mut found = tcp_sockets(&query).expect("a dump");
@@ -440,7 +456,7 @@ pub(crate) mod tests {
             mptcp_listener(),
         );
         let query = Query {
-            protocol: true,
+            info: true,
             ..Query::new(Family::V4, States::of(&[State::Listen]))
         };
         let found = tcp_sockets(&query).expect("a dump");
@@ -453,6 +469,62 @@ pub(crate) mod tests {
                 .expect("listed");
             assert_eq!((socket.mptcp, u64::from(socket.inode)), (mptcp, inode));
         }
+    }
+
+    #[test]
+    fn only_sockets_of_the_ports_asked_for_are_listed() {
+        let netns = netns::tests::fresh();
+        let listed = |ports: &[u16]| {
+            let query = Query {
+                ports,
+                ..Query::new(Family::V4, States::of(&[State::Listen]))
+            };
+            let listed = netns::inside(&netns, || tcp_sockets(&query).expect("a dump"));
+            let listed = listed.expect("inside").into_iter();
+            let mut listed: Vec<_> = listed.map(|socket| socket.local.port()).collect();
+            listed.sort_unstable();
+            listed
+        };
+        let bind = |port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("bind");
+        let _listeners = netns::inside(&netns, || [1, 2, 3, 4, 40_000, 65_535].map(bind));
+        assert_eq!(listed(&[]), [1, 2, 3, 4, 40_000, 65_535]);
+        assert_eq!(listed(&[2]), [2]);
+        assert_eq!(listed(&[40_000, 5, 1, 3]), [1, 3, 40_000]);
+        assert_eq!(listed(&[5]), [0; 0]);
+        // As many as a filter can have, and one more.
+        let most: Vec<u16> = (3..3_003).collect();
+        assert_eq!(listed(&most), [3, 4]);
+        let more: Vec<u16> = (3..3_004).collect();
+        assert_eq!(listed(&more), [1, 2, 3, 4, 40_000, 65_535]);
+    }
+
+    #[test]
+    fn what_came_in_is_reported_with_what_is_unread() {
+        use std::io::{Read as _, Write as _};
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
+        let port = listener.local_addr().expect("address").port();
+        let (mut client, mut server) = connected(&listener);
+        let seen = || {
+            let query = Query {
+                info: true,
+                ports: &[port],
+                ..Query::new(Family::V4, States::of(&[State::Established]))
+            };
+            let found = tcp_sockets(&query).expect("a dump");
+            let [socket] = &found[..] else {
+                panic!("one connection, not {found:?}")
+            };
+            let received = socket.received.expect("asked for");
+            (received.bytes, socket.receive_queue)
+        };
+        assert_eq!(seen(), (0, 0));
+        client.write_all(&[7; 100]).expect("sent");
+        while seen().0 < 100 {
+            std::thread::yield_now();
+        }
+        assert_eq!(seen(), (100, 100));
+        server.read_exact(&mut [0; 30]).expect("read");
+        assert_eq!(seen(), (100, 70));
     }
 
     #[test]
