@@ -10,6 +10,7 @@ pub mod daemon;
 pub mod dataplane;
 pub mod discover;
 pub mod doctor;
+pub mod health;
 pub mod kubernetes;
 pub mod metrics;
 pub mod quota;

@@ -9,11 +9,11 @@ use super::{
 #[rustfmt::skip]
 pub(super) const MAPPINGS: [(&str, &str, &str); 8] = [
     ("", "the file", "services kubernetes fail_open_after namespaces"),
-    ("services", "a service", "name port address policy backends quota exempt"),
+    ("services", "a service", "name port address policy backends quota exempt health"),
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
     ("kubernetes", "`kubernetes`", "services publish_every hold_for"),
-    ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt"),
+    ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt health"),
     ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),
     ("kubernetes.services.quota.pods", "a class of pods", "selector namespace connections"),
 ];

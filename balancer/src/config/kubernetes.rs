@@ -56,6 +56,8 @@ pub struct ClusterService {
     /// Sources that are never refused and never counted against the quota, besides those that are
     /// found.
     pub exempt: Vec<IpNet>,
+    /// Whether backends that don't serve are avoided.
+    pub health: bool,
 }
 
 impl ClusterService {

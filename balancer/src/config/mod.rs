@@ -109,6 +109,8 @@ pub struct Service {
     /// Networks of sources that are never refused and never counted against the quota: without host
     /// bits, none twice.
     pub exempt: Vec<IpNet>,
+    /// Whether backends that don't serve are avoided.
+    pub health: bool,
 }
 
 /// A listener behind a virtual port.

@@ -14,7 +14,7 @@ use super::{
     fields::Fields,
     read_kubernetes::kubernetes,
     values::{
-        Time, clients, connections, exempt, headroom, min_quota, per_backend, policy, port,
+        Time, clients, connections, exempt, headroom, is_on, min_quota, per_backend, policy, port,
         quota_fields, service_entries, service_name,
     },
     yaml::{self, Node, Value, shown},
@@ -96,6 +96,7 @@ fn service(node: &Node) -> Result<Service> {
             .optional("quota", quota)?
             .unwrap_or(QuotaRule::Unlimited),
         exempt: exempt(&fields)?,
+        health: is_on(&fields, "health")?,
     })
 }
 

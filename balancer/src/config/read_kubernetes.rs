@@ -11,8 +11,8 @@ use super::{
     fields::Fields,
     selector::selector,
     values::{
-        Time, clients, connections, exempt, headroom, label, min_quota, per_backend, policy, port,
-        quota_fields, service_entries, service_name,
+        Time, clients, connections, exempt, headroom, is_on, label, min_quota, per_backend, policy,
+        port, quota_fields, service_entries, service_name,
     },
     yaml::{Entry, Node, Value, shown},
 };
@@ -75,6 +75,7 @@ fn service(node: &Node) -> Result<ClusterService> {
             .optional("quota", quota)?
             .unwrap_or(ClusterQuota::Unlimited),
         exempt: exempt(&fields)?,
+        health: is_on(&fields, "health")?,
     })
 }
 

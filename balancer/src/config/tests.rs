@@ -71,6 +71,7 @@ fn the_smallest_file() {
                 backends: None,
                 quota: QuotaRule::Unlimited,
                 exempt: Vec::new(),
+                health: true,
             }],
             fail_open_after: Duration::from_secs(30),
             namespaces: NetnsScope::Own,
@@ -92,6 +93,7 @@ services:
     backends: ["127.0.0.1:21801", {address: "[::1]:21802", weight: 2}, "::ffff:127.0.0.1:21803"]
     quota: {clients: 300, connections_per_client: 2, headroom: 15%, min_quota: 20}
     exempt: [10.0.0.0/24, 10.1.2.3, "fd00::/8", "::1", "::ffff:192.0.2.0/120", 10.0.0.0/24]
+    health: off
   - name: als
     port: 11802
     policy: round-robin
@@ -129,6 +131,7 @@ namespaces: [/run/netns/blue, /proc/1/ns/net]
             min_quota: 20
         }
     );
+    assert!(!agents.health && config.services[1].health);
     let exempt: Vec<String> = agents.exempt.iter().map(ToString::to_string).collect();
     assert_eq!(
         exempt,
@@ -336,6 +339,18 @@ fn a_bomb_of_aliases_is_one_short_error() {
         refused(text).contains("inside the value"),
         "{}",
         refused(text)
+    );
+}
+
+#[test]
+fn a_switch_is_on_or_off() {
+    let health = |value: &str| parsed(&with(&format!("    health: {value}\n"))).services[0].health;
+    assert!(health("on") && health("true"));
+    assert!(!health("off") && !health("false"));
+    is_refused(
+        &with("    health: no\n"),
+        4,
+        "health `no` is not understood; write on or off",
     );
 }
 

@@ -85,6 +85,20 @@ pub(super) fn policy(fields: &Fields) -> Result<Policy> {
         .unwrap_or(Policy::LeastConnections))
 }
 
+/// A setting that is on where the file says nothing. For YAML 1.1, and so for Helm, `on` and `off`
+/// are booleans, which it writes as `true` and `false`.
+pub(super) fn is_on(fields: &Fields, key: &str) -> Result<bool> {
+    let read = |node: &Node| match node.scalar(key, "off")? {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        other => node.fail(format!(
+            "{key} `{}` is not understood; write on or off",
+            shown(other)
+        )),
+    };
+    Ok(fields.optional(key, read)?.unwrap_or(true))
+}
+
 /// The exempt networks of a service, none twice.
 pub(super) fn exempt(fields: &Fields) -> Result<Vec<IpNet>> {
     let Some(nodes) = fields.optional("exempt", |node| node.list("`exempt`", "[10.0.0.0/24]"))?

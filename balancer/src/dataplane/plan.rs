@@ -42,6 +42,8 @@ pub struct ServicePlan {
     pub rule: String,
     /// Sources that are never refused.
     pub exempt: Vec<IpNet>,
+    /// Backends that don't serve are avoided.
+    pub health: bool,
     /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
 }
@@ -225,6 +227,7 @@ mod tests {
                 "0.0.0.0/0".parse().unwrap(),
                 "fd00::/8".parse().unwrap(),
             ],
+            health: true,
             listen: listen
                 .iter()
                 .map(|(address, port)| ListenAt {

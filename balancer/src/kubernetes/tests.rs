@@ -225,6 +225,7 @@ fn config() -> Kubernetes {
             min_quota: 16,
         },
         exempt: Vec::new(),
+        health: true,
     };
     Kubernetes {
         services: vec![entry("agents", "grpc"), entry("als", "als")],

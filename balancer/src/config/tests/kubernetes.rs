@@ -37,6 +37,7 @@ fn the_smallest_file() {
                 policy: Policy::LeastConnections,
                 quota: ClusterQuota::Unlimited,
                 exempt: Vec::new(),
+                health: true,
             }],
             publish_every: Duration::from_secs(2),
             hold_for: Duration::from_secs(300),
@@ -62,6 +63,7 @@ kubernetes:
         headroom: 15%
         min_quota: 20
       exempt: [10.0.0.0/24]
+      health: off
     - name: als
       selector: app=oap
       namespace: mesh
@@ -87,6 +89,7 @@ fail_open_after: 1m
     assert_eq!(agents.port, PortChoice::Name("grpc".to_owned()));
     assert_eq!(agents.policy, Policy::RoundRobin);
     assert_eq!(agents.exempt, ["10.0.0.0/24".parse().unwrap()]);
+    assert!(!agents.health);
     let class = |namespace: Option<&str>, selector: &str, connections| PodClass {
         namespace: namespace.map(str::to_owned),
         selector: selector.to_owned(),

@@ -106,6 +106,7 @@ fn service_plan(service: &Service) -> ServicePlan {
         quota: service.quota.uncomputed(),
         rule: service.quota.to_string(),
         exempt: service.exempt.clone(),
+        health: service.health,
         listen,
     }
 }

@@ -127,6 +127,7 @@ pub(super) fn entry() -> ClusterService {
             min_quota: 1,
         },
         exempt: Vec::new(),
+        health: true,
     }
 }
 

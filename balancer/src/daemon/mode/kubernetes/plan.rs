@@ -141,6 +141,7 @@ impl PortNames {
                 quota: entry.quota.uncomputed(),
                 rule: entry.quota.to_string(),
                 exempt,
+                health: entry.health,
                 listen: vec![ListenAt {
                     address: None,
                     port: *port,
@@ -259,6 +260,7 @@ mod tests {
             policy: Policy::LeastConnections,
             quota: ClusterQuota::Unlimited,
             exempt: vec!["10.9.0.0/16".parse().unwrap()],
+            health: true,
         }
     }
 
