@@ -7,8 +7,8 @@ use clap::CommandFactory;
 use super::*;
 use crate::{
     dataplane::{
-        BackendSnapshot, DaemonNotes, DaemonSnapshot, Explanation, FailedReload, ListeningBackend,
-        ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
+        BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, Explanation, FailedReload,
+        ListeningBackend, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
     kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
@@ -61,6 +61,7 @@ fn agents() -> ServiceSnapshot {
                 ..backend(7, "127.0.0.1:21803", 120, Some(0))
             },
         ],
+        down: Vec::new(),
         verdicts: verdicts.collect(),
         warnings: Vec::new(),
     }
@@ -89,6 +90,7 @@ fn als() -> ServiceSnapshot {
                 ..backend(5, "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11802", 1_000_000, None)
             },
         ],
+        down: Vec::new(),
         verdicts: Reason::ALL.iter().map(|reason| (*reason, 0)).collect(),
         warnings: Vec::new(),
     }
@@ -417,6 +419,62 @@ fn status_says_when_nobody_listens() {
 }
 
 #[test]
+fn backends_that_are_named_and_do_not_listen_have_a_row() {
+    let down = |address: &str, since| DownBackend {
+        address: address.parse().unwrap(),
+        since,
+    };
+    let mut service = agents();
+    service.backends.truncate(1);
+    service.down = vec![
+        down("127.0.0.1:21800", Some(Duration::from_secs(75))),
+        down("127.0.0.1:21802", None),
+    ];
+    let mut none = service.clone();
+    none.backends.clear();
+    let snapshot = Snapshot {
+        services: vec![service, none],
+        daemon: alive(),
+    };
+    let text = status_of(&snapshot);
+    assert!(
+        text.contains(
+            "
+  SLOT  BACKEND          STATE   ESTABLISHED  QUOTA  USED  PENDING
+        127.0.0.1:21800  down
+     0  127.0.0.1:21801  active          120    230   52%        0
+        127.0.0.1:21802  down
+        total                            120    230              0
+  - 127.0.0.1:21800 is down: nobody listens there for 1 min 15 s
+  - 127.0.0.1:21802 is down: nobody listens there
+"
+        ),
+        "{text}"
+    );
+    assert!(
+        text.contains(
+            "
+  SLOT  BACKEND          STATE  ESTABLISHED  QUOTA  USED  PENDING
+        127.0.0.1:21800  down
+        127.0.0.1:21802  down
+"
+        ),
+        "{text}"
+    );
+    let json = serde_json::to_value(status::Json::new(&snapshot, &DaemonNotes::default())).unwrap();
+    let down = &json["services"][1]["down"];
+    assert_eq!(down[0]["address"], "127.0.0.1:21800");
+    assert_eq!(
+        (&down[0]["state"], &down[0]["since_ms"]),
+        (&"down".into(), &75_000.into())
+    );
+    assert!(down[1]["since_ms"].is_null());
+    let metrics = crate::metrics::text(&snapshot).unwrap();
+    let series = "balancer_backend_state{service=\"agents\",slot=\"\",backend=\"127.0.0.1:21802\",netns=\"\",state=\"down\"} 1\n";
+    assert!(metrics.contains(series), "{metrics}");
+}
+
+#[test]
 fn status_says_what_a_dead_daemon_means() {
     let with = |alive: bool, seconds: Option<u64>| {
         let daemon = DaemonSnapshot {
@@ -607,6 +665,7 @@ fn status_as_json_is_as_contracted() {
                     "steerable": true,
                     "note": "a \"note\"",
                 }],
+                "down": [],
                 "verdicts": verdicts,
                 "warnings": ["a hidden listener"],
             }],

@@ -1,6 +1,7 @@
 //! The daemon: watch, compute, apply; once a tick and at every event.
 
 mod attach;
+mod down;
 mod event_log;
 mod heartbeat;
 mod log_limit;

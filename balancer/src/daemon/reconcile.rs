@@ -10,6 +10,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 use tracing::{debug, error, info, warn};
 
 use super::attach::{AuditPass, GuardedNetns, Scope};
+use super::down::DownBackends;
 use super::event_log;
 use super::heartbeat::Heartbeat;
 use super::log_limit::{BY_HAND, report_left_out};
@@ -74,6 +75,8 @@ pub struct Daemon {
     next_audit: Instant,
     /// The listeners that were turned away, which may be pods'.
     turned_away: TurnedAway,
+    /// The backends that are named and don't listen.
+    down: DownBackends,
     /// The file that was read last is in force only in part.
     in_part: bool,
 }
@@ -93,6 +96,7 @@ impl Daemon {
             failed: None,
             next_audit: Instant::now(),
             turned_away: TurnedAway::default(),
+            down: DownBackends::default(),
             in_part: false,
         }
     }
@@ -161,6 +165,7 @@ impl Daemon {
             log_failure(self.begin_audit(Scope::Known));
         }
         let done = self.go_on() && !self.is_auditing_everywhere();
+        log_failure(self.note_down());
         if self.in_part && self.failed.is_none() && followed && done {
             self.in_part = false;
             self.writer.loader.note_reload(None);
@@ -339,6 +344,15 @@ impl Daemon {
         self.guarded.detach_unwanted(&mut self.writer)?;
         self.writer.loader.follow_logs();
         attached
+    }
+
+    /// Follows which backends are named and don't listen, once those that do are registered.
+    fn note_down(&mut self) -> Result<()> {
+        if !self.is_auditing_everywhere() {
+            let down = self.mode.down(&self.writer)?;
+            self.down.update(&self.writer, down);
+        }
+        Ok(())
     }
 
     fn apply_quotas(&mut self) -> Result<()> {

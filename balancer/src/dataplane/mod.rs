@@ -5,6 +5,7 @@
 
 mod audit;
 mod cgroup;
+pub mod down;
 mod events;
 mod loader;
 mod lock;
@@ -34,7 +35,8 @@ pub use read::explain::{
     Answer, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
 };
 pub use read::snapshot::{
-    BackendSnapshot, DaemonSnapshot, MapContents, ServiceContents, ServiceSnapshot, Snapshot,
+    BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServiceContents, ServiceSnapshot,
+    Snapshot,
 };
 pub use read::{Reader, open};
 pub use slots::SlotQuota;

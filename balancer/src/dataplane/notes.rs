@@ -16,7 +16,7 @@ const DIRECTORY: &str = "/run/balancer";
 /// A daemon that lives has given a heartbeat within this time, unless the machine is very busy.
 const BEATS_WITHIN: Duration = Duration::from_millis(1500);
 /// More than any note has, in bytes.
-const LONGEST: u64 = 16 << 10;
+const LONGEST: u64 = 256 << 10;
 
 /// The notes of the daemon of one state directory, as they are now.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -78,6 +78,11 @@ impl Note {
     /// When a reload failed, and why.
     pub(super) fn failed_reload(paths: &Paths) -> Self {
         Self::named(paths, "reload")
+    }
+
+    /// Which backends are down, and since when.
+    pub(super) fn down(paths: &Paths) -> Self {
+        Self::named(paths, "down")
     }
 
     fn named(paths: &Paths, what: &str) -> Self {

@@ -10,6 +10,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use tracing::{info, warn};
 
 use super::lock::{Held, Lock, holder};
+use super::notes::Note;
 use super::paths::{Link, Paths};
 use super::programs::Target;
 use crate::sys::bpf::{self, LinkTarget, Object};
@@ -260,6 +261,7 @@ pub(super) fn remove_data_plane(lock: &Lock, paths: &Paths) -> Result<()> {
     if !paths.state_dir().exists() {
         return Ok(());
     }
+    Note::down(paths).remove();
     remove_directory(lock, &paths.removed())?;
     if is_there(&paths.current())? {
         // In one step: a daemon that is killed over this leaves nothing that looks whole and isn't.

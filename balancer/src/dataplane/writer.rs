@@ -71,7 +71,7 @@ impl Writer {
 
     /// What becomes of connections without the data plane: see [`snapshot::Snapshot::left_open`].
     pub fn left_open(&self) -> Option<String> {
-        let snapshot = snapshot::take(&self.tables);
+        let snapshot = snapshot::take(&self.tables, &[]);
         snapshot.ok().and_then(|snapshot| snapshot.left_open())
     }
 

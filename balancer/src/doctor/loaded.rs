@@ -367,6 +367,7 @@ mod tests {
             quota_override: None,
             unattributed,
             backends: Vec::new(),
+            down: Vec::new(),
             verdicts: Vec::new(),
             warnings: Vec::new(),
         };

@@ -21,13 +21,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use balancer_common::BackendState;
 use serde::Serialize;
 
 use self::guarded::Guarded;
 use self::listening::CheckedService;
 pub use self::mistakes::{Kind, Mistake};
 use crate::config::{Config, NetnsScope};
-use crate::dataplane::{Reader, Snapshot};
+use crate::dataplane::{Reader, ServiceSnapshot, Snapshot};
 
 /// What to look at.
 #[derive(Clone, Debug)]
@@ -153,8 +154,8 @@ pub fn mistakes(config: &Config) -> io::Result<Vec<Mistake>> {
     mistakes::with_owners(&services, &guarded::configured(Some(config)))
 }
 
-/// Adds to each service which [`mistakes`] are in force, without the owners of listeners, and which
-/// backends nobody listens on: in the netns that we are in, where it is guarded.
+/// Adds to each service which [`mistakes`] are in force in the netns that we are in, where it is
+/// guarded, without the owners of listeners; and on which of its backends nobody listens.
 ///
 /// # Errors
 /// When listening sockets or maps can't be read.
@@ -163,44 +164,53 @@ pub fn add_warnings(
     reader: &Reader,
     state_dir: &Path,
 ) -> anyhow::Result<()> {
-    let own = loaded::own_netns(state_dir).filter(|_| {
-        let mut services = snapshot.services.iter();
-        services.any(|service| service.virtual_port)
-    });
-    let Some(own) = own else {
-        return Ok(());
-    };
-    let (services, guarded) = (loaded::services(reader, snapshot)?, Guarded::only(own));
-    let listeners = listening::listeners(&services, &guarded.netns)?;
-    let mistakes = mistakes::of(&services, &guarded, &listeners);
-    let mut warn = |of: &str, warning: String| {
-        let mut services = snapshot.services.iter_mut();
-        if let Some(service) = services.find(|service| service.name == of) {
-            service.warnings.push(warning);
-        }
-    };
-    for mistake in &mistakes {
-        warn(&mistake.service, mistake.to_string());
-    }
-    for service in &services {
-        let mut missing = services::missing_beside_others(service, &listeners);
-        missing.retain(|backend| {
-            let is_it = |mistake: &Mistake| mistake.found == backend.to_string();
-            !mistakes.iter().any(is_it)
-        });
-        if !missing.is_empty() {
-            warn(&service.name, nobody_listens(&missing));
-        }
+    let mistakes = mistakes_here(snapshot, reader, state_dir)?;
+    for service in &mut snapshot.services {
+        let of_service = |mistake: &&Mistake| mistake.service == service.name;
+        let mistakes: Vec<_> = mistakes.iter().filter(of_service).collect();
+        let said = |address: &SocketAddr| {
+            let mut mistakes = mistakes.iter();
+            mistakes.any(|mistake| mistake.found == address.to_string())
+        };
+        let down = service.down.iter().map(|down| down.address);
+        let down: Vec<_> = down.filter(|address| !said(address)).collect();
+        let warnings = mistakes.iter().map(ToString::to_string);
+        service.warnings.extend(warnings);
+        service.warnings.extend(down_beside_others(service, &down));
     }
     Ok(())
 }
 
-fn nobody_listens(backends: &[&SocketAddr]) -> String {
-    format!(
+/// The mistakes in force in the netns that we are in; none where it is not guarded.
+fn mistakes_here(
+    snapshot: &Snapshot,
+    reader: &Reader,
+    state_dir: &Path,
+) -> anyhow::Result<Vec<Mistake>> {
+    let mut services = snapshot.services.iter();
+    let is_any_virtual = services.any(|service| service.virtual_port);
+    let own = loaded::own_netns(state_dir).filter(|_| is_any_virtual);
+    let Some(own) = own else {
+        return Ok(Vec::new());
+    };
+    let (services, guarded) = (loaded::services(reader, snapshot)?, Guarded::only(own));
+    let listeners = listening::listeners(&services, &guarded.netns)?;
+    Ok(mistakes::of(&services, &guarded, &listeners))
+}
+
+/// What to say of backends of a virtual port that are down, where others are not: where all are,
+/// the service has no backend.
+fn down_beside_others(service: &ServiceSnapshot, down: &[SocketAddr]) -> Option<String> {
+    let mut backends = service.backends.iter();
+    let is_alone = backends.all(|backend| backend.state == BackendState::Closed);
+    if is_alone || down.is_empty() || !service.virtual_port {
+        return None;
+    }
+    Some(format!(
         "nobody listens on {}: the other backends take the connections. What to do: start the \
          server, or correct the address in the file",
-        listing(backends)
-    )
+        listing(down)
+    ))
 }
 
 fn of_file(config: &Config) -> Vec<CheckedService> {

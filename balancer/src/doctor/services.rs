@@ -131,20 +131,6 @@ fn unattended<'a>(
     })
 }
 
-/// Backends that nobody listens on, beside others of the service. Where there are no others in the
-/// netns that was looked at, all may listen in another one.
-pub(super) fn missing_beside_others<'a>(
-    service: &'a CheckedService,
-    listeners: &[ServiceListener<'_>],
-) -> Vec<&'a SocketAddr> {
-    let backends = service.backends.as_deref().unwrap_or_default();
-    let missing: Vec<_> = unattended(backends, listeners).collect();
-    if missing.len() == backends.len() {
-        return Vec::new();
-    }
-    missing
-}
-
 /// Backends of which no client can reach all: a listener takes clients of its own family alone.
 fn families(services: &[CheckedService], listeners: &[ServiceListener<'_>]) -> Check {
     let found: Vec<_> = services
@@ -409,6 +395,7 @@ mod tests {
             quota_override: None,
             unattributed: 0,
             backends: backends.iter().map(backend).collect(),
+            down: Vec::new(),
             verdicts: Vec::new(),
             warnings: Vec::new(),
         };
@@ -439,23 +426,6 @@ mod tests {
             check(&[loaded(false, &[])], &netns, "backends").status,
             Status::Ok
         );
-    }
-
-    #[test]
-    fn a_backend_is_missed_only_beside_others() {
-        let netns = guarded();
-        let service = loaded(true, &[]);
-        let missing = || {
-            let listeners =
-                listeners(std::slice::from_ref(&service), &netns.netns).expect("listed");
-            let missing = missing_beside_others(&service, &listeners);
-            missing.into_iter().copied().collect::<Vec<_>>()
-        };
-        assert_eq!(missing(), []);
-        let _one = listen(&netns, &["127.0.0.1:21801"]);
-        assert_eq!(missing(), ["127.0.0.1:21802".parse().expect("address")]);
-        let _other = listen(&netns, &["0.0.0.0:21802"]);
-        assert_eq!(missing(), []);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::dataplane::{BackendSnapshot, DaemonSnapshot, ServiceSnapshot, Snapshot};
+use crate::dataplane::{BackendSnapshot, DaemonSnapshot, DownBackend, ServiceSnapshot, Snapshot};
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge>;
@@ -42,6 +42,9 @@ pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
             .set(i64::from(service.unattributed));
         for backend in &service.backends {
             backends.add(service, backend);
+        }
+        for down in &service.down {
+            backends.add_down(service, down);
         }
         for (reason, count) in &service.verdicts {
             let labels = vec![
@@ -168,10 +171,24 @@ impl Backends {
         }
         // In the other metrics a label that changes would end one series and begin another.
         for state in STATES {
-            let mut labels = labels.clone();
-            labels.push(("state", state.name().to_owned()));
-            let is_in = i64::from(backend.state == state);
-            self.state.get_or_create(&labels).set(is_in);
+            self.set_state(&labels, state.name(), backend.state == state);
         }
+    }
+
+    /// It has no slot, and is in no netns that is known.
+    fn add_down(&self, service: &ServiceSnapshot, down: &DownBackend) {
+        let labels = vec![
+            ("service", service.name.clone()),
+            ("slot", String::new()),
+            ("backend", down.address.to_string()),
+            ("netns", String::new()),
+        ];
+        self.set_state(&labels, DownBackend::STATE, true);
+    }
+
+    fn set_state(&self, labels: &Labels, state: &str, is_in: bool) {
+        let mut labels = labels.clone();
+        labels.push(("state", state.to_owned()));
+        self.state.get_or_create(&labels).set(i64::from(is_in));
     }
 }

@@ -5,6 +5,8 @@
 //! in the maps (native byte order). What is missing at the end is zero.
 #![no_main]
 
+use std::collections::BTreeMap;
+
 use balancer::dataplane::{MapContents, ServiceContents, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
@@ -88,6 +90,8 @@ fn image(input: &[u8]) -> MapContents {
     MapContents {
         services,
         slots,
+        listed: BTreeMap::new(),
+        down: Vec::new(),
         heartbeat,
         audit_totals,
         now_ns,

@@ -8,6 +8,7 @@ mod config_errors;
 mod cookies;
 mod counting;
 mod doctor;
+mod down;
 mod exit;
 mod explain;
 mod fail_open;

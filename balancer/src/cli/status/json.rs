@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use balancer_common::Reason;
 use serde::{Serialize, Serializer};
 
-use crate::dataplane::{BackendSnapshot, DaemonNotes, ServiceSnapshot, Snapshot};
+use crate::dataplane::{BackendSnapshot, DaemonNotes, DownBackend, ServiceSnapshot, Snapshot};
 
 #[derive(Serialize)]
 pub(in crate::cli) struct Json<'a> {
@@ -39,6 +39,7 @@ struct JsonService<'a> {
     policy: &'static str,
     unattributed: u32,
     backends: Vec<JsonBackend<'a>>,
+    down: Vec<JsonDown>,
     #[serde(serialize_with = "by_name")]
     verdicts: &'a [(Reason, u64)],
     warnings: &'a [String],
@@ -57,6 +58,14 @@ struct JsonBackend<'a> {
     pending: Option<u32>,
     steerable: bool,
     note: Option<&'a str>,
+}
+
+/// A backend that is named and does not listen: it has no slot.
+#[derive(Serialize)]
+struct JsonDown {
+    address: SocketAddr,
+    state: &'static str,
+    since_ms: Option<u128>,
 }
 
 fn by_name<S: Serializer>(verdicts: &&[(Reason, u64)], serializer: S) -> Result<S::Ok, S::Error> {
@@ -96,8 +105,19 @@ impl<'a> JsonService<'a> {
             policy: service.policy.name(),
             unattributed: service.unattributed,
             backends: service.backends.iter().map(JsonBackend::new).collect(),
+            down: service.down.iter().map(JsonDown::new).collect(),
             verdicts: &service.verdicts,
             warnings: &service.warnings,
+        }
+    }
+}
+
+impl JsonDown {
+    fn new(down: &DownBackend) -> Self {
+        Self {
+            address: down.address,
+            state: DownBackend::STATE,
+            since_ms: down.since.map(|since| since.as_millis()),
         }
     }
 }

@@ -8,7 +8,8 @@ use balancer_common::abi::AuditTotals;
 use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
     dataplane::{
-        BackendSnapshot, DaemonNotes, DaemonSnapshot, FailedReload, ServiceSnapshot, Snapshot,
+        BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, FailedReload, ServiceSnapshot,
+        Snapshot,
     },
 };
 
@@ -105,7 +106,7 @@ fn service_text(service: &ServiceSnapshot) -> String {
     for alert in alerts(service).iter().chain(&service.warnings) {
         text += &wrapped("  ! ", alert);
     }
-    if service.backends.is_empty() {
+    if service.backends.is_empty() && service.down.is_empty() {
         return text + &verdicts(service);
     }
     text + &backends(service) + &notes(service) + &verdicts(service)
@@ -191,9 +192,16 @@ const LEAST: [&str; 6] = ["WEIGHT", "EXEMPT", "PENDING", "USED", "NETNS", "SLOT"
 fn backends(service: &ServiceSnapshot) -> String {
     let backends = by_address(&service.backends);
     let total = total(&service.backends);
+    let rows = rows(service);
     let column = |heading: &'static str, cell: &dyn Fn(&BackendSnapshot) -> String| {
-        let mut cells: Vec<String> = backends.iter().map(|backend| cell(backend)).collect();
-        if backends.len() > 1 {
+        let cell = |row: &Row<'_>| match (row, heading) {
+            (Row::Slot(backend), _) => cell(backend),
+            (Row::Down(down), "BACKEND") => down.address.to_string(),
+            (Row::Down(_), "STATE") => DownBackend::STATE.to_owned(),
+            (Row::Down(_), _) => String::new(),
+        };
+        let mut cells: Vec<String> = rows.iter().map(cell).collect();
+        if rows.len() > 1 {
             cells.push(total.of(heading));
         }
         Column { heading, cells }
@@ -220,6 +228,23 @@ fn backends(service: &ServiceSnapshot) -> String {
         columns.push(column(">NETNS", &|backend| backend.netns.to_string()));
     }
     table(columns, &LEAST)
+}
+
+/// A line of the table.
+enum Row<'a> {
+    Slot(&'a BackendSnapshot),
+    Down(&'a DownBackend),
+}
+
+fn rows(service: &ServiceSnapshot) -> Vec<Row<'_>> {
+    let backends = by_address(&service.backends).into_iter().map(Row::Slot);
+    let mut rows: Vec<_> = backends.collect();
+    rows.extend(service.down.iter().map(Row::Down));
+    rows.sort_by_key(|row| match row {
+        Row::Slot(backend) => backend.address,
+        Row::Down(down) => down.address,
+    });
+    rows
 }
 
 /// In the order in which a person looks for one.
@@ -313,6 +338,15 @@ fn notes(service: &ServiceSnapshot) -> String {
     {
         let words = format!("set by hand; {}", back_from_own(service));
         text += &wrapped("  * ", &words);
+    }
+    for down in &service.down {
+        let since = down.since.map(|since| format!(" for {}", span(since)));
+        let words = format!(
+            "{} is down: nobody listens there{}",
+            down.address,
+            since.unwrap_or_default()
+        );
+        text += &wrapped("  - ", &words);
     }
     for (note, slots) in notes {
         let slots = if slots.len() == 1 {

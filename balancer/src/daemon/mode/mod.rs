@@ -3,6 +3,7 @@
 mod kubernetes;
 mod standalone;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use anyhow::{Result, bail};
@@ -11,6 +12,7 @@ use self::kubernetes::KubernetesMode;
 pub use self::kubernetes::fuzzing;
 use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
+use super::down::{self, Named};
 use crate::config::Config;
 use crate::dataplane::{Plan, Writer};
 use crate::kubernetes::ClusterStatus;
@@ -132,6 +134,17 @@ impl Mode {
         match self {
             Self::Standalone(mode) => mode.apply_quotas(guarded, writer),
             Self::Kubernetes(mode) => mode.apply_quotas(writer),
+        }
+    }
+
+    /// The backends that are named and don't listen.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn down(&self, writer: &Writer) -> Result<BTreeSet<Named>> {
+        match self {
+            Self::Standalone(_) => down::of_file(writer),
+            Self::Kubernetes(mode) => mode.down(writer),
         }
     }
 

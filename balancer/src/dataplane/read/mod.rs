@@ -5,13 +5,12 @@ pub mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail};
-use balancer_common::abi::ListenRule;
 
 use self::explain::{Answer, NetnsChoice, Syn};
 use self::snapshot::Snapshot;
+use super::down;
 use super::paths::Paths;
 use super::services;
 use super::tables::{Tables, check_maps};
@@ -19,7 +18,7 @@ use super::tables::{Tables, check_maps};
 /// The pinned maps, for reading.
 pub struct Reader {
     tables: Tables,
-    directory: PathBuf,
+    paths: Paths,
 }
 
 /// Opens the data plane of a state directory; `None`: there is none.
@@ -50,7 +49,7 @@ pub fn open(paths: &Paths) -> Result<Option<Reader>> {
     check_maps(&directory)?;
     Ok(Some(Reader {
         tables: Tables::open(&directory)?,
-        directory,
+        paths: paths.clone(),
     }))
 }
 
@@ -60,7 +59,7 @@ impl Reader {
     /// # Errors
     /// When a map can't be read.
     pub fn snapshot(&self) -> Result<Snapshot> {
-        snapshot::take(&self.tables)
+        snapshot::take(&self.tables, &down::read_notes(&self.paths))
     }
 
     /// The addresses and ports that the services list for their backends, by the service's id.
@@ -68,16 +67,7 @@ impl Reader {
     /// # Errors
     /// When the map can't be read.
     pub fn listed(&self) -> Result<BTreeMap<u16, BTreeSet<SocketAddr>>> {
-        let mut listed: BTreeMap<u16, BTreeSet<SocketAddr>> = BTreeMap::new();
-        for (key, rule) in services::rules(&self.tables)?.0 {
-            if key.address.is_any() || rule.flags & ListenRule::WILDCARD_ONLY != 0 {
-                continue;
-            }
-            let port = u16::try_from(key.port).context("a rule in LISTEN_RULES has no TCP port")?;
-            let address = SocketAddr::new(key.address.into(), port);
-            listed.entry(rule.service).or_default().insert(address);
-        }
-        Ok(listed)
+        Ok(services::rules(&self.tables)?.listed())
     }
 
     /// Where a SYN would go now, and why: the decision of the kernel program on a snapshot of the
@@ -87,6 +77,6 @@ impl Reader {
     /// When a map or the socket table can't be read, the netns can't be entered, or it takes an
     /// address to tell which service is meant.
     pub fn explain(&self, syn: &Syn, netns: NetnsChoice) -> Result<Answer> {
-        explain::explain(&self.tables, &self.directory, syn, netns)
+        explain::explain(&self.tables, &self.paths.current(), syn, netns)
     }
 }

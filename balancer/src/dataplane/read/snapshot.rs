@@ -1,6 +1,6 @@
 //! What the maps say, read without the daemon.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -12,6 +12,8 @@ use balancer_common::abi::{
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
 
+use super::super::down::{DownNote, not_listened_on};
+use super::super::services;
 use super::super::tables::{Tables, text};
 use crate::quota::InForce;
 use crate::quota::in_force::{of_service, written};
@@ -64,6 +66,9 @@ pub struct ServiceSnapshot {
     pub unattributed: u32,
     /// The service's backends, in the order of their slots.
     pub backends: Vec<BackendSnapshot>,
+    /// The backends that the file or the cluster names and nobody listens as, in the order of their
+    /// addresses.
+    pub down: Vec<DownBackend>,
     /// How often each reason was given; look-ups, not connections.
     pub verdicts: Vec<(Reason, u64)>,
     /// Mistakes of the file that show around the maps: whoever has looked there adds them.
@@ -99,6 +104,20 @@ pub struct BackendSnapshot {
     pub note: Option<String>,
 }
 
+/// A backend that is named and does not listen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DownBackend {
+    /// Where it should listen.
+    pub address: SocketAddr,
+    /// For how long the daemon has known that it does not; `None`: no daemon has noticed it.
+    pub since: Option<Duration>,
+}
+
+impl DownBackend {
+    /// The word in the place of a slot's state.
+    pub const STATE: &'static str = "down";
+}
+
 /// What the maps hold of a service.
 #[derive(Clone, Debug)]
 pub struct ServiceContents {
@@ -117,6 +136,10 @@ pub struct MapContents {
     pub services: Vec<ServiceContents>,
     /// The slots that are taken.
     pub slots: Vec<Member>,
+    /// The addresses that services list for their backends, by the service's id.
+    pub listed: BTreeMap<u16, BTreeSet<SocketAddr>>,
+    /// The backends that are down as the daemon has noted it.
+    pub down: Vec<DownNote>,
     /// The daemon's last sign of life.
     pub heartbeat: Heartbeat,
     /// How the counts compared with the socket table last.
@@ -137,7 +160,10 @@ impl Snapshot {
         }
         let service = |of_service: &ServiceContents| {
             let members = backends.remove(&of_service.id).unwrap_or_default();
-            service(of_service, &members, ticks(contents.now_ns))
+            ServiceSnapshot {
+                down: down(contents, of_service, &members),
+                ..service(of_service, &members, ticks(contents.now_ns))
+            }
         };
         Self {
             services: contents.services.iter().map(service).collect(),
@@ -171,8 +197,8 @@ impl Snapshot {
     }
 }
 
-/// Reads the data plane as it is now.
-pub fn take(tables: &Tables) -> Result<Snapshot> {
+/// Reads the data plane as it is now; `down` is what the daemon has noted.
+pub fn take(tables: &Tables, down: &[DownNote]) -> Result<Snapshot> {
     let services = tables
         .named_services()?
         .into_iter()
@@ -185,6 +211,8 @@ pub fn take(tables: &Tables) -> Result<Snapshot> {
     Ok(Snapshot::of(&MapContents {
         services,
         slots: slots.into_iter().map(|view| view.member).collect(),
+        listed: services::rules(tables)?.listed(),
+        down: down.to_vec(),
         heartbeat: tables.heartbeat(),
         audit_totals: tables.audit_totals(),
         now_ns: clock::monotonic_ns(),
@@ -209,9 +237,34 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u64) -> Service
             .iter()
             .map(|member| backend(member, quota, now))
             .collect(),
+        down: Vec::new(),
         verdicts: contents.verdicts.clone(),
         warnings: Vec::new(),
     }
+}
+
+/// The backends of a service that are named and don't listen. A closed one with connections left
+/// has a row of its own. What a cluster names only its daemon knows, for as long as it lives.
+fn down(contents: &MapContents, of: &ServiceContents, members: &[&Member]) -> Vec<DownBackend> {
+    let name = text(&of.info.name);
+    let noted = contents.down.iter().filter(|note| note.service == name);
+    let since: BTreeMap<SocketAddr, u64> =
+        noted.map(|note| (note.address, note.since_ns)).collect();
+    let addresses: BTreeSet<SocketAddr> = if of.info.flags & ServicePort::VIRTUAL != 0 {
+        let listening: Vec<&Backend> = members.iter().map(|member| &member.backend).collect();
+        let listed = contents.listed.get(&of.id);
+        not_listened_on(listed.into_iter().flatten(), &listening)
+    } else if daemon(contents).alive {
+        since.keys().copied().collect()
+    } else {
+        BTreeSet::new()
+    };
+    let age = |since_ns: &u64| Duration::from_nanos(contents.now_ns.saturating_sub(*since_ns));
+    let backend = |address| DownBackend {
+        address,
+        since: since.get(&address).map(age),
+    };
+    addresses.into_iter().map(backend).collect()
 }
 
 fn daemon(contents: &MapContents) -> DaemonSnapshot {

@@ -9,7 +9,7 @@ mod pod_resolver;
 mod report;
 
 use std::collections::{BTreeSet, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -21,6 +21,7 @@ use self::group_quotas::GroupQuotas;
 use self::plan::{Here, PortNames};
 use self::pod_resolver::PodResolver;
 use super::super::attach::GuardedNetns;
+use super::super::down::Named;
 use super::super::quotas::{explain, put_in_force};
 use crate::config::{ClusterQuota, Kubernetes};
 use crate::dataplane::{Plan, SlotView, Writer, services};
@@ -257,6 +258,31 @@ impl KubernetesMode {
             }
         }
         Ok(())
+    }
+
+    /// The pods of this node that the cluster calls ready, and that listen nowhere.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn down(&self, writer: &Writer) -> Result<BTreeSet<Named>> {
+        let slots = writer.tables.slots()?;
+        let groups = &self.view.groups;
+        let mut down = BTreeSet::new();
+        for (id, endpoints) in groups {
+            let Some(service) = self.port_names.service(id.port) else {
+                continue;
+            };
+            let own = self.pod_resolver.backends(id, &slots, groups);
+            let listens = |pod: &Endpoint| own.iter().any(|(_, other)| other.uid == pod.uid);
+            let here = endpoints.iter().filter(|pod| {
+                pod.node.as_deref() == Some(&*self.identity.node) && pod.ready && !listens(pod)
+            });
+            down.extend(here.filter_map(|pod| {
+                let address = SocketAddr::new(*pod.addresses.first()?, id.port);
+                Some((service.to_owned(), address))
+            }));
+        }
+        Ok(down)
     }
 
     /// Notes that a source was refused in a network namespace, on a port.

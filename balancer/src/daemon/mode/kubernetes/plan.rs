@@ -121,6 +121,11 @@ impl PortNames {
         entries.find(|entry| entry.name == name.entry)
     }
 
+    /// The name of the service that a port makes.
+    pub fn service(&self, port: u16) -> Option<&str> {
+        self.names.get(&port).map(|name| name.service.as_str())
+    }
+
     /// What the maps should hold: one service of the kernel for each target port.
     pub fn plan(&self, config: &Kubernetes, view: &View, here: &Here<'_>) -> Plan {
         let without_pods = self.names.keys().filter(|port| !self.order.contains(port));
