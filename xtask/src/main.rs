@@ -72,6 +72,13 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Make servers fail in each way, under each way to balance, and print where their clients are
+    /// then. Takes three minutes; needs root.
+    Failures {
+        /// Put the table into docs/operations.md.
+        #[arg(long)]
+        docs: bool,
+    },
     /// Feed the readers of untrusted bytes with inputs that coverage guides, a bounded time for
     /// each.
     ///
@@ -214,6 +221,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Cost { release } => verbs::cost(Profile::of(release)),
         Verb::Lint => verbs::lint(),
         Verb::Test { long, arguments } => verbs::test(long, &with_leading_dashes(arguments)),
+        Verb::Failures { docs } => verbs::failures(docs),
         Verb::Fuzz {
             seconds,
             input,

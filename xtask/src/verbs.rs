@@ -39,6 +39,9 @@ pub fn lint() -> Result<ExitCode> {
 /// Set, it makes the tests run at their full length.
 const LONG: &str = "BALANCER_TEST_LONG";
 
+/// Tells the failures of servers which page their table goes into.
+const DOCS: &str = "BALANCER_TEST_DOCS";
+
 /// Tells the tests where the Kubernetes is that they run.
 const KUBEALL: &str = "BALANCER_KUBEALL";
 
@@ -46,9 +49,10 @@ const KUBEALL: &str = "BALANCER_KUBEALL";
 const TESTS: &str = "balancer-tests";
 
 /// What these tests start, beside Kubernetes.
-const TEST_PROGRAMS: [&str; 7] = [
+const TEST_PROGRAMS: [&str; 8] = [
     PRODUCT,
     "crowd",
+    "failing-server",
     "kill-before",
     "kernel-half-cost",
     "hold-connections",
@@ -58,6 +62,26 @@ const TEST_PROGRAMS: [&str; 7] = [
 
 /// All tests; `long`: those that are shortened otherwise at their full length.
 pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
+    let mut test = tests(arguments)?;
+    if long {
+        test.env(LONG, "1");
+    }
+    command::run_for_code(&mut test)
+}
+
+/// The failures of servers, against each way to balance; `docs`: the table goes into its page.
+pub fn failures(docs: bool) -> Result<ExitCode> {
+    let matrix = "-p balancer-tests failures::the_whole_matrix -- --exact --ignored --nocapture";
+    let arguments: Vec<_> = matrix.split(' ').map(str::to_owned).collect();
+    let mut test = tests(&arguments)?;
+    if docs {
+        test.env(DOCS, places::workspace().join("docs/operations.md"));
+    }
+    command::run_for_code(&mut test)
+}
+
+/// What runs these tests, all of whose needs are there.
+fn tests(arguments: &[String]) -> Result<Command> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
     let arguments = kernel_tests_by_target(arguments);
@@ -75,10 +99,8 @@ pub fn test(long: bool, arguments: &[String]) -> Result<ExitCode> {
     } else {
         build::kernel_half(Profile::Debug)?;
     }
-    if long {
-        test.env(LONG, "1");
-    }
-    command::run_for_code(test.args(arguments))
+    test.args(arguments);
+    Ok(test)
 }
 
 /// The arguments that are for cargo: those after `--` are for the tests themselves.

@@ -1,7 +1,7 @@
 //! The daemon in a cluster with a real API server. Nodes and pods are objects that the test writes;
 //! the netns and connections of the pods are real.
 
-mod fixture;
+pub mod fixture;
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr};

@@ -12,6 +12,7 @@ mod down;
 mod exit;
 mod explain;
 mod fail_open;
+mod failures;
 mod fixtures;
 mod floods;
 mod in_cluster;

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cost;
+pub mod docs;
 pub mod fixtures;
 pub mod kubernetes;
 pub mod scenario;

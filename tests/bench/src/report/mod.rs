@@ -1,6 +1,5 @@
 //! What was measured: printed as tables, written as JSON and SVG, and put into the documentation.
 
-mod docs;
 mod plot;
 
 use std::fs;
@@ -10,6 +9,7 @@ use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use testkit::docs;
 
 pub use self::plot::Chart;
 use crate::settings::{Settings, processors};
@@ -192,7 +192,7 @@ impl<'a> Report<'a> {
                 body += &goal.line();
                 body.push('\n');
             }
-            page = docs::replace(&page, section.key, &body)
+            page = docs::replace(&page, &format!("bench: {}", section.key), &body)
                 .with_context(|| format!("in {}", path.display()))?;
         }
         fs::write(&path, page).with_context(|| format!("cannot write {}", path.display()))

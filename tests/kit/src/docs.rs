@@ -1,4 +1,4 @@
-//! Tables in a page, between marks.
+//! Tables in a page of the documentation, between marks.
 
 use anyhow::{Context, Result};
 
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 /// # Errors
 /// When a mark is missing.
 pub fn replace(page: &str, key: &str, body: &str) -> Result<String> {
-    let (begin, end) = (format!("<!-- bench: {key} -->\n"), "<!-- end -->");
+    let (begin, end) = (format!("<!-- {key} -->\n"), "<!-- end -->");
     let missing = || format!("the mark {} is missing", begin.trim_end());
     let start = page.find(&begin).with_context(missing)? + begin.len();
     let length = page[start..].find(end).with_context(missing)?;
@@ -20,12 +20,11 @@ mod tests {
 
     #[test]
     fn only_what_is_between_the_marks_changes() {
-        let page =
-            "a\n<!-- bench: one -->\nold\n<!-- end -->\nb\n<!-- bench: two -->\n<!-- end -->\n";
+        let page = "a\n<!-- one -->\nold\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n";
         let one = replace(page, "one", "new\n").unwrap();
         assert_eq!(
             one,
-            "a\n<!-- bench: one -->\nnew\n<!-- end -->\nb\n<!-- bench: two -->\n<!-- end -->\n"
+            "a\n<!-- one -->\nnew\n<!-- end -->\nb\n<!-- two -->\n<!-- end -->\n"
         );
         assert!(
             replace(&one, "two", "2\n")
