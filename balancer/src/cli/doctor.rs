@@ -37,10 +37,17 @@ pub(super) struct Doctor {
 
 impl Doctor {
     pub(super) fn perform(&self, place: &Place) -> Result<ExitCode> {
+        let config = self.config.as_deref().map(Config::load).transpose()?;
+        let is_in_cluster = |config: &Config| config.kubernetes.is_some();
         let report = doctor::run(&doctor::Options {
             state_dir: place.state_dir.clone(),
             cgroup: self.cgroup.clone(),
-            config: self.config.as_deref().map(Config::load).transpose()?,
+            // A daemon that does not answer is found by its heartbeat.
+            cluster: config
+                .as_ref()
+                .filter(|config| is_in_cluster(config))
+                .and_then(|_| place.ask_for_cluster().ok()),
+            config,
         });
         self.output.show(&Json::new(&report), || text(&report))?;
         Ok(if report.worst() == Status::Fail {

@@ -7,7 +7,7 @@ use super::{Check, listing};
 use crate::{
     config::Kubernetes,
     dataplane::{BackendSnapshot, Snapshot},
-    kubernetes::{self, ApiRequest, Connection, Identity},
+    kubernetes::{self, ApiRequest, ClusterStatus, Connection, Identity},
 };
 
 /// More exempt connections than this are not only those of peers and probes: address translation
@@ -73,6 +73,26 @@ fn unreachable(error: &anyhow::Error) -> Check {
         format!("{error:#}"),
         "connections are counted and steered, but quotas hold and then open, and nothing is known of the other nodes",
         "run this in the daemon's pod (kubectl exec), which knows the API server and has its account; there, see whether the node reaches it",
+    )
+}
+
+/// What the daemon of this node says is wrong with the cluster.
+pub(super) fn problems(cluster: &ClusterStatus) -> Check {
+    let backends = cluster.groups.iter().flat_map(|group| &group.backends);
+    let well = format!(
+        "the daemon of node {} finds nothing wrong with the {} pods that it knows",
+        cluster.node,
+        backends.count()
+    );
+    Check::warn_of(
+        "cluster",
+        &cluster.problems,
+        (
+            &well,
+            "every pod that is ready is told of by the daemon of its node",
+        ),
+        "quotas are computed from what is known",
+        "each says what to do; `balancer status --cluster` shows the pods",
     )
 }
 

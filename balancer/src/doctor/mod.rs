@@ -29,6 +29,7 @@ use self::listening::CheckedService;
 pub use self::mistakes::{Kind, Mistake};
 use crate::config::{Config, NetnsScope};
 use crate::dataplane::{Reader, ServiceSnapshot, Snapshot};
+use crate::kubernetes::ClusterStatus;
 
 /// What to look at.
 #[derive(Clone, Debug)]
@@ -39,6 +40,8 @@ pub struct Options {
     pub cgroup: Option<PathBuf>,
     /// The services to check; `None`: those of the data plane that is loaded.
     pub config: Option<Config>,
+    /// The cluster as the daemon of this node knows it; `None`: there is none, or no daemon tells.
+    pub cluster: Option<ClusterStatus>,
 }
 
 /// How bad a finding is.
@@ -235,6 +238,7 @@ pub fn run(options: &Options) -> Report {
     if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {
         checks.extend(cluster::checks(kubernetes));
     }
+    checks.extend(options.cluster.as_ref().map(cluster::problems));
     checks.extend((loaded.as_ref()).and_then(|loaded| cluster::translated(&loaded.snapshot)));
 
     // In a cluster the file names no addresses: the loaded data plane knows them.
@@ -286,6 +290,7 @@ mod tests {
             state_dir: "/sys/fs/bpf/no-such-balancer".into(),
             cgroup: None,
             config: None,
+            cluster: None,
         };
         let report = run(&options);
         let failed: Vec<_> = report

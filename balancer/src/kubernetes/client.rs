@@ -113,7 +113,7 @@ fn from_kubeconfig(kubeconfig: Kubeconfig) -> Result<Config> {
 }
 
 /// `client` with a bound on the time to the first answer, with pauses between watches, and with a
-/// note in `health` when a watch has begun.
+/// note in `health` of the time that answers tell, and when a watch has begun.
 pub(crate) fn observed(client: &Client, health: &Arc<Health>) -> Client {
     let (inner, health) = (client.clone(), Arc::clone(health));
     let last = Arc::new(Mutex::new(None::<Instant>));
@@ -131,6 +131,7 @@ pub(crate) fn observed(client: &Client, health: &Arc<Health>) -> Client {
             let answer = tokio::time::timeout(ANSWER, inner.send(request)).await;
             let response =
                 answer.map_err(|_| format!("no answer within {} s", ANSWER.as_secs()))??;
+            health.clock.note(response.headers());
             if watches && response.status().is_success() {
                 health.succeeded();
             }

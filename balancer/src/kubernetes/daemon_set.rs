@@ -1,28 +1,33 @@
-//! The `DaemonSet` of this daemon. It owns the node report; when it goes, so does the data plane.
+//! The pod and the `DaemonSet` of this daemon. The pod owns the node report; when the `DaemonSet`
+//! goes, so does the data plane.
+//!
+//! A pod goes with its `DaemonSet` as well as with its node, and the API server's garbage collector
+//! takes the report away with it.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::core::PartialObjectMeta;
-use kube::{Api, Client, ResourceExt as _};
+use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 
 use super::client::{observed, pause};
 use super::health::{ApiError, Health, Notifier, Target};
 use super::identity::Identity;
-use super::watch::{Bounds, Facts, Selection, Store};
+use super::watch::{Bounds, Facts, Heard, Selection, Store};
 
-/// What is known of the `DaemonSet`.
+/// What is known of the daemon's pod and its `DaemonSet`.
 pub(crate) struct OwnDaemonSet {
     store: Arc<Store<DaemonSetFacts>>,
-    /// How asking for the daemon's pod fares, which names the `DaemonSet`.
-    pod: Arc<Health>,
+    /// The daemon's pod, by name and uid; empty as long as it is not known.
+    pod: OnceLock<(String, String)>,
+    /// How asking for it fares.
+    asking: Arc<Health>,
 }
 
 #[derive(PartialEq, Eq)]
 struct DaemonSetFacts {
-    uid: String,
     deleting: bool,
 }
 
@@ -34,9 +39,8 @@ impl Facts for DaemonSetFacts {
         in_all: 1,
     };
 
-    fn digest(set: &Self::Object, _: Option<&Self>) -> Option<Self> {
+    fn digest(set: &Self::Object, _: Option<&Self>, _: Heard) -> Option<Self> {
         Some(Self {
-            uid: set.uid().unwrap_or_default(),
             deleting: set.metadata.deletion_timestamp.is_some(),
         })
     }
@@ -47,7 +51,8 @@ impl OwnDaemonSet {
         let pods = Target::new("pods", Some(namespace));
         Arc::new(Self {
             store: Store::new(Some(namespace), notifier),
-            pod: Arc::new(Health::new(pods, notifier)),
+            pod: OnceLock::new(),
+            asking: Arc::new(Health::new(pods, notifier)),
         })
     }
 
@@ -58,18 +63,17 @@ impl OwnDaemonSet {
         listing.seen && listing.complete && listing.items.values().all(|facts| facts.deleting)
     }
 
-    /// The owner references of what belongs to it; none as long as it is not known.
+    /// The owner references of what belongs to this daemon; none as long as its pod is not known.
     pub(crate) fn references(&self) -> Value {
-        let listing = self.store.listing();
-        let references = listing.items.iter().map(|(name, DaemonSetFacts { uid, .. })| {
-            json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "name": name.name, "uid": uid})
-        });
+        let references = self.pod.get().into_iter().map(
+            |(name, uid)| json!({"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}),
+        );
         references.collect()
     }
 
     /// How its requests fare.
     pub(crate) fn healths(&self) -> [&Health; 2] {
-        [&self.store.health, &self.pod]
+        [&self.store.health, &self.asking]
     }
 
     /// Finds out which one it is, and watches it for ever.
@@ -84,19 +88,22 @@ impl OwnDaemonSet {
     /// The name of the `DaemonSet` that owns this daemon's pod; `None`: none does. Asks until it is
     /// known.
     async fn name(&self, client: &Client, identity: &Identity) -> Option<String> {
-        let client = observed(client, &self.pod);
+        let client = observed(client, &self.asking);
         let pods = Api::<PartialObjectMeta<Pod>>::namespaced(client, &identity.namespace);
         let mut failures = 0;
         loop {
             match pods.get_opt(&identity.pod).await {
                 Ok(pod) => {
-                    self.pod.succeeded();
+                    self.asking.succeeded();
+                    if let Some(uid) = pod.as_ref().and_then(ResourceExt::uid) {
+                        self.pod.get_or_init(|| (identity.pod.clone(), uid));
+                    }
                     let name = pod.as_ref().and_then(owner);
                     if name.is_none() {
                         tracing::info!(
                             "Kubernetes: the pod {}/{} is not there or belongs to no DaemonSet: the \
-                             node report stays when the balancer is uninstalled, and so does the \
-                             data plane (`balancer unload` takes it away)",
+                             data plane stays when the balancer is uninstalled (`balancer unload` \
+                             takes it away), and without a pod so does the node report",
                             identity.namespace,
                             identity.pod,
                         );
@@ -104,8 +111,8 @@ impl OwnDaemonSet {
                     return name;
                 }
                 Err(error) => {
-                    if let Some(error) = ApiError::of(&error, "get", &self.pod.target) {
-                        self.pod.failed(error);
+                    if let Some(error) = ApiError::of(&error, "get", &self.asking.target) {
+                        self.asking.failed(error);
                     }
                     tokio::time::sleep(pause(failures)).await;
                     failures += 1;

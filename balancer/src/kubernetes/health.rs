@@ -9,6 +9,8 @@ use anyhow::Chain;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::server_clock::ServerClock;
+
 /// Failures in a row before a problem is reported: a restart of the API server is one.
 const REPORTED_AFTER: u32 = 2;
 /// The most characters of a message of the server.
@@ -232,6 +234,8 @@ fn user(message: &str) -> Option<String> {
 #[derive(Debug)]
 pub(crate) struct Health {
     pub(crate) target: Target,
+    /// The time as the answers tell it.
+    pub(crate) clock: ServerClock,
     failures: Mutex<Option<Failures>>,
     notifier: Notifier,
 }
@@ -248,6 +252,7 @@ impl Health {
     pub(crate) fn new(target: Target, notifier: &Notifier) -> Self {
         Self {
             target,
+            clock: ServerClock::default(),
             failures: Mutex::default(),
             notifier: notifier.clone(),
         }

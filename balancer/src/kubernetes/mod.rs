@@ -12,6 +12,7 @@ mod health;
 mod identity;
 mod model;
 mod report_writer;
+mod server_clock;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,7 @@ pub use health::{ApiRequest, Target};
 pub use identity::Identity;
 pub use model::{
     Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,
-    ReportedBackend, SCHEMA, View,
+    ReportedBackend, SCHEMA, STALE, View,
 };
 pub use status::{BackendStatus, ClusterStatus, GroupStatus};
 #[doc(hidden)]

@@ -61,6 +61,10 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The pod's share relative to the others, 1 to `MAX_WEIGHT`.
     pub weight: u32,
+    /// The pod uses its node's network: its address is that of everybody there.
+    pub host_network: bool,
+    /// The runtime class that the pod asks for. It may give it a kernel of its own.
+    pub runtime_class: Option<String>,
 }
 
 /// The connections that pods keep, for one service entry.
@@ -93,13 +97,25 @@ pub struct View {
     pub nodes: BTreeMap<String, ReceivedReport>,
 }
 
-/// A node report, and how long ago it arrived here.
+/// What a daemon reported longer ago than this says nothing about now. A report is renewed each 30
+/// seconds: this one's daemon has ended, or can't reach the API server.
+pub const STALE: Duration = Duration::from_secs(60);
+
+/// A node report with its age.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ReceivedReport {
-    /// The time since it arrived here. (Clocks of nodes are not compared.)
+    /// How long ago it was written: the time since a watch told of it, or, where it was there
+    /// before, its age by the API server's own clock. (Clocks of nodes are not compared.)
     pub age: Duration,
     /// The last report that arrived.
     pub node_report: NodeReport,
+}
+
+impl ReceivedReport {
+    /// Whether it says anything about now.
+    pub fn is_recent(&self) -> bool {
+        self.age < STALE
+    }
 }
 
 /// What a daemon tells the others. Daemons of other builds read it: a field that gets another name
@@ -122,6 +138,22 @@ impl NodeReport {
     /// Whether the report says nothing.
     pub fn is_empty(&self) -> bool {
         self.backends.is_empty() && self.peaks.is_empty() && self.refused.is_empty()
+    }
+
+    /// What it tells of a pod of a group, all that listen there together; what has ended counts
+    /// only where nothing listens.
+    pub fn pod(&self, group: &GroupId, uid: &str) -> Option<ReportedBackend> {
+        let backends = self.backends.iter();
+        let of_pod = backends.filter(|told| told.uid == uid && told.group == *group);
+        let (ended, listening): (Vec<_>, Vec<_>) = of_pod.partition(|told| told.state == "closed");
+        let told = if listening.is_empty() {
+            ended
+        } else {
+            listening
+        };
+        let mut told = told.into_iter();
+        let first = told.next()?.clone();
+        Some(told.fold(first, ReportedBackend::and))
     }
 }
 
@@ -153,6 +185,21 @@ pub struct ReportedBackend {
     pub quota: Option<u32>,
     /// How many more it would take now; `null`: unlimited.
     pub room: Option<u32>,
+}
+
+impl ReportedBackend {
+    /// Two listeners of one pod, which is one backend to its group.
+    fn and(self, other: &Self) -> Self {
+        let sum = |one: Option<u32>, other: Option<u32>| Some(one?.saturating_add(other?));
+        Self {
+            established: self.established.saturating_add(other.established),
+            exempt: self.exempt.saturating_add(other.exempt),
+            pending: sum(self.pending, other.pending),
+            quota: sum(self.quota, other.quota),
+            room: sum(self.room, other.room),
+            ..self
+        }
+    }
 }
 
 /// The most connections that a group had.

@@ -41,6 +41,9 @@ enum Behaviour {
     IsGone,
 }
 
+/// The time that the server tells, whatever time it is.
+const NOW: http::HeaderValue = http::HeaderValue::from_static("Sun, 29 Nov 2026 05:00:00 GMT");
+
 /// A server with a few objects, by resource. Watches say nothing, and stay open until the server
 /// behaves in another way.
 struct Server {
@@ -186,7 +189,9 @@ fn ok(body: &Value) -> Response<Frames> {
 
 fn respond(chunks: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> Response<Frames> {
     let frames = chunks.map(|chunk| chunk.map(Frame::data));
-    Response::new(StreamBody::new(frames.boxed()))
+    let mut response = Response::new(StreamBody::new(frames.boxed()));
+    response.headers_mut().insert(http::header::DATE, NOW);
+    response
 }
 
 fn status(code: u16, message: &str) -> Response<Frames> {
@@ -593,13 +598,18 @@ async fn reports_are_paced_renewed_and_taken_away() {
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(server.count(&Method::DELETE, own), 1);
     assert!(server.count(&Method::PATCH, "fieldManager=balancer") > 0);
+    let owners = &server.written.lock().unwrap()["metadata"]["ownerReferences"];
+    let pod =
+        json!([{"apiVersion": "v1", "kind": "Pod", "name": "balancer-x", "uid": "uid-oap-0"}]);
+    assert_eq!(*owners, pod, "the fake server tells of one pod alone");
 }
 
 #[tokio::test(start_paused = true)]
 async fn what_others_wrote_is_received_with_its_age_or_told_to_be_garbage() {
     let server = populated();
     let map = |node: &str, text: &str| {
-        json!({"metadata": {"name": format!("balancer-{node}"), "namespace": "balancer", "resourceVersion": "4"},
+        json!({"metadata": {"name": format!("balancer-{node}"), "namespace": "balancer", "resourceVersion": "4",
+            "managedFields": [{"manager": "balancer", "operation": "Apply", "time": "2026-11-29T04:59:20Z"}]},
             "data": {"publication.json": text}})
     };
     let report = json!({"schema": 1, "node": "node-b", "backends": [], "peaks": [], "refused": []});
@@ -610,6 +620,8 @@ async fn what_others_wrote_is_received_with_its_age_or_told_to_be_garbage() {
     let mut cluster = server.cluster(&config());
     let view = eventually(&mut cluster, "complete", |view| view.complete).await;
     assert_eq!(view.nodes.keys().collect::<Vec<_>>(), ["node-b"]);
+    let age = view.nodes["node-b"].age.as_secs();
+    assert!((40..45).contains(&age), "it was there before, for {age} s");
     assert!(
         view.problems
             .iter()
@@ -626,6 +638,15 @@ async fn what_others_wrote_is_received_with_its_age_or_told_to_be_garbage() {
     server.set(Behaviour::Well);
     tokio::time::sleep(Duration::from_secs(30)).await;
     assert!(cluster.view().nodes["node-b"].age >= Duration::from_secs(130));
+    let abandoned = "node report balancer/balancer-node-b has not been renewed";
+    let is_named = |view: &View| {
+        view.problems
+            .iter()
+            .any(|problem| problem.contains(abandoned))
+    };
+    assert!(!is_named(&cluster.view()));
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert!(is_named(&cluster.view()), "{:?}", cluster.view().problems);
 }
 
 #[tokio::test(start_paused = true)]

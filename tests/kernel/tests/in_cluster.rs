@@ -2,6 +2,7 @@
 //! the netns and connections of the pods are real.
 
 pub mod fixture;
+mod told;
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr};
@@ -399,7 +400,7 @@ fn who_is_dismissed_takes_everything_along() {
         eventually(SETTLES_WITHIN, || {
             let own = own_report(cluster)?;
             ensure!(
-                own["metadata"]["ownerReferences"][0]["name"] == "balancer",
+                own["metadata"]["ownerReferences"][0]["name"] == "balancer-x",
                 "{own}"
             );
             Ok(())

@@ -47,12 +47,21 @@ pub(crate) trait Facts: PartialEq + Sized + Send + 'static {
     const PAGE: u32 = 250;
 
     /// What is of interest, given what was known before; `None` leaves the object out.
-    fn digest(object: &Self::Object, before: Option<&Self>) -> Option<Self>;
+    fn digest(object: &Self::Object, before: Option<&Self>, heard: Heard) -> Option<Self>;
 
     /// How much of the bounds it takes.
     fn weight(&self) -> usize {
         1
     }
+}
+
+/// How an object came to be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    /// It was in a list: it may have been as it is for any time.
+    Listed,
+    /// A watch told it: it has changed just now.
+    Watched,
 }
 
 /// How much a watch keeps, as a sum of weights. Anybody may make many objects in a namespace of
@@ -212,9 +221,9 @@ impl<V: Facts> Store<V> {
         }
     }
 
-    fn digest(&self, object: &V::Object) -> (ObjectName, Option<V>) {
+    fn digest(&self, object: &V::Object, heard: Heard) -> (ObjectName, Option<V>) {
         let name = ObjectName::of(object);
-        let facts = V::digest(object, self.listing().items.get(&name));
+        let facts = V::digest(object, self.listing().items.get(&name), heard);
         (name, facts)
     }
 
@@ -257,13 +266,13 @@ impl<V: Facts> Store<V> {
             match event {
                 Ok(Event::Init) => listed = Listing::new(),
                 Ok(Event::InitApply(object)) => {
-                    if let (name, Some(facts)) = self.digest(&object) {
+                    if let (name, Some(facts)) = self.digest(&object, Heard::Listed) {
                         listed.insert(name, facts);
                     }
                 }
                 Ok(Event::InitDone) => self.replace(std::mem::replace(&mut listed, Listing::new())),
                 Ok(Event::Apply(object)) => {
-                    let (name, facts) = self.digest(&object);
+                    let (name, facts) = self.digest(&object, Heard::Watched);
                     self.set(name, facts);
                 }
                 Ok(Event::Delete(object)) => self.set(ObjectName::of(&object), None),
@@ -319,7 +328,7 @@ mod tests {
             in_all: 25,
         };
 
-        fn digest(_: &ConfigMap, _: Option<&Self>) -> Option<Self> {
+        fn digest(_: &ConfigMap, _: Option<&Self>, _: Heard) -> Option<Self> {
             None
         }
 

@@ -1,14 +1,16 @@
 //! The node reports of all daemons: a `ConfigMap` for each node, in the balancer's own namespace.
 
 use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use tokio::time::Instant;
+use tokio::time::{Duration, Instant};
 
-use super::{Bounds, Facts, Selection};
+use super::{Bounds, Facts, Heard, Selection};
 use crate::kubernetes::health::shortened;
-use crate::kubernetes::model::{NodeReport, ObjectName, ReceivedReport, SCHEMA};
+use crate::kubernetes::model::{NodeReport, ObjectName, ReceivedReport, SCHEMA, STALE};
+use crate::kubernetes::server_clock::ServerClock;
 
 /// The labels of the `ConfigMap`s that are node reports, in all builds.
 pub(crate) const LABELS: [(&str, &str); 2] = [
@@ -43,7 +45,11 @@ const MOST_KIB: usize = 16 * 1024;
 pub(crate) struct StoredReport {
     /// The version of the `ConfigMap`: a list that brings it again is no news.
     version: Option<String>,
+    /// How and when this version came to be known.
+    heard: Heard,
     at: Instant,
+    /// When the API server took this version, by its own clock.
+    taken: Option<Timestamp>,
     /// The value of the annotation [`WRITTEN`].
     pub(crate) written: Option<u64>,
     /// How long its text is, in bytes.
@@ -62,13 +68,15 @@ impl Facts for StoredReport {
     // Each may have a mebibyte.
     const PAGE: u32 = 16;
 
-    fn digest(map: &ConfigMap, before: Option<&Self>) -> Option<Self> {
+    fn digest(map: &ConfigMap, before: Option<&Self>, heard: Heard) -> Option<Self> {
         let version = map.resource_version();
         let before = before.filter(|before| version.is_some() && before.version == version);
         Some(before.cloned().unwrap_or_else(|| {
             Self {
                 version,
+                heard,
                 at: Instant::now(),
+                taken: taken(map),
                 written: map
                     .annotations()
                     .get(WRITTEN)
@@ -90,12 +98,31 @@ impl Facts for StoredReport {
 
 impl StoredReport {
     /// The report with its age, or the problem with it.
-    pub(super) fn received(&self) -> Result<ReceivedReport, String> {
+    pub(super) fn received(&self, clock: &ServerClock) -> Result<ReceivedReport, String> {
         Ok(ReceivedReport {
-            age: self.at.elapsed(),
+            age: self.age(clock),
             node_report: self.parsed.clone()?,
         })
     }
+
+    /// How long ago it was written. One that is found in a list may be from any time: where the API
+    /// server does not tell, it is old until its daemon renews it.
+    fn age(&self, clock: &ServerClock) -> Duration {
+        let heard = self.at.elapsed();
+        if self.heard == Heard::Watched {
+            return heard;
+        }
+        let told = self.taken.and_then(|taken| clock.since(taken));
+        heard.max(told.unwrap_or(STALE))
+    }
+}
+
+/// When a field of the object was changed last. Only the API server writes that.
+fn taken(map: &ConfigMap) -> Option<Timestamp> {
+    let managers = map.managed_fields().iter();
+    managers
+        .filter_map(|manager| Some(manager.time.as_ref()?.0))
+        .max()
 }
 
 /// What a report of any schema has.
@@ -153,7 +180,6 @@ mod tests {
     use super::*;
     use crate::kubernetes::model::{GroupId, Peak, RefusedSource};
     use serde_json::json;
-    use std::time::Duration;
 
     fn map(name: &str, data: &[(&str, &str)]) -> ConfigMap {
         serde_json::from_value(json!({
@@ -314,13 +340,49 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_is_listed_again_has_not_arrived_again() {
         let mut object = map("balancer-node-a", &[]);
-        let first = StoredReport::digest(&object, None).unwrap();
+        let first = StoredReport::digest(&object, None, Heard::Watched).unwrap();
         tokio::time::advance(Duration::from_secs(60)).await;
-        assert_eq!(StoredReport::digest(&object, Some(&first)).unwrap(), first);
+        let again = StoredReport::digest(&object, Some(&first), Heard::Listed);
+        assert_eq!(again.unwrap(), first);
         object.metadata.resource_version = Some("8".to_owned());
-        assert_eq!(
-            StoredReport::digest(&object, Some(&first)).unwrap().at,
-            Instant::now()
+        let newer = StoredReport::digest(&object, Some(&first), Heard::Watched);
+        assert_eq!(newer.unwrap().at, Instant::now());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_there_before_is_as_old_as_the_api_server_says_and_what_comes_is_new() {
+        let clock = ServerClock::default();
+        let age = |object: &ConfigMap, heard, clock: &ServerClock| {
+            StoredReport::digest(object, None, heard)
+                .unwrap()
+                .age(clock)
+        };
+        let mut object = map("balancer-node-a", &[]);
+        assert_eq!(age(&object, Heard::Listed, &clock), STALE, "nobody tells");
+        let manager =
+            |time: &str| json!({"manager": "balancer", "operation": "Apply", "time": time});
+        object.metadata.managed_fields = Some(
+            [
+                manager("2026-11-29T05:00:00Z"),
+                manager("2026-11-29T04:00:00Z"),
+            ]
+            .map(|entry| serde_json::from_value(entry).unwrap())
+            .to_vec(),
         );
+        assert_eq!(
+            age(&object, Heard::Listed, &clock),
+            STALE,
+            "it tells no time"
+        );
+        let mut headers = http::HeaderMap::new();
+        let date = http::HeaderValue::from_static("Sun, 29 Nov 2026 05:00:25 GMT");
+        headers.insert(http::header::DATE, date);
+        clock.note(&headers);
+        let seconds = Duration::from_secs;
+        assert_eq!(age(&object, Heard::Listed, &clock), seconds(25));
+        assert_eq!(age(&object, Heard::Watched, &clock), seconds(0));
+        let listed = StoredReport::digest(&object, None, Heard::Listed).unwrap();
+        tokio::time::advance(seconds(40)).await;
+        assert_eq!(listed.age(&clock), seconds(65));
     }
 }

@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::core::PartialObjectMeta;
 
-use super::{Bounds, Facts, Selection};
+use super::{Bounds, Facts, Heard, Selection};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, MAX_WEIGHT, PodClass};
 use crate::kubernetes::model::{Demand, ObjectName};
 
@@ -66,6 +66,10 @@ pub(super) struct PodFacts {
     pub(super) weight: Result<u32, String>,
     /// A Job owns it: it does not serve, whatever its labels say.
     pub(super) job: bool,
+    /// It uses its node's network.
+    pub(super) host_network: bool,
+    /// The runtime class that it asks for.
+    pub(super) runtime_class: Option<String>,
 }
 
 impl Facts for PodFacts {
@@ -76,7 +80,7 @@ impl Facts for PodFacts {
         in_all: 20_000,
     };
 
-    fn digest(pod: &Pod, _: Option<&Self>) -> Option<Self> {
+    fn digest(pod: &Pod, _: Option<&Self>, _: Heard) -> Option<Self> {
         let weight = match pod.annotations().get(WEIGHT) {
             None => Ok(1),
             Some(text) => match text.trim().parse() {
@@ -85,12 +89,15 @@ impl Facts for PodFacts {
             },
         };
         let mut owners = pod.owner_references().iter();
+        let spec = pod.spec.as_ref();
         Some(Self {
             uid: pod.uid().unwrap_or_default(),
             addresses: addresses(pod),
-            node: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
+            node: spec.and_then(|spec| spec.node_name.clone()),
             weight,
             job: owners.any(|owner| owner.kind == "Job"),
+            host_network: spec.and_then(|spec| spec.host_network) == Some(true),
+            runtime_class: spec.and_then(|spec| spec.runtime_class_name.clone()),
         })
     }
 }
@@ -118,7 +125,7 @@ impl Facts for Counted {
         in_all: 100_000,
     };
 
-    fn digest(_: &Metadata, _: Option<&Self>) -> Option<Self> {
+    fn digest(_: &Metadata, _: Option<&Self>, _: Heard) -> Option<Self> {
         Some(Self)
     }
 }
@@ -149,7 +156,7 @@ mod tests {
             "name": "p", "namespace": "sw", "uid": "u", "annotations": annotations,
             "ownerReferences": [{"apiVersion": "x/v1", "kind": owner, "name": "o", "uid": "v"}]}}))
         .unwrap();
-        PodFacts::digest(&pod, None).unwrap()
+        PodFacts::digest(&pod, None, Heard::Listed).unwrap()
     }
 
     #[test]
@@ -168,6 +175,21 @@ mod tests {
     fn a_pod_of_a_job_is_marked() {
         assert!(facts(None, "Job").job);
         assert!(!facts(None, "StatefulSet").job);
+    }
+
+    #[test]
+    fn the_network_and_the_runtime_of_a_pod_are_known() {
+        let facts = |spec: serde_json::Value| {
+            let pod = json!({"metadata": {"name": "p"}, "spec": spec});
+            let pod = serde_json::from_value(pod).unwrap();
+            PodFacts::digest(&pod, None, Heard::Listed).unwrap()
+        };
+        let usual = facts(json!({"containers": []}));
+        assert!(!usual.host_network && usual.runtime_class.is_none());
+        let other =
+            facts(json!({"containers": [], "hostNetwork": true, "runtimeClassName": "gvisor"}));
+        assert!(other.host_network);
+        assert_eq!(other.runtime_class.as_deref(), Some("gvisor"));
     }
 
     #[test]

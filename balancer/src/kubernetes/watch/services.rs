@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
 
-use super::{Bounds, Facts, Selection};
+use super::{Bounds, Facts, Heard, Selection};
 use crate::config::{PortChoice, ServiceChoice};
 use crate::kubernetes::model::ObjectName;
 
@@ -100,7 +100,7 @@ impl Facts for ServiceFacts {
         in_all: 4_096,
     };
 
-    fn digest(service: &Service, _: Option<&Self>) -> Option<Self> {
+    fn digest(service: &Service, _: Option<&Self>, _: Heard) -> Option<Self> {
         let spec = service.spec.clone().unwrap_or_default();
         let ports = spec.ports.unwrap_or_default().into_iter();
         let tcp = ports.filter(|port| is_tcp(port.protocol.as_deref()));
@@ -167,7 +167,7 @@ mod tests {
                 {"name": "same", "port": 9000},
             ]}}))
             .unwrap();
-        let facts = ServiceFacts::digest(&service, None).unwrap();
+        let facts = ServiceFacts::digest(&service, None, Heard::Listed).unwrap();
         let grpc = facts.port(&PortChoice::Number(11800)).unwrap();
         assert_eq!((grpc.name.as_str(), grpc.target), ("grpc", Some(21800)));
         let by_name = |name: &str| facts.port(&PortChoice::Name(name.to_owned()));

@@ -7,7 +7,7 @@ use kube::ResourceExt as _;
 
 use super::contested::drop_contested;
 use super::services::is_tcp;
-use super::{Bounds, Facts, Selection};
+use super::{Bounds, Facts, Heard, Selection};
 use crate::kubernetes::health::Problems;
 use crate::kubernetes::model::{Endpoint, GroupId, ObjectName};
 
@@ -76,7 +76,7 @@ impl Facts for SliceFacts {
         in_all: 50_000,
     };
 
-    fn digest(slice: &EndpointSlice, _: Option<&Self>) -> Option<Self> {
+    fn digest(slice: &EndpointSlice, _: Option<&Self>, _: Heard) -> Option<Self> {
         let service = slice.labels().get(SERVICE)?.clone();
         let namespace = slice.namespace().unwrap_or_default();
         let ports = slice.ports.iter().flatten();
@@ -100,7 +100,8 @@ impl Facts for SliceFacts {
     }
 }
 
-/// What a slice says of a pod, with the weight of one without annotation; `None`: it is no pod, or
+/// What a slice says of a pod, with the weight of one without annotation, as if it had a network
+/// and the kernel as others do; `None`: it is no pod, or
 /// not one of the slice's own namespace, whose owners may write what they like of other pods.
 fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
     let target = endpoint.target_ref.clone()?;
@@ -125,6 +126,8 @@ fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
         ready: conditions.ready.unwrap_or(true) && !terminating,
         terminating,
         weight: 1,
+        host_network: false,
+        runtime_class: None,
     })
 }
 
@@ -178,7 +181,7 @@ pub fn groups_beside_slice(
 ) -> Result<BTreeMap<GroupId, Vec<Endpoint>>, String> {
     let slice: EndpointSlice = serde_json::from_str(text).map_err(|error| error.to_string())?;
     let name = ObjectName::of(&slice);
-    let facts = SliceFacts::digest(&slice, None).ok_or("it is of no Service")?;
+    let facts = SliceFacts::digest(&slice, None, Heard::Listed).ok_or("it is of no Service")?;
     let service = ObjectName {
         namespace: name.namespace.clone(),
         name: facts.service.clone(),
@@ -218,7 +221,10 @@ mod tests {
             "addressType": kind, "ports": ports, "endpoints": endpoints,
         }))
         .unwrap();
-        (named(name), SliceFacts::digest(&slice, None).unwrap())
+        (
+            named(name),
+            SliceFacts::digest(&slice, None, Heard::Listed).unwrap(),
+        )
     }
 
     fn item(pod: &str, address: &str, conditions: &Value) -> Value {

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::{Arc, MutexGuard};
+use std::time::Duration;
 
 use kube::Client;
 
@@ -14,6 +15,9 @@ use super::{Facts, Listing, Selection, Store, Watch, contested};
 use crate::config::{ClusterService, Kubernetes, MAX_WEIGHT, PortChoice, ServiceChoice};
 use crate::kubernetes::health::{Health, Notifier, Problems, Target, place};
 use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, View};
+
+/// A report that has not been renewed for so long is named: nobody may come to renew it.
+const ABANDONED: Duration = Duration::from_secs(600);
 
 /// Watches of one kind, by what they are about. Service entries that mean the same share one.
 struct WatchSet<K, V> {
@@ -202,17 +206,25 @@ impl Watches {
         };
         view.precedence.sort_by_key(|id| !named(id));
         contested::drop_contested(&mut view.groups, &mut problems);
-        for stored in self.node_reports.store.listing().items.values() {
-            match stored.received() {
+        self.add_node_reports(&mut view, &mut problems);
+        view.problems = problems.sentences();
+        (view, problems)
+    }
+
+    fn add_node_reports(&self, view: &mut View, problems: &mut Problems) {
+        let store = &self.node_reports.store;
+        for (name, stored) in &store.listing().items {
+            match stored.received(&store.health.clock) {
                 Ok(received) => {
+                    if received.age >= ABANDONED {
+                        problems.add(abandoned(name, &received.node_report.node));
+                    }
                     let node = received.node_report.node.clone();
                     view.nodes.insert(node, received);
                 }
                 Err(problem) => problems.add(problem),
             }
         }
-        view.problems = problems.sentences();
-        (view, problems)
     }
 
     /// What there is more of than is kept.
@@ -345,7 +357,7 @@ fn pods_of((service, facts): (&ObjectName, &ServiceFacts)) -> Selection {
     pods::of_service(service, facts.pods.as_ref())
 }
 
-/// The pod at those of its addresses that it has, on the node that it runs on.
+/// The pod at those of its addresses that it has, on the node that it runs on, in the way it says.
 fn at_its_own_place(
     pod: &mut Endpoint,
     known: &PodFacts,
@@ -357,6 +369,8 @@ fn at_its_own_place(
         .partition(|address| known.addresses.contains(address));
     pod.addresses = own;
     pod.node.clone_from(&known.node);
+    pod.host_network = known.host_network;
+    pod.runtime_class.clone_from(&known.runtime_class);
     // A pod that has none yet, or has just ended, is no reason to complain.
     if !known.addresses.is_empty() {
         let others: Vec<IpAddr> = others;
@@ -370,6 +384,15 @@ fn too_many(target: &Target) -> String {
     format!(
         "there are more {target} than the balancer keeps: some of them are not looked at. Let the \
          entries of the configuration name a Service or a namespace"
+    )
+}
+
+fn abandoned(report: &ObjectName, node: &str) -> String {
+    let ObjectName { namespace, name } = report;
+    format!(
+        "the node report {report} has not been renewed for ten minutes: no daemon runs on the node \
+         {node}, or it does not reach the API server. The report counts for nothing. Where the \
+         node is gone, or needs no daemon: `kubectl delete configmap --namespace {namespace} {name}`"
     )
 }
 

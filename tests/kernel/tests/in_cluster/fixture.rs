@@ -71,7 +71,11 @@ impl Drop for Resident {
 
 impl<'a> Cluster<'a> {
     pub fn start(machine: &'a Machine) -> Self {
-        let api = ApiServer::start(&machine.netns);
+        Self::over(machine, ApiServer::start(&machine.netns))
+    }
+
+    /// With an API server that is there.
+    pub fn over(machine: &'a Machine, api: ApiServer) -> Self {
         api.admin().apply(&objects::list(&[
             objects::namespace(SYSTEM),
             objects::namespace(OAPS),
@@ -174,6 +178,11 @@ impl<'a> Cluster<'a> {
             return;
         }
         self.api.admin().apply(&objects::list(&pods));
+        self.learn_uids(namespace);
+    }
+
+    /// Finds the uids of the pods of a namespace.
+    pub fn learn_uids(&self, namespace: &str) {
         let made = self.api.admin().get(&["pods", "-n", namespace]);
         let text = |value: &Value| value.as_str().expect("text").to_owned();
         let uids = made["items"].as_array().expect("a list").iter();

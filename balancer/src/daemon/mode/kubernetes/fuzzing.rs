@@ -131,7 +131,7 @@ pub(super) fn entry() -> ClusterService {
     }
 }
 
-fn endpoint(node: &str) -> Endpoint {
+pub(super) fn endpoint(node: &str) -> Endpoint {
     Endpoint {
         pod: object(node),
         uid: node.into(),
@@ -140,10 +140,12 @@ fn endpoint(node: &str) -> Endpoint {
         ready: true,
         terminating: false,
         weight: 1,
+        host_network: false,
+        runtime_class: None,
     }
 }
 
-fn report(group: &GroupId, node: &str, connections: u32) -> NodeReport {
+pub(super) fn report(group: &GroupId, node: &str, connections: u32) -> NodeReport {
     let backend = json!({
         "group": group, "pod": object(node), "uid": node, "slot": 0, "address": "10.0.0.1",
         "state": "active", "established": connections, "exempt": 0, "pending": 0, "quota": null,

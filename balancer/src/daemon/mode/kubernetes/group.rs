@@ -9,9 +9,6 @@ use crate::dataplane::SlotView;
 use crate::kubernetes::{Endpoint, GroupId, ReportedBackend, View};
 use crate::quota::{Quota, ReadyBackend, plausible};
 
-/// What a daemon reported longer ago than this says nothing about now.
-pub const STALE: Duration = Duration::from_secs(60);
-
 /// A pod that is not ready, on a node that is about to be given up for dead, has clients that have
 /// moved long since: its connections count only for a little longer than a report is renewed after.
 const RENEWED_WITHIN: Duration = Duration::from_secs(35);
@@ -176,7 +173,7 @@ impl Load {
         }
     }
 
-    const fn reported(backend: &ReportedBackend, age: Duration) -> Self {
+    fn reported(backend: &ReportedBackend, age: Duration) -> Self {
         Self {
             established: backend.established.saturating_sub(backend.exempt),
             age,
@@ -195,7 +192,7 @@ impl Load {
         }
     }
 
-    /// A pod with several listeners is one backend to the others.
+    /// A pod with several listeners is one backend to its group.
     fn and(self, other: Self) -> Self {
         let room = self.room.zip(other.room);
         Self {
@@ -251,13 +248,9 @@ fn loads<'a>(
 /// What the daemon of a pod's own node reported lately of the pod, and that node.
 fn reported<'a>(id: &GroupId, endpoint: &Endpoint, view: &'a View) -> Option<(&'a str, Load)> {
     let (node, received) = view.nodes.get_key_value(endpoint.node.as_ref()?)?;
-    if received.age >= STALE {
+    if !received.is_recent() {
         return None;
     }
-    let backends = received.node_report.backends.iter();
-    let load = backends
-        .filter(|backend| backend.uid == endpoint.uid && backend.group == *id)
-        .map(|backend| Load::reported(backend, received.age))
-        .reduce(Load::and)?;
-    Some((node, load))
+    let told = received.node_report.pod(id, &endpoint.uid)?;
+    Some((node, Load::reported(&told, received.age)))
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
-use super::group::{Group, STALE};
+use super::group::Group;
 use super::pod_resolver::{Groups, PodResolver};
 use crate::config::{ClusterInput, ClusterQuota, Kubernetes, MAX_CONNECTIONS};
 use crate::dataplane::{SlotView, Writer};
@@ -78,7 +78,7 @@ impl GroupQuotas {
         let endpoints = view.groups.get(group).into_iter().flatten();
         let nodes: BTreeSet<&String> = endpoints.filter_map(|pod| pod.node.as_ref()).collect();
         let received = nodes.into_iter().filter_map(|node| view.nodes.get(node));
-        let recent = received.filter(|received| received.age < STALE);
+        let recent = received.filter(|received| received.is_recent());
         let reported = recent.flat_map(|received| {
             let refused = received.node_report.refused.iter();
             let ago = |seconds| received.age.saturating_add(Duration::from_secs(seconds));
@@ -302,7 +302,8 @@ fn reported_peak(group: &Group<'_>, window: Duration, view: &View) -> Option<u64
             .max()?;
         Some(most.min(plausible::at_most(group.counted_without(node))))
     };
-    let nodes = view.nodes.iter().filter(|(node, _)| group.is_on(node));
+    let nodes = view.nodes.iter();
+    let nodes = nodes.filter(|(node, received)| received.is_recent() && group.is_on(node));
     nodes.filter_map(of_node).max()
 }
 

@@ -1,12 +1,14 @@
 //! On a node of a Kubernetes cluster: ports and sources from the API server, quotas with the other
 //! daemons.
 
+mod complaints;
 pub mod fuzzing;
 mod group;
 mod group_quotas;
 mod plan;
 mod pod_resolver;
 mod report;
+mod untold;
 
 use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
@@ -17,9 +19,11 @@ use balancer_common::BackendState;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
+use self::complaints::Complaints;
 use self::group_quotas::GroupQuotas;
 use self::plan::{Here, PortNames};
 use self::pod_resolver::PodResolver;
+use self::untold::Untold;
 use super::super::attach::GuardedNetns;
 use super::super::down::Named;
 use super::super::quotas::{explain, put_in_force};
@@ -44,8 +48,8 @@ pub struct KubernetesMode {
     /// The `DaemonSet` of this daemon is gone, or about to go.
     uninstalled: bool,
     port_names: PortNames,
-    /// Which target ports have no service, a sentence each.
-    left_out: Vec<String>,
+    untold: Untold,
+    complaints: Complaints,
     pod_resolver: PodResolver,
     quotas: GroupQuotas,
 }
@@ -69,7 +73,8 @@ impl KubernetesMode {
             view,
             uninstalled: false,
             port_names: PortNames::default(),
-            left_out: Vec::new(),
+            untold: Untold::default(),
+            complaints: Complaints::default(),
             pod_resolver,
             quotas: GroupQuotas::new(),
         })
@@ -135,25 +140,14 @@ impl KubernetesMode {
         let slots = writer.tables.slots()?;
         let busy: HashSet<u16> = slots.iter().map(|slot| slot.member.backend.port).collect();
         let left_out = self.port_names.update(&self.config, &self.view, &busy);
-        self.complain_of(left_out);
+        self.complaints.set("ports", left_out);
+        let on_hosts = plan::peers_of_host_networks(&self.config, &self.view);
+        self.complaints.set("peers", on_hosts);
         let here = Here {
             node: &self.identity.node,
             addresses: self.node_addresses(),
         };
         Ok(Some(self.port_names.plan(&self.config, &self.view, &here)))
-    }
-
-    /// Logs what is new of it, and shows it in the status.
-    fn complain_of(&mut self, left_out: Vec<String>) {
-        for sentence in &left_out {
-            if !self.left_out.contains(sentence) {
-                warn!("{sentence}");
-            }
-        }
-        let problems = &mut self.view.problems;
-        problems.retain(|problem| !self.left_out.contains(problem));
-        problems.extend(left_out.iter().cloned());
-        self.left_out = left_out;
     }
 
     /// The addresses that this node's own processes, its kubelet among them, send from to its pods.
@@ -220,8 +214,11 @@ impl KubernetesMode {
         if self.view.complete {
             self.quotas
                 .apply(&self.config, &self.view, &self.pod_resolver, writer)?;
+            let own = self.node_report(&writer.tables.slots()?);
+            self.complaints
+                .set("untold", self.untold.look(&self.view, &own));
             if !self.uninstalled {
-                self.api.publish(self.node_report(&writer.tables.slots()?));
+                self.api.publish(own);
             }
         } else if self.started.elapsed() > self.config.hold_for {
             self.open(writer)?;
@@ -303,7 +300,9 @@ impl KubernetesMode {
     /// When the slots can't be read.
     pub fn status(&self, writer: &Writer) -> Result<ClusterStatus> {
         let own = self.node_report(&writer.tables.slots()?);
-        Ok(report::cluster_status(&self.view, &own, &self.quotas))
+        let mut status = report::cluster_status(&self.view, &own, &self.quotas);
+        status.problems.extend(self.complaints.sentences().cloned());
+        Ok(status)
     }
 
     fn node_report(&self, slots: &[SlotView]) -> NodeReport {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use balancer_common::abi::maps::EXEMPT;
 use ipnet::IpNet;
 
-use crate::config::{ClusterService, Kubernetes, MAX_NAME_BYTES, MAX_SERVICES};
+use crate::config::{ClusterQuota, ClusterService, Kubernetes, MAX_NAME_BYTES, MAX_SERVICES};
 use crate::dataplane::{ListenAt, Plan, ServicePlan};
 use crate::kubernetes::{Endpoint, GroupId, View};
 
@@ -230,6 +230,9 @@ fn exempt(port: u16, config: &Kubernetes, view: &View, here: &Here<'_>) -> Vec<I
 /// The pods that the backends of a port on this node have for peers: those of one Kubernetes
 /// namespace alone. The kernel half knows exempt sources by port, and who makes a Service in
 /// another namespace must not make clients of theirs exempt.
+///
+/// A pod of its node's network has the address that all clients on that node come from where address
+/// translation hides theirs. It can't be told from them, so it is no peer.
 fn peers<'a, I>(of_port: impl Fn() -> I, node: &str) -> impl Iterator<Item = IpAddr>
 where
     I: Iterator<Item = (&'a GroupId, &'a Vec<Endpoint>)> + 'a,
@@ -243,14 +246,40 @@ where
     of_port()
         .filter(move |(group, _)| Some(&group.service.namespace) == namespace.as_ref())
         .flat_map(|(_, endpoints)| endpoints)
+        .filter(|endpoint| !endpoint.host_network)
         .flat_map(|endpoint| &endpoint.addresses)
         .copied()
+}
+
+/// The groups whose pods are peers that are not exempt, a sentence each: see [`peers`].
+pub fn peers_of_host_networks(config: &Kubernetes, view: &View) -> Vec<String> {
+    let is_limited = |id: &GroupId| {
+        let mut entries = config
+            .services
+            .iter()
+            .filter(|entry| entry.name == id.entry);
+        entries.any(|entry| !matches!(entry.quota, ClusterQuota::Unlimited))
+    };
+    let groups = view.groups.iter();
+    let groups = groups.filter(|(id, endpoints)| endpoints.len() > 1 && is_limited(id));
+    let of_hosts = groups.filter_map(|(id, endpoints)| {
+        let first = endpoints.iter().find(|endpoint| endpoint.host_network)?;
+        Some(format!(
+            "pods behind the Service {}, such as {}, use their node's network: connections from \
+             there to port {} of the others are not exempt and take places, because clients on \
+             that node may come from the same address. Let clients use a port that these servers \
+             do not use among each other (SkyWalking: SW_RECEIVER_GRPC_PORT) and balance that; or \
+             name the addresses of the nodes under `exempt`, if no client comes from them",
+            id.service, first.pod, id.port
+        ))
+    });
+    of_hosts.collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ClusterQuota, PortChoice, ServiceChoice};
+    use crate::config::{PortChoice, ServiceChoice};
     use crate::kubernetes::ObjectName as Object;
     use balancer_common::Policy;
 
@@ -297,6 +326,8 @@ mod tests {
                 ready: true,
                 terminating: false,
                 weight: 1,
+                host_network: false,
+                runtime_class: None,
             };
             if !view.groups.contains_key(&id) {
                 view.precedence.push(id.clone());
@@ -404,6 +435,32 @@ mod tests {
             [&certain[..], &["10.0.0.3/32"]].concat()
         );
         assert_eq!((agents.port, prod.port), (11800, 1800));
+    }
+
+    #[test]
+    fn a_pod_of_its_nodes_network_makes_nobody_there_exempt() {
+        let config = config(&["agents"]);
+        let mut view = groups(&[
+            ("agents", 11800, "10.0.0.1"),
+            ("agents", 11800, "192.0.2.7"),
+        ]);
+        let exempt = |view: &View| {
+            let mut ports = PortNames::default();
+            ports.update(&config, view, &HashSet::new());
+            exempt_words(&ports.plan(&config, view, &here()).services[0]).split_off(4)
+        };
+        assert_eq!(exempt(&view), ["10.0.0.1/32", "192.0.2.7/32"]);
+        let pods = view.groups.values_mut().flatten();
+        pods.for_each(|pod| pod.host_network = *pod.uid == *"192.0.2.7");
+        assert_eq!(exempt(&view), ["10.0.0.1/32"]);
+        assert_eq!(peers_of_host_networks(&config, &view), Vec::<String>::new());
+        let mut limited = config;
+        limited.services[0].quota = ClusterQuota::Fixed(9);
+        let said = peers_of_host_networks(&limited, &view);
+        assert!(
+            said[0].contains("to port 11800 of the others are not exempt"),
+            "{said:?}"
+        );
     }
 
     #[test]

@@ -17,23 +17,7 @@ pub fn node_report(
     groups: &Groups,
     quotas: &GroupQuotas,
 ) -> NodeReport {
-    let reported = |slot: &SlotView| {
-        let (group, endpoint) = resolver.pod(slot, groups)?;
-        let counts = &slot.member.counts;
-        Some(ReportedBackend {
-            group: group.clone(),
-            pod: endpoint.pod.clone(),
-            uid: endpoint.uid.clone(),
-            slot: slot.slot(),
-            address: endpoint.addresses.first().copied()?,
-            state: slot.state().name().to_owned(),
-            established: counts.established(),
-            exempt: counts.exempt(),
-            pending: Some(slot.expected()),
-            quota: slot.limit(),
-            room: slot.room(),
-        })
-    };
+    let reported = |slot: &SlotView| reported(slot, resolver.pod(slot, groups)?);
     let mut report = NodeReport {
         schema: SCHEMA,
         node: node.to_owned(),
@@ -46,6 +30,27 @@ pub fn node_report(
         report.refused = quotas.refused_sources();
     }
     report
+}
+
+/// What the others should know of a backend; `None`: its pod has no address.
+pub fn reported(
+    slot: &SlotView,
+    (group, endpoint): (&GroupId, &Endpoint),
+) -> Option<ReportedBackend> {
+    let counts = &slot.member.counts;
+    Some(ReportedBackend {
+        group: group.clone(),
+        pod: endpoint.pod.clone(),
+        uid: endpoint.uid.clone(),
+        slot: slot.slot(),
+        address: endpoint.addresses.first().copied()?,
+        state: slot.state().name().to_owned(),
+        established: counts.established(),
+        exempt: counts.exempt(),
+        pending: Some(slot.expected()),
+        quota: slot.limit(),
+        room: slot.room(),
+    })
 }
 
 /// What `status --cluster` shows; `own` is the report of this node.
@@ -80,13 +85,9 @@ fn backend_status(
     let received = received.map(|received| (&received.node_report, received.age.as_secs()));
     let (told, seconds_ago) = std::iter::once((own, 0))
         .chain(received)
-        .find_map(|(report, seconds_ago)| {
-            let mut backends = report.backends.iter();
-            backends
-                .find(|backend| backend.group == *id && backend.uid == endpoint.uid)
-                .map(|backend| (backend, seconds_ago))
-        })
+        .find_map(|(report, seconds_ago)| Some((report.pod(id, &endpoint.uid)?, seconds_ago)))
         .unzip();
+    let told: Option<ReportedBackend> = told;
     BackendStatus {
         pod: endpoint.pod.clone(),
         node: endpoint.node.clone(),
@@ -94,13 +95,13 @@ fn backend_status(
         ready: endpoint.ready,
         terminating: endpoint.terminating,
         weight: endpoint.weight,
-        slot: told.map(|told| told.slot),
-        state: told.map(|told| told.state.clone()),
-        established: told.map(|told| told.established),
-        exempt: told.map(|told| told.exempt),
-        pending: told.and_then(|told| told.pending),
-        quota: told.and_then(|told| told.quota),
-        room: told.and_then(|told| told.room),
+        slot: told.as_ref().map(|told| told.slot),
+        state: told.as_ref().map(|told| told.state.clone()),
+        established: told.as_ref().map(|told| told.established),
+        exempt: told.as_ref().map(|told| told.exempt),
+        pending: told.as_ref().and_then(|told| told.pending),
+        quota: told.as_ref().and_then(|told| told.quota),
+        room: told.as_ref().and_then(|told| told.room),
         seconds_ago,
     }
 }

@@ -1,6 +1,11 @@
 //! Quotas of a group by what daemons of other nodes report.
 
+use balancer_common::abi::{Backend, BackendState, Counts, Health, SlotPolicy, SlotState};
+use balancer_common::decision::member::Member;
+use proptest::prelude::*;
+
 use super::super::fuzzing::{entry, group};
+use super::super::report::reported;
 use super::*;
 use crate::config::ClusterService;
 use crate::kubernetes::{Endpoint, NodeReport, ObjectName, ReceivedReport, ReportedBackend};
@@ -94,6 +99,8 @@ fn endpoint_on(node: &str) -> Endpoint {
         ready: true,
         terminating: false,
         weight: 1,
+        host_network: false,
+        runtime_class: None,
     }
 }
 
@@ -144,6 +151,29 @@ fn a_peak_is_believed_up_to_four_times_what_the_others_count_and_goes_with_who_s
     seen.gives(1500);
 }
 
+/// The pod of a node that is gone may be there for a while, and its report as well.
+#[test]
+fn a_report_that_nobody_renews_counts_for_nothing() {
+    let mut seen = Seen::new();
+    for node in ["b", "c", "d"] {
+        seen.reports(node, &[(node, 1500, None)]);
+    }
+    let gone = Endpoint {
+        ready: false,
+        ..endpoint_on("e")
+    };
+    seen.view.groups.get_mut(&seen.id).unwrap().push(gone);
+    let peak = seen.peak(100_000, 0);
+    seen.reports("e", &[("e", 30_000, None)]).peaks.push(peak);
+    let mut at_age = |age| {
+        seen.view.nodes.get_mut("e").unwrap().age = Duration::from_secs(age);
+        seen.quotas = GroupQuotas::new();
+        seen.compute().quotas[0]
+    };
+    assert_eq!(at_age(0), Quota::Limited(7500), "believed up to four times");
+    assert_eq!(at_age(60), Quota::Limited(1500));
+}
+
 #[test]
 fn a_node_is_believed_only_about_its_own_pods() {
     let mut seen = Seen::new();
@@ -182,4 +212,63 @@ fn counts_of_another_node_are_believed_up_to_four_times_what_the_others_count() 
     seen.reports("d", &[("d", 3000, None)]);
     // 300 + 300 + 4 × 600.
     seen.gives(1000);
+}
+
+/// A listener with so many connections.
+fn listener(slot: u32, established: u32, state: BackendState) -> SlotView {
+    let mut counts = Counts::ZERO;
+    counts.established = established.into();
+    SlotView {
+        member: Member {
+            slot,
+            backend: Backend {
+                slot_state: SlotState::new(0, state).0,
+                ..Backend::EMPTY
+            },
+            policy: SlotPolicy::new(0, 50, 1, 0),
+            counts,
+            health: Health::UNKNOWN,
+        },
+    }
+}
+
+proptest! {
+    /// A pod is one backend to every node, however often it listens.
+    #[test]
+    fn every_node_counts_the_same_pods(
+        pods in proptest::collection::vec(proptest::collection::vec((0..100_u32, any::<bool>()), 1..5), 3),
+    ) {
+        let mut seen = Seen::new();
+        let nodes = ["b", "c", "d"];
+        let slots: Vec<Vec<SlotView>> = pods
+            .iter()
+            .map(|pod| {
+                let state = |ended| if ended { BackendState::Closed } else { BackendState::Active };
+                let slots = (0..).zip(pod);
+                slots.map(|(slot, (held, ended))| listener(slot, *held, state(*ended))).collect()
+            })
+            .collect();
+        for (node, slots) in nodes.iter().zip(&slots) {
+            let of = (&seen.id.clone(), &endpoint_on(node));
+            let backends = slots.iter().filter_map(|slot| reported(slot, of)).collect();
+            seen.reports(node, &[]).backends = backends;
+        }
+        let counted: Vec<_> = nodes
+            .iter()
+            .zip(&slots)
+            .map(|(node, slots)| {
+                let endpoint = endpoint_on(node);
+                let listening = slots.iter().filter(|slot| slot.slot_state().is(BackendState::Active));
+                let own = listening.map(|slot| (slot, &endpoint)).collect();
+                let group = Group::new(&seen.id, &seen.entry, &seen.view, own);
+                let ready = group.ready_backends();
+                let pods = ready.iter();
+                let pods = pods.map(|pod| (pod.weight, pod.established, pod.full));
+                let mut counted: Vec<_> = pods.collect();
+                counted.sort_unstable();
+                (counted, group.load().map(|load| load.estimated))
+            })
+            .collect();
+        prop_assert!(counted.windows(2).all(|two| two[0] == two[1]), "{:?}", counted);
+    }
 }
