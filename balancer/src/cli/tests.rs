@@ -1,14 +1,14 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
-use balancer_common::abi::AuditTotals;
+use balancer_common::abi::{AuditTotals, HealthState};
 use balancer_common::{BackendState, Policy, Reason, Verdict};
 use clap::CommandFactory;
 
 use super::*;
 use crate::{
     dataplane::{
-        BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, Explanation, FailedReload,
-        ListeningBackend, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
+        BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, Explanation,
+        FailedReload, ListeningBackend, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
     kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
@@ -27,6 +27,7 @@ fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> Ba
         exempt: 0,
         pending: Some(0),
         steerable: true,
+        health: Some(BackendHealth::SERVING),
         note: None,
     }
 }
@@ -419,6 +420,60 @@ fn status_says_when_nobody_listens() {
 }
 
 #[test]
+fn backends_that_do_not_serve_are_named_with_since_when_and_why() {
+    let mut service = agents();
+    service.backends[0].health = Some(BackendHealth {
+        state: HealthState::Hung,
+        age: Duration::from_secs(75),
+    });
+    service.backends[2].health = None;
+    let mut most = service.clone();
+    most.backends[1].health = Some(BackendHealth {
+        state: HealthState::Stalled,
+        age: Duration::from_millis(2_400),
+    });
+    let snapshot = Snapshot {
+        services: vec![service, most],
+        daemon: alive(),
+    };
+    let text = status_of(&snapshot);
+    for words in [
+        "  ! 127.0.0.1:21801 (slot 0) is hung since 1 min 15 s: it does not read what its\n    connections have received.\n  ! New connections go to the other backends.",
+        "  ! [::1]:21802 (slot 1) is stalled since 2.4 s: connections wait in its accept\n    queue, and it accepts none.\n",
+        "  ! More than half of the backends (2 of 2) do not serve, so none of them is\n    avoided.\n",
+        "     0  127.0.0.1:21801  hung             120",
+        "     7  127.0.0.1:21803  active           120",
+    ] {
+        assert!(text.contains(words), "{words:?} is not in:\n{text}");
+    }
+    let json = serde_json::to_value(status::Json::new(&snapshot, &DaemonNotes::default())).unwrap();
+    let backends = &json["services"][0]["backends"];
+    let hung = &backends[0]["health"];
+    assert_eq!(
+        (&hung["state"], &hung["since_ms"]),
+        (&"hung".into(), &75_000.into())
+    );
+    assert_eq!(
+        hung["reason"],
+        "it does not read what its connections have received"
+    );
+    assert_eq!(backends[0]["state"], "active");
+    assert!(backends[2]["health"].is_null());
+    let metrics = crate::metrics::text(&snapshot).unwrap();
+    for (slot, health, value) in [(0, "hung", 1), (0, "serving", 0), (1, "stalled", 1)] {
+        let series = |line: &&str| {
+            line.starts_with("balancer_backend_health{")
+                && line.contains(&format!("slot=\"{slot}\""))
+                && line.ends_with(&format!("health=\"{health}\"}} {value}"))
+        };
+        assert!(
+            metrics.lines().any(|line| series(&line)),
+            "{health}: {metrics}"
+        );
+    }
+}
+
+#[test]
 fn backends_that_are_named_and_do_not_listen_have_a_row() {
     let down = |address: &str, since| DownBackend {
         address: address.parse().unwrap(),
@@ -663,6 +718,7 @@ fn status_as_json_is_as_contracted() {
                     "exempt": 0,
                     "pending": null,
                     "steerable": true,
+                    "health": {"state": "serving", "since_ms": null, "reason": null},
                     "note": "a \"note\"",
                 }],
                 "down": [],

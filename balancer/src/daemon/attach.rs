@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use super::search::NetnsSearch;
 use crate::config::NetnsScope;
+use crate::dataplane::look::{Depth, worth_a_look};
 use crate::dataplane::{SlotView, Writer};
 use crate::discover::{
     Look, Netns, NetnsHint, OpenNetns, Place, Thread, UnreachableNetns, look_everywhere,
@@ -141,6 +142,18 @@ pub struct AuditPass {
     /// What is looked at then.
     everywhere: Option<Box<dyn Iterator<Item = Result<Look>> + Send>>,
     unreachable: Vec<UnreachableNetns>,
+    /// The processor time that it has taken.
+    pub cost: Duration,
+}
+
+/// A look at the health of backends that goes on from round to round: one pass over the network
+/// namespaces where they are.
+pub struct LookPass {
+    /// How far it goes.
+    pub depth: Depth,
+    targets: std::vec::IntoIter<Target>,
+    /// What went wrong first.
+    pub failed: Option<anyhow::Error>,
     /// The processor time that it has taken.
     pub cost: Duration,
 }
@@ -410,12 +423,8 @@ impl GuardedNetns {
         let mut targets = self.named_targets()?;
         let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();
         let everywhere = self.any && scope == Scope::Everywhere;
-        if self.any && !everywhere {
-            let mut hints = self.hints(&writer.tables.slots()?);
-            hints.retain(|hint| {
-                self.found.contains_key(&hint.cookie) && !named.contains(&hint.cookie)
-            });
-            targets.extend(hints.into_iter().map(Target::Found));
+        if !everywhere {
+            targets.extend(self.found_targets(writer, &named)?);
         }
         let everywhere = everywhere.then(look_everywhere).transpose()?;
         Ok(AuditPass {
@@ -426,6 +435,59 @@ impl GuardedNetns {
             unreachable: Vec::new(),
             cost: Duration::ZERO,
         })
+    }
+
+    /// With `any`: the network namespaces where backends are known, but for the `named` ones.
+    fn found_targets(&self, writer: &Writer, named: &HashSet<u64>) -> Result<Vec<Target>> {
+        if !self.any {
+            return Ok(Vec::new());
+        }
+        let mut hints = self.hints(&writer.tables.slots()?);
+        hints.retain(|hint| self.found.contains_key(&hint.cookie) && !named.contains(&hint.cookie));
+        Ok(hints.into_iter().map(Target::Found).collect())
+    }
+
+    /// Begins to look at the health of backends.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn begin_look(&self, writer: &mut Writer, depth: Depth) -> Result<LookPass> {
+        writer.looks.tidy(&writer.tables)?;
+        let mut targets = self.named_targets()?;
+        let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();
+        targets.extend(self.found_targets(writer, &named)?);
+        let wanted = worth_a_look(&writer.tables)?;
+        targets.retain(|target| wanted.contains(&target.cookie()));
+        Ok(LookPass {
+            depth,
+            targets: targets.into_iter(),
+            failed: None,
+            cost: Duration::ZERO,
+        })
+    }
+
+    /// Goes on with a look until the round is over, with one step at the least; true: it is at its
+    /// end. A netns that can't be looked at does not keep the others from their turn.
+    pub fn look(&self, writer: &mut Writer, pass: &mut LookPass) -> bool {
+        while let Some(target) = pass.targets.next() {
+            let looked = target.open().context("cannot open a network namespace");
+            let looked = looked.and_then(|netns| {
+                // One that is not there any more the audit searches for.
+                let Some(OpenNetns { cookie, file }) = netns else {
+                    return Ok(());
+                };
+                netns::inside(&file, || writer.look(cookie, pass.depth))
+                    .context("cannot enter a network namespace")
+                    .flatten()
+            });
+            if let Err(error) = looked {
+                pass.failed.get_or_insert(error);
+            }
+            if self.is_over() {
+                return pass.targets.len() == 0;
+            }
+        }
+        true
     }
 
     /// Goes on with an audit until the round is over, with one step at the least; true: it is at

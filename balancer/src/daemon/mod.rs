@@ -3,6 +3,7 @@
 mod attach;
 mod down;
 mod event_log;
+mod health;
 mod heartbeat;
 mod log_limit;
 mod mode;

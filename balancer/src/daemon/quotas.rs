@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
+use balancer_common::abi::ticks;
 use tracing::info;
 
 use crate::dataplane::{SlotQuota, SlotView, Writer, services, slots};
 use crate::quota::in_force::{in_force, written};
 use crate::quota::{InForce, Outcome, Quota, QuotaSource, ReadyBackend};
+use crate::sys::clock;
 
 /// The clocks of quotas that go down slowly, one for each set of quotas computed together.
 #[derive(Debug)]
@@ -57,7 +59,9 @@ pub fn ready_backend(slot: &SlotView, weight: u32) -> ReadyBackend {
         established: slot.counted(),
         previous: computed.map(|before| before.quota),
         full: slot.room() == Some(0),
-        unhealthy_for: None,
+        unhealthy_for: slot
+            .unhealthy(ticks(clock::monotonic_ns()))
+            .map(|(_, age)| age),
     }
 }
 
@@ -218,7 +222,10 @@ mod tests {
             counts: Counts::ZERO,
             health: Health::UNKNOWN,
         };
-        SlotView { member }
+        SlotView {
+            member,
+            regards_health: true,
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use tracing::{debug, error, info, warn};
 use super::attach::{AuditPass, GuardedNetns, Scope};
 use super::down::DownBackends;
 use super::event_log;
+use super::health::HealthWatch;
 use super::heartbeat::Heartbeat;
 use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
@@ -75,6 +76,8 @@ pub struct Daemon {
     next_audit: Instant,
     /// The listeners that were turned away, which may be pods'.
     turned_away: TurnedAway,
+    /// The looks at the health of backends.
+    health: HealthWatch,
     /// The backends that are named and don't listen.
     down: DownBackends,
     /// The file that was read last is in force only in part.
@@ -96,6 +99,7 @@ impl Daemon {
             failed: None,
             next_audit: Instant::now(),
             turned_away: TurnedAway::default(),
+            health: HealthWatch::new(),
             down: DownBackends::default(),
             in_part: false,
         }
@@ -148,7 +152,7 @@ impl Daemon {
 
     /// Whether there is work that goes on at once.
     pub const fn is_busy(&self) -> bool {
-        self.audit.is_some() || self.guarded.is_unfinished()
+        self.audit.is_some() || self.health.is_under_way() || self.guarded.is_unfinished()
     }
 
     /// Once a while: follows also what no event tells of. A step that fails is tried again at the
@@ -164,6 +168,7 @@ impl Daemon {
         if self.audit.is_none() && Instant::now() >= self.next_audit {
             log_failure(self.begin_audit(Scope::Known));
         }
+        log_failure(self.health.begin(&self.guarded, &mut self.writer));
         let done = self.go_on() && !self.is_auditing_everywhere();
         log_failure(self.note_down());
         if self.in_part && self.failed.is_none() && followed && done {
@@ -175,6 +180,8 @@ impl Daemon {
     /// Does a round of the work that is there; true: nothing failed.
     pub fn go_on(&mut self) -> bool {
         self.begin_round();
+        // Before the audit, which may take the whole of the round.
+        log_failure(self.health.go_on(&self.guarded, &mut self.writer));
         let audited = log_failure(self.go_on_auditing());
         log_failure(self.update()) && audited
     }

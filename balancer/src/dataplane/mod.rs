@@ -9,6 +9,7 @@ pub mod down;
 mod events;
 mod loader;
 mod lock;
+pub mod look;
 mod notes;
 mod object;
 mod paths;
@@ -35,8 +36,8 @@ pub use read::explain::{
     Answer, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
 };
 pub use read::snapshot::{
-    BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServiceContents, ServiceSnapshot,
-    Snapshot,
+    BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServiceContents,
+    ServiceSnapshot, Snapshot,
 };
 pub use read::{Reader, open};
 pub use slots::SlotQuota;

@@ -59,6 +59,20 @@ pub struct Plan {
     pub any_netns: bool,
 }
 
+impl ServicePlan {
+    /// Bits of [`ServicePort`].
+    pub fn flags(&self) -> u8 {
+        let mut flags = 0;
+        if self.virtual_port {
+            flags |= ServicePort::VIRTUAL;
+        }
+        if !self.health {
+            flags |= ServicePort::HEALTH_OFF;
+        }
+        flags
+    }
+}
+
 /// The content of EXEMPT for one service: prefix length and key.
 pub type ExemptEntry = (u32, ExemptKey);
 
@@ -86,11 +100,7 @@ impl Plan {
             let value = ServicePort {
                 service: *id,
                 policy: service.policy as u8,
-                flags: if service.virtual_port {
-                    ServicePort::VIRTUAL
-                } else {
-                    0
-                },
+                flags: service.flags(),
                 quota: quota.to_map(),
             };
             match service.address {

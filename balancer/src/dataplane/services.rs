@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use anyhow::{Context as _, Result};
 use aya::maps::MapData;
 use aya::maps::lpm_trie::Key;
-use balancer_common::abi::{Address, BackendState, ServiceInfo, ServicePort};
+use balancer_common::abi::{Address, BackendState, ServiceInfo};
 use tracing::{info, warn};
 
 use super::plain::Plain;
@@ -140,11 +140,7 @@ fn describe(info: &mut ServiceInfo, service: &ServicePlan) {
     info.address = service.address.map_or(Address::ANY, Into::into);
     info.port = service.port;
     info.policy = service.policy as u8;
-    info.flags = if service.virtual_port {
-        ServicePort::VIRTUAL
-    } else {
-        0
-    };
+    info.flags = service.flags();
     info.quota = service.quota.to_map();
 }
 

@@ -99,7 +99,7 @@ pub fn room_for(tables: &Tables, service: u16) -> Result<(), NoSlot> {
 /// When a map can't be read.
 pub fn pool(tables: &Tables, netns: u64) -> Result<Pool> {
     let mut pool = Pool::default();
-    for SlotView { member } in &tables.slots()? {
+    for SlotView { member, .. } in &tables.slots()? {
         let backend = &member.backend;
         if backend.flags & Backend::CANDIDATE != 0 {
             let confirmed = member.policy.is_for(backend.slot_state());

@@ -1,5 +1,6 @@
 //! The pinned maps, opened and typed.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -16,10 +17,12 @@ use balancer_common::Reason;
 use balancer_common::abi::maps::{self, MapShape};
 use balancer_common::abi::{
     Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey, Health,
-    Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, PortKey, REASON_SLOTS,
-    ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
+    HealthState, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, PortKey,
+    REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED,
+    ticks,
 };
 use balancer_common::decision::admission;
+use balancer_common::decision::health::QueueLook;
 use balancer_common::decision::member::Member;
 
 use bytes::Buf as _;
@@ -130,6 +133,8 @@ impl Pulse {
 pub struct SlotView {
     /// The backend, its policy and its counts, as the decision sees them.
     pub member: Member,
+    /// Whether its service regards the health of backends.
+    pub regards_health: bool,
 }
 
 impl SlotView {
@@ -164,6 +169,17 @@ impl SlotView {
         Some(self.member.quota(UNLIMITED)).filter(|quota| *quota != UNLIMITED)
     }
 
+    /// Its state of health, and since when it is in it, at a tick; `None`: it serves, or its health
+    /// is not regarded.
+    pub fn unhealthy(&self, now: u64) -> Option<(HealthState, Duration)> {
+        if !self.regards_health || !self.slot_state().is(BackendState::Active) {
+            return None;
+        }
+        let health = &self.member.health;
+        let since = health.since(now)?;
+        Some((health.state(now), span_of(now.saturating_sub(since))))
+    }
+
     /// How many more connections the backend takes; `None`: as many as come.
     pub fn room(&self) -> Option<u32> {
         let taken = self.counted().saturating_add(self.expected());
@@ -174,6 +190,11 @@ impl SlotView {
     pub fn expected(&self) -> u32 {
         admission::expected(self.member.counts.expected, ticks(clock::monotonic_ns()))
     }
+}
+
+/// A time in ticks.
+pub const fn span_of(ticks: u64) -> Duration {
+    Duration::from_nanos(ticks << 20)
 }
 
 fn pinned(directory: &Path, name: &str) -> Result<MapData> {
@@ -538,6 +559,32 @@ impl Tables {
         )
     }
 
+    /// Writes down what a look at a slot's accept queue has found, unless the kernel half has looked
+    /// since `before` was read.
+    pub fn set_queue_look(&self, slot: u32, before: &Health, look: QueueLook) {
+        let queue = self.health.word(slot, word!(Health.queue));
+        let mine =
+            queue.compare_exchange(before.queue, look.queue, Ordering::SeqCst, Ordering::SeqCst);
+        if mine.is_ok() {
+            let stalled = self.health.word(slot, word!(Health.stalled));
+            stalled.store(look.stalled, Ordering::SeqCst);
+        }
+    }
+
+    /// Says until when a slot counts as hung, and since when it is.
+    pub fn set_hung(&self, slot: u32, until: u64, since: u64) {
+        let words = [
+            (word!(Health.hung_since), since),
+            (word!(Health.hung), until),
+        ];
+        for (word, value) in words {
+            let word = self.health.word(slot, word);
+            if word.load(Ordering::Acquire) != value {
+                word.store(value, Ordering::SeqCst);
+            }
+        }
+    }
+
     /// The bitmap of a service's slots.
     pub fn members(&self, service: u16) -> [u64; MEMBER_WORDS] {
         std::array::from_fn(|word| {
@@ -565,7 +612,7 @@ impl Tables {
     }
 
     /// A slot, if it is taken.
-    pub fn slot(&self, slot: u32) -> Result<Option<SlotView>> {
+    fn slot(&self, slot: u32) -> Result<Option<Member>> {
         let slot_state = self.slot_state(slot);
         if !matches!(
             slot_state.state(),
@@ -587,14 +634,34 @@ impl Tables {
             counts,
             health: self.health(slot),
         };
-        Ok(Some(SlotView { member }))
+        Ok(Some(member))
     }
 
     /// All taken slots, in order.
     pub fn slots(&self) -> Result<Vec<SlotView>> {
-        every_slot()
-            .filter_map(|slot| self.slot(slot).transpose())
-            .collect()
+        let mut regards: BTreeMap<u16, bool> = BTreeMap::new();
+        let mut slots = Vec::new();
+        for slot in every_slot() {
+            let Some(member) = self.slot(slot)? else {
+                continue;
+            };
+            let service = member.backend.service;
+            let regards_health = match regards.get(&service) {
+                Some(regards) => *regards,
+                None => self.regards_health(service)?,
+            };
+            regards.insert(service, regards_health);
+            slots.push(SlotView {
+                member,
+                regards_health,
+            });
+        }
+        Ok(slots)
+    }
+
+    fn regards_health(&self, service: u16) -> Result<bool> {
+        let is_one = usize::from(service) < MAX_SERVICES;
+        Ok(is_one && self.service(service)?.flags & ServicePort::HEALTH_OFF == 0)
     }
 
     /// How often each reason was given for a service, all CPUs together.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use super::audit::{Audit, Handover};
 use super::loader::Loader;
 use super::lock::Lock;
+use super::look::{Depth, HealthLooks};
 use super::paths::Paths;
 use super::plan::{Plan, Rules};
 use super::read::snapshot;
@@ -26,6 +27,8 @@ pub struct Writer {
     pub empty: EmptySlots,
     /// The comparison of the counts with the socket table.
     pub audit: Audit,
+    /// What looks at backends have seen.
+    pub looks: HealthLooks,
 }
 
 impl Writer {
@@ -40,6 +43,7 @@ impl Writer {
             audit: Audit::new(tables.audit_totals(), handover, cgroup),
             loader,
             tables,
+            looks: HealthLooks::default(),
             rules: Rules::default(),
             empty: EmptySlots::default(),
         })
@@ -82,5 +86,13 @@ impl Writer {
     pub fn check(&mut self, netns: u64, eager: bool) -> Result<()> {
         self.audit
             .check(&mut self.tables, &self.rules, netns, eager)
+    }
+
+    /// Looks at the health of one netns' backends: see [`HealthLooks::look`].
+    ///
+    /// # Errors
+    /// When the socket table or a map can't be read.
+    pub fn look(&mut self, netns: u64, depth: Depth) -> Result<()> {
+        self.looks.look(&self.tables, netns, depth)
     }
 }

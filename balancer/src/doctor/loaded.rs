@@ -18,6 +18,7 @@ use crate::{
         Snapshot,
     },
     discover::{cgroup2_mount, cgroups},
+    health::reason,
     sys::{
         bpf::{self, LinkTarget},
         file_id::FileId,
@@ -269,6 +270,43 @@ pub(super) fn own_netns(state_dir: &Path) -> Option<GuardedNetns> {
 fn attached(directory: &Path) -> HashSet<u64> {
     let links = Paths::links(directory).unwrap_or_default();
     links.iter().filter_map(Link::netns).collect()
+}
+
+/// Which backends don't serve, or don't listen, and since when.
+pub(super) fn health(services: &[ServiceSnapshot]) -> Check {
+    let unhealthy = |service: &ServiceSnapshot| {
+        let backends = service.backends.iter().filter_map(|backend| {
+            let health = backend.health?;
+            let (name, seconds) = (health.state.name(), health.age.as_secs());
+            let reason = reason(health.state)?;
+            Some(format!(
+                "{}: {} is {name}, since {seconds} s: {reason}",
+                service.name, backend.address
+            ))
+        });
+        let down = service.down.iter().map(|down| {
+            let since = down
+                .since
+                .map(|since| format!(", since {} s", since.as_secs()));
+            format!(
+                "{}: {} is down{}",
+                service.name,
+                down.address,
+                since.unwrap_or_default()
+            )
+        });
+        backends.chain(down).collect::<Vec<_>>()
+    };
+    let found: Vec<String> = services.iter().flat_map(unhealthy).collect();
+    Check::warn_of(
+        "health",
+        &found,
+        ("every backend serves", "each can be given connections"),
+        "new connections go to the others, unless more than half of a service's backends don't \
+         serve; after 10 s a computed quota makes room for its clients there",
+        "look at its process: stopped, out of threads, memory or files, waiting for another server; \
+         start it where it is down",
+    )
 }
 
 #[cfg(test)]

@@ -312,7 +312,7 @@ fn exempt(services: &[CheckedService]) -> Option<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dataplane::{BackendSnapshot, ServiceSnapshot};
+    use crate::dataplane::{BackendHealth, BackendSnapshot, ServiceSnapshot};
     use crate::{
         config::Config,
         discover,
@@ -379,6 +379,7 @@ mod tests {
             exempt: 0,
             pending: None,
             steerable: true,
+            health: Some(BackendHealth::SERVING),
             note: None,
         };
         let listed =

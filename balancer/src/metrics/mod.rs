@@ -3,13 +3,16 @@
 use std::sync::atomic::AtomicU64;
 
 use balancer_common::BackendState;
+use balancer_common::abi::HealthState;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::dataplane::{BackendSnapshot, DaemonSnapshot, DownBackend, ServiceSnapshot, Snapshot};
+use crate::dataplane::{
+    BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, ServiceSnapshot, Snapshot,
+};
 
 type Labels = Vec<(&'static str, String)>;
 type Gauges = Family<Labels, Gauge>;
@@ -131,6 +134,7 @@ struct Backends {
     quota: Gauges,
     pending: Gauges,
     state: Gauges,
+    health: Gauges,
 }
 
 impl Backends {
@@ -138,6 +142,10 @@ impl Backends {
         let state = Gauges::default();
         let help = "1 for the state that it is in, 0 for the others";
         registry.register("backend_state", help, state.clone());
+        let health = Gauges::default();
+        let help =
+            "1 for how it serves, 0 for the others; absent: it does not listen, or `health: off`";
+        registry.register("backend_health", help, health.clone());
         let mut gauge = |name, help| gauges(registry, name, help);
         Self {
             established: gauge("established", "In TCP state ESTABLISHED, accept side"),
@@ -148,6 +156,7 @@ impl Backends {
                 "SYNs sent to it in the last 1.1 s that have not become established; absent: can't be read",
             ),
             state,
+            health,
         }
     }
 
@@ -169,9 +178,21 @@ impl Backends {
         if let Some(pending) = backend.pending {
             set(&self.pending, pending);
         }
+        if let Some(health) = backend.health {
+            self.add_health(&labels, health);
+        }
         // In the other metrics a label that changes would end one series and begin another.
         for state in STATES {
             self.set_state(&labels, state.name(), backend.state == state);
+        }
+    }
+
+    fn add_health(&self, labels: &Labels, health: BackendHealth) {
+        for state in HealthState::ALL {
+            let mut labels = labels.clone();
+            labels.push(("health", state.name().to_owned()));
+            let is_in = i64::from(health.state == state);
+            self.health.get_or_create(&labels).set(is_in);
         }
     }
 

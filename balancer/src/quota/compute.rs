@@ -186,7 +186,8 @@ fn share_out(
     let mut shares = outcome.quotas.iter();
     let quota = |backend: &ReadyBackend| {
         if backend.is_unhealthy() {
-            Quota::Limited(backend.established.max(1))
+            // Room for one that shows whether it serves again.
+            Quota::Limited(backend.established.saturating_add(1))
         } else {
             shares.next().copied().unwrap_or(Quota::Unlimited)
         }

@@ -185,7 +185,7 @@ fn who_is_unhealthy_for_ten_seconds_gives_its_share_to_the_others() {
     };
     assert_eq!(limits(&compute(&rule, &backends(9), NOW)), [100; 3]);
     let outcome = compute(&rule, &backends(10), NOW);
-    assert_eq!(limits(&outcome), [150, 150, 90]);
+    assert_eq!(limits(&outcome), [150, 150, 91]);
     assert_eq!(
         outcome.sentence,
         "ceil(300 clients × 1 / 2 ready) = 150; 1 unhealthy without a share"
@@ -197,7 +197,7 @@ fn who_is_unhealthy_for_ten_seconds_gives_its_share_to_the_others() {
         unhealthy(ready(1, 300, None), 60),
     ];
     let outcome = compute(&rule, &many, NOW);
-    assert_eq!(limits(&outcome), [250, 250, 300]);
+    assert_eq!(limits(&outcome), [250, 250, 301]);
     assert_eq!(
         outcome.sentence,
         "ceil(300 clients × 1 / 2 ready) = 150; held at 250 because 500 are established \
@@ -431,7 +431,7 @@ proptest! {
         } else {
             let pairs = || backends.iter().zip(&outcome.quotas);
             for (backend, quota) in pairs().filter(|(backend, _)| backend.unhealthy_for.is_some()) {
-                prop_assert_eq!(*quota, Quota::Limited(backend.established.max(1)));
+                prop_assert_eq!(*quota, Quota::Limited(backend.established.saturating_add(1)));
             }
             let theirs = pairs().filter(|(backend, _)| backend.unhealthy_for.is_none());
             let theirs: u64 = theirs.map(|(_, quota)| quota.limit().map_or(u64::from(u32::MAX), u64::from)).sum();

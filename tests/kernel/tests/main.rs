@@ -29,3 +29,4 @@ mod queue;
 mod reasons;
 mod sockets;
 mod support;
+mod unhealthy;

@@ -5,7 +5,10 @@ use std::net::{IpAddr, SocketAddr};
 use balancer_common::Reason;
 use serde::{Serialize, Serializer};
 
-use crate::dataplane::{BackendSnapshot, DaemonNotes, DownBackend, ServiceSnapshot, Snapshot};
+use crate::dataplane::{
+    BackendHealth, BackendSnapshot, DaemonNotes, DownBackend, ServiceSnapshot, Snapshot,
+};
+use crate::health::reason;
 
 #[derive(Serialize)]
 pub(in crate::cli) struct Json<'a> {
@@ -57,7 +60,16 @@ struct JsonBackend<'a> {
     exempt: u32,
     pending: Option<u32>,
     steerable: bool,
+    health: Option<JsonHealth>,
     note: Option<&'a str>,
+}
+
+/// The health of a backend that listens.
+#[derive(Serialize)]
+struct JsonHealth {
+    state: &'static str,
+    since_ms: Option<u128>,
+    reason: Option<&'static str>,
 }
 
 /// A backend that is named and does not listen: it has no slot.
@@ -112,6 +124,17 @@ impl<'a> JsonService<'a> {
     }
 }
 
+impl JsonHealth {
+    fn new(health: &BackendHealth) -> Self {
+        let reason = reason(health.state);
+        Self {
+            state: health.state.name(),
+            since_ms: reason.map(|_| health.age.as_millis()),
+            reason,
+        }
+    }
+}
+
 impl JsonDown {
     fn new(down: &DownBackend) -> Self {
         Self {
@@ -135,6 +158,7 @@ impl<'a> JsonBackend<'a> {
             exempt: backend.exempt,
             pending: backend.pending,
             steerable: backend.steerable,
+            health: backend.health.as_ref().map(JsonHealth::new),
             note: backend.note.as_deref(),
         }
     }

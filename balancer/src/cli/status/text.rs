@@ -8,9 +8,10 @@ use balancer_common::abi::AuditTotals;
 use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
     dataplane::{
-        BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, FailedReload, ServiceSnapshot,
-        Snapshot,
+        BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, FailedReload,
+        ServiceSnapshot, Snapshot,
     },
+    health::reason,
 };
 
 /// A daemon beats every second; one that has not for so long has something the matter, even if the
@@ -167,12 +168,42 @@ fn alerts(service: &ServiceSnapshot) -> Vec<String> {
             )
         });
     }
+    alerts.extend(unhealthy(service));
     if service.unattributed > 0 {
         alerts.push(format!(
             "{} established connections through this port are older than the data plane and counted on no backend: new clients may exceed the \
              quota by as many, until these end or their server is started again. The daemon's log says why.",
             service.unattributed
         ));
+    }
+    alerts
+}
+
+/// Which backends don't serve, since when and why.
+fn unhealthy(service: &ServiceSnapshot) -> Vec<String> {
+    let backends = by_address(&service.backends);
+    let bad = backends.iter().filter_map(|backend| {
+        let health = backend.health.filter(BackendHealth::is_bad)?;
+        let (name, age) = (health.state.name(), span(health.age));
+        Some(format!(
+            "{} (slot {}) is {name} since {age}: {}.",
+            backend.address,
+            backend.slot,
+            reason(health.state)?
+        ))
+    });
+    let mut alerts: Vec<String> = bad.collect();
+    let listening = (backends.iter()).filter(|backend| backend.health.is_some());
+    let (bad, all) = (alerts.len(), listening.count());
+    if bad > 0 {
+        alerts.push(if 2 * bad > all {
+            format!(
+                "More than half of the backends ({bad} of {all}) do not serve, so none of them is \
+                 avoided."
+            )
+        } else {
+            "New connections go to the other backends. `balancer explain` says where.".to_owned()
+        });
     }
     alerts
 }
@@ -209,7 +240,7 @@ fn backends(service: &ServiceSnapshot) -> String {
     let mut columns = vec![
         column(">SLOT", &|backend| backend.slot.to_string()),
         column("BACKEND", &|backend| backend.address.to_string()),
-        column("STATE", &|backend| backend.state.name().to_owned()),
+        column("STATE", &|backend| state(backend).to_owned()),
         column(">ESTABLISHED", &|backend| backend.established.to_string()),
         column(">QUOTA", &|backend| quota_cell(service, backend)),
         column(">USED", &used),
@@ -228,6 +259,12 @@ fn backends(service: &ServiceSnapshot) -> String {
         columns.push(column(">NETNS", &|backend| backend.netns.to_string()));
     }
     table(columns, &LEAST)
+}
+
+/// How it serves, where it listens and does not serve; else the state of its slot.
+fn state(backend: &BackendSnapshot) -> &'static str {
+    let health = backend.health.filter(BackendHealth::is_bad);
+    health.map_or(backend.state.name(), |health| health.state.name())
 }
 
 /// A line of the table.

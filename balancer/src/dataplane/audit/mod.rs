@@ -23,6 +23,7 @@ use tracing::{info, warn};
 pub use self::adopt::Known;
 use self::adopt::{Adopter, Unregistered};
 use self::attribution::Attribution;
+pub use self::attribution::{adopted, fitting};
 use self::compare::{Deviation, Drift, LASTING};
 use self::connections::Connections;
 pub use self::handover::Handover;

@@ -7,14 +7,15 @@ use std::time::Duration;
 use anyhow::Result;
 use balancer_common::Reason;
 use balancer_common::abi::{
-    AuditTotals, Backend, BackendState, Heartbeat, Policy, ServiceInfo, ServicePort, ticks,
+    AuditTotals, Backend, BackendState, HealthState, Heartbeat, Policy, ServiceInfo, ServicePort,
+    ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
 
 use super::super::down::{DownNote, not_listened_on};
 use super::super::services;
-use super::super::tables::{Tables, text};
+use super::super::tables::{Tables, span_of, text};
 use crate::quota::InForce;
 use crate::quota::in_force::{of_service, written};
 use crate::sys::clock;
@@ -100,6 +101,8 @@ pub struct BackendSnapshot {
     pub pending: Option<u32>,
     /// Whether SYNs can be steered to it.
     pub steerable: bool,
+    /// How it serves; `None`: it does not listen, or its health is not regarded.
+    pub health: Option<BackendHealth>,
     /// What an administrator should know of it, in words.
     pub note: Option<String>,
 }
@@ -116,6 +119,28 @@ pub struct DownBackend {
 impl DownBackend {
     /// The word in the place of a slot's state.
     pub const STATE: &'static str = "down";
+}
+
+/// The health of a backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackendHealth {
+    /// Whether it serves.
+    pub state: HealthState,
+    /// For how long it has been in that state; zero while it serves.
+    pub age: Duration,
+}
+
+impl BackendHealth {
+    /// Whether it does not serve.
+    pub fn is_bad(&self) -> bool {
+        self.state != HealthState::Serving
+    }
+
+    /// Nothing speaks against it.
+    pub const SERVING: Self = Self {
+        state: HealthState::Serving,
+        age: Duration::ZERO,
+    };
 }
 
 /// What the maps hold of a service.
@@ -235,7 +260,10 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u64) -> Service
         unattributed: info.unattributed,
         backends: members
             .iter()
-            .map(|member| backend(member, quota, now))
+            .map(|member| BackendSnapshot {
+                health: health(member, info.flags, now),
+                ..backend(member, quota, now)
+            })
             .collect(),
         down: Vec::new(),
         verdicts: contents.verdicts.clone(),
@@ -294,8 +322,20 @@ fn backend(member: &Member, of_service: InForce, now: u64) -> BackendSnapshot {
         exempt: member.counts.exempt(),
         pending: steerable.then(|| admission::expected(member.counts.expected, now)),
         steerable,
+        health: None,
         note: note(&member.backend),
     }
+}
+
+fn health(member: &Member, flags_of_service: u8, now: u64) -> Option<BackendHealth> {
+    if flags_of_service & ServicePort::HEALTH_OFF != 0 || member.state() != BackendState::Active {
+        return None;
+    }
+    let since = member.health.since(now);
+    Some(BackendHealth {
+        state: member.health.state(now),
+        age: since.map_or(Duration::ZERO, |since| span_of(now.saturating_sub(since))),
+    })
 }
 
 /// The address as the socket shows it: a wildcard of its own family.

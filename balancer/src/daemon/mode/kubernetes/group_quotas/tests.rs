@@ -229,6 +229,7 @@ fn listener(slot: u32, established: u32, state: BackendState) -> SlotView {
             counts,
             health: Health::UNKNOWN,
         },
+        regards_health: true,
     }
 }
 
