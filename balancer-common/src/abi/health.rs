@@ -124,6 +124,11 @@ impl Health {
         }
     }
 
+    /// Whether a connection may try whether it still fails.
+    pub const fn wants_trial(&self, now: u64) -> bool {
+        matches!(self.breaker(), Breaker::Open | Breaker::Trial) && now >= tick_of(self.failing)
+    }
+
     /// Tick since when it is in that state; `None` while it serves.
     pub const fn since(&self, now: u64) -> Option<u64> {
         match self.state(now) {
@@ -153,6 +158,7 @@ mod tests {
         };
         let at = |health: &Health, now| (health.state(now), health.since(now));
         assert_eq!(at(&seen, 99), (HealthState::Failing, Some(80)));
+        assert!(!seen.wants_trial(400), "it is under way");
         let proved = Health {
             failing: stamped(90, Breaker::Proving as u64),
             ..seen
@@ -171,6 +177,7 @@ mod tests {
                 HealthState::Failing,
                 "until it is tried"
             );
+            assert!(!waits.wants_trial(89) && waits.wants_trial(90));
         }
     }
 }

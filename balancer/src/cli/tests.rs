@@ -1112,6 +1112,7 @@ fn cluster() -> ClusterStatus {
         pending: None,
         quota: None,
         room: None,
+        health: None,
         seconds_ago: None,
     };
     ClusterStatus {

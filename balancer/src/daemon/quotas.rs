@@ -54,14 +54,14 @@ impl<K: Ord + Clone> LoweringClocks<K> {
 pub fn ready_backend(slot: &SlotView, weight: u32) -> ReadyBackend {
     let before = written(&slot.member.policy, slot.slot_state());
     let computed = before.filter(|before| !before.source.is_by_hand());
+    let now = ticks(clock::monotonic_ns());
     ReadyBackend {
         weight,
         established: slot.counted(),
         previous: computed.map(|before| before.quota),
         full: slot.room() == Some(0),
-        unhealthy_for: slot
-            .unhealthy(ticks(clock::monotonic_ns()))
-            .map(|(_, age)| age),
+        unhealthy_for: slot.unhealthy(now).map(|(_, age)| age),
+        wants_trial: slot.member.health.wants_trial(now),
     }
 }
 

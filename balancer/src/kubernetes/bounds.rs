@@ -56,7 +56,12 @@ fn backend(backend: &ReportedBackend) -> Result<(), String> {
     within("exempt", backend.exempt, MAX_CONNECTIONS)?;
     within("pending", backend.pending.unwrap_or(0), MAX_CONNECTIONS)?;
     within("quota", backend.quota.unwrap_or(0), MAX_CONNECTIONS)?;
-    within("room", backend.room.unwrap_or(0), MAX_CONNECTIONS)
+    within("room", backend.room.unwrap_or(0), MAX_CONNECTIONS)?;
+    let Some(health) = &backend.health else {
+        return Ok(());
+    };
+    name("health.state", &health.state)?;
+    within("health.seconds", health.seconds, MOST_SECONDS_AGO)
 }
 
 fn peak(peak: &Peak) -> Result<(), String> {

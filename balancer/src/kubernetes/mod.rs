@@ -26,8 +26,8 @@ pub use health::{ApiRequest, Target};
 pub use identity::Identity;
 pub use model::{
     Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,
-    ReportedBackend, SCHEMA, STALE, View,
+    ReportedBackend, ReportedHealth, SCHEMA, STALE, View,
 };
-pub use status::{BackendStatus, ClusterStatus, GroupStatus};
+pub use status::{BackendStatus, ClusterStatus, GroupStatus, PodHealth};
 #[doc(hidden)]
 pub use watch::{node_reports::parse_text as parse_report, slices::groups_beside_slice};

@@ -185,6 +185,18 @@ pub struct ReportedBackend {
     pub quota: Option<u32>,
     /// How many more it would take now; `null`: unlimited.
     pub room: Option<u32>,
+    /// Why it does not serve; absent: it serves, or its health is not regarded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<ReportedHealth>,
+}
+
+/// A backend that does not serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportedHealth {
+    /// `stalled`, `hung`, `failing`, as in `status`.
+    pub state: String,
+    /// For how long, in seconds, when the report was written.
+    pub seconds: u64,
 }
 
 impl ReportedBackend {
@@ -197,6 +209,14 @@ impl ReportedBackend {
             pending: sum(self.pending, other.pending),
             quota: sum(self.quota, other.quota),
             room: sum(self.room, other.room),
+            // The pod serves for as long as one of them does.
+            health: self.health.zip(other.health.as_ref()).map(|(one, other)| {
+                if one.seconds <= other.seconds {
+                    one
+                } else {
+                    other.clone()
+                }
+            }),
             ..self
         }
     }

@@ -16,7 +16,7 @@ use super::daemon_set::OwnDaemonSet;
 use super::echo::Echo;
 use super::health::{ApiError, Health};
 use super::identity::Identity;
-use super::model::{NodeReport, ObjectName, Peak, RefusedSource};
+use super::model::{NodeReport, ObjectName, Peak, RefusedSource, ReportedBackend};
 use super::watch::Store;
 use super::watch::node_reports::{KEY, LABELS, MOST_BYTES, StoredReport, WRITTEN, name_of};
 
@@ -92,8 +92,21 @@ fn differs(old: &NodeReport, new: &NodeReport, since: Duration) -> bool {
     // The age of a peak that is reached again and again is renewed with the rest.
     let same_peak =
         |(old, new): (&Peak, &Peak)| (&old.group, old.connections) == (&new.group, new.connections);
-    (old.schema, &old.node, &old.backends) != (new.schema, &new.node, &new.backends)
-        || (old.peaks.len(), old.refused.len()) != (new.peaks.len(), new.refused.len())
+    let same_backend = |(old, new): (&ReportedBackend, &ReportedBackend)| {
+        let since = |backend: &ReportedBackend| backend.health.as_ref().map(|it| it.seconds);
+        let same_since = match (since(old), since(new)) {
+            (Some(old), Some(new)) => same_age(old, new),
+            (old, new) => old == new,
+        };
+        let mut as_old = new.clone();
+        if let (Some(as_old), Some(old)) = (&mut as_old.health, &old.health) {
+            as_old.seconds = old.seconds;
+        }
+        same_since && *old == as_old
+    };
+    let lengths = |of: &NodeReport| (of.backends.len(), of.peaks.len(), of.refused.len());
+    (old.schema, &old.node, lengths(old)) != (new.schema, &new.node, lengths(new))
+        || !old.backends.iter().zip(&new.backends).all(same_backend)
         || !old.peaks.iter().zip(&new.peaks).all(same_peak)
         || !old.refused.iter().zip(&new.refused).all(same_source)
 }
@@ -216,7 +229,7 @@ impl ReportWriter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::model::{GroupId, SCHEMA};
+    use crate::kubernetes::model::{GroupId, ReportedHealth, SCHEMA};
 
     fn group() -> GroupId {
         let service = ObjectName {
@@ -290,6 +303,37 @@ mod tests {
             action(&node_report(7, &[(115, 18)]), Some(&written), ago(30)),
             Action::Write
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn that_a_backend_does_not_serve_is_news_and_that_it_goes_on_is_none() {
+        let with = |health: Option<(&str, u64)>| NodeReport {
+            backends: vec![ReportedBackend {
+                group: group(),
+                pod: group().service,
+                uid: String::new(),
+                slot: 0,
+                address: "10.0.0.1".parse().unwrap(),
+                state: "active".to_owned(),
+                established: 7,
+                exempt: 0,
+                pending: None,
+                quota: None,
+                room: None,
+                health: health.map(|(state, seconds)| ReportedHealth {
+                    state: state.to_owned(),
+                    seconds,
+                }),
+            }],
+            ..node_report(7, &[])
+        };
+        let ago = Duration::from_secs;
+        let hung = with(Some(("hung", 3)));
+        assert!(differs(&with(None), &hung, ago(1)));
+        assert!(!differs(&hung, &with(Some(("hung", 23))), ago(20)));
+        assert!(differs(&hung, &with(Some(("hung", 1))), ago(20)), "again");
+        assert!(differs(&hung, &with(Some(("stalled", 23))), ago(20)));
+        assert!(differs(&hung, &with(None), ago(20)));
     }
 
     #[tokio::test(start_paused = true)]

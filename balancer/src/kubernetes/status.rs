@@ -69,6 +69,20 @@ pub struct BackendStatus {
     pub quota: Option<u32>,
     /// How many more it would take; unlimited: `null` with a `state`.
     pub room: Option<u32>,
+    /// Why it does not serve; `null`: it serves.
+    pub health: Option<PodHealth>,
     /// The age of its node report, in seconds; 0 for pods of the asked node.
     pub seconds_ago: Option<u64>,
+}
+
+/// A pod that does not serve.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PodHealth {
+    /// `stalled`, `hung`, `failing`, as in `status`.
+    pub state: String,
+    /// For how long, in seconds.
+    pub seconds: u64,
+    /// Whether it has its share of a computed quota all the same.
+    pub has_share: bool,
 }

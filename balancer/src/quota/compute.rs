@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::model::{Amount, Demand, Outcome, Quota, ReadyBackend, established};
+use super::model::{Amount, Demand, Outcome, Quota, ReadyBackend, are_too_many, established};
 use super::sentence::{Connections, Spread, sentence};
 use super::share::{Shares, lower_slowly};
 use crate::config::{ClusterInput, ClusterQuota, QuotaRule};
@@ -172,7 +172,7 @@ fn share_out(
     let (unhealthy, theirs) = unhealthy.fold((0, 0), |(count, sum), backend| {
         (count + 1, sum + u64::from(backend.established))
     });
-    if unhealthy == 0 || 2 * unhealthy > ready.len() {
+    if unhealthy == 0 || are_too_many(unhealthy, ready.len()) {
         return compute(demand, ready);
     }
     let sharing = ready.iter().filter(|backend| !backend.is_unhealthy());
@@ -186,8 +186,7 @@ fn share_out(
     let mut shares = outcome.quotas.iter();
     let quota = |backend: &ReadyBackend| {
         if backend.is_unhealthy() {
-            // Room for one that shows whether it serves again.
-            Quota::Limited(backend.established.saturating_add(1))
+            backend.without_share()
         } else {
             shares.next().copied().unwrap_or(Quota::Unlimited)
         }

@@ -12,7 +12,7 @@ pub mod window;
 
 pub use compute::{Known, Total, compute, compute_cluster};
 pub use in_force::{InForce, QuotaSource};
-pub use model::{Outcome, Quota, ReadyBackend, SHARE_GONE_AFTER};
+pub use model::{Outcome, Quota, ReadyBackend, SHARE_GONE_AFTER, are_too_many};
 
 #[cfg(test)]
 mod tests;

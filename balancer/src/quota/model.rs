@@ -78,13 +78,28 @@ pub struct ReadyBackend {
     pub full: bool,
     /// For how long clients have been kept from it because it does not serve; `None`: it serves.
     pub unhealthy_for: Option<Duration>,
+    /// Whether it fails, and a connection may try whether it still does.
+    pub wants_trial: bool,
 }
 
 /// A backend that has been unhealthy for this long gives its share to the others. A pause of its
 /// garbage collection looks the same, and is over before.
 pub const SHARE_GONE_AFTER: Duration = Duration::from_secs(10);
 
+/// Whether unhealthy backends are treated as the others, because so many of all ready ones are: then
+/// it is more likely that something else is wrong.
+pub const fn are_too_many(unhealthy: usize, ready: usize) -> bool {
+    2 * unhealthy > ready
+}
+
 impl ReadyBackend {
+    /// The quota without a share: what it holds, and room for a trial. Not 0, which would close it
+    /// even where the daemon is dead.
+    pub(super) fn without_share(&self) -> Quota {
+        let held = self.established.saturating_add(self.wants_trial.into());
+        Quota::Limited(held.max(1))
+    }
+
     /// Whether it has been unhealthy for so long that it has no share.
     pub(super) fn is_unhealthy(&self) -> bool {
         self.unhealthy_for

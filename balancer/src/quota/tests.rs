@@ -28,6 +28,7 @@ fn ready(weight: u32, established: u32, previous: Option<u32>) -> ReadyBackend {
         previous: previous.map(Quota::Limited),
         full: false,
         unhealthy_for: None,
+        wants_trial: false,
     }
 }
 
@@ -185,7 +186,10 @@ fn who_is_unhealthy_for_ten_seconds_gives_its_share_to_the_others() {
     };
     assert_eq!(limits(&compute(&rule, &backends(9), NOW)), [100; 3]);
     let outcome = compute(&rule, &backends(10), NOW);
-    assert_eq!(limits(&outcome), [150, 150, 91]);
+    assert_eq!(limits(&outcome), [150, 150, 90]);
+    let mut tried = backends(10);
+    tried[2].wants_trial = true;
+    assert_eq!(limits(&compute(&rule, &tried, NOW)), [150, 150, 91]);
     assert_eq!(
         outcome.sentence,
         "ceil(300 clients × 1 / 2 ready) = 150; 1 unhealthy without a share"
@@ -197,7 +201,7 @@ fn who_is_unhealthy_for_ten_seconds_gives_its_share_to_the_others() {
         unhealthy(ready(1, 300, None), 60),
     ];
     let outcome = compute(&rule, &many, NOW);
-    assert_eq!(limits(&outcome), [250, 250, 301]);
+    assert_eq!(limits(&outcome), [250, 250, 300]);
     assert_eq!(
         outcome.sentence,
         "ceil(300 clients × 1 / 2 ready) = 150; held at 250 because 500 are established \
@@ -356,7 +360,7 @@ fn any_quota() -> impl Strategy<Value = Option<Quota>> {
 
 prop_compose! {
     fn any_ready()(weight: u32, established: u32, previous in any_quota(), full: bool, unhealthy_for: Option<Duration>) -> ReadyBackend {
-        ReadyBackend { weight, established, previous, full, unhealthy_for }
+        ReadyBackend { weight, established, previous, full, unhealthy_for, wants_trial: established % 2 == 0 }
     }
 }
 
@@ -431,7 +435,7 @@ proptest! {
         } else {
             let pairs = || backends.iter().zip(&outcome.quotas);
             for (backend, quota) in pairs().filter(|(backend, _)| backend.unhealthy_for.is_some()) {
-                prop_assert_eq!(*quota, Quota::Limited(backend.established.saturating_add(1)));
+                prop_assert_eq!(*quota, backend.without_share());
             }
             let theirs = pairs().filter(|(backend, _)| backend.unhealthy_for.is_none());
             let theirs: u64 = theirs.map(|(_, quota)| quota.limit().map_or(u64::from(u32::MAX), u64::from)).sum();

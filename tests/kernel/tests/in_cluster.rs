@@ -2,6 +2,7 @@
 //! the netns and connections of the pods are real.
 
 pub mod fixture;
+mod sick;
 mod told;
 
 use std::io::{BufRead as _, BufReader};

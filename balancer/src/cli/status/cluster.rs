@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use balancer_common::abi::HealthState;
+
 use crate::{
     cli::output::{Column, or, span, table, wrapped},
-    kubernetes::{BackendStatus, ClusterStatus, GroupStatus},
+    health::reason,
+    kubernetes::{BackendStatus, ClusterStatus, GroupStatus, PodHealth},
 };
 
 /// An older node report is marked, in seconds: its daemon or its node may be gone.
@@ -55,7 +58,33 @@ fn group_text(group: &GroupStatus) -> String {
         );
         text += &wrapped("  ! ", &words);
     }
+    for backend in &group.backends {
+        if let Some(health) = &backend.health {
+            text += &wrapped("  ! ", &unhealthy(backend, health));
+        }
+    }
     text + &backends(group)
+}
+
+/// Why a pod does not serve, and what follows.
+fn unhealthy(backend: &BackendStatus, health: &PodHealth) -> String {
+    let state = HealthState::ALL
+        .into_iter()
+        .find(|state| state.name() == health.state);
+    let reason = state
+        .and_then(reason)
+        .map_or_else(String::new, |reason| format!(": {reason}"));
+    let share = if health.has_share {
+        ""
+    } else {
+        " It has no share of a computed quota: its clients are refused there, and have room on the \
+         other pods."
+    };
+    let time = span(Duration::from_secs(health.seconds));
+    format!(
+        "{} is {} since {time}{reason}.{share}",
+        backend.pod, health.state
+    )
 }
 
 /// The columns that a narrow terminal can do without, the least needed first.
@@ -127,7 +156,10 @@ fn state(backend: &BackendStatus) -> String {
         (false, false) => "not ready",
     };
     match backend.state.as_deref() {
-        Some("active") => pod.to_owned(),
+        Some("active") => match &backend.health {
+            Some(health) => format!("{pod}, {}", health.state),
+            None => pod.to_owned(),
+        },
         Some(state) => format!("{pod}, {state}"),
         None => format!("{pod}, no report yet"),
     }
@@ -170,6 +202,7 @@ mod tests {
             pending: Some(0),
             quota: Some(78),
             room: Some((78 + 2_u32).saturating_sub(established)),
+            health: None,
             seconds_ago: Some(seconds_ago),
         }
     }
@@ -212,6 +245,29 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_that_does_not_serve_is_named_with_since_when_and_why() {
+        let health = |seconds, has_share| PodHealth {
+            state: "hung".to_owned(),
+            seconds,
+            has_share,
+        };
+        let mut hung = backend(2, 80, 1);
+        hung.health = Some(health(74, false));
+        let mut young = backend(3, 80, 1);
+        young.health = Some(health(4, true));
+        let shown = text(&status(vec![backend(1, 80, 0), hung, young]));
+        for words in [
+            "  ! skywalking/oap-2 is hung since 1 min 14 s: it does not read what",
+            "It has no share of a computed quota",
+            "  ! skywalking/oap-3 is hung since 4.0 s: it does not",
+            " ready, hung ",
+        ] {
+            assert!(shown.contains(words), "{words:?} is not in:\n{shown}");
+        }
+        assert_eq!(shown.matches("no share").count(), 1, "{shown}");
+    }
+
+    #[test]
     fn what_is_old_or_missing_or_wrong_is_said() {
         let silent = BackendStatus {
             ready: false,
@@ -222,6 +278,7 @@ mod tests {
             pending: None,
             quota: None,
             room: None,
+            health: None,
             seconds_ago: None,
             ..backend(3, 2, 0)
         };

@@ -326,6 +326,19 @@ mod tests {
             parse(&map("balancer-node-a", &[(KEY, &report.to_string())]))
         };
         assert!(report(&backend).is_ok());
+        let mut sick = backend.clone();
+        sick["health"] = json!({"state": "hung", "seconds": 31_536_001});
+        let problem = report(&sick).unwrap_err();
+        assert!(
+            problem.contains("backends[0].health.seconds is 31536001"),
+            "{problem}"
+        );
+        sick["health"] = json!({"state": "x".repeat(254), "seconds": 1});
+        let problem = report(&sick).unwrap_err();
+        assert!(
+            problem.contains("backends[0].health.state has 254 bytes"),
+            "{problem}"
+        );
         for (field, value) in backend.as_object().unwrap() {
             if value.is_number() {
                 let mut other = backend.clone();

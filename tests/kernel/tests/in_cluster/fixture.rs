@@ -219,6 +219,16 @@ impl<'a> Cluster<'a> {
 
     /// Writes the node report of another node's daemon.
     pub fn publish(&self, node: &str, pods: &[(&str, u32)]) {
+        self.publish_of(node, pods, |_| None);
+    }
+
+    /// The same, with what the report says of the health of each pod.
+    pub fn publish_of(
+        &self,
+        node: &str,
+        pods: &[(&str, u32)],
+        health: impl Fn(&str) -> Option<Value>,
+    ) {
         let backends: Vec<Value> = pods
             .iter()
             .map(|(pod, established)| {
@@ -234,6 +244,7 @@ impl<'a> Cluster<'a> {
                     "pending": 0,
                     "quota": null,
                     "room": null,
+                    "health": health(pod),
                 })
             })
             .collect();

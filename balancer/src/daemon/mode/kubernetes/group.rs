@@ -22,6 +22,8 @@ pub struct Load {
     age: Duration,
     /// How many more connections the backend takes; `None`: as many as come.
     room: Option<u32>,
+    /// For how long the pod has not served; `None`: it serves.
+    unhealthy_for: Option<Duration>,
 }
 
 /// The connections of a group.
@@ -75,7 +77,8 @@ impl<'a> Group<'a> {
                 established: load.map_or(0, |load| load.established),
                 previous: None,
                 full: load.is_some_and(|load| load.room == Some(0)),
-                unhealthy_for: None,
+                unhealthy_for: load.and_then(|load| load.unhealthy_for),
+                wants_trial: false,
             });
         own.iter()
             .filter_map(|(endpoint, slots)| {
@@ -160,6 +163,7 @@ fn together(one: ReadyBackend, other: ReadyBackend) -> ReadyBackend {
         previous: previous.into_iter().flatten().reduce(Quota::and),
         full: one.full && other.full,
         unhealthy_for: one.unhealthy_for.min(other.unhealthy_for),
+        wants_trial: one.wants_trial || other.wants_trial,
         ..one
     }
 }
@@ -170,6 +174,8 @@ impl Load {
             established: slot.counted(),
             age: Duration::ZERO,
             room: slot.room(),
+            // Not looked at: what is computed for this node's pods follows from their slots.
+            unhealthy_for: None,
         }
     }
 
@@ -178,6 +184,10 @@ impl Load {
             established: backend.established.saturating_sub(backend.exempt),
             age,
             room: backend.room,
+            unhealthy_for: backend
+                .health
+                .as_ref()
+                .map(|health| age.saturating_add(Duration::from_secs(health.seconds))),
         }
     }
 
@@ -199,6 +209,7 @@ impl Load {
             established: self.established.saturating_add(other.established),
             age: self.age.max(other.age),
             room: room.map(|(one, other)| one.saturating_add(other)),
+            unhealthy_for: self.unhealthy_for.min(other.unhealthy_for),
         }
     }
 }

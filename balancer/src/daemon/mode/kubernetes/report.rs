@@ -1,13 +1,19 @@
 //! What the daemon tells of this node and its cluster: to the other daemons, and to
 //! `status --cluster`.
 
+use std::time::Duration;
+
+use balancer_common::abi::ticks;
+
 use super::group_quotas::GroupQuotas;
 use super::pod_resolver::{Groups, PodResolver};
 use crate::dataplane::SlotView;
 use crate::kubernetes::{
-    BackendStatus, ClusterStatus, Endpoint, GroupId, GroupStatus, NodeReport, ReportedBackend,
-    SCHEMA, View,
+    BackendStatus, ClusterStatus, Endpoint, GroupId, GroupStatus, MOST_SECONDS_AGO, NodeReport,
+    PodHealth, ReportedBackend, ReportedHealth, SCHEMA, View,
 };
+use crate::quota::{SHARE_GONE_AFTER, are_too_many};
+use crate::sys::clock;
 
 /// What the other daemons should know of a node.
 pub fn node_report(
@@ -38,6 +44,7 @@ pub fn reported(
     (group, endpoint): (&GroupId, &Endpoint),
 ) -> Option<ReportedBackend> {
     let counts = &slot.member.counts;
+    let now = ticks(clock::monotonic_ns());
     Some(ReportedBackend {
         group: group.clone(),
         pod: endpoint.pod.clone(),
@@ -50,6 +57,10 @@ pub fn reported(
         pending: Some(slot.expected()),
         quota: slot.limit(),
         room: slot.room(),
+        health: slot.unhealthy(now).map(|(state, time)| ReportedHealth {
+            state: state.name().to_owned(),
+            seconds: time.as_secs().min(MOST_SECONDS_AGO),
+        }),
     })
 }
 
@@ -59,10 +70,7 @@ pub fn cluster_status(view: &View, own: &NodeReport, quotas: &GroupQuotas) -> Cl
         id: id.clone(),
         sentence: quotas.sentence(id).unwrap_or("not computed yet").to_owned(),
         starved: quotas.starved(id, view).sources,
-        backends: endpoints
-            .iter()
-            .map(|endpoint| backend_status(id, endpoint, view, own))
-            .collect(),
+        backends: backends(id, endpoints, view, own),
     });
     ClusterStatus {
         schema: 1,
@@ -71,6 +79,35 @@ pub fn cluster_status(view: &View, own: &NodeReport, quotas: &GroupQuotas) -> Cl
         silent_seconds: view.silent_for.as_secs(),
         problems: view.problems.clone(),
         groups: groups.collect(),
+    }
+}
+
+/// The pods of a group, and which of them have lost their share of a computed quota.
+fn backends(
+    id: &GroupId,
+    endpoints: &[Endpoint],
+    view: &View,
+    own: &NodeReport,
+) -> Vec<BackendStatus> {
+    let pods = endpoints.iter();
+    let pods = pods.map(|endpoint| backend_status(id, endpoint, view, own));
+    let mut pods: Vec<_> = pods.collect();
+    let ready = pods.iter().filter(|pod| pod.ready);
+    let healths = ready.clone().filter_map(|pod| pod.health.as_ref());
+    let gone = healths.filter(|health| !health.has_share).count();
+    if are_too_many(gone, ready.count()) {
+        let healths = pods.iter_mut().filter_map(|pod| pod.health.as_mut());
+        healths.for_each(|health| health.has_share = true);
+    }
+    pods
+}
+
+fn pod_health(told: &ReportedHealth, seconds_ago: u64) -> PodHealth {
+    let seconds = told.seconds.saturating_add(seconds_ago);
+    PodHealth {
+        state: told.state.clone(),
+        seconds,
+        has_share: Duration::from_secs(seconds) < SHARE_GONE_AFTER,
     }
 }
 
@@ -102,6 +139,9 @@ fn backend_status(
         pending: told.as_ref().and_then(|told| told.pending),
         quota: told.as_ref().and_then(|told| told.quota),
         room: told.as_ref().and_then(|told| told.room),
+        health: told
+            .and_then(|told| told.health)
+            .map(|told| pod_health(&told, seconds_ago.unwrap_or(0))),
         seconds_ago,
     }
 }

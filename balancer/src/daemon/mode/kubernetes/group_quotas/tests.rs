@@ -8,7 +8,9 @@ use super::super::fuzzing::{entry, group};
 use super::super::report::reported;
 use super::*;
 use crate::config::ClusterService;
-use crate::kubernetes::{Endpoint, NodeReport, ObjectName, ReceivedReport, ReportedBackend};
+use crate::kubernetes::{
+    Endpoint, NodeReport, ObjectName, ReceivedReport, ReportedBackend, ReportedHealth,
+};
 use crate::quota::Quota;
 
 const HOLD_FOR: Duration = Duration::from_secs(300);
@@ -53,6 +55,7 @@ impl Seen {
             pending: Some(0),
             quota: None,
             room,
+            health: None,
         };
         let node_report = NodeReport {
             schema: 1,
@@ -172,6 +175,57 @@ fn a_report_that_nobody_renews_counts_for_nothing() {
     };
     assert_eq!(at_age(0), Quota::Limited(7500), "believed up to four times");
     assert_eq!(at_age(60), Quota::Limited(1500));
+}
+
+#[test]
+fn a_pod_that_is_told_not_to_serve_loses_its_share_after_a_while() {
+    let mut seen = Seen::new();
+    for node in ["b", "c"] {
+        seen.reports(node, &[(node, 30, None)]);
+    }
+    let mut with = |seconds, age| {
+        let report = seen.reports("d", &[("d", 30, None)]);
+        report.backends[0].health = Some(ReportedHealth {
+            state: "hung".into(),
+            seconds,
+        });
+        seen.view.nodes.get_mut("d").unwrap().age = Duration::from_secs(age);
+        seen.quotas = GroupQuotas::new();
+        let outcome = seen.compute();
+        outcome
+            .quotas
+            .iter()
+            .map(|quota| quota.limit())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(with(4, 5), [Some(30); 3]);
+    assert_eq!(with(4, 6), [Some(45), Some(45), Some(30)]);
+    assert_eq!(
+        with(4, 60),
+        [None; 3],
+        "its report is too old to say anything"
+    );
+    assert_eq!(with(u64::MAX, 1), [Some(45), Some(45), Some(30)]);
+}
+
+#[test]
+fn several_listeners_of_a_pod_serve_as_long_as_one_does() {
+    let health = |seconds| ReportedHealth {
+        state: "stalled".into(),
+        seconds,
+    };
+    let mut seen = Seen::new();
+    let id = seen.id.clone();
+    let report = seen.reports("b", &[("b", 3, Some(1)), ("b", 4, Some(0))]);
+    report.backends[0].health = Some(health(60));
+    let told = report.pod(&id, "uid-b").unwrap();
+    assert_eq!(
+        (told.established, told.room, told.health),
+        (7, Some(1), None)
+    );
+    report.backends[1].health = Some(health(20));
+    let told = report.pod(&id, "uid-b").unwrap();
+    assert_eq!(told.health, Some(health(20)));
 }
 
 #[test]

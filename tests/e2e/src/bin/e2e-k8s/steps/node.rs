@@ -9,11 +9,13 @@ use testkit::scenario::{Check, Report};
 use crate::checks::{PODS_START_WITHIN, wait};
 use crate::daemons::Way;
 use crate::fixture::Fixture;
-use crate::layout::{OAPS, REPLICAS, VICTIM, WITHOUT_CONNECTION};
+use crate::layout::{OAPS, REPLICAS, SYSTEM, VICTIM, WITHOUT_CONNECTION};
 
 /// The controllers give a node up that has been silent for 12 s, and their own watches may have
 /// pauses after the step before.
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(60);
+/// Pods of a node that is no more are looked for every 20 s, and have 40 s.
+const COLLECTED_WITHIN: Duration = Duration::from_secs(90);
 /// From then on.
 const QUOTAS_WITHIN: Duration = Duration::from_secs(10);
 
@@ -46,6 +48,7 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         GIVEN_UP_WITHIN + WITHOUT_CONNECTION,
     )?;
     fixture.counts_are_true(report, "8 node killed", Way::Exec)?;
+    report_goes(fixture, report)?;
     fixture.cluster.kubernetes.start_node(VICTIM);
     // Its pods get their addresses anew, and connections of those before it are still in the other
     // nodes' socket tables.
@@ -59,6 +62,28 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     })?;
     fixture.counts_are_true(report, "8 node back", Way::Exec)?;
     fixture.views_agree(report, "8 node back")
+}
+
+/// A node that is deleted takes the pod of its daemon along, and that its report.
+fn report_goes(fixture: &Fixture, report: &mut Report) -> Result<()> {
+    let name = format!("configmap/balancer-{VICTIM}");
+    let get = ["get", "configmaps", "-n", SYSTEM, "-o", "name"];
+    let is_there = || -> Result<bool> {
+        Ok(fixture
+            .cluster
+            .kubectl(&get)?
+            .lines()
+            .any(|line| line == name))
+    };
+    let before = Check::new(true, is_there()?);
+    report.check("8 node killed: its report is there", &before)?;
+    fixture
+        .cluster
+        .kubectl(&["delete", "node", VICTIM, "--wait=false"])?;
+    let step = "8 node deleted: its report is there";
+    report.wait(step, COLLECTED_WITHIN, || {
+        Ok(Check::new(false, is_there()?))
+    })
 }
 
 /// How many pods the Service sends connections to.
