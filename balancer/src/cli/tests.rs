@@ -7,8 +7,9 @@ use clap::CommandFactory;
 use super::*;
 use crate::{
     dataplane::{
-        BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, Explanation,
-        FailedReload, ListeningBackend, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
+        Avoided, BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend,
+        Explanation, FailedReload, ListeningBackend, ServiceSnapshot, SeveralNetns, Snapshot,
+        Unsuited,
     },
     doctor::{Check, Report, Status},
     kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
@@ -935,6 +936,11 @@ fn explained() -> Explanation {
             backend: listening(0, "127.0.0.1:21801"),
             why: "takes no IPv6",
         }],
+        avoided: vec![Avoided {
+            backend: listening(2, "[::1]:21803"),
+            state: HealthState::Stalled,
+            age: Duration::from_secs(75),
+        }],
         sentence: "it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room"
             .to_owned(),
     }
@@ -953,6 +959,8 @@ fn explain_as_text() {
   reason   steered: virtual port: steered to a backend with room
   backend  [::1]:21802 (slot 1)
   unsuited 127.0.0.1:21801 (slot 0): it takes no IPv6
+  avoided  [::1]:21803 (slot 2): stalled since 1 min 15 s: connections wait in
+           its accept queue, and it accepts none
 ",
     );
     let stranger = Explanation {
@@ -960,6 +968,7 @@ fn explain_as_text() {
         backend: None,
         reason: None,
         unsuited: Vec::new(),
+        avoided: Vec::new(),
         verdict: Verdict::Pass,
         ..explained()
     };
@@ -970,10 +979,12 @@ fn explain_as_text() {
     );
     let of_many = Explanation {
         unsuited: vec![explained().unsuited[0]; 30],
+        avoided: vec![explained().avoided[0]; 9],
         ..explained()
     };
     let text = explain::text(from, to, &of_many);
-    assert!(text.ends_with("  unsuited 22 more\n"), "{text}");
+    assert!(text.contains("  unsuited 22 more\n"), "{text}");
+    assert!(text.ends_with("  avoided  1 more\n"), "{text}");
 }
 
 #[test]
@@ -994,6 +1005,7 @@ fn explain_as_json_is_as_contracted() {
             "verdict": "steer",
             "backend": {"slot": 1, "address": "[::1]:21802"},
             "unsuited": [{"slot": 0, "address": "127.0.0.1:21801", "why": "takes no IPv6"}],
+            "avoided": [{"slot": 2, "address": "[::1]:21803", "health": "stalled", "since_ms": 75_000, "reason": "connections wait in its accept queue, and it accepts none"}],
             "choices": [],
             "sentence": "it has the fewest connections for its weight: (9 + 2) / 2, of 3 with room",
         })
@@ -1061,6 +1073,7 @@ fn the_netns_to_choose_from_are_listed_with_the_commands() {
             "verdict": null,
             "backend": null,
             "unsuited": [],
+            "avoided": [],
             "choices": [
                 {
                     "netns": 4711,

@@ -33,7 +33,7 @@ pub use pins::unload;
 pub use plan::{ListenAt, Plan, ServicePlan};
 pub use programs::{Hook, PROGRAMS, Program, Target};
 pub use read::explain::{
-    Answer, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
+    Answer, Avoided, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
 };
 pub use read::snapshot::{
     BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServiceContents,

@@ -103,6 +103,9 @@ fn a_server_that_stops_is_named_by_what_it_does_not_read() {
         assert!(text.contains(&named), "{text}");
         assert!(text.contains("it does not read what its"), "{text}");
         assert_eq!(text.matches(" is hung since ").count(), 1, "{text}");
+        let explained = balancer.must(&["explain", "--from", "127.0.0.1", "--to", "11800"]);
+        let avoided = format!("avoided  {} (slot 1): hung since ", backend(1));
+        assert!(explained.contains(&avoided), "{explained}");
         let metrics = balancer.must(&["metrics"]);
         let is_it = |line: &&str| {
             line.starts_with("balancer_backend_health{")

@@ -6,8 +6,9 @@ use serde::Serialize;
 
 use super::ends::{From, To};
 use super::netns::Pods;
-use crate::cli::output::{Column, or, table, wrapped};
-use crate::dataplane::{Explanation, ListeningBackend, SeveralNetns, Unsuited};
+use crate::cli::output::{Column, or, span, table, wrapped};
+use crate::dataplane::{Avoided, Explanation, ListeningBackend, SeveralNetns, Unsuited};
+use crate::health::reason;
 
 #[derive(Serialize)]
 pub(in crate::cli) struct Json<'a> {
@@ -20,6 +21,7 @@ pub(in crate::cli) struct Json<'a> {
     verdict: Option<&'static str>,
     backend: Option<JsonBackend>,
     unsuited: Vec<JsonUnsuited>,
+    avoided: Vec<JsonAvoided>,
     /// The netns to choose from, where the answer depends on it.
     choices: &'a [Choice],
     sentence: &'a str,
@@ -36,6 +38,15 @@ struct JsonUnsuited {
     slot: u32,
     address: SocketAddr,
     why: &'static str,
+}
+
+#[derive(Serialize)]
+struct JsonAvoided {
+    slot: u32,
+    address: SocketAddr,
+    health: &'static str,
+    since_ms: u128,
+    reason: Option<&'static str>,
 }
 
 /// One of the netns that the answer depends on.
@@ -63,6 +74,13 @@ impl<'a> Json<'a> {
             address: unsuited.backend.address,
             why: unsuited.why,
         };
+        let avoided = |avoided: &Avoided| JsonAvoided {
+            slot: avoided.backend.slot,
+            address: avoided.backend.address,
+            health: avoided.state.name(),
+            since_ms: avoided.age.as_millis(),
+            reason: reason(avoided.state),
+        };
         Self {
             schema: 1,
             from: from.to_string(),
@@ -76,6 +94,7 @@ impl<'a> Json<'a> {
                 address: backend.address,
             }),
             unsuited: explanation.unsuited.iter().map(unsuited).collect(),
+            avoided: explanation.avoided.iter().map(avoided).collect(),
             choices: &[],
             sentence: &explanation.sentence,
         }
@@ -92,6 +111,7 @@ impl<'a> Json<'a> {
             verdict: None,
             backend: None,
             unsuited: Vec::new(),
+            avoided: Vec::new(),
             choices: &several.choices,
             sentence: &several.sentence,
         }
@@ -115,10 +135,10 @@ pub(in crate::cli) fn text(from: From, to: To, explanation: &Explanation) -> Str
     if let Some(backend) = &explanation.backend {
         text += &wrapped("  backend  ", &name(backend));
     }
-    text + &unsuited_text(&explanation.unsuited)
+    text + &unsuited_text(&explanation.unsuited) + &avoided_text(&explanation.avoided)
 }
 
-/// The most unsuited backends that are shown to people.
+/// The most unsuited or avoided backends that are shown to people.
 const SHOWN: usize = 8;
 
 fn unsuited_text(unsuited: &[Unsuited]) -> String {
@@ -134,6 +154,19 @@ fn unsuited_text(unsuited: &[Unsuited]) -> String {
         text += &wrapped("  unsuited ", &format!("{} more", unsuited.len() - SHOWN));
     }
     text
+}
+
+fn avoided_text(avoided: &[Avoided]) -> String {
+    let words = |avoided: &Avoided| {
+        let (name, state) = (name(&avoided.backend), avoided.state.name());
+        let why = reason(avoided.state).unwrap_or_default();
+        format!("{name}: {state} since {}: {why}", span(avoided.age))
+    };
+    let shown = avoided.iter().take(SHOWN).map(words);
+    let more = avoided.len().saturating_sub(SHOWN);
+    let more = (more > 0).then(|| format!("{more} more"));
+    let lines = shown.chain(more);
+    lines.map(|words| wrapped("  avoided  ", &words)).collect()
 }
 
 fn name(backend: &ListeningBackend) -> String {

@@ -1,8 +1,9 @@
 //! What is asked, and what is answered.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
 
-use balancer_common::abi::BackendState;
+use balancer_common::abi::{BackendState, HealthState};
 use balancer_common::decision::member::Member;
 use balancer_common::{Reason, Verdict};
 
@@ -54,6 +55,8 @@ pub struct Explanation {
     pub backend: Option<ListeningBackend>,
     /// Backends of the service in this netns that can't have it, whatever their load.
     pub unsuited: Vec<Unsuited>,
+    /// Those of the others that are avoided because they don't serve.
+    pub avoided: Vec<Avoided>,
     /// Destination, reason and load in one sentence, for people.
     pub sentence: String,
 }
@@ -68,6 +71,7 @@ impl Explanation {
             verdict: Verdict::Pass,
             backend: None,
             unsuited: Vec::new(),
+            avoided: Vec::new(),
             sentence,
         }
     }
@@ -112,4 +116,15 @@ pub struct Unsuited {
     pub backend: ListeningBackend,
     /// Why, as what follows "it".
     pub why: &'static str,
+}
+
+/// A backend that gets a SYN only where no other can have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avoided {
+    /// The backend.
+    pub backend: ListeningBackend,
+    /// Its state of health.
+    pub state: HealthState,
+    /// For how long it has been in that state.
+    pub age: Duration,
 }

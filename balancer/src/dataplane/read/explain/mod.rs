@@ -23,7 +23,9 @@ use super::super::paths::Paths;
 use super::super::tables::Tables;
 use crate::sys::clock;
 
-pub use self::answer::{Answer, Explanation, ListeningBackend, SeveralNetns, Syn, Unsuited};
+pub use self::answer::{
+    Answer, Avoided, Explanation, ListeningBackend, SeveralNetns, Syn, Unsuited,
+};
 pub use self::netns::NetnsChoice;
 
 /// Says where a SYN would go; `directory` has the pins.
@@ -125,6 +127,13 @@ impl Service<'_> {
             Reason::NoBackend if self.here.is_empty() => self.no_backend(),
             _ => sentence::why(decision, &state, &self.here),
         };
+        let regards_health = port.flags & ServicePort::HEALTH_OFF == 0;
+        let avoided = if regards_health {
+            sentence::avoided(&self.here, &request)
+        } else {
+            Vec::new()
+        };
+        let why = why + &sentence::beside(&avoided, decision.slot);
         Ok(Explanation {
             netns: chosen.netns.cookie,
             service: Some(self.name.clone()),
@@ -132,6 +141,7 @@ impl Service<'_> {
             verdict: decision.verdict,
             backend,
             unsuited: sentence::unsuited(&self.here, &request),
+            avoided,
             sentence: self.sentence(
                 syn,
                 chosen,

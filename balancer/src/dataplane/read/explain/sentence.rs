@@ -9,7 +9,8 @@ use balancer_common::decision::request::Request;
 use balancer_common::decision::{Decision, DecisionState};
 use balancer_common::{Reason, Verdict};
 
-use super::answer::{ListeningBackend, Unsuited};
+use super::answer::{Avoided, ListeningBackend, Unsuited};
+use crate::dataplane::tables::span_of;
 
 /// How many backends a sentence names at most.
 const SHOWN: usize = 4;
@@ -83,6 +84,40 @@ pub fn unsuited(here: &[&Member], request: &Request) -> Vec<Unsuited> {
     here.iter().filter_map(unsuited).collect()
 }
 
+/// Those of the backends in this netns that a SYN goes to only where no other can have it: those
+/// that don't serve, unless they are more than half.
+pub fn avoided(here: &[&Member], request: &Request) -> Vec<Avoided> {
+    let suited = || {
+        here.iter()
+            .filter(|member| why_unsuited(member, request).is_none())
+    };
+    let avoided = suited().filter_map(|member| {
+        let since = member.health.since(request.now)?;
+        Some(Avoided {
+            backend: ListeningBackend::of(member),
+            state: member.health.state(request.now),
+            age: span_of(request.now.saturating_sub(since)),
+        })
+    });
+    let avoided: Vec<Avoided> = avoided.collect();
+    if 2 * avoided.len() > suited().count() {
+        return Vec::new();
+    }
+    avoided
+}
+
+/// What avoiding others has to do with a choice.
+pub fn beside(avoided: &[Avoided], chosen: Option<u32>) -> String {
+    match avoided.len() {
+        0 => String::new(),
+        _ if (avoided.iter()).any(|avoided| Some(avoided.backend.slot) == chosen) => {
+            "; it does not serve, but no other can have it".to_owned()
+        }
+        1 => "; one that does not serve is avoided".to_owned(),
+        many => format!("; {many} that do not serve are avoided"),
+    }
+}
+
 /// Why a backend in the netns of the SYN can't have it, whatever its load: it is not ready, it does
 /// not fit, or nothing can be steered to it.
 fn why_unsuited(member: &Member, request: &Request) -> Option<&'static str> {
@@ -141,7 +176,7 @@ fn load(member: &Member, request: &Request) -> String {
 #[cfg(test)]
 mod tests {
     use balancer_common::abi::{
-        Address, BackendState, Counts, Health, ServicePort, SlotPolicy, SlotState,
+        Address, BackendState, Counts, Health, HealthState, ServicePort, SlotPolicy, SlotState,
     };
     use balancer_common::decision::request::Arrival;
     use balancer_common::decision::scan::Scan;
@@ -215,6 +250,42 @@ mod tests {
             }
         }
         assert!(suited > 20, "{suited}");
+    }
+
+    #[test]
+    fn who_does_not_serve_is_avoided_unless_most_are_so() {
+        let request = Request {
+            now: 5_000,
+            ..request(HERE, 0)
+        };
+        let hung = |slot, until| Member {
+            slot,
+            health: Health {
+                hung: until,
+                hung_since: 1_000,
+                ..Health::UNKNOWN
+            },
+            ..member(0, Address::ANY, 0)
+        };
+        let (bad, good, over) = (hung(0, 9_000), hung(1, 0), hung(2, 5_000));
+        let found = avoided(&[&bad, &good, &over], &request);
+        let [only] = &found[..] else {
+            panic!("one is avoided: {found:?}")
+        };
+        assert_eq!((only.backend.slot, only.state), (0, HealthState::Hung));
+        assert_eq!(only.age.as_secs(), 4);
+        assert_eq!(
+            beside(&found, Some(1)),
+            "; one that does not serve is avoided"
+        );
+        assert!(beside(&found, Some(0)).contains("no other can have it"));
+        assert_eq!(avoided(&[&bad, &good], &request).len(), 1, "half of them");
+        let unsuited = Member {
+            slot: 3,
+            ..member(Backend::CANDIDATE, Address::ANY, 0)
+        };
+        assert_eq!(avoided(&[&bad, &unsuited], &request), []);
+        assert_eq!(beside(&[], Some(0)), "");
     }
 
     #[test]
