@@ -9,7 +9,7 @@ pub const fn reason(state: HealthState) -> Option<&'static str> {
         HealthState::Stalled => Some("connections wait in its accept queue, and it accepts none"),
         HealthState::Hung => Some("it does not read what its connections have received"),
         HealthState::Failing => {
-            Some("it ends connections as soon as they begin, without having sent anything")
+            Some("it ends connections within a second of their beginning, without an answer")
         }
     }
 }
