@@ -6,8 +6,9 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    AuditTotals, Backend, Connection, Counts, ExemptKey, Health, Heartbeat, ListenRule, Members,
-    PortKey, ServiceInfo, ServicePort, ServiceState, SlotPolicy, Totals, maps,
+    AuditTotals, Backend, Connection, Counts, ExemptKey, Health, Heartbeat, KeepaliveWord,
+    ListenRule, Members, PortKey, ServiceInfo, ServicePort, ServiceState, Silence, SlotPolicy,
+    Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -37,6 +38,11 @@ pub static SERVICE_STATE: Array<ServiceState> =
 #[map]
 pub static SERVICE_INFO: Array<ServiceInfo> =
     Array::pinned(maps::SERVICE_INFO.entries, maps::SERVICE_INFO.flags);
+#[map]
+pub static KEEPALIVE: Array<KeepaliveWord> =
+    Array::pinned(maps::KEEPALIVE.entries, maps::KEEPALIVE.flags);
+#[map]
+pub static SILENCE: Array<Silence> = Array::pinned(maps::SILENCE.entries, maps::SILENCE.flags);
 #[map]
 pub static EXEMPT: LpmTrie<ExemptKey, u32> =
     LpmTrie::pinned(maps::EXEMPT.entries, maps::EXEMPT.flags);

@@ -5,6 +5,7 @@ use super::backend::{Backend, Connection, SlotPolicy};
 use super::counts::{Counts, Totals};
 use super::daemon::{AuditTotals, Heartbeat};
 use super::health::Health;
+use super::keepalive::{KeepaliveWord, Silence};
 use super::limits::{MAX_SERVICES, MAX_SLOTS, REASON_SLOTS};
 use super::service::{ExemptKey, ListenRule, Members, ServiceInfo, ServicePort, ServiceState};
 
@@ -101,6 +102,10 @@ pinned! {
     SERVICE_STATE = MapShape::shared::<ServiceState>(MAX_SERVICES);
     /// A [`ServiceInfo`] for each service. Written by the daemon.
     SERVICE_INFO = MapShape::array::<ServiceInfo>(MAX_SERVICES);
+    /// A [`KeepaliveWord`] for each service. Written by the daemon.
+    KEEPALIVE = MapShape::shared::<KeepaliveWord>(MAX_SERVICES);
+    /// A [`Silence`] for each slot. Written by the daemon.
+    SILENCE = MapShape::shared::<Silence>(MAX_SLOTS);
     /// [`ExemptKey`] behind the length of its prefix. Written by the daemon.
     EXEMPT = MapShape::new(LPM_TRIE, WORD + size_of::<ExemptKey>(), WORD, 16_384).with(NO_PREALLOC);
     /// A counter for each reason of each service. Written by the kernel half.

@@ -39,6 +39,14 @@ constants! {
     AT_V6_ONLY: u32;
     /// The bit of `skc_ipv6only` in that byte.
     V6_ONLY_BIT: u32;
+    /// `tcp_sock.keepalive_time`: jiffies, 0 where the sysctl holds.
+    AT_KEEP_IDLE: u32;
+    /// `tcp_sock.keepalive_intvl`: jiffies, 0 where the sysctl holds.
+    AT_KEEP_INTERVAL: u32;
+    /// `tcp_sock.keepalive_probes`: 0 where the sysctl holds.
+    AT_KEEP_PROBES: u32;
+    /// `inet_connection_sock.icsk_user_timeout`: ms, 0 where none is set.
+    AT_USER_TIMEOUT: u32;
     /// `sock.sk_cgrp_data.cgroup`.
     AT_CGROUP: u32;
     /// `cgroup.kn`.

@@ -46,6 +46,18 @@ impl TcpSocket {
         u32::from(byte) & constant!(V6_ONLY_BIT) != 0
     }
 
+    /// What its owner, or that of the listener that it comes from, has set of keepalive.
+    #[inline(always)]
+    pub fn chosen(&self) -> Chosen {
+        let probes: u8 = field!(self.0, AT_KEEP_PROBES as u8);
+        Chosen {
+            idle: field!(self.0, AT_KEEP_IDLE as u32) != 0,
+            interval: field!(self.0, AT_KEEP_INTERVAL as u32) != 0,
+            probes: probes != 0,
+            user_timeout: field!(self.0, AT_USER_TIMEOUT as u32) != 0,
+        }
+    }
+
     /// The half-open connections and queues of a listener.
     #[inline(always)]
     pub fn observe(&self) -> Observation {
@@ -85,6 +97,18 @@ impl TcpSocket {
         let net: *const u8 = field!(self.0, AT_NET as *const u8);
         field!(net, AT_SYNCOOKIES as u8)
     }
+}
+
+/// Which options of keepalive a socket has values of its own for.
+pub struct Chosen {
+    /// `TCP_KEEPIDLE`.
+    pub idle: bool,
+    /// `TCP_KEEPINTVL`.
+    pub interval: bool,
+    /// `TCP_KEEPCNT`.
+    pub probes: bool,
+    /// `TCP_USER_TIMEOUT`.
+    pub user_timeout: bool,
 }
 
 /// Whether a socket listens.

@@ -13,6 +13,7 @@ use balancer_common::abi::{
 use balancer_common::decision::admission::{is_expected, is_held, pack_handshake};
 
 use super::claim::{NONE, claim, is_confirmed, is_policy_needed};
+use super::keepalive;
 use super::steer::is_exempt;
 use crate::events;
 use crate::kernel::atomic;
@@ -53,6 +54,7 @@ fn accepted(ctx: &SockOpsContext) {
     };
     if account_is_counted(connection.id().pack()) != 0 {
         watch_states(ctx);
+        keepalive::turn_on(ctx, connection.id());
         return;
     }
     let socket = socket(ctx);
@@ -524,7 +526,7 @@ fn publish(ctx: &SockOpsContext, id: BackendId, place: *mut Backend) {
 
 /// The socket that the program runs for; null where the kernel has only a request for one.
 #[inline(always)]
-fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+pub fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
     // SAFETY: the context lives as long as the program runs.
     unsafe { (*ctx.ops).__bindgen_anon_2.sk }
 }

@@ -2,4 +2,5 @@
 
 pub mod account;
 mod claim;
+mod keepalive;
 pub mod steer;

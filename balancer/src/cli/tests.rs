@@ -1,6 +1,6 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
-use balancer_common::abi::{AuditTotals, HealthState};
+use balancer_common::abi::{AuditTotals, HealthState, Keepalive, Silence};
 use balancer_common::{BackendState, Policy, Reason, Verdict};
 use clap::CommandFactory;
 
@@ -27,6 +27,7 @@ fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> Ba
         established,
         exempt: 0,
         pending: Some(0),
+        silence: Silence::default(),
         steerable: true,
         health: Some(BackendHealth::SERVING),
         note: None,
@@ -48,6 +49,7 @@ fn agents() -> ServiceSnapshot {
         virtual_port: true,
         rule: "300 clients × 2, 15% headroom, at least 16".to_owned(),
         sentence: "ceil(300 clients × 2 × 1.15 / 3 ready) = 230".to_owned(),
+        keepalive: Some(Keepalive::DEFAULT),
         quota_override: None,
         unattributed: 0,
         backends: vec![
@@ -80,6 +82,7 @@ fn als() -> ServiceSnapshot {
         virtual_port: false,
         rule: "none: steering only".to_owned(),
         sentence: "set by hand: 50 for each backend".to_owned(),
+        keepalive: Some(Keepalive::DEFAULT),
         quota_override: Some(50),
         unattributed: 0,
         backends: vec![
@@ -581,6 +584,29 @@ fn status_names_connections_that_nobody_counts() {
     assert!(text.contains(alert), "{text}");
 }
 
+#[test]
+fn status_tells_of_silent_connections_and_of_keepalive_that_is_not_the_default() {
+    let mut service = agents();
+    let text = |service: &ServiceSnapshot| {
+        status_of(&Snapshot {
+            services: vec![service.clone()],
+            daemon: alive(),
+        })
+    };
+    assert!(!text(&service).contains("Keepalive"));
+    service.backends[1].silence = Silence::new(40, 3_600);
+    let silent = text(&service);
+    let words = "  Keepalive: after 60 s of silence 3 probes, 10 s apart: a client that has";
+    assert!(silent.contains(words), "{silent}");
+    assert!(silent.contains("40 connections, the most"), "{silent}");
+    assert!(silent.contains("3600 s"), "{silent}");
+    assert!(silent.contains("SILENT"), "{silent}");
+    service.backends[1].silence = Silence::default();
+    service.keepalive = None;
+    let off = text(&service);
+    assert!(off.contains("  Keepalive: off: a client"), "{off}");
+}
+
 /// Only of those through virtual ports it is not plain whose they are.
 #[test]
 fn what_is_left_open_is_told_of_virtual_ports() {
@@ -707,6 +733,7 @@ fn status_as_json_is_as_contracted() {
                 "port": 11800,
                 "address": null,
                 "policy": "least-connections",
+                "keepalive": {"idle_s": 60, "interval_s": 10, "probes": 3, "user_timeout_ms": 90_000},
                 "unattributed": 40,
                 "backends": [{
                     "slot": 0,
@@ -718,6 +745,8 @@ fn status_as_json_is_as_contracted() {
                     "established": 120,
                     "exempt": 0,
                     "pending": null,
+                    "silent": 0,
+                    "longest_silence_s": 0,
                     "steerable": true,
                     "health": {"state": "serving", "since_ms": null, "reason": null},
                     "note": "a \"note\"",

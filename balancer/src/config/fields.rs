@@ -7,15 +7,17 @@ use super::{
 
 /// Every mapping of the file: where it stands, what messages call it, and the keys it may have.
 #[rustfmt::skip]
-pub(super) const MAPPINGS: [(&str, &str, &str); 8] = [
+pub(super) const MAPPINGS: [(&str, &str, &str); 10] = [
     ("", "the file", "services kubernetes fail_open_after namespaces"),
-    ("services", "a service", "name port address policy backends quota exempt health"),
+    ("services", "a service", "name port address policy backends quota exempt health keepalive"),
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
+    ("services.keepalive", "`keepalive`", "idle interval probes"),
     ("kubernetes", "`kubernetes`", "services publish_every hold_for"),
-    ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt health"),
+    ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt health keepalive"),
     ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),
     ("kubernetes.services.quota.pods", "a class of pods", "selector namespace connections"),
+    ("kubernetes.services.keepalive", "`keepalive`", "idle interval probes"),
 ];
 
 /// The settings of one mapping, all of them known ones.

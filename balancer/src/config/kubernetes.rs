@@ -3,6 +3,7 @@
 use std::{fmt, time::Duration};
 
 use balancer_common::Policy;
+use balancer_common::abi::Keepalive;
 use ipnet::IpNet;
 
 use super::write_shared;
@@ -58,6 +59,8 @@ pub struct ClusterService {
     pub exempt: Vec<IpNet>,
     /// Whether backends that don't serve are avoided.
     pub health: bool,
+    /// When a client that has vanished is given up; `None`: the server sees to that.
+    pub keepalive: Option<Keepalive>,
 }
 
 impl ClusterService {

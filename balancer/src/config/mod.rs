@@ -24,7 +24,10 @@ use std::{
     time::Duration,
 };
 
-use balancer_common::{Policy, abi};
+use balancer_common::{
+    Policy,
+    abi::{self, Keepalive},
+};
 use ipnet::IpNet;
 
 use self::error::Place;
@@ -60,6 +63,12 @@ pub const MAX_CONNECTIONS_PER_CLIENT: u32 = 10_000;
 pub const MAX_HEADROOM_PERCENT: u32 = 1000;
 /// `min_quota` where the file gives none.
 pub const DEFAULT_MIN_QUOTA: u32 = 16;
+/// The longest `idle` of `keepalive`, in seconds: the kernel's own.
+pub const MAX_KEEPALIVE_IDLE: u16 = 7_200;
+/// The longest `interval` of `keepalive`, in seconds.
+pub const MAX_KEEPALIVE_INTERVAL: u16 = 600;
+/// The most `probes` of `keepalive` (`MAX_TCP_KEEPCNT`, include/net/tcp.h).
+pub const MAX_KEEPALIVE_PROBES: u8 = 127;
 /// `fail_open_after` where the file gives none.
 pub const DEFAULT_FAIL_OPEN_AFTER: Duration = Duration::from_secs(30);
 
@@ -111,6 +120,8 @@ pub struct Service {
     pub exempt: Vec<IpNet>,
     /// Whether backends that don't serve are avoided.
     pub health: bool,
+    /// When a client that has vanished is given up; `None`: the server sees to that.
+    pub keepalive: Option<Keepalive>,
 }
 
 /// A listener behind a virtual port.

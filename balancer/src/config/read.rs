@@ -14,8 +14,8 @@ use super::{
     fields::Fields,
     read_kubernetes::kubernetes,
     values::{
-        Time, clients, connections, exempt, headroom, is_on, min_quota, per_backend, policy, port,
-        quota_fields, service_entries, service_name,
+        Time, clients, connections, exempt, headroom, is_on, keepalive, min_quota, per_backend,
+        policy, port, quota_fields, service_entries, service_name,
     },
     yaml::{self, Node, Value, shown},
 };
@@ -97,6 +97,7 @@ fn service(node: &Node) -> Result<Service> {
             .unwrap_or(QuotaRule::Unlimited),
         exempt: exempt(&fields)?,
         health: is_on(&fields, "health")?,
+        keepalive: keepalive(&fields, "services.keepalive")?,
     })
 }
 

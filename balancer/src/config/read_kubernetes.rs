@@ -11,8 +11,8 @@ use super::{
     fields::Fields,
     selector::selector,
     values::{
-        Time, clients, connections, exempt, headroom, is_on, label, min_quota, per_backend, policy,
-        port, quota_fields, service_entries, service_name,
+        Time, clients, connections, exempt, headroom, is_on, keepalive, label, min_quota,
+        per_backend, policy, port, quota_fields, service_entries, service_name,
     },
     yaml::{Entry, Node, Value, shown},
 };
@@ -76,6 +76,7 @@ fn service(node: &Node) -> Result<ClusterService> {
             .unwrap_or(ClusterQuota::Unlimited),
         exempt: exempt(&fields)?,
         health: is_on(&fields, "health")?,
+        keepalive: keepalive(&fields, "kubernetes.services.keepalive")?,
     })
 }
 

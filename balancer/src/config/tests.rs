@@ -72,6 +72,7 @@ fn the_smallest_file() {
                 quota: QuotaRule::Unlimited,
                 exempt: Vec::new(),
                 health: true,
+                keepalive: Some(Keepalive::DEFAULT),
             }],
             fail_open_after: Duration::from_secs(30),
             namespaces: NetnsScope::Own,
@@ -99,6 +100,7 @@ services:
     policy: round-robin
     quota:
       per_backend: 100
+    keepalive: {idle: 2m, probes: 127}
 fail_open_after: 1500 ms
 namespaces: [/run/netns/blue, /proc/1/ns/net]
 "#
@@ -144,6 +146,12 @@ namespaces: [/run/netns/blue, /proc/1/ns/net]
         ]
     );
     assert_eq!(config.services[1].quota, QuotaRule::Fixed(100));
+    let keepalive = Keepalive {
+        idle: 120,
+        probes: 127,
+        ..Keepalive::DEFAULT
+    };
+    assert_eq!(config.services[1].keepalive, Some(keepalive));
     assert_eq!(config.fail_open_after, Duration::from_millis(1500));
     assert_eq!(
         config.namespaces,
@@ -161,6 +169,24 @@ fn what_is_left_out_of_a_computed_quota_has_a_default() {
         min_quota: 16,
     };
     assert_eq!(config.services[0].quota, expected);
+}
+
+#[test]
+fn keepalive_is_on_and_can_be_turned_off() {
+    let keepalive = |more: &str| parsed(&with(more)).services[0].keepalive;
+    assert_eq!(keepalive(""), Some(Keepalive::DEFAULT));
+    for off in ["off", "\"off\"", "false"] {
+        assert_eq!(keepalive(&format!("    keepalive: {off}\n")), None);
+    }
+    let written_out = "    keepalive: {idle: 60s, interval: 10s, probes: 3}\n";
+    assert_eq!(keepalive(written_out), Some(Keepalive::DEFAULT));
+    let least = Keepalive {
+        idle: 1,
+        interval: 1,
+        probes: 1,
+    };
+    let least_text = "    keepalive: {idle: 1000ms, interval: 1s, probes: 1}\n";
+    assert_eq!(keepalive(least_text), Some(least));
 }
 
 #[test]

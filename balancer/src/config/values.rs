@@ -2,12 +2,13 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use balancer_common::Policy;
+use balancer_common::{Policy, abi::Keepalive};
 use ipnet::{IpNet, Ipv4Net};
 
 use super::{
     DEFAULT_MIN_QUOTA, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT,
-    MAX_HEADROOM_PERCENT, MAX_NAME_BYTES, MAX_SERVICES,
+    MAX_HEADROOM_PERCENT, MAX_KEEPALIVE_IDLE, MAX_KEEPALIVE_INTERVAL, MAX_KEEPALIVE_PROBES,
+    MAX_NAME_BYTES, MAX_SERVICES,
     error::Result,
     fields::{Fields, decimal},
     yaml::{Node, Value, shown},
@@ -153,6 +154,75 @@ fn unmapped(network: IpNet) -> IpNet {
     match network {
         IpNet::V6(v6) => mapped(v6).map_or(network, IpNet::V4),
         IpNet::V4(_) => network,
+    }
+}
+
+/// When a client that has vanished is given up, by the mapping at `path`; on where the file says
+/// nothing.
+pub(super) fn keepalive(fields: &Fields, path: &'static str) -> Result<Option<Keepalive>> {
+    let read = |node: &Node| {
+        match &*node.value {
+        // What older readers of YAML, such as Helm's, make of `off`.
+        Value::Scalar(text) if ["off", "false"].contains(&text.as_str()) => Ok(None),
+        Value::Scalar(text) => node.fail(format!(
+            "keepalive `{}` is not understood; write `off`, or settings such as `{{idle: 60s, interval: 10s, probes: 3}}`, or leave it out for these",
+            shown(text)
+        )),
+        _ => keepalive_values(node, path).map(Some),
+    }
+    };
+    Ok(fields
+        .optional("keepalive", read)?
+        .unwrap_or(Some(Keepalive::DEFAULT)))
+}
+
+fn keepalive_values(node: &Node, path: &'static str) -> Result<Keepalive> {
+    let fields = Fields::of(node, path)?;
+    let default = Keepalive::DEFAULT;
+    let probes = |node: &Node| {
+        let advice = "leave it out for 3; for none write `keepalive: off`";
+        node.number("probes", 1, u32::from(MAX_KEEPALIVE_PROBES), advice)
+    };
+    let probes = fields.optional("probes", probes)?;
+    Ok(Keepalive {
+        idle: (fields.optional("idle", |node| seconds(&IDLE, node))?).unwrap_or(default.idle),
+        interval: (fields.optional("interval", |node| seconds(&INTERVAL, node))?)
+            .unwrap_or(default.interval),
+        probes: probes.map_or(default.probes, |probes| {
+            u8::try_from(probes).unwrap_or(MAX_KEEPALIVE_PROBES)
+        }),
+    })
+}
+
+const IDLE: Time = Time {
+    key: "idle",
+    least: 1000,
+    most: MAX_KEEPALIVE_IDLE as u64 * 1000,
+    shorter: "the kernel counts in seconds",
+    longer: "a client that has vanished would hold its place for hours",
+    example: "60s",
+};
+
+const INTERVAL: Time = Time {
+    key: "interval",
+    least: 1000,
+    most: MAX_KEEPALIVE_INTERVAL as u64 * 1000,
+    shorter: "the kernel counts in seconds",
+    longer: "a client that has vanished would hold its place for long",
+    example: "10s",
+};
+
+/// A time in whole seconds, as the kernel takes it.
+fn seconds(time: &Time, node: &Node) -> Result<u16> {
+    let read = time.read(node)?;
+    match u16::try_from(read.as_secs()) {
+        Ok(seconds) if read.subsec_nanos() == 0 => Ok(seconds),
+        _ => node.fail(format!(
+            "{} `{}` is not a whole number of seconds; write for example {}",
+            time.key,
+            shown(node.scalar(time.key, time.example)?),
+            time.example
+        )),
     }
 }
 

@@ -6,7 +6,8 @@ use std::net::IpAddr;
 
 use balancer_common::Policy;
 use balancer_common::abi::{
-    ANY_NETNS, Address, Backend, ExemptKey, ListenRule, NO_SERVICE, PortKey, ServicePort, UNLIMITED,
+    ANY_NETNS, Address, Backend, ExemptKey, Keepalive, ListenRule, NO_SERVICE, PortKey,
+    ServicePort, UNLIMITED,
 };
 use ipnet::IpNet;
 
@@ -44,6 +45,8 @@ pub struct ServicePlan {
     pub exempt: Vec<IpNet>,
     /// Backends that don't serve are avoided.
     pub health: bool,
+    /// When a client that has vanished is given up; `None`: the server sees to that.
+    pub keepalive: Option<Keepalive>,
     /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
 }
@@ -232,6 +235,7 @@ mod tests {
             virtual_port: false,
             quota: Quota::Limited(5),
             rule: String::new(),
+            keepalive: None,
             exempt: vec![
                 "10.0.0.0/24".parse().unwrap(),
                 "0.0.0.0/0".parse().unwrap(),

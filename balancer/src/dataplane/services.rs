@@ -43,6 +43,7 @@ pub fn apply(tables: &mut Tables, plan: &Plan, rules: &mut Rules) -> Result<Vec<
     } = assign_ids(tables, plan)?;
     for (service, id) in plan.services.iter().zip(&ids) {
         update(tables, *id, |info| describe(info, service))?;
+        tables.set_keepalive(*id, service.keepalive);
     }
     apply_exempt(tables, plan, &ids)?;
     let wanted = plan.rules(&ids);

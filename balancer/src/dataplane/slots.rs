@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use aya::maps::MapError;
 use balancer_common::abi::{
-    Backend, BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, SlotPolicy, SlotState,
+    Backend, BackendId, BackendState, MAX_MEMBERS, MAX_SLOTS, Silence, SlotPolicy, SlotState,
 };
 use balancer_common::pool::Pool;
 use tracing::{debug, info};
@@ -191,6 +191,7 @@ fn free(tables: &mut Tables, view: &SlotView) -> Result<bool> {
 fn give_back(tables: &mut Tables, slot: u32, slot_state: SlotState) -> Result<()> {
     tables.leave_all(slot);
     clear_listener(tables, slot)?;
+    tables.set_silence(slot, Silence::default());
     let generation = slot_state.generation().wrapping_add(1);
     tables.set_slot_state(slot, SlotState::new(generation, BackendState::Free));
     Ok(())

@@ -17,9 +17,9 @@ use balancer_common::Reason;
 use balancer_common::abi::maps::{self, MapShape};
 use balancer_common::abi::{
     Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey, Health,
-    HealthState, Heartbeat, ListenRule, MAX_SERVICES, MAX_SLOTS, MEMBER_WORDS, PortKey,
-    REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, SlotPolicy, SlotState, Totals, UNLIMITED,
-    ticks,
+    HealthState, Heartbeat, Keepalive, KeepaliveWord, ListenRule, MAX_SERVICES, MAX_SLOTS,
+    MEMBER_WORDS, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, Silence,
+    SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::health::QueueLook;
@@ -110,6 +110,8 @@ pub struct Tables {
     health: SharedArray,
     members: SharedArray,
     service_states: SharedArray,
+    keepalive: SharedArray,
+    silence: SharedArray,
     heartbeat: Arc<SharedArray>,
     audit_totals: SharedArray,
 }
@@ -303,6 +305,8 @@ impl Tables {
             health: shared(directory, "HEALTH", maps::HEALTH)?,
             members: shared(directory, "MEMBERS", maps::MEMBERS)?,
             service_states: shared(directory, "SERVICE_STATE", maps::SERVICE_STATE)?,
+            keepalive: shared(directory, "KEEPALIVE", maps::KEEPALIVE)?,
+            silence: shared(directory, "SILENCE", maps::SILENCE)?,
             heartbeat: Arc::new(shared(directory, "HEARTBEAT", maps::HEARTBEAT)?),
             audit_totals: shared(directory, "AUDIT", maps::AUDIT)?,
         })
@@ -408,6 +412,35 @@ impl Tables {
         if word.load(Ordering::Acquire) != count {
             word.store(count, Ordering::SeqCst);
         }
+    }
+
+    /// When a client of a service that has vanished is given up; `None`: the server sees to that.
+    pub fn keepalive(&self, service: u16) -> Option<Keepalive> {
+        let packed = self.keepalive_word(service).load(Ordering::Acquire);
+        KeepaliveWord { packed }.get()
+    }
+
+    /// Says when a client of a service that has vanished is given up, for connections that are
+    /// accepted from now on.
+    pub fn set_keepalive(&self, service: u16, keepalive: Option<Keepalive>) {
+        let KeepaliveWord { packed } = KeepaliveWord::new(keepalive);
+        self.keepalive_word(service)
+            .store(packed, Ordering::Release);
+    }
+
+    fn keepalive_word(&self, service: u16) -> &AtomicU64 {
+        self.keepalive
+            .word(u32::from(service), word!(KeepaliveWord.packed))
+    }
+
+    /// How silent the connections of a slot were when the socket table was last read.
+    pub fn silence(&self, slot: u32) -> Silence {
+        read!(self.silence, slot, Silence { packed })
+    }
+
+    /// Says how silent the connections of a slot are.
+    pub fn set_silence(&self, slot: u32, silence: Silence) {
+        write!(self.silence, slot, silence, Silence { packed });
     }
 
     /// The kernel half's count of a slot, as `Counts::established` packs it.

@@ -17,7 +17,7 @@ type Offset = (&'static str, &'static str, &'static str, usize);
 
 /// Offsets in `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct
 /// tcp_sock` are those from the start of the socket, which these four share.
-const OFFSETS: [Offset; 16] = [
+const OFFSETS: [Offset; 20] = [
     ("AT_NET", "sock_common", "skc_net.net", 8),
     ("AT_QUEUE", "sock", "sk_ack_backlog", 4),
     ("AT_BACKLOG", "sock", "sk_max_ack_backlog", 4),
@@ -42,6 +42,15 @@ const OFFSETS: [Offset; 16] = [
         4,
     ),
     ("AT_OVERFLOW", "tcp_sock", "rx_opt.ts_recent_stamp", 4),
+    ("AT_KEEP_IDLE", "tcp_sock", "keepalive_time", 4),
+    ("AT_KEEP_INTERVAL", "tcp_sock", "keepalive_intvl", 4),
+    ("AT_KEEP_PROBES", "tcp_sock", "keepalive_probes", 1),
+    (
+        "AT_USER_TIMEOUT",
+        "inet_connection_sock",
+        "icsk_user_timeout",
+        4,
+    ),
     ("AT_GROUP_OVERFLOW", "sock_reuseport", "synq_overflow_ts", 4),
     ("AT_SYNCOOKIES", "net", "ipv4.sysctl_tcp_syncookies", 1),
     ("AT_CGROUP", "sock", "sk_cgrp_data.cgroup", 8),

@@ -402,6 +402,7 @@ mod tests {
             virtual_port: true,
             rule: String::new(),
             sentence: String::new(),
+            keepalive: None,
             quota_override: None,
             unattributed,
             backends: Vec::new(),

@@ -319,6 +319,7 @@ mod tests {
         doctor::{Status, guarded::GuardedNetns},
         sys::{netns, sock_diag::tests::mptcp_listener},
     };
+    use balancer_common::abi::Silence;
     use balancer_common::{BackendState, Policy};
     use std::net::TcpListener;
 
@@ -378,6 +379,7 @@ mod tests {
             established: 0,
             exempt: 0,
             pending: None,
+            silence: Silence::default(),
             steerable: true,
             health: Some(BackendHealth::SERVING),
             note: None,
@@ -393,6 +395,7 @@ mod tests {
             virtual_port,
             rule: String::new(),
             sentence: String::new(),
+            keepalive: None,
             quota_override: None,
             unattributed: 0,
             backends: backends.iter().map(backend).collect(),

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use balancer_common::Policy;
+use balancer_common::abi::Keepalive;
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, Stream, StreamExt as _};
 use http::{Method, Request, Response, StatusCode};
@@ -231,6 +232,7 @@ fn config() -> Kubernetes {
         },
         exempt: Vec::new(),
         health: true,
+        keepalive: Some(Keepalive::DEFAULT),
     };
     Kubernetes {
         services: vec![entry("agents", "grpc"), entry("als", "als")],

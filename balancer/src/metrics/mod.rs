@@ -133,6 +133,7 @@ struct Backends {
     exempt: Gauges,
     quota: Gauges,
     pending: Gauges,
+    silent: Gauges,
     state: Gauges,
     health: Gauges,
 }
@@ -155,6 +156,10 @@ impl Backends {
                 "pending",
                 "SYNs sent to it in the last 1.1 s that have not become established; absent: can't be read",
             ),
+            silent: gauge(
+                "silent",
+                "Those of them from which nothing was heard for longer than keepalive's first probe takes",
+            ),
             state,
             health,
         }
@@ -172,6 +177,7 @@ impl Backends {
         };
         set(&self.established, backend.established);
         set(&self.exempt, backend.exempt);
+        set(&self.silent, backend.silence.connections());
         if let Some(quota) = backend.quota {
             set(&self.quota, quota);
         }

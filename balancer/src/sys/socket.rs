@@ -3,7 +3,11 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+    time::Duration,
 };
+
+use balancer_common::abi::Keepalive;
+use rustix::net::sockopt;
 
 /// `SO_NETNS_COOKIE` (include/uapi/asm-generic/socket.h), since Linux 5.14.
 const SO_NETNS_COOKIE: libc::c_int = 71;
@@ -16,7 +20,7 @@ const SIOCGSKNS: libc::c_ulong = 0x894c;
 /// # Errors
 /// `ENOTSOCK` where the file is no socket.
 pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
-    Ok(rustix::net::sockopt::socket_cookie(socket)?)
+    Ok(sockopt::socket_cookie(socket)?)
 }
 
 /// The cookie of the netns that a socket is in: a number that the kernel never gives twice until it
@@ -43,6 +47,47 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// The values of a socket's keepalive (`tcp(7)`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KeepaliveOptions {
+    /// `TCP_KEEPIDLE`, in seconds.
+    pub idle: u32,
+    /// `TCP_KEEPINTVL`, in seconds.
+    pub interval: u32,
+    /// `TCP_KEEPCNT`.
+    pub probes: u32,
+    /// `TCP_USER_TIMEOUT`, in ms; 0: none.
+    pub user_timeout_ms: u32,
+}
+
+/// Turns keepalive on for a connection. What differs from `defaults`, the settings of its netns, is
+/// its server's choice and stays.
+///
+/// # Errors
+/// Those of `getsockopt(2)` and `setsockopt(2)`: it is no TCP socket.
+pub fn turn_keepalive_on(
+    socket: impl AsFd,
+    keepalive: Keepalive,
+    defaults: &KeepaliveOptions,
+) -> io::Result<()> {
+    let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+    let socket = socket.as_fd();
+    if sockopt::tcp_keepidle(socket)? == seconds(defaults.idle) {
+        sockopt::set_tcp_keepidle(socket, seconds(keepalive.idle.into()))?;
+    }
+    if sockopt::tcp_keepintvl(socket)? == seconds(defaults.interval) {
+        sockopt::set_tcp_keepintvl(socket, seconds(keepalive.interval.into()))?;
+    }
+    if sockopt::tcp_keepcnt(socket)? == defaults.probes {
+        sockopt::set_tcp_keepcnt(socket, keepalive.probes.into())?;
+    }
+    let user_timeout = keepalive.user_timeout_ms();
+    if user_timeout != 0 && sockopt::tcp_user_timeout(socket)? == defaults.user_timeout_ms {
+        sockopt::set_tcp_user_timeout(socket, user_timeout)?;
+    }
+    Ok(sockopt::set_socket_keepalive(socket, true)?)
 }
 
 /// The netns that a socket is in (`SIOCGSKNS`, net/socket.c).

@@ -10,8 +10,10 @@ use balancer::config::{
 };
 use balancer::config::{
     MAX_BACKENDS, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT,
-    MAX_NAME_BYTES, MAX_POD_CLASSES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, selector,
+    MAX_KEEPALIVE_IDLE, MAX_KEEPALIVE_INTERVAL, MAX_KEEPALIVE_PROBES, MAX_NAME_BYTES,
+    MAX_POD_CLASSES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, selector,
 };
+use balancer_common::abi::Keepalive;
 use libfuzzer_sys::fuzz_target;
 use serde_json::{Value, json};
 
@@ -119,6 +121,7 @@ fn cluster_service_is_as_documented(service: &ClusterService) {
         PortChoice::Name(name) => is_a_label(name),
     }
     assert!(service.exempt.len() <= MAX_EXEMPT);
+    keepalive_is_as_documented(service.keepalive);
     cluster_quota_is_as_documented(&service.quota);
 }
 
@@ -197,7 +200,15 @@ fn service_is_as_documented(service: &Service) {
             .iter()
             .all(|network| network.addr() == network.network())
     );
+    keepalive_is_as_documented(service.keepalive);
     quota_is_as_documented(&service.quota);
+}
+
+fn keepalive_is_as_documented(keepalive: Option<Keepalive>) {
+    let Some(keepalive) = keepalive else { return };
+    assert!((1..=MAX_KEEPALIVE_IDLE).contains(&keepalive.idle));
+    assert!((1..=MAX_KEEPALIVE_INTERVAL).contains(&keepalive.interval));
+    assert!((1..=MAX_KEEPALIVE_PROBES).contains(&keepalive.probes));
 }
 
 fn quota_is_as_documented(quota: &QuotaRule) {
@@ -264,6 +275,16 @@ fn reads_the_same_when_written(config: &Config) {
     }
 }
 
+fn written_keepalive(keepalive: Option<Keepalive>) -> Value {
+    keepalive.map_or(json!("off"), |keepalive| {
+        json!({
+            "idle": format!("{}s", keepalive.idle),
+            "interval": format!("{}s", keepalive.interval),
+            "probes": keepalive.probes,
+        })
+    })
+}
+
 fn written_of_cluster(service: &ClusterService) -> Value {
     let mut written = json!({
         "name": service.name,
@@ -273,6 +294,7 @@ fn written_of_cluster(service: &ClusterService) -> Value {
             PortChoice::Number(port) => json!(port),
             PortChoice::Name(name) => json!(name),
         },
+        "keepalive": written_keepalive(service.keepalive),
     });
     match &service.of {
         ServiceChoice::Named { namespace, name } => {
@@ -336,6 +358,7 @@ fn written(service: &Service) -> Value {
         "port": service.port,
         "policy": service.policy.name(),
         "exempt": service.exempt.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "keepalive": written_keepalive(service.keepalive),
     });
     if let Some(address) = service.address {
         written["address"] = json!(address);

@@ -12,6 +12,8 @@ use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
 use balancer_common::abi::{
     Address, AuditTotals, Backend, Counts, Health, Heartbeat, ServiceInfo, SlotPolicy,
+    Address, AuditTotals, Backend, Counts, Heartbeat, KeepaliveWord, ServiceInfo, Silence,
+    SlotPolicy,
 };
 use balancer_common::decision::member::Member;
 use bytes::Buf;
@@ -83,15 +85,19 @@ fn image(input: &[u8]) -> MapContents {
         cost_ns: bytes.u64(),
     };
     let now_ns = bytes.u64();
-    let mut slots = Vec::new();
+    let (mut slots, mut silences) = (Vec::new(), BTreeMap::new());
     while bytes.0.has_remaining() {
-        slots.push(member(&mut bytes));
+        let member = member(&mut bytes);
+        let packed = bytes.u64();
+        silences.insert(member.slot, Silence { packed });
+        slots.push(member);
     }
     MapContents {
         services,
         slots,
         listed: BTreeMap::new(),
         down: Vec::new(),
+        silences,
         heartbeat,
         audit_totals,
         now_ns,
@@ -117,7 +123,14 @@ fn service(bytes: &mut Bytes<'_>) -> ServiceContents {
         .iter()
         .map(|reason| (*reason, bytes.u64()))
         .collect();
-    ServiceContents { id, info, verdicts }
+    ServiceContents {
+        id,
+        info,
+        keepalive: KeepaliveWord {
+            packed: bytes.u64(),
+        },
+        verdicts,
+    }
 }
 
 fn member(bytes: &mut Bytes<'_>) -> Member {

@@ -16,6 +16,7 @@ mod failures;
 mod fixtures;
 mod floods;
 mod in_cluster;
+mod keepalive;
 mod kubernetes;
 mod lifecycle;
 mod load;

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use balancer_common::Reason;
+use balancer_common::abi::Keepalive;
 use serde::{Serialize, Serializer};
 
 use crate::dataplane::{
@@ -40,12 +41,21 @@ struct JsonService<'a> {
     port: u16,
     address: Option<IpAddr>,
     policy: &'static str,
+    keepalive: Option<JsonKeepalive>,
     unattributed: u32,
     backends: Vec<JsonBackend<'a>>,
     down: Vec<JsonDown>,
     #[serde(serialize_with = "by_name")]
     verdicts: &'a [(Reason, u64)],
     warnings: &'a [String],
+}
+
+#[derive(Serialize)]
+struct JsonKeepalive {
+    idle_s: u16,
+    interval_s: u16,
+    probes: u8,
+    user_timeout_ms: Option<u32>,
 }
 
 #[derive(Serialize)]
@@ -59,6 +69,8 @@ struct JsonBackend<'a> {
     established: u32,
     exempt: u32,
     pending: Option<u32>,
+    silent: u32,
+    longest_silence_s: u32,
     steerable: bool,
     health: Option<JsonHealth>,
     note: Option<&'a str>,
@@ -115,6 +127,7 @@ impl<'a> JsonService<'a> {
             port: service.port,
             address: service.address,
             policy: service.policy.name(),
+            keepalive: service.keepalive.map(JsonKeepalive::new),
             unattributed: service.unattributed,
             backends: service.backends.iter().map(JsonBackend::new).collect(),
             down: service.down.iter().map(JsonDown::new).collect(),
@@ -145,6 +158,17 @@ impl JsonDown {
     }
 }
 
+impl JsonKeepalive {
+    fn new(keepalive: Keepalive) -> Self {
+        Self {
+            idle_s: keepalive.idle,
+            interval_s: keepalive.interval,
+            probes: keepalive.probes,
+            user_timeout_ms: Some(keepalive.user_timeout_ms()).filter(|timeout| *timeout != 0),
+        }
+    }
+}
+
 impl<'a> JsonBackend<'a> {
     fn new(backend: &'a BackendSnapshot) -> Self {
         Self {
@@ -157,6 +181,8 @@ impl<'a> JsonBackend<'a> {
             established: backend.established,
             exempt: backend.exempt,
             pending: backend.pending,
+            silent: backend.silence.connections(),
+            longest_silence_s: backend.silence.longest(),
             steerable: backend.steerable,
             health: backend.health.as_ref().map(JsonHealth::new),
             note: backend.note.as_deref(),

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use balancer_common::BackendState;
-use balancer_common::abi::AuditTotals;
+use balancer_common::abi::{AuditTotals, Keepalive};
 
 use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
@@ -104,6 +104,9 @@ fn service_text(service: &ServiceSnapshot) -> String {
         service.policy.name()
     );
     text += &wrapped("  Quota: ", &quota_words(service));
+    if let Some(words) = keepalive_words(service) {
+        text += &wrapped("  Keepalive: ", &words);
+    }
     for alert in alerts(service).iter().chain(&service.warnings) {
         text += &wrapped("  ! ", alert);
     }
@@ -134,6 +137,33 @@ fn quota_words(service: &ServiceSnapshot) -> String {
         ),
         None => service.sentence.clone(),
     }
+}
+
+/// Nothing to be said of the default while every client can be heard.
+fn keepalive_words(service: &ServiceSnapshot) -> Option<String> {
+    let backends = &service.backends;
+    let silent: u32 = backends.iter().map(|one| one.silence.connections()).sum();
+    if silent == 0 && service.keepalive == Some(Keepalive::DEFAULT) {
+        return None;
+    }
+    let words = service.keepalive.map_or_else(
+        || "off: a client that has vanished stays until its server notices".to_owned(),
+        |keepalive| {
+            let Keepalive { idle, interval, probes } = keepalive;
+            format!(
+                "after {idle} s of silence {probes} probes, {interval} s apart: a client that has vanished leaves after {} s",
+                keepalive.gone_after()
+            )
+        },
+    );
+    if silent == 0 {
+        return Some(words);
+    }
+    let longest = backends.iter().map(|one| one.silence.longest()).max();
+    Some(format!(
+        "{words}. Silent for longer than the first probe takes: {silent} connections, the most silent one for {} s",
+        longest.unwrap_or(0)
+    ))
 }
 
 /// What an operator who looks because something is wrong should see first.
@@ -218,7 +248,9 @@ fn is_full(backend: &BackendSnapshot) -> bool {
 }
 
 /// The columns that a narrow terminal can do without, the least needed first.
-const LEAST: [&str; 6] = ["WEIGHT", "EXEMPT", "PENDING", "USED", "NETNS", "SLOT"];
+const LEAST: [&str; 7] = [
+    "WEIGHT", "EXEMPT", "SILENT", "PENDING", "USED", "NETNS", "SLOT",
+];
 
 fn backends(service: &ServiceSnapshot) -> String {
     let backends = by_address(&service.backends);
@@ -250,6 +282,11 @@ fn backends(service: &ServiceSnapshot) -> String {
         |is_so: &dyn Fn(&BackendSnapshot) -> bool| backends.iter().any(|backend| is_so(backend));
     if any(&|backend| backend.exempt != 0) {
         columns.push(column(">EXEMPT", &|backend| backend.exempt.to_string()));
+    }
+    if any(&|backend| backend.silence.connections() != 0) {
+        columns.push(column(">SILENT", &|backend| {
+            backend.silence.connections().to_string()
+        }));
     }
     if any(&|backend| backend.weight != 1) {
         columns.push(column(">WEIGHT", &|backend| backend.weight.to_string()));
@@ -323,6 +360,7 @@ struct Total {
     quota: Option<u64>,
     pending: Option<u64>,
     exempt: u64,
+    silent: u64,
 }
 
 fn total(backends: &[BackendSnapshot]) -> Total {
@@ -340,6 +378,7 @@ fn total(backends: &[BackendSnapshot]) -> Total {
         }),
         pending: sum_of_known(|backend| backend.pending),
         exempt: sum(|backend| backend.exempt),
+        silent: sum(|backend| backend.silence.connections()),
     }
 }
 
@@ -351,6 +390,7 @@ impl Total {
             ">QUOTA" => or(self.quota, "unlimited"),
             ">PENDING" => or(self.pending, "?"),
             ">EXEMPT" => self.exempt.to_string(),
+            ">SILENT" => self.silent.to_string(),
             _ => String::new(),
         }
     }

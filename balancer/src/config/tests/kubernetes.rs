@@ -38,6 +38,7 @@ fn the_smallest_file() {
                 quota: ClusterQuota::Unlimited,
                 exempt: Vec::new(),
                 health: true,
+                keepalive: Some(Keepalive::DEFAULT),
             }],
             publish_every: Duration::from_secs(2),
             hold_for: Duration::from_secs(300),
@@ -64,6 +65,7 @@ kubernetes:
         min_quota: 20
       exempt: [10.0.0.0/24]
       health: off
+      keepalive: {idle: 2h, interval: 10m}
     - name: als
       selector: app=oap
       namespace: mesh
@@ -104,6 +106,12 @@ fail_open_after: 1m
         min_quota: 20,
     };
     assert_eq!(agents.quota, expected);
+    let keepalive = Keepalive {
+        idle: 7_200,
+        interval: 600,
+        probes: 3,
+    };
+    assert_eq!(agents.keepalive, Some(keepalive));
     let expected = ServiceChoice::Selected {
         namespace: Some("mesh".to_owned()),
         selectors: vec!["app=oap".to_owned()],

@@ -107,6 +107,7 @@ fn service_plan(service: &Service) -> ServicePlan {
         rule: service.quota.to_string(),
         exempt: service.exempt.clone(),
         health: service.health,
+        keepalive: service.keepalive,
         listen,
     }
 }

@@ -27,6 +27,8 @@ pub struct Connections<'a> {
     pub leaving: HashMap<u64, u64>,
     /// The connections that name no slot.
     unclaimed: Vec<&'a Socket>,
+    /// Every connection of a slot, with its number. One that several share is with the first.
+    pub of_slots: Vec<(u32, &'a Socket)>,
 }
 
 impl<'a> Connections<'a> {
@@ -44,13 +46,18 @@ impl<'a> Connections<'a> {
         let is_current = |connection: &Connection| {
             generations.get(&u32::from(connection.slot)) == Some(&connection.generation)
         };
+        let adopted = adopted(&table.slots);
         let mut sorted = Self::default();
         for socket in &table.connections {
             let connection = connection_of(socket).filter(is_current);
             let unwritten = || inherited.connection(socket).filter(is_current);
-            match connection.or_else(unwritten) {
-                Some(connection) => sorted.add(socket, connection, leaving),
-                None => sorted.unclaimed.push(socket),
+            if let Some(connection) = connection.or_else(unwritten) {
+                sorted.add(socket, connection, leaving);
+            } else {
+                let fitting = fitting(&adopted, socket.local);
+                let first = fitting.first().map(|view| (view.slot(), socket));
+                sorted.of_slots.extend(first);
+                sorted.unclaimed.push(socket);
             }
         }
         sorted
@@ -58,6 +65,7 @@ impl<'a> Connections<'a> {
 
     fn add(&mut self, socket: &'a Socket, connection: Connection, leaving: &HashMap<u64, u64>) {
         let slot = u32::from(connection.slot);
+        self.of_slots.push((slot, socket));
         match connection.class {
             Connection::INHERITED => self.uncounted.push((slot, socket)),
             // On its way out, unless it stays so: then another program has switched its state

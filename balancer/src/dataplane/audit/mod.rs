@@ -7,6 +7,7 @@ mod compare;
 mod connections;
 mod handover;
 mod inherited;
+mod keepalive;
 mod socket_table;
 mod unattributed;
 
@@ -28,6 +29,7 @@ use self::compare::{Deviation, Drift, LASTING};
 use self::connections::Connections;
 pub use self::handover::Handover;
 use self::inherited::Inherited;
+use self::keepalive::LateKeepalive;
 use self::socket_table::SocketTable;
 use self::unattributed::Unattributed;
 use super::plan::Rules;
@@ -50,6 +52,8 @@ pub struct Audit {
     attribution: Attribution,
     /// The connections that were given to slots.
     inherited: Inherited,
+    /// Keepalive of connections that are older than the data plane.
+    keepalive: LateKeepalive,
     /// Listeners that a rule claims and nobody has registered.
     unregistered: Unregistered,
     /// Whose listeners always get a slot.
@@ -97,6 +101,7 @@ impl Audit {
             handover,
             attribution: Attribution::default(),
             inherited: Inherited::default(),
+            keepalive: LateKeepalive::default(),
             unregistered: Unregistered::default(),
             known: Known::All,
             warned: BTreeSet::new(),
@@ -174,6 +179,9 @@ impl Audit {
             self.attribution.doubts(netns),
             &mut self.this.unattributed,
         )?;
+        keepalive::note_silence(tables, &table, &connections);
+        self.keepalive
+            .turn_on(tables, &table, &connections, netns)?;
         self.this.leaving.extend(connections.leaving);
         if table.connections.len() >= MANY {
             drop(table);
@@ -243,6 +251,7 @@ impl Audit {
     /// When a map can't be read.
     pub fn drop_netns(&mut self, tables: &Tables, netns: u64) -> Result<()> {
         self.attribution.drop_netns(netns);
+        self.keepalive.drop_netns(netns);
         for (view, left) in slots::close_netns(tables, netns)? {
             self.totals.repairs += 1;
             warn!(

@@ -89,6 +89,7 @@ pub fn sockets(storage: BorrowedFd<'_>) -> Result<Vec<Socket>> {
     for family in [Family::V4, Family::V6] {
         let mut query = Query::new(family, States::of(&[State::Listen, State::Established]));
         query.storage = Some(storage);
+        query.info = true;
         sockets.extend(tcp_sockets(&query).context("cannot read the socket table (sock_diag)")?);
     }
     Ok(sockets)

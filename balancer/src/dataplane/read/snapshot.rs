@@ -7,15 +7,15 @@ use std::time::Duration;
 use anyhow::Result;
 use balancer_common::Reason;
 use balancer_common::abi::{
-    AuditTotals, Backend, BackendState, HealthState, Heartbeat, Policy, ServiceInfo, ServicePort,
-    ticks,
+    AuditTotals, Backend, BackendState, HealthState, Heartbeat, Keepalive, KeepaliveWord, Policy,
+    ServiceInfo, ServicePort, Silence, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
 
 use super::super::down::{DownNote, not_listened_on};
 use super::super::services;
-use super::super::tables::{Tables, span_of, text};
+use super::super::tables::{SlotView, Tables, span_of, text};
 use crate::quota::InForce;
 use crate::quota::in_force::{of_service, written};
 use crate::sys::clock;
@@ -61,6 +61,8 @@ pub struct ServiceSnapshot {
     pub rule: String,
     /// Why the quotas are as they are.
     pub sentence: String,
+    /// When a client that has vanished is given up; `None`: the server sees to that.
+    pub keepalive: Option<Keepalive>,
     /// A quota set by hand for every backend.
     pub quota_override: Option<u32>,
     /// Established connections through the virtual port that are counted on no backend.
@@ -99,6 +101,8 @@ pub struct BackendSnapshot {
     pub exempt: u32,
     /// SYNs sent to it in the last 1.1 s that have not become established; `None`: can't be read.
     pub pending: Option<u32>,
+    /// How silent its connections were when the daemon last looked.
+    pub silence: Silence,
     /// Whether SYNs can be steered to it.
     pub steerable: bool,
     /// How it serves; `None`: it does not listen, or its health is not regarded.
@@ -150,6 +154,8 @@ pub struct ServiceContents {
     pub id: u16,
     /// The element of `SERVICE_INFO`.
     pub info: ServiceInfo,
+    /// The element of `KEEPALIVE`.
+    pub keepalive: KeepaliveWord,
     /// How often each reason was given.
     pub verdicts: Vec<(Reason, u64)>,
 }
@@ -165,6 +171,8 @@ pub struct MapContents {
     pub listed: BTreeMap<u16, BTreeSet<SocketAddr>>,
     /// The backends that are down as the daemon has noted it.
     pub down: Vec<DownNote>,
+    /// How silent the connections of a slot are, by its number.
+    pub silences: BTreeMap<u32, Silence>,
     /// The daemon's last sign of life.
     pub heartbeat: Heartbeat,
     /// How the counts compared with the socket table last.
@@ -185,10 +193,15 @@ impl Snapshot {
         }
         let service = |of_service: &ServiceContents| {
             let members = backends.remove(&of_service.id).unwrap_or_default();
-            ServiceSnapshot {
+            let mut service = ServiceSnapshot {
                 down: down(contents, of_service, &members),
                 ..service(of_service, &members, ticks(contents.now_ns))
+            };
+            for backend in &mut service.backends {
+                let silence = contents.silences.get(&backend.slot);
+                backend.silence = silence.copied().unwrap_or_default();
             }
+            service
         };
         Self {
             services: contents.services.iter().map(service).collect(),
@@ -229,12 +242,19 @@ pub fn take(tables: &Tables, down: &[DownNote]) -> Result<Snapshot> {
         .into_iter()
         .map(|(id, info)| {
             let verdicts = tables.verdicts(id)?;
-            Ok(ServiceContents { id, info, verdicts })
+            Ok(ServiceContents {
+                id,
+                info,
+                keepalive: KeepaliveWord::new(tables.keepalive(id)),
+                verdicts,
+            })
         })
         .collect::<Result<_>>()?;
     let slots = tables.slots()?;
+    let silence = |view: &SlotView| (view.slot(), tables.silence(view.slot()));
     Ok(Snapshot::of(&MapContents {
         services,
+        silences: slots.iter().map(silence).collect(),
         slots: slots.into_iter().map(|view| view.member).collect(),
         listed: services::rules(tables)?.listed(),
         down: down.to_vec(),
@@ -256,6 +276,7 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u64) -> Service
         virtual_port: info.flags & ServicePort::VIRTUAL != 0,
         rule: text(&info.rule),
         sentence: text(&info.sentence),
+        keepalive: contents.keepalive.get(),
         quota_override: (info.by_hand == 1).then_some(info.quota_by_hand),
         unattributed: info.unattributed,
         backends: members
@@ -321,6 +342,7 @@ fn backend(member: &Member, of_service: InForce, now: u64) -> BackendSnapshot {
         established: member.counts.established(),
         exempt: member.counts.exempt(),
         pending: steerable.then(|| admission::expected(member.counts.expected, now)),
+        silence: Silence::default(),
         steerable,
         health: None,
         note: note(&member.backend),

@@ -6,7 +6,7 @@ use std::{
     os::fd::AsRawFd as _,
 };
 
-use super::{Family, Query, Received, Socket, State, Storage};
+use super::{Family, Query, Received, Socket, State, Storage, Timer};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 
@@ -45,8 +45,10 @@ const HEADER: usize = 16;
 const ATTRIBUTE_HEADER: usize = 4;
 /// `struct inet_diag_msg`.
 const SOCKET_MESSAGE: usize = 72;
-/// Where `struct tcp_info` has `tcpi_last_data_recv` and `tcpi_bytes_received`.
+/// Where `struct tcp_info` has `tcpi_last_data_recv`, `tcpi_last_ack_recv` and
+/// `tcpi_bytes_received`.
 const INFO_LAST_RECEIVED: usize = 52;
+const INFO_LAST_ACKNOWLEDGED: usize = 56;
 const INFO_BYTES_RECEIVED: usize = 128;
 
 /// Bytes that are no `sock_diag` answer.
@@ -157,6 +159,7 @@ fn socket(message: &[u8]) -> Result<Option<Socket>, &'static str> {
         send_queue: word(60)?,
         uid: word(64)?,
         inode: word(68)?,
+        timer: timer(fixed[2], fixed[3], word(52)?),
         v6only: None,
         cgroup: None,
         mptcp: false,
@@ -188,7 +191,18 @@ fn received(info: &[u8]) -> Option<Received> {
     Some(Received {
         bytes: u64::from_ne_bytes(*bytes),
         ms_ago: u32_at(info, INFO_LAST_RECEIVED)?,
+        acknowledged_ms_ago: u32_at(info, INFO_LAST_ACKNOWLEDGED)?,
     })
+}
+
+/// `idiag_timer`, `idiag_retrans` and `idiag_expires`.
+const fn timer(kind: u8, unanswered: u8, due_ms: u32) -> Timer {
+    const KEEPALIVE: u8 = 2;
+    match kind {
+        0 => Timer::None,
+        KEEPALIVE => Timer::Keepalive { due_ms, unanswered },
+        _ => Timer::Other,
+    }
 }
 
 /// The first value found: one map is asked for.
@@ -375,19 +389,20 @@ mod tests {
 
     /// An IPv6 listener as the kernel sends it, with storage.
     fn listener() -> Vec<u8> {
-        let mut body = vec![10, 10, 0, 0];
+        let mut body = vec![10, 10, 2, 1];
         body.extend(11800_u16.to_be_bytes());
         body.extend([0; 2 + 32]);
         body.extend(3_u32.to_ne_bytes());
         body.extend(0x0102_0304_u32.to_ne_bytes());
         body.extend(0x0506_0708_u32.to_ne_bytes());
-        for word in [0_u32, 5, 128, 1000, 4242] {
+        for word in [9_500_u32, 5, 128, 1000, 4242] {
             body.extend(word.to_ne_bytes());
         }
         assert_eq!(body.len(), SOCKET_MESSAGE);
         let mut info = [0; 232];
         info[INFO_LAST_RECEIVED..][..4].copy_from_slice(&250_u32.to_ne_bytes());
         info[INFO_BYTES_RECEIVED..][..8].copy_from_slice(&70_000_000_000_u64.to_ne_bytes());
+        info[INFO_LAST_ACKNOWLEDGED..][..4].copy_from_slice(&200_u32.to_ne_bytes());
         body.extend(attribute(INET_DIAG_INFO, &info));
         body.extend(attribute(INET_DIAG_SKV6ONLY, &[1]));
         body.extend(attribute(INET_DIAG_CGROUP_ID, &77_u64.to_ne_bytes()));
@@ -431,12 +446,17 @@ mod tests {
             inode: 4242,
             receive_queue: 5,
             send_queue: 128,
+            timer: Timer::Keepalive {
+                due_ms: 9_500,
+                unanswered: 1,
+            },
             v6only: Some(true),
             cgroup: Some(77),
             mptcp: true,
             received: Some(Received {
                 bytes: 70_000_000_000,
                 ms_ago: 250,
+                acknowledged_ms_ago: 200,
             }),
             storage: Some(Storage::from_slice(&[9; 24])),
         };

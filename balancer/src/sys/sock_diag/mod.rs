@@ -68,6 +68,22 @@ pub enum State {
     Closing,
 }
 
+/// The timer that runs for a socket (`inet_sk_diag_fill`, `net/ipv4/inet_diag.c`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timer {
+    /// None: no data is unacknowledged, and keepalive is off.
+    None,
+    /// That of keepalive.
+    Keepalive {
+        /// When the kernel looks next whether a probe is due, in ms from now.
+        due_ms: u32,
+        /// Probes that were sent and not answered.
+        unanswered: u8,
+    },
+    /// Another one, which says nothing of keepalive: data is unacknowledged.
+    Other,
+}
+
 /// A set of states.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct States(u32);
@@ -125,6 +141,15 @@ pub struct Received {
     pub bytes: u64,
     /// How long ago the last ones came, in milliseconds.
     pub ms_ago: u32,
+    /// How long ago the peer acknowledged something last, if only a probe, in milliseconds.
+    pub acknowledged_ms_ago: u32,
+}
+
+impl Received {
+    /// For how many milliseconds neither data nor an acknowledgement came.
+    pub fn heard_ms_ago(self) -> u32 {
+        self.ms_ago.min(self.acknowledged_ms_ago)
+    }
 }
 
 /// What a storage map holds for a socket. Of very many sockets each one's few bytes must not be an
@@ -161,6 +186,8 @@ pub struct Socket {
     /// Id of the cgroup2 directory (its inode) that the socket was made in, where the kernel
     /// reports it.
     pub cgroup: Option<u64>,
+    /// The timer that runs for it.
+    pub timer: Timer,
     /// Belongs to an MPTCP socket. Known only with [`Query::info`].
     pub mptcp: bool,
     /// What has come in on a connection. Known only with [`Query::info`].

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use balancer_common::Policy;
+use balancer_common::abi::Keepalive;
 use serde_json::json;
 
 use super::group::Group;
@@ -128,6 +129,7 @@ pub(super) fn entry() -> ClusterService {
         },
         exempt: Vec::new(),
         health: true,
+        keepalive: Some(Keepalive::DEFAULT),
     }
 }
 

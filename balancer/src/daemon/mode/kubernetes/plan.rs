@@ -147,6 +147,7 @@ impl PortNames {
                 rule: entry.quota.to_string(),
                 exempt,
                 health: entry.health,
+                keepalive: entry.keepalive,
                 listen: vec![ListenAt {
                     address: None,
                     port: *port,
@@ -295,6 +296,7 @@ mod tests {
             quota: ClusterQuota::Unlimited,
             exempt: vec!["10.9.0.0/16".parse().unwrap()],
             health: true,
+            keepalive: None,
         }
     }
 
