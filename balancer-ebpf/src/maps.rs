@@ -6,9 +6,9 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    AuditTotals, Backend, Connection, Counts, ExemptKey, Health, Heartbeat, KeepaliveWord,
-    ListenRule, Members, PortKey, ServiceInfo, ServicePort, ServiceState, Silence, SlotPolicy,
-    Totals, maps,
+    AuditTotals, Backend, Connection, Counts, Disowned, ExemptKey, Health, Heartbeat,
+    KeepaliveWord, ListenRule, Members, PortKey, ServiceInfo, ServicePort, ServiceState, Silence,
+    SlotPolicy, Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -41,6 +41,8 @@ pub static SERVICE_INFO: Array<ServiceInfo> =
 #[map]
 pub static KEEPALIVE: Array<KeepaliveWord> =
     Array::pinned(maps::KEEPALIVE.entries, maps::KEEPALIVE.flags);
+#[map]
+pub static DISOWNED: Array<Disowned> = Array::pinned(maps::DISOWNED.entries, maps::DISOWNED.flags);
 #[map]
 pub static SILENCE: Array<Silence> = Array::pinned(maps::SILENCE.entries, maps::SILENCE.flags);
 #[map]

@@ -31,5 +31,7 @@ pub mod fuzzing {
     };
     pub use crate::cli::{status_json, status_text};
     pub use crate::daemon::fuzzing::{OAP, plan_beside_slice, quota_beside_report};
+    pub use crate::daemon::log_event;
+    pub use crate::dataplane::parse_event;
     pub use crate::kubernetes::parse_report;
 }

@@ -4,6 +4,7 @@ use super::address::PortKey;
 use super::backend::{Backend, Connection, SlotPolicy};
 use super::counts::{Counts, Totals};
 use super::daemon::{AuditTotals, Heartbeat};
+use super::disowned::Disowned;
 use super::health::Health;
 use super::keepalive::{KeepaliveWord, Silence};
 use super::limits::{MAX_SERVICES, MAX_SLOTS, REASON_SLOTS};
@@ -104,6 +105,8 @@ pinned! {
     SERVICE_INFO = MapShape::array::<ServiceInfo>(MAX_SERVICES);
     /// A [`KeepaliveWord`] for each service. Written by the daemon.
     KEEPALIVE = MapShape::shared::<KeepaliveWord>(MAX_SERVICES);
+    /// A [`Disowned`] for each slot. Written by the daemon.
+    DISOWNED = MapShape::shared::<Disowned>(MAX_SLOTS);
     /// A [`Silence`] for each slot. Written by the daemon.
     SILENCE = MapShape::shared::<Silence>(MAX_SLOTS);
     /// [`ExemptKey`] behind the length of its prefix. Written by the daemon.

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
-    Address, Backend, BackendId, BackendState, Connection, Counts, EventKind, ListenRule,
+    Address, Backend, BackendId, BackendState, Connection, Counts, Disowned, EventKind, ListenRule,
     MAX_CONNECTIONS_OF_CANDIDATE, MEMBER_WORDS, SlotState, ticks,
 };
 use balancer_common::decision::admission::{is_expected, is_held, pack_handshake};
@@ -21,7 +21,8 @@ use crate::kernel::context::context;
 use crate::kernel::shared::shared;
 use crate::kernel::socket::{TcpSocket, current_task};
 use crate::maps::{
-    BACKENDS, CONNECTION, COUNTS, HEALTH, LISTEN_RULES, LISTENERS, MEMBERS, SERVICE_STATE, TOTALS,
+    BACKENDS, CONNECTION, COUNTS, DISOWNED, HEALTH, LISTEN_RULES, LISTENERS, MEMBERS,
+    SERVICE_STATE, TOTALS,
 };
 
 // Operations and states: include/uapi/linux/bpf.h, include/net/tcp_states.h.
@@ -66,7 +67,7 @@ fn accepted(ctx: &SockOpsContext) {
 }
 
 /// Whether one more connection of a packed [`BackendId`] is counted: the slot is still its own, and
-/// it is not a stranger with very many. Global like [`account_rule`].
+/// it is not a stranger with very many, or one that the daemon has given up. Global like [`account_rule`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn account_is_counted(id: u64) -> u32 {
@@ -76,10 +77,21 @@ pub extern "C" fn account_is_counted(id: u64) -> u32 {
     };
     let state = slot_state(backend);
     let is_counted = state.generation() == id.generation
-        && ((shared!(counts, established) as u32) < MAX_CONNECTIONS_OF_CANDIDATE
-            || shared!(backend, flags) & Backend::CANDIDATE == 0
-            || is_confirmed(id.slot, state));
+        && (shared!(backend, flags) & Backend::CANDIDATE == 0
+            || is_confirmed(id.slot, state)
+            || ((shared!(counts, established) as u32) < MAX_CONNECTIONS_OF_CANDIDATE
+                && !is_disowned(id.slot, state)));
     u32::from(is_counted)
+}
+
+/// Whether the daemon has found that the backend of a slot belongs to nobody.
+#[inline(always)]
+fn is_disowned(slot: u32, state: SlotState) -> bool {
+    let Some(disowned) = DISOWNED.get_ptr(slot) else {
+        return false;
+    };
+    let generation = shared!(disowned, generation);
+    Disowned { generation }.is_for(state)
 }
 
 #[inline(always)]

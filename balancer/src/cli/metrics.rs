@@ -4,13 +4,15 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use super::{Place, output::print};
+use crate::dataplane::DaemonNotes;
 use crate::metrics;
 
 /// Print what `status` shows as metrics, in the `OpenMetrics` text format (changes nothing)
 ///
-/// Reads the kernel's own counters, so it works without the daemon. Two of them should alarm:
+/// Reads the kernel's own counters, so it works without the daemon. Three of them should alarm:
 /// `balancer_drift_connections`, by how many connections the counts lastingly differed from the
-/// socket table at the last comparison, must be 0, and `balancer_repairs_total` must not grow.
+/// socket table at the last comparison, must be 0, `balancer_repairs_total` must not grow, and
+/// `balancer_reload_failed` is 1 while the file that was read last is not in force.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example, for the textfile collector of Prometheus' node_exporter:
@@ -24,6 +26,7 @@ impl Metrics {
             .reader()?
             .snapshot()
             .context("can't read the balancer's maps")?;
-        print(&metrics::text(&snapshot).context("can't write metrics")?)
+        let notes = DaemonNotes::read(&place.paths());
+        print(&metrics::text(&snapshot, &notes).context("can't write metrics")?)
     }
 }

@@ -463,7 +463,7 @@ fn backends_that_do_not_serve_are_named_with_since_when_and_why() {
     );
     assert_eq!(backends[0]["state"], "active");
     assert!(backends[2]["health"].is_null());
-    let metrics = crate::metrics::text(&snapshot).unwrap();
+    let metrics = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
     for (slot, health, value) in [(0, "hung", 1), (0, "serving", 0), (1, "stalled", 1)] {
         let series = |line: &&str| {
             line.starts_with("balancer_backend_health{")
@@ -528,7 +528,7 @@ fn backends_that_are_named_and_do_not_listen_have_a_row() {
         (&"down".into(), &75_000.into())
     );
     assert!(down[1]["since_ms"].is_null());
-    let metrics = crate::metrics::text(&snapshot).unwrap();
+    let metrics = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
     let series = "balancer_backend_state{service=\"agents\",slot=\"\",backend=\"127.0.0.1:21802\",netns=\"\",state=\"down\"} 1\n";
     assert!(metrics.contains(series), "{metrics}");
 }
@@ -773,7 +773,7 @@ fn metrics_are_what_status_shows() {
     snapshot.services[0].unattributed = 40;
     snapshot.services[0].backends.truncate(2);
     snapshot.services[0].backends[1].quota = None;
-    let text = crate::metrics::text(&snapshot).unwrap();
+    let text = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
     let lines: Vec<_> = text.lines().collect();
     for line in [
         "balancer_alive 1",
@@ -794,6 +794,25 @@ fn metrics_are_what_status_shows() {
 }
 
 #[test]
+fn a_reload_that_failed_is_a_metric() {
+    let snapshot = Snapshot {
+        services: Vec::new(),
+        daemon: alive(),
+    };
+    let mut notes = DaemonNotes::default();
+    let has = |notes: &DaemonNotes, line: &str| {
+        let text = crate::metrics::text(&snapshot, notes).unwrap();
+        text.lines().any(|found| found == line)
+    };
+    assert!(has(&notes, "balancer_reload_failed 0"));
+    notes.failed_reload = Some(FailedReload {
+        age: Duration::from_secs(3),
+        error: "a bad file".to_owned(),
+    });
+    assert!(has(&notes, "balancer_reload_failed 1"));
+}
+
+#[test]
 fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
@@ -802,7 +821,7 @@ fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
     snapshot.services[0].backends.truncate(1);
     let mut series = |state| {
         snapshot.services[0].backends[0].state = state;
-        let text = crate::metrics::text(&snapshot).unwrap();
+        let text = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
         let lines = text.lines().map(str::to_owned);
         // The series of a metric come in no order.
         lines.partition::<BTreeSet<_>, _>(|line| line.starts_with("balancer_backend_state{"))
@@ -832,7 +851,7 @@ fn the_series_of_a_metric_are_in_the_order_of_their_labels() {
         services: vec![als(), service_of(12)],
         daemon: alive(),
     };
-    let text = crate::metrics::text(&snapshot).unwrap();
+    let text = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
     let slots: Vec<u32> = text
         .lines()
         .filter_map(|line| {
@@ -841,7 +860,7 @@ fn the_series_of_a_metric_are_in_the_order_of_their_labels() {
         .map(|rest| rest.split('"').next().unwrap().parse().unwrap())
         .collect();
     assert_eq!(slots, (0..12).collect::<Vec<u32>>());
-    let again = crate::metrics::text(&snapshot).unwrap();
+    let again = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
     assert_eq!(text, again);
     assert!(text.ends_with("# EOF\n"), "{text}");
 }

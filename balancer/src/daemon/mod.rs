@@ -14,6 +14,7 @@ mod requests;
 mod retry;
 mod search;
 mod signals;
+mod strangers;
 mod turned_away;
 
 use std::path::PathBuf;
@@ -22,6 +23,8 @@ use anyhow::Result;
 use tracing::{error, info, warn};
 
 use self::attach::GuardedNetns;
+#[doc(hidden)]
+pub use self::event_log::log as log_event;
 pub use self::log_limit::LogLimit;
 use self::mode::Mode;
 #[doc(hidden)]

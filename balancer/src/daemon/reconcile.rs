@@ -18,6 +18,7 @@ use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
 use super::neighbours::ensure_sole;
 use super::retry::FailedPlan;
+use super::strangers::Strangers;
 use super::turned_away::TurnedAway;
 use super::warn_of_mistakes;
 use crate::config::{Config, NetnsScope};
@@ -78,6 +79,8 @@ pub struct Daemon {
     turned_away: TurnedAway,
     /// The looks at the health of backends.
     health: HealthWatch,
+    /// The candidates that may belong to nobody.
+    strangers: Strangers,
     /// The backends that are named and don't listen.
     down: DownBackends,
     /// The file that was read last is in force only in part.
@@ -100,6 +103,7 @@ impl Daemon {
             next_audit: Instant::now(),
             turned_away: TurnedAway::default(),
             health: HealthWatch::new(),
+            strangers: Strangers::default(),
             down: DownBackends::default(),
             in_part: false,
         }
@@ -171,6 +175,7 @@ impl Daemon {
         log_failure(self.health.begin(&self.guarded, &mut self.writer));
         let done = self.go_on() && !self.is_auditing_everywhere();
         log_failure(self.note_down());
+        log_failure(self.strangers.give_up(&self.writer));
         if self.in_part && self.failed.is_none() && followed && done {
             self.in_part = false;
             self.writer.loader.note_reload(None);

@@ -77,9 +77,9 @@ impl CountedCgroup {
             if !pins::is_dead(file)? {
                 continue;
             }
-            let there = is_cgroup2(&self.path).unwrap_or(false);
+            let there = is_cgroup2(&self.path);
             ensure!(
-                there,
+                there.with_context(|| format!("cannot look at {}", self.place()))?,
                 "{} is gone: nothing that listens or connects is counted any more, and quotas are \
                  judged by the last counts. Make it again, and start the servers in it: the daemon \
                  attaches itself there; or start the daemon with another --cgroup",

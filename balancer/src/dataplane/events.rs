@@ -68,7 +68,7 @@ impl Events {
 }
 
 /// The event in a record of the ring; `None`: the record is shorter than one.
-fn parse(mut record: &[u8]) -> Option<Event> {
+pub fn parse(mut record: &[u8]) -> Option<Event> {
     if record.remaining() < size_of::<Event>() {
         return None;
     }

@@ -65,7 +65,7 @@ impl HealthLooks {
     ) {
         let now = ticks(clock::monotonic_ns());
         let mut readings: HashMap<BackendId, Vec<Reading>> = HashMap::new();
-        let adopted = adopted(slots);
+        let adopted = adopted(tables, slots);
         for socket in sockets.iter().filter(|one| one.state == State::Established) {
             let id = backend_of(socket).or_else(|| match fitting(&adopted, socket.local)[..] {
                 [only] => Some(only.id()),

@@ -25,6 +25,8 @@ mod writer;
 
 pub use audit::Known;
 pub use events::Events;
+#[doc(hidden)]
+pub use events::parse as parse_event;
 pub use lock::{Lock, refused};
 pub use notes::{DaemonNotes, FailedReload};
 pub use object::{open_detached, trial};

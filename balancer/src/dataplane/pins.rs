@@ -14,6 +14,7 @@ use super::notes::Note;
 use super::paths::{Link, Paths};
 use super::programs::Target;
 use crate::sys::bpf::{self, LinkTarget, Object};
+use crate::sys::limits::is_shortage;
 
 /// Takes the data plane of a state directory out of the kernel; false: there was none.
 ///
@@ -294,17 +295,29 @@ pub(super) fn remove_link(_: &Lock, link: &Link) -> Result<()> {
     remove_pin(&link.pin)
 }
 
-/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after.
-/// What is no link of ours is left alone.
+/// Ends what a pinned link does before its pin goes: without it, it would go on for a moment after,
+/// or for as long as somebody has it open. What is no link of ours is left alone.
 fn detach(link: &Link) -> Result<()> {
     match open_link(link) {
         Ok(file) => bpf::link_detach(file.as_fd())
             .with_context(|| format!("cannot detach the link {}", link.pin.display())),
+        Err(error) if is_of_shortage(&error) => Err(error).context(
+            "there are no descriptors or no memory left to take a program out of the kernel: its \
+             pin stays. Raise the limit (`ulimit -n`, LimitNOFILE=) or end what uses them up, then \
+             run `balancer unload` again",
+        ),
         Err(error) => {
             warn!("only its pin is removed: {error:#}");
             Ok(())
         }
     }
+}
+
+/// Whether something failed for want of descriptors or memory, which says nothing of what it was
+/// about.
+fn is_of_shortage(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    causes.any(is_shortage)
 }
 
 /// Takes a pin away, where it is still there; what it stands for may live on.

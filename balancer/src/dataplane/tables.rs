@@ -16,10 +16,10 @@ use aya::maps::{
 use balancer_common::Reason;
 use balancer_common::abi::maps::{self, MapShape};
 use balancer_common::abi::{
-    Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, ExemptKey, Health,
-    HealthState, Heartbeat, Keepalive, KeepaliveWord, ListenRule, MAX_SERVICES, MAX_SLOTS,
-    MEMBER_WORDS, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState, Silence,
-    SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
+    Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, Disowned,
+    ExemptKey, Health, HealthState, Heartbeat, Keepalive, KeepaliveWord, ListenRule, MAX_SERVICES,
+    MAX_SLOTS, MEMBER_WORDS, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState,
+    Silence, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::health::QueueLook;
@@ -112,6 +112,7 @@ pub struct Tables {
     service_states: SharedArray,
     keepalive: SharedArray,
     silence: SharedArray,
+    disowned: SharedArray,
     heartbeat: Arc<SharedArray>,
     audit_totals: SharedArray,
 }
@@ -307,6 +308,7 @@ impl Tables {
             service_states: shared(directory, "SERVICE_STATE", maps::SERVICE_STATE)?,
             keepalive: shared(directory, "KEEPALIVE", maps::KEEPALIVE)?,
             silence: shared(directory, "SILENCE", maps::SILENCE)?,
+            disowned: shared(directory, "DISOWNED", maps::DISOWNED)?,
             heartbeat: Arc::new(shared(directory, "HEARTBEAT", maps::HEARTBEAT)?),
             audit_totals: shared(directory, "AUDIT", maps::AUDIT)?,
         })
@@ -431,6 +433,23 @@ impl Tables {
     fn keepalive_word(&self, service: u16) -> &AtomicU64 {
         self.keepalive
             .word(u32::from(service), word!(KeepaliveWord.packed))
+    }
+
+    /// Whether a backend was found to belong to nobody, now or before it was confirmed.
+    pub fn is_disowned(&self, view: &SlotView) -> bool {
+        let disowned = read!(self.disowned, view.slot(), Disowned { generation });
+        disowned.is_for(view.slot_state())
+    }
+
+    /// Says that a backend belongs to nobody: its connections get no storage from now on.
+    pub fn disown(&self, view: &SlotView) {
+        let disowned = Disowned::new(view.slot_state());
+        write!(
+            self.disowned,
+            view.slot(),
+            disowned,
+            Disowned { generation }
+        );
     }
 
     /// How silent the connections of a slot were when the socket table was last read.

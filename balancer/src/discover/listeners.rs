@@ -45,13 +45,13 @@ impl Listener {
     }
 }
 
-/// Lists the listening TCP sockets of a netns, IPv4 and IPv6, with their owners wherever these
-/// live.
+/// Lists the TCP sockets of a netns that listen on these ports (on any where none is given), IPv4 and
+/// IPv6, with their owners wherever these live.
 ///
 /// # Errors
 /// Where the netns can't be entered, or the socket table or `/proc` can't be read.
-pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
-    let sockets = listening(netns)?;
+pub fn listeners(netns: impl AsFd, ports: &[u16]) -> io::Result<Vec<Listener>> {
+    let sockets = listening_on(netns, ports)?;
     let mut owners = owners(sockets.iter().map(|socket| socket.inode))?;
     let with_owners = |socket: Socket| Listener {
         owners: owners.remove(&socket.inode).unwrap_or_default(),
@@ -66,9 +66,14 @@ pub fn listeners(netns: impl AsFd) -> io::Result<Vec<Listener>> {
 /// # Errors
 /// Where the netns can't be entered or the socket table can't be read.
 pub fn listening(netns: impl AsFd) -> io::Result<Vec<Socket>> {
+    listening_on(netns, &[])
+}
+
+fn listening_on(netns: impl AsFd, ports: &[u16]) -> io::Result<Vec<Socket>> {
     netns::inside(netns, || {
         let query = |family| Query {
             info: true,
+            ports,
             ..Query::new(family, States::of(&[State::Listen]))
         };
         let mut sockets = tcp_sockets(&query(Family::V4))?;
@@ -124,7 +129,7 @@ mod tests {
             )
         })
         .expect("inside");
-        let found = listeners(&netns).expect("listeners");
+        let found = listeners(&netns, &[]).expect("listeners");
         assert_eq!(found.len(), 2, "{found:?}");
         for (listener, found) in [&v4, &v6].into_iter().zip(&found) {
             assert_eq!(found.socket.local, listener.local_addr().expect("address"));
@@ -157,7 +162,7 @@ mod tests {
     fn an_mptcp_listener_has_its_owner_too() {
         let netns = netns::tests::fresh();
         let listener = netns::inside(&netns, mptcp_listener).expect("inside");
-        let found = listeners(&netns).expect("listeners");
+        let found = listeners(&netns, &[]).expect("listeners");
         let [found] = &found[..] else {
             panic!("one listener, not {found:?}")
         };
@@ -180,7 +185,7 @@ mod tests {
                 .into()
         })
         .expect("inside");
-        let mut found = listeners(&netns).expect("listeners");
+        let mut found = listeners(&netns, &[]).expect("listeners");
         found.retain(|listener| listener.socket.local.port() == 1);
         found[0].owners = vec![SocketOwner {
             pid: std::process::id(),

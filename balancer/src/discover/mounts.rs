@@ -7,6 +7,7 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use crate::sys::limits::present;
 use anyhow::{Context as _, Result, anyhow, bail};
 use nix::{
     mount::{MsFlags, mount},
@@ -39,12 +40,26 @@ struct Mount {
 pub fn cgroup2_mount() -> Result<PathBuf> {
     let text = fs::read(MOUNTINFO)
         .with_context(|| format!("cannot read {MOUNTINFO}: is /proc mounted?"))?;
-    cgroup2(mounts(&text)).find(|path| is_cgroup2(path).unwrap_or(false)).ok_or_else(|| {
-        anyhow!(
-            "no cgroup2 file system is mounted here: mount one (mount -t cgroup2 none /sys/fs/cgroup), or, in a container, make \
-             the host's visible"
-        )
-    })
+    first_cgroup2(cgroup2(mounts(&text)), is_cgroup2)
+}
+
+/// The first path that is a cgroup. Where one before it could not be looked at, nobody knows which
+/// is the first.
+fn first_cgroup2(
+    paths: impl Iterator<Item = PathBuf>,
+    is_cgroup2: impl Fn(&Path) -> io::Result<bool>,
+) -> Result<PathBuf> {
+    for path in paths {
+        let is_it = is_cgroup2(&path)
+            .with_context(|| format!("cannot look at the cgroup2 mount {}", path.display()))?;
+        if is_it {
+            return Ok(path);
+        }
+    }
+    bail!(
+        "no cgroup2 file system is mounted here: mount one (mount -t cgroup2 none /sys/fs/cgroup), or, in a container, make \
+         the host's visible"
+    )
 }
 
 /// The cgroup whose sockets are counted: the chosen one, or the root of the hierarchy.
@@ -74,12 +89,16 @@ pub fn cgroup(chosen: Option<&Path>) -> Result<PathBuf> {
     }
 }
 
-/// Whether a path is a cgroup of the cgroup2 hierarchy.
+/// Whether a path is a cgroup of the cgroup2 hierarchy. Where nothing has that name it is none.
 ///
 /// # Errors
 /// Where the path can't be looked at.
 pub fn is_cgroup2(path: &Path) -> io::Result<bool> {
-    Ok(path.is_dir() && statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC)
+    if !present(fs::metadata(path))?.is_some_and(|found| found.is_dir()) {
+        return Ok(false);
+    }
+    let found = present(statfs(path).map_err(io::Error::from))?;
+    Ok(found.is_some_and(|found| found.filesystem_type() == CGROUP2_SUPER_MAGIC))
 }
 
 /// Whether a path, or what exists of it, lies on a BPF file system.
@@ -262,6 +281,31 @@ mod tests {
     fn blanks_in_a_path_are_read() {
         let text = "1 2 0:1 / /mnt/a\\040b\\134c\\9 rw - cgroup2 none rw";
         assert_eq!(chosen(text), Some("/mnt/a b\\c\\9".into()));
+    }
+
+    #[test]
+    fn a_mount_that_cannot_be_looked_at_is_not_passed_over() {
+        let paths = || ["/covered", "/a", "/b"].map(PathBuf::from).into_iter();
+        let found = first_cgroup2(paths(), |path| Ok(path != Path::new("/covered")));
+        assert_eq!(found.expect("the first"), Path::new("/a"));
+        let found = first_cgroup2(paths(), |path| match path.to_str() {
+            Some("/a") => Err(io::Error::from_raw_os_error(libc::EMFILE)),
+            _ => Ok(path == Path::new("/b")),
+        });
+        let error = format!("{:#}", found.expect_err("it may be /a"));
+        assert!(
+            error.starts_with("cannot look at the cgroup2 mount /a: "),
+            "{error}"
+        );
+        let none = first_cgroup2(paths(), |_| Ok(false))
+            .expect_err("none")
+            .to_string();
+        assert!(
+            none.starts_with("no cgroup2 file system is mounted"),
+            "{none}"
+        );
+        assert!(is_cgroup2(Path::new(&"/x".repeat(5_000))).is_err());
+        assert!(!is_cgroup2(Path::new("/no/such/cgroup")).expect("absent"));
     }
 
     #[test]

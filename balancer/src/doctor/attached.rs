@@ -159,7 +159,8 @@ struct Below {
 /// Looks at so many cgroups below one. Those that vanish meanwhile are left out.
 fn below(cgroup: &Path, most: usize) -> Below {
     let mut found = Below::default();
-    let mut paths = cgroups(cgroup).skip(1);
+    // One that can't be listed is left out as well.
+    let mut paths = cgroups(cgroup).filter_map(Result::ok).skip(1);
     for path in paths.by_ref().take(most) {
         let attached =
             File::open(&path).and_then(|file| bpf::prog_query(file, BPF_CGROUP_SOCK_OPS));

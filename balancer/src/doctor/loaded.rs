@@ -212,7 +212,8 @@ pub(super) fn cgroup(state_dir: &Path) -> Option<PathBuf> {
     let id = cgroup_id(state_dir)?;
     let root = cgroup2_mount().ok()?;
     let is_it = |path: &PathBuf| FileId::at(path).is_ok_and(|file| file.inode == id);
-    cgroups(&root).find(is_it).filter(|path| *path != root)
+    let mut cgroups = cgroups(&root).filter_map(Result::ok);
+    cgroups.find(is_it).filter(|path| *path != root)
 }
 
 /// The id that the link of the loaded data plane shows: 0 once the cgroup is gone.

@@ -1,6 +1,6 @@
 //! The services' listeners: those that can't be steered to, that nobody reaches, that are missing.
 
-use std::{collections::HashMap, fs, net::SocketAddr, path::Path};
+use std::{collections::HashMap, fs, io, net::SocketAddr, path::Path};
 
 use super::{
     Check,
@@ -218,8 +218,23 @@ fn is_same(left: SocketAddr, right: SocketAddr) -> bool {
     left.port() == right.port() && bare(left) == bare(right)
 }
 
+fn unread_cgroups(cgroup: &Path, error: &io::Error) -> Check {
+    Check::warn(
+        "listeners' cgroups",
+        format!(
+            "cannot read the cgroups below {}: {error}",
+            cgroup.display()
+        ),
+        "nobody can tell which listeners were made outside of it",
+        "see the error; run `doctor` again once it is gone",
+    )
+}
+
 fn outside(services: &[CheckedService], listeners: &[ServiceListener<'_>], cgroup: &Path) -> Check {
-    let inside = cgroup_ids(cgroup);
+    let inside = match cgroup_ids(cgroup) {
+        Ok(inside) => inside,
+        Err(error) => return unread_cgroups(cgroup, &error),
+    };
     let found = pairs(services, listeners, |service, listener| {
         let is_outside = |id: u64| !inside.contains(&id);
         listener.serves(service) && listener.socket.cgroup.is_some_and(is_outside)

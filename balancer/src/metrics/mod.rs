@@ -11,7 +11,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::dataplane::{
-    BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, ServiceSnapshot, Snapshot,
+    BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, ServiceSnapshot,
+    Snapshot,
 };
 
 type Labels = Vec<(&'static str, String)>;
@@ -31,9 +32,13 @@ const STATES: [BackendState; 5] = [
 ///
 /// # Errors
 /// When it can't be written as text.
-pub fn text(snapshot: &Snapshot) -> Result<String, std::fmt::Error> {
+pub fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("balancer");
     daemon(&mut registry, &snapshot.daemon);
+    let failed = Gauge::<i64>::default();
+    failed.set(i64::from(notes.failed_reload.is_some()));
+    let help = "Whether the configuration could not be put in force when it was last read again: 1";
+    registry.register("reload_failed", help, failed);
     let mut backends = Backends::new(&mut registry);
     let lookups = counters(&mut registry, "lookups", "Look-ups by how they ended");
     let help = "Through the virtual port, and counted on no backend";

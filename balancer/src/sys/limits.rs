@@ -1,6 +1,9 @@
 //! What a process may have open, and what it means when it can't have more.
 
-use std::{fs, io};
+use std::{
+    fs,
+    io::{self, ErrorKind},
+};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -48,9 +51,35 @@ pub fn seen<T>(look: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
+/// What a look saw; `None`: nothing has that name. Whatever else went wrong says nothing of it.
+///
+/// # Errors
+/// Any but `ENOENT` and `ENOTDIR`.
+pub fn present<T>(look: io::Result<T>) -> io::Result<Option<T>> {
+    match look {
+        Ok(seen) => Ok(Some(seen)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_has_no_name_is_absent() {
+        let of = |errno| present::<()>(Err(io::Error::from_raw_os_error(errno)));
+        for absent in [libc::ENOENT, libc::ENOTDIR] {
+            assert_eq!(of(absent).expect("an answer"), None, "{absent}");
+        }
+        for unknown in [libc::EMFILE, libc::ENOMEM, libc::EACCES, libc::EIO] {
+            assert!(of(unknown).is_err(), "{unknown}");
+        }
+        assert_eq!(present(Ok(7)).expect("an answer"), Some(7));
+    }
 
     #[test]
     fn only_a_shortage_is_no_answer() {

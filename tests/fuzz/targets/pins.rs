@@ -11,8 +11,7 @@ use balancer::dataplane::{MapContents, ServiceContents, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
 use balancer_common::abi::{
-    Address, AuditTotals, Backend, Counts, Health, Heartbeat, ServiceInfo, SlotPolicy,
-    Address, AuditTotals, Backend, Counts, Heartbeat, KeepaliveWord, ServiceInfo, Silence,
+    Address, AuditTotals, Backend, Counts, Health, Heartbeat, KeepaliveWord, ServiceInfo, Silence,
     SlotPolicy,
 };
 use balancer_common::decision::member::Member;

@@ -46,7 +46,7 @@ fn read(datagrams: &[&[u8]]) -> (io::Result<bool>, Vec<Socket>) {
     let mut left = datagrams.iter();
     let mut sockets = Vec::new();
     let mut buffer = vec![0; usize::from(u16::MAX)];
-    let result = read_answer(SEQUENCE, &mut sockets, &mut buffer, |buffer| {
+    let result = read_answer(SEQUENCE, usize::MAX, &mut sockets, &mut buffer, |buffer| {
         let datagram = left.next().ok_or(io::ErrorKind::TimedOut)?;
         buffer[..datagram.len()].copy_from_slice(datagram);
         Ok(Some(datagram.len()))

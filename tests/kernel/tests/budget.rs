@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -10,12 +11,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use balancer::sys::{bpf, shared::SharedArray};
-use balancer_common::abi::{Heartbeat, maps};
+use balancer_common::abi::{Heartbeat, MAX_SLOTS, maps};
 use nix::sys::resource::{Resource, getrlimit};
 use testkit::fixtures::tcp::{self, Listen};
-use testkit::fixtures::{Balancer, Machine, Netns, binary, eventually, long, process, remains};
+use testkit::fixtures::{
+    Balancer, Deed, Machine, Netns, Stranger, binary, eventually, long, process, remains,
+};
 
-use crate::support::{agents, backend, own_port, virtual_port};
+use crate::support::{agents, backend, own_port, source, virtual_port};
 
 /// The longest time between two heartbeats that the map may show.
 const LONGEST_GAP: Duration = Duration::from_secs(1);
@@ -356,6 +359,70 @@ fn a_flood_of_events_starves_nobody_and_fills_no_log() {
         assert!(answered > 5, "{answered} answers");
         assert!(lines < 150, "{lines} lines in the log");
         assert!(gap < LONGEST_GAP, "{gap:?} without a heartbeat");
+    });
+}
+
+/// The most memory that the daemon has had, in KiB.
+fn peak_memory(balancer: &Balancer) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", balancer.pid()));
+    let status = status.expect("the daemon lives");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.trim().parse().ok()).expect("VmHWM")
+}
+
+/// Services without room for more, ten times the listeners that have slots, ten times the sources
+/// that are remembered, network namespaces and descriptors, all at the same time.
+#[test]
+fn ten_times_every_limit_at_once_leaves_heartbeat_memory_and_log_in_bounds() {
+    const SERVICES: u16 = 64;
+    const LISTENERS: usize = 10 * MAX_SLOTS;
+    const SOURCES: usize = 2_560;
+    Machine::with(|machine| {
+        let service = |n| {
+            let port = agents().port() + n;
+            format!("{{name: service-{n}, port: {port}, quota: {{per_backend: 1}}}}")
+        };
+        let services: Vec<_> = (0..SERVICES).map(service).collect();
+        let yaml = format!("services: [{}]\nnamespaces: all\n", services.join(", "));
+        let balancer = Balancer::start(machine, &yaml);
+        let pulse = Pulse::of(&balancer);
+        let begin = Instant::now();
+        let (gap, _held) = pulse.longest_gap(|| {
+            // Half of them in namespaces of their own.
+            let strangers = [(); 4].map(|()| {
+                let each = u32::try_from(LISTENERS / 2 / 4 / 8).expect("few");
+                machine.run(|| Stranger::start(agents(), 8, Deed::Hold(each)))
+            });
+            let crowd = Crowd::start(agents().port(), 20, 18_000, "leave");
+            let listen = |n: usize| {
+                let port = agents().port() + u16::try_from(n).expect("few") % SERVICES;
+                Listen::on(&SocketAddr::new(agents().ip(), port))
+                    .reuse_port()
+                    .open()
+            };
+            let listeners: Vec<_> = (0..LISTENERS / 2).map(listen).collect();
+            let mut clients = Vec::new();
+            for n in 0..SOURCES {
+                clients.extend(tcp::connect_from(source(n), agents()).ok());
+            }
+            while begin.elapsed() < Duration::from_secs(if long() { 180 } else { 45 }) {
+                balancer.quota_set("service-1", None, 7);
+                thread::sleep(Duration::from_secs(1));
+            }
+            (strangers, crowd, listeners, clients)
+        });
+        let took = begin.elapsed();
+        let memory = peak_memory(&balancer);
+        let logs = balancer.logs();
+        let of_daemon = |line: &&str| !line.contains("by hand: ");
+        let lines = logs.lines().filter(of_daemon).count();
+        println!("{gap:?} without a heartbeat, {memory} KiB, {lines} lines in {took:?}");
+        assert!(gap < LONGEST_GAP, "{gap:?} without a heartbeat");
+        assert!(memory < 64 << 10, "{memory} KiB");
+        let minutes = took.as_secs().div_ceil(60);
+        let most = 100 * usize::try_from(minutes).expect("few");
+        assert!(lines < most, "{lines} lines in {took:?}: {logs}");
     });
 }
 

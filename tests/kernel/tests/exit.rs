@@ -1,7 +1,9 @@
 //! How the daemon ends, and what it leaves.
 
+use std::process::Command;
+
 use testkit::fixtures::tcp::{self, Listen};
-use testkit::fixtures::{Balancer, Machine, Signal};
+use testkit::fixtures::{Balancer, Machine, Signal, process};
 
 use crate::support::{agents, own_port};
 
@@ -57,6 +59,36 @@ fn on_exit_unload_overrides_sigterm() {
         &["--on-exit", "unload"],
         Signal::SIGTERM
     ));
+}
+
+/// With too few descriptors `unload` says so, and leaves pins that a later one finds.
+#[test]
+fn unload_without_descriptors_loses_no_link() {
+    Machine::with(|machine| {
+        let mut balancer = Balancer::start(machine, &yaml());
+        let _listener = Listen::on(&agents()).open();
+        balancer.wait_active(1);
+        balancer.stop(Signal::SIGKILL);
+        let mut failures = 0;
+        for files in 4..100 {
+            let verb = balancer.command(&["unload"]);
+            let script = format!("ulimit -n {files} && exec \"$@\"");
+            let mut limited = Command::new("sh");
+            limited.args(["-c", &script, "sh"]).arg(verb.get_program());
+            limited.args(verb.get_args());
+            let output = process::output(&mut limited).expect("it can be started");
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!said.contains("only its pin"), "{files} files: {said}");
+            if output.status.success() {
+                assert!(!balancer.is_loaded(), "{files} files: {said}");
+                break;
+            }
+            assert!(balancer.is_loaded(), "{files} files: {said}");
+            failures += 1;
+        }
+        println!("{failures} limits were too low");
+        assert!((1..90).contains(&failures), "{failures}");
+    });
 }
 
 #[test]

@@ -812,6 +812,42 @@ fn strangers_that_listened_before_the_daemon_get_few_slots() {
     });
 }
 
+/// Connections of a listener that nobody confirms take memory for a minute. Should it turn out to be
+/// a pod's after all, all of them are counted.
+#[test]
+fn a_listener_of_nobodys_is_given_up_after_a_minute_and_counted_once_it_is_somebodys() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[elsewhere(1)]);
+        cluster.make_pods(OAPS, &[pod.endpoint()]);
+        let mut balancer = cluster.balancer("{clients: 80, headroom: 0%, min_quota: 1}");
+        balancer.launch();
+        let mut listener = cluster.listen(&pod);
+        let _before = cluster.clients(&pod, 5);
+        balancer.wait_until(|service| service.established() == 5);
+        eventually(Duration::from_secs(90), || {
+            let given_up = balancer.logs().contains("belong to nobody");
+            ensure!(given_up, "{}", balancer.logs());
+            Ok(())
+        });
+        let after = cluster.clients(&pod, 7);
+        listener.accept_all();
+        remains(Duration::from_secs(2), || {
+            let counted = balancer.service().established();
+            ensure!(counted == 5, "{counted} counted");
+            Ok(())
+        });
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        balancer.wait_until(|service| service.active() == 1 && service.established() == 12);
+        let _more = cluster.clients(&pod, 3);
+        balancer.wait_until(|service| service.established() == 15);
+        drop(after);
+        balancer.wait_until(|service| service.established() == 8);
+        assert_eq!(balancer.status().agent.repairs, Some(0));
+    });
+}
+
 /// A pod is one backend to its group, however often it listens.
 #[test]
 fn several_listeners_of_a_pod_have_one_share() {

@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use anyhow::ensure;
 use testkit::fixtures::tcp::{self, Listen, Outcome};
-use testkit::fixtures::{Balancer, Machine, Netns, Service, Signal, process};
+use testkit::fixtures::{Balancer, Machine, Netns, Service, Signal, eventually, process};
 
 use crate::support::{
     agents, agree, backend, connections, open_listeners, own_port, storm, virtual_port,
@@ -163,6 +164,54 @@ fn more_listeners_than_slots_do_no_harm() {
         let second = tcp::connect(crate::support::at("127.0.0.2:11804")).connected();
         drop((second, clients));
         balancer.wait_for_log("slot", 0);
+    });
+}
+
+/// A removed service keeps its id until its last connection is gone.
+#[test]
+fn services_wait_for_the_ids_of_those_that_are_removed() {
+    const IDS: u16 = 64;
+    Machine::with(|machine| {
+        let named = |name: &str| {
+            let service = |n| format!("{{name: {name}-{n}, port: {}}}", 12_000 + n);
+            let services: Vec<_> = (0..IDS).map(service).collect();
+            format!("services: [{}]\n", services.join(", "))
+        };
+        let balancer = Balancer::start(machine, &named("old"));
+        let address = |n: u16| crate::support::at(&format!("127.0.0.1:{}", 12_000 + n));
+        let listeners: Vec<_> = (0..IDS).map(|n| Listen::on(&address(n)).open()).collect();
+        let mut clients: Vec<_> = (0..IDS)
+            .map(|n| tcp::connect(address(n)).connected())
+            .collect();
+        balancer.configure(&named("new"));
+        let answer = balancer.verb(&["reload"]);
+        assert_eq!(answer.code, 1, "{answer:?}");
+        assert!(
+            answer
+                .stderr
+                .contains("there is no room for new-0, new-1, "),
+            "{}",
+            answer.stderr
+        );
+        assert!(balancer.status().agent.failed_reload.is_some());
+        // Nobody is refused meanwhile.
+        clients.extend((0..IDS).map(|n| tcp::connect(address(n)).connected()));
+        let in_force = || {
+            let services = balancer.status().services;
+            let new = services.iter().filter(|one| one.name.starts_with("new-"));
+            new.count()
+        };
+        assert_eq!(in_force(), 0);
+        drop(clients);
+        // It is tried again after ever longer pauses, a minute at the longest.
+        eventually(Duration::from_secs(90), || {
+            let found = in_force();
+            ensure!(found == usize::from(IDS), "{found} are in force");
+            let failed = balancer.status().agent.failed_reload;
+            ensure!(failed.is_none(), "{failed:?}");
+            Ok(())
+        });
+        drop(listeners);
     });
 }
 

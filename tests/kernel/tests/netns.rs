@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use testkit::fixtures::tcp::{self, Listen, Listener};
-use testkit::fixtures::{Backend, Balancer, Deed, Machine, Netns, Stranger, eventually, long};
+use testkit::fixtures::{
+    Backend, Balancer, Deed, Machine, Netns, Signal, Stranger, eventually, long,
+};
 
 use crate::support::{agents, agree, own_port};
 
@@ -83,6 +85,35 @@ fn live_and_die(machine: &Machine, balancer: &Balancer, round: usize) -> Duratio
         }
         attached
     })
+}
+
+/// Nobody confirms it while no daemon lives.
+#[test]
+fn of_a_stranger_with_very_many_connections_1024_are_counted() {
+    Machine::with(|machine| {
+        let yaml = own_port("least-connections", &[]) + "namespaces: all\n";
+        let mut balancer = Balancer::start(machine, &yaml);
+        balancer.stop(Signal::SIGKILL);
+        let netns = Netns::new();
+        netns.run(|| {
+            machine.cgroup.enter();
+            let mut listener = Listen::on(&agents()).open();
+            let mut clients = Vec::new();
+            for _ in 0..12 {
+                clients.extend(tcp::connect_many(agents(), 100));
+                listener.accept_all();
+            }
+            assert_eq!(clients.len(), 1_200);
+            let counted = balancer.service();
+            assert_eq!(counted.backends[0].state, "candidate");
+            assert_eq!(counted.established(), 1_024);
+            // The uncounted ones change nothing when they go.
+            clients.truncate(1_100);
+            assert_eq!(balancer.service().established(), 1_024);
+            drop(clients);
+            balancer.wait_until(|service| service.established() == 0);
+        });
+    });
 }
 
 #[test]

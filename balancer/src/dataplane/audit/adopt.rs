@@ -1,7 +1,6 @@
 //! Listeners that were there before the kernel half are registered as it would have done.
 
-use std::cell::LazyCell;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::Ordering;
@@ -109,7 +108,17 @@ pub enum Known {
 }
 
 impl Known {
-    fn has(&self, socket: &Socket) -> bool {
+    /// Whether nothing is known that would tell strangers' listeners from others: this node does not
+    /// tell which cgroups pods have, for one.
+    pub fn is_everybody(&self) -> bool {
+        match self {
+            Self::All => true,
+            Self::Cgroups(ids) => ids.is_empty(),
+        }
+    }
+
+    /// Whether a listener is known not to be a stranger's.
+    pub fn has(&self, socket: &Socket) -> bool {
         match self {
             Self::All => false,
             Self::Cgroups(ids) => socket.cgroup.is_some_and(|id| ids.contains(&id)),
@@ -163,7 +172,12 @@ impl Adopter<'_> {
             return Ok(false);
         }
         let current = netns::current().context("cannot open the network namespace")?;
-        let listeners = listeners(&current).context("cannot list the listeners")?;
+        let ports: BTreeSet<u16> = claimants
+            .iter()
+            .map(|one| one.socket.local.port())
+            .collect();
+        let ports: Vec<u16> = ports.into_iter().collect();
+        let listeners = listeners(&current, &ports).context("cannot list the listeners")?;
         let listeners: HashMap<u64, Listener> = listeners
             .into_iter()
             .map(|listener| (listener.socket.cookie, listener))
@@ -180,8 +194,7 @@ impl Adopter<'_> {
     fn claimants<'t>(&mut self, table: &'t SocketTable) -> Result<Vec<Claimant<'t>>> {
         let mut claimants = Vec::new();
         let mut pool = slots::pool(self.tables, self.netns)?;
-        let cgroup = self.cgroup;
-        let cgroups = LazyCell::new(|| cgroup_ids(cgroup));
+        let mut cgroups = None;
         for socket in &table.listeners {
             let address = bound_to(socket.local.ip());
             let rule = self.rules.of(self.netns, address, socket.local.port());
@@ -193,6 +206,10 @@ impl Adopter<'_> {
             if self.unregistered.outside.contains(&cookie) {
                 continue;
             }
+            let cgroups = match &cgroups {
+                Some(cgroups) => cgroups,
+                None => cgroups.insert(cgroup_ids(self.cgroup)?),
+            };
             if !within(cgroups.as_ref(), socket) {
                 self.unregistered.outside.insert(cookie);
                 continue;
@@ -379,9 +396,13 @@ fn errno_of(error: &MapError) -> u32 {
 }
 
 /// The ids of a cgroup and of those below it; `None`: it is the root, which has all.
-fn cgroup_ids(cgroup: &Path) -> Option<HashSet<u64>> {
-    let is_root = cgroup2_mount().is_ok_and(|root| root == cgroup);
-    (!is_root).then(|| discover::cgroup_ids(cgroup))
+fn cgroup_ids(cgroup: &Path) -> Result<Option<HashSet<u64>>> {
+    if cgroup2_mount()? == cgroup {
+        return Ok(None);
+    }
+    let ids = discover::cgroup_ids(cgroup);
+    let ids = ids.with_context(|| format!("cannot read the cgroups below {}", cgroup.display()))?;
+    Ok(Some(ids))
 }
 
 /// Whether a socket was made in one of the cgroups: connections of others pass by `account`.

@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use balancer_common::abi::{Address, Backend, BackendId, Connection, PortKey, ServicePort};
+use balancer_common::abi::{
+    Address, Backend, BackendId, BackendState, Connection, PortKey, ServicePort,
+};
 
 use super::super::tables::{SlotView, Tables, backend_of};
 use super::inherited::Inherited;
@@ -125,7 +127,8 @@ impl Attribution {
         };
         let open =
             |socket: &&Socket| socket.storage.is_none() && inherited.connection(socket).is_none();
-        let cases = cases(table, table.connections.iter().filter(open), service);
+        let connections = table.connections.iter().filter(open);
+        let cases = cases(tables, table, connections, service);
         let is_due = |case: &Case<'_>| doubts.is_due(case.socket);
         if !cases
             .iter()
@@ -134,7 +137,7 @@ impl Attribution {
             doubts.keep(&cases);
             return Ok(false);
         }
-        let holders = Holders::look(table, &cases)?;
+        let holders = Holders::look(tables, table, &cases)?;
         let mut given = Vec::new();
         doubts.connections.clear();
         doubts.retry_at = Some(Instant::now() + RETRY_AFTER);
@@ -152,11 +155,12 @@ impl Attribution {
 /// Those of the connections that several backends may have. Where nothing listens for the service,
 /// nobody cares about its port.
 fn cases<'a>(
+    tables: &Tables,
     table: &SocketTable,
     connections: impl Iterator<Item = &'a Socket>,
     service: impl Fn(&Socket) -> Option<u16>,
 ) -> Vec<Case<'a>> {
-    let adopted = adopted(&table.slots);
+    let adopted = adopted(tables, &table.slots);
     let serves = |service: &u16| {
         let mut services = table.slots.iter().map(|view| view.member.backend.service);
         services.any(|other| other == *service)
@@ -178,7 +182,7 @@ struct Holders<'a> {
 }
 
 impl<'a> Holders<'a> {
-    fn look(table: &'a SocketTable, cases: &[Case<'_>]) -> Result<Self> {
+    fn look(tables: &Tables, table: &'a SocketTable, cases: &[Case<'_>]) -> Result<Self> {
         let views: HashMap<_, _> = table.slots.iter().map(|view| (view.id(), view)).collect();
         let listener = |socket: &'a Socket| Some((socket, *views.get(&backend_of(socket)?)?));
         let listeners: Vec<_> = table.listeners.iter().filter_map(listener).collect();
@@ -197,7 +201,7 @@ impl<'a> Holders<'a> {
         Ok(Self {
             owners,
             backends,
-            adopted: adopted(&table.slots),
+            adopted: adopted(tables, &table.slots),
         })
     }
 
@@ -273,12 +277,14 @@ impl Ports {
     }
 }
 
-/// The slots whose listeners the daemon has registered: they may have connections without storage.
-pub fn adopted(slots: &[SlotView]) -> Vec<&SlotView> {
-    let adopted = slots.iter();
-    adopted
-        .filter(|view| view.member.backend.flags & Backend::ADOPTED != 0)
-        .collect()
+/// The slots that may have connections without storage: the daemon has registered their listeners,
+/// or has confirmed them after it had given them up.
+pub fn adopted<'a>(tables: &Tables, slots: &'a [SlotView]) -> Vec<&'a SlotView> {
+    let is_adopted = |view: &&SlotView| {
+        view.member.backend.flags & Backend::ADOPTED != 0
+            || (tables.is_disowned(view) && view.state() != BackendState::Candidate)
+    };
+    slots.iter().filter(is_adopted).collect()
 }
 
 /// The adopted listeners that a connection with that local address can have come from: those of the

@@ -34,6 +34,7 @@ pub struct Connections<'a> {
 impl<'a> Connections<'a> {
     /// Sorts the connections of a netns; `leaving` is what the last pass has found.
     pub fn sort(
+        tables: &Tables,
         table: &'a SocketTable,
         inherited: &Inherited,
         leaving: &HashMap<u64, u64>,
@@ -46,7 +47,7 @@ impl<'a> Connections<'a> {
         let is_current = |connection: &Connection| {
             generations.get(&u32::from(connection.slot)) == Some(&connection.generation)
         };
-        let adopted = adopted(&table.slots);
+        let adopted = adopted(tables, &table.slots);
         let mut sorted = Self::default();
         for socket in &table.connections {
             let connection = connection_of(socket).filter(is_current);
@@ -100,7 +101,7 @@ impl<'a> Connections<'a> {
         doubts: Option<&Doubts>,
         unattributed: &mut BTreeMap<u16, Unattributed>,
     ) -> Result<bool> {
-        let adopted = adopted(slots);
+        let adopted = adopted(tables, slots);
         let mut counts = Shares::default();
         for socket in &self.unclaimed {
             let doubt = doubts.and_then(|doubts| doubts.of(socket));

@@ -30,7 +30,7 @@ use self::connections::Connections;
 pub use self::handover::Handover;
 use self::inherited::Inherited;
 use self::keepalive::LateKeepalive;
-use self::socket_table::SocketTable;
+use self::socket_table::{Reach, SocketTable};
 use self::unattributed::Unattributed;
 use super::plan::Rules;
 use super::tables::{SlotView, Tables, backend_of};
@@ -148,7 +148,8 @@ impl Audit {
         netns: u64,
         eager: bool,
     ) -> Result<()> {
-        let mut table = SocketTable::read(tables, netns)?;
+        let reach = self.reach(tables, rules, netns)?;
+        let mut table = SocketTable::read(tables, netns, &reach)?;
         let mut adopter = Adopter {
             tables,
             rules,
@@ -159,18 +160,22 @@ impl Audit {
             unregistered: &mut self.unregistered,
         };
         if adopter.adopt(&table)? {
-            table = SocketTable::read(tables, netns)?;
+            table = SocketTable::read(tables, netns, &reach)?;
+        }
+        if reach != Reach::All {
+            self.close_without_listener(tables, &table);
+            return Ok(());
         }
         let inherited = &mut self.inherited;
         if self.handover.inherit(tables, &table, inherited)? {
-            table = SocketTable::read(tables, netns)?;
+            table = SocketTable::read(tables, netns, &reach)?;
         }
         let attribution = &mut self.attribution;
         if attribution.attribute(tables, &table, netns, eager, inherited)? {
-            table = SocketTable::read(tables, netns)?;
+            table = SocketTable::read(tables, netns, &reach)?;
         }
         self.close_without_listener(tables, &table);
-        let connections = Connections::sort(&table, &self.inherited, &self.last.leaving);
+        let connections = Connections::sort(tables, &table, &self.inherited, &self.last.leaving);
         self.compare(tables, &table, &connections);
         self.note_unseen(&table, &connections);
         self.this.adopted |= connections.recount(
@@ -188,6 +193,30 @@ impl Audit {
             memory::give_back();
         }
         Ok(())
+    }
+
+    /// How much of a netns is looked at: of one that may be anybody's only the listeners, until one
+    /// of them is known or confirmed.
+    fn reach(&self, tables: &Tables, rules: &Rules, netns: u64) -> Result<Reach> {
+        let is_named = rules.0.keys().any(|key| key.netns == netns);
+        let is_confirmed = |view: &SlotView| {
+            view.member.backend.netns == netns && view.state() != BackendState::Candidate
+        };
+        if is_named || self.known.is_everybody() || tables.slots()?.iter().any(is_confirmed) {
+            return Ok(Reach::All);
+        }
+        let ports = rules
+            .0
+            .keys()
+            .filter_map(|key| u16::try_from(key.port).ok());
+        let ports: BTreeSet<u16> = ports.collect();
+        let ports: Vec<u16> = ports.into_iter().collect();
+        let listeners = Reach::Listeners(ports);
+        let known = SocketTable::read(tables, netns, &listeners)?
+            .listeners
+            .iter()
+            .any(|socket| self.known.has(socket));
+        Ok(if known { Reach::All } else { listeners })
     }
 
     /// Ends a pass that took so much processor time; returns what is known now.

@@ -36,17 +36,29 @@ pub struct SocketTable {
     pub connections: Vec<Socket>,
 }
 
+/// How much of a socket table is read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// Listeners and established connections.
+    All,
+    /// Listeners on these ports, a bounded number of them.
+    Listeners(Vec<u16>),
+}
+
 impl SocketTable {
     /// Reads the socket table of the netns that the thread is in.
     ///
     /// # Errors
     /// When the socket table or a map can't be read.
-    pub fn read(tables: &Tables, netns: u64) -> Result<Self> {
+    pub fn read(tables: &Tables, netns: u64, reach: &Reach) -> Result<Self> {
         let mut slots = tables.slots()?;
         slots.retain(|view| view.member.backend.netns == netns);
         let before = slots.iter().map(|view| read_before(tables, view.slot()));
         let before = before.collect();
-        let mut connections = sockets(tables.connection_map())?;
+        let mut connections = match reach {
+            Reach::All => sockets(tables.connection_map())?,
+            Reach::Listeners(ports) => listeners(tables.connection_map(), ports)?,
+        };
         let after = slots.iter().map(|view| read_after(tables, view.slot()));
         let after = after.collect();
         // They may be very many: none is copied.
@@ -80,6 +92,25 @@ fn read_after(tables: &Tables, slot: u32) -> Reading {
         counts: tables.counts(slot),
         entered: tables.entered(slot),
     }
+}
+
+/// The most listeners of one family that are read where strangers may have made them: many more
+/// than may have slots.
+const MOST_LISTENERS: usize = 4_096;
+
+/// Listeners on these ports of the netns that the thread is in.
+fn listeners(storage: BorrowedFd<'_>, ports: &[u16]) -> Result<Vec<Socket>> {
+    let mut sockets = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let query = Query {
+            storage: Some(storage),
+            ports,
+            most: MOST_LISTENERS,
+            ..Query::new(family, States::of(&[State::Listen]))
+        };
+        sockets.extend(tcp_sockets(&query).context("cannot read the socket table (sock_diag)")?);
+    }
+    Ok(sockets)
 }
 
 /// The listeners and established connections of the netns that the thread is in, with what that map

@@ -114,6 +114,8 @@ pub struct Query<'a> {
     /// Bound to one of these ports only; none, or more than 3,000: to any. The kernel passes the
     /// others over.
     pub ports: &'a [u16],
+    /// No more than so many: the rest of the answer is read and dropped.
+    pub most: usize,
     /// A socket storage map: report what it holds for each socket.
     pub storage: Option<BorrowedFd<'a>>,
     /// Report what a connection has received, and whether a socket belongs to MPTCP. The kernel
@@ -128,6 +130,7 @@ impl Query<'_> {
             family,
             states,
             ports: &[],
+            most: usize::MAX,
             storage: None,
             info: false,
         }
@@ -226,7 +229,7 @@ fn dump(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     let (channel, sequence) = (Channel::open()?, next_sequence());
     channel.send(&message::dump_request(query, sequence))?;
     let mut sockets = Vec::new();
-    let interrupted = channel.receive(sequence, &mut sockets)?;
+    let interrupted = channel.receive(sequence, query.most, &mut sockets)?;
     if interrupted {
         Err(io::ErrorKind::Interrupted.into())
     } else {
@@ -235,14 +238,15 @@ fn dump(query: &Query<'_>) -> io::Result<Vec<Socket>> {
 }
 
 /// Adds the sockets of an answer, which `next` writes into `buffer` one datagram at a time: it
-/// gives the length, or nothing where the datagram is to be passed over. Returns whether the kernel
-/// says that the answer is inconsistent.
+/// gives the length, or nothing where the datagram is to be passed over. Keeps no more than `most`.
+/// Returns whether the kernel says that the answer is inconsistent.
 ///
 /// # Errors
 /// Those of `next`; that with which the kernel ended the answer; `InvalidData` where the answer
 /// makes no sense.
 pub fn read_answer(
     sequence: u32,
+    most: usize,
     sockets: &mut Vec<Socket>,
     buffer: &mut [u8],
     mut next: impl FnMut(&mut [u8]) -> io::Result<Option<usize>>,
@@ -254,6 +258,7 @@ pub fn read_answer(
         };
         let progress = parse(&buffer[..length], sequence, sockets)
             .map_err(|malformed| io::Error::new(io::ErrorKind::InvalidData, malformed))?;
+        sockets.truncate(most);
         interrupted |= progress.interrupted;
         match progress.end {
             None => {}
@@ -302,9 +307,9 @@ impl Channel {
 
     /// Reads until the kernel says that it has answered in full; returns whether it says that the
     /// answer is inconsistent.
-    fn receive(&self, sequence: u32, sockets: &mut Vec<Socket>) -> io::Result<bool> {
+    fn receive(&self, sequence: u32, most: usize, sockets: &mut Vec<Socket>) -> io::Result<bool> {
         let mut buffer = vec![0; DATAGRAM];
-        read_answer(sequence, sockets, &mut buffer, |buffer| {
+        read_answer(sequence, most, sockets, &mut buffer, |buffer| {
             self.datagram(buffer)
         })
     }
@@ -445,6 +450,8 @@ pub(crate) mod tests {
             .collect();
         assert_eq!(cookies, expected);
         assert_eq!(found.len(), pairs.len());
+        let few = Query { most: 50, ..query };
+        assert_eq!(tcp_sockets(&few).expect("a dump").len(), 50);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use balancer_common::BackendState;
 use balancer_common::abi::{Backend, BackendId};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::dataplane::{Known, SlotView};
 use crate::discover::{Listener, OpenNetns, addresses, listeners, pod_cgroups, pod_of_process};
@@ -56,16 +56,30 @@ struct PodCgroups {
     others: HashSet<u64>,
     /// The next look is not due before; `None`: there was none yet.
     next: Option<Instant>,
+    /// The last look has failed: a pod may be missing.
+    unread: bool,
 }
 
 impl PodCgroups {
     /// Looks at the cgroups below `root`.
     fn look(&mut self, root: &Path) {
         let begin = Instant::now();
-        // A node that has told of pods once goes on to: nothing found means that nothing was read.
-        let found = pod_cgroups(root);
-        if !found.is_empty() {
-            self.pods = found;
+        match pod_cgroups(root) {
+            // A node that has told of pods once goes on to: its cgroups are not mounted now.
+            Ok(found) => {
+                self.unread = false;
+                if !found.is_empty() {
+                    self.pods = found;
+                }
+            }
+            Err(error) => {
+                self.unread = true;
+                warn!(
+                    "cannot read the cgroups of pods below {}: {error}. What is known of them stays, \
+                     and they are read again later",
+                    root.display()
+                );
+            }
         }
         let now = Instant::now();
         let pause = now.duration_since(begin) * CGROUPS_SHARE;
@@ -92,7 +106,7 @@ impl PodCgroups {
     fn may_be(&self, cgroup: u64, endpoint: &Endpoint) -> bool {
         match self.pods.get(&cgroup) {
             Some(uid) => *uid == endpoint.uid || is_static(uid),
-            None => self.pods.is_empty(),
+            None => self.pods.is_empty() && !self.unread,
         }
     }
 }
@@ -311,7 +325,7 @@ impl NetnsAddresses {
 /// may live in another one.
 fn pods_by_port() -> HashMap<u16, String> {
     let listeners = netns::current()
-        .and_then(listeners)
+        .and_then(|netns| listeners(netns, &[]))
         .unwrap_or_else(|error| {
             debug!("cannot list the listeners of the node's own network namespace: {error}");
             Vec::new()
@@ -324,4 +338,41 @@ fn pods_by_port() -> HashMap<u16, String> {
         .iter()
         .filter_map(|listener| Some((listener.socket.local.port(), pod(listener)?)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn endpoint(uid: &str) -> Endpoint {
+        Endpoint {
+            pod: crate::kubernetes::ObjectName {
+                namespace: "sw".into(),
+                name: "oap".into(),
+            },
+            uid: uid.to_owned(),
+            addresses: Vec::new(),
+            node: None,
+            ready: true,
+            terminating: false,
+            weight: 1,
+            host_network: false,
+            runtime_class: None,
+        }
+    }
+
+    /// A daemon that can open nothing does not take strangers for pods, nor pods for strangers.
+    #[test]
+    fn cgroups_that_cannot_be_read_tell_nothing() {
+        let uid = "0b6e1f6c-52f2-4e65-9c0a-7a3f0a8d9d01";
+        let unreadable = "/x".repeat(5_000);
+        let mut cgroups = PodCgroups::default();
+        assert!(cgroups.may_be(7, &endpoint(uid)), "this node does not tell");
+        cgroups.look(Path::new(&unreadable));
+        assert!(!cgroups.may_be(7, &endpoint(uid)), "nobody knows");
+        cgroups.pods.insert(7, uid.to_owned());
+        cgroups.look(Path::new(&unreadable));
+        assert!(cgroups.may_be(7, &endpoint(uid)), "it was seen");
+        assert!(!cgroups.may_be(8, &endpoint(uid)));
+    }
 }
