@@ -1,15 +1,15 @@
 //! What the kernel half tells the daemon.
 
 use balancer_common::Reason;
-use balancer_common::abi::{Backend, Event, EventKind, ticks_of_ms};
+use balancer_common::abi::{Backend, Event, EventKind, Refusals, RefusedKey};
 use balancer_common::decision::request::Arrival;
 
 use crate::kernel::atomic;
 use crate::kernel::shared::shared;
-use crate::maps::{EVENTS, SERVICE_STATE};
+use crate::maps::{EVENTS, REFUSED};
 
-/// Refusal events of one service are at least so many ticks apart.
-const REFUSAL_INTERVAL: u64 = ticks_of_ms(100);
+/// `BPF_NOEXIST`: include/uapi/linux/bpf.h.
+const ONLY_NEW: u64 = 1;
 
 /// Something happened to a listener. A full ring loses the event; the daemon also looks by itself.
 #[inline(always)]
@@ -43,27 +43,18 @@ pub extern "C" fn account_event(kind: u32, slot: u32, backend: *const Backend) -
         netns: shared!(backend, netns),
         address: shared!(backend, address),
         port,
-        reason: 0,
+        zero: 0,
         pid: shared!(backend, pid),
         tid: shared!(backend, tid),
-        zero: 0,
+        zeros: 0,
     };
     u32::from(EVENTS.output::<Event>(&event, 0).is_ok())
 }
 
-/// A look-up was refused.
+/// A look-up was refused. Where two CPUs refuse a source for the first time at once, one of them is
+/// not counted.
 #[inline(always)]
 pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u64) {
-    let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
-        return;
-    };
-    let last = shared!(state, last_event);
-    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if now < last + REFUSAL_INTERVAL
-        || !unsafe { atomic::replace(&raw mut (*state).last_event, last, now) }
-    {
-        return;
-    }
     #[cfg(feature = "log")]
     aya_log_ebpf::debug!(
         &(),
@@ -72,17 +63,27 @@ pub fn refused(service: u16, arrival: &Arrival, reason: Reason, now: u64) {
         reason as u16,
         arrival.from_port
     );
-    let event = Event {
-        kind: EventKind::Refused as u16,
-        service,
-        slot: u32::MAX,
+    let key = RefusedKey {
         netns: arrival.netns,
-        address: arrival.from,
-        port: arrival.from_port,
-        reason: reason as u16,
-        pid: 0,
-        tid: 0,
+        source: arrival.from,
+        service: u32::from(service),
         zero: 0,
     };
-    let _ = EVENTS.output::<Event>(&event, 0);
+    let reason = reason as u64;
+    if let Some(known) = REFUSED.get_ptr_mut(&key) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+        unsafe {
+            atomic::add(&raw mut (*known).count, 1);
+            atomic::store(&raw mut (*known).last, now);
+            atomic::store(&raw mut (*known).reason, reason);
+        }
+        return;
+    }
+    let first = Refusals {
+        count: 1,
+        first: now,
+        last: now,
+        reason,
+    };
+    let _ = REFUSED.insert(&key, &first, ONLY_NEW);
 }

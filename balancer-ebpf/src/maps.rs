@@ -4,11 +4,11 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, PerCpuArray, RingBuf, SockMap};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
     AuditTotals, Backend, Connection, Counts, Disowned, ExemptKey, Health, Heartbeat,
-    KeepaliveWord, ListenRule, Members, PortKey, ServiceInfo, ServicePort, ServiceState, Silence,
-    SlotPolicy, Totals, maps,
+    KeepaliveWord, ListenRule, Members, PortKey, Refusals, RefusedKey, ServiceInfo, ServicePort,
+    ServiceState, Silence, SlotPolicy, Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -51,6 +51,9 @@ pub static EXEMPT: LpmTrie<ExemptKey, u32> =
 #[map]
 pub static VERDICTS: PerCpuArray<u64> =
     PerCpuArray::pinned(maps::VERDICTS.entries, maps::VERDICTS.flags);
+#[map]
+pub static REFUSED: LruHashMap<RefusedKey, Refusals> =
+    LruHashMap::pinned(maps::REFUSED.entries, maps::REFUSED.flags);
 #[map]
 pub static EVENTS: RingBuf = RingBuf::pinned(maps::EVENTS.entries, maps::EVENTS.flags);
 #[map]

@@ -186,6 +186,10 @@ pub struct SlotPolicy {
     /// were there before their listener was registered, and those whose state changes another
     /// program has switched off. It counts them again at each check until they are gone.
     pub adopted: u64,
+    /// The quota of the server that the backend is a listener of, which its listeners share: each
+    /// has a part of it in `quota`; and the slot of the first of them << 32. Valid for the same
+    /// generation. The kernel half does not read it.
+    pub server: u64,
 }
 
 impl SlotPolicy {
@@ -202,7 +206,27 @@ impl SlotPolicy {
             quota: (generation.wrapping_add(1) as u64) << 32 | quota as u64,
             weight: (flags as u64) << 32 | weight as u64,
             adopted: 0,
+            server: 0,
         }
+    }
+
+    /// The same as a part of the quota of a server whose first listener is in that slot.
+    #[must_use]
+    pub const fn of_server(self, first_slot: u32, quota: u32) -> Self {
+        Self {
+            server: (first_slot as u64) << 32 | quota as u64,
+            ..self
+        }
+    }
+
+    /// The quota of the server, for the generation that [`Self::is_for`] tells.
+    pub const fn server_quota(&self) -> u32 {
+        self.server as u32
+    }
+
+    /// The slot of the server's first listener, for the generation that [`Self::is_for`] tells.
+    pub const fn first_slot(&self) -> u32 {
+        (self.server >> 32) as u32
     }
 
     /// Whether the daemon wrote it for this backend.

@@ -14,8 +14,6 @@ pub enum EventKind {
     NoSlot = 3,
     /// A listener's socket storage could not be made: it serves without the balancer.
     NoStorage = 4,
-    /// A look-up was refused (at most ten events a second and service).
-    Refused = 5,
 }
 
 impl EventKind {
@@ -26,7 +24,6 @@ impl EventKind {
             2 => Self::ListenerDown,
             3 => Self::NoSlot,
             4 => Self::NoStorage,
-            5 => Self::Refused,
             _ => return None,
         })
     }
@@ -40,20 +37,20 @@ pub struct Event {
     pub kind: u16,
     /// Id of the service.
     pub service: u16,
-    /// The listener's slot; `u32::MAX` for a refusal and for a listener that got none.
+    /// The listener's slot; `u32::MAX` for one that got none.
     pub slot: u32,
     /// Cookie of the netns.
     pub netns: u64,
-    /// The listener's address, or the client's.
+    /// The listener's address.
     pub address: Address,
     /// The port beside that address, host byte order.
     pub port: u16,
-    /// [`crate::Reason`] as an index for a refusal, else 0.
-    pub reason: u16,
+    /// Always 0.
+    pub zero: u16,
     /// The process that listened (thread group id in the initial pid namespace), 0 if not known.
     pub pid: u32,
     /// The thread of that process that listened, 0 if not known.
     pub tid: u32,
     /// Always 0.
-    pub zero: u32,
+    pub zeros: u32,
 }

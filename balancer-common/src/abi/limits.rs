@@ -22,6 +22,10 @@ pub const MAX_CONNECTIONS_OF_CANDIDATE: u32 = 1_024;
 pub const MEMBER_WORDS: usize = MAX_SLOTS / 64;
 /// Counters a service has in VERDICTS.
 pub const REASON_SLOTS: usize = 16;
+/// Most refused sources that are remembered until the daemon takes them. Far below 128 for each
+/// CPU the kernel forgets earlier: CPUs set entries aside (`LOCAL_FREE_TARGET`,
+/// `kernel/bpf/bpf_lru_list.c`).
+pub const MAX_REFUSED_SOURCES: usize = 4_096;
 /// A quota that never refuses.
 pub const UNLIMITED: u32 = u32::MAX;
 /// The service id that names none.

@@ -7,8 +7,10 @@ use super::daemon::{AuditTotals, Heartbeat};
 use super::disowned::Disowned;
 use super::health::Health;
 use super::keepalive::{KeepaliveWord, Silence};
-use super::limits::{MAX_SERVICES, MAX_SLOTS, REASON_SLOTS};
-use super::service::{ExemptKey, ListenRule, Members, ServiceInfo, ServicePort, ServiceState};
+use super::limits::{MAX_REFUSED_SOURCES, MAX_SERVICES, MAX_SLOTS, REASON_SLOTS};
+use super::service::{
+    ExemptKey, ListenRule, Members, Refusals, RefusedKey, ServiceInfo, ServicePort, ServiceState,
+};
 
 /// What bpf(2) says of a map that is ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +31,7 @@ pub struct MapShape {
 const HASH: u32 = 1;
 const ARRAY: u32 = 2;
 const PER_CPU_ARRAY: u32 = 6;
+const LRU_HASH: u32 = 9;
 const LPM_TRIE: u32 = 11;
 const SOCK_MAP: u32 = 15;
 const SK_STORAGE: u32 = 24;
@@ -55,6 +58,11 @@ impl MapShape {
 
     const fn hash<K, V>(entries: usize) -> Self {
         Self::new(HASH, size_of::<K>(), size_of::<V>(), entries)
+    }
+
+    /// A hash that forgets what was not used for longest when it is full.
+    const fn lru_hash<K, V>(entries: usize) -> Self {
+        Self::new(LRU_HASH, size_of::<K>(), size_of::<V>(), entries)
     }
 
     const fn array<V>(entries: usize) -> Self {
@@ -113,6 +121,9 @@ pinned! {
     EXEMPT = MapShape::new(LPM_TRIE, WORD + size_of::<ExemptKey>(), WORD, 16_384).with(NO_PREALLOC);
     /// A counter for each reason of each service. Written by the kernel half.
     VERDICTS = MapShape::new(PER_CPU_ARRAY, WORD, size_of::<u64>(), MAX_SERVICES * REASON_SLOTS);
+    /// [`RefusedKey`] to [`Refusals`]. Written by the kernel half, taken out by the daemon. Room for
+    /// the sources of a second or two: where there are more, some are not seen.
+    REFUSED = MapShape::lru_hash::<RefusedKey, Refusals>(MAX_REFUSED_SOURCES);
     /// Records of type [`Event`](super::Event). Written by the kernel half.
     EVENTS = MapShape::new(RING_BUFFER, 0, 0, 256 * 1_024);
     /// The [`Heartbeat`]. Written by the daemon.

@@ -36,11 +36,13 @@ const _: () = {
     assert!(size_of::<ServicePort>() == 8);
     assert!(size_of::<ListenRule>() == 8);
     assert!(size_of::<Backend>() == 72);
-    assert!(size_of::<SlotPolicy>() == 24);
+    assert!(size_of::<SlotPolicy>() == 32);
     assert!(size_of::<Counts>() == 48);
     assert!(size_of::<Health>() == 64);
     assert!(size_of::<Members>() == 128);
-    assert!(size_of::<ServiceState>() == 40);
+    assert!(size_of::<ServiceState>() == 32);
+    assert!(size_of::<RefusedKey>() == 32);
+    assert!(size_of::<Refusals>() == 32);
     assert!(size_of::<Totals>() == 8);
     assert!(size_of::<AuditTotals>() == 40);
     assert!(size_of::<Connection>() == 8);

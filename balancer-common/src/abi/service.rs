@@ -153,8 +153,6 @@ pub struct ServiceState {
     /// The sum of the weights of those that could be chosen when round-robin last added it up: it
     /// says nothing of now. Atomic.
     pub weights: u64,
-    /// Tick of the last refusal event. Atomic.
-    pub last_event: u64,
     /// Listeners of the service that could not be registered: while there are any, nobody is
     /// refused because the registered ones are full. The kernel half adds, the daemon
     /// corrects. Atomic.
@@ -219,6 +217,34 @@ impl ExemptKey {
             address,
         }
     }
+}
+
+/// Key of REFUSED: who was refused where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct RefusedKey {
+    /// Cookie of the netns.
+    pub netns: u64,
+    /// The source address.
+    pub source: Address,
+    /// Id of the service.
+    pub service: u32,
+    /// Always 0.
+    pub zero: u32,
+}
+
+/// Value of REFUSED: the refusals since the daemon took them last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Refusals {
+    /// How many. Atomic.
+    pub count: u64,
+    /// Tick of the first.
+    pub first: u64,
+    /// Tick of the last. Atomic.
+    pub last: u64,
+    /// [`crate::Reason`] of the last as an index. Atomic.
+    pub reason: u64,
 }
 
 #[cfg(test)]

@@ -556,6 +556,7 @@ fn a_candidate_waits_for_the_daemon() {
         quota: 0,
         weight: 0,
         adopted: 0,
+        server: 0,
     };
     assert_eq!(candidate.state(), BackendState::Candidate);
     let decision = Model::of([candidate]).decide(request(Policy::LeastConnections));

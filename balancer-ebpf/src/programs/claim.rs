@@ -141,6 +141,7 @@ pub fn is_confirmed(slot: u32, state: SlotState) -> bool {
         quota: shared!(policy, quota),
         weight: 0,
         adopted: 0,
+        server: 0,
     };
     policy.is_for(state)
 }

@@ -481,6 +481,7 @@ fn member(slot: u32) -> Option<Member> {
         quota: shared!(policy, quota),
         weight: shared!(policy, weight),
         adopted: shared!(policy, adopted),
+        server: 0,
     };
     let counts = Counts {
         established: shared!(counts, established),

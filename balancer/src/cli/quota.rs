@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{
     Place,
     output::{Column, Output, or, print, table, wrapped},
-    status::{back_from_own, by_address, is_own_override},
+    status::{back_from_own, by_address, is_own_override, shared_quotas},
 };
 use crate::{
     api::Request,
@@ -235,7 +235,7 @@ fn by_hand(service: &ServiceSnapshot) -> String {
         .map(|backend| {
             format!(
                 "{} for slot {}",
-                or(backend.quota, "unlimited"),
+                or(backend.server_quota(), "unlimited"),
                 backend.slot
             )
         })
@@ -272,5 +272,7 @@ fn backends(service: &ServiceSnapshot) -> String {
         column(">ESTABLISHED", &|backend| backend.established.to_string()),
         column("SET", &set),
     ];
-    table(columns, &["ESTABLISHED"])
+    let shared = shared_quotas(service).into_iter();
+    let shared: String = shared.map(|words| wrapped("  - ", &words)).collect();
+    table(columns, &["ESTABLISHED"]) + &shared
 }

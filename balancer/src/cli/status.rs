@@ -9,7 +9,7 @@ use clap::Args;
 
 pub(super) use self::{
     json::Json,
-    text::{back_from_own, by_address, is_own_override, text},
+    text::{back_from_own, by_address, is_own_override, shared_quotas, text},
 };
 use super::{Place, output::Output};
 use crate::dataplane::DaemonNotes;

@@ -8,8 +8,8 @@ use super::*;
 use crate::{
     dataplane::{
         Avoided, BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend,
-        Explanation, FailedReload, ListeningBackend, ServiceSnapshot, SeveralNetns, Snapshot,
-        Unsuited,
+        Explanation, FailedReload, ListeningBackend, ServerSnapshot, ServiceSnapshot, SeveralNetns,
+        Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
     kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
@@ -24,6 +24,7 @@ fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> Ba
         weight: 1,
         quota,
         overridden: false,
+        server: None,
         established,
         exempt: 0,
         pending: Some(0),
@@ -688,6 +689,38 @@ fn text_fits_into_80_columns_with_the_longest_ipv4_addresses() {
 }
 
 #[test]
+fn backends_of_one_server_are_shown_with_the_quota_that_they_share() {
+    let mut service = agents();
+    let of = |first_slot, quota| Some(ServerSnapshot { first_slot, quota });
+    service.backends = vec![backend(0, "10.0.0.1:11800", 2, Some(6)); 4];
+    for (slot, backend) in (0..).zip(&mut service.backends) {
+        backend.slot = slot;
+        backend.server = of(slot / 3 * 3, Some(10));
+    }
+    (service.backends[1].quota, service.backends[2].quota) = (Some(4), Some(0));
+    let words = "  - slots 0, 1, 2 are listeners of one server: they share a quota of 10\n";
+    let text = quota::text(&[&service]);
+    assert!(text.contains(words), "{text}");
+    let status = |service: &ServiceSnapshot| {
+        status_of(&Snapshot {
+            services: vec![service.clone()],
+            daemon: alive(),
+        })
+    };
+    let text = status(&service);
+    assert!(
+        text.contains(words) && text.matches("  - ").count() == 1,
+        "{text}"
+    );
+    // A part of what was set by hand for all is no exception from it.
+    service.quota_override = Some(10);
+    for backend in &mut service.backends {
+        backend.overridden = true;
+    }
+    assert!(!status(&service).contains("--slot"), "{text}");
+}
+
+#[test]
 fn status_shows_the_warnings_of_a_service_in_its_lines() {
     let mut service = agents();
     service
@@ -718,6 +751,10 @@ fn status_as_json_is_as_contracted() {
         .push("a hidden listener".to_owned());
     let backend = &mut snapshot.services[0].backends[0];
     (backend.quota, backend.pending, backend.note) = (None, None, Some("a \"note\"".to_owned()));
+    backend.server = Some(ServerSnapshot {
+        first_slot: 3,
+        quota: Some(20),
+    });
     let verdicts: serde_json::Map<_, _> = snapshot.services[0]
         .verdicts
         .iter()
@@ -747,6 +784,7 @@ fn status_as_json_is_as_contracted() {
                     "pending": null,
                     "silent": 0,
                     "longest_silence_s": 0,
+                    "server": {"first_slot": 3, "quota": 20},
                     "steerable": true,
                     "health": {"state": "serving", "since_ms": null, "reason": null},
                     "note": "a \"note\"",

@@ -61,8 +61,10 @@ pub const MAX_CONNECTIONS: u32 = 100_000_000;
 pub const MAX_CONNECTIONS_PER_CLIENT: u32 = 10_000;
 /// The largest headroom, in percent.
 pub const MAX_HEADROOM_PERCENT: u32 = 1000;
-/// `min_quota` where the file gives none.
-pub const DEFAULT_MIN_QUOTA: u32 = 16;
+/// `min_quota` where the file gives none: nothing that the other rules would not give. Who is
+/// refused by too low a quota is let in by these: quotas open where nobody has room, and there is
+/// more room for sources that are refused again and again.
+pub const DEFAULT_MIN_QUOTA: u32 = 1;
 /// The longest `idle` of `keepalive`, in seconds: the kernel's own.
 pub const MAX_KEEPALIVE_IDLE: u16 = 7_200;
 /// The longest `interval` of `keepalive`, in seconds.
@@ -182,10 +184,11 @@ fn write_shared(
     headroom: u32,
     least: u32,
 ) -> fmt::Result {
-    write!(
-        f,
-        "{input} + {headroom}% shared by weight, at least {least} each"
-    )
+    write!(f, "{input} + {headroom}% shared by weight")?;
+    if least > DEFAULT_MIN_QUOTA {
+        write!(f, ", at least {least} each")?;
+    }
+    Ok(())
 }
 
 impl Config {

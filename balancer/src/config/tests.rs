@@ -166,7 +166,7 @@ fn what_is_left_out_of_a_computed_quota_has_a_default() {
         clients: Some(7),
         connections_per_client: 1,
         headroom_percent: 0,
-        min_quota: 16,
+        min_quota: 1,
     };
     assert_eq!(config.services[0].quota, expected);
 }
@@ -199,11 +199,11 @@ fn rules_in_words() {
     );
     assert_eq!(
         words("    quota: {clients: 300, connections_per_client: 2, headroom: 15%}\n"),
-        "300 clients × 2 + 15% shared by weight, at least 16 each"
+        "300 clients × 2 + 15% shared by weight"
     );
     assert_eq!(
         words("    quota: {headroom: 15%}\n"),
-        "clients (not known) × 1 + 15% shared by weight, at least 16 each"
+        "clients (not known) × 1 + 15% shared by weight"
     );
     let longest = QuotaRule::Computed {
         clients: Some(u32::MAX),

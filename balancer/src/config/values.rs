@@ -272,8 +272,8 @@ pub(super) fn connections(fields: &Fields, key: &'static str) -> Result<u32> {
 
 /// What no computed quota goes below.
 pub(super) fn min_quota(fields: &Fields) -> Result<u32> {
-    let advice = format!("leave it out for {DEFAULT_MIN_QUOTA}");
-    let read = |node: &Node| node.number("min_quota", 1, MAX_CONNECTIONS, &advice);
+    let advice = "leave it out for no floor";
+    let read = |node: &Node| node.number("min_quota", 1, MAX_CONNECTIONS, advice);
     Ok(fields
         .optional("min_quota", read)?
         .unwrap_or(DEFAULT_MIN_QUOTA))

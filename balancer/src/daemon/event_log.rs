@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 
-use balancer_common::Reason;
 use balancer_common::abi::{Event, EventKind};
 use tracing::{info, warn};
 
@@ -25,13 +24,6 @@ pub fn log(event: &Event, service: &str) {
             "{service}: the kernel had no memory to register {address} (process {pid}): it serves \
              without the balancer"
         ),
-        Some(EventKind::Refused) => {
-            let reason = Reason::from_index(usize::from(event.reason));
-            let (name, meaning) = reason.map_or(("unknown", "an unknown reason"), |reason| {
-                (reason.name(), reason.meaning())
-            });
-            warn!("{service}: refused {address}: {name} ({meaning})");
-        }
         None => warn!(
             "the kernel half sent an event of unknown kind {}",
             event.kind

@@ -10,6 +10,7 @@ mod mode;
 mod neighbours;
 mod quotas;
 mod reconcile;
+mod refusal_log;
 mod requests;
 mod retry;
 mod search;

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use balancer_common::abi::ticks;
+use balancer_common::abi::{BackendState, ticks};
 use tracing::info;
 
 use crate::dataplane::{SlotQuota, SlotView, Writer, services, slots};
-use crate::quota::in_force::{in_force, written};
-use crate::quota::{InForce, Outcome, Quota, QuotaSource, ReadyBackend};
+use crate::quota::in_force::{in_force, written, written_for_server};
+use crate::quota::{InForce, Outcome, Quota, QuotaSource, ReadyBackend, server};
 use crate::sys::clock;
 
 /// The clocks of quotas that go down slowly, one for each set of quotas computed together.
@@ -49,36 +49,106 @@ impl<K: Ord + Clone> LoweringClocks<K> {
     }
 }
 
-/// The backend of a slot as the computation of quotas takes it. A quota set by hand is no previous
-/// one: it would go down slowly.
-pub fn ready_backend(slot: &SlotView, weight: u32) -> ReadyBackend {
-    let before = written(&slot.member.policy, slot.slot_state());
-    let computed = before.filter(|before| !before.source.is_by_hand());
-    let now = ticks(clock::monotonic_ns());
-    ReadyBackend {
-        weight,
-        established: slot.counted(),
-        previous: computed.map(|before| before.quota),
-        full: slot.room() == Some(0),
-        unhealthy_for: slot.unhealthy(now).map(|(_, age)| age),
-        wants_trial: slot.member.health.wants_trial(now),
+/// A process, or in a cluster a pod, with the sockets that it listens with. They share its quota.
+pub struct Server<'a> {
+    /// The listeners, in the order of their slots; at least one.
+    pub listeners: Vec<&'a SlotView>,
+    /// The server's part relative to the others of its service.
+    pub weight: u32,
+}
+
+impl<'a> Server<'a> {
+    /// Puts listeners with the same key together; servers are in the order of their first slots.
+    pub fn group<K: PartialEq>(
+        listeners: impl IntoIterator<Item = (&'a SlotView, u32)>,
+        key: impl Fn(&SlotView) -> K,
+    ) -> Vec<Self> {
+        let mut servers: Vec<(K, Self)> = Vec::new();
+        for (listener, weight) in listeners {
+            let key = key(listener);
+            match servers.iter_mut().find(|(known, _)| *known == key) {
+                Some((_, server)) => server.listeners.push(listener),
+                None => servers.push((
+                    key,
+                    Self {
+                        listeners: vec![listener],
+                        weight,
+                    },
+                )),
+            }
+        }
+        servers.into_iter().map(|(_, server)| server).collect()
+    }
+
+    /// How many sockets it listens with.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.listeners.len()).unwrap_or(u32::MAX)
+    }
+
+    fn first_slot(&self) -> u32 {
+        self.listeners[0].slot()
+    }
+
+    /// The quota that the daemon has written for it; set by hand, where one of its listeners has
+    /// it so.
+    fn written(&self) -> Option<InForce> {
+        let written = || {
+            let listeners = self.listeners.iter();
+            listeners.filter_map(|slot| written_for_server(&slot.member.policy, slot.slot_state()))
+        };
+        let by_hand = written().find(|written| written.source == QuotaSource::Backend);
+        by_hand.or_else(|| written().next())
+    }
+
+    /// The server as the computation of quotas takes it. A quota set by hand is no previous one: it
+    /// would go down slowly.
+    pub fn ready_backend(&self) -> ReadyBackend {
+        let before = self.written();
+        let computed = before.filter(|before| !before.source.is_by_hand());
+        let established = self.listeners.iter().map(|slot| slot.counted());
+        let full = |slot: &&SlotView| slot.room() == Some(0);
+        let now = ticks(clock::monotonic_ns());
+        // Where one of its sockets serves, the server lives.
+        let unhealthy = self.listeners.iter().map(|slot| slot.unhealthy(now));
+        let unhealthy: Option<Vec<Duration>> = unhealthy.map(|seen| Some(seen?.1)).collect();
+        ReadyBackend {
+            weight: self.weight,
+            established: established.fold(0, u32::saturating_add),
+            previous: computed.map(|before| before.quota),
+            full: self.listeners.iter().all(full),
+            unhealthy_for: unhealthy.and_then(|ages| ages.into_iter().min()),
+            wants_trial: self
+                .listeners
+                .iter()
+                .any(|slot| slot.member.health.wants_trial(now)),
+        }
+    }
+
+    /// What the log calls it.
+    fn name(&self) -> String {
+        let slots = self.listeners.iter().map(|slot| slot.slot().to_string());
+        let slots: Vec<_> = slots.collect();
+        match slots.as_slice() {
+            [slot] => format!("slot {slot}"),
+            _ => format!("slots {} together", slots.join(", ")),
+        }
     }
 }
 
-/// Gives a backend its weight and the quota that holds for it: `rule`, because of `why`, unless one
-/// was set by hand.
+/// Gives a server the quota that holds for it: `rule`, because of `why`, unless one was set by
+/// hand. `weight` is that of each of its listeners.
 ///
 /// # Errors
 /// When a map can't be read.
 pub fn put_in_force(
     writer: &Writer,
-    slot: &SlotView,
+    server: &Server<'_>,
     rule: InForce,
     weight: u32,
     why: &str,
 ) -> Result<()> {
-    let service = slot.member.backend.service;
-    let before = written(&slot.member.policy, slot.slot_state());
+    let service = server.listeners[0].member.backend.service;
+    let before = server.written();
     let by_hand = before.filter(|before| before.source == QuotaSource::Backend);
     let by_hand_for_all = services::quota_by_hand(&writer.tables, service)?;
     let before = before.map(|before| before.quota);
@@ -87,25 +157,39 @@ pub fn put_in_force(
         let before = before.map_or_else(|| "new".to_owned(), |before| before.to_string());
         let why = if now == rule { why } else { "set by hand" };
         info!(
-            "{}: quota of slot {}: {before} -> {} ({why})",
+            "{}: quota of {}: {before} -> {} ({why})",
             services::name(&writer.tables, service),
-            slot.slot(),
+            server.name(),
             now.quota
         );
     }
-    write(writer, slot, now, weight);
+    write(writer, server, now, weight);
     Ok(())
 }
 
-fn write(writer: &Writer, slot: &SlotView, now: InForce, weight: u32) {
-    slots::set_quota(
-        &writer.tables,
-        SlotQuota {
-            id: slot.id(),
-            in_force: now,
-            weight,
-        },
-    );
+/// Gives each listener its part.
+fn write(writer: &Writer, server: &Server<'_>, now: InForce, weight: u32) {
+    let listener = |slot: &&SlotView| server::Listener {
+        used: slot.used(),
+        part: written(&slot.member.policy, slot.slot_state()).map(|part| part.quota),
+    };
+    let listeners: Vec<_> = server.listeners.iter().map(listener).collect();
+    for (slot, part) in server
+        .listeners
+        .iter()
+        .zip(server::parts(now.quota, &listeners))
+    {
+        slots::set_quota(
+            &writer.tables,
+            SlotQuota {
+                id: slot.id(),
+                in_force: InForce { quota: part, ..now },
+                weight,
+                first_slot: server.first_slot(),
+                server_quota: now.quota,
+            },
+        );
+    }
 }
 
 /// Explains the quotas of a service, by the one that was set by hand where there is one.
@@ -159,49 +243,80 @@ pub fn set_by_hand(
         .with_context(|| {
             format!("{service} has no backend in slot {slot}; `balancer status` shows the slots")
         })?;
-    let (quota, source, message) = match quota {
-        Some(quota) => (
-            Quota::from_map(quota),
-            QuotaSource::Backend,
-            format!("the quota of slot {slot} of {service} is {quota}"),
-        ),
-        // It holds until the next computation. A computed quota would go down slowly.
-        None if own(view).is_none() => {
-            return Ok(format!(
-                "the quota of slot {slot} of {service} follows the service's, as before"
-            ));
+    let server = with_siblings(view, &slots);
+    let weight = view.member.weight();
+    let name = server.name();
+    match quota {
+        Some(quota) => {
+            let now = InForce {
+                quota: Quota::from_map(quota),
+                source: QuotaSource::Backend,
+            };
+            write(writer, &server, now, weight);
+            Ok(format!("the quota of {name} of {service} is {quota}"))
         }
-        None => (
-            view.limit().map_or(Quota::Unlimited, Quota::Limited),
-            QuotaSource::Service,
-            format!("the quota of slot {slot} of {service} follows the service's again"),
-        ),
-    };
-    write(
-        writer,
-        view,
-        InForce { quota, source },
-        writer.rules.weight_of(&view.member.backend),
-    );
-    Ok(message)
+        None => match own(&server) {
+            None => Ok(format!(
+                "the quota of {name} of {service} follows the service's, as before"
+            )),
+            // It holds until the next computation. A computed quota would go down slowly.
+            Some(quota) => {
+                let source = QuotaSource::Service;
+                write(writer, &server, InForce { quota, source }, weight);
+                Ok(format!(
+                    "the quota of {name} of {service} follows the service's again"
+                ))
+            }
+        },
+    }
 }
 
-/// The exceptions from the quota of a service: its backends whose own quota was set by hand.
+/// The first slot of a listener's server; `None`: the daemon has written none yet.
+fn first_slot(view: &SlotView) -> Option<u32> {
+    let policy = &view.member.policy;
+    let is_written = policy.is_for(view.slot_state());
+    is_written.then(|| policy.first_slot())
+}
+
+/// The server of a listener, as the daemon put it together when it wrote quotas last.
+fn with_siblings<'a>(view: &'a SlotView, slots: &'a [SlotView]) -> Server<'a> {
+    let is_sibling = |other: &&SlotView| {
+        other.slot() == view.slot()
+            || first_slot(view).is_some()
+                && first_slot(other) == first_slot(view)
+                && other.slot_state().is(BackendState::Active)
+    };
+    Server {
+        listeners: slots.iter().filter(is_sibling).collect(),
+        weight: view.member.weight(),
+    }
+}
+
+/// The exceptions from the quota of a service: its servers whose own quota was set by hand.
 fn kept_by_hand(service: &str, slots: &[SlotView]) -> String {
-    let kept = slots.iter().filter_map(|view| {
-        let own = own(view)?;
-        let slot = view.slot();
+    let key = |view: &SlotView| first_slot(view).unwrap_or_else(|| view.slot());
+    let active = slots
+        .iter()
+        .filter(|view| view.slot_state().is(BackendState::Active));
+    let servers = Server::group(active.map(|view| (view, 1)), key);
+    let kept = servers.iter().filter_map(|server| {
+        let own = own(server)?;
+        let keeps = match server.listeners.len() {
+            1 => "keeps its",
+            _ => "keep their",
+        };
+        let (name, slot) = (server.name(), server.first_slot());
         Some(format!(
-            "; slot {slot} keeps its own quota by hand, {own}, until `balancer quota clear \
-             {service} --slot {slot}`"
+            "; {name} {keeps} own quota by hand, {own}, until `balancer quota clear {service} \
+             --slot {slot}`"
         ))
     });
     kept.collect()
 }
 
-/// The quota that was set by hand for this backend alone.
-fn own(view: &SlotView) -> Option<Quota> {
-    let written = written(&view.member.policy, view.slot_state())?;
+/// The quota that was set by hand for this server alone.
+fn own(server: &Server<'_>) -> Option<Quota> {
+    let written = server.written()?;
     (written.source == QuotaSource::Backend).then_some(written.quota)
 }
 
@@ -212,8 +327,12 @@ mod tests {
     use balancer_common::decision::member::Member;
 
     fn slot(policy: SlotPolicy) -> SlotView {
+        listener(3, policy)
+    }
+
+    fn listener(slot: u32, policy: SlotPolicy) -> SlotView {
         let member = Member {
-            slot: 3,
+            slot,
             backend: Backend {
                 slot_state: SlotState::new(4, BackendState::Active).0,
                 ..Backend::EMPTY
@@ -231,8 +350,11 @@ mod tests {
     #[test]
     fn only_a_quota_of_this_generation_that_nobody_set_by_hand_goes_down_slowly() {
         let previous = |generation, source: QuotaSource| {
-            let policy = SlotPolicy::new(generation, 7, 1, source.flags());
-            ready_backend(&slot(policy), 1).previous
+            let policy = SlotPolicy::new(generation, 3, 1, source.flags()).of_server(3, 7);
+            let listeners = [slot(policy), listener(5, policy)];
+            let servers = Server::group(listeners.iter().map(|slot| (slot, 1)), |_| ());
+            assert_eq!(servers.len(), 1);
+            servers[0].ready_backend().previous
         };
         let seven = Some(Quota::Limited(7));
         assert_eq!(previous(4, QuotaSource::Computed), seven);
@@ -244,7 +366,11 @@ mod tests {
 
     #[test]
     fn a_backend_that_keeps_a_quota_by_hand_is_named_with_the_command_that_clears_it() {
-        let with = |quota, source: QuotaSource| slot(SlotPolicy::new(4, quota, 1, source.flags()));
+        let part = |number, quota, source: QuotaSource| {
+            let policy = SlotPolicy::new(4, quota, 1, source.flags());
+            listener(number, policy.of_server(3, quota))
+        };
+        let with = |quota, source| part(3, quota, source);
         let others = [
             with(5, QuotaSource::Computed),
             with(5, QuotaSource::Rule),
@@ -254,6 +380,12 @@ mod tests {
         assert_eq!(
             kept_by_hand("agents", &[with(0, QuotaSource::Backend)]),
             "; slot 3 keeps its own quota by hand, 0, until `balancer quota clear agents --slot 3`"
+        );
+        let one_server = [3, 4].map(|number| part(number, 9, QuotaSource::Backend));
+        assert_eq!(
+            kept_by_hand("agents", &one_server),
+            "; slots 3, 4 together keep their own quota by hand, 9, until `balancer quota clear \
+             agents --slot 3`"
         );
     }
 

@@ -17,12 +17,13 @@ use super::heartbeat::Heartbeat;
 use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
 use super::neighbours::ensure_sole;
+use super::refusal_log::RefusalLog;
 use super::retry::FailedPlan;
 use super::strangers::Strangers;
 use super::turned_away::TurnedAway;
 use super::warn_of_mistakes;
 use crate::config::{Config, NetnsScope};
-use crate::dataplane::{Plan, Writer, services, slots};
+use crate::dataplane::{Plan, Writer, services, slots, take_refusals};
 use crate::sys::clock;
 use crate::sys::privileges::{Kept, suffice_for};
 
@@ -85,6 +86,10 @@ pub struct Daemon {
     down: DownBackends,
     /// The file that was read last is in force only in part.
     in_part: bool,
+    /// The start of the times in `refusal_log`.
+    started: Instant,
+    /// The refusals that the log has yet to tell of.
+    refusal_log: RefusalLog,
 }
 
 impl Daemon {
@@ -106,6 +111,8 @@ impl Daemon {
             strangers: Strangers::default(),
             down: DownBackends::default(),
             in_part: false,
+            started: Instant::now(),
+            refusal_log: RefusalLog::default(),
         }
     }
 
@@ -166,6 +173,7 @@ impl Daemon {
         self.writer.loader.keep();
         self.guarded.refresh();
         let followed = log_failure(self.follow_plan());
+        log_failure(self.follow_refusals());
         if self.audit.is_none() && self.turned_away.is_due(&self.writer) {
             log_failure(self.begin_audit(Scope::Everywhere));
         }
@@ -210,21 +218,29 @@ impl Daemon {
             let name = names.entry(event.service);
             let name = name.or_insert_with_key(|service| services::name(tables, *service));
             event_log::log(event, name);
-            match EventKind::from_number(event.kind) {
-                Some(EventKind::Refused) => {
-                    if let Some(port) = services::port_of(&self.writer.tables, event.service) {
-                        let source = event.address.into();
-                        self.mode.on_refusal(event.netns, port, source);
-                    }
-                }
-                Some(_) => listeners_changed = true,
-                None => {}
-            }
+            listeners_changed |= EventKind::from_number(event.kind).is_some();
         }
         if listeners_changed {
             self.begin_round();
             log_failure(self.update());
         }
+    }
+
+    /// Takes the sources that were refused since the last tick: for the quotas of a cluster, and for
+    /// the log, which gets a line about them now and then.
+    fn follow_refusals(&mut self) -> Result<()> {
+        let tables = &self.writer.tables;
+        let now = self.started.elapsed();
+        for refused in take_refusals(tables)? {
+            self.refusal_log.add(&refused, now);
+            if let Some(port) = services::port_of(tables, refused.service) {
+                self.mode.on_refusals(port, &refused);
+            }
+        }
+        for (service, line) in self.refusal_log.lines(now) {
+            warn!("{}: {line}", services::name(tables, service));
+        }
+        Ok(())
     }
 
     /// Puts the file in force again; a bad one changes nothing. The log tells how it went, and

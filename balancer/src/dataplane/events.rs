@@ -79,10 +79,10 @@ pub fn parse(mut record: &[u8]) -> Option<Event> {
         netns: record.get_u64_ne(),
         address: Address(std::array::from_fn(|_| record.get_u32_ne())),
         port: record.get_u16_ne(),
-        reason: record.get_u16_ne(),
+        zero: record.get_u16_ne(),
         pid: record.get_u32_ne(),
         tid: record.get_u32_ne(),
-        zero: record.get_u32_ne(),
+        zeros: record.get_u32_ne(),
     })
 }
 
@@ -124,14 +124,14 @@ mod tests {
     #[test]
     fn an_event_is_read_as_the_kernel_half_lays_it_out() {
         let mut record = Vec::new();
-        record.put_u16_ne(5);
+        record.put_u16_ne(4);
         record.put_u16_ne(2);
         record.put_u32_ne(u32::MAX);
         record.put_u64_ne(77);
         record.put_slice(&[0; 10]);
         record.put_slice(&[0xff, 0xff, 10, 0, 0, 9]);
         record.put_u16_ne(43_210);
-        record.put_u16_ne(3);
+        record.put_u16_ne(0);
         record.put_u32_ne(1);
         record.put_u32_ne(2);
         record.put_u32_ne(0);
@@ -139,14 +139,11 @@ mod tests {
         let event = parse(&record).unwrap();
         assert_eq!(
             (event.kind, event.service, event.slot, event.netns),
-            (5, 2, u32::MAX, 77)
+            (4, 2, u32::MAX, 77)
         );
         let address = std::net::IpAddr::from([10, 0, 0, 9]);
         assert_eq!(std::net::IpAddr::from(event.address), address);
-        assert_eq!(
-            (event.port, event.reason, event.pid, event.tid),
-            (43_210, 3, 1, 2)
-        );
+        assert_eq!((event.port, event.pid, event.tid), (43_210, 1, 2));
         assert_eq!(parse(&record[1..]), None);
     }
 }

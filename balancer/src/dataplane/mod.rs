@@ -18,6 +18,7 @@ mod plain;
 mod plan;
 mod programs;
 mod read;
+mod refusals;
 pub mod services;
 pub mod slots;
 mod tables;
@@ -38,10 +39,11 @@ pub use read::explain::{
     Answer, Avoided, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
 };
 pub use read::snapshot::{
-    BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServiceContents,
-    ServiceSnapshot, Snapshot,
+    BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServerSnapshot,
+    ServiceContents, ServiceSnapshot, Snapshot,
 };
 pub use read::{Reader, open};
+pub use refusals::{RefusedSource, take as take_refusals};
 pub use slots::SlotQuota;
 pub use tables::{Pulse, SlotView};
 pub use writer::Writer;

@@ -14,13 +14,13 @@ use balancer_common::pool::Pool;
 use tracing::{debug, info};
 
 use super::tables::{SlotView, Tables, every_slot};
-use crate::quota::InForce;
+use crate::quota::{InForce, Quota};
 
 /// A closed slot is given away only after so long without a connection: a last one may be on its
 /// way out.
 const QUARANTINE: Duration = Duration::from_secs(1);
 
-/// The quota and weight of one backend.
+/// The quota and weight of one backend, and the server's that it is a listener of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotQuota {
     /// The backend: quota and weight are valid for its generation alone.
@@ -29,6 +29,10 @@ pub struct SlotQuota {
     pub in_force: InForce,
     /// The backend's part relative to the others of its service.
     pub weight: u32,
+    /// The slot of the server's first listener.
+    pub first_slot: u32,
+    /// The quota of the server, of which `in_force` has the backend's part.
+    pub server_quota: Quota,
 }
 
 /// Gives a backend its quota and weight, in force at the next SYN.
@@ -40,12 +44,17 @@ pub fn set_quota(tables: &Tables, wanted: SlotQuota) {
         quota.to_map(),
         wanted.weight,
         source.flags(),
-    );
+    )
+    .of_server(wanted.first_slot, wanted.server_quota.to_map());
     let present = tables.policy(slot);
-    if (present.quota, present.weight) == (policy.quota, policy.weight) {
+    let words = |policy: SlotPolicy| (policy.quota, policy.weight, policy.server);
+    if words(present) == words(policy) {
         return;
     }
-    // The quota's word carries the generation that makes both valid: it goes last.
+    // The quota's word carries the generation that makes the others valid: it goes last.
+    tables
+        .server_word(slot)
+        .store(policy.server, Ordering::SeqCst);
     tables
         .weight_word(slot)
         .store(policy.weight, Ordering::SeqCst);

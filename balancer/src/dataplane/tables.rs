@@ -101,6 +101,8 @@ pub struct Tables {
     pub exempt: LpmTrie<MapData, Plain<ExemptKey>, u32>,
     pub listeners: SockMap<MapData>,
     connections: MapData,
+    /// The refused sources.
+    pub refused: MapData,
     backends: Array<MapData, Plain<Backend>>,
     verdicts: PerCpuArray<MapData, u64>,
     states: SharedArray,
@@ -185,8 +187,12 @@ impl SlotView {
 
     /// How many more connections the backend takes; `None`: as many as come.
     pub fn room(&self) -> Option<u32> {
-        let taken = self.counted().saturating_add(self.expected());
-        self.limit().map(|limit| limit.saturating_sub(taken))
+        self.limit().map(|limit| limit.saturating_sub(self.used()))
+    }
+
+    /// Connections that count against the quota, with those that are about to be established.
+    pub fn used(&self) -> u32 {
+        self.counted().saturating_add(self.expected())
     }
 
     /// SYNs sent to it in the last 1.1 s that have not become established.
@@ -296,6 +302,7 @@ impl Tables {
             listeners: SockMap::try_from(Map::SockMap(map("LISTENERS")?))
                 .map_err(wrong("LISTENERS"))?,
             connections: map("CONNECTION")?,
+            refused: map("REFUSED")?,
             backends: Array::try_from(Map::Array(map("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
             verdicts: PerCpuArray::try_from(Map::PerCpuArray(map("VERDICTS")?))
                 .map_err(wrong("VERDICTS"))?,
@@ -402,6 +409,11 @@ impl Tables {
     /// The weight word of a slot.
     pub fn weight_word(&self, slot: u32) -> &AtomicU64 {
         self.policies.word(slot, word!(SlotPolicy.weight))
+    }
+
+    /// The word of a slot about the server that it is a listener of.
+    pub fn server_word(&self, slot: u32) -> &AtomicU64 {
+        self.policies.word(slot, word!(SlotPolicy.server))
     }
 
     fn adopted_word(&self, slot: u32) -> &AtomicU64 {
@@ -572,7 +584,8 @@ impl Tables {
             SlotPolicy {
                 quota,
                 weight,
-                adopted
+                adopted,
+                server
             }
         )
     }

@@ -391,6 +391,7 @@ mod tests {
             weight: 1,
             quota: Some(100),
             overridden: false,
+            server: None,
             established: 0,
             exempt: 0,
             pending: None,

@@ -75,10 +75,18 @@ fn refused(refused: &RefusedSource) -> Result<(), String> {
     let RefusedSource {
         first_seconds_ago: first,
         last_seconds_ago: last,
+        longest_pause_seconds: pause,
+        before_seconds_ago: before,
         ..
     } = *refused;
     within("first_seconds_ago", first, MOST_SECONDS_AGO)?;
-    within("last_seconds_ago", last, MOST_SECONDS_AGO)
+    within("last_seconds_ago", last, MOST_SECONDS_AGO)?;
+    within("longest_pause_seconds", pause, MOST_SECONDS_AGO)?;
+    within(
+        "before_seconds_ago",
+        before.unwrap_or_default(),
+        MOST_SECONDS_AGO,
+    )
 }
 
 fn group(group: &GroupId) -> Result<(), String> {

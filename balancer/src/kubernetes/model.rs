@@ -244,4 +244,10 @@ pub struct RefusedSource {
     pub first_seconds_ago: u64,
     /// How long ago it was refused last, in seconds, when the report was written.
     pub last_seconds_ago: u64,
+    /// The longest pause between two of these refusals, in seconds.
+    #[serde(default)]
+    pub longest_pause_seconds: u64,
+    /// How long ago it was refused last before the first time, in seconds, where that is known.
+    #[serde(default)]
+    pub before_seconds_ago: Option<u64>,
 }

@@ -260,6 +260,8 @@ mod tests {
                     source: "10.0.0.9".parse().unwrap(),
                     first_seconds_ago,
                     last_seconds_ago,
+                    longest_pause_seconds: 0,
+                    before_seconds_ago: None,
                 })
                 .collect(),
         }

@@ -33,7 +33,8 @@ pub struct GroupStatus {
     pub id: GroupId,
     /// Why the quotas of this node's backends are as they are.
     pub sentence: String,
-    /// How many sources are starved: refused again and again, and served by no backend.
+    /// How many sources are starved: refused again and again, and served by no backend. So many
+    /// clients at least: there may be several behind one source.
     pub starved: u32,
     /// The group's pods on all nodes.
     pub backends: Vec<BackendStatus>,

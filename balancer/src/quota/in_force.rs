@@ -74,6 +74,14 @@ pub fn written(policy: &SlotPolicy, slot_state: SlotState) -> Option<InForce> {
     })
 }
 
+/// The quota that the daemon has written for the server of the backend in a slot; `None`: none yet.
+pub fn written_for_server(policy: &SlotPolicy, slot_state: SlotState) -> Option<InForce> {
+    written(policy, slot_state).map(|part| InForce {
+        quota: Quota::from_map(policy.server_quota()),
+        ..part
+    })
+}
+
 /// The quota that was set by hand for every backend of a service.
 pub fn by_hand(service: &ServiceInfo) -> Option<Quota> {
     (service.by_hand == 1).then(|| Quota::from_map(service.quota_by_hand))

@@ -6,6 +6,7 @@ pub mod in_force;
 mod model;
 pub mod plausible;
 mod sentence;
+pub mod server;
 mod share;
 pub mod starved;
 pub mod window;

@@ -14,23 +14,6 @@ pub enum Quota {
 }
 
 impl Quota {
-    /// Shares it among so many listeners of one backend, as evenly as can be.
-    pub fn split(self, parts: u32) -> impl Iterator<Item = Self> {
-        (0..parts).map(move |part| match self {
-            Self::Unlimited => Self::Unlimited,
-            Self::Limited(limit) => Self::Limited(limit / parts + u32::from(part < limit % parts)),
-        })
-    }
-
-    /// The quota of two listeners of one backend together.
-    #[must_use]
-    pub const fn and(self, other: Self) -> Self {
-        match (self, other) {
-            (Self::Limited(one), Self::Limited(other)) => Self::Limited(one.saturating_add(other)),
-            _ => Self::Unlimited,
-        }
-    }
-
     /// The quota that a map holds as a number.
     pub const fn from_map(number: u32) -> Self {
         match number {

@@ -86,7 +86,7 @@ fn what_moved_it(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) ->
     if demand.extra > 0 {
         let extra = demand.extra;
         words.push(format!(
-            "; {extra} more each for as many sources refused for long"
+            "; every other has room for {extra} more: at least so many clients were refused for long"
         ));
     }
     words.concat()

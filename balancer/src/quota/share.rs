@@ -42,13 +42,29 @@ impl Shares {
                 *held = part.max(*held);
             }
         }
-        let with_extra = |held: &u32| held.saturating_add(demand.extra).min(MAX_CONNECTIONS);
         Self {
-            targets: held.iter().map(with_extra).collect(),
+            targets: with_room(demand, &held, backends),
             formula,
             held,
         }
     }
+}
+
+/// The parts with room for the starved on at least every other backend, those with the fewest
+/// connections for their part: each attempt finds room with one chance in two, and the fullest are
+/// left alone.
+fn with_room(demand: &Demand, held: &[u32], backends: &[ReadyBackend]) -> Vec<u32> {
+    let mut order: Vec<usize> = (0..backends.len()).collect();
+    order.sort_by_key(|index| i64::from(backends[*index].established) - i64::from(held[*index]));
+    let mut targets = held.to_vec();
+    if demand.extra == 0 {
+        return targets;
+    }
+    for index in order.into_iter().take(backends.len().div_ceil(2)) {
+        let needed = backends[index].established.saturating_add(demand.extra);
+        targets[index] = held[index].max(needed.min(MAX_CONNECTIONS));
+    }
+    targets
 }
 
 /// Each backend's part of `amount / divisor`, rounded up. There is at least one backend.

@@ -7,6 +7,7 @@ use crate::config::QuotaRule;
 
 mod cluster;
 mod in_force;
+mod simulation;
 mod starved;
 mod window;
 

@@ -308,6 +308,64 @@ pub fn map_info(map: impl AsFd) -> io::Result<MapInfo> {
     })
 }
 
+/// What was in a map.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Elements {
+    keys: Vec<u8>,
+    values: Vec<u8>,
+    key_size: usize,
+    value_size: usize,
+}
+
+impl Elements {
+    /// Key and value of each element, as they stand in memory.
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let keys = self.keys.chunks_exact(self.key_size.max(1));
+        keys.zip(self.values.chunks_exact(self.value_size.max(1)))
+    }
+}
+
+/// Takes all elements out of a hash map (`BPF_MAP_LOOKUP_AND_DELETE_BATCH`). One that is changed
+/// at that very moment may lose the change.
+///
+/// # Errors
+/// `EINVAL` or `EOPNOTSUPP` where the map is of a type that has no such batches; `InvalidInput`
+/// where the file is no map.
+pub fn map_take_all(map: impl AsFd) -> io::Result<Elements> {
+    let info = map_info(&map)?;
+    let (key_size, value_size) = (info.key_size as usize, info.value_size as usize);
+    let mut taken = Elements {
+        keys: vec![0; key_size * info.max_entries as usize],
+        values: vec![0; value_size * info.max_entries as usize],
+        key_size,
+        value_size,
+    };
+    // Where the next batch would begin: for a hash the number of a bucket
+    // (`__htab_map_lookup_and_delete_batch`, kernel/bpf/hashtab.c).
+    let mut next = 0_u32;
+    let mut attr = zeroed();
+    attr.batch.out_batch = address(&raw mut next);
+    attr.batch.keys = address(taken.keys.as_mut_ptr());
+    attr.batch.values = address(taken.values.as_mut_ptr());
+    attr.batch.count = info.max_entries;
+    attr.batch.map_fd = number(map.as_fd());
+    // SAFETY: the buffers live until the call returns, and have room for as many elements of the
+    // map's sizes as is said. The batch of a hash begins with a word.
+    let result = unsafe { bpf(bpf_cmd::BPF_MAP_LOOKUP_AND_DELETE_BATCH, &mut attr) };
+    // The end of the map is an error that comes with elements.
+    if let Err(error) = result
+        && error.raw_os_error() != Some(libc::ENOENT)
+    {
+        return Err(error);
+    }
+    // SAFETY: `batch` was the member last written, by us and by the kernel; all its bit patterns
+    // are valid integers.
+    let count = unsafe { attr.batch.count } as usize;
+    taken.keys.truncate(count * key_size);
+    taken.values.truncate(count * value_size);
+    Ok(taken)
+}
+
 /// Asks the kernel what it says of an object.
 ///
 /// # Safety

@@ -47,10 +47,10 @@ fn written(event: &Event) -> Vec<u8> {
         .iter()
         .for_each(|word| record.put_u32_ne(*word));
     record.put_u16_ne(event.port);
-    record.put_u16_ne(event.reason);
+    record.put_u16_ne(event.zero);
     record.put_u32_ne(event.pid);
     record.put_u32_ne(event.tid);
-    record.put_u32_ne(event.zero);
+    record.put_u32_ne(event.zeros);
     record
 }
 

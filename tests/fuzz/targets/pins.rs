@@ -154,6 +154,7 @@ fn member(bytes: &mut Bytes<'_>) -> Member {
             quota: bytes.u64(),
             weight: bytes.u64(),
             adopted: bytes.u64(),
+            server: bytes.u64(),
         },
         counts: Counts {
             established: bytes.u64(),

@@ -94,7 +94,8 @@ fn a_fixed_quota_below_what_stands_refuses() {
 #[test]
 fn listeners_without_a_slot_open_the_service() {
     Machine::with(|machine| {
-        let yaml = own_port("least-connections", &["quota: {per_backend: 1}"]);
+        // One process has all of them: a connection each.
+        let yaml = own_port("least-connections", &["quota: {per_backend: 256}"]);
         let balancer = Balancer::start(machine, &yaml);
         let open = |number: usize| -> Vec<_> {
             (0..number)
@@ -102,6 +103,10 @@ fn listeners_without_a_slot_open_the_service() {
                 .collect()
         };
         let mut listeners = open(256);
+        balancer.wait_until(|service| {
+            let quotas = service.backends.iter().map(|backend| backend.quota);
+            quotas.eq([Some(1); 256])
+        });
         let clients = tcp::connect_many(agents(), 256);
         assert_eq!(clients.len(), 256);
         assert!(tcp::connect(agents()).is_refused());

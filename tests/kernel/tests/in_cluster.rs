@@ -6,9 +6,10 @@ mod sick;
 mod told;
 
 use std::io::{BufRead as _, BufReader};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
@@ -895,5 +896,76 @@ fn without_pod_cgroups_a_pod_is_told_by_its_address() {
         balancer.launch();
         let _listener = cluster.listen(&pod);
         wait_for_quota(&balancer, Some(4), "/ 2 ready) = 4");
+    });
+}
+
+/// A source that comes seldom is known beside one that comes a hundred times a second.
+#[test]
+fn a_source_that_comes_seldom_is_starved_beside_a_noisy_one() {
+    with_cluster(|cluster| {
+        let (pod, balancer, _listener) =
+            cluster.one_of_two_pods("{clients: 4, headroom: 0%, min_quota: 1}");
+        wait_for_quota(&balancer, Some(2), "/ 2 ready) = 2");
+        let quiet: IpAddr = "10.99.0.2".parse().expect("an address");
+        cluster.machine.netns.add_address(quiet);
+        let _clients = cluster.clients(&pod, 2);
+        let connect = |from: IpAddr| {
+            let from = SocketAddr::new(from, 0);
+            cluster
+                .machine
+                .netns
+                .run(|| tcp::connect_from(from, pod.at()))
+        };
+        // Both are starved after five seconds, and have room after twenty.
+        let began = Instant::now();
+        let mut next = Duration::ZERO;
+        while began.elapsed() < Duration::from_secs(12) {
+            let _ = connect(CLIENT);
+            if began.elapsed() >= next {
+                assert!(connect(quiet).is_refused(), "{}", balancer.logs());
+                next += Duration::from_secs(5);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        let starved = group(&balancer).expect("a group")["starved"].clone();
+        assert_eq!(starved, 2, "{}", balancer.logs());
+        let lines = balancer.logs().matches("refused ").count();
+        assert!(
+            (2..=4).contains(&lines),
+            "{lines} lines:\n{}",
+            balancer.logs()
+        );
+    });
+}
+
+/// With what the chart sets, and without a floor.
+#[test]
+fn ten_clients_of_two_pods_are_two_apart_at_most() {
+    with_cluster(|cluster| {
+        let pods = [cluster.pod(5), cluster.pod(6)];
+        pods.iter().for_each(with_route_back);
+        cluster.serve(&pods.each_ref().map(Pod::endpoint));
+        let mut balancer = cluster.balancer("{clients: 10, headroom: 15%}");
+        balancer.launch();
+        let _listeners = pods.each_ref().map(|pod| cluster.listen(pod));
+        eventually(SETTLES_WITHIN, || {
+            let quotas: Vec<_> = balancer
+                .service()
+                .backends
+                .iter()
+                .map(|backend| backend.quota)
+                .collect();
+            ensure!(quotas == [Some(6); 2], "{quotas:?}");
+            Ok(())
+        });
+        // All of them try one first: as bad as chance can be.
+        let mut held: [Vec<TcpStream>; 2] = [Vec::new(), Vec::new()];
+        for _ in 0..10 {
+            match cluster.connect(&pods[0]).ok() {
+                Some(client) => held[0].push(client),
+                None => held[1].push(cluster.connect(&pods[1]).connected()),
+            }
+        }
+        assert_eq!(held.each_ref().map(Vec::len), [6, 4], "{}", balancer.logs());
     });
 }

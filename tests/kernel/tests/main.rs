@@ -28,6 +28,8 @@ mod policies;
 mod privileges;
 mod queue;
 mod reasons;
+mod refusals;
+mod servers;
 mod sockets;
 mod support;
 mod unhealthy;

@@ -115,32 +115,12 @@ fn each_family_goes_only_to_listeners_that_take_it() {
     });
 }
 
-/// The kernel alone would choose again in the group, and fill some beyond their quota.
-#[test]
-fn listeners_of_a_reuseport_group_are_backends_with_a_quota_each() {
-    Machine::with(|machine| {
-        let balancer = Balancer::start(
-            machine,
-            &own_port("least-connections", &["quota: {per_backend: 10}"]),
-        );
-        let mut listeners = group(4);
-        let clients = tcp::connect_many(agents(), 60);
-        assert_eq!(clients.len(), 40);
-        assert_eq!(agree(&balancer, &mut listeners), [10; 4]);
-        let slots = balancer.service().slots();
-        assert_eq!(slots.len(), 4);
-    });
-}
-
 /// As in the kernel: otherwise a local user could take connections of the network by listening on
 /// 127.0.0.1.
 #[test]
 fn candidates_are_those_of_the_destination_address() {
     Machine::with(|machine| {
-        let balancer = Balancer::start(
-            machine,
-            &own_port("least-connections", &["quota: {per_backend: 5}"]),
-        );
+        let balancer = Balancer::start(machine, &own_port("least-connections", &[]));
         let mut listeners = vec![
             Listen::on("0.0.0.0:11800").reuse_port().open(),
             Listen::on("127.0.0.1:11800").reuse_port().open(),
@@ -149,17 +129,17 @@ fn candidates_are_those_of_the_destination_address() {
         let first = tcp::connect_many(agents(), 9);
         assert_eq!(
             (first.len(), agree(&balancer, &mut listeners)),
-            (5, vec![0, 5, 0])
+            (9, vec![0, 9, 0])
         );
         let second = tcp::connect_many(at("127.0.0.2:11800"), 3);
         assert_eq!(
             (second.len(), agree(&balancer, &mut listeners)),
-            (3, vec![0, 5, 3])
+            (3, vec![0, 9, 3])
         );
         let others = tcp::connect_many(at("127.0.0.3:11800"), 9);
         assert_eq!(
             (others.len(), agree(&balancer, &mut listeners)),
-            (5, vec![5, 5, 3])
+            (9, vec![9, 9, 3])
         );
     });
 }

@@ -53,7 +53,8 @@ fn group_text(group: &GroupStatus) -> String {
     text += &wrapped("  Quota: ", &group.sentence);
     if group.starved > 0 {
         let words = format!(
-            "{} starved sources: refused again and again, and served by no pod.",
+            "at least {} starved clients: so many sources are refused again and again, and served by \
+             no pod. There may be several clients behind one (NAT).",
             group.starved
         );
         text += &wrapped("  ! ", &words);
@@ -290,7 +291,7 @@ mod tests {
         for words in [
             "the API server has been silent for 1 min 1 s",
             "! something is wrong",
-            "! 2 starved sources",
+            "! at least 2 starved clients",
             "1 min 15 s ago (!)",
             "not ready, no report yet",
             "never",

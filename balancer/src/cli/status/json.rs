@@ -66,6 +66,7 @@ struct JsonBackend<'a> {
     state: &'static str,
     weight: u32,
     quota: Option<u32>,
+    server: Option<JsonServer>,
     established: u32,
     exempt: u32,
     pending: Option<u32>,
@@ -82,6 +83,13 @@ struct JsonHealth {
     state: &'static str,
     since_ms: Option<u128>,
     reason: Option<&'static str>,
+}
+
+/// The server whose quota a backend shares with those that have the same first slot.
+#[derive(Serialize)]
+struct JsonServer {
+    first_slot: u32,
+    quota: Option<u32>,
 }
 
 /// A backend that is named and does not listen: it has no slot.
@@ -178,6 +186,10 @@ impl<'a> JsonBackend<'a> {
             state: backend.state.name(),
             weight: backend.weight,
             quota: backend.quota,
+            server: backend.server.map(|server| JsonServer {
+                first_slot: server.first_slot,
+                quota: server.quota,
+            }),
             established: backend.established,
             exempt: backend.exempt,
             pending: backend.pending,

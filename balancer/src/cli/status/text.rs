@@ -9,7 +9,7 @@ use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
     dataplane::{
         BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, FailedReload,
-        ServiceSnapshot, Snapshot,
+        ServerSnapshot, ServiceSnapshot, Snapshot,
     },
     health::reason,
 };
@@ -239,7 +239,7 @@ fn unhealthy(service: &ServiceSnapshot) -> Vec<String> {
 }
 
 fn is_closed_by_hand(backend: &BackendSnapshot) -> bool {
-    backend.overridden && backend.quota == Some(0)
+    backend.overridden && backend.server_quota() == Some(0)
 }
 
 fn is_full(backend: &BackendSnapshot) -> bool {
@@ -416,6 +416,9 @@ fn notes(service: &ServiceSnapshot) -> String {
         let words = format!("set by hand; {}", back_from_own(service));
         text += &wrapped("  * ", &words);
     }
+    for shared in shared_quotas(service) {
+        text += &wrapped("  - ", &shared);
+    }
     for down in &service.down {
         let since = down.since.map(|since| format!(" for {}", span(since)));
         let words = format!(
@@ -436,13 +439,36 @@ fn notes(service: &ServiceSnapshot) -> String {
     text
 }
 
+/// Which backends share the quota of a server, in words.
+pub(in crate::cli) fn shared_quotas(service: &ServiceSnapshot) -> Vec<String> {
+    let mut servers: Vec<(ServerSnapshot, Vec<String>)> = Vec::new();
+    let active = service.backends.iter();
+    let active = active.filter(|backend| backend.state == BackendState::Active);
+    for (backend, server) in active.filter_map(|backend| Some((backend, backend.server?))) {
+        let slot = backend.slot.to_string();
+        match servers.iter_mut().find(|(known, _)| *known == server) {
+            Some((_, slots)) => slots.push(slot),
+            None => servers.push((server, vec![slot])),
+        }
+    }
+    let shared = servers.into_iter().filter(|(_, slots)| slots.len() > 1);
+    let words = shared.filter_map(|(server, slots)| {
+        Some(format!(
+            "slots {} are listeners of one server: they share a quota of {}",
+            slots.join(", "),
+            server.quota?
+        ))
+    });
+    words.collect()
+}
+
 /// Whether the quota was set by hand for this backend, as far as one can tell, and not for the
 /// whole service.
 pub(in crate::cli) fn is_own_override(
     service: &ServiceSnapshot,
     backend: &BackendSnapshot,
 ) -> bool {
-    backend.overridden && service.quota_override != backend.quota
+    backend.overridden && service.quota_override != backend.server_quota()
 }
 
 /// How a backend gives up the quota that was set by hand for it alone, and for which.
@@ -470,7 +496,9 @@ fn note(backend: &BackendSnapshot) -> Option<&str> {
             Some("its listener is gone; its connections remain until their clients leave")
         }
         _ if !backend.steerable => Some("no connection can be steered to it"),
-        _ if backend.quota == Some(0) => Some("its quota is 0: it gets no new connections"),
+        _ if backend.server_quota() == Some(0) => {
+            Some("its quota is 0: it gets no new connections")
+        }
         _ => None,
     }
 }

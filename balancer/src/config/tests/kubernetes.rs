@@ -122,7 +122,7 @@ fail_open_after: 1m
     let expected = ClusterQuota::Shared {
         input: ClusterInput::Observed { window },
         headroom_percent: 20,
-        min_quota: 16,
+        min_quota: 1,
     };
     assert_eq!(als.quota, expected);
 }
@@ -136,7 +136,7 @@ fn quotas_by_number() {
             connections_per_client,
         },
         headroom_percent: 0,
-        min_quota: 16,
+        min_quota: 1,
     };
     assert_eq!(quota_of("{clients: 300}"), by_clients(300, 1));
     assert_eq!(
@@ -152,7 +152,7 @@ fn rules_in_words() {
     assert_eq!(words("{per_backend: 100}"), "100 for each backend");
     assert_eq!(
         words("{clients: 300, connections_per_client: 2, headroom: 15%}"),
-        "300 clients × 2 + 15% shared by weight, at least 16 each"
+        "300 clients × 2 + 15% shared by weight"
     );
     assert_eq!(
         words("{pods: [{selector: a}], min_quota: 3}"),
@@ -160,11 +160,11 @@ fn rules_in_words() {
     );
     assert_eq!(
         words("{pods: [{selector: a}, {selector: b}]}"),
-        "pods of 2 classes + 0% shared by weight, at least 16 each"
+        "pods of 2 classes + 0% shared by weight"
     );
     assert_eq!(
         words("{observed: 10m, headroom: 15%}"),
-        "the most observed in 600 seconds + 15% shared by weight, at least 16 each"
+        "the most observed in 600 seconds + 15% shared by weight"
     );
     let longest = ClusterQuota::Shared {
         input: ClusterInput::Clients {

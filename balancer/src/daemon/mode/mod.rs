@@ -4,7 +4,6 @@ mod kubernetes;
 mod standalone;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use anyhow::{Result, bail};
 
@@ -14,7 +13,7 @@ use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
 use super::down::{self, Named};
 use crate::config::Config;
-use crate::dataplane::{Plan, Writer};
+use crate::dataplane::{Plan, RefusedSource, Writer};
 use crate::kubernetes::ClusterStatus;
 
 /// Where the daemon runs.
@@ -148,10 +147,10 @@ impl Mode {
         }
     }
 
-    /// Notes that a source was refused in a network namespace, on a port.
-    pub fn on_refusal(&mut self, netns: u64, port: u16, source: IpAddr) {
+    /// Notes refusals of a source on a port.
+    pub fn on_refusals(&mut self, port: u16, refused: &RefusedSource) {
         if let Self::Kubernetes(mode) = self {
-            mode.on_refusal(netns, port, source);
+            mode.on_refusals(port, refused);
         }
     }
 

@@ -1,13 +1,13 @@
 //! Alone on a host: the configuration lists the services.
 
 use anyhow::Result;
-use balancer_common::abi::BackendState;
+use balancer_common::abi::{Address, BackendState};
 
 use super::super::attach::GuardedNetns;
-use super::super::quotas::{LoweringClocks, explain, put_in_force, ready_backend};
+use super::super::quotas::{LoweringClocks, Server, explain, put_in_force};
 use crate::config::{QuotaRule, Service};
 use crate::dataplane::{ListenAt, Plan, ServicePlan, SlotView, Writer, services};
-use crate::quota::{InForce, QuotaSource, compute};
+use crate::quota::{InForce, QuotaSource, compute, server};
 
 /// The daemon's part alone on a host.
 pub struct StandaloneMode {
@@ -53,17 +53,14 @@ impl StandaloneMode {
             let Some(id) = ids.get(&service.name) else {
                 continue;
             };
-            let ready: Vec<(&SlotView, u32)> = slots
+            let ready = slots
                 .iter()
                 .filter(|slot| slot.member.backend.service == *id)
                 .filter(|slot| slot.slot_state().is(BackendState::Active))
                 .filter(|slot| guarded.covers(slot.member.backend.netns))
-                .map(|slot| (slot, writer.rules.weight_of(&slot.member.backend)))
-                .collect();
-            let inputs: Vec<_> = ready
-                .iter()
-                .map(|(slot, weight)| ready_backend(slot, *weight))
-                .collect();
+                .map(|slot| (slot, writer.rules.weight_of(&slot.member.backend)));
+            let servers = Server::group(ready, |slot| server_of(slot, service));
+            let inputs: Vec<_> = servers.iter().map(Server::ready_backend).collect();
             let outcome = self.clocks.compute(&service.name, |waited| {
                 compute(&service.quota, &inputs, waited)
             });
@@ -71,13 +68,26 @@ impl StandaloneMode {
                 QuotaRule::Computed { .. } => QuotaSource::Computed,
                 QuotaRule::Unlimited | QuotaRule::Fixed(_) => QuotaSource::Rule,
             };
-            for ((slot, weight), quota) in ready.iter().zip(outcome.quotas) {
+            let shape = |server: &Server<'_>| (server.weight, server.count());
+            let weights = server::weights(&servers.iter().map(shape).collect::<Vec<_>>());
+            for ((server, weight), quota) in servers.iter().zip(weights).zip(outcome.quotas) {
                 let rule = InForce { quota, source };
-                put_in_force(writer, slot, rule, *weight, &outcome.sentence)?;
+                put_in_force(writer, server, rule, weight, &outcome.sentence)?;
             }
             explain(writer, *id, &outcome.sentence)?;
         }
         Ok(())
+    }
+}
+
+/// What the listeners of one server have in common: the process, where they are, and on a virtual
+/// port the address that the file lists. A process that is not known is one for each listener.
+fn server_of(slot: &SlotView, service: &Service) -> (u64, u32, u16, Option<Address>) {
+    let backend = &slot.member.backend;
+    let listed = service.backends.is_some().then_some(backend.address);
+    match backend.pid {
+        0 => (backend.netns, slot.slot(), 0, None),
+        pid => (backend.netns, pid, backend.port, listed),
     }
 }
 

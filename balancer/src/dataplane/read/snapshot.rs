@@ -17,7 +17,7 @@ use super::super::down::{DownNote, not_listened_on};
 use super::super::services;
 use super::super::tables::{SlotView, Tables, span_of, text};
 use crate::quota::InForce;
-use crate::quota::in_force::{of_service, written};
+use crate::quota::in_force::{of_service, written, written_for_server};
 use crate::sys::clock;
 
 /// The data plane at one moment.
@@ -95,6 +95,8 @@ pub struct BackendSnapshot {
     pub quota: Option<u32>,
     /// Whether the quota was set by hand, for it or for its service.
     pub overridden: bool,
+    /// The server that it is a listener of; `None`: the daemon has not put it together yet.
+    pub server: Option<ServerSnapshot>,
     /// Connections in ESTABLISHED, the exempt ones among them.
     pub established: u32,
     /// Exempt connections in ESTABLISHED.
@@ -145,6 +147,22 @@ impl BackendHealth {
         state: HealthState::Serving,
         age: Duration::ZERO,
     };
+}
+
+impl BackendSnapshot {
+    /// The quota of its server, of which it has a part; `None`: unlimited.
+    pub fn server_quota(&self) -> Option<u32> {
+        self.server.map_or(self.quota, |server| server.quota)
+    }
+}
+
+/// A process, or in a cluster a pod, whose listeners share its quota.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerSnapshot {
+    /// The slot of its first listener: the same for each of them.
+    pub first_slot: u32,
+    /// The most connections that it should hold; `None`: unlimited.
+    pub quota: Option<u32>,
 }
 
 /// What the maps hold of a service.
@@ -339,6 +357,7 @@ fn backend(member: &Member, of_service: InForce, now: u64) -> BackendSnapshot {
         weight: member.weight(),
         quota: in_force.quota.limit(),
         overridden: in_force.source.is_by_hand(),
+        server: server(member),
         established: member.counts.established(),
         exempt: member.counts.exempt(),
         pending: steerable.then(|| admission::expected(member.counts.expected, now)),
@@ -357,6 +376,14 @@ fn health(member: &Member, flags_of_service: u8, now: u64) -> Option<BackendHeal
     Some(BackendHealth {
         state: member.health.state(now),
         age: since.map_or(Duration::ZERO, |since| span_of(now.saturating_sub(since))),
+    })
+}
+
+fn server(member: &Member) -> Option<ServerSnapshot> {
+    let written = written_for_server(&member.policy, member.backend.slot_state())?;
+    Some(ServerSnapshot {
+        first_slot: member.policy.first_slot(),
+        quota: written.quota.limit(),
     })
 }
 

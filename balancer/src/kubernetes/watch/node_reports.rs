@@ -213,6 +213,8 @@ mod tests {
                 source: "10.0.0.9".parse().unwrap(),
                 first_seconds_ago: 100,
                 last_seconds_ago: 3,
+                longest_pause_seconds: 30,
+                before_seconds_ago: None,
             }],
         }
     }
@@ -268,7 +270,7 @@ mod tests {
     #[test]
     fn a_number_out_of_bounds_is_named_with_node_and_field() {
         type Change = fn(&mut NodeReport);
-        let cases: [(Change, &str); 8] = [
+        let cases: [(Change, &str); 10] = [
             (
                 |report| report.peaks[0].seconds_ago = u64::MAX,
                 "peaks[0].seconds_ago is 18446744073709551615, at most 31536000",
@@ -284,6 +286,14 @@ mod tests {
             (
                 |report| report.refused[0].last_seconds_ago = 31_536_001,
                 "refused[0].last_seconds_ago is 31536001",
+            ),
+            (
+                |report| report.refused[0].longest_pause_seconds = u64::MAX,
+                "refused[0].longest_pause_seconds",
+            ),
+            (
+                |report| report.refused[0].before_seconds_ago = Some(31_536_001),
+                "refused[0].before_seconds_ago is 31536001",
             ),
             (
                 |report| report.refused = vec![report.refused[0].clone(); 1025],

@@ -304,38 +304,32 @@ fn those_on_backends_that_leave_have_room_on_the_others() {
 }
 
 #[test]
-fn who_was_refused_for_long_finds_room_on_every_backend() {
-    let refused = Known {
-        refused_for_long: 2,
-        ..known(202, "observed")
+fn who_was_refused_for_long_finds_room_on_every_other_backend() {
+    let refused = |connections, long| Known {
+        refused_for_long: long,
+        ..known(connections, "observed")
     };
     let backends = [
         ready(1, 78, Some(78)),
-        ready(1, 78, Some(78)),
+        ready(1, 77, Some(78)),
         ready(1, 40, None),
     ];
-    let outcome = compute_cluster(&observed(15), &refused, &backends, NOW);
-    assert_eq!(limits(&outcome), [80; 3]);
+    let outcome = compute_cluster(&observed(15), &refused(202, 2), &backends, NOW);
+    assert_eq!(limits(&outcome), [78, 79, 78], "the last has room as it is");
     assert_eq!(
         outcome.sentence,
-        "ceil(202 connections (observed) × 1.15 / 3 ready) = 78; 2 more each for as many sources refused for long"
+        "ceil(202 connections (observed) × 1.15 / 3 ready) = 78; every other has room for 2 more: \
+         at least so many clients were refused for long"
     );
     assert!(!outcome.lowering);
 
     let held = [ready(1, 120, Some(80)), ready(1, 80, Some(80))];
-    let outcome = compute_cluster(
-        &observed(0),
-        &Known {
-            refused_for_long: 2,
-            ..known(160, "observed")
-        },
-        &held,
-        NOW,
-    );
-    assert_eq!(limits(&outcome), [102; 2]);
+    let outcome = compute_cluster(&observed(0), &refused(160, 25), &held, NOW);
+    assert_eq!(limits(&outcome), [100, 105]);
     assert_eq!(
         outcome.sentence,
-        "ceil(160 connections (observed) / 2 ready) = 80; held at 100 because 200 are established; 2 more each for as many sources refused for long"
+        "ceil(160 connections (observed) / 2 ready) = 80; held at 100 because 200 are established; \
+         every other has room for 25 more: at least so many clients were refused for long"
     );
 }
 
@@ -513,6 +507,27 @@ proptest! {
         let was_open = backends.iter().any(|ready| ready.previous == Some(Quota::Unlimited));
         let room = outcome.quotas.iter().zip(&backends).any(|(quota, ready)| quota.limit().is_none_or(|limit| limit > ready.established));
         prop_assert!(!was_open || room, "{:?}", outcome);
+    }
+
+    /// Who tries again and again finds room with one chance in two, and the fullest stay as they
+    /// are.
+    #[test]
+    fn the_starved_have_room_on_half_of_the_backends(
+        rule in sane_cluster_rule(),
+        known in sane_known(),
+        backends in proptest::collection::vec(sane_ready(), 2..20),
+    ) {
+        prop_assume!(known.refused_for_long > 0);
+        let without = Known { refused_for_long: 0, ..known.clone() };
+        let forgotten: Vec<ReadyBackend> = backends.iter().map(|ready| ReadyBackend { previous: None, ..*ready }).collect();
+        let quotas = limits(&compute_cluster(&rule, &known, &forgotten, NOW));
+        let before = limits(&compute_cluster(&rule, &without, &forgotten, NOW));
+        let has_room = |(quota, ready): &(&u32, &ReadyBackend)| u64::from(**quota) >= u64::from(ready.established) + u64::from(known.refused_for_long);
+        let with_room = quotas.iter().zip(&backends).filter(has_room).count();
+        prop_assert!(2 * with_room >= backends.len(), "{quotas:?}");
+        let raised = quotas.iter().zip(&before).filter(|(quota, before)| quota > before).count();
+        prop_assert!(2 * raised <= backends.len() + 1);
+        prop_assert!(quotas.iter().zip(&before).all(|(quota, before)| quota >= before));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! something, or a store into a mapped map.
 
 use std::hash::{DefaultHasher, Hash, Hasher as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 
 use testkit::fixtures::load::connect_in_turn;
 use testkit::fixtures::tcp::{self, Listen, Listener};
@@ -19,7 +19,7 @@ const SEED: &str = "BALANCER_TEST_SEED";
 const STEPS: &str = "BALANCER_TEST_STEPS";
 /// How many steps of each kind a shortened test tries.
 const TRIED: usize = 2;
-const QUOTA: usize = 8;
+const QUOTA: usize = 16;
 
 fn addresses() -> [SocketAddr; 2] {
     [agents(), at("127.0.0.2:11800")]
@@ -110,10 +110,14 @@ fn assert_whole(machine: &Machine, balancer: &Balancer, listeners: &mut [Listene
     let service = balancer.service();
     let backends = (service.backends.len(), service.active());
     assert_eq!(backends, (2, 2), "before {step}: {service:?}\n{logs}");
-    for address in addresses() {
-        let more: Vec<TcpStream> = tcp::connect_many(address, QUOTA);
-        assert_eq!(more.len(), QUOTA - 5, "before {step}: {address}\n{logs}");
-    }
+    // They are of one process and share it: the first that is full may get room of the other.
+    let more = addresses().map(|address| tcp::connect_many(address, QUOTA));
+    let more = more.iter().map(Vec::len).sum::<usize>();
+    let room = QUOTA - 10;
+    assert!(
+        (room / 2..=room).contains(&more),
+        "before {step}: {more}\n{logs}"
+    );
     assert_eq!(agree_everywhere(balancer, listeners), [5; 2]);
 }
 

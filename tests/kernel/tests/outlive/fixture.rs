@@ -46,9 +46,11 @@ pub fn full_service() -> SocketAddr {
 pub fn yaml() -> String {
     let backends: Vec<_> = (0..3).map(|n| format!("\"{}\"", backend(n))).collect();
     let backends = backends.join(", ");
+    // One process listens twice there.
+    let of_two = 2 * QUOTA;
     format!(
         "services:
-  - {{name: agents, port: 11800, policy: least-connections, quota: {{per_backend: {QUOTA}}}}}
+  - {{name: agents, port: 11800, policy: least-connections, quota: {{per_backend: {of_two}}}}}
   - {{name: als, port: 11801, policy: least-connections, backends: [{backends}], quota: {{per_backend: {QUOTA}}}}}
   - {{name: full, port: 11802, quota: {{per_backend: 2}}}}
 fail_open_after: 600s

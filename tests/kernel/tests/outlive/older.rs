@@ -271,7 +271,7 @@ fn a_connection_from_a_virtual_port_is_none_through_it() {
 #[test]
 fn a_group_of_one_process_shares_its_connections_evenly() {
     Machine::with(|machine| {
-        let yaml = own_port("least-connections", &["quota: {per_backend: 15}"]);
+        let yaml = own_port("least-connections", &["quota: {per_backend: 30}"]);
         let mut balancer = Balancer::start(machine, &yaml);
         let mut listeners = group(2);
         let mut clients = tcp::connect_many(agents(), 20);

@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::super::super::quotas::ready_backend;
+use super::super::super::quotas::Server;
 use crate::config::ClusterService;
 use crate::dataplane::SlotView;
 use crate::kubernetes::{Endpoint, GroupId, ReportedBackend, View};
-use crate::quota::{Quota, ReadyBackend, plausible};
+use crate::quota::{ReadyBackend, plausible};
 
 /// A pod that is not ready, on a node that is about to be given up for dead, has clients that have
 /// moved long since: its connections count only for a little longer than a report is renewed after.
@@ -80,24 +80,30 @@ impl<'a> Group<'a> {
                 unhealthy_for: load.and_then(|load| load.unhealthy_for),
                 wants_trial: false,
             });
-        own.iter()
-            .filter_map(|(endpoint, slots)| {
-                let listeners = slots
-                    .iter()
-                    .map(|slot| ready_backend(slot, endpoint.weight));
-                listeners.reduce(together)
-            })
-            .chain(others)
-            .collect()
+        let own = own.iter().map(|(_, server)| server.ready_backend());
+        own.chain(others).collect()
     }
 
-    /// The pods of this node that are ready, with their listeners.
-    pub fn own_ready(&self) -> Vec<(&'a Endpoint, Vec<&'a SlotView>)> {
-        let mut pods: Vec<(&Endpoint, Vec<&SlotView>)> = Vec::new();
-        for (slot, endpoint) in self.own.iter().filter(|(_, endpoint)| endpoint.ready) {
+    /// The pods of this node that are ready.
+    pub fn own_ready(&self) -> Vec<(&'a Endpoint, Server<'a>)> {
+        let mut pods = self.own_pods();
+        pods.retain(|(endpoint, _)| endpoint.ready);
+        pods
+    }
+
+    /// The pods of this node that listen.
+    pub fn own_pods(&self) -> Vec<(&'a Endpoint, Server<'a>)> {
+        let mut pods: Vec<(&Endpoint, Server<'_>)> = Vec::new();
+        for (slot, endpoint) in &self.own {
             match pods.iter_mut().find(|(pod, _)| pod.uid == endpoint.uid) {
-                Some((_, slots)) => slots.push(slot),
-                None => pods.push((endpoint, vec![slot])),
+                Some((_, server)) => server.listeners.push(slot),
+                None => pods.push((
+                    endpoint,
+                    Server {
+                        listeners: vec![slot],
+                        weight: endpoint.weight,
+                    },
+                )),
             }
         }
         pods
@@ -152,19 +158,6 @@ impl<'a> Group<'a> {
             reported: sum + elsewhere,
             estimated: (sum * ready).div_ceil(known) + elsewhere,
         })
-    }
-}
-
-/// Two listeners of one pod, which have one share.
-fn together(one: ReadyBackend, other: ReadyBackend) -> ReadyBackend {
-    let previous = [one.previous, other.previous];
-    ReadyBackend {
-        established: one.established.saturating_add(other.established),
-        previous: previous.into_iter().flatten().reduce(Quota::and),
-        full: one.full && other.full,
-        unhealthy_for: one.unhealthy_for.min(other.unhealthy_for),
-        wants_trial: one.wants_trial || other.wants_trial,
-        ..one
     }
 }
 

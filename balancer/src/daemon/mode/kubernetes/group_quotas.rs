@@ -56,10 +56,19 @@ impl GroupQuotas {
         }
     }
 
-    /// Notes that a source was refused.
-    pub fn on_refusal(&mut self, group: &GroupId, source: IpAddr) {
+    /// Notes refusals of a source, the first and the last so long ago.
+    pub fn on_refusals(
+        &mut self,
+        group: &GroupId,
+        source: IpAddr,
+        first: Duration,
+        last: Duration,
+    ) {
         let now = self.started.elapsed();
-        self.refusals.refused(group, source, now);
+        for ago in [first, last] {
+            self.refusals
+                .refused(group, source, now.saturating_sub(ago));
+        }
     }
 
     /// Windows may have other lengths from now on; what was observed comes back with the others'
@@ -87,8 +96,10 @@ impl GroupQuotas {
                 .take(MAX_REPORTED_SOURCES)
                 .map(move |refused| Refused {
                     source: refused.source,
+                    before: refused.before_seconds_ago.map(ago),
                     first: ago(refused.first_seconds_ago),
                     last: ago(refused.last_seconds_ago),
+                    longest_pause: Duration::from_secs(refused.longest_pause_seconds),
                 })
         });
         let own = self.refusals.of(group, self.started.elapsed());
@@ -100,14 +111,15 @@ impl GroupQuotas {
         let now = self.started.elapsed();
         let of_group = |group: &GroupId| {
             let mut refused = self.refusals.of(group, now);
-            // Those that are starved were refused first the longest time ago.
-            refused.sort_by_key(|refused| Reverse(refused.first));
+            refused.sort_by_key(|refused| Reverse((refused.certainly_for(), refused.first)));
             refused.truncate(MAX_REPORTED_SOURCES);
             let reported = refused.into_iter().map(|refused| RefusedSource {
                 group: group.clone(),
                 source: refused.source,
                 first_seconds_ago: refused.first.as_secs().min(MOST_SECONDS_AGO),
                 last_seconds_ago: seconds_up(refused.last),
+                longest_pause_seconds: seconds_up(refused.longest_pause),
+                before_seconds_ago: refused.before.map(|before| before.as_secs()),
             });
             reported.collect::<Vec<_>>()
         };
@@ -310,18 +322,16 @@ fn reported_peak(group: &Group<'_>, window: Duration, view: &View) -> Option<u64
 /// Puts the quotas of this node's backends in force: the ready ones come first in the outcome.
 fn put_group_in_force(group: &Group<'_>, outcome: &Outcome, writer: &Writer) -> Result<()> {
     let source = QuotaSource::Rule;
-    for ((endpoint, slots), quota) in group.own_ready().iter().zip(&outcome.quotas) {
-        let listeners = u32::try_from(slots.len())?;
-        for (slot, quota) in slots.iter().zip(quota.split(listeners)) {
-            let rule = InForce { quota, source };
-            put_in_force(writer, slot, rule, endpoint.weight, &outcome.sentence)?;
-        }
+    for ((_, server), quota) in group.own_ready().iter().zip(&outcome.quotas) {
+        let quota = *quota;
+        let rule = InForce { quota, source };
+        put_in_force(writer, server, rule, server.weight, &outcome.sentence)?;
     }
     // Nobody is sent to a pod that is not ready: who comes all the same means it.
     let quota = group.entry.quota.uncomputed();
-    for (slot, endpoint) in group.own.iter().filter(|(_, endpoint)| !endpoint.ready) {
+    for (_, server) in group.own_pods().iter().filter(|(pod, _)| !pod.ready) {
         let rule = InForce { quota, source };
-        put_in_force(writer, slot, rule, endpoint.weight, "its pod is not ready")?;
+        put_in_force(writer, server, rule, server.weight, "its pod is not ready")?;
     }
     Ok(())
 }

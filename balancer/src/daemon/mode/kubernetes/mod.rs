@@ -26,9 +26,9 @@ use self::pod_resolver::PodResolver;
 use self::untold::Untold;
 use super::super::attach::GuardedNetns;
 use super::super::down::Named;
-use super::super::quotas::{explain, put_in_force};
+use super::super::quotas::{Server, explain, put_in_force};
 use crate::config::{ClusterQuota, Kubernetes};
-use crate::dataplane::{Plan, SlotView, Writer, services};
+use crate::dataplane::{Plan, RefusedSource, SlotView, Writer, services};
 use crate::discover::{OpenNetns, source_towards};
 use crate::kubernetes::{Cluster, ClusterStatus, Endpoint, GroupId, Identity, NodeReport, View};
 use crate::quota::{InForce, Quota, QuotaSource};
@@ -244,13 +244,12 @@ impl KubernetesMode {
             let computed =
                 entry.is_some_and(|entry| matches!(entry.quota, ClusterQuota::Shared { .. }));
             if computed && slot.slot_state().is(BackendState::Active) {
-                put_in_force(
-                    writer,
-                    slot,
-                    unlimited,
-                    writer.rules.weight_of(&slot.member.backend),
-                    &why,
-                )?;
+                let weight = writer.rules.weight_of(backend);
+                let server = Server {
+                    listeners: vec![slot],
+                    weight,
+                };
+                put_in_force(writer, &server, unlimited, weight, &why)?;
                 explain(writer, backend.service, &why)?;
             }
         }
@@ -282,10 +281,17 @@ impl KubernetesMode {
         Ok(down)
     }
 
-    /// Notes that a source was refused in a network namespace, on a port.
-    pub fn on_refusal(&mut self, netns: u64, port: u16, source: IpAddr) {
-        if let Some(group) = self.pod_resolver.group(netns, port, &self.view.groups) {
-            self.quotas.on_refusal(group, source);
+    /// Notes refusals of a source on a port.
+    pub fn on_refusals(&mut self, port: u16, refused: &RefusedSource) {
+        let groups = &self.view.groups;
+        if let Some(group) = self.pod_resolver.group(refused.netns, port, groups) {
+            let RefusedSource {
+                source,
+                first,
+                last,
+                ..
+            } = *refused;
+            self.quotas.on_refusals(group, source, first, last);
         }
     }
 

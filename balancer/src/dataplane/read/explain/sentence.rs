@@ -220,6 +220,7 @@ mod tests {
                 quota: 0,
                 weight: 0,
                 adopted: 0,
+                server: 0,
             },
             counts: Counts::ZERO,
             health: Health::UNKNOWN,

@@ -116,6 +116,8 @@ fn ages_without_end_are_no_panic() {
         source: [10, 9, 0, 1].into(),
         first_seconds_ago: u64::MAX,
         last_seconds_ago: u64::MAX,
+        longest_pause_seconds: u64::MAX,
+        before_seconds_ago: Some(u64::MAX),
     };
     let report = seen.reports("b", &[("b", 30, None)]);
     report.peaks.push(peak);
