@@ -1,6 +1,7 @@
 //! Pods that do not serve: they lose their share of a computed quota, the others have room for
 //! their clients, and all nodes know.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
@@ -71,5 +72,32 @@ fn a_pod_of_another_node_loses_its_share_unless_most_do_not_serve() {
             ensure!(quota.is_some_and(|quota| quota <= 15), "{quota:?}");
             Ok(())
         });
+    });
+}
+
+/// The cluster calls it ready, and nobody listens in it.
+#[test]
+fn a_ready_pod_of_this_node_that_does_not_listen_is_down() {
+    with_cluster(|cluster| {
+        let (up, silent) = (cluster.pod(5), cluster.pod(6));
+        cluster.serve(&[up.endpoint(), silent.endpoint(), elsewhere(1)]);
+        let mut balancer = cluster.balancer("{clients: 30}");
+        balancer.launch();
+        let _listener = cluster.listen(&up);
+        let wait_for_down = |expected: &[SocketAddr]| {
+            eventually(SETTLES_WITHIN, || {
+                let status = balancer.status();
+                let service = status.services.first().context("no service yet")?;
+                let down: Vec<_> = service.down.iter().map(|down| down.address).collect();
+                ensure!(down == expected, "{service:?}\n{}", balancer.logs());
+                Ok(())
+            });
+        };
+        wait_for_down(&[silent.at()]);
+        let text = balancer.must(&["status"]);
+        let named = format!("{} is down: nobody listens there for ", silent.at());
+        assert!(text.contains(&named), "{text}");
+        let _late = cluster.listen(&silent);
+        wait_for_down(&[]);
     });
 }
