@@ -63,6 +63,9 @@ fn a_quota_set_by_hand_is_shared_too() {
         assert!(loads.iter().all(|load| (5..=6).contains(load)), "{loads:?}");
         // It stays while listeners of the server come and go.
         let joined = Listen::on(&agents()).reuse_port().open();
+        balancer.wait_until(|service| {
+            service.active() == 5 && parts(service).iter().sum::<u32>() == 22
+        });
         remains(Duration::from_secs(3), || {
             ensure!(
                 tcp::connect(agents()).is_refused(),
