@@ -264,7 +264,8 @@ impl SlotPolicy {
 pub struct Connection {
     /// The slot of the listener.
     pub slot: u16,
-    /// `Connection::…`: how this socket is counted.
+    /// `Connection::…`: how this socket is counted, and for the kernel half in the bits above
+    /// [`Connection::CLASS`] when it entered ESTABLISHED.
     pub class: u16,
     /// The generation of the slot when the listener claimed it.
     pub generation: u32,
@@ -279,6 +280,34 @@ impl Connection {
     pub const EXEMPT: u16 = 2;
     /// Taken over from another data plane: the daemon counts it.
     pub const INHERITED: u16 = 3;
+    /// The bits that say how it is counted.
+    pub const CLASS: u16 = 0xf;
+    const CLASS_BITS: u32 = Self::CLASS.count_ones();
+    /// What the bits above them hold at most.
+    const MOST_TIME: u16 = u16::MAX >> Self::CLASS_BITS;
+    /// Bits of a tick that are too fine for the time that a connection keeps.
+    const TOO_FINE: u32 = 7;
+
+    /// How this socket is counted.
+    #[inline(always)]
+    pub const fn class(&self) -> u16 {
+        self.class & Self::CLASS
+    }
+
+    /// Says how this socket is counted, and that it has just entered ESTABLISHED.
+    #[inline(always)]
+    pub const fn enter(&mut self, class: u16, now: u64) {
+        self.class = ((now >> Self::TOO_FINE) as u16) << Self::CLASS_BITS | class;
+    }
+
+    /// For how many ticks it has been established: up to 134 ms more or less, and for one that is
+    /// older than nine minutes what is left of as many nine minutes as there are.
+    #[inline(always)]
+    pub const fn age(&self, now: u64) -> u64 {
+        let entered = self.class >> Self::CLASS_BITS;
+        let age = ((now >> Self::TOO_FINE) as u16).wrapping_sub(entered);
+        ((age & Self::MOST_TIME) as u64) << Self::TOO_FINE
+    }
 
     /// The backend that it names.
     #[inline(always)]
@@ -286,6 +315,25 @@ impl Connection {
         BackendId {
             slot: self.slot as u32,
             generation: self.generation,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_connection_keeps_how_it_is_counted_and_about_when_it_came(
+            class in 0..4_u16, entered in 0..1_u64 << 44, age in 0..500_000_u64,
+        ) {
+            let mut connection = Connection { slot: 1, class: 0, generation: 2 };
+            connection.enter(class, entered);
+            prop_assert_eq!(connection.class(), class);
+            prop_assert!(connection.age(entered + age).abs_diff(age) < 1 << Connection::TOO_FINE);
+            prop_assert_eq!((connection.slot, connection.generation), (1, 2));
         }
     }
 }

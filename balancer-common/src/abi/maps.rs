@@ -121,8 +121,8 @@ pinned! {
     EXEMPT = MapShape::new(LPM_TRIE, WORD + size_of::<ExemptKey>(), WORD, 16_384).with(NO_PREALLOC);
     /// A counter for each reason of each service. Written by the kernel half.
     VERDICTS = MapShape::new(PER_CPU_ARRAY, WORD, size_of::<u64>(), MAX_SERVICES * REASON_SLOTS);
-    /// [`RefusedKey`] to [`Refusals`]. Written by the kernel half, taken out by the daemon. Room for
-    /// the sources of a second or two: where there are more, some are not seen.
+    /// [`RefusedKey`] to [`Refusals`]. Written by the kernel half, taken out by the daemon. Room
+    /// for the sources of a second or two: where there are more, some are not seen.
     REFUSED = MapShape::lru_hash::<RefusedKey, Refusals>(MAX_REFUSED_SOURCES);
     /// Records of type [`Event`](super::Event). Written by the kernel half.
     EVENTS = MapShape::new(RING_BUFFER, 0, 0, 256 * 1_024);

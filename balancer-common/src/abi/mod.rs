@@ -40,7 +40,7 @@ const _: () = {
     assert!(size_of::<Counts>() == 48);
     assert!(size_of::<Health>() == 64);
     assert!(size_of::<Members>() == 128);
-    assert!(size_of::<ServiceState>() == 32);
+    assert!(size_of::<ServiceState>() == 40);
     assert!(size_of::<RefusedKey>() == 32);
     assert!(size_of::<Refusals>() == 32);
     assert!(size_of::<Totals>() == 8);

@@ -148,7 +148,8 @@ pub struct Members {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct ServiceState {
-    /// The next ticket of round-robin. Atomic.
+    /// The next ticket of round-robin; with least-connections, the slot after the one that the last
+    /// SYN went to. Atomic.
     pub turn: u64,
     /// The sum of the weights of those that could be chosen when round-robin last added it up: it
     /// says nothing of now. Atomic.
@@ -160,6 +161,9 @@ pub struct ServiceState {
     /// How often a listener of a netns that is not known to be guarded got no slot, because there
     /// were too many of its kind. The kernel half adds. Atomic.
     pub turned_away: u64,
+    /// The slot of the backend that last ended a connection soon after it had sent little (20 bits)
+    /// | tick of that << 20; 0: none has. Written by the kernel half. Atomic.
+    pub spoke: u64,
 }
 
 /// Value of `SERVICE_INFO`: what only user space reads, so that `status` works without a daemon.

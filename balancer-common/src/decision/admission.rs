@@ -59,6 +59,8 @@ pub struct Observation {
     pub syncookies: u8,
     /// Seconds since the SYN queue last overflowed.
     pub overflow_age: u32,
+    /// Connections that have entered ESTABLISHED (`Totals::entered`), read before `queue`.
+    pub entered: u64,
 }
 
 impl Observation {
@@ -71,6 +73,7 @@ impl Observation {
         backlog: u32::MAX,
         syncookies: 0,
         overflow_age: u32::MAX,
+        entered: 0,
     };
 
     /// The accept queue is full (`sk_acceptq_is_full`, include/net/sock.h: with >=, listen(0) would
@@ -203,6 +206,9 @@ pub enum Judgement {
         /// Tick when its queue was first seen full.
         since: u64,
     },
+    /// It has accepted nothing for a while, though connections wait. Never where it is asked as
+    /// one that is avoided.
+    Stalled,
 }
 
 /// Judges one look. `enforce` is false where the quota does not matter (exempt source, stale
@@ -370,6 +376,7 @@ mod tests {
         backlog: 128,
         syncookies: 1,
         overflow_age: 500,
+        entered: 0,
     };
 
     #[test]
@@ -730,7 +737,7 @@ mod tests {
             half_open: u32, young: u32, fast_open: u32, queue: u32, backlog: u32, syncookies: u8, overflow_age: u32,
             word: u64, quota: u32, now in 0..END, established: u64, enforce: bool,
         ) {
-            let seen = Observation { half_open, young, fast_open, queue, backlog, syncookies, overflow_age };
+            let seen = Observation { half_open, young, fast_open, queue, backlog, syncookies, overflow_age, entered: 0 };
             let counts = Counts { established, expected: word, full: word, cookies: word, flood: word, handshake: word };
             judge(&seen, &counts, quota, enforce, now);
             pack_cookies(&seen, word, now);

@@ -1,9 +1,10 @@
 //! One attempt at one backend: how its socket is judged, and what that leaves in its counters.
 
-use crate::abi::{BackendState, Cookies, Counts};
+use crate::abi::{BackendState, Cookies, Health};
 use crate::decision::admission::{
     Judgement, Observation, judge, pack_cookies, pack_expected, pack_flood, pack_full, pack_over,
 };
+use crate::decision::health::{look_at_queue, pack_sent};
 use crate::decision::member::Member;
 use crate::decision::scan::Scan;
 
@@ -41,6 +42,7 @@ impl Attempt {
             Self::Judged(Judgement::OverQuota) => 6,
             Self::Judged(Judgement::QueueFull { since }) => 7 | since << KIND,
             Self::Judged(Judgement::Take) => 8,
+            Self::Judged(Judgement::Stalled) => 9,
         }
     }
 
@@ -58,6 +60,7 @@ impl Attempt {
                 since: word >> KIND,
             }),
             8 => Self::Judged(Judgement::Take),
+            9 => Self::Judged(Judgement::Stalled),
             _ => Self::Failed,
         }
     }
@@ -85,52 +88,68 @@ pub struct Outcome {
     pub writes: Writes,
 }
 
-/// New words of a backend's [`Counts`]; `None` leaves a word as it is.
+/// A word that none is: it leaves a word as it is. No `Option`, of whose absent value the compiler
+/// keeps bytes that nobody has written: Linux 6.1 refuses a program that reads such.
+pub const LEAVE: u64 = u64::MAX;
+
+/// New words of a backend's `Counts`, each of which may be [`LEAVE`], and of its [`Health`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Writes {
     /// `Counts::cookies`.
-    pub cookies: Option<u64>,
+    pub cookies: u64,
     /// `Counts::full`.
-    pub full: Option<u64>,
+    pub full: u64,
     /// `Counts::flood`, only in place of the word that was judged by: a handshake that completes
     /// on another CPU takes it back.
-    pub flood: Option<u64>,
+    pub flood: u64,
     /// `Counts::expected`.
-    pub expected: Option<Expected>,
-}
-
-/// A new word of [`Counts::expected`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Expected {
-    /// The word.
-    pub word: u64,
-    /// Only in place of this word; another one there means that another CPU was faster, and the
-    /// attempt has [`Attempt::Raced`].
-    pub instead_of: Option<u64>,
+    pub expected: u64,
+    /// The word in place of which alone `expected` is written: another one there means that another
+    /// CPU was faster, and the attempt has [`Attempt::Raced`]. [`LEAVE`]: in place of any.
+    pub instead_of: u64,
+    /// `Health::queue`.
+    pub queue: u64,
+    /// `Health::stalled`.
+    pub stalled: u64,
+    /// `Health::failing`, another one where the SYN is a trial or shows that the last one lives:
+    /// only in place of the word that was judged by, or the attempt has [`Attempt::Raced`].
+    pub failing: u64,
 }
 
 impl Writes {
-    const NONE: Self = Self {
-        cookies: None,
-        full: None,
-        flood: None,
-        expected: None,
-    };
+    /// Nothing else than what stands there.
+    #[inline(always)]
+    const fn none(health: &Health) -> Self {
+        Self {
+            cookies: LEAVE,
+            full: LEAVE,
+            flood: LEAVE,
+            expected: LEAVE,
+            instead_of: LEAVE,
+            queue: health.queue,
+            stalled: health.stalled,
+            failing: health.failing,
+        }
+    }
 
-    /// Writes the words to counters that nobody else changes.
-    pub const fn apply(&self, counts: &mut Counts) {
-        if let Some(word) = self.cookies {
-            counts.cookies = word;
+    /// Writes the words to a member that nobody else changes.
+    pub const fn apply(&self, member: &mut Member) {
+        let (counts, health) = (&mut member.counts, &mut member.health);
+        if self.cookies != LEAVE {
+            counts.cookies = self.cookies;
         }
-        if let Some(word) = self.full {
-            counts.full = word;
+        if self.full != LEAVE {
+            counts.full = self.full;
         }
-        if let Some(word) = self.flood {
-            counts.flood = word;
+        if self.flood != LEAVE {
+            counts.flood = self.flood;
         }
-        if let Some(expected) = self.expected {
-            counts.expected = expected.word;
+        if self.expected != LEAVE {
+            counts.expected = self.expected;
         }
+        health.queue = self.queue;
+        health.stalled = self.stalled;
+        health.failing = self.failing;
     }
 }
 
@@ -143,7 +162,7 @@ pub fn attempt(
     scan: &Scan,
     effort: Effort,
 ) -> Outcome {
-    let mut writes = Writes::NONE;
+    let mut writes = Writes::none(&member.health);
     let attempt = if !member.backend.slot_state().is(BackendState::Active) {
         Attempt::Gone
     } else if let Some(seen) = seen {
@@ -166,22 +185,35 @@ fn look(
     writes: &mut Writes,
 ) -> Attempt {
     let (counts, now) = (&member.counts, scan.request.now);
-    writes.cookies = pack_cookies(seen, counts.cookies, now);
+    writes.cookies = pack_cookies(seen, counts.cookies, now).unwrap_or(LEAVE);
     if must_choose_by_tuple(seen.cookies(), scan) {
         return Attempt::Cookies;
     }
+    let stalled = look_at_health(seen, member, now, writes) && scan.may_avoid_best();
     let pending = seen.pending(counts, member.quota(scan.request.quota), now);
     if effort.judging
-        && let Some(judgement) = in_vain(seen, pending, member, scan, writes)
+        && let Some(judgement) = in_vain(seen, pending, stalled, member, scan, writes)
     {
         return Attempt::Judged(judgement);
     }
     // Tells the other CPUs of the SYN that goes there.
-    writes.expected = Some(Expected {
-        word: pack_expected(pending, now),
-        instead_of: effort.yielding.then_some(scan.best_expected()),
-    });
+    writes.expected = pack_expected(pending, now);
+    if effort.yielding {
+        writes.instead_of = scan.best_expected();
+    }
+    if scan.request.health {
+        writes.failing = pack_sent(member.health.failing, now);
+    }
     Attempt::Assigned
+}
+
+/// Notes what the accept queue says of its health; whether it is stalled.
+#[inline(always)]
+fn look_at_health(seen: &Observation, member: &Member, now: u64, writes: &mut Writes) -> bool {
+    let look = look_at_queue(member.health.queue, seen.entered, seen.queue, now);
+    writes.queue = look.queue;
+    writes.stalled = look.stalled;
+    look.stalled != 0
 }
 
 /// Why it can't take the SYN, and what the look leaves then.
@@ -189,6 +221,7 @@ fn look(
 fn in_vain(
     seen: &Observation,
     pending: u32,
+    stalled: bool,
     member: &Member,
     scan: &Scan,
     writes: &mut Writes,
@@ -198,21 +231,19 @@ fn in_vain(
     match judgement {
         Judgement::Take => {
             if counts.full != 0 {
-                writes.full = Some(0);
+                writes.full = 0;
             }
-            return None;
+            return stalled.then_some(Judgement::Stalled);
         }
-        Judgement::QueueFull { since } => writes.full = Some(pack_full(since, now)),
+        Judgement::QueueFull { since } => writes.full = pack_full(since, now),
         Judgement::OverQuota => {
             // Corrects the hint that the look has found wrong.
-            writes.expected = Some(Expected {
-                word: pack_over(pending, now),
-                instead_of: None,
-            });
+            writes.expected = pack_over(pending, now);
             // By established connections alone it would not have been looked at: half-open ones
             // hold the room.
-            writes.flood = pack_flood(counts, now);
+            writes.flood = pack_flood(counts, now).unwrap_or(LEAVE);
         }
+        Judgement::Stalled => {}
     }
     Some(judgement)
 }
@@ -234,7 +265,10 @@ const fn must_choose_by_tuple(cookies: Cookies, scan: &Scan) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::abi::{Address, Backend, Health, ServicePort, SlotPolicy, SlotState, UNLIMITED};
+    use crate::abi::{
+        Address, Backend, Breaker, Counts, ServicePort, SlotPolicy, SlotState, UNLIMITED,
+    };
+    use crate::decision::health::{STALLED_FOR, pack_open};
     use crate::decision::request::{Arrival, Request};
 
     const NOW: u64 = 50_000;
@@ -246,8 +280,10 @@ mod tests {
         backlog: 128,
         syncookies: 1,
         overflow_age: 1_000,
+        entered: 0,
     };
     const FULL: Observation = Observation { queue: 129, ..IDLE };
+    const NOTHING: Writes = Writes::none(&Health::UNKNOWN);
     const USUAL: Effort = Effort {
         yielding: true,
         judging: true,
@@ -295,25 +331,23 @@ mod tests {
     fn a_syn_is_announced_only_in_place_of_the_word_that_the_scan_saw() {
         let mut member = member(5);
         let announced = |instead_of| Writes {
-            expected: Some(Expected {
-                word: pack_expected(3, NOW),
-                instead_of,
-            }),
-            ..Writes::NONE
+            expected: pack_expected(3, NOW),
+            instead_of,
+            ..NOTHING
         };
         let usual = outcome(Some(&IDLE), &member, USUAL);
         assert_eq!(usual.attempt, Attempt::Assigned);
-        assert_eq!(usual.writes, announced(Some(member.counts.expected)));
+        assert_eq!(usual.writes, announced(member.counts.expected));
         let stubborn = Effort {
             yielding: false,
             ..USUAL
         };
         let outcome_of = |member: &Member| outcome(Some(&IDLE), member, stubborn).writes;
-        assert_eq!(outcome_of(&member), announced(None));
+        assert_eq!(outcome_of(&member), announced(LEAVE));
         member.counts.full = pack_full(NOW - 9, NOW - 9);
         let emptied = Writes {
-            full: Some(0),
-            ..announced(None)
+            full: 0,
+            ..announced(LEAVE)
         };
         assert_eq!(outcome_of(&member), emptied, "its queue is full no more");
     }
@@ -323,21 +357,19 @@ mod tests {
         let over = outcome(Some(&IDLE), &member(8), USUAL);
         assert_eq!(over.attempt, Attempt::Judged(Judgement::OverQuota));
         let corrected = Writes {
-            expected: Some(Expected {
-                word: pack_over(3, NOW),
-                instead_of: None,
-            }),
-            flood: pack_flood(&member(8).counts, NOW),
-            ..Writes::NONE
+            expected: pack_over(3, NOW),
+            flood: pack_flood(&member(8).counts, NOW).unwrap_or(LEAVE),
+            ..NOTHING
         };
-        assert!(corrected.flood.is_some());
+        assert_ne!(corrected.flood, LEAVE);
         assert_eq!(over.writes, corrected);
         let full = outcome(Some(&FULL), &member(5), USUAL);
         let judgement = Judgement::QueueFull { since: NOW };
         assert_eq!(full.attempt, Attempt::Judged(judgement));
         let seen_full = Writes {
-            full: Some(pack_full(NOW, NOW)),
-            ..Writes::NONE
+            full: pack_full(NOW, NOW),
+            queue: look_at_queue(0, 0, FULL.queue, NOW).queue,
+            ..NOTHING
         };
         assert_eq!(full.writes, seen_full);
         let last = Effort {
@@ -346,7 +378,7 @@ mod tests {
         };
         let last = outcome(Some(&FULL), &member(5), last);
         assert_eq!(last.attempt, Attempt::Assigned);
-        assert!(last.writes.expected.is_some() && last.writes.full.is_none());
+        assert!(last.writes.expected != LEAVE && last.writes.full == LEAVE);
     }
 
     #[test]
@@ -358,10 +390,10 @@ mod tests {
         let found = outcome(Some(&overflowed), &member(5), USUAL);
         assert_eq!(found.attempt, Attempt::Cookies);
         let noted = Writes {
-            cookies: pack_cookies(&overflowed, 0, NOW),
-            ..Writes::NONE
+            cookies: pack_cookies(&overflowed, 0, NOW).unwrap_or(LEAVE),
+            ..NOTHING
         };
-        assert!(noted.cookies.is_some());
+        assert_ne!(noted.cookies, LEAVE);
         assert_eq!(found.writes, noted);
     }
 
@@ -375,7 +407,7 @@ mod tests {
             (None, member(9), Attempt::Assigned),
             (None, member(10), Attempt::Judged(Judgement::OverQuota)),
         ] {
-            let writes = Writes::NONE;
+            let writes = NOTHING;
             assert_eq!(outcome(seen, &member, USUAL), Outcome { attempt, writes });
         }
     }
@@ -392,8 +424,40 @@ mod tests {
             Attempt::Judged(Judgement::OverQuota),
             Attempt::Judged(Judgement::QueueFull { since: 77 }),
             Attempt::Judged(Judgement::Take),
+            Attempt::Judged(Judgement::Stalled),
         ] {
             assert_eq!(Attempt::decode(attempt.encode()), attempt);
         }
+    }
+
+    /// Nothing was accepted since the last look, which is long ago.
+    #[test]
+    fn one_that_is_found_stalled_has_the_syn_only_where_nobody_may_be_avoided() {
+        let waiting = Observation { queue: 2, ..IDLE };
+        let mark = look_at_queue(0, 0, 2, NOW - STALLED_FOR - 1).queue;
+        let mut stalled = member(5);
+        stalled.health.queue = mark;
+        let found = outcome(Some(&waiting), &stalled, USUAL);
+        assert_eq!(found.attempt, Attempt::Judged(Judgement::Stalled));
+        let until = found.writes.stalled;
+        assert!(until > NOW && found.writes.queue == mark && found.writes.expected == LEAVE);
+        // Known to be so: it was chosen because there is no other.
+        stalled.health.stalled = until;
+        let last = outcome(Some(&waiting), &stalled, USUAL);
+        assert_eq!(last.attempt, Attempt::Assigned);
+        let serves = Observation { queue: 1, ..IDLE };
+        let accepts = outcome(Some(&serves), &stalled, USUAL).writes;
+        assert_eq!(accepts.stalled, 0, "it has accepted one");
+        assert_eq!(outcome(Some(&IDLE), &stalled, USUAL).writes.queue, 0);
+    }
+
+    #[test]
+    fn the_syn_of_a_trial_takes_it_from_all_other_cpus() {
+        let mut failing = member(5);
+        failing.health.failing = pack_open(0, NOW - 2 * STALLED_FOR);
+        let word = outcome(Some(&IDLE), &failing, USUAL).writes.failing;
+        assert_eq!(Breaker::of(word), Breaker::Trial);
+        failing.health.failing = word;
+        assert_eq!(outcome(Some(&IDLE), &failing, USUAL).writes.failing, word);
     }
 }

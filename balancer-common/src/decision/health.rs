@@ -7,13 +7,13 @@ pub const STALLED_FOR: u64 = ticks_of_ms(2_000);
 /// How long the word of a look at an accept queue counts, in ticks: longer than the daemon takes
 /// from look to look.
 const STALLED_LASTS: u64 = ticks_of_ms(3_000);
+/// How much of that is left when the choice looks at it again, in ticks.
+const STALLED_UNSEEN: u64 = STALLED_LASTS - ticks_of_ms(250);
 
-/// How soon a connection must end to have failed, in milliseconds.
-pub const FAILS_WITHIN_MS: u32 = 1_000;
 /// So many failed connections are several.
 const SEVERAL: u64 = 4;
-/// How long those that entered may still be to fail, in ticks.
-const FAILS_WITHIN: u64 = ticks_of_ms(FAILS_WITHIN_MS as u64);
+/// How soon a connection must end to have failed, in ticks.
+pub const FAILS_WITHIN: u64 = ticks_of_ms(1_000);
 /// How long the breaker stays open the first time, in ticks; twice as long each time after.
 const OPEN_FIRST: u64 = ticks_of_ms(1_000);
 /// How long it stays open at most, in ticks.
@@ -23,7 +23,9 @@ const MOST_TIMES: u64 = 6;
 /// How long the SYN of a trial may take to become a connection, in ticks: it may be sent again.
 const TRIAL_ARRIVES_WITHIN: u64 = ticks_of_ms(3_000);
 /// How long a trial must live, in ticks: longer than a connection that fails.
-const TRIAL_PROVES_WITHIN: u64 = ticks_of_ms(FAILS_WITHIN_MS as u64 + 100);
+const TRIAL_PROVES_WITHIN: u64 = ticks_of_ms(1_200);
+/// How long what one backend did says that others of its service are like that, in ticks.
+const ALIKE_FOR: u64 = ticks_of_ms(60_000);
 /// How long after it has closed the breaker remembers how often it had opened, in ticks.
 const REMEMBERS_FOR: u64 = ticks_of_ms(60_000);
 
@@ -40,8 +42,8 @@ pub struct QueueLook {
 /// `Totals::entered`, read before `waiting`, the length of the accept queue (`sk_ack_backlog`).
 ///
 /// Accepted ever is what entered ever without what waits. A backend is stalled where that has not
-/// changed for [`STALLED_FOR`] and the queue was empty at none of the looks: a connection has waited
-/// for so long, and those that came after it as well.
+/// changed for [`STALLED_FOR`] and the queue was empty at none of the looks: a connection waits
+/// for as long.
 #[inline(always)]
 pub const fn look_at_queue(queue: u64, entered: u64, waiting: u32, now: u64) -> QueueLook {
     if waiting == 0 {
@@ -65,6 +67,26 @@ pub const fn look_at_queue(queue: u64, entered: u64, waiting: u32, now: u64) -> 
     QueueLook { queue, stalled }
 }
 
+impl Health {
+    /// 1 where the choice avoids it, else 0. One that was last seen stalled a while ago is looked
+    /// at again, and not given a SYN if it still is: so it is back as soon as it accepts. With SYN
+    /// cookies a trial is not avoided: its ACK must find the listener of its SYN. Without a branch,
+    /// after which the verifier would follow both ways.
+    #[inline(always)]
+    pub const fn is_avoided(&self, cookies: bool, now: u64) -> u64 {
+        const { assert!(Breaker::Trial as u8 == 2 && Breaker::Proving as u8 == 3) };
+        let is_half_open = self.failing >> 1 & 1;
+        let fails = is_before(now, tick_of(self.failing)) & !(is_half_open & cookies as u64);
+        fails | is_before(now + STALLED_UNSEEN, self.stalled) | is_before(now, self.hung)
+    }
+}
+
+/// 1 where one tick is before the other, else 0; without a branch.
+#[inline(always)]
+const fn is_before(tick: u64, other: u64) -> u64 {
+    tick.wrapping_sub(other) >> 63
+}
+
 /// How a connection left ESTABLISHED.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ending {
@@ -76,8 +98,10 @@ pub struct Ending {
     pub shutdown: u8,
     /// Bytes that the server has sent.
     pub sent: u64,
-    /// How long it was established, in milliseconds.
-    pub age_ms: u32,
+    /// Bytes that it was sent.
+    pub received: u64,
+    /// For how many ticks it was established.
+    pub age: u64,
 }
 
 impl Ending {
@@ -87,20 +111,40 @@ impl Ending {
     const SHUT_BOTH: u8 = 3;
 
     /// Whether that says that the server fails: it ended the connection first, soon after its
-    /// beginning and without a word. Health checkers and port scans end theirs themselves; a server
-    /// of one answer for each connection has sent that.
+    /// beginning, and has sent no more than it was sent. Health checkers and port scans end theirs
+    /// themselves; a server of one answer for each connection has sent that.
     #[inline(always)]
     pub const fn is_failure(&self) -> bool {
-        self.is_by_server() && self.sent == 0 && self.age_ms < FAILS_WITHIN_MS
+        self.is_by_server() && self.sent <= self.received && self.age < FAILS_WITHIN
+    }
+
+    /// Whether the server sent something before. Some servers are like that: a failure counts only
+    /// where no other of the service does it ([`is_alone`]).
+    #[inline(always)]
+    pub const fn has_spoken(&self) -> bool {
+        self.sent != 0
     }
 
     /// Whether the server ended it: it closed first, or closed and left bytes unread. Not the
-    /// client's FIN or RST, a time-out, `SOCK_DESTROY`, or a listener that closed before `accept()`.
+    /// client's FIN or RST, a time-out, `SOCK_DESTROY`, or a listener that closed over it.
     #[inline(always)]
     const fn is_by_server(&self) -> bool {
         self.state == Self::FIN_WAIT1
             || self.state == Self::CLOSE && self.error == 0 && self.shutdown == Self::SHUT_BOTH
     }
+}
+
+/// The word `ServiceState::spoke` after a backend of the service has failed though it had sent
+/// something.
+#[inline(always)]
+pub const fn pack_spoke(slot: u32, now: u64) -> u64 {
+    stamped(now, slot as u64)
+}
+
+/// Whether no other backend of the service has done so of late.
+#[inline(always)]
+pub const fn is_alone(word: u64, slot: u32, now: u64) -> bool {
+    word == 0 || beside(word) == slot as u64 || !lasts(tick_of(word), ALIKE_FOR, now)
 }
 
 /// Bits of the number of failures in the word `failures`.
@@ -176,21 +220,19 @@ pub const fn pack_open(word: u64, now: u64) -> u64 {
     pack_breaker(Breaker::Open, times, now + open_for)
 }
 
-/// The word `failing` when a SYN is sent there. `None`: leave it as it is. The SYN is a trial where
-/// the breaker was open, and the trial before has proved itself where nothing has failed since.
+/// The word `failing` when a SYN is sent there. The SYN is a trial where the breaker was open, and
+/// the trial before has proved itself where nothing has failed since.
 #[inline(always)]
-pub const fn pack_sent(word: u64, now: u64) -> Option<u64> {
+pub const fn pack_sent(word: u64, now: u64) -> u64 {
     if now < tick_of(word) {
-        return None;
+        return word;
     }
     match Breaker::of(word) {
-        Breaker::Closed => None,
-        Breaker::Open | Breaker::Trial => Some(pack_breaker(
-            Breaker::Trial,
-            times(word),
-            now + TRIAL_ARRIVES_WITHIN,
-        )),
-        Breaker::Proving => Some(pack_breaker(Breaker::Closed, times(word), now)),
+        Breaker::Closed => word,
+        Breaker::Open | Breaker::Trial => {
+            pack_breaker(Breaker::Trial, times(word), now + TRIAL_ARRIVES_WITHIN)
+        }
+        Breaker::Proving => pack_breaker(Breaker::Closed, times(word), now),
     }
 }
 
@@ -341,7 +383,8 @@ mod tests {
             error,
             shutdown,
             sent: 0,
-            age_ms: 999,
+            received: 40,
+            age: FAILS_WITHIN - 1,
         };
         // It closed, and had read all; had not; was killed.
         let by_server = [(4, 0, 2), (4, 0, 3), (7, 0, 3)];
@@ -359,12 +402,22 @@ mod tests {
         for end in by_server {
             let failed = ending(end);
             let has_lived = Ending {
-                age_ms: 1_000,
+                age: FAILS_WITHIN,
                 ..failed
             };
-            let has_answered = Ending { sent: 1, ..failed };
+            let has_answered = Ending { sent: 41, ..failed };
             assert!(!has_lived.is_failure() && !has_answered.is_failure());
+            let has_greeted = Ending { sent: 40, ..failed };
+            assert!(has_greeted.is_failure() && has_greeted.has_spoken() && !failed.has_spoken());
         }
+    }
+
+    #[test]
+    fn what_several_servers_of_a_service_do_is_held_against_none() {
+        let word = pack_spoke(7, NOW);
+        assert!(is_alone(0, 7, NOW) && is_alone(word, 7, NOW));
+        assert!(!is_alone(word, 8, NOW) && !is_alone(word, 8, NOW + ALIKE_FOR));
+        assert!(is_alone(word, 8, NOW + ALIKE_FOR + 1));
     }
 
     /// A backend's counters, and what its connections do to them.
@@ -391,9 +444,7 @@ mod tests {
 
         /// A connection comes, and fails or not.
         fn connect(&mut self, fails: bool) {
-            if let Some(word) = pack_sent(self.health.failing, self.now) {
-                self.health.failing = word;
-            }
+            self.health.failing = pack_sent(self.health.failing, self.now);
             self.entered += 1;
             if let Some(word) = pack_entered(self.health.failing, self.now) {
                 self.health.failing = word;
@@ -445,15 +496,15 @@ mod tests {
         let mut backend = Backend::NEW;
         backend.failures_until_open();
         backend.now = tick_of(backend.health.failing);
-        let sent = pack_sent(backend.health.failing, backend.now).unwrap();
+        let sent = pack_sent(backend.health.failing, backend.now);
         backend.health.failing = sent;
         assert!(backend.is_avoided(), "its SYN is on its way");
-        assert_eq!(pack_sent(sent, backend.now), None);
-        let again = pack_sent(sent, tick_of(sent)).unwrap();
+        assert_eq!(pack_sent(sent, backend.now), sent);
+        let again = pack_sent(sent, tick_of(sent));
         assert_eq!(Breaker::of(again), Breaker::Trial, "it got lost");
         backend.health.failing = pack_entered(sent, backend.now).unwrap();
         assert!(backend.is_avoided(), "it is established");
-        backend.now += FAILS_WITHIN + 200;
+        backend.now += TRIAL_PROVES_WITHIN;
         assert!(!backend.is_avoided());
         backend.connect(false);
         assert_eq!(backend.health.breaker(), Breaker::Closed);

@@ -70,6 +70,7 @@ reasons! {
     OverQuotaCookie = "over-quota-cookie", Refuse / Refuse, "every backend is at its quota while SYN cookies are in use: the RST may come after the client's connect";
     AcceptQueueFull = "accept-queue-full", Refuse / Refuse, "the backends with room do not accept: their accept queues have been full for more than a second";
     AcceptQueueGrace = "accept-queue-grace", Steer / Steer, "only a backend with a momentarily full accept queue was left: the kernel drops the SYN and the client tries again";
+    AvoidedBackend = "avoided-backend", Steer / Steer, "only a backend that is avoided (stalled, hung or failing) had room: health alone refuses nobody";
     ClosedByHand = "closed-by-hand", Refuse / Refuse, "every backend was closed by hand (quota set to 0)";
     NoBackend = "no-backend", Pass / Pass, "no live backend is known, or the kernel takes none: it decides alone, as without the balancer";
     FailOpenStale = "fail-open-stale", Steer / Steer, "it would have been refused, but the daemon has not lived for fail_open_after: let in";

@@ -43,11 +43,15 @@ pub struct Request {
     pub source: u64,
     /// Hash of the four-tuple.
     pub tuple: u64,
-    /// Ticket of round-robin: it tells whose turn it is. Other policies don't read it.
+    /// Ticket of round-robin: it tells whose turn it is. With least-connections, the slot after the
+    /// one that had the SYN before: who comes first among those with as few. Source-hash doesn't
+    /// read it.
     pub ticket: u64,
     /// The sum of the weights when it was last added up, for round-robin, or 0: it saves a pass
     /// where it is still that.
     pub weights: u64,
+    /// Whether the backends' health is regarded.
+    pub health: bool,
     /// The time, in ticks.
     pub now: u64,
 }
@@ -72,6 +76,7 @@ impl Request {
             tuple: hash::of_tuple(source, arrival.from_port, to_high ^ to_low, arrival.to_port),
             ticket,
             weights,
+            health: port.flags & ServicePort::HEALTH_OFF == 0,
             now,
         }
     }

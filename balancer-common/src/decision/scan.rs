@@ -16,6 +16,8 @@ const SLOT_BITS: u32 = 10;
 /// The low bits of a rendezvous score, given to the choice among listeners of one address.
 const SIBLINGS: u64 = 0xfff;
 const DOUBTFUL: u64 = 1 << 62;
+/// Behind all others, doubtful ones, too.
+const AVOIDED: u64 = 1 << 63;
 const NONE: u64 = u64::MAX;
 
 /// Which quotas count.
@@ -43,6 +45,8 @@ pub struct Tally {
     pub over_with_cookies: u32,
     /// Members for which SYN cookies are, or are about to be, in use.
     pub cookies: u32,
+    /// Members whose health says to avoid them.
+    pub avoided: u32,
     /// Members whose quotas were computed.
     pub computed: u32,
     /// Established connections of all members that count against their quotas.
@@ -58,6 +62,7 @@ impl Tally {
         closed: 0,
         over_with_cookies: 0,
         cookies: 0,
+        avoided: 0,
         computed: 0,
         established: 0,
         quotas: 0,
@@ -72,10 +77,18 @@ impl Tally {
             closed: zero,
             over_with_cookies: zero,
             cookies: zero,
+            avoided: zero,
             computed: zero,
             established: zero.into(),
             quotas: zero.into(),
         };
+    }
+
+    /// Whether more than half are avoided: then what is seen of them is more likely to be wrong, or
+    /// the clients' doing, than each of them, and fewer would be swamped.
+    #[inline(always)]
+    pub const fn is_panic(&self) -> bool {
+        self.avoided * 2 > self.members
     }
 
     /// Whether computed quotas are contradicted by what stands: quotas are never computed so low. A
@@ -108,6 +121,8 @@ pub struct Scan {
     /// SYN cookies are in use, or about to be: choose by four-tuple, so that the ACK finds the
     /// same listener.
     pub cookies: bool,
+    /// Backends are avoided for their health.
+    pub avoiding: bool,
     /// What was seen in this pass.
     pub tally: Tally,
     /// Sum of the weights of those that can be chosen, of the pass before.
@@ -117,6 +132,9 @@ pub struct Scan {
     /// What becomes `total`, growing in this pass.
     sum: u64,
     best: u64,
+    /// The slot that comes first among those that are equally good, and from which on keys count
+    /// slots.
+    first: u32,
     /// `Counts::expected` of the best, as the choice saw it.
     best_expected: u64,
     /// The best was chosen without its `expected`: a look at it that fails does not put it behind
@@ -139,11 +157,13 @@ impl Scan {
             request,
             enforce: Enforce::Quotas,
             cookies: false,
+            avoiding: request.health,
             tally: Tally::NONE,
             total: 0,
             turn: 0,
             sum: request.weights,
             best: NONE,
+            first: 0,
             best_expected: 0,
             best_has_no_hint: 0,
             cursor: Cursor::END,
@@ -160,6 +180,7 @@ impl Scan {
         self.request = request;
         self.enforce = enforce;
         self.cookies = false;
+        self.avoiding = request.health;
         self.sum = request.weights;
         self.forget_tried();
     }
@@ -169,6 +190,13 @@ impl Scan {
     pub fn again(&mut self) {
         self.total = self.sum;
         self.turn = self.request.ticket.checked_rem(self.total).unwrap_or(0);
+        // With cookies nothing but the four-tuple may decide.
+        let takes_turns = matches!(self.request.policy, Policy::LeastConnections) && !self.cookies;
+        self.first = if takes_turns {
+            self.request.ticket as u32
+        } else {
+            0
+        };
         self.start_over(0, 0);
     }
 
@@ -203,7 +231,7 @@ impl Scan {
         if self.best == NONE {
             None
         } else {
-            Some(self.best as u32 & (MAX_SLOTS as u32 - 1))
+            Some((self.best as u32).wrapping_add(self.first) & (MAX_SLOTS as u32 - 1))
         }
     }
 
@@ -211,6 +239,18 @@ impl Scan {
     #[inline(always)]
     pub const fn best_is_doubtful(&self) -> bool {
         self.best & DOUBTFUL != 0
+    }
+
+    /// Whether [`Scan::best`] is one that is avoided: there is no other.
+    #[inline(always)]
+    pub const fn best_is_avoided(&self) -> bool {
+        self.best & AVOIDED != 0
+    }
+
+    /// Whether another than [`Scan::best`] may be found where a look says to avoid it.
+    #[inline(always)]
+    pub const fn may_avoid_best(&self) -> bool {
+        self.avoiding && !self.best_is_avoided()
     }
 
     /// `Counts::expected` of [`Scan::best`] when it was chosen.
@@ -257,14 +297,17 @@ impl Scan {
         let quota = member.quota(self.request.quota);
         let limit = self.limit(quota);
         let cookies = opaque(cookies_near(member.counts.cookies, self.request.now));
+        let avoided = opaque(member.health.is_avoided(self.cookies, self.request.now));
+        let avoided = avoided & u64::from(self.avoiding);
         let used = member.used();
         self.tally.members += 1;
+        self.tally.avoided += avoided as u32;
         self.tally_quota(member, used, quota);
         if used >= limit {
             self.tally_over(member, quota);
         } else if !self.request.virtual_port || member.is_steerable() {
             self.tally.cookies += cookies as u32;
-            self.rank(member, used, limit, cookies);
+            self.rank(member, used, limit, cookies, avoided);
         }
     }
 
@@ -335,17 +378,19 @@ impl Scan {
 
     /// Compares a member that can be chosen with the best so far.
     #[inline(always)]
-    fn rank(&mut self, member: &Member, used: u64, limit: u64, cookies: u64) {
+    fn rank(&mut self, member: &Member, used: u64, limit: u64, cookies: u64, avoided: u64) {
         let weight = member.weight();
         let before = self.sum;
-        self.sum += u64::from(weight);
+        // Those that are avoided have no turn.
+        self.sum += u64::from(weight) & avoided.wrapping_sub(1);
         if self.has_tried && self.was_tried(member.slot) {
             return;
         }
         let expected = expected(member.counts.expected, self.request.now);
         // Before what else there is to decide: the verifier would follow every decision through it.
         let metric = self.metric(member, weight, expected, before);
-        let key = opaque(metric << SLOT_BITS | u64::from(member.slot));
+        let place = member.slot.wrapping_sub(self.first) & (MAX_SLOTS as u32 - 1);
+        let key = opaque(metric << SLOT_BITS | u64::from(place) | (avoided * AVOIDED));
         // What is expected may be the very client whose ACK this is: with it counted, the ACK of a
         // cookie would go elsewhere.
         let no_hint = cookies & u64::from(self.cookies);

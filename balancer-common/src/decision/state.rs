@@ -196,6 +196,10 @@ impl DecisionState {
                 return true;
             }
         }
+        if self.scan.avoiding && self.scan.tally.is_panic() {
+            self.scan.avoiding = false;
+            return true;
+        }
         if let Some(total) = self.scan.other_total() {
             access.remember_weights(self.scan.request.service, total);
             // Whoever comes or goes between two passes changes it again.
@@ -333,6 +337,8 @@ impl DecisionState {
             Reason::AcceptQueueGrace
         } else if !self.effort.judging {
             Reason::FailOpenError
+        } else if self.scan.best_is_avoided() {
+            Reason::AvoidedBackend
         } else if self.scan.request.virtual_port {
             Reason::Steered
         } else {

@@ -4,13 +4,14 @@ use super::admission::{
     Observation, QUEUE_GRACE, cookies_until, pack_cookies, pack_expected, pack_full,
 };
 use super::cursor::Cursor;
+use super::health::{STALLED_FOR, look_at_queue};
 use super::member::Member;
 use super::request::Request;
 use super::scan::Scan;
 use super::*;
 use crate::abi::{
-    Address, Backend, BackendState, Cookies, Counts, Health, MEMBER_WORDS, Policy, SlotPolicy,
-    SlotState, UNLIMITED,
+    Address, Backend, BackendState, Breaker, Cookies, Counts, Health, MEMBER_WORDS, Policy,
+    SlotPolicy, SlotState, UNLIMITED, stamped,
 };
 use crate::{Reason, Verdict, hash};
 use proptest::prelude::*;
@@ -60,6 +61,7 @@ const IDLE: Observation = Observation {
     backlog: 128,
     syncookies: 1,
     overflow_age: 1_000,
+    entered: 0,
 };
 
 impl Model {
@@ -142,7 +144,7 @@ impl BackendAccess for Model {
         let index = self.index(slot);
         let member = &mut self.members[index];
         let outcome = state.judge(Some(&self.sockets[index]), member);
-        outcome.writes.apply(&mut member.counts);
+        outcome.writes.apply(member);
         match outcome.attempt {
             Attempt::Assigned if self.broken.contains(&slot) => Attempt::Failed,
             attempt => attempt,
@@ -177,6 +179,7 @@ fn request(policy: Policy) -> Request {
         tuple: 9,
         ticket: 0,
         weights: 0,
+        health: true,
         now: NOW,
     }
 }
@@ -207,6 +210,38 @@ fn any_members() -> impl Strategy<Value = Vec<Member>> {
     })
 }
 
+/// The mark of a queue out of which none has been taken for long.
+const MARK: u64 = look_at_queue(0, 0, 1, NOW - STALLED_FOR - 1).queue;
+
+/// The health of one that is avoided.
+fn any_avoided() -> impl Strategy<Value = Health> {
+    let until = NOW + 1;
+    let failing = |breaker| stamped(until, breaker as u64);
+    let avoided = [
+        Health {
+            stalled: look_at_queue(MARK, 0, 1, NOW).stalled,
+            ..Health::UNKNOWN
+        },
+        Health {
+            hung: until,
+            ..Health::UNKNOWN
+        },
+        Health {
+            failing: failing(Breaker::Open),
+            ..Health::UNKNOWN
+        },
+        Health {
+            failing: failing(Breaker::Trial),
+            ..Health::UNKNOWN
+        },
+        Health {
+            failing: failing(Breaker::Proving),
+            ..Health::UNKNOWN
+        },
+    ];
+    prop::sample::select(Vec::from(avoided))
+}
+
 /// A word of counters: often one of about now.
 fn any_word() -> impl Strategy<Value = u64> {
     prop_oneof![
@@ -235,6 +270,7 @@ fn any_observation() -> impl Strategy<Value = Observation> {
                 backlog,
                 syncookies,
                 overflow_age,
+                entered: 0,
             },
         )
 }
@@ -296,6 +332,8 @@ proptest! {
             if all_hang {
                 socket.queue = socket.backlog + 1;
             }
+            member.health = Health { queue: *word.1, stalled: word.1 >> 20, failing: *word.1, hung: word.1 >> 21, ..Health::UNKNOWN };
+            socket.entered = word.1 >> 9;
             member.counts = Counts { established: *word.1 & 0xff, expected: *word.1, full: word.1 >> 3, cookies: *word.1, flood: word.1 >> 5, handshake: word.1 >> 7 };
         }
         for index in unsteerable {
@@ -314,6 +352,64 @@ proptest! {
             let nobody = virtual_port && !model.members.iter().any(steerable);
             prop_assert!(may_fail || nobody == (decision.reason == Reason::NoBackend), "{:?}", decision);
         }
+    }
+
+    /// Health alone refuses nobody: whoever is avoided is the last resort.
+    #[test]
+    fn who_is_avoided_has_a_syn_only_where_no_other_has_room(
+        members in any_members(), avoided in prop::collection::vec(any_avoided(), 40), policy in any_policy(), source: u64,
+    ) {
+        let mut model = Model::of(members.clone());
+        let number = members.len() / 2;
+        for (member, health) in model.members.iter_mut().zip(&avoided).take(number) {
+            member.health = *health;
+        }
+        let has_room = |member: &Member| member.counts.established() < member.quota(UNLIMITED);
+        let is_avoided = |slot: u32| (slot as usize) < number;
+        let decision = model.decide(from_source(policy, source));
+        let rooms = || members.iter().filter(|member| has_room(member));
+        if rooms().any(|member| !is_avoided(member.slot)) {
+            prop_assert_eq!(decision.reason, Reason::Steered);
+            prop_assert!(!is_avoided(decision.slot.unwrap()), "{decision:?}");
+        } else if rooms().next().is_some() {
+            prop_assert_eq!(decision.reason, Reason::AvoidedBackend);
+        } else {
+            prop_assert_eq!(decision.verdict, Verdict::Refuse);
+        }
+    }
+
+    #[test]
+    fn where_more_than_half_are_avoided_nobody_is(
+        members in any_members(), avoided in prop::collection::vec(any_avoided(), 40), policy in any_policy(), source: u64, off: bool,
+    ) {
+        let mut healthy = Model::of(members.clone());
+        let mut model = Model::of(members);
+        let number = if off { 1 } else { model.members.len() / 2 + 1 };
+        for (member, health) in model.members.iter_mut().zip(&avoided).take(number) {
+            member.health = *health;
+        }
+        let asked = Request { health: !off, ..from_source(policy, source) };
+        prop_assert_eq!(model.decide(asked), healthy.decide(asked));
+    }
+
+    /// Connections one after the other, each closed before the next.
+    #[test]
+    fn ties_go_round(slots in prop::collection::btree_set(0..1_024_u32, 1..20), turn in 0..1_025_u64, rounds in 1..4_usize) {
+        let mut model = Model::of(slots.iter().map(|slot| Member { slot: *slot, ..member(0, 3, UNLIMITED, 1) }));
+        let mut ticket = turn;
+        let mut had = Vec::new();
+        for _ in 0..rounds * slots.len() {
+            let decision = model.decide(Request { ticket, ..request(Policy::LeastConnections) });
+            for member in &mut model.members {
+                member.counts.expected = 0;
+            }
+            let slot = decision.slot.unwrap();
+            ticket = u64::from(slot) + 1;
+            had.push(slot);
+        }
+        had.sort_unstable();
+        let each_as_often: Vec<u32> = slots.iter().flat_map(|slot| std::iter::repeat_n(*slot, rounds)).collect();
+        prop_assert_eq!(had, each_as_often);
     }
 
     #[test]
@@ -811,4 +907,80 @@ fn with_nobody_to_take_it_nobody_is_said_to_be_let_in() {
         assert_eq!(model.decide_in(asked, flags), nobody);
         assert_eq!(Model::of([]).decide_in(asked, flags), nobody);
     }
+}
+
+/// A backend whose breaker has been open for long enough.
+fn on_trial(slot: u32) -> Member {
+    Member {
+        health: Health {
+            failing: stamped(NOW - 1, Breaker::Open as u64),
+            ..Health::UNKNOWN
+        },
+        ..member(slot, 0, UNLIMITED, 1)
+    }
+}
+
+#[test]
+fn one_syn_is_the_trial_and_the_next_goes_elsewhere() {
+    for policy in [Policy::LeastConnections, Policy::RoundRobin] {
+        let others = (1..3).map(|slot| member(slot, 5, UNLIMITED, 1));
+        let mut model = Model::of([on_trial(0)].into_iter().chain(others));
+        let mut trials = 0;
+        for ticket in 0..12 {
+            let asked = Request {
+                ticket,
+                ..request(policy)
+            };
+            trials += u32::from(model.connect(asked).slot == Some(0));
+        }
+        assert_eq!(trials, 1, "{}", policy.name());
+        assert_eq!(model.members[0].health.breaker(), Breaker::Trial);
+        assert!((10..=11).contains(&model.members[1].counts.established()));
+    }
+}
+
+/// The SYN of the trial was answered with a cookie: its ACK finds it.
+#[test]
+fn with_cookies_the_ack_of_a_trial_finds_the_listener_of_its_syn() {
+    let mut trials = 0;
+    for source in 0..100 {
+        let others = (1..3).map(|slot| member(slot, 5, UNLIMITED, 1));
+        let mut model = Model::of([on_trial(0)].into_iter().chain(others));
+        for member in &mut model.members {
+            member.counts.cookies = cookies_until(Cookies::InUse, NOW + 10);
+        }
+        let of = |ticket| Request {
+            ticket,
+            ..from_source(Policy::LeastConnections, source)
+        };
+        let at_syn = model.decide(of(1)).slot;
+        assert_eq!(model.decide(of(2)).slot, at_syn, "client {source}");
+        trials += u32::from(at_syn == Some(0));
+    }
+    assert!((15..60).contains(&trials), "{trials}");
+}
+
+#[test]
+fn those_found_stalled_by_a_look_are_steered_around_until_most_are() {
+    let mut model = Model::of((0..3).map(|slot| member(slot, slot, UNLIMITED, 1)));
+    let waiting = Observation { queue: 1, ..IDLE };
+    for index in 0..2 {
+        model.sockets[index] = waiting;
+        model.members[index].health.queue = MARK;
+    }
+    let asked = request(Policy::LeastConnections);
+    // The first look finds one of three, the second another: two of three are more than half.
+    model.sockets[1] = IDLE;
+    assert_eq!(model.decide(asked), Decision::steer(1, Reason::Steered));
+    model.sockets[1] = waiting;
+    model.members[1].health.queue = MARK;
+    assert_eq!(model.decide(asked), Decision::steer(0, Reason::Steered));
+    assert!(
+        model
+            .members
+            .iter()
+            .filter(|member| member.health.stalled > NOW)
+            .count()
+            == 2
+    );
 }

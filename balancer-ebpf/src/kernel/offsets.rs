@@ -33,6 +33,10 @@ constants! {
     AT_NET: u32;
     /// `net.ipv4.sysctl_tcp_syncookies`.
     AT_SYNCOOKIES: u32;
+    /// `sock.sk_err`.
+    AT_ERROR: u32;
+    /// `sock.sk_shutdown`.
+    AT_SHUTDOWN: u32;
     /// `sock.sk_uid`.
     AT_UID: u32;
     /// The byte of `sock_common.skc_ipv6only`.

@@ -58,9 +58,9 @@ impl TcpSocket {
         }
     }
 
-    /// The half-open connections and queues of a listener.
+    /// The half-open connections and queues of a listener; `entered` is `Totals::entered`.
     #[inline(always)]
-    pub fn observe(&self) -> Observation {
+    pub fn observe(&self, entered: u64) -> Observation {
         let hz = constant!(HZ);
         let overflow = self.overflow();
         // SAFETY: a helper without arguments.
@@ -76,7 +76,17 @@ impl TcpSocket {
             backlog: field!(self.0, AT_BACKLOG as u32),
             syncookies: self.syncookies(),
             overflow_age: if unknown { u32::MAX } else { age / hz },
+            entered,
         }
+    }
+
+    /// `sk_err` and `sk_shutdown`.
+    #[inline(always)]
+    pub fn end(&self) -> (u32, u8) {
+        (
+            field!(self.0, AT_ERROR as u32),
+            field!(self.0, AT_SHUTDOWN as u8),
+        )
     }
 
     /// Jiffies (32 bits) of the last overflow of its SYN queue.

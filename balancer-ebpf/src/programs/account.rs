@@ -7,10 +7,13 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockOpsContext;
 use balancer_common::abi::{
-    Address, Backend, BackendId, BackendState, Connection, Counts, Disowned, EventKind, ListenRule,
-    MAX_CONNECTIONS_OF_CANDIDATE, MEMBER_WORDS, SlotState, ticks,
+    Address, Backend, BackendId, BackendState, Breaker, Connection, Counts, Disowned, EventKind,
+    Health, ListenRule, MAX_CONNECTIONS_OF_CANDIDATE, MEMBER_WORDS, SlotState, ticks,
 };
 use balancer_common::decision::admission::{is_expected, is_held, pack_handshake};
+use balancer_common::decision::health::{
+    Ending, FAILS_WITHIN, Failed, after_failure, is_alone, pack_entered, pack_open, pack_spoke,
+};
 
 use super::claim::{NONE, claim, is_confirmed, is_policy_needed};
 use super::keepalive;
@@ -67,7 +70,8 @@ fn accepted(ctx: &SockOpsContext) {
 }
 
 /// Whether one more connection of a packed [`BackendId`] is counted: the slot is still its own, and
-/// it is not a stranger with very many, or one that the daemon has given up. Global like [`account_rule`].
+/// it is not a stranger with very many, or one that the daemon has given up. Global like
+/// [`account_rule`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn account_is_counted(id: u64) -> u32 {
@@ -110,7 +114,7 @@ fn state_changed(ctx: &SockOpsContext) {
     } else if new == ESTABLISHED {
         entered(ctx, connection);
     } else if old == ESTABLISHED {
-        left(connection);
+        left(ctx, connection, new);
     }
 }
 
@@ -134,7 +138,8 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
         return;
     }
     let class = class_of(shared!(backend, service), &remote(ctx));
-    connection.class = class;
+    let now = now();
+    connection.enter(class, now);
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     unsafe { atomic::add(&raw mut (*counts).established, share(class)) };
     // Its listener has closed meanwhile, and the slot was given away: see `account_free`.
@@ -150,6 +155,7 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::add(&raw mut (*totals).entered, 1) };
     }
+    proves(slot, now);
     // It is no longer expected. Counted first, so that it is never missing from both.
     if is_expected(shared!(counts, expected)) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
@@ -157,7 +163,20 @@ fn entered(ctx: &SockOpsContext, connection: &mut Connection) {
     }
     // Exempt ones are let in whatever the room: they say nothing of those that hold it.
     if class == Connection::COUNTED {
-        completed(ctx, counts);
+        completed(ctx, counts, now);
+    }
+}
+
+/// A connection was established: where a trial was awaited, it is the one.
+#[inline(always)]
+fn proves(slot: u32, now: u64) {
+    let Some(health) = HEALTH.get_ptr_mut(slot) else {
+        return;
+    };
+    let word = shared!(health, failing);
+    if let Some(proving) = pack_entered(word, now) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+        unsafe { atomic::replace(&raw mut (*health).failing, word, proving) };
     }
 }
 
@@ -174,10 +193,8 @@ fn class_of(service: u16, source: &Address) -> u16 {
 
 /// A handshake was completed: those under way are no flood, and this is how long one takes.
 #[inline(always)]
-fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
+fn completed(ctx: &SockOpsContext, counts: *mut Counts, now: u64) {
     let flood = shared!(counts, flood);
-    // SAFETY: a helper without arguments.
-    let now = ticks(unsafe { bpf_ktime_get_ns() });
     if is_held(flood, now) {
         // SAFETY: the pointer is to an element of a map, which lives as long as the program.
         unsafe { atomic::replace(&raw mut (*counts).flood, flood, 0) };
@@ -196,23 +213,110 @@ fn completed(ctx: &SockOpsContext, counts: *mut Counts) {
 }
 
 #[inline(always)]
-fn left(connection: &mut Connection) {
+fn left(ctx: &SockOpsContext, connection: &mut Connection, state: u32) {
     let slot = u32::from(connection.slot);
     let (Some(backend), Some(counts)) = (BACKENDS.get_ptr(slot), COUNTS.get_ptr_mut(slot)) else {
         return;
     };
-    let counted = connection.class == Connection::COUNTED || connection.class == Connection::EXEMPT;
+    let class = connection.class();
+    let counted = class == Connection::COUNTED || class == Connection::EXEMPT;
     if !counted || slot_state(backend).generation() != connection.generation {
         return;
     }
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    unsafe {
-        atomic::add(
-            &raw mut (*counts).established,
-            share(connection.class).wrapping_neg(),
-        )
-    };
+    unsafe { atomic::add(&raw mut (*counts).established, share(class).wrapping_neg()) };
+    let age = connection.age(now());
     connection.class = Connection::UNCOUNTED;
+    if has_failed(ctx, shared!(backend, service), slot, state, age) {
+        account_failed(slot);
+    }
+}
+
+/// Whether a connection of a slot that left ESTABLISHED to a state says that its server fails.
+#[inline(always)]
+fn has_failed(ctx: &SockOpsContext, service: u16, slot: u32, state: u32, age: u64) -> bool {
+    let socket = socket(ctx);
+    if age >= FAILS_WITHIN || socket.is_null() {
+        return false;
+    }
+    let Some(tcp) = TcpSocket::of(socket) else {
+        return false;
+    };
+    let ops: *const bpf_sock_ops = ctx.ops;
+    let unacked = context!(ops, snd_nxt).wrapping_sub(context!(ops, snd_una));
+    let (error, shutdown) = tcp.end();
+    let ending = Ending {
+        state,
+        error,
+        shutdown,
+        sent: context!(ops, bytes_acked) + u64::from(unacked),
+        received: context!(ops, bytes_received),
+        age,
+    };
+    ending.is_failure() && (!ending.has_spoken() || spoke_alone(service, slot))
+}
+
+/// Notes that a backend failed though it had sent something; whether no other of its service does.
+#[inline(always)]
+fn spoke_alone(service: u16, slot: u32) -> bool {
+    let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(service)) else {
+        return false;
+    };
+    let (word, now) = (shared!(state, spoke), now());
+    // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+    unsafe { atomic::store(&raw mut (*state).spoke, pack_spoke(slot, now)) };
+    is_alone(word, slot, now)
+}
+
+/// The time, in ticks.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    ticks(unsafe { bpf_ktime_get_ns() })
+}
+
+/// Counts a failed connection of a slot, and opens its breaker where they are several; says whether
+/// it did. One that another CPU is faster than is not counted: others will fail. Global like
+/// [`account_rule`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn account_failed(slot: u32) -> u32 {
+    let (Some(health), Some(totals)) = (HEALTH.get_ptr_mut(slot), TOTALS.get_ptr(slot)) else {
+        return 0;
+    };
+    let now = now();
+    let seen = Health {
+        failures: shared!(health, failures),
+        failing: shared!(health, failing),
+        ..Health::UNKNOWN
+    };
+    match after_failure(&seen, shared!(totals, entered), now) {
+        Failed::Late => 0,
+        Failed::Counts(word) => {
+            // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+            unsafe { atomic::replace(&raw mut (*health).failures, seen.failures, word) };
+            0
+        }
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+        Failed::Opens => u32::from(unsafe { open(health, &seen, now) }),
+    }
+}
+
+/// Opens the breaker; false if another CPU was faster.
+///
+/// # Safety
+/// `health` points to an element of HEALTH.
+#[inline(always)]
+unsafe fn open(health: *mut Health, seen: &Health, now: u64) -> bool {
+    // SAFETY: by this function's contract. Other CPUs change the words atomically, too.
+    unsafe {
+        if matches!(seen.breaker(), Breaker::Closed) {
+            atomic::store(&raw mut (*health).failing_since, now);
+        }
+        atomic::store(&raw mut (*health).failures, 0);
+        let word = pack_open(seen.failing, now);
+        atomic::replace(&raw mut (*health).failing, seen.failing, word)
+    }
 }
 
 #[inline(always)]

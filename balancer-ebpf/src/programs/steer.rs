@@ -9,7 +9,7 @@ use balancer_common::abi::{
     Address, Backend, Counts, ExemptKey, Health, Heartbeat, MAX_SLOTS, MEMBER_WORDS, Members,
     Policy, PortKey, REASON_SLOTS, ServicePort, SlotPolicy, ticks,
 };
-use balancer_common::decision::attempt::{Expected, Writes};
+use balancer_common::decision::attempt::{LEAVE, Writes};
 use balancer_common::decision::cursor::{Cursor, Step};
 use balancer_common::decision::member::Member;
 use balancer_common::decision::request::{Arrival, Request};
@@ -20,7 +20,7 @@ use balancer_common::decision::{
 use balancer_common::{Reason, Verdict, opaque};
 use core::convert::Infallible;
 use core::ffi::c_void;
-use core::ptr::read_volatile;
+use core::ptr::{read_volatile, write_volatile};
 
 use crate::events;
 use crate::kernel::atomic;
@@ -31,7 +31,7 @@ use crate::kernel::shared::shared;
 use crate::kernel::socket::{TcpSocket, listens};
 use crate::maps::{
     BACKENDS, COUNTS, EXEMPT, HEALTH, HEARTBEAT, LISTENERS, MEMBERS, POLICY, SERVICE_STATE,
-    SERVICES, VERDICTS,
+    SERVICES, TOTALS, VERDICTS,
 };
 
 const SK_DROP: u32 = 0;
@@ -64,6 +64,9 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         }
         None => unjudged(ctx, &port),
     };
+    if let Some(slot) = decision.slot {
+        keep_turn(&port, slot);
+    }
     count(port.service, decision.reason);
     match decision.verdict {
         Verdict::Pass | Verdict::Steer => SK_PASS,
@@ -146,18 +149,33 @@ fn service_of(lookup: *const bpf_sk_lookup) -> Option<ServicePort> {
     found
 }
 
-/// For round-robin a look-up's own ticket, so that no two CPUs have the same turn, and what the
-/// weights added up to.
+/// The ticket of a look-up, and what the weights added up to. For round-robin the ticket is its
+/// own, so that no two CPUs have the same turn.
 #[inline(always)]
 fn next_ticket(port: &ServicePort) -> (u64, u64) {
-    if matches!(Policy::from_number(port.policy), Policy::RoundRobin)
+    let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(port.service)) else {
+        return (0, 0);
+    };
+    match Policy::from_number(port.policy) {
+        Policy::RoundRobin => {
+            // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+            let ticket = unsafe { atomic::add(&raw mut (*state).turn, 1) };
+            (ticket, shared!(state, weights))
+        }
+        Policy::LeastConnections => (shared!(state, turn), 0),
+        Policy::SourceHash => (0, 0),
+    }
+}
+
+/// With least-connections, the slot after this one comes first among those that have as few.
+#[inline(always)]
+fn keep_turn(port: &ServicePort, slot: u32) {
+    if matches!(Policy::from_number(port.policy), Policy::LeastConnections)
         && let Some(state) = SERVICE_STATE.get_ptr_mut(u32::from(port.service))
     {
-        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-        let ticket = unsafe { atomic::add(&raw mut (*state).turn, 1) };
-        (ticket, shared!(state, weights))
-    } else {
-        (0, 0)
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program. A word
+        // is written as one.
+        unsafe { write_volatile(&raw mut (*state).turn, u64::from(slot) + 1) };
     }
 }
 
@@ -395,17 +413,25 @@ pub extern "C" fn steer_attempt(
 
 #[inline(always)]
 fn attempt_slot(ctx: *mut bpf_sk_lookup, slot: u32, state: &DecisionState) -> Attempt {
-    let (Some(mut member), Some(counts)) = (member(slot), COUNTS.get_ptr_mut(slot)) else {
+    let (Some(mut member), Some(counts), Some(health), Some(totals)) = (
+        member(slot),
+        COUNTS.get_ptr_mut(slot),
+        HEALTH.get_ptr_mut(slot),
+        TOTALS.get_ptr(slot),
+    ) else {
         return Attempt::Gone;
     };
+    let entered = shared!(totals, entered);
     // The scan does without these.
     member.counts.flood = shared!(counts, flood);
     member.counts.handshake = shared!(counts, handshake);
+    member.health.queue = shared!(health, queue);
     if member.backend.flags & Backend::UNSTEERABLE != 0 {
         return state.judge(None, &member).attempt;
     }
     with_socket(slot, |socket| {
-        attempt_socket(ctx, socket, &member, counts, state)
+        let words = Words { counts, health };
+        attempt_socket(ctx, socket, &member, entered, words, state)
     })
 }
 
@@ -521,15 +547,16 @@ fn attempt_socket(
     ctx: *mut bpf_sk_lookup,
     socket: *mut bpf_sock,
     member: &Member,
-    counts: *mut Counts,
+    entered: u64,
+    words: Words,
     state: &DecisionState,
 ) -> Attempt {
     let Some(tcp) = TcpSocket::of(socket) else {
         return Attempt::Gone;
     };
-    let outcome = state.judge(Some(&tcp.observe()), member);
+    let outcome = state.judge(Some(&tcp.observe(entered)), member);
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
-    if !unsafe { write(&outcome.writes, counts, member) } {
+    if !unsafe { write(&outcome.writes, words, member) } {
         return Attempt::Raced;
     }
     match outcome.attempt {
@@ -549,36 +576,47 @@ fn assign(ctx: *mut bpf_sk_lookup, socket: *mut bpf_sock) -> Attempt {
     }
 }
 
+/// The elements of a slot that a look writes to.
+#[derive(Clone, Copy)]
+struct Words {
+    counts: *mut Counts,
+    health: *mut Health,
+}
+
 /// Makes the writes of a look; false if another CPU was faster and the choice stands no more.
 ///
 /// # Safety
-/// `counts` points to an element of COUNTS.
+/// `words` points to elements of COUNTS and HEALTH.
 #[inline(always)]
-unsafe fn write(writes: &Writes, counts: *mut Counts, member: &Member) -> bool {
+unsafe fn write(writes: &Writes, words: Words, member: &Member) -> bool {
+    let Words { counts, health } = words;
     // SAFETY: by this function's contract. Other CPUs change the words atomically, too.
     unsafe {
-        if let Some(word) = writes.cookies {
-            atomic::store(&raw mut (*counts).cookies, word);
+        if writes.cookies != LEAVE {
+            atomic::store(&raw mut (*counts).cookies, writes.cookies);
         }
-        if let Some(word) = writes.full {
-            atomic::store(&raw mut (*counts).full, word);
+        if writes.full != LEAVE {
+            atomic::store(&raw mut (*counts).full, writes.full);
         }
-        if let Some(word) = writes.flood {
-            atomic::replace(&raw mut (*counts).flood, member.counts.flood, word);
+        if writes.flood != LEAVE {
+            atomic::replace(&raw mut (*counts).flood, member.counts.flood, writes.flood);
         }
-        match writes.expected {
-            None => true,
-            Some(Expected {
-                word,
-                instead_of: None,
-            }) => {
-                atomic::store(&raw mut (*counts).expected, word);
-                true
+        let seen = &member.health;
+        if writes.queue != seen.queue {
+            atomic::store(&raw mut (*health).queue, writes.queue);
+        }
+        if writes.stalled != seen.stalled {
+            atomic::store(&raw mut (*health).stalled, writes.stalled);
+        }
+        let expected = &raw mut (*counts).expected;
+        if writes.expected != LEAVE {
+            if writes.instead_of == LEAVE {
+                atomic::store(expected, writes.expected);
+            } else if !atomic::replace(expected, writes.instead_of, writes.expected) {
+                return false;
             }
-            Some(Expected {
-                word,
-                instead_of: Some(old),
-            }) => atomic::replace(&raw mut (*counts).expected, old, word),
         }
+        writes.failing == seen.failing
+            || atomic::replace(&raw mut (*health).failing, seen.failing, writes.failing)
     }
 }

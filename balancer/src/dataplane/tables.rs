@@ -267,7 +267,7 @@ pub fn connection_of(socket: &Socket) -> Option<Connection> {
     let mut bytes = socket.storage.as_deref()?;
     (bytes.len() >= size_of::<Connection>()).then(|| Connection {
         slot: bytes.get_u16_ne(),
-        class: bytes.get_u16_ne(),
+        class: bytes.get_u16_ne() & Connection::CLASS,
         generation: bytes.get_u32_ne(),
     })
 }

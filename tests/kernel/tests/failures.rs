@@ -1,9 +1,9 @@
 //! Servers that fail under clients that come back: where the clients are then, and what `status`
 //! shows. Each test is a cell of the matrix that `cargo xtask failures` plays as a whole.
 
-mod clients;
+pub mod clients;
 mod cluster;
-mod server;
+pub mod server;
 mod table;
 
 use std::collections::{BTreeSet, VecDeque};

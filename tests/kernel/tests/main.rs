@@ -15,6 +15,7 @@ mod fail_open;
 mod failures;
 mod fixtures;
 mod floods;
+mod health;
 mod in_cluster;
 mod keepalive;
 mod kubernetes;

@@ -27,6 +27,8 @@ pub struct Model {
     members: HashMap<u32, Member>,
     /// Connections that wait in the accept queue, and the backlog, by slot.
     queues: HashMap<u32, (u32, u32)>,
+    /// `Totals::entered` by slot, read before the queues.
+    entered: HashMap<u32, u64>,
     /// `net.ipv4.tcp_syncookies` of the netns.
     syncookies: u8,
     unregistered: bool,
@@ -40,6 +42,10 @@ impl Model {
             .iter()
             .filter(|member| member.backend.service == service);
         let storage = tables.connection_map();
+        let members: HashMap<u32, Member> = members.map(|member| (member.slot, *member)).collect();
+        let entered = (members.keys())
+            .map(|slot| (*slot, tables.entered(*slot)))
+            .collect();
         let (queues, syncookies) = netns::inside(&at.file, || {
             (queues(storage), syncookies(Path::new(SYNCOOKIES)))
         })
@@ -51,7 +57,8 @@ impl Model {
         })?;
         Ok(Self {
             words: tables.members(service),
-            members: members.map(|member| (member.slot, *member)).collect(),
+            members,
+            entered,
             queues: queues?,
             syncookies: syncookies?,
             unregistered: tables.unregistered_word(service).load(Ordering::Acquire) != 0,
@@ -78,6 +85,7 @@ impl Model {
             backlog,
             syncookies: self.syncookies,
             overflow_age: if in_use { 0 } else { u32::MAX },
+            entered: self.entered.get(&member.slot).copied().unwrap_or(0),
         })
     }
 }
@@ -104,7 +112,7 @@ impl BackendAccess for Model {
         if outcome.attempt != Attempt::Assigned
             && let Some(member) = self.members.get_mut(&slot)
         {
-            outcome.writes.apply(&mut member.counts);
+            outcome.writes.apply(member);
         }
         outcome.attempt
     }
