@@ -87,7 +87,7 @@ impl ReadWatch {
         }
         self.silence
             .filter(|silence| silence.seen.saturating_sub(silence.since) >= HUNG_AFTER)
-            .map(|silence| silence.since)
+            .map(|silence| silence.since.min(now))
     }
 }
 

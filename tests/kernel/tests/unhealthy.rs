@@ -177,36 +177,45 @@ fn a_server_that_accepts_and_never_reads_is_hung() {
     });
 }
 
-/// As a garbage collection does it: 3 s in which nothing is accepted or read.
+/// As a garbage collection does it: 3 s in which nothing is accepted or read. It is steered around
+/// at the end of that, and serves again right after.
 #[test]
-fn a_pause_of_three_seconds_is_shown_for_a_second_at_the_most() {
+fn a_pause_of_three_seconds_is_a_stall_that_ends_with_it() {
     Machine::with(|machine| {
         let balancer = Balancer::start(machine, &virtual_port("least-connections", 2, &[]));
         let servers = servers(2);
         balancer.wait_active(2);
         let mut clients = clients(6);
-        let mut shown = Duration::ZERO;
-        for _ in 0..2 {
+        let mut play = |span| {
             let begin = Instant::now();
-            let mut stopped = None;
-            let mut last = begin;
-            while begin.elapsed() < Duration::from_secs(6) {
-                match begin.elapsed().as_millis() {
-                    1_000..4_000 if stopped.is_none() => stopped = Some(Stopped::stop(&servers[0])),
-                    4_000.. => stopped = None,
-                    _ => {}
-                }
+            let mut seen = Vec::new();
+            while begin.elapsed() < span {
                 send_on(&mut clients);
                 let n = clients.len();
                 clients.push(tcp::connect_from(source(n), agents()).connected());
-                if health(&balancer.service(), backend(0)).state != "serving" {
-                    shown += last.elapsed();
-                }
-                last = Instant::now();
+                seen.push(health(&balancer.service(), backend(0)).state.clone());
                 thread::sleep(Duration::from_millis(50));
             }
+            seen
+        };
+        for _ in 0..2 {
+            let stopped = Stopped::stop(&servers[0]);
+            let early = play(Duration::from_millis(1_500));
+            let late = play(Duration::from_millis(1_500));
+            drop(stopped);
+            let after = play(Duration::from_secs(3));
+            assert!(early.iter().all(|state| state == "serving"), "{early:?}");
+            let is_known = |state: &String| state == "serving" || state == "stalled";
+            assert!(
+                late.iter().chain(&after).all(is_known),
+                "{late:?} {after:?}"
+            );
+            assert_eq!(
+                after.last().map(String::as_str),
+                Some("serving"),
+                "{after:?}"
+            );
         }
-        assert!(shown < Duration::from_secs(3), "{shown:?}");
     });
 }
 

@@ -91,7 +91,8 @@ pub fn avoided(here: &[&Member], request: &Request) -> Vec<Avoided> {
         here.iter()
             .filter(|member| why_unsuited(member, request).is_none())
     };
-    let avoided = suited().filter_map(|member| {
+    let is_avoided = |member: &&&Member| member.health.is_avoided(false, request.now) != 0;
+    let avoided = suited().filter(is_avoided).filter_map(|member| {
         let since = member.health.since(request.now)?;
         Some(Avoided {
             backend: ListeningBackend::of(member),
