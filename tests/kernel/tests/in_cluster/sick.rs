@@ -2,15 +2,28 @@
 //! their clients, and all nodes know.
 
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use testkit::fixtures::{Balancer, eventually, remains};
+use testkit::fixtures::{Balancer, Signal, eventually, remains};
 
 use super::fixture::{
-    Pod, SETTLES_WITHIN, cluster_status, elsewhere, with_cluster, with_route_back,
+    Cluster, PORT, Pod, SETTLES_WITHIN, cluster_status, elsewhere, own_report, with_cluster,
+    with_route_back,
 };
+use crate::failures::server::{Act, Server};
+
+/// Until a pod is found out, and the ten seconds that its share is left alone.
+const SHARE_GONE_WITHIN: Duration = Duration::from_secs(25);
+/// A failing one is tried at least every 30 seconds.
+const BACK_WITHIN: Duration = Duration::from_secs(45);
+
+/// A server in a process of its own.
+fn serve(cluster: &Cluster<'_>, pod: &Pod) -> Server {
+    let listens = SocketAddr::new([0, 0, 0, 0].into(), PORT);
+    cluster.in_pod(pod, || Server::start(listens))
+}
 
 /// The pods as `status --cluster` shows them, by name.
 fn pod(balancer: &Balancer<'_>, name: &str) -> anyhow::Result<Value> {
@@ -36,6 +49,120 @@ fn wait_for_quotas(balancer: &Balancer<'_>, within: Duration, quotas: &[(&Pod, u
             );
         }
         Ok(())
+    });
+}
+
+/// Three pods of this node with a quota of 10 each, their servers, and the daemon.
+fn three_pods<'a>(cluster: &Cluster<'a>) -> (Vec<Pod>, Vec<Server>, Balancer<'a>) {
+    let pods: Vec<Pod> = (5..8).map(|number| cluster.pod(number)).collect();
+    pods.iter().for_each(with_route_back);
+    cluster.serve(&pods.iter().map(Pod::endpoint).collect::<Vec<_>>());
+    let mut balancer = cluster.balancer("{clients: 30, headroom: 0%, min_quota: 1}");
+    balancer.launch();
+    let servers = pods.iter().map(|pod| serve(cluster, pod)).collect();
+    let quotas: Vec<_> = pods.iter().map(|pod| (pod, 10)).collect();
+    wait_for_quotas(&balancer, SETTLES_WITHIN, &quotas);
+    (pods, servers, balancer)
+}
+
+/// What the report of this node says of the health of a pod.
+fn told(cluster: &Cluster<'_>, name: &str) -> anyhow::Result<Value> {
+    let report = own_report(cluster)?;
+    let text = report["data"]["publication.json"]
+        .as_str()
+        .context("no report")?;
+    let report: Value = serde_json::from_str(text)?;
+    let backends = report["backends"]
+        .as_array()
+        .context("no backends")?
+        .clone();
+    let mut backends = backends.into_iter();
+    let found = backends.find(|backend| backend["pod"]["name"] == name);
+    Ok(found.with_context(|| text.to_owned())?["health"].clone())
+}
+
+#[test]
+fn a_stopped_pod_gives_its_share_to_the_others_and_has_it_back_when_it_goes_on() {
+    with_cluster(|cluster| {
+        let (pods, mut servers, balancer) = three_pods(cluster);
+        let _held = cluster.clients(&pods[0], 4);
+        servers[0].suffer(Act::Signal(Signal::SIGSTOP));
+        let stopped = Instant::now();
+        // The accept() that it is in may still take the first. The other waits in the queue.
+        let _waits = cluster.clients(&pods[0], 2);
+        eventually(SETTLES_WITHIN, || {
+            let health = pod(&balancer, "oap-5")?["health"].clone();
+            ensure!(
+                health["state"] == "stalled" && health["has_share"] == true,
+                "{health}"
+            );
+            Ok(())
+        });
+        let (first, second) = (&pods[1], &pods[2]);
+        wait_for_quotas(
+            &balancer,
+            SHARE_GONE_WITHIN,
+            &[(&pods[0], 6), (first, 15), (second, 15)],
+        );
+        let gone = stopped.elapsed();
+        assert!(
+            gone >= Duration::from_secs(10),
+            "a pause is no reason: {gone:?}"
+        );
+        assert!(
+            cluster.connect(&pods[0]).is_refused(),
+            "{}",
+            balancer.logs()
+        );
+        let clients = cluster.clients(first, 15);
+        let health = told(cluster, "oap-5").expect("it is told");
+        assert_eq!(health["state"], "stalled");
+        let shown = balancer.must(&["status", "--cluster"]);
+        let shown = shown.split_whitespace().collect::<Vec<_>>().join(" ");
+        for words in [
+            "skywalking/oap-5 is stalled since",
+            "It has no share of a computed quota",
+        ] {
+            assert!(shown.contains(words), "{words}: {shown}");
+        }
+        servers[0].suffer(Act::Signal(Signal::SIGCONT));
+        // Up at once; those of the others go down slowly.
+        wait_for_quotas(&balancer, SETTLES_WITHIN, &[(&pods[0], 10)]);
+        eventually(SETTLES_WITHIN, || {
+            let health = told(cluster, "oap-5")?;
+            ensure!(health.is_null(), "{health}");
+            Ok(())
+        });
+        drop(clients);
+    });
+}
+
+#[test]
+fn a_failing_pod_has_room_for_trials_alone_and_comes_back_by_one() {
+    with_cluster(|cluster| {
+        let (pods, mut servers, balancer) = three_pods(cluster);
+        servers[0].suffer(Act::Tell("close 0"));
+        let others = [(&pods[1], 15), (&pods[2], 15)];
+        eventually(SHARE_GONE_WITHIN, || {
+            drop(cluster.connect(&pods[0]));
+            for (of, quota) in others {
+                let shown = pod(&balancer, &of.name)?;
+                ensure!(shown["quota"] == quota, "{shown}\n{}", balancer.logs());
+            }
+            Ok(())
+        });
+        let shown = pod(&balancer, "oap-5").expect("it is shown");
+        assert_eq!(shown["health"]["state"], "failing", "{shown}");
+        // It holds none, and has room for the trial.
+        assert_eq!(shown["quota"], 1, "{shown}");
+        servers[0].suffer(Act::Tell("serve"));
+        let mut back = Vec::new();
+        eventually(BACK_WITHIN, || {
+            back.extend(cluster.connect(&pods[0]).ok());
+            let shown = pod(&balancer, "oap-5")?;
+            ensure!(shown["health"].is_null() && shown["quota"] == 10, "{shown}");
+            Ok(())
+        });
     });
 }
 
