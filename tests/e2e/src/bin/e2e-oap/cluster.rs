@@ -8,6 +8,8 @@ use std::process::Command;
 use anyhow::{Context, Result};
 use e2e::oap::cache::Cache;
 use e2e::oap::graphql;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use testkit::scenario::process::{Process, command};
 
 use crate::layout::{AGENTS, ALS, NODES, REST_PORT, ZOOKEEPER, node};
@@ -15,6 +17,8 @@ use crate::layout::{AGENTS, ALS, NODES, REST_PORT, ZOOKEEPER, node};
 /// The running servers.
 pub struct Cluster {
     nodes: [Option<Process>; NODES],
+    /// The one that is stopped.
+    stopped: Option<usize>,
     zookeeper: Process,
     class_path: String,
     logs: PathBuf,
@@ -36,6 +40,7 @@ impl Cluster {
         server.arg(config);
         let mut cluster = Self {
             nodes: [const { None }; NODES],
+            stopped: None,
             zookeeper: Process::start("zookeeper", &cache.logs(), server)?,
             class_path,
             logs: cache.logs(),
@@ -69,7 +74,34 @@ impl Cluster {
 
     /// Kills one OAP with SIGKILL.
     pub fn kill(&mut self, index: usize) {
+        self.stopped = self.stopped.filter(|stopped| *stopped != index);
         self.nodes[index] = None;
+    }
+
+    /// Stops one OAP: it is there, and does nothing.
+    ///
+    /// # Errors
+    /// When it has been killed.
+    pub fn stop(&mut self, index: usize) -> Result<()> {
+        self.signal(index, Signal::SIGSTOP)?;
+        self.stopped = Some(index);
+        Ok(())
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When it has been killed.
+    pub fn go_on(&mut self, index: usize) -> Result<()> {
+        self.stopped = None;
+        self.signal(index, Signal::SIGCONT)
+    }
+
+    fn signal(&self, index: usize, signal: Signal) -> Result<()> {
+        let node = self.nodes[index].as_ref();
+        let process = node.context("this OAP has been killed")?.id();
+        let process = Pid::from_raw(i32::try_from(process).context("no process id")?);
+        kill(process, signal).with_context(|| format!("cannot signal OAP {}", index + 1))
     }
 
     /// The OAP whose process this is.
@@ -79,10 +111,10 @@ impl Cluster {
             .position(|node| node.as_ref().is_some_and(|node| node.id() == process))
     }
 
-    /// The OAPs that have not been killed.
+    /// The OAPs that are neither killed nor stopped.
     pub fn running(&self) -> Vec<usize> {
         (0..NODES)
-            .filter(|index| self.nodes[*index].is_some())
+            .filter(|index| self.nodes[*index].is_some() && self.stopped != Some(*index))
             .collect()
     }
 

@@ -110,6 +110,22 @@ impl<'a> Fixture<'a> {
         }))
     }
 
+    /// What `status` says of how a service's active backends serve, by OAP, with its reason.
+    pub fn health(&self, service: Service) -> Vec<(String, Option<String>)> {
+        let status = self.balancer.status();
+        let backends = &status.service(service.name).backends;
+        let health = |index| {
+            let health = backends.iter().find_map(|backend| {
+                let health = backend.health.as_ref()?;
+                (backend.address == service.backend(index)).then_some(health)
+            });
+            health.map_or(("-".to_owned(), None), |health| {
+                (health.state.clone(), health.reason.clone())
+            })
+        };
+        (0..NODES).map(health).collect()
+    }
+
     /// Look-ups of `agents` that were refused for the quota.
     pub fn refusals(&self) -> u64 {
         self.balancer

@@ -15,6 +15,7 @@ mod fixture;
 mod layout;
 mod scenario;
 mod sockets;
+mod stopped;
 mod times;
 
 use std::process::ExitCode;

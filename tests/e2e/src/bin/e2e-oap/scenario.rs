@@ -50,7 +50,7 @@ pub fn run(cache: &Cache, play: Play, report: &mut Report) -> Result<()> {
     })?;
     let cgroup = machine.cgroup.path().to_owned();
     drop(machine);
-    report.check("5 afterwards: processes, pins, cgroup", &left.look(&cgroup))
+    report.check("6 afterwards: processes, pins, cgroup", &left.look(&cgroup))
 }
 
 impl Fixture<'_> {
@@ -60,10 +60,11 @@ impl Fixture<'_> {
         let (victim, moved) = self.oap_dies(report)?;
         self.oap_returns(report, victim, &moved)?;
         self.quota_refuses_and_admits(report, victim)?;
+        self.oap_hangs(report)?;
         self.balancer.stop(Signal::SIGINT);
         let loaded = self.balancer.is_loaded();
         report.check(
-            "5 Ctrl-C: the data plane is loaded",
+            "6 Ctrl-C: the data plane is loaded",
             &Check::new(false, loaded),
         )
     }
