@@ -3,8 +3,8 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use serde_json::Value;
@@ -13,7 +13,7 @@ use testkit::kubernetes::objects;
 
 use super::clients::{Client, Clients};
 use super::server::Server;
-use super::{Failure, Outcome, play, state, status};
+use super::{ASKS_STATUS_EVERY, Failure, Outcome, play, state, status};
 use crate::in_cluster::fixture::{
     Cluster, PORT, Pod, SETTLES_WITHIN, labelled_as_oap, with_cluster, with_route_back,
 };
@@ -21,8 +21,6 @@ use crate::in_cluster::fixture::{
 /// Where all pods listen, as `status` shows it.
 const LISTENS: &str = "0.0.0.0:11800";
 const FIRST_POD: u8 = 5;
-/// How old a status may be that several cells look at.
-const FRESH: Duration = Duration::from_millis(400);
 
 /// Plays these failures side by side, each with a Service and pods of its own, under one daemon.
 pub fn on_own_ports(failures: &[Failure], clients: usize) -> Vec<Outcome> {
@@ -38,13 +36,14 @@ pub fn on_own_ports(failures: &[Failure], clients: usize) -> Vec<Outcome> {
             })
             .collect();
         for (number, pods) in groups.iter().enumerate() {
-            make_group(cluster, &format!("failures-{number}"), pods);
+            make_group(cluster, &namespace(number), pods);
         }
         let mut balancer = cluster.balancer(&format!("{{clients: {clients}}}"));
         balancer.launch();
         let groups: Vec<_> = groups
             .iter()
-            .map(|pods| (pods, pods.iter().map(|pod| start(cluster, pod)).collect()))
+            .enumerate()
+            .map(|(number, pods)| (pods, start(cluster, &namespace(number), pods)))
             .collect();
         wait_for_quotas(
             &balancer,
@@ -52,6 +51,8 @@ pub fn on_own_ports(failures: &[Failure], clients: usize) -> Vec<Outcome> {
         );
         let status = Recent::new(&balancer);
         let played = thread::scope(|scope| {
+            let _over = Over(&status);
+            scope.spawn(|| status.follow(&balancer));
             let cells: Vec<_> = failures
                 .iter()
                 .zip(groups)
@@ -90,10 +91,23 @@ fn make_group(cluster: &Cluster, namespace: &str, pods: &[Pod]) {
     cluster.write_slice(namespace, "oap", PORT, &endpoints);
 }
 
-fn start(cluster: &Cluster, pod: &Pod) -> Server {
-    with_route_back(pod);
+fn namespace(group: usize) -> String {
+    format!("failures-{group}")
+}
+
+fn start<'a>(cluster: &'a Cluster, namespace: &str, pods: &'a [Pod]) -> Vec<Server<'a>> {
     let listens = LISTENS.parse().expect("an address with a port");
-    cluster.in_pod(pod, || Server::start(listens))
+    let start = |(number, pod): (usize, &Pod)| {
+        with_route_back(pod);
+        let namespace = namespace.to_owned();
+        let server = cluster.in_pod(pod, || Server::start(listens));
+        server.that_leaves_by(move || {
+            let mut endpoints: Vec<_> = pods.iter().map(Pod::endpoint).collect();
+            endpoints[number] = pods[number].endpoint().unready();
+            cluster.write_slice(&namespace, "oap", PORT, &endpoints);
+        })
+    };
+    pods.iter().enumerate().map(start).collect()
 }
 
 fn wait_for_quotas(balancer: &Balancer, pods: usize) {
@@ -124,42 +138,64 @@ fn start_clients(group: usize, clients: usize, pods: &[Pod]) -> Clients {
 fn cell(
     failure: &Failure,
     pods: &[Pod],
-    mut servers: Vec<Server>,
+    mut servers: Vec<Server<'_>>,
     clients: &Clients,
     status: &Recent,
 ) -> Outcome {
-    let cookie = |pod: &Pod| {
-        pod.netns
-            .run(balancer::sys::netns::cookie)
-            .expect("a netns has a cookie")
+    let cookie = |pod: &Pod| pod.netns.run(balancer::sys::netns::cookie);
+    let backend = |pod: &Pod| {
+        (
+            cookie(pod).expect("a netns has a cookie"),
+            pod.at().to_string(),
+        )
     };
-    let cookies: Vec<_> = pods.iter().map(cookie).collect();
-    play(failure, &mut servers, clients, || {
+    let backends: Vec<_> = pods.iter().map(backend).collect();
+    let outcome = play(failure, &mut servers, clients, || {
         let status = status.get();
-        cookies
-            .iter()
-            .map(|netns| state(&status, LISTENS, *netns))
+        let backends = backends.iter();
+        backends
+            .map(|(netns, named)| state(&status, LISTENS, *netns, named))
             .collect()
-    })
+    });
+    Outcome {
+        have_shares: true,
+        ..outcome
+    }
 }
 
-/// The status, asked for by several cells.
-struct Recent<'a> {
-    balancer: &'a Balancer<'a>,
-    last: Mutex<(Instant, Value)>,
+/// The status as it was a moment ago, for all cells.
+struct Recent {
+    last: Mutex<Value>,
+    is_over: AtomicBool,
 }
 
-impl<'a> Recent<'a> {
-    fn new(balancer: &'a Balancer<'a>) -> Self {
-        let last = Mutex::new((Instant::now(), status(balancer)));
-        Self { balancer, last }
+impl Recent {
+    fn new(balancer: &Balancer) -> Self {
+        Self {
+            last: Mutex::new(status(balancer)),
+            is_over: AtomicBool::new(false),
+        }
+    }
+
+    /// Asks again and again.
+    fn follow(&self, balancer: &Balancer) {
+        while !self.is_over.load(Ordering::Relaxed) {
+            let status = status(balancer);
+            *self.last.lock().expect("no panic") = status;
+            thread::sleep(ASKS_STATUS_EVERY);
+        }
     }
 
     fn get(&self) -> Value {
-        let mut last = self.last.lock().expect("no panic");
-        if last.0.elapsed() > FRESH {
-            *last = (Instant::now(), status(self.balancer));
-        }
-        last.1.clone()
+        self.last.lock().expect("no panic").clone()
+    }
+}
+
+/// Ends [`Recent::follow`] when it is dropped, also by a panic.
+struct Over<'a>(&'a Recent);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.is_over.store(true, Ordering::Relaxed);
     }
 }

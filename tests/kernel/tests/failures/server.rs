@@ -15,12 +15,17 @@ pub enum Act {
     Signal(Signal),
     /// It is told so.
     Tell(&'static str),
+    /// It is taken out of its Service, where it is in one: a kubelet does so for what has ended.
+    Leave,
 }
 
 /// A server in a process of its own; killed when dropped.
-pub struct Server(Child);
+pub struct Server<'a> {
+    child: Child,
+    leave: Box<dyn Fn() + Send + 'a>,
+}
 
-impl Server {
+impl<'a> Server<'a> {
     /// Starts one in the netns and the cgroup of the calling thread, and waits until it listens.
     #[track_caller]
     pub fn start(address: SocketAddr) -> Self {
@@ -33,27 +38,37 @@ impl Server {
         let read = BufReader::new(output).read_line(&mut line);
         read.expect("its output can be read");
         assert_eq!(line, "listening\n", "no server on {address}: see above");
-        Self(child)
+        Self {
+            child,
+            leave: Box::new(|| {}),
+        }
+    }
+
+    /// With what takes it out of its Service.
+    pub fn that_leaves_by(mut self, leave: impl Fn() + Send + 'a) -> Self {
+        self.leave = Box::new(leave);
+        self
     }
 
     /// Does this to it.
     pub fn suffer(&mut self, act: Act) {
         match act {
             Act::Signal(signal) => {
-                let id = i32::try_from(self.0.id()).expect("a process id");
+                let id = i32::try_from(self.child.id()).expect("a process id");
                 kill(Pid::from_raw(id), signal).expect("the server can be signalled");
             }
             Act::Tell(line) => {
-                let input = self.0.stdin.as_mut().expect("it is piped");
+                let input = self.child.stdin.as_mut().expect("it is piped");
                 writeln!(input, "{line}").expect("the server reads its input");
             }
+            Act::Leave => (self.leave)(),
         }
     }
 }
 
-impl Drop for Server {
+impl Drop for Server<'_> {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }

@@ -3,7 +3,7 @@
 //! line of its standard input tells it otherwise:
 //!
 //! - `close MILLISECONDS`: it closes each connection so long after it was accepted, or after this
-//!   line where that was later.
+//!   line where that was later. `close MILLISECONDS silently`: without an answer before.
 //! - `ignore`: it accepts, and reads nothing.
 //! - `serve`: it sends back what comes.
 //!
@@ -26,7 +26,11 @@ const STACK: usize = 64 << 10;
 #[derive(Clone, Copy)]
 enum Conduct {
     Serve,
-    Close { since: Instant, after: Duration },
+    Close {
+        since: Instant,
+        after: Duration,
+        silently: bool,
+    },
     Ignore,
 }
 
@@ -50,11 +54,17 @@ fn read(line: &str) -> Result<Conduct> {
     Ok(match line.split(' ').collect::<Vec<_>>()[..] {
         ["serve"] => Conduct::Serve,
         ["ignore"] => Conduct::Ignore,
-        ["close", after] => Conduct::Close {
-            since: Instant::now(),
-            after: Duration::from_millis(after.parse().context("no milliseconds")?),
-        },
-        _ => bail!("{line}: serve, ignore or close MILLISECONDS"),
+        ["close", after] => close(after, false)?,
+        ["close", after, "silently"] => close(after, true)?,
+        _ => bail!("{line}: serve, ignore or close MILLISECONDS [silently]"),
+    })
+}
+
+fn close(after: &str, silently: bool) -> Result<Conduct> {
+    Ok(Conduct::Close {
+        since: Instant::now(),
+        after: Duration::from_millis(after.parse().context("no milliseconds")?),
+        silently,
     })
 }
 
@@ -85,11 +95,20 @@ fn attend(mut connection: TcpStream, accepted: Instant) {
             .wait_while(conduct(), ignores)
             .unwrap_or_else(PoisonError::into_inner);
         let mut patience = LOOKS_EVERY;
-        if let Conduct::Close { since, after } = now {
+        if let Conduct::Close {
+            since,
+            after,
+            silently,
+        } = now
+        {
             let end = accepted.max(since) + after;
             patience = patience.min(end.saturating_duration_since(Instant::now()));
             if patience.is_zero() {
                 return;
+            }
+            if silently {
+                thread::sleep(patience);
+                continue;
             }
         }
         let read = connection
