@@ -226,8 +226,8 @@ impl Daemon {
         }
     }
 
-    /// Takes the sources that were refused since the last tick: for the quotas of a cluster, and for
-    /// the log, which gets a line about them now and then.
+    /// Takes the sources that were refused since the last tick: for the quotas of a cluster, and
+    /// for the log, which gets a line about them now and then.
     fn follow_refusals(&mut self) -> Result<()> {
         let tables = &self.writer.tables;
         let now = self.started.elapsed();

@@ -624,8 +624,8 @@ impl Tables {
         )
     }
 
-    /// Writes down what a look at a slot's accept queue has found, unless the kernel half has looked
-    /// since `before` was read.
+    /// Writes down what a look at a slot's accept queue has found, unless the kernel half has
+    /// looked since `before` was read.
     pub fn set_queue_look(&self, slot: u32, before: &Health, look: QueueLook) {
         let queue = self.health.word(slot, word!(Health.queue));
         let mine =

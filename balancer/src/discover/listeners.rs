@@ -45,8 +45,8 @@ impl Listener {
     }
 }
 
-/// Lists the TCP sockets of a netns that listen on these ports (on any where none is given), IPv4 and
-/// IPv6, with their owners wherever these live.
+/// Lists the TCP sockets of a netns that listen on these ports (on any where none is given), IPv4
+/// and IPv6, with their owners wherever these live.
 ///
 /// # Errors
 /// Where the netns can't be entered, or the socket table or `/proc` can't be read.

@@ -69,8 +69,8 @@ pub struct ReadyBackend {
 /// garbage collection looks the same, and is over before.
 pub const SHARE_GONE_AFTER: Duration = Duration::from_secs(10);
 
-/// Whether unhealthy backends are treated as the others, because so many of all ready ones are: then
-/// it is more likely that something else is wrong.
+/// Whether unhealthy backends are treated as the others, because so many of all ready ones are:
+/// then it is more likely that something else is wrong.
 pub const fn are_too_many(unhealthy: usize, ready: usize) -> bool {
     2 * unhealthy > ready
 }

@@ -813,8 +813,8 @@ fn strangers_that_listened_before_the_daemon_get_few_slots() {
     });
 }
 
-/// Connections of a listener that nobody confirms take memory for a minute. Should it turn out to be
-/// a pod's after all, all of them are counted.
+/// Connections of a listener that nobody confirms take memory for a minute. Should it turn out to
+/// be a pod's after all, all of them are counted.
 #[test]
 fn a_listener_of_nobodys_is_given_up_after_a_minute_and_counted_once_it_is_somebodys() {
     with_cluster(|cluster| {

@@ -207,9 +207,9 @@ fn clients_behind_a_cut_link_give_their_places_to_others_within_three_minutes() 
     }
 }
 
-/// 100 clients vanish, and 100 others come. The quota is fixed: a computed one lets them in when nobody
-/// has room. Returns how many connections `status` has called silent
-/// at most, and for how many seconds.
+/// 100 clients vanish, and 100 others come. The quota is fixed: a computed one lets them in when
+/// nobody has room. Returns how many connections `status` has called silent at most, and for how
+/// many seconds.
 fn cut_link(key: &str, within: Duration) -> (u32, u32) {
     const CLIENTS: usize = 100;
     let machine = Machine::new();

@@ -108,8 +108,8 @@ pub enum Known {
 }
 
 impl Known {
-    /// Whether nothing is known that would tell strangers' listeners from others: this node does not
-    /// tell which cgroups pods have, for one.
+    /// Whether nothing is known that would tell strangers' listeners from others: this node does
+    /// not tell which cgroups pods have, for one.
     pub fn is_everybody(&self) -> bool {
         match self {
             Self::All => true,

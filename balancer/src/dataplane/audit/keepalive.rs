@@ -1,5 +1,5 @@
-//! Keepalive on connections that the kernel half did not see accepted for a backend: those that
-//! are older than the data plane, and those that came before the daemon had confirmed their backend.
+//! Keepalive on connections that the kernel half did not see accepted for a backend: those that are
+//! older than the data plane, and those that came before the daemon had confirmed their backend.
 //! And how long connections have been silent.
 
 use std::collections::{BTreeMap, HashMap, HashSet};

@@ -232,8 +232,8 @@ fn exempt(port: u16, config: &Kubernetes, view: &View, here: &Here<'_>) -> Vec<I
 /// namespace alone. The kernel half knows exempt sources by port, and who makes a Service in
 /// another namespace must not make clients of theirs exempt.
 ///
-/// A pod of its node's network has the address that all clients on that node come from where address
-/// translation hides theirs. It can't be told from them, so it is no peer.
+/// A pod of its node's network has the address that all clients on that node come from where
+/// address translation hides theirs. It can't be told from them, so it is no peer.
 fn peers<'a, I>(of_port: impl Fn() -> I, node: &str) -> impl Iterator<Item = IpAddr>
 where
     I: Iterator<Item = (&'a GroupId, &'a Vec<Endpoint>)> + 'a,
