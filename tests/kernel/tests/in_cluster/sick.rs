@@ -20,7 +20,7 @@ const SHARE_GONE_WITHIN: Duration = Duration::from_secs(25);
 const BACK_WITHIN: Duration = Duration::from_secs(45);
 
 /// A server in a process of its own.
-fn serve(cluster: &Cluster<'_>, pod: &Pod) -> Server {
+fn serve(cluster: &Cluster<'_>, pod: &Pod) -> Server<'static> {
     let listens = SocketAddr::new([0, 0, 0, 0].into(), PORT);
     cluster.in_pod(pod, || Server::start(listens))
 }
@@ -53,7 +53,7 @@ fn wait_for_quotas(balancer: &Balancer<'_>, within: Duration, quotas: &[(&Pod, u
 }
 
 /// Three pods of this node with a quota of 10 each, their servers, and the daemon.
-fn three_pods<'a>(cluster: &Cluster<'a>) -> (Vec<Pod>, Vec<Server>, Balancer<'a>) {
+fn three_pods<'a>(cluster: &Cluster<'a>) -> (Vec<Pod>, Vec<Server<'static>>, Balancer<'a>) {
     let pods: Vec<Pod> = (5..8).map(|number| cluster.pod(number)).collect();
     pods.iter().for_each(with_route_back);
     cluster.serve(&pods.iter().map(Pod::endpoint).collect::<Vec<_>>());
