@@ -302,7 +302,10 @@ pub(super) fn health(services: &[ServiceSnapshot]) -> Check {
     Check::warn_of(
         "health",
         &found,
-        ("every backend serves", "each can be given connections"),
+        (
+            "no backend is seen not to serve",
+            "each can be given connections; with `health: off` none is looked at",
+        ),
         "new connections go to the others, unless more than half of a service's backends don't \
          serve; after 10 s a computed quota makes room for its clients there",
         "look at its process: stopped, out of threads, memory or files, waiting for another server; \

@@ -121,8 +121,8 @@ impl Service<'_> {
         let request = Request::new(port, &arrival, tables.turn(port.service), 0, ticks(now_ns));
         let mut state = DecisionState::new(request, flags);
         let decision = decide(&mut model, &mut state);
-        let backend = (self.here.iter()).find(|member| Some(member.slot) == decision.slot);
-        let backend = backend.map(|member| ListeningBackend::of(member));
+        let member = (self.here.iter()).find(|member| Some(member.slot) == decision.slot);
+        let backend = member.map(|member| ListeningBackend::of(member));
         let why = match decision.reason {
             Reason::NoBackend if self.here.is_empty() => self.no_backend(),
             _ => sentence::why(decision, &state, &self.here),
@@ -133,7 +133,11 @@ impl Service<'_> {
         } else {
             Vec::new()
         };
-        let why = why + &sentence::beside(&avoided, decision.slot);
+        let trial = match member {
+            Some(member) if regards_health => sentence::trial(member, request.now),
+            _ => "",
+        };
+        let why = why + trial + &sentence::beside(&avoided, decision.slot);
         Ok(Explanation {
             netns: chosen.netns.cookie,
             service: Some(self.name.clone()),

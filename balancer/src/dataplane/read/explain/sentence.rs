@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use balancer_common::abi::{Backend, Policy, UNLIMITED};
+use balancer_common::abi::{Backend, Breaker, Policy, UNLIMITED};
 use balancer_common::decision::admission::expected;
 use balancer_common::decision::member::{Member, fits_family};
 use balancer_common::decision::request::Request;
@@ -107,6 +107,18 @@ pub fn avoided(here: &[&Member], request: &Request) -> Vec<Avoided> {
     avoided
 }
 
+/// What is said of a choice that is a trial: its breaker was open, and this connection tells whether
+/// it serves again.
+pub const fn trial(chosen: &Member, now: u64) -> &'static str {
+    let is_due = matches!(chosen.health.breaker(), Breaker::Open | Breaker::Trial)
+        && chosen.health.is_avoided(false, now) == 0;
+    if is_due {
+        "; it has been failing, and this connection is the trial that tells whether it serves again"
+    } else {
+        ""
+    }
+}
+
 /// What avoiding others has to do with a choice.
 pub fn beside(avoided: &[Avoided], chosen: Option<u32>) -> String {
     match avoided.len() {
@@ -179,6 +191,7 @@ mod tests {
     use balancer_common::abi::{
         Address, BackendState, Counts, Health, HealthState, ServicePort, SlotPolicy, SlotState,
     };
+    use balancer_common::decision::health::pack_open;
     use balancer_common::decision::request::Arrival;
     use balancer_common::decision::scan::Scan;
 
@@ -252,6 +265,20 @@ mod tests {
             }
         }
         assert!(suited > 20, "{suited}");
+    }
+
+    #[test]
+    fn a_choice_that_is_a_trial_is_named_so() {
+        let failing = |until: u64| Member {
+            health: Health {
+                failing: pack_open(0, until),
+                ..Health::UNKNOWN
+            },
+            ..member(0, Address::ANY, 0)
+        };
+        assert!(trial(&failing(1_000), 9_000).contains("trial"));
+        assert_eq!(trial(&failing(8_900), 9_000), "", "it is avoided");
+        assert_eq!(trial(&member(0, Address::ANY, 0), 9_000), "");
     }
 
     #[test]
