@@ -27,7 +27,11 @@ const SEVERAL_PASSES: Duration = Duration::from_secs(4);
 #[test]
 fn computed_quotas_far_below_what_stands_refuse_nobody() {
     Machine::with(|machine| {
-        let yaml = virtual_port("least-connections", 2, &["quota: {clients: 4, min_quota: 16}"]);
+        let yaml = virtual_port(
+            "least-connections",
+            2,
+            &["quota: {clients: 4, min_quota: 16}"],
+        );
         let balancer = Balancer::start(machine, &format!("{yaml}fail_open_after: 5m\n"));
         let mut listeners = open_listeners(2);
         balancer.wait_until(|service| {

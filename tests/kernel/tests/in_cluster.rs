@@ -23,6 +23,7 @@ use testkit::kubernetes::{ApiServer, Kubectl, Program};
 use self::fixture::{
     CLIENT, Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, SYSTEM, cluster_status, elsewhere,
     group, labelled_as_oap, own_report, permissions, wait_for_quota, with_cluster, with_route_back,
+    without_health,
 };
 
 #[test]
@@ -99,7 +100,9 @@ fn what_all_agents_counted_is_shared_out() {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1), elsewhere(2)]);
-        let mut balancer = cluster.balancer("{observed: 1m, headroom: 10%, min_quota: 12}");
+        let mut balancer = cluster.balancer(&without_health(
+            "{observed: 1m, headroom: 10%, min_quota: 12}",
+        ));
         balancer.launch();
         let _listener = cluster.listen(&pod);
         wait_for_quota(
@@ -318,7 +321,7 @@ fn while_the_api_server_is_silent_quotas_hold_and_then_open() {
         machine.netns.add_address(CLIENT);
         let mut cluster = Cluster::start(machine);
         let (pod, mut balancer, mut listener) =
-            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
+            cluster.one_of_two_pods(&without_health("{clients: 20, headroom: 0%, min_quota: 1}"));
         wait_for_quota(&balancer, Some(10), "= 10");
         cluster.api.stop();
         let clients = cluster.clients(&pod, 10);
@@ -341,7 +344,7 @@ fn while_the_api_server_is_silent_quotas_hold_and_then_open() {
 fn an_api_server_that_hangs_harms_nobody() {
     with_cluster(|cluster| {
         let (pod, balancer, _listener) =
-            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
+            cluster.one_of_two_pods(&without_health("{clients: 20, headroom: 0%, min_quota: 1}"));
         wait_for_quota(&balancer, Some(10), "= 10");
         cluster.api.freeze();
         let clients = cluster.clients(&pod, 10);
@@ -640,7 +643,7 @@ fn while_the_api_server_tells_old_things_quotas_hold_and_then_open() {
         machine.netns.add_address(CLIENT);
         let mut cluster = Cluster::start(machine);
         let (pod, balancer, _listener) =
-            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
+            cluster.one_of_two_pods(&without_health("{clients: 20, headroom: 0%, min_quota: 1}"));
         wait_for_quota(&balancer, Some(10), "= 10");
         // Watches stay open, and nothing is new.
         cluster.api.kill(Program::Etcd);
@@ -747,7 +750,7 @@ fn admitted(cluster: &Cluster, pod: &Pod, clients: usize) -> usize {
 fn a_stranger_with_a_pods_address_takes_no_share_of_its_quota() {
     with_cluster(|cluster| {
         let (pod, balancer, _listener) =
-            cluster.one_of_two_pods("{clients: 20, headroom: 0%, min_quota: 1}");
+            cluster.one_of_two_pods(&without_health("{clients: 20, headroom: 0%, min_quota: 1}"));
         wait_for_quota(&balancer, Some(10), "/ 2 ready) = 10");
         let _stranger = cluster
             .machine

@@ -104,6 +104,8 @@ fn clients_notice_no_rolling_restart() {
                         assert!(!outcome.is_timed_out());
                         refused.fetch_add(usize::from(outcome.is_refused()), Ordering::Relaxed);
                         outcome.ok().into_iter().for_each(tcp::reset);
+                        // Nobody accepts: without a pause the accept queues would fill up.
+                        thread::sleep(Duration::from_micros(100));
                     }
                 });
             }

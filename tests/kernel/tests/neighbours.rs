@@ -184,6 +184,13 @@ impl<'a> Fixture<'a> {
     #[track_caller]
     fn moves_out(&mut self, listener: &mut [Listener; 1]) {
         self.settle(listener, &[0]);
+        // It shares its server's quota with those whose end was not seen, until that is put right.
+        self.balancer.eventually(|service| {
+            let active = service.backends.iter().filter(|one| one.state == "active");
+            let quotas: Vec<_> = active.map(|one| one.quota).collect();
+            ensure!(quotas == [Some(u32::try_from(QUOTA)?)], "{quotas:?}");
+            Ok(())
+        });
         drop(self.neighbour.take());
         let repaired = repairs(&self.balancer);
         // Without the daemon it is the kernel half alone that counts.

@@ -268,8 +268,9 @@ fn the_word_of_a_daemon_that_was_killed_expires() {
 fn the_others_make_room_for_the_clients_of_a_server_that_does_not_come_back() {
     Machine::with(|machine| {
         let quota = "quota: {clients: 90, min_quota: 1}";
-        let balancer = Balancer::start(machine, &virtual_port("least-connections", 3, &[quota]));
+        // All listen before anything is computed: quotas go down slowly.
         let servers = servers(3);
+        let balancer = Balancer::start(machine, &virtual_port("least-connections", 3, &[quota]));
         let quotas = || {
             let service = balancer.service();
             [1, 2].map(|n| service.backend(backend(n)).quota)

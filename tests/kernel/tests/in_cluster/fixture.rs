@@ -374,6 +374,11 @@ pub fn config(quota: &str) -> String {
     )
 }
 
+/// A quota without regard to health, for listeners that accept late or never.
+pub fn without_health(quota: &str) -> String {
+    format!("{quota}\n      health: off")
+}
+
 /// The JSON of `status --cluster`.
 pub fn cluster_status(balancer: &Balancer) -> Value {
     let json = balancer.must(&["status", "--cluster", "-o", "json"]);

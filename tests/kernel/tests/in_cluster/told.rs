@@ -9,7 +9,7 @@ use testkit::kubernetes::objects::{self, Endpoint};
 
 use super::fixture::{
     CLIENT, Cluster, NODE, OAPS, PORT, SETTLES_WITHIN, SYSTEM, cluster_status, elsewhere, group,
-    own_report, wait_for_quota, with_cluster, with_route_back,
+    own_report, wait_for_quota, with_cluster, with_route_back, without_health,
 };
 
 /// A report of another node with a peak.
@@ -31,7 +31,9 @@ fn a_report_counts_by_its_age_at_the_api_server_and_who_is_missing_is_named() {
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint(), elsewhere(1)]);
         publish_peak(cluster, 900);
-        let mut balancer = cluster.balancer("{observed: 10m, headroom: 0%, min_quota: 1}");
+        let mut balancer = cluster.balancer(&without_health(
+            "{observed: 10m, headroom: 0%, min_quota: 1}",
+        ));
         balancer.launch();
         let _listener = cluster.listen(&pod);
         let _clients = cluster.clients(&pod, 12);
