@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 
 use balancer_common::abi::{Address, Backend, ListenRule};
+use balancer_common::decision::member::fits_family;
 
 use super::notes::Note;
 use super::paths::Paths;
@@ -37,14 +38,9 @@ pub fn not_listened_on<'a>(
 /// Whether connections to an address reach a listener.
 fn takes(backend: &Backend, address: SocketAddr) -> bool {
     let wanted = Address::from(address.ip().to_canonical());
-    let is_v4 = address.ip().to_canonical().is_ipv4();
-    let of_family = if is_v4 {
-        backend.flags & Backend::V6_ONLY == 0
-    } else {
-        backend.flags & Backend::V6 != 0
-    };
+    let of_family = || fits_family(backend.flags, address.ip().to_canonical().is_ipv4());
     backend.port == address.port()
-        && (backend.address == wanted || backend.address.is_any() && of_family)
+        && (backend.address == wanted || backend.address.is_any() && of_family())
 }
 
 impl Rules {

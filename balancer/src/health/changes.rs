@@ -1,7 +1,7 @@
 //! What the log says of backends that don't serve: a line for each change, and for one that changes
 //! all the time a line a minute.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::Duration;
 
 use balancer_common::abi::{BackendId, HealthState};
@@ -54,7 +54,8 @@ impl HealthChanges {
     /// Takes in how all backends are at the time `now`, of any clock; what the log should say.
     pub fn update(&mut self, now: Duration, seen: &[Seen]) -> Vec<Line> {
         let mut lines = Vec::new();
-        self.0.retain(|id, _| seen.iter().any(|one| one.id == *id));
+        let ids: HashSet<BackendId> = seen.iter().map(|one| one.id).collect();
+        self.0.retain(|id, _| ids.contains(id));
         for one in seen {
             let told = self.0.entry(one.id).or_insert_with(|| Told {
                 name: one.name.clone(),

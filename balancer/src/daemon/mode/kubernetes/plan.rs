@@ -279,6 +279,7 @@ pub fn peers_of_host_networks(config: &Kubernetes, view: &View) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fuzzing::endpoint;
     use super::*;
     use crate::config::{PortChoice, ServiceChoice};
     use crate::kubernetes::ObjectName as Object;
@@ -324,12 +325,7 @@ mod tests {
                 pod: id.service.clone(),
                 uid: (*address).into(),
                 addresses: vec![address.parse().unwrap()],
-                node: Some("node-a".into()),
-                ready: true,
-                terminating: false,
-                weight: 1,
-                host_network: false,
-                runtime_class: None,
+                ..endpoint("node-a")
             };
             if !view.groups.contains_key(&id) {
                 view.precedence.push(id.clone());

@@ -342,6 +342,7 @@ fn pods_by_port() -> HashMap<u16, String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fuzzing;
     use super::*;
 
     fn endpoint(uid: &str) -> Endpoint {
@@ -351,13 +352,8 @@ mod tests {
                 name: "oap".into(),
             },
             uid: uid.to_owned(),
-            addresses: Vec::new(),
             node: None,
-            ready: true,
-            terminating: false,
-            weight: 1,
-            host_network: false,
-            runtime_class: None,
+            ..fuzzing::endpoint("")
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use balancer_common::abi::{Backend, Breaker, Policy, UNLIMITED};
+use balancer_common::abi::{Backend, Policy, UNLIMITED};
 use balancer_common::decision::admission::expected;
 use balancer_common::decision::member::{Member, fits_family};
 use balancer_common::decision::request::Request;
@@ -110,9 +110,7 @@ pub fn avoided(here: &[&Member], request: &Request) -> Vec<Avoided> {
 /// What is said of a choice that is a trial: its breaker was open, and this connection tells whether
 /// it serves again.
 pub const fn trial(chosen: &Member, now: u64) -> &'static str {
-    let is_due = matches!(chosen.health.breaker(), Breaker::Open | Breaker::Trial)
-        && chosen.health.is_avoided(false, now) == 0;
-    if is_due {
+    if chosen.health.wants_trial(now) && chosen.health.is_avoided(false, now) == 0 {
         "; it has been failing, and this connection is the trial that tells whether it serves again"
     } else {
         ""

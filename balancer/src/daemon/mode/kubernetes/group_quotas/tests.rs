@@ -4,7 +4,7 @@ use balancer_common::abi::{Backend, BackendState, Counts, Health, SlotPolicy, Sl
 use balancer_common::decision::member::Member;
 use proptest::prelude::*;
 
-use super::super::fuzzing::{entry, group};
+use super::super::fuzzing::{endpoint, entry, group};
 use super::super::report::reported;
 use super::*;
 use crate::config::ClusterService;
@@ -98,12 +98,7 @@ fn endpoint_on(node: &str) -> Endpoint {
         },
         uid: format!("uid-{node}"),
         addresses: vec![[10, 0, 0, number].into()],
-        node: Some(node.into()),
-        ready: true,
-        terminating: false,
-        weight: 1,
-        host_network: false,
-        runtime_class: None,
+        ..endpoint(node)
     }
 }
 
