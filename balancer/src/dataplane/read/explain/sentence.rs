@@ -107,8 +107,8 @@ pub fn avoided(here: &[&Member], request: &Request) -> Vec<Avoided> {
     avoided
 }
 
-/// What is said of a choice that is a trial: its breaker was open, and this connection tells whether
-/// it serves again.
+/// What is said of a choice that is a trial: its breaker was open, and this connection tells
+/// whether it serves again.
 pub const fn trial(chosen: &Member, now: u64) -> &'static str {
     if chosen.health.wants_trial(now) && chosen.health.is_avoided(false, now) == 0 {
         "; it has been failing, and this connection is the trial that tells whether it serves again"
