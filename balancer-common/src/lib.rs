@@ -19,8 +19,10 @@ pub mod abi;
 pub mod decision;
 pub mod hash;
 mod opaque;
+pub mod place;
 pub mod pool;
 
 pub use abi::{BackendState, Policy};
 pub use decision::reason::{Reason, Verdict};
 pub use opaque::opaque;
+pub use place::PlaceReason;

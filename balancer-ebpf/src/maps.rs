@@ -6,9 +6,10 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    AuditTotals, Backend, Connection, Counts, Disowned, ExemptKey, Health, Heartbeat,
-    KeepaliveWord, ListenRule, Members, PortKey, Refusals, RefusedKey, ServiceInfo, ServicePort,
-    ServiceState, Silence, SlotPolicy, Totals, maps,
+    AuditTotals, Backend, Connection, Counts, Disowned, Endpoint, EndpointGroup,
+    EndpointGroupState, ExemptKey, Frontend, FrontendKey, Health, Heartbeat, KeepaliveWord,
+    ListenRule, Members, Placed, PlacedSocket, PortKey, Published, Refusals, RefusedKey,
+    ServiceInfo, ServicePort, ServiceState, Silence, SlotPolicy, Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -61,6 +62,34 @@ pub static HEARTBEAT: Array<Heartbeat> =
     Array::pinned(maps::HEARTBEAT.entries, maps::HEARTBEAT.flags);
 #[map]
 pub static AUDIT: Array<AuditTotals> = Array::pinned(maps::AUDIT.entries, maps::AUDIT.flags);
+#[map]
+pub static FRONTENDS: HashMap<FrontendKey, Frontend> =
+    HashMap::pinned(maps::FRONTENDS.entries, maps::FRONTENDS.flags);
+#[map]
+pub static ENDPOINT_GROUPS: Array<EndpointGroup> =
+    Array::pinned(maps::ENDPOINT_GROUPS.entries, maps::ENDPOINT_GROUPS.flags);
+#[map]
+pub static ENDPOINT_GROUP_STATE: Array<EndpointGroupState> = Array::pinned(
+    maps::ENDPOINT_GROUP_STATE.entries,
+    maps::ENDPOINT_GROUP_STATE.flags,
+);
+#[map]
+pub static ENDPOINT_MEMBERS: Array<Members> =
+    Array::pinned(maps::ENDPOINT_MEMBERS.entries, maps::ENDPOINT_MEMBERS.flags);
+#[map]
+pub static ENDPOINTS: Array<Endpoint> =
+    Array::pinned(maps::ENDPOINTS.entries, maps::ENDPOINTS.flags);
+#[map]
+pub static PLACED: Array<Placed> = Array::pinned(maps::PLACED.entries, maps::PLACED.flags);
+#[map]
+pub static PUBLISHED: Array<Published> =
+    Array::pinned(maps::PUBLISHED.entries, maps::PUBLISHED.flags);
+#[map]
+pub static EXCLUDED_NETNS: HashMap<u64, u32> =
+    HashMap::pinned(maps::EXCLUDED_NETNS.entries, maps::EXCLUDED_NETNS.flags);
+#[map]
+pub static PLACE_VERDICTS: PerCpuArray<u64> =
+    PerCpuArray::pinned(maps::PLACE_VERDICTS.entries, maps::PLACE_VERDICTS.flags);
 
 /// Look-ups that can be under way on one CPU at a time.
 const SCRATCH_LEVELS: u32 = 3;
@@ -97,3 +126,15 @@ pub static CONNECTION: SkStorage<Connection, { maps::CONNECTION.flags as usize }
     map_flags: core::ptr::null(),
     pinning: core::ptr::null(),
 };
+
+#[unsafe(link_section = ".maps")]
+#[unsafe(no_mangle)]
+pub static PLACED_SOCKET: SkStorage<PlacedSocket, { maps::PLACED_SOCKET.flags as usize }> =
+    SkStorage {
+        r#type: core::ptr::null(),
+        key: core::ptr::null(),
+        value: core::ptr::null(),
+        max_entries: core::ptr::null(),
+        map_flags: core::ptr::null(),
+        pinning: core::ptr::null(),
+    };

@@ -36,3 +36,13 @@ pub const ANY_NETNS: u64 = 0;
 pub const DEFAULT_WEIGHT: u32 = 1;
 /// Longest name of a service, in bytes.
 pub const MAX_NAME: usize = 63;
+/// Most endpoints of all groups together. The bitmap of a group is a [`Members`](super::Members).
+pub const MAX_ENDPOINTS: usize = MAX_SLOTS;
+/// Most endpoint groups.
+pub const MAX_ENDPOINT_GROUPS: usize = 64;
+/// Most frontends.
+pub const MAX_FRONTENDS: usize = 1_024;
+/// Most network namespaces whose connects are left alone.
+pub const MAX_EXCLUDED_NETNS: usize = 1_024;
+/// Counters an endpoint group has in `PLACE_VERDICTS`.
+pub const PLACE_REASON_SLOTS: usize = 16;

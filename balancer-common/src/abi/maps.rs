@@ -7,7 +7,14 @@ use super::daemon::{AuditTotals, Heartbeat};
 use super::disowned::Disowned;
 use super::health::Health;
 use super::keepalive::{KeepaliveWord, Silence};
-use super::limits::{MAX_REFUSED_SOURCES, MAX_SERVICES, MAX_SLOTS, REASON_SLOTS};
+use super::limits::{
+    MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, MAX_REFUSED_SOURCES,
+    MAX_SERVICES, MAX_SLOTS, PLACE_REASON_SLOTS, REASON_SLOTS,
+};
+use super::place::{
+    Endpoint, EndpointGroup, EndpointGroupState, Frontend, FrontendKey, Placed, PlacedSocket,
+    Published,
+};
 use super::service::{
     ExemptKey, ListenRule, Members, Refusals, RefusedKey, ServiceInfo, ServicePort, ServiceState,
 };
@@ -133,4 +140,24 @@ pinned! {
     /// A [`Connection`] in the storage of each socket. Written by the kernel half, or by the daemon
     /// that adopts.
     CONNECTION = MapShape::new(SK_STORAGE, WORD, size_of::<Connection>(), 0).with(NO_PREALLOC | CLONE);
+    /// [`FrontendKey`] to [`Frontend`]. Written by the daemon.
+    FRONTENDS = MapShape::hash::<FrontendKey, Frontend>(MAX_FRONTENDS);
+    /// An [`EndpointGroup`] for each group. Written by the daemon.
+    ENDPOINT_GROUPS = MapShape::shared::<EndpointGroup>(MAX_ENDPOINT_GROUPS);
+    /// An [`EndpointGroupState`] for each group. Written by the kernel half.
+    ENDPOINT_GROUP_STATE = MapShape::shared::<EndpointGroupState>(MAX_ENDPOINT_GROUPS);
+    /// For each group the endpoints that may be chosen, a bit each. Written by the daemon.
+    ENDPOINT_MEMBERS = MapShape::shared::<Members>(MAX_ENDPOINT_GROUPS);
+    /// The [`Endpoint`]s. Written by the daemon.
+    ENDPOINTS = MapShape::shared::<Endpoint>(MAX_ENDPOINTS);
+    /// A [`Placed`] for each endpoint. Written by the kernel half, put right by the daemon.
+    PLACED = MapShape::shared::<Placed>(MAX_ENDPOINTS);
+    /// A [`Published`] for each endpoint. Written by the daemon.
+    PUBLISHED = MapShape::shared::<Published>(MAX_ENDPOINTS);
+    /// Cookies of the netns whose connects are left alone. Written by the daemon.
+    EXCLUDED_NETNS = MapShape::hash::<u64, u32>(MAX_EXCLUDED_NETNS);
+    /// A counter for each reason of placing of each group. Written by the kernel half.
+    PLACE_VERDICTS = MapShape::new(PER_CPU_ARRAY, WORD, size_of::<u64>(), MAX_ENDPOINT_GROUPS * PLACE_REASON_SLOTS);
+    /// A [`PlacedSocket`] in the storage of each socket that was placed. Written by the kernel half.
+    PLACED_SOCKET = MapShape::new(SK_STORAGE, WORD, size_of::<PlacedSocket>(), 0).with(NO_PREALLOC);
 }

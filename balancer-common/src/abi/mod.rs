@@ -13,6 +13,7 @@ mod health;
 mod keepalive;
 mod limits;
 pub mod maps;
+mod place;
 mod service;
 mod ticks;
 
@@ -25,11 +26,12 @@ pub use events::*;
 pub use health::*;
 pub use keepalive::*;
 pub use limits::*;
+pub use place::*;
 pub use service::*;
 pub use ticks::*;
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 
 const _: () = {
     assert!(size_of::<PortKey>() == 32);

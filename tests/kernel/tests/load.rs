@@ -102,7 +102,7 @@ const DEBUG: [Budget; 2] = [
 
 /// What all maps together may take, but for what they have on each CPU. Two of the daemon have a
 /// word for each slot.
-const RELEASE_MAPS: u64 = 2_470 * 1024;
+const RELEASE_MAPS: u64 = 2_760 * 1024;
 /// With the ring buffer of the log lines.
 const DEBUG_MAPS: u64 = RELEASE_MAPS + 150 * 1024;
 /// What they may take for each CPU that the machine could have: counters and scratch.
