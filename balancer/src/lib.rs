@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod health;
 pub mod kubernetes;
 pub mod metrics;
+pub mod place;
 pub mod quota;
 mod sanitize;
 #[expect(

@@ -1,0 +1,53 @@
+//! Placing, as numbers: which frontends lead to which endpoints, and what is known of these. Pure:
+//! `daemon` gathers it, `dataplane` writes it to the maps.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+/// What this node should place where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlacePlan {
+    /// The endpoint groups, by name.
+    pub groups: Vec<GroupPlan>,
+}
+
+/// An endpoint group, and the frontends that lead to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupPlan {
+    /// Its name in `status`: the service's, in a cluster with the Kubernetes Service's.
+    pub name: String,
+    /// What clients connect to.
+    pub frontends: Vec<SocketAddr>,
+    /// What may be chosen.
+    pub endpoints: Vec<EndpointPlan>,
+    /// This node among those that place: its rank, from 0, and how many they are.
+    pub rank: (u32, u32),
+    /// How long ago the cluster was heard of; `None`: it needs no hearing (no cluster).
+    pub heard: Option<Duration>,
+}
+
+/// One endpoint of a group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointPlan {
+    /// Its name in `status`: the pod's with its namespace, or the address.
+    pub name: String,
+    /// Its IPv4 address.
+    pub v4: Option<Ipv4Addr>,
+    /// Its IPv6 address.
+    pub v6: Option<Ipv6Addr>,
+    /// Its port.
+    pub port: u16,
+    /// Its share beside the others'; 0: no new ones.
+    pub weight: u32,
+    /// What it was last said to have; `None`: nobody says.
+    pub published: Option<PublishedTotal>,
+}
+
+/// Connections of an endpoint, as its node said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishedTotal {
+    /// Established connections, those of every client.
+    pub connections: u64,
+    /// How long ago that was counted.
+    pub age: Duration,
+}
