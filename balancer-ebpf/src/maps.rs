@@ -6,10 +6,10 @@ use core::mem::MaybeUninit;
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap};
 use balancer_common::abi::{
-    AuditTotals, Backend, Connection, Counts, Disowned, Endpoint, EndpointGroup,
-    EndpointGroupState, ExemptKey, Frontend, FrontendKey, Health, Heartbeat, KeepaliveWord,
-    ListenRule, Members, Placed, PlacedSocket, PortKey, Published, Refusals, RefusedKey,
-    ServiceInfo, ServicePort, ServiceState, Silence, SlotPolicy, Totals, maps,
+    AuditTotals, Backend, Connection, Counts, Disowned, Endpoint, EndpointGroup, EndpointGroupInfo,
+    EndpointGroupState, EndpointInfo, ExemptKey, Frontend, FrontendKey, Health, Heartbeat,
+    KeepaliveWord, ListenRule, Members, Placed, PlacedSocket, PortKey, Published, Refusals,
+    RefusedKey, ServiceInfo, ServicePort, ServiceState, Silence, SlotPolicy, Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -76,6 +76,14 @@ pub static ENDPOINT_GROUP_STATE: Array<EndpointGroupState> = Array::pinned(
 #[map]
 pub static ENDPOINT_MEMBERS: Array<Members> =
     Array::pinned(maps::ENDPOINT_MEMBERS.entries, maps::ENDPOINT_MEMBERS.flags);
+#[map]
+pub static ENDPOINT_GROUP_INFO: Array<EndpointGroupInfo> = Array::pinned(
+    maps::ENDPOINT_GROUP_INFO.entries,
+    maps::ENDPOINT_GROUP_INFO.flags,
+);
+#[map]
+pub static ENDPOINT_INFO: Array<EndpointInfo> =
+    Array::pinned(maps::ENDPOINT_INFO.entries, maps::ENDPOINT_INFO.flags);
 #[map]
 pub static ENDPOINTS: Array<Endpoint> =
     Array::pinned(maps::ENDPOINTS.entries, maps::ENDPOINTS.flags);

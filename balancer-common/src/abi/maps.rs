@@ -12,8 +12,8 @@ use super::limits::{
     MAX_SERVICES, MAX_SLOTS, PLACE_REASON_SLOTS, REASON_SLOTS,
 };
 use super::place::{
-    Endpoint, EndpointGroup, EndpointGroupState, Frontend, FrontendKey, Placed, PlacedSocket,
-    Published,
+    Endpoint, EndpointGroup, EndpointGroupInfo, EndpointGroupState, EndpointInfo, Frontend,
+    FrontendKey, Placed, PlacedSocket, Published,
 };
 use super::service::{
     ExemptKey, ListenRule, Members, Refusals, RefusedKey, ServiceInfo, ServicePort, ServiceState,
@@ -150,6 +150,10 @@ pinned! {
     ENDPOINT_MEMBERS = MapShape::shared::<Members>(MAX_ENDPOINT_GROUPS);
     /// The [`Endpoint`]s. Written by the daemon.
     ENDPOINTS = MapShape::shared::<Endpoint>(MAX_ENDPOINTS);
+    /// An [`EndpointGroupInfo`] for each group. Written by the daemon.
+    ENDPOINT_GROUP_INFO = MapShape::array::<EndpointGroupInfo>(MAX_ENDPOINT_GROUPS);
+    /// An [`EndpointInfo`] for each endpoint. Written by the daemon.
+    ENDPOINT_INFO = MapShape::array::<EndpointInfo>(MAX_ENDPOINTS);
     /// A [`Placed`] for each endpoint. Written by the kernel half, put right by the daemon.
     PLACED = MapShape::shared::<Placed>(MAX_ENDPOINTS);
     /// A [`Published`] for each endpoint. Written by the daemon.

@@ -109,6 +109,33 @@ pub struct Placed {
 pub struct Published {
     /// How many, as far as is known.
     pub others: u64,
+    /// Connections that it was last said to have, those of every client. Only user space reads it.
+    pub connections: u64,
+    /// When that was counted, ns of `CLOCK_MONOTONIC`; 0: nobody says. Only user space reads it.
+    pub counted_ns: u64,
+}
+
+/// Value of `ENDPOINT_GROUP_INFO`: what only user space reads, so that `status` works without a
+/// daemon, and the next daemon knows the group again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct EndpointGroupInfo {
+    /// UTF-8, zero-padded; empty: no such group.
+    pub name: [u8; 192],
+    /// This node's rank among those that place, from 0.
+    pub rank: u32,
+    /// How many nodes place.
+    pub nodes: u32,
+}
+
+/// Value of `ENDPOINT_INFO`: what only user space reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct EndpointInfo {
+    /// UTF-8, zero-padded.
+    pub name: [u8; 128],
+    /// The group that it is of, or was last; one of them where there are several.
+    pub group: u32,
 }
 
 /// Value of `PLACED_SOCKET`, the storage of a client's socket that was placed. Written by the kernel
@@ -168,6 +195,8 @@ const _: () = {
     assert!(size_of::<EndpointGroupState>() == 8);
     assert!(size_of::<Endpoint>() == 48);
     assert!(size_of::<Placed>() == 40);
-    assert!(size_of::<Published>() == 8);
+    assert!(size_of::<Published>() == 24);
+    assert!(size_of::<EndpointGroupInfo>() == 200);
+    assert!(size_of::<EndpointInfo>() == 132);
     assert!(size_of::<PlacedSocket>() == 28);
 };

@@ -1,6 +1,7 @@
 //! Placing, as numbers: which frontends lead to which endpoints, and what is known of these. Pure:
 //! `daemon` gathers it, `dataplane` writes it to the maps.
 
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
@@ -9,6 +10,8 @@ use std::time::Duration;
 pub struct PlacePlan {
     /// The endpoint groups, by name.
     pub groups: Vec<GroupPlan>,
+    /// Cookies of the netns whose connects are left alone.
+    pub excluded_netns: BTreeSet<u64>,
 }
 
 /// An endpoint group, and the frontends that lead to it.
