@@ -13,7 +13,7 @@ pub(super) const MAPPINGS: [(&str, &str, &str); 10] = [
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
     ("services.keepalive", "`keepalive`", "idle interval probes"),
-    ("kubernetes", "`kubernetes`", "services publish_every hold_for"),
+    ("kubernetes", "`kubernetes`", "services publish_every hold_for place"),
     ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt health keepalive"),
     ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),
     ("kubernetes.services.quota.pods", "a class of pods", "selector namespace connections"),

@@ -39,6 +39,8 @@ pub struct Kubernetes {
     pub publish_every: Duration,
     /// Quotas open when what they are computed from is older than this: 10 seconds to a day.
     pub hold_for: Duration,
+    /// Whether connects of this node to the Services go to the pod that should have them.
+    pub place: bool,
 }
 
 /// A service entry: a port of the pods behind one or several Kubernetes Services.

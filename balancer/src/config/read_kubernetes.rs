@@ -59,6 +59,7 @@ pub(super) fn kubernetes(node: &Node) -> Result<Kubernetes> {
         hold_for: fields
             .optional("hold_for", |node| HOLD_FOR.read(node))?
             .unwrap_or(DEFAULT_HOLD_FOR),
+        place: is_on(&fields, "place")?,
     })
 }
 

@@ -238,6 +238,7 @@ fn config() -> Kubernetes {
         services: vec![entry("agents", "grpc"), entry("als", "als")],
         publish_every: Duration::from_secs(2),
         hold_for: Duration::from_secs(300),
+        place: true,
     }
 }
 

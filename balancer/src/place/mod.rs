@@ -5,6 +5,10 @@ use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+/// For so long after the cluster was heard of its endpoints are believed. Then destinations are left
+/// as they are: whoever carries them on without the balancer may know better.
+pub const BELIEVED_FOR: Duration = Duration::from_secs(60);
+
 /// What this node should place where.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PlacePlan {

@@ -259,6 +259,7 @@ fn reads_the_same_when_written(config: &Config) {
                 "services": kubernetes.services.iter().map(written_of_cluster).collect::<Vec<_>>(),
                 "publish_every": format!("{}ms", kubernetes.publish_every.as_millis()),
                 "hold_for": format!("{}ms", kubernetes.hold_for.as_millis()),
+                "place": if kubernetes.place { "on" } else { "off" },
             },
             "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
         }),

@@ -42,6 +42,7 @@ fn the_smallest_file() {
             }],
             publish_every: Duration::from_secs(2),
             hold_for: Duration::from_secs(300),
+            place: true,
         })
     );
 }
@@ -73,6 +74,7 @@ kubernetes:
       quota: {observed: 10m, headroom: 20%}
   publish_every: 500ms
   hold_for: 24h
+  place: off
 fail_open_after: 1m
 "#,
     );
@@ -80,6 +82,7 @@ fail_open_after: 1m
     let section = config.kubernetes.expect("a section");
     assert_eq!(section.publish_every, Duration::from_millis(500));
     assert_eq!(section.hold_for, Duration::from_secs(86_400));
+    assert!(!section.place);
     let [agents, als] = &section.services[..] else {
         panic!("{section:?}");
     };

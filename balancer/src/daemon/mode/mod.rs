@@ -15,6 +15,7 @@ use super::down::{self, Named};
 use crate::config::Config;
 use crate::dataplane::{Plan, RefusedSource, Writer};
 use crate::kubernetes::ClusterStatus;
+use crate::place::PlacePlan;
 
 /// Where the daemon runs.
 pub enum Mode {
@@ -144,6 +145,21 @@ impl Mode {
         match self {
             Self::Standalone(_) => down::of_file(writer),
             Self::Kubernetes(mode) => mode.down(writer),
+        }
+    }
+
+    /// What this node should place where by what is known now; `None`: that is not known yet.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    #[expect(
+        dead_code,
+        reason = "the plan is put in force by what is not there yet"
+    )]
+    pub fn place_plan(&mut self, writer: &Writer) -> Result<Option<PlacePlan>> {
+        match self {
+            Self::Standalone(_) => Ok(Some(PlacePlan::default())),
+            Self::Kubernetes(mode) => mode.place_plan(writer),
         }
     }
 

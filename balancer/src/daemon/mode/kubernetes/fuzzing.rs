@@ -80,6 +80,7 @@ pub fn plan_beside_slice(text: &str) -> Result<Plan, String> {
         }],
         publish_every: Duration::from_secs(2),
         hold_for: Duration::from_secs(300),
+        place: true,
     };
     let here = Here {
         node: "a",

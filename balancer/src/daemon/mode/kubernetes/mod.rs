@@ -31,6 +31,7 @@ use crate::config::{ClusterQuota, Kubernetes};
 use crate::dataplane::{Plan, RefusedSource, SlotView, Writer, services};
 use crate::discover::{OpenNetns, source_towards};
 use crate::kubernetes::{Cluster, ClusterStatus, Endpoint, GroupId, Identity, NodeReport, View};
+use crate::place::PlacePlan;
 use crate::quota::{InForce, Quota, QuotaSource};
 use crate::sys::netns;
 
@@ -148,6 +149,18 @@ impl KubernetesMode {
             addresses: self.node_addresses(),
         };
         Ok(Some(self.port_names.plan(&self.config, &self.view, &here)))
+    }
+
+    /// What this node should place where; `None`: that is not known yet.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn place_plan(&self, writer: &Writer) -> Result<Option<PlacePlan>> {
+        if !self.config.place {
+            return Ok(Some(PlacePlan::default()));
+        }
+        writer.tables.slots()?;
+        Ok(self.view.complete.then(PlacePlan::default))
     }
 
     /// The addresses that this node's own processes, its kubelet among them, send from to its pods.

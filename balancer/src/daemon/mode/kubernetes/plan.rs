@@ -306,6 +306,7 @@ mod tests {
             services: names.iter().map(|name| entry(name)).collect(),
             publish_every: std::time::Duration::from_secs(2),
             hold_for: std::time::Duration::from_secs(300),
+            place: true,
         }
     }
 
