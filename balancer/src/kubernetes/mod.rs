@@ -25,8 +25,8 @@ pub use cluster::Cluster;
 pub use health::{ApiRequest, Target};
 pub use identity::Identity;
 pub use model::{
-    Demand, Endpoint, GroupId, NodeReport, ObjectName, Peak, ReceivedReport, RefusedSource,
-    ReportedBackend, ReportedHealth, SCHEMA, STALE, View,
+    Demand, Endpoint, GroupId, NodeReport, ObjectName, Offered, Peak, ReceivedReport,
+    RefusedSource, ReportedBackend, ReportedHealth, SCHEMA, STALE, ServicePort, Traffic, View,
 };
 pub use status::{BackendStatus, ClusterStatus, GroupStatus, PodHealth};
 #[doc(hidden)]

@@ -1,8 +1,8 @@
 //! What the API server of a Kubernetes cluster says, and what daemons tell each other through it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use kube::Resource;
@@ -65,6 +65,53 @@ pub struct Endpoint {
     pub host_network: bool,
     /// The runtime class that the pod asks for. It may give it a kernel of its own.
     pub runtime_class: Option<String>,
+    /// What kube-proxy is told of it.
+    pub offered: Offered,
+}
+
+/// What an `EndpointSlice` tells kube-proxy of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Offered {
+    /// New connections may go to it, as the Service has it: also to a pod that is not ready, or is
+    /// being ended, where the Service publishes such addresses.
+    pub ready: bool,
+    /// It serves, maybe while it is being ended.
+    pub serving: bool,
+    /// The zones that should use it; empty: no hint.
+    pub for_zones: BTreeSet<String>,
+    /// The nodes that should use it; empty: no hint.
+    pub for_nodes: BTreeSet<String>,
+}
+
+/// A port of a Kubernetes Service as its clients see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// The name of the service entry.
+    pub entry: String,
+    /// The Kubernetes Service.
+    pub service: ObjectName,
+    /// What clients connect to: its cluster addresses of both families, with its port. Empty where
+    /// kube-proxy leaves it alone: headless, of type `ExternalName`, somebody else's.
+    pub frontends: Vec<SocketAddr>,
+    /// The pods behind it, each with its target port, in the order of names.
+    pub endpoints: Vec<(Endpoint, u16)>,
+    /// Somebody serves it who is no pod of its namespace: an address that was written by hand.
+    pub has_others: bool,
+    /// How its traffic is to go.
+    pub traffic: Traffic,
+}
+
+/// What a Kubernetes Service says of how its traffic is to go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Only to pods of the client's own node (`internalTrafficPolicy: Local`).
+    pub own_node_only: bool,
+    /// Always to the same pod (`sessionAffinity: ClientIP`).
+    pub affinity: bool,
+    /// As kube-proxy has it: the annotation `balancer.skywalking.apache.org/place: "off"`.
+    pub left_alone: bool,
+    /// Preferably to near pods (`trafficDistribution`, or the annotation for topology).
+    pub near: bool,
 }
 
 /// The connections that pods keep, for one service entry.
@@ -88,6 +135,8 @@ pub struct View {
     pub problems: Vec<String>,
     /// The backend groups with their pods.
     pub groups: BTreeMap<GroupId, Vec<Endpoint>>,
+    /// The Services' ports that clients connect to, in the order of the groups' precedence.
+    pub ports: Vec<ServicePort>,
     /// Which of the groups comes first where not all can have what they want: those of Services
     /// that the file names, then those of the oldest Services. Some may not be in `groups`.
     pub precedence: Vec<GroupId>,

@@ -1,15 +1,16 @@
 //! Kubernetes Services: which of them a service entry means, and which port of them.
 
 use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
 
-use k8s_openapi::api::core::v1::Service;
+use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::ResourceExt as _;
 
 use super::{Bounds, Facts, Heard, Selection};
 use crate::config::{PortChoice, ServiceChoice};
-use crate::kubernetes::model::ObjectName;
+use crate::kubernetes::model::{ObjectName, Traffic};
 
 /// The selections of one choice: a label selector can't say "or".
 pub(super) fn selections(choice: &ServiceChoice) -> Vec<Selection> {
@@ -75,7 +76,18 @@ pub(super) struct ServiceFacts {
     pub(super) pods: Option<BTreeMap<String, String>>,
     /// When it was made, by the API server's clock.
     created: Option<Time>,
+    /// The cluster addresses that kube-proxy carries on.
+    addresses: Vec<IpAddr>,
+    /// How its traffic is to go.
+    pub(super) traffic: Traffic,
 }
+
+/// The annotation that leaves a Service, or a pod's own connects, alone where it says `off`.
+pub(crate) const PLACE: &str = "balancer.skywalking.apache.org/place";
+/// The label of a Service that is another proxy's than kube-proxy's.
+const OTHER_PROXY: &str = "service.kubernetes.io/service-proxy-name";
+/// The annotation of topology aware routing.
+const TOPOLOGY: &str = "service.kubernetes.io/topology-mode";
 
 /// A TCP port of a Kubernetes Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +114,7 @@ impl Facts for ServiceFacts {
 
     fn digest(service: &Service, _: Option<&Self>, _: Heard) -> Option<Self> {
         let spec = service.spec.clone().unwrap_or_default();
+        let (addresses, traffic) = (addresses(service, &spec), traffic(service, &spec));
         let ports = spec.ports.unwrap_or_default().into_iter();
         let tcp = ports.filter(|port| is_tcp(port.protocol.as_deref()));
         let ports = tcp.filter_map(|port| {
@@ -121,11 +134,55 @@ impl Facts for ServiceFacts {
             ports: ports.collect(),
             pods: spec.selector.filter(|labels| !labels.is_empty()),
             created: service.creation_timestamp(),
+            addresses,
+            traffic,
         })
     }
 }
 
+/// The addresses that kube-proxy carries on (`ShouldSkipService` in
+/// `pkg/proxy/util/utils.go`).
+fn addresses(service: &Service, spec: &ServiceSpec) -> Vec<IpAddr> {
+    let is_external = spec.type_.as_deref() == Some("ExternalName");
+    if is_external || service.labels().contains_key(OTHER_PROXY) {
+        return Vec::new();
+    }
+    let mut addresses: Vec<&String> = spec.cluster_ips.iter().flatten().collect();
+    if addresses.is_empty() {
+        addresses.extend(&spec.cluster_ip);
+    }
+    // A headless one has `None`.
+    let parsed = addresses.into_iter();
+    parsed.filter_map(|text| text.parse().ok()).collect()
+}
+
+fn traffic(service: &Service, spec: &ServiceSpec) -> Traffic {
+    let annotations = service.annotations();
+    let is_local = |policy: &Option<String>| policy.as_deref() == Some("Local");
+    let mode = annotations.get(TOPOLOGY).map(String::as_str);
+    Traffic {
+        own_node_only: is_local(&spec.internal_traffic_policy),
+        affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+        left_alone: is_off(annotations),
+        near: spec.traffic_distribution.is_some() || matches!(mode, Some("Auto" | "auto")),
+    }
+}
+
+/// Whether annotations say that something is not placed.
+pub(crate) fn is_off(annotations: &BTreeMap<String, String>) -> bool {
+    let said = annotations.get(PLACE).map(|text| text.trim());
+    matches!(said, Some("off" | "false"))
+}
+
 impl ServiceFacts {
+    /// What clients connect to for this port.
+    pub(super) fn frontends(&self, port: &ServicePort) -> Vec<SocketAddr> {
+        let addresses = self.addresses.iter();
+        addresses
+            .map(|address| SocketAddr::new(*address, port.number))
+            .collect()
+    }
+
     /// Oldest first: nobody can make a Service that is older than those that are there.
     pub(super) fn age_order(&self) -> impl Ord + use<> {
         (self.created.is_none(), self.created.clone())
@@ -178,5 +235,58 @@ mod tests {
             facts.ports_in_words(),
             "11800 (grpc), 12800 (rest), 9000 (same)"
         );
+    }
+
+    fn facts(service: serde_json::Value) -> ServiceFacts {
+        let service = serde_json::from_value(service).unwrap();
+        ServiceFacts::digest(&service, None, Heard::Listed).unwrap()
+    }
+
+    #[test]
+    fn clients_connect_to_the_cluster_addresses_of_both_families_and_to_nothing_else() {
+        let frontends = |metadata: serde_json::Value, mut spec: serde_json::Value| {
+            spec["ports"] = json!([{"name": "grpc", "port": 11800, "nodePort": 30_800}]);
+            let facts = facts(json!({"metadata": metadata, "spec": spec}));
+            let port = facts.port(&PortChoice::Number(11800)).unwrap();
+            let frontends = facts.frontends(port).into_iter();
+            frontends.map(|at| at.to_string()).collect::<Vec<_>>()
+        };
+        let none: [&str; 0] = [];
+        let both = json!({"type": "LoadBalancer", "clusterIP": "10.96.0.7",
+            "clusterIPs": ["10.96.0.7", "fd00:96::7"], "externalIPs": ["192.0.2.1"]});
+        assert_eq!(
+            frontends(json!({}), both.clone()),
+            ["10.96.0.7:11800", "[fd00:96::7]:11800"]
+        );
+        assert_eq!(
+            frontends(json!({"labels": {OTHER_PROXY: "mine"}}), both),
+            none
+        );
+        let one = json!({"clusterIP": "10.96.0.7"});
+        assert_eq!(frontends(json!({}), one), ["10.96.0.7:11800"]);
+        let headless = json!({"clusterIP": "None", "clusterIPs": ["None"]});
+        assert_eq!(frontends(json!({}), headless), none);
+        let external = json!({"type": "ExternalName", "externalName": "oap.example"});
+        assert_eq!(frontends(json!({}), external), none);
+    }
+
+    #[test]
+    fn what_a_service_says_of_its_traffic_is_known() {
+        let traffic = |annotations: serde_json::Value, spec: serde_json::Value| {
+            facts(json!({"metadata": {"annotations": annotations}, "spec": spec})).traffic
+        };
+        let usual = json!({"internalTrafficPolicy": "Cluster", "sessionAffinity": "None"});
+        assert_eq!(traffic(json!({}), usual), Traffic::default());
+        assert_eq!(traffic(json!({PLACE: "on"}), json!({})), Traffic::default());
+        let special = json!({"internalTrafficPolicy": "Local", "sessionAffinity": "ClientIP",
+            "trafficDistribution": "PreferClose"});
+        let expected = Traffic {
+            own_node_only: true,
+            affinity: true,
+            left_alone: true,
+            near: true,
+        };
+        assert_eq!(traffic(json!({PLACE: "off"}), special), expected);
+        assert!(traffic(json!({TOPOLOGY: "Auto"}), json!({})).near);
     }
 }

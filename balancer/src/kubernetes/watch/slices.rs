@@ -9,7 +9,7 @@ use super::contested::drop_contested;
 use super::services::is_tcp;
 use super::{Bounds, Facts, Heard, Selection};
 use crate::kubernetes::health::Problems;
-use crate::kubernetes::model::{Endpoint, GroupId, ObjectName};
+use crate::kubernetes::model::{Endpoint, GroupId, ObjectName, Offered};
 
 /// The label that names the Kubernetes Service of a slice.
 const SERVICE: &str = "kubernetes.io/service-name";
@@ -66,6 +66,8 @@ pub(super) struct SliceFacts {
     /// TCP ports: the name of the Service's port, and the number in the pods.
     ports: Vec<(String, u16)>,
     pods: Vec<Endpoint>,
+    /// It has an endpoint that is ready and no pod of its namespace.
+    has_others: bool,
 }
 
 impl Facts for SliceFacts {
@@ -85,13 +87,16 @@ impl Facts for SliceFacts {
             let number = u16::try_from(port.port?).ok()?;
             Some((port.name.clone().unwrap_or_default(), number))
         });
-        let endpoints = slice.endpoints.iter();
+        let endpoints = || slice.endpoints.iter();
+        let is_other =
+            |one: &SliceEndpoint| endpoint(one, &namespace).is_none() && offered(one).ready;
         Some(Self {
             service,
             ports: ports.collect(),
-            pods: endpoints
+            pods: endpoints()
                 .filter_map(|pod| endpoint(pod, &namespace))
                 .collect(),
+            has_others: endpoints().any(is_other),
         })
     }
 
@@ -128,7 +133,30 @@ fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
         weight: 1,
         host_network: false,
         runtime_class: None,
+        offered: offered(endpoint),
     })
+}
+
+/// What is said of an endpoint, read as kube-proxy does (`pkg/proxy/endpointslicecache.go`).
+fn offered(endpoint: &SliceEndpoint) -> Offered {
+    let conditions = endpoint.conditions.as_ref();
+    let hints = endpoint.hints.as_ref();
+    let zones = hints.and_then(|hints| hints.for_zones.as_ref());
+    let nodes = hints.and_then(|hints| hints.for_nodes.as_ref());
+    Offered {
+        ready: conditions.and_then(|said| said.ready) != Some(false),
+        serving: conditions.and_then(|said| said.serving) != Some(false),
+        for_zones: zones
+            .into_iter()
+            .flatten()
+            .map(|zone| zone.name.clone())
+            .collect(),
+        for_nodes: nodes
+            .into_iter()
+            .flatten()
+            .map(|node| node.name.clone())
+            .collect(),
+    }
 }
 
 /// Adds what another slice says of the pod: one of the other address family, or the old place
@@ -140,6 +168,11 @@ fn merge(pod: &mut Endpoint, other: &Endpoint) {
     pod.node = pod.node.take().or_else(|| other.node.clone());
     pod.ready &= other.ready;
     pod.terminating |= other.terminating;
+    let (offered, others) = (&mut pod.offered, &other.offered);
+    offered.ready &= others.ready;
+    offered.serving &= others.serving;
+    offered.for_zones.extend(others.for_zones.iter().cloned());
+    offered.for_nodes.extend(others.for_nodes.iter().cloned());
 }
 
 /// The pods behind the port that a Kubernetes Service calls `port`, by target port. Each pod is
@@ -167,6 +200,20 @@ pub(super) fn behind<'a>(
     by_port
         .map(|(port, pods)| (port, pods.into_values().collect()))
         .collect()
+}
+
+/// Whether somebody who is no pod serves the port that a Kubernetes Service calls `port`.
+pub(super) fn has_others<'a>(
+    slices: impl IntoIterator<Item = (&'a ObjectName, &'a SliceFacts)>,
+    service: &ObjectName,
+    port: &str,
+) -> bool {
+    slices.into_iter().any(|(slice, facts)| {
+        slice.namespace == service.namespace
+            && facts.service == service.name
+            && facts.has_others
+            && facts.ports.iter().any(|(name, _)| name == port)
+    })
 }
 
 /// For the fuzz targets: the groups that an `EndpointSlice` in JSON makes by an entry, where no pod
@@ -271,6 +318,41 @@ mod tests {
     }
 
     #[test]
+    fn kube_proxy_is_told_of_ready_ones_that_end_and_of_zones() {
+        let cases = [
+            (json!(null), true, true),
+            (
+                json!({"ready": false, "serving": true, "terminating": true}),
+                false,
+                true,
+            ),
+            (
+                json!({"ready": true, "serving": false, "terminating": true}),
+                true,
+                false,
+            ),
+        ];
+        for (conditions, ready, serving) in cases {
+            let mut one = item("oap-0", "10.0.0.1", &conditions);
+            one["hints"] = json!({"forZones": [{"name": "b"}, {"name": "a"}],
+                "forNodes": [{"name": "n"}]});
+            let ports = json!([{"name": "grpc", "port": 11800}]);
+            let slices = [slice("a", "IPv4", &ports, &json!([one]))];
+            let expected = Offered {
+                ready,
+                serving,
+                for_zones: ["a", "b"].map(str::to_owned).into(),
+                for_nodes: ["n"].map(str::to_owned).into(),
+            };
+            assert_eq!(
+                pods(&slices, "grpc")[&11800][0].offered,
+                expected,
+                "{conditions}"
+            );
+        }
+    }
+
+    #[test]
     fn families_and_duplicates_of_a_pod_are_one() {
         let ports = json!([{"name": "grpc", "port": 11800, "protocol": "TCP"}, {"name": "grpc", "port": 53, "protocol": "UDP"}]);
         let ready = json!({"ready": true});
@@ -353,6 +435,8 @@ mod tests {
         );
         let found = behind([(&name, &facts)], &named("oap"), "");
         assert!(found[&11800].is_empty());
+        assert!(has_others([(&name, &facts)], &named("oap"), ""));
+        assert!(!has_others([(&name, &facts)], &named("oap"), "grpc"));
         assert!(behind([(&name, &facts)], &named("other"), "").is_empty());
     }
 

@@ -14,7 +14,7 @@ use super::slices::{self, SliceFacts, SliceSet};
 use super::{Facts, Listing, Selection, Store, Watch, contested};
 use crate::config::{ClusterService, Kubernetes, MAX_WEIGHT, PortChoice, ServiceChoice};
 use crate::kubernetes::health::{Health, Notifier, Problems, Target, place};
-use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, View};
+use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, ServicePort, View};
 
 /// A report that has not been renewed for so long is named: nobody may come to renew it.
 const ABANDONED: Duration = Duration::from_secs(600);
@@ -205,6 +205,12 @@ impl Watches {
             entry.is_some_and(ClusterService::is_named)
         };
         view.precedence.sort_by_key(|id| !named(id));
+        let named = |entry: &str| {
+            entries
+                .iter()
+                .any(|one| one.name == entry && one.is_named())
+        };
+        view.ports.sort_by_key(|port| !named(&port.entry));
         contested::drop_contested(&mut view.groups, &mut problems);
         self.add_node_reports(&mut view, &mut problems);
         view.problems = problems.sentences();
@@ -268,13 +274,21 @@ impl Watches {
             problems.add(no_port(entry, service, facts));
             return;
         };
-        let Some(mut found) = self.behind(service, &port.name) else {
+        let Some((mut found, has_others)) = self.behind(service, &port.name) else {
             return;
         };
         // A Service that has no pods now is a group as well, where its port is known.
         if let (true, Some(target)) = (found.is_empty(), port.target) {
             found.insert(target, Vec::new());
         }
+        let mut as_seen = ServicePort {
+            entry: entry.name.clone(),
+            service: service.clone(),
+            frontends: facts.frontends(port),
+            endpoints: Vec::new(),
+            has_others,
+            traffic: facts.traffic.clone(),
+        };
         for (port, pods) in found {
             let Some(endpoints) = self.endpoints((service, facts), pods, problems) else {
                 continue;
@@ -284,19 +298,32 @@ impl Watches {
                 service: service.clone(),
                 port,
             };
+            let with_port = endpoints.iter().map(|pod| (pod.clone(), port));
+            as_seen.endpoints.extend(with_port);
             view.precedence.push(id.clone());
             view.groups.insert(id, endpoints);
         }
+        as_seen.endpoints.sort_by(|(one, port), (other, others)| {
+            (&one.pod, &one.uid, port).cmp(&(&other.pod, &other.uid, others))
+        });
+        view.ports.push(as_seen);
     }
 
-    /// The pods of a Service by target port; `None`: its slices have not been listed yet.
-    fn behind(&self, service: &ObjectName, port: &str) -> Option<BTreeMap<u16, Vec<Endpoint>>> {
+    /// The pods of a Service by target port, and whether somebody else serves it as well; `None`:
+    /// its slices have not been listed yet.
+    fn behind(
+        &self,
+        service: &ObjectName,
+        port: &str,
+    ) -> Option<(BTreeMap<u16, Vec<Endpoint>>, bool)> {
         let running = self.slices.running.iter();
         let covering = running.filter(|(slices, _)| slices.covers(service));
         for (_, watch) in covering {
             let listing = watch.store.listing();
             if listing.complete {
-                return Some(slices::behind(&listing.items, service, port));
+                let items = &listing.items;
+                let has_others = slices::has_others(items, service, port);
+                return Some((slices::behind(items, service, port), has_others));
             }
         }
         None

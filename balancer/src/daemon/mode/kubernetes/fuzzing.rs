@@ -16,7 +16,7 @@ use crate::config::{
 };
 use crate::dataplane::Plan;
 use crate::kubernetes::{
-    Endpoint, GroupId, NodeReport, ObjectName, ReceivedReport, View, groups_beside_slice,
+    Endpoint, GroupId, NodeReport, ObjectName, Offered, ReceivedReport, View, groups_beside_slice,
     parse_report,
 };
 use crate::quota::Quota;
@@ -145,6 +145,11 @@ pub(super) fn endpoint(node: &str) -> Endpoint {
         weight: 1,
         host_network: false,
         runtime_class: None,
+        offered: Offered {
+            ready: true,
+            serving: true,
+            ..Offered::default()
+        },
     }
 }
 

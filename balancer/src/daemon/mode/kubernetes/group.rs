@@ -115,6 +115,12 @@ impl<'a> Group<'a> {
         all.filter(|(endpoint, _)| endpoint.ready)
     }
 
+    /// The connections of each pod that somebody has counted, and how long ago that was.
+    pub fn counted(&self) -> impl Iterator<Item = (&'a Endpoint, u32, Duration)> {
+        let all = self.all.iter();
+        all.filter_map(|(endpoint, load)| load.map(|load| (*endpoint, load.established, load.age)))
+    }
+
     /// The connections of backends that are not ready. Those of a pod that is being ended are not
     /// among them: its clients are moving, and would be counted here and there.
     pub fn established_elsewhere(&self) -> u64 {

@@ -5,6 +5,7 @@ mod complaints;
 pub mod fuzzing;
 mod group;
 mod group_quotas;
+mod placing;
 mod plan;
 mod pod_resolver;
 mod report;
@@ -20,7 +21,9 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
 use self::complaints::Complaints;
+use self::group::Group;
 use self::group_quotas::GroupQuotas;
+use self::placing::{Client, Totals};
 use self::plan::{Here, PortNames};
 use self::pod_resolver::PodResolver;
 use self::untold::Untold;
@@ -31,7 +34,7 @@ use crate::config::{ClusterQuota, Kubernetes};
 use crate::dataplane::{Plan, RefusedSource, SlotView, Writer, services};
 use crate::discover::{OpenNetns, source_towards};
 use crate::kubernetes::{Cluster, ClusterStatus, Endpoint, GroupId, Identity, NodeReport, View};
-use crate::place::PlacePlan;
+use crate::place::{PlacePlan, PublishedTotal};
 use crate::quota::{InForce, Quota, QuotaSource};
 use crate::sys::netns;
 
@@ -114,6 +117,7 @@ impl KubernetesMode {
             view.complete = true;
             view.groups = std::mem::take(&mut self.view.groups);
             view.precedence = std::mem::take(&mut self.view.precedence);
+            view.ports = std::mem::take(&mut self.view.ports);
             view.demands = std::mem::take(&mut self.view.demands);
         }
         self.view = view;
@@ -159,8 +163,41 @@ impl KubernetesMode {
         if !self.config.place {
             return Ok(Some(PlacePlan::default()));
         }
-        writer.tables.slots()?;
-        Ok(self.view.complete.then(PlacePlan::default))
+        if !self.view.complete {
+            return Ok(None);
+        }
+        let totals = self.totals(&writer.tables.slots()?);
+        let client = Client {
+            node: &self.identity.node,
+            zone: None,
+            rank: (0, 1),
+            heard: self.view.silent_for,
+        };
+        Ok(Some(PlacePlan {
+            groups: placing::groups(&self.view.ports, &totals, client),
+            ..PlacePlan::default()
+        }))
+    }
+
+    /// The connections of all pods that somebody has counted.
+    fn totals(&self, slots: &[SlotView]) -> Totals {
+        let mut totals = Totals::new();
+        for id in self.view.groups.keys() {
+            let mut entries = self.config.services.iter();
+            let Some(entry) = entries.find(|entry| entry.name == id.entry) else {
+                continue;
+            };
+            let own = self.pod_resolver.backends(id, slots, &self.view.groups);
+            let group = Group::new(id, entry, &self.view, own);
+            for (endpoint, connections, age) in group.counted() {
+                let total = PublishedTotal {
+                    connections: connections.into(),
+                    age,
+                };
+                totals.insert((endpoint.uid.clone(), id.port), total);
+            }
+        }
+        totals
     }
 
     /// The addresses that this node's own processes, its kubelet among them, send from to its pods.

@@ -1,0 +1,176 @@
+//! What this node should place where, from what is known of the cluster. Pure.
+//!
+//! An endpoint is chosen from those that kube-proxy would choose from on this node
+//! (`CategorizeEndpoints` in `pkg/proxy/topology.go`), and from no others.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::kubernetes::{Endpoint, Offered, ServicePort};
+use crate::place::{EndpointPlan, GroupPlan, PublishedTotal};
+
+/// What is known of the connections of pods, by uid and target port.
+pub type Totals = BTreeMap<(String, u16), PublishedTotal>;
+
+/// The node that places.
+#[derive(Clone, Copy, Debug)]
+pub struct Client<'a> {
+    /// Its name.
+    pub node: &'a str,
+    /// Its zone, where that is known.
+    pub zone: Option<&'a str>,
+    /// Its rank among the nodes that place, and how many they are.
+    pub rank: (u32, u32),
+    /// How long ago the cluster was heard of.
+    pub heard: Duration,
+}
+
+/// A pod with its target port.
+type Target = (Endpoint, u16);
+
+/// What is placed, by the Services' ports, and what is known of their pods.
+pub fn groups(ports: &[ServicePort], totals: &Totals, client: Client<'_>) -> Vec<GroupPlan> {
+    let mut groups: Vec<(&str, GroupPlan)> = Vec::new();
+    for port in ports.iter().filter(|port| !port.frontends.is_empty()) {
+        if why_not_placed(port).is_some() {
+            continue;
+        }
+        let plan = group(port, totals, client);
+        // Two Services of the same pods: what is placed through one counts for the other.
+        let same = groups.iter_mut().find(|(entry, other)| {
+            *entry == port.entry && !plan.endpoints.is_empty() && other.endpoints == plan.endpoints
+        });
+        match same {
+            Some((_, other)) => other.frontends.extend(plan.frontends),
+            None => groups.push((&port.entry, plan)),
+        }
+    }
+    groups.into_iter().map(|(_, plan)| plan).collect()
+}
+
+/// Why a Service's clients are left to kube-proxy; `None`: they are not.
+pub fn why_not_placed(port: &ServicePort) -> Option<&'static str> {
+    if port.traffic.left_alone {
+        Some("its annotation balancer.skywalking.apache.org/place says off")
+    } else if port.traffic.affinity {
+        Some("sessionAffinity is ClientIP: kube-proxy sends a client to the same pod again")
+    } else if port.has_others {
+        Some("an EndpointSlice of it names an address that is no pod of its namespace")
+    } else {
+        None
+    }
+}
+
+fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
+    let considered = considered(port, client.node);
+    let total = |target: &Target| totals.get(&(target.0.uid.clone(), target.1)).copied();
+    let near = near(&considered, client)
+        .filter(|near| are_near_enough(&considered, near, |target| total(target)));
+    let is_chosen = |index: usize| near.as_ref().is_none_or(|near| near[index]);
+    let endpoints = considered.iter().enumerate();
+    let endpoints = endpoints.filter_map(|(index, target)| {
+        let (endpoint, port) = target;
+        let address = |is_wanted: fn(&IpAddr) -> bool| {
+            let mut addresses = endpoint.addresses.iter().copied();
+            addresses.find(is_wanted)
+        };
+        let (v4, v6) = (address(IpAddr::is_ipv4), address(IpAddr::is_ipv6));
+        (v4.is_some() || v6.is_some()).then(|| EndpointPlan {
+            name: endpoint.pod.to_string(),
+            v4: v4.and_then(as_v4),
+            v6: v6.and_then(as_v6),
+            port: *port,
+            weight: if is_chosen(index) { endpoint.weight } else { 0 },
+            published: total(target),
+        })
+    });
+    GroupPlan {
+        name: format!("{} {}", port.entry, port.service),
+        frontends: port.frontends.clone(),
+        endpoints: endpoints.collect(),
+        rank: client.rank,
+        heard: Some(client.heard),
+    }
+}
+
+const fn as_v4(address: IpAddr) -> Option<std::net::Ipv4Addr> {
+    match address {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(_) => None,
+    }
+}
+
+const fn as_v6(address: IpAddr) -> Option<std::net::Ipv6Addr> {
+    match address {
+        IpAddr::V6(address) => Some(address),
+        IpAddr::V4(_) => None,
+    }
+}
+
+/// Those that kube-proxy would choose from on this node, hints aside: the ready ones; where there
+/// are none, those that serve while they are being ended.
+fn considered<'a>(port: &'a ServicePort, node: &str) -> Vec<&'a Target> {
+    let reachable = || {
+        port.endpoints.iter().filter(|(endpoint, _)| {
+            !port.traffic.own_node_only || endpoint.node.as_deref() == Some(node)
+        })
+    };
+    let ready: Vec<&Target> = reachable()
+        .filter(|(endpoint, _)| endpoint.offered.ready)
+        .collect();
+    if !ready.is_empty() {
+        return ready;
+    }
+    let ending = reachable();
+    ending
+        .filter(|(endpoint, _)| endpoint.offered.serving && endpoint.terminating)
+        .collect()
+}
+
+/// Which of the considered ones kube-proxy would choose from by their hints; `None`: from all.
+fn near(considered: &[&Target], client: Client<'_>) -> Option<Vec<bool>> {
+    let offered = || considered.iter().map(|(endpoint, _)| &endpoint.offered);
+    let by = |is_hinted: fn(&Offered) -> bool, is_near: &dyn Fn(&Offered) -> bool| {
+        let near: Vec<bool> = offered().map(is_near).collect();
+        (offered().all(is_hinted) && near.contains(&true)).then_some(near)
+    };
+    let by_node = by(|offered| !offered.for_nodes.is_empty(), &|offered| {
+        offered.for_nodes.contains(client.node)
+    });
+    by_node.or_else(|| {
+        let zone = client.zone?;
+        by(|offered| !offered.for_zones.is_empty(), &|offered| {
+            offered.for_zones.contains(zone)
+        })
+    })
+}
+
+/// By how much, in parts of a hundred, near endpoints may be above their share.
+const NEAR_MAY_HAVE: u128 = 120;
+
+/// Whether the near ones are not above their share of all connections by more than a fifth, and one
+/// each. What nobody says counts for neither.
+fn are_near_enough(
+    considered: &[&Target],
+    near: &[bool],
+    total: impl Fn(&Target) -> Option<PublishedTotal>,
+) -> bool {
+    let (mut theirs, mut all, mut number) = ((0, 0), (0, 0), 0);
+    for (target, is_near) in considered.iter().zip(near) {
+        let Some(total) = total(target) else {
+            continue;
+        };
+        let (connections, weight) = (u128::from(total.connections), u128::from(target.0.weight));
+        all = (all.0 + connections, all.1 + weight);
+        if *is_near {
+            theirs = (theirs.0 + connections, theirs.1 + weight);
+            number += 1;
+        }
+    }
+    // theirs ≤ all × weight of theirs / weight of all × 1.2 + number, without a division.
+    theirs.0 * all.1 * 100 <= all.0 * theirs.1 * NEAR_MAY_HAVE + number * all.1 * 100
+}
+
+#[cfg(test)]
+mod tests;
