@@ -1,6 +1,12 @@
 //! Placing, as numbers: which frontends lead to which endpoints, and what is known of these. Pure:
 //! `daemon` gathers it, `dataplane` writes it to the maps.
 
+mod knowledge;
+mod level;
+mod others;
+
+pub use knowledge::{GroupKnowledge, GroupMemory};
+
 use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;

@@ -1,0 +1,346 @@
+//! What a node knows of an endpoint group at a time: what the kernel half chooses by.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
+
+use super::level::{Filled, level};
+use super::others::OwnHistory;
+use super::{BELIEVED_FOR, EndpointPlan, GroupPlan, PublishedTotal};
+use crate::quota::window::Window;
+
+/// Publications that are older say nothing.
+const OLD: Duration = Duration::from_secs(30);
+/// For how long an endpoint that has come up under the eyes of this node may be silent and is taken
+/// for empty.
+const NEW: Duration = Duration::from_secs(15);
+/// Clients that have gone for longer are not expected back.
+const COMES_BACK: Duration = Duration::from_secs(120);
+
+/// What the kernel half is told of an endpoint group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupKnowledge {
+    /// `EndpointGroup::level`. 0: nothing is known of what other nodes have placed.
+    pub level: u64,
+    /// `EndpointGroup::start`: a fraction of 2³².
+    pub start: u64,
+    /// For how much longer the endpoints may be relied upon; `None`: for ever (no cluster).
+    pub known_for: Option<Duration>,
+    /// `Published::others`, one for each endpoint of the plan. All 0 with level 0.
+    pub others: Vec<u64>,
+}
+
+/// What a node remembers of an endpoint group from second to second.
+///
+/// Times are since some start that the caller keeps to.
+#[derive(Clone, Debug)]
+pub struct GroupMemory {
+    /// When it was first asked.
+    since: Option<Duration>,
+    /// In the order of the last plan.
+    endpoints: Vec<EndpointMemory>,
+    /// Connections of the whole group.
+    totals: Window,
+}
+
+/// What a node remembers of an endpoint.
+#[derive(Clone, Debug)]
+struct EndpointMemory {
+    identity: Identity,
+    /// When it was first in the plan.
+    since: Duration,
+    own: OwnHistory,
+}
+
+/// What makes an endpoint the same as in the last plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    name: String,
+    v4: Option<Ipv4Addr>,
+    v6: Option<Ipv6Addr>,
+    port: u16,
+}
+
+impl Identity {
+    fn of(plan: &EndpointPlan) -> Self {
+        Self {
+            name: plan.name.clone(),
+            v4: plan.v4,
+            v6: plan.v6,
+            port: plan.port,
+        }
+    }
+
+    fn is_of(&self, plan: &EndpointPlan) -> bool {
+        (self.v4, self.v6, self.port) == (plan.v4, plan.v6, plan.port) && self.name == plan.name
+    }
+}
+
+/// What is known of an endpoint's load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Others {
+    /// Connections of other nodes.
+    Known(u64),
+    /// It is new: there are none yet.
+    New,
+    /// Nobody says.
+    Unknown,
+}
+
+impl Default for GroupMemory {
+    fn default() -> Self {
+        Self {
+            since: None,
+            endpoints: Vec::new(),
+            totals: Window::new(COMES_BACK),
+        }
+    }
+}
+
+impl GroupMemory {
+    /// Takes what this node has now: established connections that it has placed, one number for
+    /// each endpoint of the plan. The more often (up to five times a second), the better what
+    /// others have is known; once a second does.
+    pub fn note(&mut self, plan: &GroupPlan, own: &[u64], now: Duration) {
+        self.follow(plan, now);
+        for (memory, own) in self.endpoints.iter_mut().zip(own) {
+            memory.own.note(now, *own);
+        }
+    }
+
+    /// What the kernel half should be told now; to be asked each second. `own` as for
+    /// [`GroupMemory::note`], which it does as well.
+    pub fn know(&mut self, plan: &GroupPlan, own: &[u64], now: Duration) -> GroupKnowledge {
+        self.note(plan, own, now);
+        let known_for = plan.heard.map(|age| BELIEVED_FOR.saturating_sub(age));
+        let start = start(plan.rank);
+        let seen: Vec<Others> = plan
+            .endpoints
+            .iter()
+            .zip(&self.endpoints)
+            .map(|(plan, memory)| self.others(plan, memory, now))
+            .collect();
+        if !seen.iter().any(|others| matches!(others, Others::Known(_))) {
+            return GroupKnowledge {
+                level: 0,
+                start,
+                known_for,
+                others: vec![0; plan.endpoints.len()],
+            };
+        }
+        let others = fill_in(plan, own, &seen);
+        let filled: Vec<Filled> = plan
+            .endpoints
+            .iter()
+            .zip(own.iter().zip(&others))
+            .map(|(plan, (own, others))| Filled {
+                connections: own.saturating_add(*others),
+                weight: plan.weight,
+            })
+            .collect();
+        let level = level(&filled, self.expected(&filled, now));
+        GroupKnowledge {
+            level,
+            start,
+            known_for,
+            others,
+        }
+    }
+
+    /// Connects that are still to come: the clients there were of late, less those there are.
+    /// One too few would send everybody to the same endpoint; a few too many do no harm.
+    fn expected(&mut self, filled: &[Filled], now: Duration) -> u64 {
+        let total = filled.iter().map(|one| one.connections);
+        let total = total.fold(0, u64::saturating_add);
+        self.totals.add(now, total);
+        let most = self.totals.peak(now).map_or(total, |(peak, _)| peak);
+        (most - total).max(1)
+    }
+
+    fn others(&self, plan: &EndpointPlan, memory: &EndpointMemory, now: Duration) -> Others {
+        let fresh = |published: &PublishedTotal| published.age <= OLD;
+        if let Some(published) = plan.published.filter(fresh) {
+            return Others::Known(memory.own.others(published, now));
+        }
+        let came_up_here = Some(memory.since) > self.since;
+        if came_up_here && plan.published.is_none() && now < memory.since + NEW {
+            return Others::New;
+        }
+        Others::Unknown
+    }
+
+    /// Puts what is remembered into the order of the plan; what has gone is forgotten.
+    fn follow(&mut self, plan: &GroupPlan, now: Duration) {
+        self.since.get_or_insert(now);
+        let same = |(memory, plan): (&EndpointMemory, _)| memory.identity.is_of(plan);
+        let in_order = self.endpoints.iter().zip(&plan.endpoints).all(same);
+        if in_order && self.endpoints.len() == plan.endpoints.len() {
+            return;
+        }
+        let mut old = std::mem::take(&mut self.endpoints);
+        let remembered = |plan: &EndpointPlan| {
+            let index = old.iter().position(|memory| memory.identity.is_of(plan));
+            index.map_or_else(
+                || EndpointMemory {
+                    identity: Identity::of(plan),
+                    since: now,
+                    own: OwnHistory::default(),
+                },
+                |index| old.swap_remove(index),
+            )
+        };
+        self.endpoints = plan.endpoints.iter().map(remembered).collect();
+    }
+}
+
+/// What others have on each endpoint. One of which nobody says anything is taken to be as loaded
+/// as the others are on average: it is neither sought nor avoided.
+fn fill_in(plan: &GroupPlan, own: &[u64], seen: &[Others]) -> Vec<u64> {
+    let (mut connections, mut weights) = (0_u64, 0_u64);
+    for ((plan, own), others) in plan.endpoints.iter().zip(own).zip(seen) {
+        if let Others::Known(others) = others {
+            connections = own.saturating_add(*others).saturating_add(connections);
+            weights += u64::from(plan.weight);
+        }
+    }
+    let one = |((plan, own), others): ((&EndpointPlan, &u64), &Others)| match others {
+        Others::Known(others) => *others,
+        Others::New => 0,
+        Others::Unknown => connections
+            .saturating_mul(plan.weight.into())
+            .checked_div(weights)
+            .map_or(0, |average| average.saturating_sub(*own)),
+    };
+    plan.endpoints.iter().zip(own).zip(seen).map(one).collect()
+}
+
+/// Where a node's draws begin, as a fraction of 2³²: nodes are spread evenly.
+fn start((rank, nodes): (u32, u32)) -> u64 {
+    let nodes = nodes.max(1);
+    (u64::from(rank % nodes) << 32) / u64::from(nodes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use balancer_common::abi::EndpointGroup;
+
+    const ONE: u64 = EndpointGroup::LOAD_ONE;
+
+    fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn endpoint(name: &str, published: Option<(u64, u64)>) -> EndpointPlan {
+        EndpointPlan {
+            name: name.to_owned(),
+            v4: None,
+            v6: None,
+            port: 11800,
+            weight: 1,
+            published: published.map(|(connections, age)| PublishedTotal {
+                connections,
+                age: s(age),
+            }),
+        }
+    }
+
+    fn group(endpoints: Vec<EndpointPlan>) -> GroupPlan {
+        GroupPlan {
+            name: "agents".to_owned(),
+            frontends: Vec::new(),
+            endpoints,
+            rank: (1, 4),
+            heard: Some(s(1)),
+        }
+    }
+
+    #[test]
+    fn own_connections_count_once_and_those_of_others_as_published() {
+        let mut memory = GroupMemory::default();
+        let plan = group(vec![
+            endpoint("a", Some((10, 2))),
+            endpoint("b", Some((4, 2))),
+        ]);
+        for second in 0..=10 {
+            memory.note(&plan, &[3, 4], s(second));
+        }
+        let known = memory.know(&plan, &[5, 4], s(12));
+        assert_eq!(known.others, [7, 0], "those of second 10");
+        assert_eq!(known.level, 5 * ONE, "b gets the next");
+        assert_eq!(known.start, 1 << 30);
+        assert_eq!(known.known_for, Some(s(59)));
+    }
+
+    #[test]
+    fn clients_of_an_endpoint_that_has_gone_are_expected_back() {
+        let mut memory = GroupMemory::default();
+        let three = group(vec![
+            endpoint("a", Some((100, 1))),
+            endpoint("b", Some((100, 1))),
+            endpoint("c", Some((100, 1))),
+        ]);
+        memory.know(&three, &[0; 3], s(0));
+        let two = group(three.endpoints[1..].to_vec());
+        let level = |memory: &mut GroupMemory, at| memory.know(&two, &[0; 2], s(at)).level;
+        assert_eq!(level(&mut memory, 1), 150 * ONE);
+        assert_eq!(level(&mut memory, 100), 150 * ONE);
+        assert_eq!(level(&mut memory, 200), 100 * ONE + ONE / 2, "not for ever");
+    }
+
+    #[test]
+    fn without_a_fresh_publication_own_connections_are_spread_alone() {
+        let mut memory = GroupMemory::default();
+        let plan = group(vec![endpoint("a", Some((100, 31))), endpoint("b", None)]);
+        let known = memory.know(&plan, &[7, 2], s(0));
+        assert_eq!((known.level, known.others), (0, vec![0, 0]));
+    }
+
+    #[test]
+    fn of_whom_nobody_speaks_is_average_and_who_is_new_is_empty() {
+        let mut memory = GroupMemory::default();
+        let mut plan = group(vec![
+            endpoint("a", Some((100, 1))),
+            endpoint("b", Some((60, 1))),
+            endpoint("old", Some((9, 40))),
+        ]);
+        let known = memory.know(&plan, &[0, 0, 7], s(0));
+        assert_eq!(known.others, [100, 60, 73]);
+        plan.endpoints.insert(0, endpoint("new", None));
+        let known = memory.know(&plan, &[0, 0, 0, 7], s(5));
+        assert_eq!(known.others, [0, 100, 60, 73]);
+        let known = memory.know(&plan, &[0, 0, 0, 7], s(20));
+        assert_eq!(known.others, [80, 100, 60, 73], "it is silent");
+    }
+
+    #[test]
+    fn a_plan_in_another_order_finds_its_memories() {
+        let mut memory = GroupMemory::default();
+        let plan = group(vec![
+            endpoint("a", Some((9, 1))),
+            endpoint("b", Some((9, 1))),
+        ]);
+        memory.note(&plan, &[3, 5], s(0));
+        let plan = group(vec![
+            endpoint("b", Some((9, 2))),
+            endpoint("a", Some((9, 2))),
+        ]);
+        let known = memory.know(&plan, &[6, 6], s(2));
+        assert_eq!(known.others, [4, 6]);
+    }
+
+    #[test]
+    fn nodes_begin_evenly_apart() {
+        assert_eq!(
+            [0, 1, 2].map(|rank| start((rank, 3))),
+            [0, 0x5555_5555, 0xaaaa_aaaa]
+        );
+        assert_eq!(start((0, 0)), 0);
+        assert_eq!(start((5, 5)), 0, "a rank that is none");
+    }
+
+    #[test]
+    fn an_empty_group_is_no_trouble() {
+        let known = GroupMemory::default().know(&group(Vec::new()), &[], s(0));
+        assert_eq!((known.level, known.others), (0, Vec::new()));
+    }
+}
