@@ -199,6 +199,9 @@ impl SlotPolicy {
     pub const SERVICE_BY_HAND: u32 = 2;
     /// The quota was computed from what is known of the clients, and so is only as good as that.
     pub const COMPUTED: u32 = 4;
+    /// Somebody closed the server: the quota of the whole was set to 0 by hand. Without it a quota
+    /// of 0 is a listener's part of one that is not.
+    pub const CLOSED: u32 = 8;
 
     /// Packs quota and weight for the backend with that generation.
     pub const fn new(generation: u32, quota: u32, weight: u32, flags: u32) -> Self {

@@ -251,7 +251,7 @@ fn in_vain(
 #[inline(always)]
 fn judge_member(seen: &Observation, member: &Member, scan: &Scan) -> Judgement {
     let quota = member.quota(scan.request.quota);
-    let enforce = scan.enforces(quota);
+    let enforce = scan.enforces(member.is_closed(quota));
     judge(seen, &member.counts, quota, enforce, scan.request.now)
 }
 

@@ -40,6 +40,18 @@ impl Member {
         }
     }
 
+    /// 1 where somebody closed it by hand, else 0. `quota` is its [`Self::quota`]: that of a backend
+    /// for which the daemon has written none is 0 by hand alone. Without a branch, after which the
+    /// verifier would follow both ways through all that comes.
+    #[inline(always)]
+    pub(super) const fn is_closed(&self, quota: u32) -> u64 {
+        const { assert!(SlotPolicy::CLOSED == 1 << CLOSED_BIT) };
+        let generation = self.backend.slot_state().generation().wrapping_add(1);
+        let is_unwritten = differ(self.policy.quota >> 32, generation as u64);
+        let is_closed = (self.policy.flags() >> CLOSED_BIT) as u64;
+        (differ(quota as u64, 0) ^ 1) & (is_unwritten | is_closed)
+    }
+
     /// Established connections that count against the quota.
     #[inline(always)]
     pub(super) const fn used(&self) -> u64 {
@@ -67,13 +79,13 @@ impl Member {
     }
 
     /// Whether it is given a SYN of that netns that can't be judged: quotas don't count then, but
-    /// for 0, with which somebody closed it. `default` is the quota as for [`Self::quota`].
+    /// where somebody closed it by hand. `default` is the quota as for [`Self::quota`].
     #[inline(always)]
     pub const fn takes_unjudged(&self, netns: u64, default: u32) -> bool {
         self.is_ready()
             && self.is_steerable()
             && self.backend.netns == netns
-            && self.quota(default) != 0
+            && self.is_closed(self.quota(default)) == 0
     }
 
     /// The state as it is shown.
@@ -110,6 +122,8 @@ impl Member {
         (elsewhere == 0).then_some((exact * 2 + bound) as u32)
     }
 }
+
+const CLOSED_BIT: u32 = SlotPolicy::CLOSED.trailing_zeros();
 
 /// 1 where the two are not the same, else 0; without a branch.
 #[inline(always)]

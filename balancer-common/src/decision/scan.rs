@@ -26,7 +26,7 @@ const NONE: u64 = u64::MAX;
 pub enum Enforce {
     /// All.
     Quotas,
-    /// Only those of 0: somebody closed these backends.
+    /// Only those of backends that somebody closed by hand.
     Closed,
     /// None.
     Nothing,
@@ -39,7 +39,7 @@ pub struct Tally {
     pub members: u32,
     /// Members that are at their quota by established connections alone.
     pub over: u32,
-    /// Members that are closed by hand: their quota is 0.
+    /// Members that somebody closed by hand.
     pub closed: u32,
     /// Members that are at their quota while SYN cookies are in use.
     pub over_with_cookies: u32,
@@ -295,7 +295,8 @@ impl Scan {
             return;
         }
         let quota = member.quota(self.request.quota);
-        let limit = self.limit(quota);
+        let closed = member.is_closed(quota);
+        let limit = self.limit(quota, closed);
         let cookies = opaque(cookies_near(member.counts.cookies, self.request.now));
         let avoided = opaque(member.health.is_avoided(self.cookies, self.request.now));
         let avoided = avoided & u64::from(self.avoiding);
@@ -304,7 +305,7 @@ impl Scan {
         self.tally.avoided += avoided as u32;
         self.tally_quota(member, used, quota);
         if used >= limit {
-            self.tally_over(member, quota);
+            self.tally_over(member, closed);
         } else if !self.request.virtual_port || member.is_steerable() {
             self.tally.cookies += cookies as u32;
             self.rank(member, used, limit, cookies, avoided);
@@ -331,19 +332,21 @@ impl Scan {
         }
     }
 
-    /// Whether a quota of that height counts for this request.
+    /// Whether the quota of a backend counts for this request; `closed` as of
+    /// [`Member::is_closed`].
     #[inline(always)]
-    pub const fn enforces(&self, quota: u32) -> bool {
+    pub(super) const fn enforces(&self, closed: u64) -> bool {
         match self.enforce {
             Enforce::Quotas => true,
-            Enforce::Closed => quota == 0,
+            Enforce::Closed => closed != 0,
             Enforce::Nothing => false,
         }
     }
 
-    /// What must be more than is used, where that quota counts. Without a branch, like [`limit`].
+    /// What must be more than is used, where that quota counts; `closed` as of
+    /// [`Member::is_closed`]. Without a branch, like [`limit`].
     #[inline(always)]
-    fn limit(&self, quota: u32) -> u64 {
+    fn limit(&self, quota: u32, closed: u64) -> u64 {
         const {
             assert!(
                 Enforce::Quotas as u8 == 0
@@ -352,8 +355,7 @@ impl Scan {
             );
         };
         let enforce = opaque(self.enforce as u64);
-        let is_not_0 = u64::from(quota).wrapping_neg() >> 63;
-        limit(quota) + (enforce >> 1 | enforce & is_not_0) * LIFTED
+        limit(quota) + (enforce >> 1 | enforce & (closed ^ 1)) * LIFTED
     }
 
     #[inline(always)]
@@ -366,9 +368,9 @@ impl Scan {
     }
 
     #[inline(always)]
-    fn tally_over(&mut self, member: &Member, quota: u32) {
+    fn tally_over(&mut self, member: &Member, closed: u64) {
         let in_use = opaque(cookies_in_use(member.counts.cookies, self.request.now));
-        if quota == 0 {
+        if closed != 0 {
             self.tally.closed += 1;
         } else {
             self.tally.over += 1;
@@ -483,13 +485,15 @@ mod tests {
         #[test]
         fn a_quota_that_does_not_count_is_lifted(
             enforce in any_enforce(), used in 0..1_u64 << 33, quota in prop_oneof![Just(0), Just(UNLIMITED), any::<u32>()],
+            closed in 0..2_u64,
         ) {
+            let closed = closed & u64::from(quota == 0);
             let mut scan = Scan::new(request(Address::ANY_V4, 0));
             scan.enforce = enforce;
-            let refuses = scan.enforces(quota) && quota != UNLIMITED && used >= u64::from(quota);
-            prop_assert_eq!(used >= scan.limit(quota), refuses);
+            let refuses = scan.enforces(closed) && quota != UNLIMITED && used >= u64::from(quota);
+            prop_assert_eq!(used >= scan.limit(quota, closed), refuses);
             if let Ok(used) = u32::try_from(used) {
-                prop_assert_eq!(refuses, scan.enforces(quota) && !admits(used, 0, 0, quota));
+                prop_assert_eq!(refuses, scan.enforces(closed) && !admits(used, 0, 0, quota));
             }
         }
     }

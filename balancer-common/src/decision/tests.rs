@@ -53,6 +53,14 @@ fn member(slot: u32, established: u32, quota: u32, weight: u32) -> Member {
     }
 }
 
+/// One that somebody closed by hand.
+fn closed(slot: u32) -> Member {
+    Member {
+        policy: SlotPolicy::new(GENERATION, 0, 1, SlotPolicy::BY_HAND | SlotPolicy::CLOSED),
+        ..member(slot, 0, 0, 1)
+    }
+}
+
 const IDLE: Observation = Observation {
     half_open: 0,
     young: 0,
@@ -354,6 +362,44 @@ proptest! {
         }
     }
 
+    /// A quota of 0 may be a listener's part of a server's.
+    #[test]
+    fn where_quotas_must_not_be_trusted_only_what_somebody_closed_stays_closed(
+        members in any_members(), by_hand in prop::collection::vec(any::<bool>(), 40), policy in any_policy(), virtual_port: bool,
+        unwritten: bool, source: u64,
+    ) {
+        let close = |(mut before, by_hand): (Member, &bool)| {
+            if *by_hand {
+                before.policy = closed(before.slot).policy;
+                if unwritten {
+                    before.policy = SlotPolicy::new(GENERATION + 1, 9, 1, 0);
+                }
+            }
+            before.backend.port = 11_800;
+            before
+        };
+        let members: Vec<Member> = members.into_iter().zip(&by_hand).map(close).collect();
+        let open = members.iter().zip(&by_hand).filter(|(_, by_hand)| !**by_hand).count();
+        let has_room = |member: &Member| member.counts.established() < member.quota(0);
+        let room = members.iter().any(has_room);
+        let mut model = Model { unregistered: true, ..Model::of(members.clone()) };
+        let asked = Request { virtual_port, quota: 0, ..from_source(policy, source) };
+        let decision = model.decide(asked);
+        let expected = match (room, open) {
+            (true, _) if virtual_port => Reason::Steered,
+            (true, _) => Reason::Admitted,
+            (false, 0) => Reason::ClosedByHand,
+            (false, _) => Reason::FailOpenFull,
+        };
+        prop_assert_eq!(decision.reason, expected);
+        prop_assert!(decision.slot.is_none_or(|slot| !by_hand[slot as usize]));
+        for (member, by_hand) in members.iter().zip(&by_hand) {
+            prop_assert_eq!(member.takes_unjudged(1, 0), !*by_hand);
+        }
+        let stale = model.decide_in(asked, LookupFlags { stale: true, ..NORMAL });
+        prop_assert_ne!(stale.verdict, Verdict::Refuse, "a silent daemon opens all");
+    }
+
     /// Health alone refuses nobody: whoever is avoided is the last resort.
     #[test]
     fn who_is_avoided_has_a_syn_only_where_no_other_has_room(
@@ -625,7 +671,11 @@ fn each_refusal_has_its_reason() {
         model.decide(request(Policy::LeastConnections)).reason
     };
     assert_eq!(decide(5, &|_| ()), Reason::OverQuota);
-    assert_eq!(decide(0, &|_| ()), Reason::ClosedByHand);
+    assert_eq!(decide(0, &|_| ()), Reason::OverQuota);
+    assert_eq!(
+        decide(0, &|model| model.members[0] = closed(0)),
+        Reason::ClosedByHand
+    );
     assert_eq!(decide(6, &|_| ()), Reason::Steered);
     assert_eq!(
         decide(6, &|model| model.members[0].backend.netns = 2),
@@ -718,7 +768,7 @@ fn computed_quotas_that_what_stands_contradicts_refuse_nobody() {
 
 #[test]
 fn nobody_is_refused_while_listeners_are_not_registered() {
-    let mut model = Model::of([member(0, 9, 5, 1), member(1, 8, 5, 1), member(2, 0, 0, 1)]);
+    let mut model = Model::of([member(0, 9, 5, 1), member(1, 8, 5, 1), closed(2)]);
     model.unregistered = true;
     let decision = model.decide(request(Policy::LeastConnections));
     assert_eq!(
@@ -726,7 +776,7 @@ fn nobody_is_refused_while_listeners_are_not_registered() {
         Decision::steer(1, Reason::FailOpenFull),
         "and one that somebody closed stays closed"
     );
-    model = Model::of([member(0, 0, 0, 1)]);
+    model = Model::of([closed(0)]);
     model.unregistered = true;
     let decision = model.decide(request(Policy::LeastConnections));
     assert_eq!(decision.reason, Reason::ClosedByHand);

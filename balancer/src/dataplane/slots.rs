@@ -39,11 +39,13 @@ pub struct SlotQuota {
 pub fn set_quota(tables: &Tables, wanted: SlotQuota) {
     let InForce { quota, source } = wanted.in_force;
     let slot = wanted.id.slot;
+    let is_closed = source.is_by_hand() && wanted.server_quota == Quota::Limited(0);
+    let closed = if is_closed { SlotPolicy::CLOSED } else { 0 };
     let policy = SlotPolicy::new(
         wanted.id.generation,
         quota.to_map(),
         wanted.weight,
-        source.flags(),
+        source.flags() | closed,
     )
     .of_server(wanted.first_slot, wanted.server_quota.to_map());
     let present = tables.policy(slot);

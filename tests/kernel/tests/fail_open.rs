@@ -9,7 +9,7 @@ use balancer::sys::bpf;
 use testkit::fixtures::diag::{self, State};
 use testkit::fixtures::tcp::{self, Listen, Listener, Outcome};
 use testkit::fixtures::wire::Wire;
-use testkit::fixtures::{Balancer, Machine, Signal, remains};
+use testkit::fixtures::{Backend, Balancer, Machine, Signal, remains};
 
 use crate::outlive::pins::links;
 use crate::support::{
@@ -138,6 +138,34 @@ fn listeners_without_a_slot_open_the_service() {
             Ok(())
         });
         drop(homeless);
+    });
+}
+
+/// Nobody has closed it: it has no part of its server's quota.
+#[test]
+fn listeners_without_a_slot_open_one_whose_part_is_0_too() {
+    Machine::with(|machine| {
+        let yaml = own_port("least-connections", &["quota: {per_backend: 255}"]);
+        let balancer = Balancer::start(machine, &yaml);
+        let open = |address: &SocketAddr| Listen::on(address).reuse_port().open();
+        let mut listeners: Vec<_> = (0..255).map(|_| open(&agents())).collect();
+        let last = at("127.0.0.2:11800");
+        listeners.push(open(&last));
+        balancer.wait_until(|service| {
+            let part = |backend: &Backend| (backend.address == last).then_some(backend.quota);
+            service.active() == 256 && service.backends.iter().find_map(part) == Some(Some(0))
+        });
+        assert!(tcp::connect(last).is_refused());
+        let _homeless = open(&agents());
+        let clients = tcp::connect_many(last, 5);
+        let service = balancer.service();
+        assert_eq!(clients.len(), 5, "{:?}", service.verdicts);
+        assert_eq!(service.verdicts("fail-open-full"), 5, "{service:?}");
+        assert_eq!(service.verdicts("over-quota"), 1, "{service:?}");
+        // What somebody has closed stays closed.
+        balancer.quota_set("agents", None, 0);
+        assert!(tcp::connect(last).is_refused());
+        assert_eq!(balancer.service().verdicts("closed-by-hand"), 1);
     });
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::ensure;
 use testkit::fixtures::tcp::{self, Listen, Listener};
-use testkit::fixtures::{Balancer, Machine, Server, Service, eventually, remains};
+use testkit::fixtures::{Balancer, Machine, Server, Service, Signal, eventually, remains};
 
 use crate::support::{
     accept_each, agents, agree, at, backend, group, own_port, virtual_port, virtual_port_of,
@@ -105,6 +105,36 @@ fn a_listener_that_joins_a_full_server_brings_no_room() {
         clients.extend(tcp::connect_many(agents(), 5));
         assert_eq!(agree(&balancer, &mut listeners).iter().sum::<usize>(), 10);
         assert_eq!(clients.len(), 10);
+    });
+}
+
+/// A part of 0 is nobody's wish to close the listener, whatever becomes of the daemon.
+#[test]
+fn a_listener_whose_part_is_0_is_open_to_all_when_the_daemon_is_gone() {
+    Machine::with(|machine| {
+        let yaml = own_port("least-connections", &["quota: {per_backend: 1}"]);
+        let mut balancer = Balancer::start(machine, &format!("{yaml}fail_open_after: 1s\n"));
+        let addresses = ["127.0.0.1:11800", "127.0.0.2:11800"].map(at);
+        let mut listeners: Vec<_> = addresses.iter().map(|to| Listen::on(to).open()).collect();
+        balancer.wait_until(|service| parts(service) == [0, 1]);
+        let mut clients: Vec<_> = tcp::connect(addresses[0]).ok().into_iter().collect();
+        assert_eq!(clients.len(), 1);
+        for to in addresses {
+            assert!(tcp::connect(to).is_refused(), "{to}");
+        }
+        let refused = balancer.service().verdicts("over-quota");
+        assert_eq!(refused, 2, "{:?}", balancer.service().verdicts);
+        balancer.stop(Signal::SIGKILL);
+        eventually(Duration::from_secs(5), || {
+            clients.extend(tcp::connect(addresses[1]).ok());
+            ensure!(clients.len() > 1, "{:?}", balancer.service().verdicts);
+            Ok(())
+        });
+        for to in addresses {
+            clients.extend(tcp::connect_many(to, 5));
+        }
+        assert_eq!(clients.len(), 12, "{:?}", balancer.service().verdicts);
+        agree(&balancer, &mut listeners);
     });
 }
 
