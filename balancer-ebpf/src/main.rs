@@ -1,4 +1,5 @@
-//! The kernel half: `account` counts and registers, `steer` admits and steers.
+//! The kernel half: `account` counts and registers, `steer` admits and steers, `place_…` choose for
+//! clients.
 //!
 //! On the host this is an empty program, so that editors and `cargo check` work; `cargo xtask
 //! build` makes the object.
@@ -19,8 +20,11 @@ mod programs;
 
 #[cfg(target_arch = "bpf")]
 mod entry_points {
-    use aya_ebpf::macros::{sk_lookup, sock_ops};
-    use aya_ebpf::programs::{SkLookupContext, SockOpsContext};
+    use aya_ebpf::macros::{cgroup_sock_addr, sk_lookup, sock_ops};
+    use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext};
+
+    /// What a cgroup_sock_addr program returns to let the call go on.
+    const PROCEED: i32 = 1;
 
     /// Counts established connections and registers listeners; attached to a cgroup.
     #[sock_ops]
@@ -33,6 +37,42 @@ mod entry_points {
     #[sk_lookup]
     pub fn steer(ctx: SkLookupContext) -> u32 {
         crate::programs::steer::run(&ctx)
+    }
+
+    /// Sends on connects of IPv4 sockets to frontends; attached to a cgroup.
+    #[cgroup_sock_addr(connect4)]
+    pub fn place_connect4(ctx: SockAddrContext) -> i32 {
+        crate::programs::place::connect4(&ctx);
+        PROCEED
+    }
+
+    /// Sends on connects of IPv6 sockets to frontends; attached to a cgroup.
+    #[cgroup_sock_addr(connect6)]
+    pub fn place_connect6(ctx: SockAddrContext) -> i32 {
+        crate::programs::place::connect6(&ctx);
+        PROCEED
+    }
+
+    /// Shows IPv4 clients the frontend that they connected to; attached to a cgroup.
+    #[cgroup_sock_addr(getpeername4)]
+    pub fn place_peer4(ctx: SockAddrContext) -> i32 {
+        crate::programs::place::peer4(&ctx);
+        PROCEED
+    }
+
+    /// Shows IPv6 clients the frontend that they connected to; attached to a cgroup.
+    #[cgroup_sock_addr(getpeername6)]
+    pub fn place_peer6(ctx: SockAddrContext) -> i32 {
+        crate::programs::place::peer6(&ctx);
+        PROCEED
+    }
+
+    /// Tells of each socket that was placed; read by the daemon.
+    #[unsafe(link_section = "iter/bpf_sk_storage_map")]
+    #[unsafe(no_mangle)]
+    pub extern "C" fn placed_sockets(ctx: *const crate::programs::placed_sockets::Context) -> i32 {
+        crate::programs::placed_sockets::run(ctx);
+        0
     }
 
     #[panic_handler]

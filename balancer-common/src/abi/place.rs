@@ -160,6 +160,22 @@ impl PlacedSocket {
     pub const WATCHES_RTO: u8 = 1;
     /// The SYN had to be sent again: the failure is counted already.
     pub const SENT_AGAIN: u8 = 2;
+    /// The endpoint was avoided already when it was chosen, because all of them were.
+    pub const ON_AVOIDED: u8 = 4;
+}
+
+/// What the iterator over the sockets in `PLACED_SOCKET` tells of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct PlacedRecord {
+    /// [`PlacedSocket::endpoint`].
+    pub endpoint: u16,
+    /// [`Phase`] as a number.
+    pub phase: u8,
+    /// State of the socket, `TCP_…` of `include/net/tcp_states.h`.
+    pub state: u8,
+    /// [`PlacedSocket::generation`].
+    pub generation: u32,
 }
 
 /// How far a placed connection is.
@@ -199,4 +215,5 @@ const _: () = {
     assert!(size_of::<EndpointGroupInfo>() == 200);
     assert!(size_of::<EndpointInfo>() == 132);
     assert!(size_of::<PlacedSocket>() == 28);
+    assert!(size_of::<PlacedRecord>() == 8);
 };

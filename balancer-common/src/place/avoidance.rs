@@ -50,10 +50,33 @@ pub const fn after_failure(word: u64, now: u64) -> u64 {
     stamped(now + span, next)
 }
 
+/// The word after a connect has succeeded that began while the endpoint was avoided: it is avoided
+/// no longer. How often it was is remembered, should it fail again soon. A connect that began
+/// before the avoidance did says nothing of what has happened since: it changes nothing.
+#[inline(always)]
+pub const fn after_success(word: u64, now: u64) -> u64 {
+    if is_avoided(word, now) {
+        stamped(now, beside(word))
+    } else {
+        word
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_success_ends_an_avoidance_and_the_next_failure_doubles_it_all_the_same() {
+        let first = after_failure(0, 1_000_000);
+        let ended = after_success(first, 1_000_100);
+        assert!(!is_avoided(ended, 1_000_100));
+        assert_eq!(after_success(ended, 1_000_200), ended, "nothing to end");
+        let second = after_failure(ended, 1_000_300);
+        assert_eq!(avoided_until(second), 1_000_300 + 2 * FIRST);
+        assert_eq!(after_success(0, 1_000_000), 0);
+    }
 
     #[test]
     fn each_failure_in_a_row_doubles_the_time_up_to_thirty_seconds() {

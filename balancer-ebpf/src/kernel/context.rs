@@ -10,6 +10,9 @@ macro_rules! context {
     ($context:expr, remote_ip6) => {
         $crate::kernel::context::words!($context, remote_ip6)
     };
+    ($context:expr, user_ip6) => {
+        $crate::kernel::context::words!($context, user_ip6)
+    };
     ($context:expr, $field:ident) => {
         // SAFETY: the field of a live context: the verifier checks it, as a read of this size.
         unsafe { core::ptr::read_volatile(&raw const (*$context).$field) }

@@ -33,6 +33,8 @@ constants! {
     AT_NET: u32;
     /// `net.ipv4.sysctl_tcp_syncookies`.
     AT_SYNCOOKIES: u32;
+    /// `sock_common.skc_state`.
+    AT_STATE: u32;
     /// `sock.sk_err`.
     AT_ERROR: u32;
     /// `sock.sk_shutdown`.

@@ -1,4 +1,5 @@
-//! sock_ops: registers the listeners of services and counts their established connections.
+//! sock_ops: registers the listeners of services and counts their established connections, and has
+//! those of clients counted that were placed.
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_ops};
 use aya_ebpf::helpers::bpf_ktime_get_ns;
@@ -16,8 +17,8 @@ use balancer_common::decision::health::{
 };
 
 use super::claim::{NONE, claim, is_confirmed, is_policy_needed};
-use super::keepalive;
 use super::steer::is_exempt;
+use super::{keepalive, placed};
 use crate::events;
 use crate::kernel::atomic;
 use crate::kernel::context::context;
@@ -29,15 +30,17 @@ use crate::maps::{
 };
 
 // Operations and states: include/uapi/linux/bpf.h, include/net/tcp_states.h.
+const CONNECTS: u32 = 3;
 const PASSIVE_ESTABLISHED: u32 = 5;
+const RETRANSMITS: u32 = 8;
 const STATE_CHANGED: u32 = 10;
 const LISTENED: u32 = 11;
-const STATE_CB: u32 = 1 << 2;
-const ESTABLISHED: u32 = 1;
+pub const STATE_CB: u32 = 1 << 2;
+pub const ESTABLISHED: u32 = 1;
 const LISTEN: u32 = 10;
 const AF_INET: u32 = 2;
 /// `BPF_SK_STORAGE_GET_F_CREATE`.
-const CREATE: u64 = 1;
+pub const CREATE: u64 = 1;
 
 #[inline(always)]
 pub fn run(ctx: &SockOpsContext) {
@@ -45,6 +48,8 @@ pub fn run(ctx: &SockOpsContext) {
         STATE_CHANGED => state_changed(ctx),
         PASSIVE_ESTABLISHED => accepted(ctx),
         LISTENED => listened(ctx),
+        CONNECTS => placed::connecting(ctx),
+        RETRANSMITS => placed::sent_again(ctx),
         _ => {}
     }
 }
@@ -106,6 +111,10 @@ fn watch_states(ctx: &SockOpsContext) {
 #[inline(always)]
 fn state_changed(ctx: &SockOpsContext) {
     let (old, new) = (ctx.arg(0), ctx.arg(1));
+    // A client's. Should it have listened before: that is over.
+    if placed::state_changed(ctx, old, new) {
+        return;
+    }
     let Some(connection) = storage(ctx) else {
         return;
     };
@@ -672,8 +681,9 @@ fn local(ctx: &SockOpsContext) -> Address {
     }
 }
 
+/// The other end's address.
 #[inline(always)]
-fn remote(ctx: &SockOpsContext) -> Address {
+pub fn remote(ctx: &SockOpsContext) -> Address {
     let ops: *const bpf_sock_ops = ctx.ops;
     either(ctx, context!(ops, remote_ip4), context!(ops, remote_ip6))
 }

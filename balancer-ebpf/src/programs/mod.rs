@@ -3,4 +3,7 @@
 pub mod account;
 mod claim;
 mod keepalive;
+pub mod place;
+mod placed;
+pub mod placed_sockets;
 pub mod steer;

@@ -91,8 +91,9 @@ fn start(state: &mut DecisionState, lookup: *const bpf_sk_lookup, port: ServiceP
     state.start(request, flags);
 }
 
+/// When the daemon last lived.
 #[inline(always)]
-fn heartbeat() -> Option<Heartbeat> {
+pub fn heartbeat() -> Option<Heartbeat> {
     let beat = HEARTBEAT.get_ptr(0)?;
     Some(Heartbeat {
         last_ns: shared!(beat, last_ns),

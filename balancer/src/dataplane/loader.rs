@@ -15,20 +15,22 @@ use super::lock::{Lock, make_directory};
 use super::object::{self, ObjectLoader};
 use super::paths::{Link, Paths};
 use super::pins;
-use super::programs::Target;
+use super::programs::{Part, Target};
 use super::tables::{Tables, check_maps};
 use crate::discover::is_bpffs;
 use crate::sys::bpf::{self, LinkTarget};
 
 /// The programs of one data plane.
 pub struct Loader {
-    paths: Paths,
+    pub(super) paths: Paths,
     /// The kernel half, ready to be loaded any number of times.
-    objects: ObjectLoader,
+    pub(super) objects: ObjectLoader,
     /// This build's links to guarded netns, by the netns' cookie and the program's name.
     links: BTreeMap<(u64, &'static str), (Link, OwnedFd)>,
     /// The cgroup, and this build's links to it.
-    cgroup: CountedCgroup,
+    pub(super) cgroup: CountedCgroup,
+    /// What was said last of why clients' connections can't be placed; `None`: they can.
+    pub(super) refused: Option<String>,
     /// The pinned maps by their names.
     maps: Vec<(&'static str, OwnedFd)>,
     /// What was said last of pins that are gone; `None`: all are there.
@@ -40,7 +42,7 @@ pub struct Loader {
     /// The data plane was there before this daemon.
     adopted: bool,
     /// The right to change the pins.
-    lock: Lock,
+    pub(super) lock: Lock,
 }
 
 /// The netns that an object was loaded for; `None`: for the cgroup.
@@ -65,6 +67,7 @@ impl Loader {
             objects,
             links: BTreeMap::new(),
             cgroup: CountedCgroup::at(cgroup),
+            refused: None,
             maps: Vec::new(),
             lost: None,
             unfollowed: Vec::new(),
@@ -97,15 +100,33 @@ impl Loader {
         pins::cleaned_up(made, pins::remove_directory(&self.lock, &staging))
     }
 
-    /// Attaches the programs of the cgroup to it, or puts them under the links that are there.
-    /// Links to other cgroups are removed.
+    /// Attaches what counts to the cgroup, or puts it under the link that is there. Links to other
+    /// cgroups are removed.
     fn attach_to_cgroup(&mut self, directory: &Path) -> Result<Tables> {
         let mut object = self.objects.open(directory, 0)?;
         let tables = Tables::open(directory)?;
+        self.attach_part(Part::Counting, &mut object, directory)?;
+        self.unfollowed.push((None, object));
+        let (_, id) = self.cgroup.open()?;
+        for link in links(directory)? {
+            if link.program.hook.target() == Target::Cgroup && link.target != id {
+                pins::remove_link(&self.lock, &link)?;
+            }
+        }
+        Ok(tables)
+    }
+
+    /// Attaches a part of the programs to the cgroup, or puts them under the links that are there.
+    pub(super) fn attach_part(
+        &mut self,
+        part: Part,
+        object: &mut Ebpf,
+        directory: &Path,
+    ) -> Result<()> {
         let (target, id) = self.cgroup.open()?;
-        for program in Target::Cgroup.programs() {
+        for program in part.programs() {
             let link = Link::new(directory, program, id);
-            let loaded = object::load(&mut object, program)?.fd()?;
+            let loaded = object::load(object, program)?.fd()?;
             let file = if pins::is_there(&link.pin)? {
                 pins::replace(&self.lock, &link, loaded)?
             } else {
@@ -115,13 +136,7 @@ impl Loader {
             let program = program.context("cannot copy a descriptor")?;
             self.cgroup.links.push((link, file, program));
         }
-        self.unfollowed.push((None, object));
-        for link in links(directory)? {
-            if link.program.hook.target() == Target::Cgroup && link.target != id {
-                pins::remove_link(&self.lock, &link)?;
-            }
-        }
-        Ok(tables)
+        Ok(())
     }
 
     /// Puts this build's programs under every link to a netns that is there. Links of another
@@ -196,7 +211,7 @@ impl Loader {
         let directory = self.paths.current();
         let place = format!("the network namespace with cookie {cookie}");
         let mut object = self.objects.open(&directory, cookie)?;
-        for program in Target::Netns.programs() {
+        for program in Part::Steering.programs() {
             if self.links.contains_key(&(cookie, program.name)) {
                 continue;
             }
@@ -211,7 +226,7 @@ impl Loader {
 
     /// Whether all of this build's programs for a netns are attached to it.
     pub fn guards(&self, cookie: u64) -> bool {
-        Target::Netns
+        Part::Steering
             .programs()
             .all(|program| self.links.contains_key(&(cookie, program.name)))
     }
@@ -320,7 +335,7 @@ impl Loader {
 
     /// Pins again what has lost its pin: somebody removed it, or unmounted the BPF file system or
     /// mounted another one over it. Without pins the data plane ends with this process.
-    fn put_back_pins(&mut self) -> Result<()> {
+    pub(super) fn put_back_pins(&mut self) -> Result<()> {
         let lost = self.pinned().filter(|(pin, _)| !pin.exists()).count();
         if lost == 0 {
             return Ok(());
@@ -394,7 +409,7 @@ fn open_maps(directory: &Path) -> Result<Vec<(&'static str, OwnedFd)>> {
 }
 
 /// The links that are pinned in a directory.
-fn links(directory: &Path) -> Result<Vec<Link>> {
+pub(super) fn links(directory: &Path) -> Result<Vec<Link>> {
     Paths::links(directory).with_context(|| format!("cannot list {}", directory.display()))
 }
 

@@ -14,6 +14,7 @@ mod notes;
 mod object;
 mod paths;
 mod pins;
+mod placing;
 mod plain;
 mod plan;
 mod programs;
@@ -33,8 +34,9 @@ pub use notes::{DaemonNotes, FailedReload};
 pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};
 pub use pins::unload;
+pub use placing::Placing;
 pub use plan::{ListenAt, Plan, ServicePlan};
-pub use programs::{Hook, PROGRAMS, Program, Target};
+pub use programs::{Hook, PLACED_SOCKETS, PROGRAMS, Part, Program, Target};
 pub use read::explain::{
     Answer, Avoided, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
 };

@@ -4,16 +4,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use aya::programs::{Program as Loaded, ProgramError};
-use aya::{Ebpf, EbpfLoader};
+use aya::programs::{Program as Loaded, ProgramError, ProgramFd};
+use aya::{Btf, Ebpf, EbpfLoader};
 use nix::time::{ClockId, clock_gettime};
 use tracing::info;
 
 use super::Paths;
-use super::programs::{PROGRAMS, Program};
+use super::programs::{PLACED_SOCKETS, PROGRAMS, Program};
 use crate::discover::kernel_offsets;
 use crate::sys::bpffs::DetachedBpffs;
-use crate::sys::clock;
+use crate::sys::{clock, memory};
 
 /// The object that `cargo xtask build` made; empty when it was not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/balancer.o"));
@@ -74,6 +74,7 @@ pub fn load<'a>(object: &'a mut Ebpf, program: &Program) -> Result<&'a Loaded> {
     match loaded {
         Loaded::SkLookup(program) => program.load(),
         Loaded::SockOps(program) => program.load(),
+        Loaded::CgroupSockAddr(program) => program.load(),
         _ => bail!("the program `{name}` of the kernel half has a type that no hook here takes"),
     }
     .map_err(|error| rejected(name, &error))?;
@@ -86,6 +87,24 @@ pub fn load<'a>(object: &'a mut Ebpf, program: &Program) -> Result<&'a Loaded> {
         verified.unwrap_or(0)
     );
     Ok(loaded)
+}
+
+/// The map that the iterator goes over.
+pub const PLACED_SOCKETS_MAP: &str = "PLACED_SOCKET";
+
+/// Loads the iterator over the sockets that were placed. That takes the kernel's type information,
+/// tens of megabytes for a moment.
+pub fn load_placed_sockets(object: &mut Ebpf) -> Result<&ProgramFd> {
+    let name = PLACED_SOCKETS;
+    let Some(Loaded::Iter(program)) = object.program_mut(name) else {
+        bail!("the kernel half has no iterator `{name}`");
+    };
+    let types = Btf::from_sys_fs().context("cannot read the kernel's type information")?;
+    let loaded = program.load("bpf_sk_storage_map", &types);
+    drop(types);
+    memory::give_back();
+    loaded.map_err(|error| rejected(name, &error))?;
+    Ok(program.fd()?)
 }
 
 /// This thread's: a busy machine must not look like a slow load.
@@ -136,9 +155,10 @@ pub fn trial(paths: &Paths) -> Result<()> {
 
 fn try_programs(pins: &Path) -> Result<()> {
     let mut object = ObjectLoader::new()?.open(pins, 0)?;
-    PROGRAMS
-        .iter()
-        .try_for_each(|program| load(&mut object, program).map(drop))
+    for program in &PROGRAMS {
+        load(&mut object, program)?;
+    }
+    load_placed_sockets(&mut object).map(drop)
 }
 
 /// Makes the maps of another object than the one that is built in, pinned where nobody sees them,

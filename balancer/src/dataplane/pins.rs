@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::lock::{Held, Lock, holder};
 use super::notes::Note;
 use super::paths::{Link, Paths};
-use super::programs::Target;
+use super::programs::{Part, Target};
 use crate::sys::bpf::{self, LinkTarget, Object};
 use crate::sys::limits::is_shortage;
 
@@ -130,7 +130,12 @@ pub(super) fn attach(
     place: &str,
 ) -> Result<OwnedFd> {
     let hook = link.program.hook;
-    let file = bpf::link_create(program, target, hook.attach_type()).with_context(|| {
+    let made = match hook.part() {
+        // Whoever rewrites a destination first decides.
+        Part::Placing => bpf::link_create_first(program, target, hook.attach_type()),
+        Part::Counting | Part::Steering => bpf::link_create(program, target, hook.attach_type()),
+    };
+    let file = made.with_context(|| {
         let hint = match hook.target() {
             Target::Cgroup => {
                 "EPERM: an older program sits there that allows no other; `balancer doctor` names it"

@@ -2,16 +2,20 @@
 //! load and `doctor` go over this table.
 
 use aya::programs::ProgramType;
-use aya_obj::generated::bpf_attach_type::{self, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP};
+use aya_obj::generated::bpf_attach_type::{
+    self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME, BPF_CGROUP_INET6_CONNECT,
+    BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP,
+};
 use aya_obj::generated::bpf_func_id::{
     self, BPF_FUNC_get_current_task_btf, BPF_FUNC_get_netns_cookie, BPF_FUNC_jiffies64,
     BPF_FUNC_ktime_get_ns, BPF_FUNC_loop, BPF_FUNC_ringbuf_reserve, BPF_FUNC_sk_assign,
-    BPF_FUNC_sk_release, BPF_FUNC_sk_storage_get, BPF_FUNC_skc_to_tcp_sock,
-    BPF_FUNC_sock_map_update, BPF_FUNC_sock_ops_cb_flags_set,
+    BPF_FUNC_sk_lookup_tcp, BPF_FUNC_sk_release, BPF_FUNC_sk_storage_delete,
+    BPF_FUNC_sk_storage_get, BPF_FUNC_skc_to_tcp_sock, BPF_FUNC_sock_map_update,
+    BPF_FUNC_sock_ops_cb_flags_set,
 };
 
-/// Every program, in the order in which they are loaded.
-pub static PROGRAMS: [Program; 2] = [
+/// Every program that is attached, in the order in which they are loaded.
+pub static PROGRAMS: [Program; 6] = [
     Program {
         name: "account",
         hook: Hook::SockOps,
@@ -22,6 +26,7 @@ pub static PROGRAMS: [Program; 2] = [
             BPF_FUNC_get_current_task_btf,
             BPF_FUNC_loop,
             BPF_FUNC_sk_storage_get,
+            BPF_FUNC_sk_storage_delete,
             BPF_FUNC_sock_map_update,
             BPF_FUNC_sock_ops_cb_flags_set,
             BPF_FUNC_ringbuf_reserve,
@@ -42,7 +47,49 @@ pub static PROGRAMS: [Program; 2] = [
             BPF_FUNC_ringbuf_reserve,
         ],
     },
+    Program {
+        name: "place_connect4",
+        hook: Hook::Connect4,
+        purpose: "sends connects of IPv4 clients to the endpoint that should have them",
+        needs: "Linux 4.17, CONFIG_CGROUP_BPF",
+        helpers: PLACING_HELPERS,
+    },
+    Program {
+        name: "place_connect6",
+        hook: Hook::Connect6,
+        purpose: "sends connects of IPv6 clients to the endpoint that should have them",
+        needs: "Linux 4.17, CONFIG_CGROUP_BPF",
+        helpers: PLACING_HELPERS,
+    },
+    Program {
+        name: "place_peer4",
+        hook: Hook::GetPeerName4,
+        purpose: "shows IPv4 clients the address that they connected to",
+        needs: "Linux 5.8, CONFIG_CGROUP_BPF",
+        helpers: &[BPF_FUNC_sk_storage_get],
+    },
+    Program {
+        name: "place_peer6",
+        hook: Hook::GetPeerName6,
+        purpose: "shows IPv6 clients the address that they connected to",
+        needs: "Linux 5.8, CONFIG_CGROUP_BPF",
+        helpers: &[BPF_FUNC_sk_storage_get],
+    },
 ];
+
+/// What the programs call that choose at `connect()`.
+const PLACING_HELPERS: &[bpf_func_id] = &[
+    BPF_FUNC_ktime_get_ns,
+    BPF_FUNC_get_netns_cookie,
+    BPF_FUNC_loop,
+    BPF_FUNC_sk_lookup_tcp,
+    BPF_FUNC_sk_release,
+    BPF_FUNC_sk_storage_get,
+];
+
+/// The iterator over the sockets that were placed. It is attached to nothing, and pinned nowhere:
+/// the daemon runs it.
+pub const PLACED_SOCKETS: &str = "placed_sockets";
 
 /// One program of the kernel half.
 #[derive(Debug)]
@@ -78,6 +125,34 @@ pub enum Hook {
     SockOps,
     /// The look-up of a listener for a SYN.
     SkLookup,
+    /// `connect()` of an IPv4 socket.
+    Connect4,
+    /// `connect()` of an IPv6 socket.
+    Connect6,
+    /// `getpeername()` and `accept()` of an IPv4 socket.
+    GetPeerName4,
+    /// `getpeername()` and `accept()` of an IPv6 socket.
+    GetPeerName6,
+}
+
+/// What a part of the programs is for. Each part is attached and detached as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Registers listeners and counts connections: always attached.
+    Counting,
+    /// Chooses backends: attached to each guarded netns.
+    Steering,
+    /// Chooses endpoints for clients: attached while there is a frontend.
+    Placing,
+}
+
+impl Part {
+    /// Its programs.
+    pub fn programs(self) -> impl Iterator<Item = &'static Program> {
+        PROGRAMS
+            .iter()
+            .filter(move |program| program.hook.part() == self)
+    }
 }
 
 impl Hook {
@@ -86,6 +161,10 @@ impl Hook {
         match self {
             Self::SockOps => "sock_ops",
             Self::SkLookup => "sk_lookup",
+            Self::Connect4 => "cgroup/connect4",
+            Self::Connect6 => "cgroup/connect6",
+            Self::GetPeerName4 => "cgroup/getpeername4",
+            Self::GetPeerName6 => "cgroup/getpeername6",
         }
     }
 
@@ -94,6 +173,9 @@ impl Hook {
         match self {
             Self::SockOps => ProgramType::SockOps,
             Self::SkLookup => ProgramType::SkLookup,
+            Self::Connect4 | Self::Connect6 | Self::GetPeerName4 | Self::GetPeerName6 => {
+                ProgramType::CgroupSockAddr
+            }
         }
     }
 
@@ -102,14 +184,29 @@ impl Hook {
         match self {
             Self::SockOps => BPF_CGROUP_SOCK_OPS,
             Self::SkLookup => BPF_SK_LOOKUP,
+            Self::Connect4 => BPF_CGROUP_INET4_CONNECT,
+            Self::Connect6 => BPF_CGROUP_INET6_CONNECT,
+            Self::GetPeerName4 => BPF_CGROUP_INET4_GETPEERNAME,
+            Self::GetPeerName6 => BPF_CGROUP_INET6_GETPEERNAME,
         }
     }
 
     /// The kind of object that the hook's programs are attached to.
     pub const fn target(self) -> Target {
         match self {
-            Self::SockOps => Target::Cgroup,
             Self::SkLookup => Target::Netns,
+            _ => Target::Cgroup,
+        }
+    }
+
+    /// What the hook's programs are for.
+    pub const fn part(self) -> Part {
+        match self {
+            Self::SockOps => Part::Counting,
+            Self::SkLookup => Part::Steering,
+            Self::Connect4 | Self::Connect6 | Self::GetPeerName4 | Self::GetPeerName6 => {
+                Part::Placing
+            }
         }
     }
 }
@@ -121,15 +218,6 @@ pub enum Target {
     Cgroup,
     /// Each guarded netns, by its cookie.
     Netns,
-}
-
-impl Target {
-    /// The programs that are attached to this kind of target.
-    pub fn programs(self) -> impl Iterator<Item = &'static Program> {
-        PROGRAMS
-            .iter()
-            .filter(move |program| program.hook.target() == self)
-    }
 }
 
 #[cfg(test)]

@@ -212,7 +212,8 @@ fn pinned(directory: &Path, name: &str) -> Result<MapData> {
         .with_context(|| format!("cannot open the pinned map {}", path.display()))
 }
 
-fn shared(directory: &Path, name: &str, shape: MapShape) -> Result<SharedArray> {
+/// Maps a pinned array into memory.
+pub fn shared(directory: &Path, name: &str, shape: MapShape) -> Result<SharedArray> {
     let map = pinned(directory, name)?;
     SharedArray::open(map.fd(), shape.value as usize, shape.entries)
         .with_context(|| format!("cannot map {} into memory", directory.join(name).display()))

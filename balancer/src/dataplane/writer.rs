@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use anyhow::Result;
+use tracing::warn;
 
 use super::audit::{Audit, Handover};
 use super::loader::Loader;
 use super::lock::Lock;
 use super::look::{Depth, HealthLooks};
 use super::paths::Paths;
+use super::placing::Placing;
 use super::plan::{Plan, Rules};
 use super::read::snapshot;
 use super::services;
@@ -71,6 +73,21 @@ impl Writer {
         self.loader.switch(step)?;
         self.audit.end_handover();
         Ok(())
+    }
+
+    /// Attaches the programs that place clients' connections, or detaches them: see
+    /// [`Loader::set_placing`].
+    ///
+    /// # Errors
+    /// When the kernel refuses a program, or a pin can't be made or removed.
+    pub fn set_placing(&mut self, on: bool) -> Result<Placing> {
+        let placing = self.loader.set_placing(on)?;
+        if placing == Placing::On
+            && let Err(error) = self.audit.placed.begin(&mut self.loader)
+        {
+            warn!("what this node places is not compared with its sockets: {error:#}");
+        }
+        Ok(placing)
     }
 
     /// What becomes of connections without the data plane: see [`snapshot::Snapshot::left_open`].

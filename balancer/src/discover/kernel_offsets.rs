@@ -17,7 +17,8 @@ type Offset = (&'static str, &'static str, &'static str, usize);
 
 /// Offsets in `struct sock_common`, `struct sock`, `struct inet_connection_sock` and `struct
 /// tcp_sock` are those from the start of the socket, which these four share.
-const OFFSETS: [Offset; 22] = [
+const OFFSETS: [Offset; 23] = [
+    ("AT_STATE", "sock_common", "skc_state", 1),
     ("AT_NET", "sock_common", "skc_net.net", 8),
     ("AT_QUEUE", "sock", "sk_ack_backlog", 4),
     ("AT_BACKLOG", "sock", "sk_max_ack_backlog", 4),

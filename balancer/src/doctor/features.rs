@@ -87,7 +87,7 @@ pub(super) fn checks() -> Vec<Check> {
         ),
         feature(
             "helpers",
-            "does for both programs what only the kernel can",
+            "does for the programs what only the kernel can",
             "Linux 5.17",
             helpers(&PROGRAMS),
         ),
@@ -237,7 +237,7 @@ pub(super) fn programs(state_dir: &Path) -> Check {
     match dataplane::trial(&Paths::new(state_dir)) {
         Ok(()) => Check::ok(
             NAME,
-            "the kernel takes `account` and `steer`",
+            "the kernel takes all of them",
             "the balancer can be loaded here",
         ),
         Err(error) => Check::fail(

@@ -2,6 +2,7 @@
 
 use std::{
     ffi::{CString, c_char},
+    fs::File,
     io,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
@@ -11,7 +12,8 @@ use std::{
 };
 
 use aya_obj::generated::{
-    bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info, bpf_prog_info,
+    BPF_F_BEFORE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info,
+    bpf_prog_info,
 };
 
 /// Puts another program under a link, without a moment in which neither runs (`BPF_LINK_UPDATE`).
@@ -45,6 +47,66 @@ pub fn link_create(
     attr.link_create.attach_type = attach_type as u32;
     // SAFETY: the command takes descriptors and numbers, and no address.
     unsafe { open(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// As [`link_create`], for a cgroup: the program runs before those that are attached to it already
+/// (`BPF_F_BEFORE`). Kernels that know no order of programs at a cgroup, such as 6.1, have it run
+/// after them.
+///
+/// # Errors
+/// As [`link_create`].
+pub fn link_create_first(
+    program: impl AsFd,
+    target: impl AsFd,
+    attach_type: bpf_attach_type,
+) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = number(program.as_fd());
+    attr.link_create.__bindgen_anon_2.target_fd = number(target.as_fd());
+    attr.link_create.attach_type = attach_type as u32;
+    attr.link_create.flags = BPF_F_BEFORE;
+    // SAFETY: the command takes descriptors and numbers, and no address.
+    let link = unsafe { open(bpf_cmd::BPF_LINK_CREATE, &mut attr) };
+    match link {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            link_create(program, target, attach_type)
+        }
+        link => link,
+    }
+}
+
+/// Makes an iterator program one that goes over the sockets that have a value in a socket storage
+/// (`BPF_LINK_CREATE` of `bpf_sk_storage_map`). It lasts as long as the descriptor.
+///
+/// # Errors
+/// `EPERM` without `CAP_PERFMON`; `EINVAL` where the map is no socket storage; `EACCES` where the
+/// program reads more of a value than there is.
+pub fn iter_link_create(program: impl AsFd, storage: impl AsFd) -> io::Result<OwnedFd> {
+    // `union bpf_iter_link_info` (include/uapi/linux/bpf.h): `map.map_fd`, and zeros that may be
+    // left out.
+    let info = number(storage.as_fd());
+    let mut attr = zeroed();
+    attr.link_create.__bindgen_anon_1.prog_fd = number(program.as_fd());
+    attr.link_create.attach_type = bpf_attach_type::BPF_TRACE_ITER as u32;
+    attr.link_create.__bindgen_anon_3.__bindgen_anon_1.iter_info = address(&raw const info);
+    attr.link_create
+        .__bindgen_anon_3
+        .__bindgen_anon_1
+        .iter_info_len = u32::try_from(size_of_val(&info)).map_err(io::Error::other)?;
+    // SAFETY: `info` lives until the call returns, and is as long as is said.
+    unsafe { open(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
+}
+
+/// Begins to go over what an iterator goes over: what its program writes is read from the file
+/// (`BPF_ITER_CREATE`).
+///
+/// # Errors
+/// `EINVAL` where the link is no iterator's.
+pub fn iter_create(link: impl AsFd) -> io::Result<File> {
+    let mut attr = zeroed();
+    attr.iter_create.link_fd = number(link.as_fd());
+    // SAFETY: the command takes a descriptor, and no address.
+    unsafe { open(bpf_cmd::BPF_ITER_CREATE, &mut attr) }.map(File::from)
 }
 
 /// Takes a link's program off what it is attached to, now (`BPF_LINK_DETACH`). The end of its last

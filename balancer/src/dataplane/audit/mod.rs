@@ -8,6 +8,7 @@ mod connections;
 mod handover;
 mod inherited;
 mod keepalive;
+mod placed;
 mod socket_table;
 mod unattributed;
 
@@ -30,6 +31,7 @@ use self::connections::Connections;
 pub use self::handover::Handover;
 use self::inherited::Inherited;
 use self::keepalive::LateKeepalive;
+use self::placed::PlacedAudit;
 use self::socket_table::{Reach, SocketTable};
 use self::unattributed::Unattributed;
 use super::plan::Rules;
@@ -58,6 +60,8 @@ pub struct Audit {
     unregistered: Unregistered,
     /// Whose listeners always get a slot.
     known: Known,
+    /// The comparison of what this node has placed.
+    pub placed: PlacedAudit,
     /// The ids of the services of which the log says how many connections nobody counts.
     warned: BTreeSet<u16>,
     /// The numbers for `status`, over all passes.
@@ -104,6 +108,7 @@ impl Audit {
             keepalive: LateKeepalive::default(),
             unregistered: Unregistered::default(),
             known: Known::All,
+            placed: PlacedAudit::default(),
             warned: BTreeSet::new(),
             totals,
             last: Pass::default(),
@@ -226,6 +231,9 @@ impl Audit {
     pub fn end(&mut self, tables: &mut Tables, cost: Duration) -> Result<AuditTotals> {
         self.unregistered.end(tables);
         self.publish_unattributed(tables)?;
+        let repaired = self.placed.check()?;
+        self.totals.repairs += repaired.counts;
+        self.this.drift += repaired.connections;
         self.last = std::mem::take(&mut self.this);
         self.totals = AuditTotals {
             checks: self.totals.checks + 1,
@@ -267,6 +275,7 @@ impl Audit {
     pub fn is_in_doubt(&self) -> bool {
         let last = &self.last;
         !(last.deviations.is_empty() && last.leaving.is_empty() && last.without_listener.is_empty())
+            || self.placed.is_in_doubt()
     }
 
     /// Whether the last pass saw backends or connections that the kernel half does not see go.
