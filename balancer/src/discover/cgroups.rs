@@ -23,7 +23,8 @@ pub fn cgroups(root: &Path) -> impl Iterator<Item = io::Result<PathBuf>> {
     })
 }
 
-fn below(cgroup: &Path) -> io::Result<Vec<PathBuf>> {
+/// The cgroups directly below one.
+pub(super) fn below(cgroup: &Path) -> io::Result<Vec<PathBuf>> {
     let mut directories = Vec::new();
     for entry in present(fs::read_dir(cgroup))?.into_iter().flatten() {
         let Some(entry) = present(entry)? else {

@@ -7,6 +7,7 @@ mod listeners;
 mod mounts;
 mod netns;
 mod pod_cgroups;
+mod pod_netns;
 mod pods;
 mod processes;
 
@@ -19,5 +20,6 @@ pub use netns::{
     UnreachableNetns, find_netns, live_netns, look_everywhere,
 };
 pub use pod_cgroups::pod_cgroups;
+pub use pod_netns::pod_netns;
 pub use pods::{addresses, pod_of_process, source_towards};
 pub use processes::{Owners, SocketOwner, is_ending, owners, process_name};

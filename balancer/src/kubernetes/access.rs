@@ -113,6 +113,11 @@ fn requests(config: &Kubernetes, identity: &Identity) -> BTreeSet<ApiRequest> {
             add("pods", class.namespace.as_deref(), &watch);
         }
     }
+    if config.place {
+        // The pods of this node that are not placed, and its zone.
+        add("pods", None, &watch);
+        add("nodes", None, &["get"]);
+    }
     let own = Some(identity.namespace.as_str());
     let publish = ["list", "watch", "create", "patch", "delete"];
     add("configmaps", own, &publish);

@@ -159,7 +159,7 @@ pub(crate) fn watch_seconds() -> u32 {
 }
 
 /// A number below `bound`, which need not be unpredictable.
-fn jitter(bound: u32) -> u32 {
+pub(crate) fn jitter(bound: u32) -> u32 {
     use std::hash::{BuildHasher as _, RandomState};
     let random = RandomState::new().hash_one(bound) % u64::from(bound.max(1));
     u32::try_from(random).unwrap_or_default()

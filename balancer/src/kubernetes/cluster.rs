@@ -11,9 +11,11 @@ use tokio::time::Instant;
 use super::client::{Connection, connection};
 use super::daemon_set::OwnDaemonSet;
 use super::echo::Echo;
+use super::fleet::Fleet;
 use super::health::{Health, Notifier, ProblemLog, Problems, Target};
 use super::identity::Identity;
 use super::model::{NodeReport, ObjectName, View};
+use super::own_node::OwnNode;
 use super::report_writer::{Outbox, ReportWriter};
 use super::watch::node_reports::name_of;
 use super::watch::watches::Watches;
@@ -44,6 +46,8 @@ pub struct Cluster {
 struct Known {
     watches: Mutex<Watches>,
     daemon_set: Arc<OwnDaemonSet>,
+    own_node: Arc<OwnNode>,
+    fleet: Arc<Fleet>,
     /// How writing the node report fares.
     writing: Arc<Health>,
     /// Whether the node report comes back.
@@ -59,7 +63,7 @@ impl Known {
 
     fn view(&self) -> (View, Problems) {
         let others = self.daemon_set.healths().into_iter();
-        let others = others.chain([&*self.writing]);
+        let others = others.chain([&*self.writing, &*self.own_node.asking]);
         let ((mut view, mut problems), written) = self.watches(|watches| {
             let view = watches.view(others);
             let reports = watches.node_reports();
@@ -67,6 +71,10 @@ impl Known {
             let own = own.items.get(&self.own_report);
             (view, own.and_then(|own| own.written))
         });
+        if view.ports.iter().any(|port| port.traffic.near) {
+            view.zone = self.own_node.zone();
+        }
+        view.rank = self.fleet.rank();
         let overdue = self.echo.overdue(written);
         if !overdue.is_zero() {
             view.silent_for = view.silent_for.max(overdue);
@@ -110,7 +118,9 @@ impl Cluster {
         let daemon_set = OwnDaemonSet::new(namespace, &notifier);
         let target = Target::new("configmaps", Some(namespace));
         let writing = Arc::new(Health::new(target, &notifier));
-        let watches = Watches::new(client.clone(), server, notifier, namespace, config);
+        let own_node = OwnNode::new(&notifier);
+        let fleet = Fleet::new(&identity.node);
+        let watches = Watches::new(client.clone(), server, notifier, &identity, config);
         let outbox = watch::Sender::new(Outbox {
             report: None,
             every: config.publish_every,
@@ -126,16 +136,22 @@ impl Cluster {
             known: watches.node_reports(),
             health: Arc::clone(&writing),
             echo: Arc::clone(&echo),
+            fleet: Arc::clone(&fleet),
             outbox: outbox.subscribe(),
         };
         let known = Arc::new(Known {
             watches: Mutex::new(watches),
             daemon_set: Arc::clone(&daemon_set),
+            own_node: Arc::clone(&own_node),
+            fleet: Arc::clone(&fleet),
             writing,
             echo,
             own_report,
         });
         let mut tasks = JoinSet::new();
+        tasks.spawn(own_node.run(client.clone(), identity.node.clone()));
+        let set = Arc::clone(&daemon_set);
+        tasks.spawn(fleet.run(client.clone(), identity.clone(), set));
         tasks.spawn(daemon_set.run(client.clone(), identity));
         tasks.spawn(writer.run(client));
         tasks.spawn(Arc::clone(&known).supervise(listener.clone()));

@@ -4,13 +4,15 @@
 //! A pod goes with its `DaemonSet` as well as with its node, and the API server's garbage collector
 //! takes the report away with it.
 
-use std::sync::{Arc, OnceLock};
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
 use kube::core::PartialObjectMeta;
 use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
+use tokio::sync::SetOnce;
 
 use super::client::{observed, pause};
 use super::health::{ApiError, Health, Notifier, Target};
@@ -20,10 +22,20 @@ use super::watch::{Bounds, Facts, Heard, Selection, Store};
 /// What is known of the daemon's pod and its `DaemonSet`.
 pub(crate) struct OwnDaemonSet {
     store: Arc<Store<DaemonSetFacts>>,
-    /// The daemon's pod, by name and uid; empty as long as it is not known.
-    pod: OnceLock<(String, String)>,
+    /// The daemon's pod; empty as long as it is not known.
+    pod: SetOnce<OwnPod>,
     /// How asking for it fares.
     asking: Arc<Health>,
+}
+
+/// What is known of the daemon's pod.
+#[derive(Clone, Debug)]
+pub(crate) struct OwnPod {
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) labels: BTreeMap<String, String>,
+    /// The `DaemonSet` that owns it.
+    pub(crate) daemon_set: Option<String>,
 }
 
 #[derive(PartialEq, Eq)]
@@ -51,7 +63,7 @@ impl OwnDaemonSet {
         let pods = Target::new("pods", Some(namespace));
         Arc::new(Self {
             store: Store::new(Some(namespace), notifier),
-            pod: OnceLock::new(),
+            pod: SetOnce::new(),
             asking: Arc::new(Health::new(pods, notifier)),
         })
     }
@@ -66,9 +78,14 @@ impl OwnDaemonSet {
     /// The owner references of what belongs to this daemon; none as long as its pod is not known.
     pub(crate) fn references(&self) -> Value {
         let references = self.pod.get().into_iter().map(
-            |(name, uid)| json!({"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}),
+            |OwnPod { name, uid, .. }| json!({"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid}),
         );
         references.collect()
+    }
+
+    /// The daemon's pod; waits until it is known, for ever where there is none.
+    pub(crate) async fn pod(&self) -> OwnPod {
+        self.pod.wait().await.clone()
     }
 
     /// How its requests fare.
@@ -95,10 +112,11 @@ impl OwnDaemonSet {
             match pods.get_opt(&identity.pod).await {
                 Ok(pod) => {
                     self.asking.succeeded();
-                    if let Some(uid) = pod.as_ref().and_then(ResourceExt::uid) {
-                        self.pod.get_or_init(|| (identity.pod.clone(), uid));
-                    }
                     let name = pod.as_ref().and_then(owner);
+                    if let Some(own) = pod.and_then(|pod| own_pod(&identity.pod, &pod)) {
+                        // Asked for once: there is none before.
+                        let _ = self.pod.set(own);
+                    }
                     if name.is_none() {
                         tracing::info!(
                             "Kubernetes: the pod {}/{} is not there or belongs to no DaemonSet: the \
@@ -122,7 +140,16 @@ impl OwnDaemonSet {
     }
 }
 
-fn owner(pod: &PartialObjectMeta<Pod>) -> Option<String> {
+fn own_pod(name: &str, pod: &PartialObjectMeta<Pod>) -> Option<OwnPod> {
+    Some(OwnPod {
+        name: name.to_owned(),
+        uid: pod.uid()?,
+        labels: pod.labels().clone(),
+        daemon_set: owner(pod),
+    })
+}
+
+pub(crate) fn owner(pod: &PartialObjectMeta<Pod>) -> Option<String> {
     let mut owners = pod.owner_references().iter();
     let daemon_set =
         owners.find(|owner| owner.kind == "DaemonSet" && owner.api_version.starts_with("apps/"))?;

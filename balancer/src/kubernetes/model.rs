@@ -103,6 +103,10 @@ pub struct ServicePort {
 
 /// What a Kubernetes Service says of how its traffic is to go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a setting of a Service, and any of them go together"
+)]
 pub struct Traffic {
     /// Only to pods of the client's own node (`internalTrafficPolicy: Local`).
     pub own_node_only: bool,
@@ -142,6 +146,12 @@ pub struct View {
     pub precedence: Vec<GroupId>,
     /// By service entry, where its quota follows from pods.
     pub demands: BTreeMap<String, Demand>,
+    /// The pods of this node whose connects are left alone, with their uids.
+    pub left_alone: BTreeMap<ObjectName, String>,
+    /// The zone of this node, where it is known and a Service prefers near pods.
+    pub zone: Option<String>,
+    /// The rank of this node among those with a daemon, from 0, and how many they are.
+    pub rank: (u32, u32),
     /// The last report of each node, this node's own among them.
     pub nodes: BTreeMap<String, ReceivedReport>,
 }

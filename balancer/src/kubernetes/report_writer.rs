@@ -11,9 +11,10 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::client::{observed, pause};
+use super::client::{jitter, observed, pause};
 use super::daemon_set::OwnDaemonSet;
 use super::echo::Echo;
+use super::fleet::Fleet;
 use super::health::{ApiError, Health};
 use super::identity::Identity;
 use super::model::{NodeReport, ObjectName, Peak, RefusedSource, ReportedBackend};
@@ -24,6 +25,8 @@ use super::watch::node_reports::{KEY, LABELS, MOST_BYTES, StoredReport, WRITTEN,
 const MANAGER: &str = "balancer";
 /// A report is written again after so long, although nothing has changed.
 const RENEW: Duration = Duration::from_secs(30);
+/// By how many percent the times between two writes are spread, so that daemons don't write together.
+const JITTER_PERCENT: u32 = 20;
 /// Ages of refused sources that differ by no more than this are equal, in seconds.
 const SAME_AGE: u64 = 10;
 
@@ -32,8 +35,33 @@ const SAME_AGE: u64 = 10;
 pub(crate) struct Outbox {
     /// The latest report; `None`: the daemon has none yet.
     pub(crate) report: Option<NodeReport>,
-    /// The least time between two writes of changes.
+    /// The least time between two writes of changes, as the file has it.
     pub(crate) every: Duration,
+}
+
+/// The least time between two writes of changes.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    /// Of what a backend is: that it is there, ready to take more, or does not serve.
+    of_state: Duration,
+    /// Of how many connections there are.
+    of_counts: Duration,
+}
+
+/// Up to so many nodes numbers of connections are told as often as anything else.
+const FEW_NODES: u32 = 100;
+/// The time between two such writes, and by how much it grows for each further node: 10 s with
+/// 1,000 nodes.
+const WITH_FEW: Duration = Duration::from_secs(2);
+const FOR_EACH: Duration = Duration::from_nanos(8_888_889);
+/// The longest such time. The choice bears numbers that old, and quotas find a node silent later.
+const LONGEST: Duration = Duration::from_secs(15);
+
+/// How often numbers of connections are told where so many nodes listen: each write is an event for
+/// each of them.
+fn period(nodes: u32) -> Duration {
+    let more = FOR_EACH.saturating_mul(nodes.saturating_sub(FEW_NODES));
+    WITH_FEW.saturating_add(more).min(LONGEST)
 }
 
 /// What is to be done about the `ConfigMap` of this node.
@@ -58,7 +86,7 @@ fn next_action(
     last: Option<&LastWrite>,
     exists: Option<bool>,
     idle: Duration,
-    every: Duration,
+    pace: Pace,
 ) -> Action {
     let due = |action, every: Duration| match every.saturating_sub(idle) {
         Duration::ZERO => action,
@@ -68,19 +96,57 @@ fn next_action(
         (None, _) => Action::Wait(RENEW),
         (Some(wanted), last) if wanted.is_empty() => {
             if last.is_some() || exists == Some(true) {
-                due(Action::Delete, every)
+                due(Action::Delete, pace.of_state)
             } else {
                 Action::Wait(RENEW)
             }
         }
-        (Some(wanted), Some(last)) if !differs(&last.report, wanted, last.at.elapsed()) => {
-            due(Action::Write, RENEW.max(every))
+        (Some(wanted), Some(last)) => {
+            let since = last.at.elapsed();
+            let every = match difference(&last.report, wanted, since) {
+                Some(Difference::State) => pace.of_state,
+                Some(Difference::Counts) => pace.of_counts,
+                None => RENEW.max(pace.of_state),
+            };
+            due(Action::Write, every)
         }
-        (Some(_), _) => due(Action::Write, every),
+        (Some(_), None) => due(Action::Write, pace.of_state),
     }
 }
 
-/// Whether more has changed than time has passed. (The ages in a report are those of its write.)
+/// What has changed beside the time that has passed. (The ages in a report are those of its write.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Difference {
+    /// What the backends are, or who is refused.
+    State,
+    /// How many connections there are.
+    Counts,
+}
+
+fn difference(old: &NodeReport, new: &NodeReport, since: Duration) -> Option<Difference> {
+    if differs(&without_counts(old), &without_counts(new), since) {
+        Some(Difference::State)
+    } else {
+        differs(old, new, since).then_some(Difference::Counts)
+    }
+}
+
+/// The report with all numbers of connections 0; only whether there is room is left of them.
+fn without_counts(report: &NodeReport) -> NodeReport {
+    let mut report = report.clone();
+    for backend in &mut report.backends {
+        (backend.established, backend.exempt) = (0, 0);
+        backend.pending = backend.pending.map(|_| 0);
+        backend.quota = backend.quota.map(|_| 0);
+        backend.room = backend.room.map(|room| room.min(1));
+    }
+    report
+        .peaks
+        .iter_mut()
+        .for_each(|peak| peak.connections = 0);
+    report
+}
+
 fn differs(old: &NodeReport, new: &NodeReport, since: Duration) -> bool {
     let same_age =
         |old: u64, new: u64| old.saturating_add(since.as_secs()).abs_diff(new) <= SAME_AGE;
@@ -119,6 +185,8 @@ pub(crate) struct ReportWriter {
     pub(crate) known: Arc<Store<StoredReport>>,
     pub(crate) health: Arc<Health>,
     pub(crate) echo: Arc<Echo>,
+    /// Who listens.
+    pub(crate) fleet: Arc<Fleet>,
     pub(crate) outbox: watch::Receiver<Outbox>,
 }
 
@@ -131,12 +199,14 @@ impl ReportWriter {
         let mut last = None::<LastWrite>;
         let mut changed = None::<Instant>;
         let mut failures = 0;
+        let mut counts_ahead = 0;
         loop {
             let Outbox { report, every } = self.outbox.borrow_and_update().clone();
             // What the DaemonSet owned is being collected: written now, it would be left over.
             let wanted = report.filter(|_| !self.daemon_set.is_gone());
             let idle = changed.map_or(Duration::MAX, |changed| changed.elapsed());
-            let action = next_action(wanted.as_ref(), last.as_ref(), self.exists(), idle, every);
+            let pace = self.pace(every, counts_ahead);
+            let action = next_action(wanted.as_ref(), last.as_ref(), self.exists(), idle, pace);
             let done = match (action, wanted) {
                 (Action::Write, Some(report)) => self.write(&api, report).await.map(Some),
                 (Action::Delete, _) => self.delete(&api).await.map(|()| None),
@@ -147,6 +217,7 @@ impl ReportWriter {
                 (Action::Write, None) => continue,
             };
             changed = Some(Instant::now());
+            counts_ahead = jitter(JITTER_PERCENT);
             match done {
                 Ok(written) => {
                     last = written;
@@ -159,6 +230,15 @@ impl ReportWriter {
                     failures += 1;
                 }
             }
+        }
+    }
+
+    /// `ahead`: by how many percent counts are told sooner this time.
+    fn pace(&self, every: Duration, ahead: u32) -> Pace {
+        let period = period(self.fleet.nodes());
+        Pace {
+            of_state: every,
+            of_counts: (period * (100 - ahead) / 100).max(every),
         }
     }
 
@@ -267,9 +347,74 @@ mod tests {
         }
     }
 
+    fn pace(seconds: u64) -> Pace {
+        Pace {
+            of_state: Duration::from_secs(2),
+            of_counts: Duration::from_secs(seconds),
+        }
+    }
+
+    #[test]
+    fn the_more_nodes_listen_the_seldomer_numbers_are_told() {
+        for (nodes, millis) in [
+            (0, 2_000),
+            (3, 2_000),
+            (100, 2_000),
+            (550, 6_000),
+            (1_000, 10_000),
+            (5_000, 15_000),
+            (u32::MAX, 15_000),
+        ] {
+            let off = period(nodes).abs_diff(Duration::from_millis(millis));
+            assert!(
+                off < Duration::from_millis(1),
+                "{nodes}: {:?}",
+                period(nodes)
+            );
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn that_a_backend_comes_or_is_full_is_told_at_once_and_its_numbers_later() {
+        let with = |backends: &[(u32, Option<u32>)]| NodeReport {
+            backends: backends
+                .iter()
+                .map(|&(established, room)| ReportedBackend {
+                    group: group(),
+                    pod: group().service,
+                    uid: String::new(),
+                    slot: 0,
+                    address: "10.0.0.1".parse().unwrap(),
+                    state: "active".to_owned(),
+                    established,
+                    exempt: 0,
+                    pending: Some(established),
+                    quota: Some(99),
+                    room,
+                    health: None,
+                })
+                .collect(),
+            ..node_report(u64::from(backends[0].0), &[])
+        };
+        let last = LastWrite {
+            report: with(&[(7, Some(9))]),
+            at: Instant::now(),
+        };
+        let action = |wanted: &NodeReport, idle| {
+            let idle = Duration::from_secs(idle);
+            next_action(Some(wanted), Some(&last), Some(true), idle, pace(10))
+        };
+        let wait = |seconds| Action::Wait(Duration::from_secs(seconds));
+        assert_eq!(action(&with(&[(70, Some(3))]), 3), wait(7));
+        assert_eq!(action(&with(&[(70, Some(3))]), 10), Action::Write);
+        assert_eq!(action(&with(&[(7, Some(0))]), 3), Action::Write);
+        assert_eq!(action(&with(&[(7, Some(9)), (0, None)]), 3), Action::Write);
+        assert_eq!(action(&last.report.clone(), 3), wait(27));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn it_is_written_on_change_at_most_so_often_and_renewed() {
-        let every = Duration::from_secs(2);
+        let every = pace(2);
         let ago = Duration::from_secs;
         let report = node_report(7, &[(100, 3)]);
         let written = LastWrite {
@@ -340,7 +485,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_empty_one_is_never_written_and_takes_away_what_is_there() {
-        let every = Duration::from_secs(2);
+        let every = pace(2);
         let empty = NodeReport::default();
         let written = LastWrite {
             report: node_report(7, &[]),

@@ -8,8 +8,8 @@ use super::others::OwnHistory;
 use super::{BELIEVED_FOR, EndpointPlan, GroupPlan, PublishedTotal};
 use crate::quota::window::Window;
 
-/// Publications that are older say nothing.
-const OLD: Duration = Duration::from_secs(30);
+/// Publications that are older say nothing. At rest a node renews its own each 30 seconds.
+const OLD: Duration = Duration::from_secs(40);
 /// For how long an endpoint that has come up under the eyes of this node may be silent and is taken
 /// for empty.
 const NEW: Duration = Duration::from_secs(15);
@@ -290,7 +290,7 @@ mod tests {
     #[test]
     fn without_a_fresh_publication_own_connections_are_spread_alone() {
         let mut memory = GroupMemory::default();
-        let plan = group(vec![endpoint("a", Some((100, 31))), endpoint("b", None)]);
+        let plan = group(vec![endpoint("a", Some((100, 41))), endpoint("b", None)]);
         let known = memory.know(&plan, &[7, 2], s(0));
         assert_eq!((known.level, known.others), (0, vec![0, 0]));
     }
@@ -301,7 +301,7 @@ mod tests {
         let mut plan = group(vec![
             endpoint("a", Some((100, 1))),
             endpoint("b", Some((60, 1))),
-            endpoint("old", Some((9, 40))),
+            endpoint("old", Some((9, 50))),
         ]);
         let known = memory.know(&plan, &[0, 0, 7], s(0));
         assert_eq!(known.others, [100, 60, 73]);

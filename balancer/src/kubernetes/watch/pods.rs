@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt as _;
 use kube::core::PartialObjectMeta;
 
+use super::services::is_off;
 use super::{Bounds, Facts, Heard, Selection};
 use crate::config::{ClusterInput, ClusterQuota, ClusterService, MAX_WEIGHT, PodClass};
 use crate::kubernetes::model::{Demand, ObjectName};
@@ -40,6 +41,14 @@ pub(super) fn of_class(class: &PodClass) -> Selection {
     Selection {
         fields: Some("status.phase=Running".to_owned()),
         ..Selection::labelled(class.namespace.clone(), &class.selector)
+    }
+}
+
+/// The pods of a node.
+pub(super) fn of_node(node: &str) -> Selection {
+    Selection {
+        fields: Some(format!("spec.nodeName={node}")),
+        ..Selection::default()
     }
 }
 
@@ -130,6 +139,27 @@ impl Facts for Counted {
     }
 }
 
+/// A pod that wants its connects left alone.
+#[derive(PartialEq)]
+pub(super) struct LeftAlone {
+    pub(super) uid: String,
+}
+
+impl Facts for LeftAlone {
+    type Object = Metadata;
+    const RESOURCE: &'static str = PodFacts::RESOURCE;
+    // As many as there is room for in the kernel half's table.
+    const MOST: Bounds = Bounds {
+        of_namespace: 1_024,
+        in_all: 1_024,
+    };
+
+    fn digest(pod: &Metadata, _: Option<&Self>, _: Heard) -> Option<Self> {
+        let uid = pod.uid()?;
+        is_off(pod.annotations()).then_some(Self { uid })
+    }
+}
+
 /// How many connections pods keep, by pairs of how many pods, and how many connections each.
 pub(super) fn demand(classes: &[(usize, u32)]) -> Demand {
     let words = classes
@@ -147,6 +177,7 @@ pub(super) fn demand(classes: &[(usize, u32)]) -> Demand {
 
 #[cfg(test)]
 mod tests {
+    use super::super::services::PLACE;
     use super::*;
     use serde_json::json;
 
@@ -169,6 +200,19 @@ mod tests {
                 Err(wrong.to_owned())
             );
         }
+    }
+
+    #[test]
+    fn a_pod_says_that_its_connects_are_left_alone() {
+        let digest = |annotations: serde_json::Value| {
+            let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {
+                "name": "p", "uid": "u", "annotations": annotations}});
+            let pod = serde_json::from_value(pod).unwrap();
+            LeftAlone::digest(&pod, None, Heard::Listed).map(|pod| pod.uid)
+        };
+        assert_eq!(digest(json!({PLACE: "off"})).as_deref(), Some("u"));
+        assert_eq!(digest(json!({PLACE: "on"})), None);
+        assert_eq!(digest(json!({})), None);
     }
 
     #[test]

@@ -8,12 +8,13 @@ use std::time::Duration;
 use kube::Client;
 
 use super::node_reports::{self, StoredReport};
-use super::pods::{self, Counted, PodFacts};
+use super::pods::{self, Counted, LeftAlone, PodFacts};
 use super::services::{self, ServiceFacts};
 use super::slices::{self, SliceFacts, SliceSet};
 use super::{Facts, Listing, Selection, Store, Watch, contested};
 use crate::config::{ClusterService, Kubernetes, MAX_WEIGHT, PortChoice, ServiceChoice};
 use crate::kubernetes::health::{Health, Notifier, Problems, Target, place};
+use crate::kubernetes::identity::Identity;
 use crate::kubernetes::model::{Demand, Endpoint, GroupId, ObjectName, ServicePort, View};
 
 /// A report that has not been renewed for so long is named: nobody may come to renew it.
@@ -80,20 +81,24 @@ pub(crate) struct Watches {
     /// The pods that quotas follow from.
     counted: WatchSet<Selection, Counted>,
     node_reports: Watch<StoredReport>,
+    /// The name of this node.
+    node: String,
+    /// The pods of this node whose connects are left alone; `None`: nothing is placed.
+    left_alone: Option<Watch<LeftAlone>>,
     /// Everything has been listed once since the configuration was read.
     complete: bool,
 }
 
 impl Watches {
-    /// `namespace`: the balancer's own.
     pub(crate) fn new(
         client: Client,
         server: String,
         notifier: Notifier,
-        namespace: &str,
+        identity: &Identity,
         config: &Kubernetes,
     ) -> Self {
-        let node_reports = Watch::start(&client, &notifier, node_reports::selection(namespace));
+        let reports = node_reports::selection(&identity.namespace);
+        let node_reports = Watch::start(&client, &notifier, reports);
         let mut watches = Self {
             client,
             server,
@@ -104,6 +109,8 @@ impl Watches {
             pods: WatchSet::EMPTY,
             counted: WatchSet::EMPTY,
             node_reports,
+            node: identity.node.clone(),
+            left_alone: None,
             complete: false,
         };
         watches.adjust();
@@ -148,6 +155,12 @@ impl Watches {
         self.counted.need(classes, |class| {
             Watch::start(client, notifier, class.clone())
         });
+        if self.config.place && self.left_alone.is_none() {
+            let of_node = pods::of_node(&self.node);
+            self.left_alone = Some(Watch::start(client, notifier, of_node));
+        } else if !self.config.place {
+            self.left_alone = None;
+        }
         if self.is_listed() {
             self.complete = true;
             self.services.end_others();
@@ -188,6 +201,13 @@ impl Watches {
         for health in self.healths() {
             view.silent_for = view.silent_for.max(health.failing_for());
             health.add_to(&mut problems, &self.server);
+        }
+        if let Some(watch) = &self.left_alone {
+            let pods = watch.store.listing();
+            let named = pods.items.iter();
+            let named = named.map(|(name, pod)| (name.clone(), pod.uid.clone()));
+            view.left_alone = named.collect();
+            watch.store.health.add_to(&mut problems, &self.server);
         }
         for health in others {
             health.add_to(&mut problems, &self.server);

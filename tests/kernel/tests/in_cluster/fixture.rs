@@ -360,10 +360,11 @@ pub fn permissions() -> Value {
     role
 }
 
-fn cluster_rules() -> [(&'static str, &'static str, &'static [&'static str]); 3] {
+fn cluster_rules() -> [(&'static str, &'static str, &'static [&'static str]); 4] {
     [
         ("", "services", &["list", "watch"]),
         ("", "pods", &["list", "watch"]),
+        ("", "nodes", &["get"]),
         ("discovery.k8s.io", "endpointslices", &["list", "watch"]),
     ]
 }

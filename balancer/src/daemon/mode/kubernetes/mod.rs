@@ -2,6 +2,7 @@
 //! daemons.
 
 mod complaints;
+mod excluded;
 pub mod fuzzing;
 mod group;
 mod group_quotas;
@@ -21,6 +22,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
 use self::complaints::Complaints;
+use self::excluded::Excluded;
 use self::group::Group;
 use self::group_quotas::GroupQuotas;
 use self::placing::{Client, Totals};
@@ -53,6 +55,7 @@ pub struct KubernetesMode {
     uninstalled: bool,
     port_names: PortNames,
     untold: Untold,
+    excluded: Excluded,
     complaints: Complaints,
     pod_resolver: PodResolver,
     quotas: GroupQuotas,
@@ -78,6 +81,7 @@ impl KubernetesMode {
             uninstalled: false,
             port_names: PortNames::default(),
             untold: Untold::default(),
+            excluded: Excluded::default(),
             complaints: Complaints::default(),
             pod_resolver,
             quotas: GroupQuotas::new(),
@@ -159,23 +163,29 @@ impl KubernetesMode {
     ///
     /// # Errors
     /// When the slots can't be read.
-    pub fn place_plan(&self, writer: &Writer) -> Result<Option<PlacePlan>> {
+    pub fn place_plan(&mut self, writer: &Writer) -> Result<Option<PlacePlan>> {
         if !self.config.place {
             return Ok(Some(PlacePlan::default()));
         }
         if !self.view.complete {
             return Ok(None);
         }
+        let (excluded_netns, on_host) = self.excluded.netns(
+            &self.view.left_alone,
+            writer.audit.cgroup(),
+            self.pod_resolver.host(),
+        );
+        self.complaints.set("excluded", on_host);
         let totals = self.totals(&writer.tables.slots()?);
         let client = Client {
             node: &self.identity.node,
-            zone: None,
-            rank: (0, 1),
+            zone: self.view.zone.as_deref(),
+            rank: self.view.rank,
             heard: self.view.silent_for,
         };
         Ok(Some(PlacePlan {
             groups: placing::groups(&self.view.ports, &totals, client),
-            ..PlacePlan::default()
+            excluded_netns,
         }))
     }
 
