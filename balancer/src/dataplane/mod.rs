@@ -14,6 +14,7 @@ mod notes;
 mod object;
 mod paths;
 mod pins;
+mod place_tables;
 mod placing;
 mod plain;
 mod plan;

@@ -2,7 +2,8 @@
 
 use aya::Pod;
 use balancer_common::abi::{
-    Backend, Connection, ExemptKey, ListenRule, PortKey, ServiceInfo, ServicePort,
+    Backend, Connection, EndpointGroupInfo, EndpointInfo, ExemptKey, Frontend, FrontendKey,
+    ListenRule, PortKey, ServiceInfo, ServicePort,
 };
 
 /// A value that a map holds byte by byte.
@@ -24,7 +25,11 @@ macro_rules! plain {
 plain!(
     Backend,
     Connection,
+    EndpointGroupInfo,
+    EndpointInfo,
     ExemptKey,
+    Frontend,
+    FrontendKey,
     ListenRule,
     PortKey,
     ServiceInfo,

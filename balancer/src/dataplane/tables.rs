@@ -27,6 +27,7 @@ use balancer_common::decision::member::Member;
 
 use bytes::Buf as _;
 
+use super::place_tables::PlaceTables;
 use super::plain::Plain;
 use crate::sys::shared::SharedArray;
 use crate::sys::sock_diag::Socket;
@@ -52,6 +53,8 @@ macro_rules! write {
         $($array.word($index, word!($value.$field)).store($from.$field, Ordering::Release);)*
     };
 }
+
+pub(super) use {read, word, write};
 
 /// Compares every map that is pinned in a directory with the shape that this build expects.
 ///
@@ -117,6 +120,8 @@ pub struct Tables {
     disowned: SharedArray,
     heartbeat: Arc<SharedArray>,
     audit_totals: SharedArray,
+    /// The maps of placing.
+    pub place: PlaceTables,
 }
 
 /// The heartbeat's place in the maps, for any thread.
@@ -206,7 +211,8 @@ pub const fn span_of(ticks: u64) -> Duration {
     Duration::from_nanos(ticks << 20)
 }
 
-fn pinned(directory: &Path, name: &str) -> Result<MapData> {
+/// A pinned map, to be typed.
+pub fn pinned(directory: &Path, name: &str) -> Result<MapData> {
     let path = directory.join(name);
     MapData::from_pin(&path)
         .with_context(|| format!("cannot open the pinned map {}", path.display()))
@@ -319,6 +325,7 @@ impl Tables {
             disowned: shared(directory, "DISOWNED", maps::DISOWNED)?,
             heartbeat: Arc::new(shared(directory, "HEARTBEAT", maps::HEARTBEAT)?),
             audit_totals: shared(directory, "AUDIT", maps::AUDIT)?,
+            place: PlaceTables::open(directory)?,
         })
     }
 
