@@ -14,9 +14,8 @@ use super::{
     yaml::{Node, Value},
 };
 
-/// Checks names, ports and backends that collide. `nodes` are the services in the file.
+/// Checks ports and backends that collide. `nodes` are the services in the file.
 pub(super) fn check_services(services: &[Service], nodes: &[Node]) -> Result<()> {
-    check_names(services.iter().map(|service| &*service.name), nodes)?;
     check_ports(services, nodes)?;
     check_backends(services, nodes)
 }
@@ -66,7 +65,8 @@ fn requirements(selectors: &[String]) -> BTreeSet<Option<BTreeSet<Expression>>> 
         .collect()
 }
 
-fn check_names<'a>(names: impl Iterator<Item = &'a str>, nodes: &[Node]) -> Result<()> {
+/// Checks names that are given twice. `nodes` are the entries that have them.
+pub(super) fn check_names<'a>(names: impl Iterator<Item = &'a str>, nodes: &[Node]) -> Result<()> {
     let mut seen = HashMap::new();
     for (name, node) in names.zip(nodes) {
         let place = node.at("name").place;

@@ -7,12 +7,14 @@ use super::{
 
 /// Every mapping of the file: where it stands, what messages call it, and the keys it may have.
 #[rustfmt::skip]
-pub(super) const MAPPINGS: [(&str, &str, &str); 10] = [
+pub(super) const MAPPINGS: [(&str, &str, &str); 12] = [
     ("", "the file", "services kubernetes fail_open_after namespaces"),
-    ("services", "a service", "name port address policy backends quota exempt health keepalive"),
+    ("services", "a service", "name port address policy backends quota exempt health keepalive connect"),
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
     ("services.keepalive", "`keepalive`", "idle interval probes"),
+    ("services.connect", "`connect`", "to endpoints"),
+    ("services.connect.endpoints", "an endpoint", "address weight"),
     ("kubernetes", "`kubernetes`", "services publish_every hold_for place"),
     ("kubernetes.services", "a service", "name service selector namespace port policy quota exempt health keepalive"),
     ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),

@@ -3,6 +3,7 @@
 //! A [`Config`] that exists is valid: whoever holds one need not check it again.
 
 mod conflicts;
+mod connect;
 mod error;
 mod fields;
 mod kubernetes;
@@ -32,6 +33,7 @@ use ipnet::IpNet;
 
 use self::error::Place;
 pub use self::{
+    connect::{Connect, ConnectEndpoint},
     error::ConfigError,
     kubernetes::{
         ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_PORT,
@@ -49,6 +51,14 @@ pub const MAX_SERVICES: usize = abi::MAX_SERVICES;
 pub const MAX_SERVICE_BACKENDS: usize = abi::MAX_MEMBERS;
 /// The most backends that one file may list.
 pub const MAX_BACKENDS: usize = abi::MAX_SLOTS;
+/// The most addresses in `to` of one `connect`.
+pub const MAX_CONNECT_TO: usize = 256;
+/// The most addresses in the `to` of one file.
+pub const MAX_CONNECT_TO_IN_ALL: usize = abi::MAX_FRONTENDS;
+/// The most endpoints of one `connect`.
+pub const MAX_CONNECT_ENDPOINTS: usize = 256;
+/// The most endpoints of one file.
+pub const MAX_CONNECT_ENDPOINTS_IN_ALL: usize = abi::MAX_ENDPOINTS;
 /// The most exempt networks of one service: those of all services fit into the kernel's table.
 pub const MAX_EXEMPT: usize = 256;
 /// The longest name of a service, in bytes.
@@ -77,9 +87,12 @@ pub const DEFAULT_FAIL_OPEN_AFTER: Duration = Duration::from_secs(30);
 /// What the balancer is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The services, in the order of the file: between 1 and [`MAX_SERVICES`], or none where there
-    /// is `kubernetes`.
+    /// What listens on this host, in the order of the file. With `connects` the entries have between
+    /// 1 and [`MAX_SERVICES`] names, or none where there is `kubernetes`.
     pub services: Vec<Service>,
+    /// Where connects of this host go, in the order of the file. One that has the name of a service
+    /// is of the same entry.
+    pub connects: Vec<Connect>,
     /// How long after the daemon last lived the kernel stops refusing: a second to an hour.
     pub fail_open_after: Duration,
     /// Which netns are guarded; [`NetnsScope::Pods`] where there is `kubernetes`.

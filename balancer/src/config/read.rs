@@ -7,15 +7,17 @@ use std::{
 };
 
 use super::{
-    Backend, Config, ConfigError, DEFAULT_FAIL_OPEN_AFTER, MAX_SERVICE_BACKENDS, MAX_WEIGHT,
-    NetnsScope, QuotaRule, Service,
-    conflicts::check_services,
+    Backend, Config, ConfigError, Connect, DEFAULT_FAIL_OPEN_AFTER, MAX_SERVICE_BACKENDS,
+    MAX_WEIGHT, NetnsScope, QuotaRule, Service,
+    conflicts::{check_names, check_services},
+    connect::{check_connects, connect},
     error::Result,
     fields::Fields,
     read_kubernetes::kubernetes,
     values::{
-        Time, clients, connections, exempt, headroom, is_on, keepalive, min_quota, per_backend,
-        policy, port, quota_fields, service_entries, service_name,
+        Time, address_with_port, clients, connections, exempt, headroom, is_on, keepalive,
+        min_quota, no_end_of_a_connection, per_backend, policy, port, quota_fields,
+        service_entries, service_name,
     },
     yaml::{self, Node, Value, shown},
 };
@@ -42,8 +44,8 @@ pub(super) fn config(text: &str) -> Result<Config> {
         nothing_of_this_machine(&file)?;
         kubernetes(node)
     })?;
-    let services = match &kubernetes {
-        Some(_) => Vec::new(),
+    let (services, connects) = match &kubernetes {
+        Some(_) => (Vec::new(), Vec::new()),
         None => match file.optional("services", services)? {
             Some(services) => services,
             None => return root.fail(
@@ -53,6 +55,7 @@ pub(super) fn config(text: &str) -> Result<Config> {
     };
     Ok(Config {
         services,
+        connects,
         fail_open_after: file
             .optional("fail_open_after", |node| FAIL_OPEN_AFTER.read(node))?
             .unwrap_or(DEFAULT_FAIL_OPEN_AFTER),
@@ -77,27 +80,81 @@ fn nothing_of_this_machine(file: &Fields) -> Result<()> {
     })
 }
 
-fn services(node: &Node) -> Result<Vec<Service>> {
+fn services(node: &Node) -> Result<(Vec<Service>, Vec<Connect>)> {
     let nodes = service_entries(node, SMALLEST)?;
-    let services = nodes.iter().map(service).collect::<Result<Vec<_>>>()?;
-    check_services(&services, nodes)?;
-    Ok(services)
+    let (mut names, mut services, mut connects) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut service_nodes, mut connect_nodes) = (Vec::new(), Vec::new());
+    for node in nodes {
+        let entry = entry(node)?;
+        names.push(entry.name);
+        if let Some(service) = entry.service {
+            services.push(service);
+            service_nodes.push(node.clone());
+        }
+        if let Some(connect) = entry.connect {
+            connects.push(connect);
+            connect_nodes.push(node.at("connect").clone());
+        }
+    }
+    check_names(names.iter().map(String::as_str), nodes)?;
+    check_services(&services, &service_nodes)?;
+    check_connects(&connects, &connect_nodes)?;
+    Ok((services, connects))
 }
 
-fn service(node: &Node) -> Result<Service> {
+/// A service entry: what listens on this host's port, where clients of this host connect to, or
+/// both.
+struct ServiceEntry {
+    name: String,
+    service: Option<Service>,
+    connect: Option<Connect>,
+}
+
+fn entry(node: &Node) -> Result<ServiceEntry> {
     let fields = Fields::of(node, "services")?;
+    let name = fields.required("name", service_name)?;
+    let connect = fields.optional("connect", |node| connect(node, name.clone()))?;
+    let service = if connect.is_some() && fields.first(&["port"]).is_none() {
+        fields.none_of(OF_PORT, |key| {
+            format!(
+                "`{key}` without `port`: it is about what listens on this host; add `port: …`, or remove it"
+            )
+        })?;
+        None
+    } else {
+        Some(service(&fields, name.clone())?)
+    };
+    Ok(ServiceEntry {
+        name,
+        service,
+        connect,
+    })
+}
+
+/// The keys of an entry that are about its port.
+const OF_PORT: &[&str] = &[
+    "address",
+    "policy",
+    "backends",
+    "quota",
+    "exempt",
+    "health",
+    "keepalive",
+];
+
+fn service(fields: &Fields, name: String) -> Result<Service> {
     Ok(Service {
-        name: fields.required("name", service_name)?,
+        name,
         port: fields.required("port", port)?,
         address: fields.optional("address", service_address)?,
-        policy: policy(&fields)?,
+        policy: policy(fields)?,
         backends: fields.optional("backends", backends)?,
         quota: fields
             .optional("quota", quota)?
             .unwrap_or(QuotaRule::Unlimited),
-        exempt: exempt(&fields)?,
-        health: is_on(&fields, "health")?,
-        keepalive: keepalive(&fields, "services.keepalive")?,
+        exempt: exempt(fields)?,
+        health: is_on(fields, "health")?,
+        keepalive: keepalive(fields, "services.keepalive")?,
     })
 }
 
@@ -111,7 +168,7 @@ fn service_address(node: &Node) -> Result<IpAddr> {
         Ok(address) if address.is_unspecified() => {
             "is no address of its own; leave `address` out for any address"
         }
-        Ok(address) if unreachable(address) => {
+        Ok(address) if no_end_of_a_connection(address) => {
             "can't be connected to over TCP; write a unicast address"
         }
         Ok(address) => return Ok(address),
@@ -154,35 +211,17 @@ fn backend(node: &Node) -> Result<Backend> {
 }
 
 fn backend_address(node: &Node) -> Result<SocketAddr> {
-    let text = node.scalar("a backend", "\"127.0.0.1:21801\"")?;
-    let problem = match text.parse::<SocketAddr>() {
-        Err(_) => match text.parse::<IpAddr>() {
-            Ok(IpAddr::V4(_)) => "has no port; write ADDRESS:PORT, for example \"127.0.0.1:21801\"",
-            Ok(IpAddr::V6(_)) => "has no port; write [ADDRESS]:PORT, for example \"[::1]:21801\"",
-            Err(_) => {
-                "is not an address with a port; write \"127.0.0.1:21801\" or \"[::1]:21801\" (ports from 1 to 65535; names are not resolved)"
-            }
-        },
-        Ok(address) if address.port() == 0 => {
-            "has port 0, on which nobody listens; write its port, from 1 to 65535"
+    address_with_port(node, "the backend", "127.0.0.1:21801", |ip| {
+        if ip.is_unspecified() {
+            Some(
+                "is no address of its own; write the address that clients could reach it by, for example 127.0.0.1 for a listener on any address",
+            )
+        } else if no_end_of_a_connection(ip) {
+            Some("can't be listened on over TCP; write a unicast address")
+        } else {
+            None
         }
-        Ok(SocketAddr::V6(v6)) if v6.scope_id() != 0 => {
-            "has a scope (%); leave the scope out: a backend is known by its address alone"
-        }
-        Ok(address) => match address.ip().to_canonical() {
-            ip if ip.is_unspecified() => {
-                "is no address of its own; write the address that clients could reach it by, for example 127.0.0.1 for a listener on any address"
-            }
-            ip if unreachable(ip) => "can't be listened on over TCP; write a unicast address",
-            ip => return Ok(SocketAddr::new(ip, address.port())),
-        },
-    };
-    node.fail(format!("the backend `{}` {problem}", shown(text)))
-}
-
-/// Whether `address` can't be an end of a TCP connection.
-fn unreachable(address: IpAddr) -> bool {
-    address.is_multicast() || matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
+    })
 }
 
 fn quota(node: &Node) -> Result<QuotaRule> {

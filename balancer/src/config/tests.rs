@@ -74,11 +74,84 @@ fn the_smallest_file() {
                 health: true,
                 keepalive: Some(Keepalive::DEFAULT),
             }],
+            connects: Vec::new(),
             fail_open_after: Duration::from_secs(30),
             namespaces: NetnsScope::Own,
             kubernetes: None,
         }
     );
+}
+
+#[test]
+fn an_entry_of_connects_alone_or_beside_a_port() {
+    let config = parsed(
+        r#"
+services:
+  - name: agents
+    connect:
+      to: ["10.0.0.9:11800", "[fd00::9]:11800"]
+      endpoints: [{address: "10.0.0.9:11800", weight: 2}, "[::ffff:10.0.0.12]:11801", "[fd00::9]:11800"]
+  - name: als
+    port: 11802
+    connect: {to: ["127.0.0.1:11802"], endpoints: [{address: "10.0.0.9:11800", weight: 2}, "127.0.0.1:11803"]}
+"#,
+    );
+    let names = |names: Vec<&String>| names.into_iter().cloned().collect::<Vec<_>>();
+    let services = names(config.services.iter().map(|one| &one.name).collect());
+    let connects = names(config.connects.iter().map(|one| &one.name).collect());
+    assert_eq!(
+        (services, connects),
+        (
+            vec!["als".to_owned()],
+            vec!["agents".to_owned(), "als".to_owned()]
+        )
+    );
+    let agents = &config.connects[0];
+    let endpoint = |address: &str, weight| ConnectEndpoint {
+        address: address.parse().unwrap(),
+        weight,
+    };
+    assert_eq!(
+        agents.endpoints,
+        [
+            endpoint("10.0.0.9:11800", 2),
+            endpoint("10.0.0.12:11801", 1),
+            endpoint("[fd00::9]:11800", 1)
+        ]
+    );
+    assert_eq!(agents.to.len(), 2);
+}
+
+#[test]
+fn more_addresses_than_the_kernel_half_has_room_for_are_refused() {
+    let many = |count: usize, port: usize| {
+        let one = |n: usize| format!("\"10.1.{}.{}:{port}\"", n / 250, n % 250 + 1);
+        (0..count).map(one).collect::<Vec<_>>().join(", ")
+    };
+    let entry = |name: usize, to: &str, endpoints: &str| {
+        format!("  - {{name: n{name}, connect: {{to: [{to}], endpoints: [{endpoints}]}}}}\n")
+    };
+    let file = |entries: &[String]| format!("services:\n{}", entries.concat());
+    let own = |name: usize| format!("\"10.0.0.{}:1\"", name + 1);
+    is_refused(
+        &file(&[entry(0, &many(257, 1), &own(0))]),
+        2,
+        "it can have at most 256",
+    );
+    is_refused(
+        &file(&[entry(0, &own(0), &many(257, 1))]),
+        2,
+        "it can have at most 256",
+    );
+    let frontends: Vec<_> = (0..5)
+        .map(|n| entry(n, &many(205, n + 1), &own(n)))
+        .collect();
+    is_refused(&file(&frontends), 6, "more than 1024 addresses");
+    let endpoints: Vec<_> = (0..5)
+        .map(|n| entry(n, &own(n), &many(205, n + 1)))
+        .collect();
+    is_refused(&file(&endpoints), 6, "more than 1024 endpoints");
+    parsed(&file(&endpoints[1..]));
 }
 
 #[test]

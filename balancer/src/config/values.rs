@@ -1,6 +1,9 @@
 //! Values that the two modes have in common: a service of this machine and one of a cluster.
 
-use std::{net::IpAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use balancer_common::{Policy, abi::Keepalive};
 use ipnet::{IpNet, Ipv4Net};
@@ -66,6 +69,49 @@ pub(super) fn port(node: &Node) -> Result<u16> {
             shown(text)
         )),
     }
+}
+
+/// An address with a port; `what` is its name in messages, and `problem` says why an IP address is
+/// none that can be meant.
+pub(super) fn address_with_port(
+    node: &Node,
+    what: &str,
+    example: &str,
+    problem: impl Fn(IpAddr) -> Option<&'static str>,
+) -> Result<SocketAddr> {
+    let text = node.scalar(&what.replacen("the", "a", 1), &format!("\"{example}\""))?;
+    let problem = match text.parse::<SocketAddr>() {
+        Err(_) => match text.parse::<IpAddr>() {
+            Ok(IpAddr::V4(_)) => {
+                format!("has no port; write ADDRESS:PORT, for example \"{example}\"")
+            }
+            Ok(IpAddr::V6(_)) => {
+                "has no port; write [ADDRESS]:PORT, for example \"[::1]:21801\"".to_owned()
+            }
+            Err(_) => format!(
+                "is not an address with a port; write \"{example}\" or \"[::1]:21801\" (ports from 1 to 65535; names are not resolved)"
+            ),
+        },
+        Ok(address) if address.port() == 0 => {
+            "has port 0, on which nobody listens; write its port, from 1 to 65535".to_owned()
+        }
+        Ok(SocketAddr::V6(v6)) if v6.scope_id() != 0 => {
+            format!("has a scope (%); leave the scope out: {what} is known by its address alone")
+        }
+        Ok(address) => {
+            let ip = address.ip().to_canonical();
+            match problem(ip) {
+                None => return Ok(SocketAddr::new(ip, address.port())),
+                Some(problem) => problem.to_owned(),
+            }
+        }
+    };
+    node.fail(format!("{what} `{}` {problem}", shown(text)))
+}
+
+/// Whether an address can't be an end of a TCP connection.
+pub(super) fn no_end_of_a_connection(address: IpAddr) -> bool {
+    address.is_multicast() || matches!(address, IpAddr::V4(v4) if v4.is_broadcast())
 }
 
 /// The policy of a service; least-connections where the file gives none.

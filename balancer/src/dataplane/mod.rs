@@ -6,6 +6,7 @@
 mod audit;
 mod cgroup;
 pub mod down;
+pub mod endpoints;
 mod events;
 mod loader;
 mod lock;

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::plain::Plain;
 use super::plan::{Plan, Rules, ServicePlan};
 use super::slots;
-use super::tables::{Tables, every_service, text};
+use super::tables::{Tables, every_service, padded, text};
 use crate::quota::Quota;
 use crate::quota::in_force::{by_hand, of_service};
 
@@ -296,16 +296,6 @@ fn close_unclaimed(tables: &Tables, rules: &Rules) -> Result<()> {
 }
 
 /// Text for a map, cut at a character's boundary, with at least one zero behind it.
-fn padded<const N: usize>(text: &str) -> [u8; N] {
-    let mut bytes = [0; N];
-    let mut end = text.len().min(N - 1);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    bytes[..end].copy_from_slice(&text.as_bytes()[..end]);
-    bytes
-}
-
 /// Makes a hash map hold exactly what is wanted: adds and changes first, removes last.
 fn sync<K, V>(
     map: &mut aya::maps::HashMap<MapData, Plain<K>, Plain<V>>,
@@ -333,17 +323,4 @@ where
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_is_cut_at_a_character() {
-        let bytes: [u8; 4] = padded("aäöü");
-        assert_eq!(text(&bytes), "aä");
-        let bytes: [u8; 8] = padded("abc");
-        assert_eq!(text(&bytes), "abc");
-    }
 }

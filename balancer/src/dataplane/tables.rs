@@ -269,6 +269,17 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(text.unwrap_or_default()).into_owned()
 }
 
+/// A text for a map, zero-padded, and cut at a character where it is too long.
+pub fn padded<const N: usize>(text: &str) -> [u8; N] {
+    let mut bytes = [0; N];
+    let mut end = text.len().min(N - 1);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    bytes[..end].copy_from_slice(&text.as_bytes()[..end]);
+    bytes
+}
+
 /// What the storage of a listed socket holds.
 pub fn connection_of(socket: &Socket) -> Option<Connection> {
     let mut bytes = socket.storage.as_deref()?;
@@ -765,5 +776,18 @@ impl Tables {
             .store(0, Ordering::Release);
         self.unregistered_word(service).store(0, Ordering::Release);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_cut_at_a_character() {
+        let bytes: [u8; 4] = padded("aäöü");
+        assert_eq!(text(&bytes), "aä");
+        let bytes: [u8; 8] = padded("abc");
+        assert_eq!(text(&bytes), "abc");
     }
 }

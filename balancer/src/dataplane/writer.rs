@@ -6,6 +6,7 @@ use anyhow::Result;
 use tracing::warn;
 
 use super::audit::{Audit, Handover};
+use super::endpoints::Endpoints;
 use super::loader::Loader;
 use super::lock::Lock;
 use super::look::{Depth, HealthLooks};
@@ -31,6 +32,8 @@ pub struct Writer {
     pub audit: Audit,
     /// What looks at backends have seen.
     pub looks: HealthLooks,
+    /// The endpoints in the maps.
+    pub endpoints: Endpoints,
 }
 
 impl Writer {
@@ -42,6 +45,7 @@ impl Writer {
         let handover = Handover::of(&paths)?;
         let (loader, tables) = Loader::start(paths, lock, cgroup)?;
         Ok(Self {
+            endpoints: Endpoints::adopt(&tables.place)?,
             audit: Audit::new(tables.audit_totals(), handover, cgroup),
             loader,
             tables,

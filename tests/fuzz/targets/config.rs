@@ -5,11 +5,12 @@
 use std::net::{IpAddr, SocketAddr};
 
 use balancer::config::{
-    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Kubernetes, NetnsScope,
+    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Connect, Kubernetes, NetnsScope,
     PodClass, PortChoice, QuotaRule, Service, ServiceChoice,
 };
 use balancer::config::{
-    MAX_BACKENDS, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT,
+    MAX_BACKENDS, MAX_CONNECT_ENDPOINTS, MAX_CONNECT_ENDPOINTS_IN_ALL, MAX_CONNECT_TO,
+    MAX_CONNECT_TO_IN_ALL, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT,
     MAX_KEEPALIVE_IDLE, MAX_KEEPALIVE_INTERVAL, MAX_KEEPALIVE_PROBES, MAX_NAME_BYTES,
     MAX_POD_CLASSES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, selector,
 };
@@ -56,10 +57,16 @@ fn lines(bytes: &[u8]) -> usize {
 fn is_as_documented(config: &Config) {
     match &config.kubernetes {
         Some(kubernetes) => {
-            assert!(config.services.is_empty() && config.namespaces == NetnsScope::Pods);
+            assert!(config.services.is_empty() && config.connects.is_empty());
+            assert_eq!(config.namespaces, NetnsScope::Pods);
             kubernetes_is_as_documented(kubernetes);
         }
-        None => assert!((1..=MAX_SERVICES).contains(&config.services.len())),
+        None => {
+            let services = config.services.iter().map(|service| &service.name);
+            let connects = config.connects.iter().map(|connect| &connect.name);
+            let names: std::collections::BTreeSet<_> = services.chain(connects).collect();
+            assert!((1..=MAX_SERVICES).contains(&names.len()));
+        }
     }
     assert!((1000..=3_600_000).contains(&config.fail_open_after.as_millis()));
     if let NetnsScope::Paths(paths) = &config.namespaces {
@@ -80,6 +87,35 @@ fn is_as_documented(config: &Config) {
     assert!(addresses.len() <= MAX_BACKENDS);
     assert_unique(addresses);
     services.iter().for_each(service_is_as_documented);
+    connects_are_as_documented(&config.connects);
+}
+
+fn connects_are_as_documented(connects: &[Connect]) {
+    assert_unique(connects.iter().map(|connect| &connect.name));
+    let frontends: Vec<_> = connects.iter().flat_map(|connect| &connect.to).collect();
+    assert!(frontends.len() <= MAX_CONNECT_TO_IN_ALL);
+    assert_unique(frontends);
+    let mut weights = std::collections::BTreeMap::new();
+    for connect in connects {
+        is_a_label(&connect.name);
+        assert!((1..=MAX_CONNECT_TO).contains(&connect.to.len()));
+        assert!((1..=MAX_CONNECT_ENDPOINTS).contains(&connect.endpoints.len()));
+        let endpoints = connect.endpoints.iter().map(|one| one.address);
+        let endpoints: Vec<_> = endpoints.collect();
+        for address in connect.to.iter().chain(&endpoints) {
+            assert_ne!(address.port(), 0);
+            is_plain(address.ip());
+        }
+        for frontend in &connect.to {
+            assert!(endpoints.iter().any(|one| one.is_ipv4() == frontend.is_ipv4()));
+        }
+        assert_unique(endpoints);
+        for one in &connect.endpoints {
+            assert!((1..=MAX_WEIGHT).contains(&one.weight));
+            assert_eq!(*weights.entry(one.address).or_insert(one.weight), one.weight);
+        }
+    }
+    assert!(weights.len() <= MAX_CONNECT_ENDPOINTS_IN_ALL);
 }
 
 fn is_a_label(name: &str) {
@@ -264,7 +300,7 @@ fn reads_the_same_when_written(config: &Config) {
             "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
         }),
         None => json!({
-        "services": config.services.iter().map(written).collect::<Vec<_>>(),
+        "services": written_entries(config),
         "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
         "namespaces": namespaces,
         }),
@@ -351,6 +387,37 @@ fn written_class(class: &PodClass) -> Value {
         written["namespace"] = json!(namespace);
     }
     written
+}
+
+/// The entries in an order that both lists have.
+fn written_entries(config: &Config) -> Vec<Value> {
+    let mut entries = Vec::new();
+    let mut services = config.services.iter();
+    for connect in &config.connects {
+        let mut entry = json!({"name": connect.name});
+        if config.services.iter().any(|one| one.name == connect.name) {
+            for service in services.by_ref() {
+                entry = written(service);
+                if service.name == connect.name {
+                    break;
+                }
+                entries.push(entry.take());
+            }
+        }
+        entry["connect"] = written_connect(connect);
+        entries.push(entry);
+    }
+    entries.extend(services.map(written));
+    entries
+}
+
+fn written_connect(connect: &Connect) -> Value {
+    let endpoint = |address: SocketAddr, weight| json!({"address": address, "weight": weight});
+    let endpoints = connect.endpoints.iter();
+    json!({
+        "to": connect.to,
+        "endpoints": endpoints.map(|one| endpoint(one.address, one.weight)).collect::<Vec<_>>(),
+    })
 }
 
 fn written(service: &Service) -> Value {

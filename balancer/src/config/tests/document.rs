@@ -46,6 +46,7 @@ fn its_defaults_are_those_of_the_code() {
         largest,
         quota,
         quota_all,
+        connect,
         cluster,
         cluster_all,
         _,
@@ -56,5 +57,6 @@ fn its_defaults_are_those_of_the_code() {
     assert_eq!(one_host, all);
     assert_eq!(largest.services.len(), 2);
     assert_eq!(quota, quota_all);
+    assert_eq!(connect.connects[0].endpoints.len(), 2);
     assert_eq!(cluster, cluster_all);
 }
