@@ -8,6 +8,7 @@ mod heartbeat;
 mod log_limit;
 mod mode;
 mod neighbours;
+mod place;
 mod quotas;
 mod reconcile;
 mod refusal_log;

@@ -17,6 +17,7 @@ use super::heartbeat::Heartbeat;
 use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
 use super::neighbours::ensure_sole;
+use super::place::Places;
 use super::refusal_log::RefusalLog;
 use super::retry::FailedPlan;
 use super::strangers::Strangers;
@@ -90,6 +91,8 @@ pub struct Daemon {
     started: Instant,
     /// The refusals that the log has yet to tell of.
     refusal_log: RefusalLog,
+    /// Where connects of this node go.
+    places: Places,
 }
 
 impl Daemon {
@@ -113,6 +116,7 @@ impl Daemon {
             in_part: false,
             started: Instant::now(),
             refusal_log: RefusalLog::default(),
+            places: Places::new(),
         }
     }
 
@@ -144,6 +148,7 @@ impl Daemon {
         // while. And not later: a data plane that has never had a sign of life refuses nobody.
         self.heartbeat.begin();
         self.writer.switch(|| self.heartbeat.turn())?;
+        self.follow_places()?;
         self.update_all()
     }
 
@@ -174,6 +179,7 @@ impl Daemon {
         self.guarded.refresh();
         let followed = log_failure(self.follow_plan());
         log_failure(self.follow_refusals());
+        log_failure(self.follow_places());
         if self.audit.is_none() && self.turned_away.is_due(&self.writer) {
             log_failure(self.begin_audit(Scope::Everywhere));
         }
@@ -206,6 +212,7 @@ impl Daemon {
     /// What the cluster has told is put in force at once.
     pub fn on_cluster_change(&mut self) {
         log_failure(self.follow_plan());
+        log_failure(self.follow_places());
         self.go_on();
     }
 
@@ -265,12 +272,14 @@ impl Daemon {
             .context("the configuration was not reloaded, the old one stays in force")?;
         self.turn();
         let followed = self.follow_plan();
+        let placed = self.follow_places();
         let audited = self.finish_audit();
         let updated = self.update_all();
-        self.in_part = [&followed, &audited, &updated]
+        self.in_part = [&followed, &placed, &audited, &updated]
             .into_iter()
             .any(Result::is_err);
         followed
+            .and(placed)
             .and(audited)
             .and(updated)
             .context("the new configuration is in force only in part; the rest is tried again")
@@ -339,6 +348,11 @@ impl Daemon {
         }
         ensure!(left_out.is_empty(), no_room(&left_out));
         Ok(())
+    }
+
+    /// Puts in force where connects of this node should go, and what is known of loads.
+    fn follow_places(&mut self) -> Result<()> {
+        self.places.follow(&mut self.mode, &mut self.writer)
     }
 
     /// Follows the listeners that have come and gone, to the end.

@@ -39,6 +39,11 @@ pub struct GroupPlan {
     pub heard: Option<Duration>,
 }
 
+impl GroupPlan {
+    /// How many nodes there are where nodes know nothing of each other: the rank is drawn by lot.
+    pub const BY_LOT: u32 = u32::MAX;
+}
+
 /// One endpoint of a group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointPlan {

@@ -33,7 +33,7 @@ impl Mode {
     /// When it is not known where in which cluster this is.
     pub async fn start(config: &Config) -> Result<Self> {
         Ok(match &config.kubernetes {
-            None => Self::Standalone(StandaloneMode::new(config.services.clone())),
+            None => Self::Standalone(StandaloneMode::new(config)),
             Some(kubernetes) => {
                 Self::Kubernetes(Box::new(KubernetesMode::start(kubernetes.clone()).await?))
             }
@@ -46,7 +46,7 @@ impl Mode {
     /// When it is for the other mode; then nothing changes.
     pub fn reconfigure(&mut self, config: &Config) -> Result<()> {
         match (self, &config.kubernetes) {
-            (Self::Standalone(mode), None) => mode.reconfigure(config.services.clone()),
+            (Self::Standalone(mode), None) => mode.reconfigure(config),
             (Self::Kubernetes(mode), Some(kubernetes)) => mode.reconfigure(kubernetes.clone()),
             _ => bail!(
                 "a daemon does not become one of a cluster, or leave it, by a reload: restart it \
@@ -152,13 +152,9 @@ impl Mode {
     ///
     /// # Errors
     /// When the slots can't be read.
-    #[expect(
-        dead_code,
-        reason = "the plan is put in force by what is not there yet"
-    )]
     pub fn place_plan(&mut self, writer: &Writer) -> Result<Option<PlacePlan>> {
         match self {
-            Self::Standalone(_) => Ok(Some(PlacePlan::default())),
+            Self::Standalone(mode) => Ok(Some(mode.place_plan())),
             Self::Kubernetes(mode) => mode.place_plan(writer),
         }
     }

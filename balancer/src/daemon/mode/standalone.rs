@@ -1,34 +1,48 @@
 //! Alone on a host: the configuration lists the services.
 
+use std::collections::BTreeSet;
+use std::fs;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::net::IpAddr;
+use std::path::Path;
+
 use anyhow::Result;
 use balancer_common::abi::{Address, BackendState};
 
 use super::super::attach::GuardedNetns;
 use super::super::quotas::{LoweringClocks, Server, explain, put_in_force};
-use crate::config::{QuotaRule, Service};
+use crate::config::{Config, Connect, ConnectEndpoint, QuotaRule, Service};
 use crate::dataplane::{ListenAt, Plan, ServicePlan, SlotView, Writer, services};
+use crate::place::{EndpointPlan, GroupPlan, PlacePlan};
 use crate::quota::{InForce, QuotaSource, compute, server};
 
 /// The daemon's part alone on a host.
 pub struct StandaloneMode {
     /// The services of the configuration in force.
     services: Vec<Service>,
+    /// Where connects of this host go, by the configuration in force.
+    connects: Vec<Connect>,
+    /// This host's place among all that place without knowing of each other.
+    rank: (u32, u32),
     /// The clocks of quotas that go down, by the name of the service.
     clocks: LoweringClocks<String>,
 }
 
 impl StandaloneMode {
-    /// Starts with the services of the configuration.
-    pub fn new(services: Vec<Service>) -> Self {
+    /// Starts with a configuration.
+    pub fn new(config: &Config) -> Self {
         Self {
-            services,
+            services: config.services.clone(),
+            connects: config.connects.clone(),
+            rank: rank_by_lot(),
             clocks: LoweringClocks::default(),
         }
     }
 
     /// Follows a new configuration.
-    pub fn reconfigure(&mut self, services: Vec<Service>) {
-        self.services = services;
+    pub fn reconfigure(&mut self, config: &Config) {
+        self.services.clone_from(&config.services);
+        self.connects.clone_from(&config.connects);
     }
 
     /// The plan of the configuration, for the network namespaces that are there.
@@ -37,6 +51,15 @@ impl StandaloneMode {
             services: self.services.iter().map(service_plan).collect(),
             netns: guarded.named_cookies(),
             any_netns: guarded.any(),
+        }
+    }
+
+    /// Where connects of this host go.
+    pub fn place_plan(&self) -> PlacePlan {
+        let groups = self.connects.iter();
+        PlacePlan {
+            groups: groups.map(|one| group_plan(one, self.rank)).collect(),
+            excluded_netns: BTreeSet::new(),
         }
     }
 
@@ -89,6 +112,45 @@ fn server_of(slot: &SlotView, service: &Service) -> (u64, u32, u16, Option<Addre
         0 => (backend.netns, slot.slot(), 0, None),
         pid => (backend.netns, pid, backend.port, listed),
     }
+}
+
+fn group_plan(connect: &Connect, rank: (u32, u32)) -> GroupPlan {
+    GroupPlan {
+        name: connect.name.clone(),
+        frontends: connect.to.clone(),
+        endpoints: connect.endpoints.iter().map(endpoint_plan).collect(),
+        rank,
+        heard: None,
+    }
+}
+
+fn endpoint_plan(endpoint: &ConnectEndpoint) -> EndpointPlan {
+    let (v4, v6) = match endpoint.address.ip() {
+        IpAddr::V4(v4) => (Some(v4), None),
+        IpAddr::V6(v6) => (None, Some(v6)),
+    };
+    EndpointPlan {
+        name: endpoint.address.to_string(),
+        v4,
+        v6,
+        port: endpoint.address.port(),
+        weight: endpoint.weight,
+        published: None,
+    }
+}
+
+/// Hosts know nothing of each other. Those with one client each must not all begin with the same
+/// endpoint: each begins somewhere else, and keeps to it until it is started again, when its
+/// connections are gone too.
+fn rank_by_lot() -> (u32, u32) {
+    let mut hasher = DefaultHasher::new();
+    for file in ["boot_id", "../hostname"] {
+        let path = Path::new("/proc/sys/kernel/random").join(file);
+        fs::read(path).unwrap_or_default().hash(&mut hasher);
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "half of a hash is one")]
+    let lot = hasher.finish() as u32;
+    (lot, GroupPlan::BY_LOT)
 }
 
 fn service_plan(service: &Service) -> ServicePlan {
