@@ -27,6 +27,20 @@ pub const fn avoided_until(word: u64) -> u64 {
     tick_of(word)
 }
 
+/// The tick since which it is avoided.
+#[inline(always)]
+pub const fn avoided_since(word: u64) -> u64 {
+    let doublings = beside(word);
+    tick_of(word).saturating_sub(span(if doublings == 0 { 0 } else { doublings - 1 }))
+}
+
+/// How long it is avoided after so many doublings.
+#[inline(always)]
+const fn span(doublings: u64) -> u64 {
+    let span = FIRST << if doublings < 5 { doublings } else { 5 };
+    if span < LONGEST { span } else { LONGEST }
+}
+
 /// The word after a connect has failed. One that was under way when the endpoint was avoided already
 /// says nothing new.
 #[inline(always)]
@@ -39,8 +53,7 @@ pub const fn after_failure(word: u64, now: u64) -> u64 {
     } else {
         0
     };
-    let span = FIRST << if doublings < 5 { doublings } else { 5 };
-    let span = if span < LONGEST { span } else { LONGEST };
+    let span = span(doublings);
     let next = doublings + 1;
     let next = if next < MOST_DOUBLINGS {
         next
@@ -85,6 +98,7 @@ mod tests {
         for _ in 0..8 {
             word = after_failure(word, now);
             spans.push((avoided_until(word) - now) * 1_048_576 / 1_000_000_000);
+            assert_eq!(avoided_since(word), now);
             now = avoided_until(word);
         }
         assert_eq!(spans, [0, 1, 3, 7, 15, 29, 29, 29]);

@@ -2,6 +2,7 @@
 
 mod cluster;
 mod json;
+mod placing;
 mod text;
 
 use anyhow::{Context, Result};
@@ -23,6 +24,10 @@ use crate::doctor;
 /// a connection while ESTABLISHED - EXEMPT, plus the half-open connections that may still complete,
 /// is below its QUOTA. Those are read from its listener at each SYN, so PENDING may differ from
 /// them.
+///
+/// Where connects of this node are placed, there is a block for each endpoint group: PLACED are
+/// connections of this node in ESTABLISHED, IN FLIGHT those whose SYN is not answered yet, OTHERS
+/// those of other nodes by what was PUBLISHED last.
 ///
 /// Lines with `!` say what is wrong. Those about listeners and addresses are about the network
 /// namespace in which it is run; `balancer doctor` looks at all that are guarded.

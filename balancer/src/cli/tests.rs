@@ -1,6 +1,7 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
-use balancer_common::abi::{AuditTotals, HealthState, Keepalive, Silence};
+use balancer_common::abi::{AuditTotals, EndpointGroup, HealthState, Keepalive, Silence};
+use balancer_common::place::PlaceReason;
 use balancer_common::{BackendState, Policy, Reason, Verdict};
 use clap::CommandFactory;
 
@@ -8,8 +9,8 @@ use super::*;
 use crate::{
     dataplane::{
         Avoided, BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend,
-        Explanation, FailedReload, ListeningBackend, ServerSnapshot, ServiceSnapshot, SeveralNetns,
-        Snapshot, Unsuited,
+        EndpointGroupSnapshot, EndpointSnapshot, Explanation, FailedReload, ListeningBackend,
+        ServerSnapshot, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
     kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
@@ -114,6 +115,169 @@ fn alive() -> DaemonSnapshot {
     }
 }
 
+/// An endpoint group as in a cluster; nobody has failed.
+fn placing() -> EndpointGroupSnapshot {
+    let endpoint = |index: u32, established, others| EndpointSnapshot {
+        index,
+        name: format!("skywalking/oap-{index}"),
+        addresses: vec![format!("10.244.0.{index}:11800").parse().unwrap()],
+        weight: 1,
+        leaving: false,
+        established,
+        in_flight: 0,
+        total: established,
+        failed: 0,
+        others,
+        published: Some((others + established, Duration::from_millis(1_200))),
+        avoided: None,
+    };
+    EndpointGroupSnapshot {
+        name: "agents skywalking/oap".to_owned(),
+        frontends: vec!["10.96.0.9:11800".parse().unwrap()],
+        dry_run: false,
+        rank: Some((2, 100)),
+        known_for: Some(Duration::from_secs(58)),
+        knows_others: true,
+        endpoints: vec![endpoint(1, 4, 37), endpoint(2, 4, 36)],
+        verdicts: PlaceReason::ALL
+            .iter()
+            .map(|one| (*one, u64::from(*one == PlaceReason::Placed) * 8))
+            .collect(),
+        group: EndpointGroup {
+            level: 45 * EndpointGroup::LOAD_ONE,
+            start: 0,
+            known_until_ns: 0,
+        },
+        draws: 8,
+    }
+}
+
+/// The other extremes: a host, endpoints that something is the matter with.
+fn placing_of_a_host() -> EndpointGroupSnapshot {
+    let mut group = placing();
+    group.name = "agents".to_owned();
+    group.frontends = vec![
+        "10.0.0.9:11800".parse().unwrap(),
+        "[fd00::9]:11800".parse().unwrap(),
+    ];
+    (group.rank, group.known_for, group.knows_others) = (None, None, false);
+    for endpoint in &mut group.endpoints {
+        endpoint.name = endpoint.addresses[0].to_string();
+        (endpoint.others, endpoint.published) = (0, None);
+    }
+    let second = &mut group.endpoints[1];
+    (second.weight, second.failed, second.total) = (2, 3, 12);
+    second.avoided = Some((Duration::from_millis(900), Duration::from_millis(3_100)));
+    let third = EndpointSnapshot {
+        leaving: true,
+        name: "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11800".to_owned(),
+        ..group.endpoints[0].clone()
+    };
+    group.endpoints.push(third);
+    group
+}
+
+#[test]
+fn status_of_placing() {
+    let snapshot = Snapshot {
+        services: Vec::new(),
+        placing: vec![placing(), placing_of_a_host()],
+        daemon: alive(),
+    };
+    assert_text(
+        &status_of(&snapshot),
+        "\
+Daemon: alive, last heartbeat 0.4 s ago
+
+agents skywalking/oap: connects to 10.96.0.9:11800
+  Placing: by the connections of all nodes; this is node 3 of 100
+  ENDPOINT          STATE   PLACED  IN FLIGHT  OTHERS      PUBLISHED
+  skywalking/oap-1  active       4          0      37  41, 1.2 s ago
+  skywalking/oap-2  active       4          0      36  40, 1.2 s ago
+
+  CONNECTS  REASON  MEANING
+         8  placed  sent to the endpoint that should have it
+
+agents: connects to 10.0.0.9:11800, [fd00::9]:11800
+  Placing: by the connections of this node alone
+  ENDPOINT                                  STATE    PLACED  IN FLIGHT  WEIGHT  FAILED
+  10.244.0.1:11800                          active        4          0       1       0
+  10.244.0.2:11800                          avoided       4          0       2       3
+  …b8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11800  leaving       4          0       1       0
+  - 10.244.0.2:11800 is avoided for 0.9 s, and for 3.1 s more: a connect was
+    refused, or not answered in time; 3 of 12 have failed
+  - [2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:11800 is removed: it gets no new
+    connections, and those that it has are counted until they end
+
+  CONNECTS  REASON  MEANING
+         8  placed  sent to the endpoint that should have it
+",
+    );
+    let notes = DaemonNotes::default();
+    let json = serde_json::to_value(status::Json::new(&snapshot, &notes)).unwrap();
+    assert_eq!(
+        json["placing"][1]["endpoints"][1],
+        serde_json::json!({
+            "name": "10.244.0.2:11800",
+            "addresses": ["10.244.0.2:11800"],
+            "weight": 2,
+            "leaving": false,
+            "established": 4,
+            "in_flight": 0,
+            "total": 12,
+            "failed": 3,
+            "others": 0,
+            "published": null,
+            "published_age_ms": null,
+            "avoided": {
+                "since_ms": 900,
+                "for_ms": 3100,
+                "reason": "a connect was refused, or not answered in time",
+            },
+        })
+    );
+    let group = &json["placing"][0];
+    assert_eq!(group["group"], "agents skywalking/oap");
+    assert_eq!(group["frontends"], serde_json::json!(["10.96.0.9:11800"]));
+    assert_eq!(group["verdicts"]["placed"], 8);
+    assert_eq!(group["endpoints"][0]["published"], 41);
+}
+
+#[test]
+fn metrics_of_placing() {
+    let snapshot = Snapshot {
+        services: Vec::new(),
+        placing: vec![placing(), placing_of_a_host()],
+        daemon: alive(),
+    };
+    let text = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
+    for line in [
+        r#"balancer_place_established_connections{group="agents skywalking/oap",endpoint="skywalking/oap-2"} 4"#,
+        r#"balancer_place_others_connections{group="agents skywalking/oap",endpoint="skywalking/oap-1"} 37"#,
+        r#"balancer_place_avoided{group="agents",endpoint="10.244.0.2:11800"} 1"#,
+        r#"balancer_place_failed_total{group="agents",endpoint="10.244.0.2:11800"} 3"#,
+        r#"balancer_place_connects_total{group="agents",reason="placed"} 8"#,
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+}
+
+#[test]
+fn placing_fits_terminals_of_60_and_80_columns() {
+    let snapshot = Snapshot {
+        services: Vec::new(),
+        placing: vec![placing(), placing_of_a_host()],
+        daemon: alive(),
+    };
+    for columns in [60, 80] {
+        let text = at_columns(columns, || status_of(&snapshot));
+        for line in text.lines() {
+            assert!(line.chars().count() <= columns, "{columns} columns: {line}");
+        }
+        assert_eq!(text.matches("10.244.0.2:11800 ").count(), 2, "{text}");
+    }
+}
+
 /// What `status` prints where the daemon has noted nothing.
 fn status_of(snapshot: &Snapshot) -> String {
     status::text(snapshot, &DaemonNotes::default())
@@ -141,6 +305,7 @@ fn assert_text(actual: &str, expected: &str) {
 fn status_of_a_service_under_pressure() {
     let snapshot = Snapshot {
         services: vec![agents()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     assert_text(
@@ -170,6 +335,7 @@ agents: virtual port 11800, least-connections
 fn status_of_backends_with_something_the_matter() {
     let snapshot = Snapshot {
         services: vec![als()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     assert_text(
@@ -219,6 +385,7 @@ fn status_fits_terminals_of_60_and_80_columns() {
             }
             let snapshot = Snapshot {
                 services: vec![service_of(backends), odd],
+                placing: Vec::new(),
                 daemon: alive(),
             };
             let services: Vec<_> = snapshot.services.iter().collect();
@@ -239,6 +406,7 @@ fn status_fits_terminals_of_60_and_80_columns() {
 fn what_a_narrow_terminal_has_no_room_for_is_named() {
     let snapshot = Snapshot {
         services: vec![agents()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let text = at_columns(60, || status_of(&snapshot));
@@ -282,6 +450,7 @@ agents: virtual port 11800, least-connections
 fn backends_are_in_the_order_of_their_addresses() {
     let snapshot = Snapshot {
         services: vec![service_of(12)],
+        placing: Vec::new(),
         daemon: alive(),
     };
     for text in [status_of(&snapshot), quota::text(&[&snapshot.services[0]])] {
@@ -297,6 +466,7 @@ fn backends_are_in_the_order_of_their_addresses() {
 fn columns_that_say_nothing_are_left_out() {
     let snapshot = Snapshot {
         services: vec![service_of(2)],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let text = status_of(&snapshot);
@@ -310,6 +480,7 @@ fn columns_that_say_nothing_are_left_out() {
 fn status_says_that_a_reload_failed() {
     let snapshot = Snapshot {
         services: vec![agents()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let notes = DaemonNotes {
@@ -343,6 +514,7 @@ fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
     let of = |milliseconds| {
         let mut snapshot = Snapshot {
             services: Vec::new(),
+            placing: Vec::new(),
             daemon: alive(),
         };
         snapshot.daemon.heartbeat_age = Some(Duration::from_millis(milliseconds));
@@ -365,6 +537,7 @@ fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
     );
     let mut snapshot = Snapshot {
         services: Vec::new(),
+        placing: Vec::new(),
         daemon: alive(),
     };
     (snapshot.daemon.alive, snapshot.daemon.heartbeat_age) = (false, Some(Duration::from_secs(99)));
@@ -389,6 +562,7 @@ fn status_says_when_everybody_is_refused() {
     service.backends[1].established = 229;
     let snapshot = Snapshot {
         services: vec![service],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let text = status_of(&snapshot);
@@ -408,6 +582,7 @@ fn status_says_when_nobody_listens() {
     none.backends.clear();
     let text = status_of(&Snapshot {
         services: vec![closed, none],
+        placing: Vec::new(),
         daemon: alive(),
     });
     assert!(
@@ -439,6 +614,7 @@ fn backends_that_do_not_serve_are_named_with_since_when_and_why() {
     });
     let snapshot = Snapshot {
         services: vec![service, most],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let text = status_of(&snapshot);
@@ -494,6 +670,7 @@ fn backends_that_are_named_and_do_not_listen_have_a_row() {
     none.backends.clear();
     let snapshot = Snapshot {
         services: vec![service, none],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let text = status_of(&snapshot);
@@ -544,6 +721,7 @@ fn status_says_what_a_dead_daemon_means() {
             audit_totals: AuditTotals::default(),
         };
         status_of(&Snapshot {
+            placing: Vec::new(),
             services: Vec::new(),
             daemon,
         })
@@ -575,6 +753,7 @@ fn status_names_connections_that_nobody_counts() {
     let text = |service: &ServiceSnapshot| {
         status_of(&Snapshot {
             services: vec![service.clone()],
+            placing: Vec::new(),
             daemon: alive(),
         })
     };
@@ -591,6 +770,7 @@ fn status_tells_of_silent_connections_and_of_keepalive_that_is_not_the_default()
     let text = |service: &ServiceSnapshot| {
         status_of(&Snapshot {
             services: vec![service.clone()],
+            placing: Vec::new(),
             daemon: alive(),
         })
     };
@@ -614,6 +794,7 @@ fn what_is_left_open_is_told_of_virtual_ports() {
     let left_open = |services: Vec<ServiceSnapshot>| {
         let snapshot = Snapshot {
             services,
+            placing: Vec::new(),
             daemon: alive(),
         };
         snapshot.left_open()
@@ -644,6 +825,7 @@ fn status_tells_what_was_done_by_hand_from_what_is_full() {
     }
     let text = status_of(&Snapshot {
         services: vec![service],
+        placing: Vec::new(),
         daemon: alive(),
     });
     assert!(
@@ -680,6 +862,7 @@ fn text_fits_into_80_columns_with_the_longest_ipv4_addresses() {
     let text = quota::text(&services)
         + &status_of(&Snapshot {
             services: vec![service_of(3), service],
+            placing: Vec::new(),
             daemon: alive(),
         });
     for line in text.lines() {
@@ -704,6 +887,7 @@ fn backends_of_one_server_are_shown_with_the_quota_that_they_share() {
     let status = |service: &ServiceSnapshot| {
         status_of(&Snapshot {
             services: vec![service.clone()],
+            placing: Vec::new(),
             daemon: alive(),
         })
     };
@@ -728,6 +912,7 @@ fn status_shows_the_warnings_of_a_service_in_its_lines() {
         .push("the listener 0.0.0.0:11800 gets no connections".to_owned());
     let text = status_of(&Snapshot {
         services: vec![service],
+        placing: Vec::new(),
         daemon: alive(),
     });
     let quota = text.find("  Quota: ").unwrap();
@@ -742,6 +927,7 @@ fn status_shows_the_warnings_of_a_service_in_its_lines() {
 fn status_as_json_is_as_contracted() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     snapshot.services[0].unattributed = 40;
@@ -765,6 +951,7 @@ fn status_as_json_is_as_contracted() {
         serde_json::to_value(status::Json::new(&snapshot, &DaemonNotes::default())).unwrap(),
         serde_json::json!({
             "schema": 1,
+            "placing": [],
             "services": [{
                 "name": "agents",
                 "port": 11800,
@@ -802,6 +989,7 @@ fn status_as_json_is_as_contracted() {
 fn metrics_are_what_status_shows() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     (
@@ -835,6 +1023,7 @@ fn metrics_are_what_status_shows() {
 fn a_reload_that_failed_is_a_metric() {
     let snapshot = Snapshot {
         services: Vec::new(),
+        placing: Vec::new(),
         daemon: alive(),
     };
     let mut notes = DaemonNotes::default();
@@ -854,6 +1043,7 @@ fn a_reload_that_failed_is_a_metric() {
 fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
     let mut snapshot = Snapshot {
         services: vec![agents()],
+        placing: Vec::new(),
         daemon: alive(),
     };
     snapshot.services[0].backends.truncate(1);
@@ -887,6 +1077,7 @@ fn the_state_of_a_backend_is_a_metric_and_no_label_of_others() {
 fn the_series_of_a_metric_are_in_the_order_of_their_labels() {
     let snapshot = Snapshot {
         services: vec![als(), service_of(12)],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let text = crate::metrics::text(&snapshot, &DaemonNotes::default()).unwrap();
@@ -962,6 +1153,7 @@ fn a_backend_goes_back_to_the_quota_of_the_service() {
     let quotas = flat(&quota::text(&[&service]));
     let status = flat(&status_of(&Snapshot {
         services: vec![service],
+        placing: Vec::new(),
         daemon: alive(),
     }));
     for text in [quotas, status] {
@@ -1260,6 +1452,7 @@ fn a_pod_leads_to_its_listener_or_to_what_is_wrong() {
     service.backends[2].netns = 4711;
     let snapshot = Snapshot {
         services: vec![service],
+        placing: Vec::new(),
         daemon: alive(),
     };
     let pods = explain::pods(&cluster, &snapshot);

@@ -4,14 +4,14 @@
 //! What comes is written from the other end: an endpoint before its bit, frontends last. An endpoint
 //! that leaves keeps its element until no connection is counted on it any more.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use balancer_common::abi::{
     Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointInfo, Frontend, FrontendKey,
-    MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, Published,
+    MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, MAX_MEMBERS, Published,
 };
 
 use super::place_tables::{PlaceTables, every_endpoint, every_group, frontend_key};
@@ -282,9 +282,14 @@ impl Endpoints {
         let mut assigned = Vec::new();
         let mut left_out = Vec::new();
         for (plan, group) in plans.iter().zip(groups) {
+            let mut members = HashSet::new();
             let mut assign = |endpoint: &EndpointPlan| {
                 let identity = Identity::of_plan(endpoint);
                 let known = indexes.get(&identity).copied();
+                if !members.contains(&identity) && members.len() == MAX_MEMBERS {
+                    return None;
+                }
+                members.insert(identity.clone());
                 let index = known.or_else(|| free.next())?;
                 indexes.insert(identity, index);
                 Some(index)
@@ -296,9 +301,9 @@ impl Endpoints {
             let without = endpoints.iter().filter(|index| index.is_none()).count();
             if group.is_some() && without > 0 {
                 left_out.push(format!(
-                    "there is no room for {without} endpoints of `{}`: a node has at most \
-                     {MAX_ENDPOINTS}, and those that were removed keep their place until their \
-                     last connection is gone. The others take its connections",
+                    "there is no room for {without} endpoints of `{}`: a group has at most \
+                     {MAX_MEMBERS}, a node {MAX_ENDPOINTS}, and those that were removed keep their \
+                     place until their last connection is gone. The others take the connections",
                     plan.name
                 ));
             }

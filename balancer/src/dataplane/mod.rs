@@ -42,6 +42,7 @@ pub use programs::{Hook, PLACED_SOCKETS, PROGRAMS, Part, Program, Target};
 pub use read::explain::{
     Answer, Avoided, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,
 };
+pub use read::placing::{EndpointGroupSnapshot, EndpointSnapshot, PlacingContents};
 pub use read::snapshot::{
     BackendHealth, BackendSnapshot, DaemonSnapshot, DownBackend, MapContents, ServerSnapshot,
     ServiceContents, ServiceSnapshot, Snapshot,

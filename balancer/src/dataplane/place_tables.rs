@@ -13,6 +13,7 @@ use balancer_common::abi::{
     Placed, Published, maps,
 };
 use balancer_common::place::PlaceReason;
+use bytes::Buf as _;
 
 use super::plain::Plain;
 use super::tables::{pinned, read, shared, word, write};
@@ -338,18 +339,18 @@ fn verdict_at(group: u32, reason: usize) -> Result<u32> {
 }
 
 /// A word as two numbers, in the order in which they stand in memory.
-const fn halves(word: u64) -> (u32, u32) {
-    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
-    (
-        u32::from_ne_bytes([a, b, c, d]),
-        u32::from_ne_bytes([e, f, g, h]),
-    )
+fn halves(word: u64) -> (u32, u32) {
+    let mut bytes = &word.to_ne_bytes()[..];
+    (bytes.get_u32_ne(), bytes.get_u32_ne())
 }
 
 /// The word of two numbers, in the order in which they stand in memory.
-const fn joined(first: u32, second: u32) -> u64 {
-    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
-    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+fn joined(first: u32, second: u32) -> u64 {
+    let mut bytes = [0; size_of::<u64>()];
+    let (low, high) = bytes.split_at_mut(size_of::<u32>());
+    low.copy_from_slice(&first.to_ne_bytes());
+    high.copy_from_slice(&second.to_ne_bytes());
+    u64::from_ne_bytes(bytes)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! The metrics of a loaded data plane, in the `OpenMetrics` text format.
 
+mod placing;
+
 use std::sync::atomic::AtomicU64;
 
 use balancer_common::BackendState;
@@ -66,6 +68,7 @@ pub fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> Result<String, std::fmt
             lookups.get_or_create(&labels).inc_by(*count);
         }
     }
+    placing::register(&mut registry, &snapshot.placing);
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(with_sorted_series(&text))

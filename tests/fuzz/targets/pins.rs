@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use balancer::dataplane::{MapContents, ServiceContents, Snapshot};
+use balancer::dataplane::{MapContents, PlacingContents, ServiceContents, Snapshot};
 use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
 use balancer_common::abi::{
@@ -99,6 +99,7 @@ fn image(input: &[u8]) -> MapContents {
         silences,
         heartbeat,
         audit_totals,
+        placing: PlacingContents::default(),
         now_ns,
     }
 }

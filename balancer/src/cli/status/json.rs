@@ -4,10 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use balancer_common::Reason;
 use balancer_common::abi::Keepalive;
+use balancer_common::place::PlaceReason;
 use serde::{Serialize, Serializer};
 
 use crate::dataplane::{
-    BackendHealth, BackendSnapshot, DaemonNotes, DownBackend, ServiceSnapshot, Snapshot,
+    BackendHealth, BackendSnapshot, DaemonNotes, DownBackend, EndpointGroupSnapshot,
+    EndpointSnapshot, ServiceSnapshot, Snapshot,
 };
 use crate::health::reason;
 
@@ -15,6 +17,7 @@ use crate::health::reason;
 pub(in crate::cli) struct Json<'a> {
     schema: u32,
     services: Vec<JsonService<'a>>,
+    placing: Vec<JsonGroup<'a>>,
     /// The daemon; the key is part of the contract.
     agent: JsonDaemon<'a>,
 }
@@ -100,6 +103,93 @@ struct JsonDown {
     since_ms: Option<u128>,
 }
 
+/// An endpoint group.
+#[derive(Serialize)]
+struct JsonGroup<'a> {
+    group: &'a str,
+    frontends: &'a [SocketAddr],
+    rank: Option<u32>,
+    nodes: Option<u32>,
+    known_for_ms: Option<u128>,
+    knows_others: bool,
+    dry_run: bool,
+    endpoints: Vec<JsonEndpoint<'a>>,
+    #[serde(serialize_with = "by_place_name")]
+    verdicts: &'a [(PlaceReason, u64)],
+}
+
+/// An endpoint, as `explain` shows it too.
+#[derive(Serialize)]
+pub(in crate::cli) struct JsonEndpoint<'a> {
+    name: &'a str,
+    addresses: &'a [SocketAddr],
+    weight: u64,
+    leaving: bool,
+    established: u64,
+    in_flight: u64,
+    total: u64,
+    failed: u64,
+    others: u64,
+    published: Option<u64>,
+    published_age_ms: Option<u128>,
+    avoided: Option<JsonAvoided>,
+}
+
+#[derive(Serialize)]
+struct JsonAvoided {
+    since_ms: u128,
+    for_ms: u128,
+    reason: &'static str,
+}
+
+fn by_place_name<S: Serializer>(
+    verdicts: &&[(PlaceReason, u64)],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    let entries = verdicts.iter();
+    serializer.collect_map(entries.map(|(reason, count)| (reason.name(), count)))
+}
+
+impl<'a> JsonGroup<'a> {
+    fn new(group: &'a EndpointGroupSnapshot) -> Self {
+        Self {
+            group: &group.name,
+            frontends: &group.frontends,
+            rank: group.rank.map(|(rank, _)| rank),
+            nodes: group.rank.map(|(_, nodes)| nodes),
+            known_for_ms: group.known_for.map(|left| left.as_millis()),
+            knows_others: group.knows_others,
+            dry_run: group.dry_run,
+            endpoints: group.endpoints.iter().map(JsonEndpoint::new).collect(),
+            verdicts: &group.verdicts,
+        }
+    }
+}
+
+impl<'a> JsonEndpoint<'a> {
+    pub(in crate::cli) fn new(endpoint: &'a EndpointSnapshot) -> Self {
+        let avoided = endpoint.avoided.map(|(since, left)| JsonAvoided {
+            since_ms: since.as_millis(),
+            for_ms: left.as_millis(),
+            reason: EndpointSnapshot::WHY_AVOIDED,
+        });
+        Self {
+            name: &endpoint.name,
+            addresses: &endpoint.addresses,
+            weight: endpoint.weight,
+            leaving: endpoint.leaving,
+            established: endpoint.established,
+            in_flight: endpoint.in_flight,
+            total: endpoint.total,
+            failed: endpoint.failed,
+            others: endpoint.others,
+            published: endpoint.published.map(|(connections, _)| connections),
+            published_age_ms: endpoint.published.map(|(_, age)| age.as_millis()),
+            avoided,
+        }
+    }
+}
+
 fn by_name<S: Serializer>(verdicts: &&[(Reason, u64)], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_map(
         verdicts
@@ -113,6 +203,7 @@ impl<'a> Json<'a> {
         Self {
             schema: 1,
             services: snapshot.services.iter().map(JsonService::new).collect(),
+            placing: snapshot.placing.iter().map(JsonGroup::new).collect(),
             agent: JsonDaemon {
                 alive: snapshot.daemon.alive,
                 heartbeat_age_ms: snapshot.daemon.heartbeat_age.map(|age| age.as_millis()),

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use balancer_common::BackendState;
 use balancer_common::abi::{AuditTotals, Keepalive};
 
+use super::placing;
 use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
     dataplane::{
@@ -28,7 +29,11 @@ pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
         text += "\n";
         text += &service_text(service);
     }
-    if snapshot.services.is_empty() {
+    for group in &snapshot.placing {
+        text += "\n";
+        text += &placing::group(group);
+    }
+    if snapshot.services.is_empty() && snapshot.placing.is_empty() {
         text += "\n";
         text += &wrapped(
             "",

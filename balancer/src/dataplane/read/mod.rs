@@ -1,6 +1,7 @@
 //! What readers see without the daemon: snapshots of the maps, and explanations of decisions.
 
 pub mod explain;
+pub mod placing;
 pub mod snapshot;
 
 use std::collections::{BTreeMap, BTreeSet};

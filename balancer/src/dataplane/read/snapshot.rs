@@ -16,6 +16,7 @@ use balancer_common::decision::member::Member;
 use super::super::down::{DownNote, not_listened_on};
 use super::super::services;
 use super::super::tables::{SlotView, Tables, span_of, text};
+use super::placing::{self, EndpointGroupSnapshot, PlacingContents};
 use crate::quota::InForce;
 use crate::quota::in_force::{of_service, written, written_for_server};
 use crate::sys::clock;
@@ -25,6 +26,8 @@ use crate::sys::clock;
 pub struct Snapshot {
     /// The services, in the order of their ids.
     pub services: Vec<ServiceSnapshot>,
+    /// Where connects of this node go, in the order of the groups' indexes.
+    pub placing: Vec<EndpointGroupSnapshot>,
     /// The daemon's signs of life.
     pub daemon: DaemonSnapshot,
 }
@@ -195,6 +198,8 @@ pub struct MapContents {
     pub heartbeat: Heartbeat,
     /// How the counts compared with the socket table last.
     pub audit_totals: AuditTotals,
+    /// What is of placing.
+    pub placing: PlacingContents,
     /// The time, ns of `CLOCK_MONOTONIC`.
     pub now_ns: u64,
 }
@@ -223,6 +228,7 @@ impl Snapshot {
         };
         Self {
             services: contents.services.iter().map(service).collect(),
+            placing: placing::groups(&contents.placing, contents.now_ns),
             daemon: daemon(contents),
         }
     }
@@ -278,6 +284,7 @@ pub fn take(tables: &Tables, down: &[DownNote]) -> Result<Snapshot> {
         down: down.to_vec(),
         heartbeat: tables.heartbeat(),
         audit_totals: tables.audit_totals(),
+        placing: placing::contents(&tables.place)?,
         now_ns: clock::monotonic_ns(),
     }))
 }
