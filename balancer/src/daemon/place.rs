@@ -8,8 +8,8 @@ use balancer_common::abi::{EndpointGroup, Published};
 use tracing::warn;
 
 use super::mode::Mode;
-use crate::dataplane::Writer;
 use crate::dataplane::endpoints::{Assigned, Known};
+use crate::dataplane::{Placing, Writer};
 use crate::place::{GroupKnowledge, GroupMemory, GroupPlan, PlacePlan};
 use crate::sys::clock;
 
@@ -22,7 +22,12 @@ pub struct Places {
     memories: BTreeMap<String, GroupMemory>,
     /// What was said last of what there is no room for.
     said: Vec<String>,
+    /// When the kernel last refused the programs, for those of somebody else.
+    refused: Option<Instant>,
 }
+
+/// How long after a refusal the programs are tried again: loading them takes a while.
+const RETRY: Duration = Duration::from_secs(30);
 
 impl Places {
     /// Nothing is known yet.
@@ -31,6 +36,7 @@ impl Places {
             started: Instant::now(),
             memories: BTreeMap::new(),
             said: Vec::new(),
+            refused: None,
         }
     }
 
@@ -64,6 +70,18 @@ impl Places {
             .endpoints
             .put_in_force(tables, plan, &assigned, &known)?;
         self.say_left_out(writer.endpoints.left_out());
+        let any = plan.groups.iter().any(|group| !group.frontends.is_empty());
+        self.attach(any, writer)
+    }
+
+    /// Attaches the programs that place while there is a frontend.
+    fn attach(&mut self, any: bool, writer: &mut Writer) -> Result<()> {
+        let held_back = self.refused.is_some_and(|at| at.elapsed() < RETRY);
+        if any && held_back {
+            return Ok(());
+        }
+        let placing = writer.set_placing(any)?;
+        self.refused = matches!(placing, Placing::Refused(_)).then(Instant::now);
         Ok(())
     }
 

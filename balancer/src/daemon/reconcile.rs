@@ -52,6 +52,7 @@ const DOUBTFUL_SHARE: u32 = 20;
 pub fn kept(config: &Config) -> Kept {
     Kept {
         other_netns: config.namespaces != NetnsScope::Own,
+        placing: config.kubernetes.is_some() || !config.connects.is_empty(),
     }
 }
 

@@ -107,7 +107,7 @@ pub struct Endpoints {
     /// When groups that have left left.
     groups_left: BTreeMap<u32, Instant>,
     /// The elements that are taken.
-    endpoints: BTreeMap<u32, Taken>,
+    taken: BTreeMap<u32, Taken>,
     /// Since when endpoints that no group has have had no connection.
     empty: BTreeMap<u32, Instant>,
     /// What there is no room for, in words.
@@ -137,7 +137,7 @@ impl Endpoints {
                 let info = tables.endpoint_info(index)?;
                 let identity = Identity::of_map(&endpoint, &info);
                 let group = info.group;
-                adopted.endpoints.insert(index, Taken { identity, group });
+                adopted.taken.insert(index, Taken { identity, group });
             }
         }
         Ok(adopted)
@@ -150,7 +150,7 @@ impl Endpoints {
 
     /// Whether nothing leads anywhere and nothing is counted.
     pub fn is_empty(&self) -> bool {
-        self.frontends.is_empty() && self.groups.is_empty() && self.endpoints.is_empty()
+        self.frontends.is_empty() && self.groups.is_empty() && self.taken.is_empty()
     }
 
     /// Takes out what the plan does not have, and finds an element for what it has. Nothing new is
@@ -274,11 +274,11 @@ impl Endpoints {
 
     /// An endpoint keeps its element by its name, its addresses and its port.
     fn assign_endpoints(&mut self, plans: &[GroupPlan], groups: Vec<Option<u32>>) -> Vec<Assigned> {
-        let by_identity = self.endpoints.iter();
+        let by_identity = self.taken.iter();
         let mut indexes: HashMap<Identity, u32> = by_identity
             .map(|(index, taken)| (taken.identity.clone(), *index))
             .collect();
-        let mut free = every_endpoint().filter(|index| !self.endpoints.contains_key(index));
+        let mut free = every_endpoint().filter(|index| !self.taken.contains_key(index));
         let mut assigned = Vec::new();
         let mut left_out = Vec::new();
         for (plan, group) in plans.iter().zip(groups) {
@@ -321,7 +321,7 @@ impl Endpoints {
                 .into_iter()
                 .flat_map(|one| one.endpoints.iter().flatten().copied())
                 .collect();
-            for index in self.endpoints.keys().filter(|one| !wanted.contains(one)) {
+            for index in self.taken.keys().filter(|one| !wanted.contains(one)) {
                 tables.leave(*group, *index);
             }
             if here.is_none() {
@@ -339,7 +339,7 @@ impl Endpoints {
                 groups_of.entry(*index).or_default().extend(one.group);
             }
         }
-        for (index, taken) in &mut self.endpoints {
+        for (index, taken) in &mut self.taken {
             let groups = groups_of.get(index).map_or(&[][..], Vec::as_slice);
             if let Some(first) = groups.first()
                 && !groups.contains(&taken.group)
@@ -349,7 +349,7 @@ impl Endpoints {
                 tables.set_endpoint_info(*index, info)?;
             }
         }
-        let mut kept: BTreeSet<u32> = self.endpoints.values().map(|taken| taken.group).collect();
+        let mut kept: BTreeSet<u32> = self.taken.values().map(|taken| taken.group).collect();
         kept.extend(assigned.iter().filter_map(|one| one.group));
         let gone: Vec<u32> = self
             .groups
@@ -372,8 +372,8 @@ impl Endpoints {
             members.extend(indexes_of(&tables.members(*group)));
         }
         let now = Instant::now();
-        let taken: Vec<u32> = self.endpoints.keys().copied().collect();
-        for index in taken {
+        let all: Vec<u32> = self.taken.keys().copied().collect();
+        for index in all {
             let placed = tables.placed(index);
             if members.contains(&index) || placed.established + placed.in_flight > 0 {
                 self.empty.remove(&index);
@@ -393,7 +393,7 @@ impl Endpoints {
         tables.forget_placed(index);
         tables.set_published(index, Published::default());
         tables.set_endpoint_info(index, endpoint_info("", 0))?;
-        self.endpoints.remove(&index);
+        self.taken.remove(&index);
         self.empty.remove(&index);
         Ok(())
     }
@@ -438,7 +438,7 @@ impl Endpoints {
         published: Published,
     ) -> Result<()> {
         tables.set_published(index, published);
-        if self.endpoints.contains_key(&index) {
+        if self.taken.contains_key(&index) {
             tables.set_weight(index, plan.weight);
             return Ok(());
         }
@@ -455,7 +455,7 @@ impl Endpoints {
                 weight: plan.weight.into(),
             },
         );
-        self.endpoints.insert(index, Taken { identity, group });
+        self.taken.insert(index, Taken { identity, group });
         Ok(())
     }
 
@@ -524,10 +524,9 @@ const fn free_endpoint(generation: u32) -> Endpoint {
 
 /// The indexes whose bits are set.
 pub fn indexes_of(words: &[u64]) -> impl Iterator<Item = u32> {
-    let bits = words.iter().zip(0..).flat_map(|(word, at): (_, u32)| {
+    words.iter().zip(0..).flat_map(|(word, at): (_, u32)| {
         (0..64)
             .filter(move |bit| word & (1 << bit) != 0)
             .map(move |bit| at * 64 + bit)
-    });
-    bits
+    })
 }

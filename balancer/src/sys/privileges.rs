@@ -22,6 +22,8 @@ use tracing::{info, warn};
 pub struct Kept {
     /// Entering other netns than the one that the daemon was started in.
     pub other_netns: bool,
+    /// Attaching what places connects, also when it was detached meanwhile.
+    pub placing: bool,
 }
 
 impl Kept {
@@ -44,6 +46,11 @@ impl Kept {
             // (`proc_fd_permission`, fs/proc/fd.c).
             Capability::CAP_DAC_READ_SEARCH,
         ]);
+        if self.placing {
+            // Loading programs of the type `CGROUP_SOCK_ADDR` (`is_net_admin_prog_type`,
+            // kernel/bpf/syscall.c).
+            kept.insert(Capability::CAP_NET_ADMIN);
+        }
         if self.other_netns {
             // `netns_install`, net/core/net_namespace.c.
             kept.insert(Capability::CAP_SYS_ADMIN);
@@ -117,6 +124,11 @@ pub fn suffice_for(wanted: Kept) -> Result<()> {
         !wanted.other_netns || held.contains(&Capability::CAP_SYS_ADMIN),
         "entering other network namespaces needs CAP_SYS_ADMIN, which this daemon gave up when it started with \
          `namespaces: own`: restart it (TERM, then `balancer run`: nothing is lost meanwhile) to have the new `namespaces`"
+    );
+    ensure!(
+        !wanted.placing || held.contains(&Capability::CAP_NET_ADMIN),
+        "placing connects needs CAP_NET_ADMIN, which this daemon gave up when it started without `connect`: restart it (TERM, \
+         then `balancer run`: nothing is lost meanwhile) to have it"
     );
     Ok(())
 }
@@ -274,8 +286,14 @@ mod tests {
     };
     use std::{path::Path, process::Command, thread};
 
-    const ANY: Kept = Kept { other_netns: true };
-    const OWN: Kept = Kept { other_netns: false };
+    const ANY: Kept = Kept {
+        other_netns: true,
+        placing: false,
+    };
+    const OWN: Kept = Kept {
+        other_netns: false,
+        placing: false,
+    };
 
     /// In a thread of its own: what is given up is gone for good.
     fn confined<R: Send + 'static>(kept: Kept, work: impl FnOnce() -> R + Send + 'static) -> R {
