@@ -618,7 +618,7 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_an_error() {
-        let file = std::fs::File::open("/dev/null").expect("open");
+        let file = File::open("/dev/null").expect("open");
         assert!(prog_query(&file, BPF_SK_LOOKUP).is_err());
         assert!(prog_query(&file, BPF_CGROUP_SOCK_OPS).is_err());
         assert_eq!(
