@@ -21,8 +21,17 @@ impl<'a> KubernetesService<'a> {
     /// # Panics
     /// With what nft said, when it fails.
     pub fn start(machine: &'a Machine, address: SocketAddr, oaps: RangeInclusive<u16>) -> Self {
-        let backends: Vec<_> = oaps
-            .map(node::address)
+        let oaps: Vec<_> = oaps.map(node::address).collect();
+        Self::to(machine, address, &oaps)
+    }
+
+    /// Sends connections to `address` to these backends.
+    ///
+    /// # Panics
+    /// With what nft said, when it fails.
+    pub fn to(machine: &'a Machine, address: SocketAddr, backends: &[SocketAddr]) -> Self {
+        let backends: Vec<_> = backends
+            .iter()
             .enumerate()
             .map(|(index, oap)| format!("{index} : {} . {}", oap.ip(), oap.port()))
             .collect();

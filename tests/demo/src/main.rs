@@ -12,6 +12,7 @@
 mod kubernetes;
 mod load_generator;
 mod node;
+mod placing;
 mod report;
 mod scenario;
 

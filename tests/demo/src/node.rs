@@ -18,16 +18,28 @@ pub struct Node<'a> {
     balancer: Option<Balancer<'a>>,
     oaps: Vec<Oap>,
     machine: &'a Machine,
+    /// Where the OAP with a number listens.
+    address: fn(u16) -> SocketAddr,
 }
 
 impl<'a> Node<'a> {
     /// Starts the OAPs with these numbers, without a balancer.
     pub fn start(machine: &'a Machine, oaps: RangeInclusive<u16>) -> Self {
-        let oaps = oaps.map(|number| Oap::start(machine, number)).collect();
+        Self::start_at(machine, oaps, address)
+    }
+
+    /// Starts them where `address` says that they listen.
+    pub fn start_at(
+        machine: &'a Machine,
+        oaps: RangeInclusive<u16>,
+        address: fn(u16) -> SocketAddr,
+    ) -> Self {
+        let start = |number| Oap::start(machine, number, address(number));
         Self {
             balancer: None,
-            oaps,
+            oaps: oaps.map(start).collect(),
             machine,
+            address,
         }
     }
 
@@ -38,7 +50,13 @@ impl<'a> Node<'a> {
 
     /// Starts one more OAP.
     pub fn start_oap(&mut self, number: u16) {
-        self.oaps.push(Oap::start(self.machine, number));
+        let address = (self.address)(number);
+        self.oaps.push(Oap::start(self.machine, number, address));
+    }
+
+    /// Kills the OAP with this number.
+    pub fn kill_oap(&mut self, number: u16) {
+        self.oaps.retain(|oap| oap.number != number);
     }
 
     /// Starts the daemon with this configuration, and waits until it has found the OAPs, which
@@ -127,13 +145,9 @@ struct Oap {
 
 impl Oap {
     /// Starts it on `machine` and waits until it listens.
-    fn start(machine: &Machine, number: u16) -> Self {
+    fn start(machine: &Machine, number: u16, address: SocketAddr) -> Self {
         let mut command = Command::new(program());
-        command.args([
-            "--until-stdin-ends",
-            "--listen",
-            &address(number).to_string(),
-        ]);
+        command.args(["--until-stdin-ends", "--listen", &address.to_string()]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         // A Ctrl-C at the terminal is for this program, which then ends its servers in order.
         command.process_group(0);
@@ -150,7 +164,7 @@ impl Oap {
             line.starts_with("listening"),
             "{} does not listen on {}: see above",
             oap.name(),
-            address(number)
+            address
         );
         oap
     }

@@ -1,4 +1,4 @@
-//! The five steps, one after the other.
+//! The steps in front of OAPs, one after the other.
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -11,6 +11,7 @@ use testkit::fixtures::{Machine, Signal, eventually};
 use crate::kubernetes::KubernetesService;
 use crate::load_generator::{self, Arrival};
 use crate::node::{Loads, Node, address};
+use crate::placing;
 use crate::report::{Quantiles, Report, heading, progress, spread, total};
 
 /// Clients that come at first, over a while.
@@ -57,7 +58,10 @@ pub async fn run(machines: &[Machine; 2]) -> Report {
     scenario.one_more().await;
     scenario.raised().await;
     scenario.taken_out().await;
-    scenario.report
+    let mut report = std::mem::take(&mut scenario.report);
+    drop(scenario);
+    placing::run(&mut report).await;
+    report
 }
 
 /// Clients go before the nodes that they are connected to.
