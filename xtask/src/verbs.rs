@@ -149,7 +149,7 @@ pub fn cost(profile: Profile) -> Result<ExitCode> {
 pub fn demo() -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel])?;
-    build::debug_programs(&[PRODUCT, "standin-oap", "demo"])?;
+    build::debug_programs(&[PRODUCT, "standin-oap", "standin-client", "demo"])?;
     become_program(Profile::Debug, "demo", &[])
 }
 

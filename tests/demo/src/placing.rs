@@ -1,5 +1,5 @@
 //! The client's side: three nodes with clients, four OAPs on another machine, nothing between them.
-//! A daemon on each clients' node chooses the OAP at connect().
+//! A daemon on each clients' node chooses the OAP at `connect()`.
 //!
 //! ```text
 //!   netns "clients 1", 10.78.1.1 ──┐
