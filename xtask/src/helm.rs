@@ -26,29 +26,84 @@ const RELEASES: [[&str; 2]; 3] = [
     ["agents", "team-a"],
     ["as-long-as-the-name-of-a-release-may-be-which-is-53-a", "b"],
 ];
-/// What the schema has to refuse, and what its complaint has to name.
-const REFUSED: [[&str; 2]; 9] = [
+/// What the chart has to refuse, and what its complaint has to say. A complaint is one sentence.
+const REFUSED: [[&str; 2]; 18] = [
     ["imagee.tag=1", "imagee"],
     ["config.publish_every=2s", "publish_every"],
     ["config.failOpenAfter=60", "failOpenAfter"],
+    ["config.mode=off", "mode"],
+    ["config.services.a.quotas.observed=10m", "quotas"],
+    ["config.services.a.quota.observd=10m", "observd"],
+    ["config.services.a.quota.pods=3", "got number, want array"],
+    ["config.services.a.service=skywalking-oap", "service"],
+    ["config.services.a.port=0", "got 0, want 1"],
+    ["config.services.agents=null", "services"],
+    ["config.services[0].name=a", "config.services is no list"],
+    ["config.services.a.quota.headroom=15%", "has no rule"],
     [
-        "config.services[0].name=a,config.services[0].quotas.observed=10m",
-        "quotas",
+        "config.services.agents.quota.clients=3,config.services.agents.quota.per_backend=4",
+        "one rule",
     ],
     [
-        "config.services[0].name=a,config.services[0].quota.headroom=15%",
-        "quota",
+        "config.services.agents.quota.connections_per_client=2",
+        "goes with `clients`",
     ],
     [
-        "config.services[0].name=a,config.services[0].service=skywalking-oap",
-        "service",
+        "config.services.a.service=a/b,config.services.a.selector=app=oap",
+        "`selector` beside `service`",
     ],
     [
-        "config.services[0].name=a,config.services[0].service=a/b,config.services[0].selector=app=oap",
-        "services/0",
+        "privileged=false,bpffs.mountPropagation=Bidirectional",
+        "privileged=true",
     ],
     ["probes.liveness.periodSecond=3", "periodSecond"],
     ["privileged=maybe", "privileged"],
+];
+/// Single settings, and a line that the manifests then have.
+const ACCEPTED: [[&str; 2]; 12] = [
+    ["config.services.agents.port=11801", "          port: 11801"],
+    [
+        "config.services.agents.port=grpc",
+        "          policy: least-connections",
+    ],
+    [
+        "config.services.agents.quota.per_backend=500",
+        "            per_backend: 500",
+    ],
+    [
+        "config.services.agents.quota.clients=300",
+        "            headroom: 15%",
+    ],
+    [
+        "config.services.agents.quota.headroom=30%",
+        "            observed: 10m",
+    ],
+    [
+        "config.services.agents.quota=null",
+        "      publish_every: 2s",
+    ],
+    ["config.services.als.port=11802", "        - name: als"],
+    ["config.mode=dry-run", "    mode: dry-run"],
+    ["config.mode=on", "    mode: on"],
+    [
+        "bpffs.mountPropagation=HostToContainer",
+        "              mountPropagation: HostToContainer",
+    ],
+    ["openshift=true", "kind: SecurityContextConstraints"],
+    [
+        "updateStrategy.rollingUpdate.maxUnavailable=3",
+        "      maxUnavailable: 3",
+    ],
+];
+/// What the notes after an installation have to say, by a setting.
+const NOTES: [[&str; 2]; 4] = [
+    ["config.mode=on", "agents: port 11800, quotas are by"],
+    ["config.mode=dry-run", "quotas would be by"],
+    [
+        "config.mode=count",
+        "connections are counted\n\nNothing is changed",
+    ],
+    ["config.services.agents.quota=null", "no quota"],
 ];
 
 /// Renders the chart into the plain manifests and writes them. `check`: compares them instead, and
@@ -189,10 +244,14 @@ impl Helm {
                 }
             }
         }
-        for [setting, named] in REFUSED {
-            self.refuses(setting, named)?;
+        for [setting, words] in REFUSED {
+            self.refuses(setting, words)?;
         }
-        Ok(())
+        for [setting, line] in ACCEPTED {
+            self.accepts(setting, line)?;
+        }
+        self.shows_notes()?;
+        self.is_a_dependency()
     }
 
     fn verb(&self, verb: &str, kubernetes: &str) -> Command {
@@ -223,19 +282,130 @@ impl Helm {
         stdout(template.args(["--set", "namespace.create=true"]))
     }
 
-    /// A typo is an error that names it.
-    fn refuses(&self, setting: &str, named: &str) -> Result<()> {
+    /// A mistake is an error that says what it is, in one sentence.
+    fn refuses(&self, setting: &str, words: &str) -> Result<()> {
         let mut template = self.template(RELEASE, KUBERNETES[1]);
         let Err(complaint) = stdout(template.args(["--set", setting])) else {
-            bail!("the chart takes `--set {setting}`, its schema should not");
+            bail!("the chart takes `--set {setting}`, and should not");
         };
         let complaint = format!("{complaint:#}");
+        // Behind the command, which has the setting in it.
+        let said = complaint.split_once(" failed: ");
+        let complaint = said.map_or(&*complaint, |(_, said)| said);
+        let lines = complaint.lines().filter(|line| line.contains(words));
         ensure!(
-            complaint.contains("schema") && complaint.contains(named),
-            "the chart refuses `--set {setting}`, but does not name `{named}`: {complaint}"
+            lines.count() == 1,
+            "the chart refuses `--set {setting}`, but does not say `{words}` once: {complaint}"
+        );
+        let sentences = complaint.lines().filter(|line| line.starts_with("- at "));
+        ensure!(
+            sentences.count() <= 1,
+            "the chart refuses `--set {setting}` in more than a sentence: {complaint}"
         );
         Ok(())
     }
+
+    fn accepts(&self, setting: &str, line: &str) -> Result<()> {
+        let rendered = self.render_with(setting)?;
+        ensure!(
+            rendered.lines().any(|found| found == line),
+            "with `--set {setting}` the manifests have no line `{line}`"
+        );
+        Ok(())
+    }
+
+    /// helm shows notes only where it installs: a copy of the chart has them in a manifest.
+    fn shows_notes(&self) -> Result<()> {
+        let copy = Copied::of_chart("notes")?;
+        let shown = "notes: {{ include (print .Template.BasePath \"/NOTES.txt\") . | toJson }}\n";
+        write(&copy.0.join("balancer/templates/shown.yaml"), shown)?;
+        for [setting, words] in NOTES {
+            let mut template = self.verb("template", KUBERNETES[1]);
+            template.arg(RELEASE[0]).arg(copy.0.join("balancer"));
+            template.args(["--set", setting, "--show-only", "templates/shown.yaml"]);
+            let shown = stdout(&mut template)?;
+            ensure!(
+                shown.contains(&words.replace('\n', "\\n")),
+                "with `--set {setting}` the notes don't say `{words}`: {shown}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Another chart may have this one in it, and switch it off.
+    fn is_a_dependency(&self) -> Result<()> {
+        let copy = Copied::of_chart("parent/charts")?;
+        let parent = copy.0.with_file_name("");
+        let chart = format!(
+            "apiVersion: v2\nname: parent\nversion: 1.0.0\ndependencies:\n  \
+             - {{name: balancer, version: {VERSION}, condition: balancer.enabled}}\n"
+        );
+        write(&parent.join("Chart.yaml"), &chart)?;
+        for (enabled, expected) in [("true", true), ("false", false)] {
+            let mut template = self.verb("template", KUBERNETES[1]);
+            template.arg("shop").arg(&parent);
+            template.args(["--set", &format!("balancer.enabled={enabled},global.a=b")]);
+            let rendered = stdout(&mut template)?;
+            ensure!(
+                rendered.contains("kind: DaemonSet") == expected,
+                "with `balancer.enabled={enabled}` in a parent chart: {rendered}"
+            );
+        }
+        let off = self.render_with("enabled=false")?;
+        ensure!(
+            !off.contains("kind:"),
+            "`enabled=false` leaves something: {off}"
+        );
+        Ok(())
+    }
+
+    fn render_with(&self, setting: &str) -> Result<String> {
+        stdout(
+            self.template(RELEASE, KUBERNETES[1])
+                .args(["--set", setting]),
+        )
+    }
+}
+
+/// A directory below the target directory with a copy of the chart; gone when dropped.
+struct Copied(PathBuf);
+
+impl Copied {
+    fn of_chart(name: &str) -> Result<Self> {
+        let copied = Self(directory()?.join("charts").join(name));
+        copied.remove();
+        let from = places::workspace().join(CHART);
+        copy_directory(&from, &copied.0.join("balancer"))?;
+        Ok(copied)
+    }
+
+    fn remove(&self) {
+        // What is left of it is made anew the next time.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Drop for Copied {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
+fn copy_directory(from: &Path, to: &Path) -> Result<()> {
+    let copy = || -> std::io::Result<()> {
+        std::fs::create_dir_all(to)?;
+        for entry in std::fs::read_dir(from)? {
+            let entry = entry?;
+            let target = to.join(entry.file_name());
+            if entry.file_type()?.is_dir() {
+                copy_directory(&entry.path(), &target).map_err(std::io::Error::other)?;
+            } else {
+                std::fs::copy(entry.path(), target)?;
+            }
+        }
+        Ok(())
+    };
+    copy().with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
 }
 
 fn with<'a>(helm: &'a mut Command, values: Option<&Path>) -> &'a mut Command {

@@ -86,6 +86,24 @@ impl ServicePort {
     pub const VIRTUAL: u8 = 2;
     /// The health of its backends is not regarded (`health: off`).
     pub const HEALTH_OFF: u8 = 4;
+    /// Look-ups are counted and left to the kernel, on an own port (`mode: count`).
+    pub const COUNT_ONLY: u8 = 8;
+    /// Look-ups are judged, counted as they would have ended, and left to the kernel, on an own
+    /// port (`mode: dry-run`).
+    pub const DRY_RUN: u8 = 16;
+
+    /// Whether look-ups are counted and left to the kernel.
+    #[inline(always)]
+    pub const fn counts_only(&self) -> bool {
+        self.flags & (Self::COUNT_ONLY | Self::VIRTUAL) == Self::COUNT_ONLY
+    }
+
+    /// Whether look-ups are judged, and left to the kernel whatever comes out. On a virtual port
+    /// nobody else listens: there a decision is always carried out.
+    #[inline(always)]
+    pub const fn is_dry_run(&self) -> bool {
+        self.flags & (Self::DRY_RUN | Self::VIRTUAL) == Self::DRY_RUN
+    }
 }
 
 /// Value of `LISTEN_RULES`: which service a new listener belongs to.

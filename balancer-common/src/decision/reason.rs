@@ -77,6 +77,7 @@ reasons! {
     FailOpenQuota = "fail-open-quota", Steer / Steer, "it would have been refused, but the computed quotas add up to far less than what is established, so what they were computed from is wrong: let in";
     FailOpenFull = "fail-open-full", Steer / Steer, "it would have been refused, but listeners of the service serve without the balancer because a map is full: let in";
     FailOpenError = "fail-open-error", Pass / Steer, "it was not judged to the end: the kernel did not take a backend that had room, or more had to be looked at than one SYN may cost, or no memory was free for it: let in";
+    CountOnly = "count-only", Pass / Pass, "the mode is count: connections are counted, and the kernel decides alone";
     ForeignSkLookup = "foreign-sk-lookup", Pass / Pass, "another sk_lookup program has chosen the socket";
 }
 

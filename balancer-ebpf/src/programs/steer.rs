@@ -40,6 +40,8 @@ const TCP: u32 = 6;
 const AF_INET: u32 = 2;
 /// `BPF_SK_LOOKUP_F_NO_REUSEPORT`: otherwise the kernel chooses again inside a SO_REUSEPORT group.
 const NO_REUSEPORT: u64 = 2;
+/// `BPF_SK_LOOKUP_F_REPLACE`: takes the place of a socket that is assigned already.
+const REPLACE: u64 = 1;
 const EEXIST: i64 = -17;
 
 #[inline(always)]
@@ -51,6 +53,10 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     let Some(port) = service_of(lookup) else {
         return SK_PASS;
     };
+    if port.counts_only() {
+        count(port.service, Reason::CountOnly);
+        return SK_PASS;
+    }
     if has_chosen(lookup) {
         count(port.service, Reason::ForeignSkLookup);
         return SK_PASS;
@@ -68,6 +74,10 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         keep_turn(&port, slot);
     }
     count(port.service, decision.reason);
+    if port.is_dry_run() {
+        unassign(ctx.lookup);
+        return SK_PASS;
+    }
     match decision.verdict {
         Verdict::Pass | Verdict::Steer => SK_PASS,
         Verdict::Refuse => {
@@ -75,6 +85,15 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
             SK_DROP
         }
     }
+}
+
+/// Takes back what was assigned: the kernel looks for a listener as it would without the balancer
+/// (`bpf_sk_lookup_assign`, net/core/filter.c).
+#[inline(always)]
+fn unassign(lookup: *mut bpf_sk_lookup) {
+    // SAFETY: the context lives as long as the program runs; without a socket there is nothing to
+    // own.
+    unsafe { bpf_sk_assign(lookup.cast(), core::ptr::null_mut(), REPLACE) };
 }
 
 /// Writes down what is asked. A function of its own: what it needs would crowd the stack of the

@@ -11,7 +11,9 @@ use super::{
     output::{Output, wrapped},
 };
 use crate::{
+    api::Request,
     config::Config,
+    daemon::UNFIT,
     doctor::{self, Check, Report, Status},
 };
 
@@ -47,6 +49,8 @@ impl Doctor {
                 .as_ref()
                 .filter(|config| is_in_cluster(config))
                 .and_then(|_| place.ask_for_cluster().ok()),
+            unfit: (place.ask(&Request::Ping).ok().flatten())
+                .filter(|message| message.contains(UNFIT)),
             config,
         });
         self.output.show(&Json::new(&report), || text(&report))?;

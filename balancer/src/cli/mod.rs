@@ -27,6 +27,7 @@ use nix::unistd::geteuid;
 
 use crate::{
     api::{self, Request, Response},
+    daemon::UNFIT,
     dataplane::{self, Paths, Reader},
     kubernetes::ClusterStatus,
 };
@@ -234,7 +235,10 @@ impl Place {
             )
         })?;
         reader.ok_or_else(|| {
-            if let Ok(Some(_)) = self.ask(&Request::Ping) {
+            if let Ok(Some(message)) = self.ask(&Request::Ping) {
+                if message.contains(UNFIT) {
+                    return anyhow!("nothing is loaded here: {message}");
+                }
                 return anyhow!(
                     "the daemon lives, but its pins are not in {}: is the BPF file system unmounted there, or another one mounted over it? Mount one \
                      (`mount -t bpf bpf /sys/fs/bpf`), and the daemon puts them back; its log has more",

@@ -7,6 +7,7 @@ use clap::CommandFactory;
 
 use super::*;
 use crate::{
+    config::Effect,
     dataplane::{
         Avoided, BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend,
         EndpointGroupSnapshot, EndpointSnapshot, Explanation, FailedReload, ListeningBackend,
@@ -49,6 +50,7 @@ fn agents() -> ServiceSnapshot {
         address: None,
         policy: Policy::LeastConnections,
         virtual_port: true,
+        effect: Effect::On,
         rule: "300 clients × 2, 15% headroom, at least 16".to_owned(),
         sentence: "ceil(300 clients × 2 × 1.15 / 3 ready) = 230".to_owned(),
         keepalive: Some(Keepalive::DEFAULT),
@@ -82,6 +84,7 @@ fn als() -> ServiceSnapshot {
         address: Some("10.0.0.9".parse().unwrap()),
         policy: Policy::SourceHash,
         virtual_port: false,
+        effect: Effect::On,
         rule: "none: steering only".to_owned(),
         sentence: "set by hand: 50 for each backend".to_owned(),
         keepalive: Some(Keepalive::DEFAULT),
@@ -957,6 +960,7 @@ fn status_as_json_is_as_contracted() {
                 "port": 11800,
                 "address": null,
                 "policy": "least-connections",
+                "mode": "on",
                 "keepalive": {"idle_s": 60, "interval_s": 10, "probes": 3, "user_timeout_ms": 90_000},
                 "unattributed": 40,
                 "backends": [{

@@ -8,7 +8,7 @@ use super::{
 /// Every mapping of the file: where it stands, what messages call it, and the keys it may have.
 #[rustfmt::skip]
 pub(super) const MAPPINGS: [(&str, &str, &str); 12] = [
-    ("", "the file", "services kubernetes fail_open_after namespaces"),
+    ("", "the file", "services kubernetes mode fail_open_after namespaces"),
     ("services", "a service", "name port address policy backends quota exempt health keepalive connect"),
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),

@@ -6,7 +6,7 @@ use balancer_common::Policy;
 use balancer_common::abi::Keepalive;
 use ipnet::IpNet;
 
-use super::write_shared;
+use super::{Effect, write_shared};
 
 /// The Kubernetes Services of SkyWalking's OAP, by the labels that they get; a selector can't say
 /// "or".
@@ -69,6 +69,18 @@ impl ClusterService {
     /// Whether the file names the Kubernetes Service: it is meant, whoever else has its labels.
     pub const fn is_named(&self) -> bool {
         matches!(self.of, ServiceChoice::Named { .. })
+    }
+
+    /// What a mode leaves of it.
+    pub(super) fn within(self, effect: Effect) -> Self {
+        Self {
+            quota: match effect {
+                Effect::Count => ClusterQuota::Unlimited,
+                Effect::DryRun | Effect::On => self.quota,
+            },
+            keepalive: self.keepalive.filter(|_| effect == Effect::On),
+            ..self
+        }
     }
 }
 

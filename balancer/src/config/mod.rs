@@ -84,6 +84,34 @@ pub const MAX_KEEPALIVE_PROBES: u8 = 127;
 /// `fail_open_after` where the file gives none.
 pub const DEFAULT_FAIL_OPEN_AFTER: Duration = Duration::from_secs(30);
 
+/// What the balancer may change: the key `mode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Effect {
+    /// Connections are counted. Nobody is refused or steered on an own port, there are no quotas,
+    /// and sockets keep their options.
+    Count,
+    /// Quotas are computed, and what they would refuse on an own port is counted; like
+    /// [`Effect::Count`] it changes nothing.
+    DryRun,
+    /// Everything that the file says is done.
+    #[default]
+    On,
+}
+
+impl Effect {
+    /// Every one, from the least to the most.
+    pub const ALL: [Self; 3] = [Self::Count, Self::DryRun, Self::On];
+
+    /// The word in the file and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Count => "count",
+            Self::DryRun => "dry-run",
+            Self::On => "on",
+        }
+    }
+}
+
 /// What the balancer is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -93,6 +121,9 @@ pub struct Config {
     /// Where connects of this host go, in the order of the file. One that has the name of a service
     /// is of the same entry.
     pub connects: Vec<Connect>,
+    /// What of all that is done. Each service holds what this leaves of it: without a quota where
+    /// none is computed, and without keepalive where sockets keep their options.
+    pub effect: Effect,
     /// How long after the daemon last lived the kernel stops refusing: a second to an hour.
     pub fail_open_after: Duration,
     /// Which netns are guarded; [`NetnsScope::Pods`] where there is `kubernetes`.
@@ -137,6 +168,26 @@ pub struct Service {
     pub health: bool,
     /// When a client that has vanished is given up; `None`: the server sees to that.
     pub keepalive: Option<Keepalive>,
+}
+
+impl Service {
+    /// What a mode leaves of it. On a virtual port nobody else listens, and a quota would refuse.
+    fn within(self, effect: Effect) -> Self {
+        let keeps_quota = match effect {
+            Effect::On => true,
+            Effect::DryRun => self.backends.is_none(),
+            Effect::Count => false,
+        };
+        Self {
+            quota: if keeps_quota {
+                self.quota
+            } else {
+                QuotaRule::Unlimited
+            },
+            keepalive: self.keepalive.filter(|_| effect == Effect::On),
+            ..self
+        }
+    }
 }
 
 /// A listener behind a virtual port.

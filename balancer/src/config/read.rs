@@ -7,8 +7,8 @@ use std::{
 };
 
 use super::{
-    Backend, Config, ConfigError, Connect, DEFAULT_FAIL_OPEN_AFTER, MAX_SERVICE_BACKENDS,
-    MAX_WEIGHT, NetnsScope, QuotaRule, Service,
+    Backend, Config, ConfigError, Connect, DEFAULT_FAIL_OPEN_AFTER, Effect, Kubernetes,
+    MAX_SERVICE_BACKENDS, MAX_WEIGHT, NetnsScope, QuotaRule, Service,
     conflicts::{check_names, check_services},
     connect::{check_connects, connect},
     error::Result,
@@ -40,9 +40,15 @@ pub(super) fn config(text: &str) -> Result<Config> {
         )));
     };
     let file = Fields::of(&root, "")?;
+    let effect = file.optional("mode", effect)?.unwrap_or_default();
     let kubernetes = file.optional("kubernetes", |node| {
         nothing_of_this_machine(&file)?;
-        kubernetes(node)
+        let kubernetes = kubernetes(node)?;
+        let services = kubernetes.services.into_iter();
+        Ok(Kubernetes {
+            services: services.map(|entry| entry.within(effect)).collect(),
+            ..kubernetes
+        })
     })?;
     let (services, connects) = match &kubernetes {
         Some(_) => (Vec::new(), Vec::new()),
@@ -54,8 +60,12 @@ pub(super) fn config(text: &str) -> Result<Config> {
         },
     };
     Ok(Config {
-        services,
+        services: services
+            .into_iter()
+            .map(|service| service.within(effect))
+            .collect(),
         connects,
+        effect,
         fail_open_after: file
             .optional("fail_open_after", |node| FAIL_OPEN_AFTER.read(node))?
             .unwrap_or(DEFAULT_FAIL_OPEN_AFTER),
@@ -67,6 +77,20 @@ pub(super) fn config(text: &str) -> Result<Config> {
         },
         kubernetes,
     })
+}
+
+/// For YAML 1.1, and so for Helm, `on` is a boolean, which it writes as `true`.
+fn effect(node: &Node) -> Result<Effect> {
+    let text = node.scalar("mode", "dry-run")?;
+    let named = |effect: &Effect| effect.name() == text;
+    match Effect::ALL.into_iter().find(named) {
+        Some(effect) => Ok(effect),
+        None if text == "true" => Ok(Effect::On),
+        None => node.fail(format!(
+            "mode `{}` is not understood; write count (connections are counted, nothing else), dry-run (what would be refused is counted, too) or on",
+            shown(text)
+        )),
+    }
 }
 
 /// Refuses what says by hand what `kubernetes` finds out.

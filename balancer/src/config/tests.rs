@@ -75,6 +75,7 @@ fn the_smallest_file() {
                 keepalive: Some(Keepalive::DEFAULT),
             }],
             connects: Vec::new(),
+            effect: Effect::On,
             fail_open_after: Duration::from_secs(30),
             namespaces: NetnsScope::Own,
             kubernetes: None,

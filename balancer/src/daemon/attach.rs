@@ -51,6 +51,8 @@ pub struct GuardedNetns {
     found: HashMap<u64, Option<Place>>,
     /// With `any`: the search for those that are at no known place.
     search: NetnsSearch,
+    /// Network namespaces that `steer` could not be attached to, and why.
+    refused: BTreeMap<u64, String>,
     /// Network namespaces that could not be entered at the last look at all.
     unreachable: HashSet<FileId>,
     /// When this round is to end.
@@ -179,6 +181,7 @@ impl GuardedNetns {
             only: (*scope == NetnsScope::Pods).then(HashSet::new),
             found: HashMap::new(),
             search: NetnsSearch::new(),
+            refused: BTreeMap::new(),
             unreachable: HashSet::new(),
             until: Instant::now(),
             unfinished: false,
@@ -271,14 +274,27 @@ impl GuardedNetns {
             match attach(target, writer) {
                 Err(error) if is_own => return Err(error),
                 Err(error) => self.put_off(cookie, &error),
-                Ok(()) => {}
+                Ok(()) => {
+                    self.refused.remove(&cookie);
+                }
             }
             self.unfinished = self.is_over();
         }
         Ok(())
     }
 
+    /// What of this machine can't be guarded, and why; `None`: all of it is.
+    pub fn problem(&self) -> Option<String> {
+        let error = self.refused.values().next()?;
+        Some(format!(
+            "connections to {} of its network namespaces are counted, and neither steered nor \
+             refused: {error}",
+            self.refused.len()
+        ))
+    }
+
     fn put_off(&mut self, cookie: u64, error: &anyhow::Error) {
+        self.refused.insert(cookie, format!("{error:#}"));
         if self.search.put_off(cookie) {
             warn!(
                 "cannot guard the network namespace with cookie {cookie}, which is tried again \
@@ -303,8 +319,10 @@ impl GuardedNetns {
         }
         let slots = writer.tables.slots()?;
         let hints = self.hints(&slots);
-        self.search
-            .retain(&hints.iter().map(|hint| hint.cookie).collect());
+        let cookies = hints.iter().map(|hint| hint.cookie).collect();
+        self.search.retain(&cookies);
+        let named: HashSet<u64> = self.named_cookies().into_iter().collect();
+        (self.refused).retain(|cookie, _| cookies.contains(cookie) || named.contains(cookie));
         let mut found = Vec::new();
         for hint in hints {
             let guarded = writer.loader.guards(hint.cookie);
@@ -371,6 +389,7 @@ impl GuardedNetns {
                 ensure_spare_files().and_then(|()| writer.loader.guard(file.as_fd(), *cookie));
             match guarded {
                 Ok(()) => {
+                    self.refused.remove(cookie);
                     self.found.entry(*cookie).or_insert(None);
                     info!("guarding the network namespace with cookie {cookie}");
                 }

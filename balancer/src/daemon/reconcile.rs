@@ -23,7 +23,7 @@ use super::retry::FailedPlan;
 use super::strangers::Strangers;
 use super::turned_away::TurnedAway;
 use super::warn_of_mistakes;
-use crate::config::{Config, NetnsScope};
+use crate::config::{Config, Effect, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots, take_refusals};
 use crate::sys::clock;
 use crate::sys::privileges::{Kept, suffice_for};
@@ -66,6 +66,8 @@ pub struct Daemon {
     pub ticks: Interval,
     /// The network namespaces that `steer` is or will be attached to.
     guarded: GuardedNetns,
+    /// How much of the configuration is done.
+    effect: Effect,
     /// How long after the daemon last lived the kernel stops refusing.
     fail_open_after: Duration,
     heartbeat: Heartbeat,
@@ -106,6 +108,7 @@ impl Daemon {
             writer,
             ticks: ticks(config.fail_open_after),
             guarded,
+            effect: config.effect,
             fail_open_after: config.fail_open_after,
             plan: None,
             failed: None,
@@ -134,7 +137,7 @@ impl Daemon {
     /// When the kernel refuses something.
     pub fn start(&mut self) -> Result<()> {
         self.mode.resume(&self.writer)?;
-        self.plan = self.mode.plan(&self.guarded, &self.writer)?;
+        self.plan = self.wanted_plan()?;
         let left_out = self.writer.apply(self.plan.as_ref())?;
         if !left_out.is_empty() {
             warn!("{}", no_room(&left_out));
@@ -294,6 +297,7 @@ impl Daemon {
         ensure_sole(&config.services, &guarded.named_cookies(), own)?;
         self.mode.reconfigure(&config)?;
         self.guarded = guarded;
+        self.effect = config.effect;
         self.fail_open_after = config.fail_open_after;
         self.heartbeat.set_limit(config.fail_open_after);
         self.ticks = ticks(config.fail_open_after);
@@ -320,7 +324,7 @@ impl Daemon {
     /// listeners on other ports or in other network namespaces than before, with their connections.
     fn follow_plan(&mut self) -> Result<()> {
         self.mode.refresh();
-        let Some(plan) = self.mode.plan(&self.guarded, &self.writer)? else {
+        let Some(plan) = self.wanted_plan()? else {
             return Ok(());
         };
         let is_held_back = |failed: &FailedPlan| failed.holds_back(&plan);
@@ -337,6 +341,12 @@ impl Daemon {
             self.failed = Some(FailedPlan::after(self.failed.take(), plan));
         }
         followed
+    }
+
+    /// What the maps should hold by now; `None`: that is not known yet.
+    fn wanted_plan(&mut self) -> Result<Option<Plan>> {
+        let plan = self.mode.plan(&self.guarded, &self.writer)?;
+        Ok(plan.map(|plan| plan.within(self.effect)))
     }
 
     fn put_in_force(&mut self, before: Option<&Plan>, plan: &Plan) -> Result<()> {
@@ -383,6 +393,7 @@ impl Daemon {
         // `steer` before quotas: the backends of a newly guarded network namespace are confirmed by
         // their quotas, and active from then on.
         self.mode.attach(&mut self.guarded, &mut self.writer)?;
+        self.mode.note_unfit(self.guarded.problem());
         self.apply_quotas()?;
         self.guarded.detach_unwanted(&mut self.writer)?;
         self.writer.loader.follow_logs();

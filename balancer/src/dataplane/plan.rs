@@ -11,6 +11,7 @@ use balancer_common::abi::{
 };
 use ipnet::IpNet;
 
+use crate::config::Effect;
 use crate::quota::Quota;
 
 /// Where a listener of a service may listen.
@@ -49,6 +50,8 @@ pub struct ServicePlan {
     pub keepalive: Option<Keepalive>,
     /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
+    /// What of all that is done.
+    pub effect: Effect,
 }
 
 /// Everything that the maps should hold.
@@ -72,6 +75,11 @@ impl ServicePlan {
         if !self.health {
             flags |= ServicePort::HEALTH_OFF;
         }
+        flags |= match self.effect {
+            Effect::Count => ServicePort::COUNT_ONLY,
+            Effect::DryRun => ServicePort::DRY_RUN,
+            Effect::On => 0,
+        };
         flags
     }
 }
@@ -80,6 +88,15 @@ impl ServicePlan {
 pub type ExemptEntry = (u32, ExemptKey);
 
 impl Plan {
+    /// The plan for that much of it.
+    #[must_use]
+    pub fn within(mut self, effect: Effect) -> Self {
+        for service in &mut self.services {
+            service.effect = effect;
+        }
+        self
+    }
+
     /// The addresses and ports whose listeners belong to a service, by the name of the service.
     pub fn ports_listened_on(&self) -> Vec<(&str, Vec<&ListenAt>)> {
         self.services
@@ -242,6 +259,7 @@ mod tests {
                 "fd00::/8".parse().unwrap(),
             ],
             health: true,
+            effect: Effect::On,
             listen: listen
                 .iter()
                 .map(|(address, port)| ListenAt {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::sys::limits::present;
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, CGROUP2_SUPER_MAGIC, statfs},
@@ -28,6 +28,8 @@ struct Mount {
     /// The directory that it is mounted on.
     point: PathBuf,
     kind: String,
+    /// Whether what is mounted on it is seen in other mount namespaces too.
+    shared: bool,
     /// Whether it gets what is mounted elsewhere and hands nothing on, as in a container.
     only_receives: bool,
 }
@@ -57,8 +59,10 @@ fn first_cgroup2(
         }
     }
     bail!(
-        "no cgroup2 file system is mounted here: mount one (mount -t cgroup2 none /sys/fs/cgroup), or, in a container, make \
-         the host's visible"
+        "no cgroup2 file system is mounted here. A machine with cgroup v1 alone: boot it with \
+         systemd.unified_cgroup_hierarchy=1, or mount one beside it (mount -t cgroup2 none \
+         /sys/fs/cgroup/unified); in a container: make the machine's visible (-v \
+         /sys/fs/cgroup:/sys/fs/cgroup)"
     )
 }
 
@@ -68,7 +72,9 @@ fn first_cgroup2(
 /// Where the chosen one is no cgroup, or no hierarchy is mounted.
 pub fn cgroup(chosen: Option<&Path>) -> Result<PathBuf> {
     let Some(path) = chosen else {
-        return cgroup2_mount();
+        let root = cgroup2_mount()?;
+        ensure_more_than_own_container(&root)?;
+        return Ok(root);
     };
     let place = path.display();
     let below = cgroup2_mount().map_or_else(
@@ -87,6 +93,32 @@ pub fn cgroup(chosen: Option<&Path>) -> Result<PathBuf> {
         ),
         Err(error) => Err(error).with_context(|| format!("cannot look at the cgroup {place}")),
     }
+}
+
+/// Who is in a cgroup namespace of its own sees its own cgroup as the root of the hierarchy: to
+/// count there would be to count this container alone (`cgroup_namespaces(7)`).
+fn ensure_more_than_own_container(root: &Path) -> Result<()> {
+    let own = fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
+    let mounted = fs::read(MOUNTINFO).with_context(|| format!("cannot read {MOUNTINFO}"))?;
+    // The real root has no type (`cgroup_base_files`, kernel/cgroup/cgroup.c).
+    let is_real_root = !root.join("cgroup.type").exists();
+    ensure!(
+        is_real_root || !is_own_container(&mounts(&mounted), root, &own),
+        "{} is the cgroup of this container alone, and nothing else on the machine would be \
+         counted: start it with the machine's cgroups (docker run --cgroupns=host -v \
+         /sys/fs/cgroup:/sys/fs/cgroup), or name the cgroup that is meant with --cgroup",
+        root.display()
+    );
+    Ok(())
+}
+
+/// Whether the root of a cgroup namespace is mounted there, and this process is in it itself; `own`
+/// is `/proc/self/cgroup`. On a node that is a container itself it is below.
+fn is_own_container(mounts: &[Mount], path: &Path, own: &str) -> bool {
+    let mounted =
+        (mounts.iter().rev()).find(|mount| mount.kind == "cgroup2" && mount.point == path);
+    let is_root = mounted.is_some_and(|mount| mount.root == Path::new("/"));
+    is_root && own.lines().any(|line| line == "0::/")
 }
 
 /// Whether a path is a cgroup of the cgroup2 hierarchy. Where nothing has that name it is none.
@@ -135,11 +167,12 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
             state_dir.display()
         ));
     }
-    if stays_here(Path::new(BPFFS))? {
+    if stays_here(Path::new(BPFFS))? || is_in_a_container() {
         bail!(
             "no BPF file system is mounted at {BPFFS} on this machine, and one that is mounted from this container, or \
              service, would end with it, with the data plane in it: mount one on the machine itself (mount -t bpf bpf \
-             {BPFFS}; systemd does so when it starts), or, on Kubernetes, install with `privileged: true`"
+             {BPFFS}; systemd does so when it starts) and start this again, or, on Kubernetes, install with \
+             `bpffs.mountPropagation: Bidirectional`"
         );
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
@@ -160,6 +193,25 @@ pub fn stays_here(path: &Path) -> Result<bool> {
         .with_context(|| format!("cannot tell which mount {} is on", path.display()))?;
     let mut mounts = mounts(&text).into_iter();
     Ok(mounts.any(|mount| mount.id == around && mount.only_receives))
+}
+
+/// Whether this process has another mount namespace than the first one that it sees, and what it
+/// mounts is not handed on: `/` is shared where it is (`mount_namespaces(7)`).
+fn is_in_a_container() -> bool {
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    let (own, first) = (namespace("self"), namespace("1"));
+    let is_other = own.is_some() && first.is_some() && own != first;
+    is_other && !is_handed_on(Path::new(BPFFS)).unwrap_or(false)
+}
+
+/// Whether what is mounted on a path is seen in other mount namespaces too.
+fn is_handed_on(path: &Path) -> Result<bool> {
+    let text = fs::read(MOUNTINFO)
+        .with_context(|| format!("cannot read {MOUNTINFO}: is /proc mounted?"))?;
+    let around = mount_id(path)
+        .with_context(|| format!("cannot tell which mount {} is on", path.display()))?;
+    let mut mounts = mounts(&text).into_iter();
+    Ok(mounts.any(|mount| mount.id == around && mount.shared))
 }
 
 /// The mount that a directory is on: by its path it could be one that another one covers.
@@ -202,6 +254,7 @@ fn mount_of(line: &[u8]) -> Option<Mount> {
         root,
         point,
         kind: String::from_utf8_lossy(kind).into_owned(),
+        shared: any(b"shared:"),
         only_receives: any(b"master:") && !any(b"shared:"),
     })
 }
@@ -275,6 +328,26 @@ mod tests {
             chosen("22 27 0:21 / /proc rw,relatime - proc proc rw\n"),
             None
         );
+    }
+
+    #[test]
+    fn the_cgroup_of_a_container_is_told_from_that_of_a_node() {
+        let at = |root: &str| {
+            let line = format!("30 23 0:26 {root} /sys/fs/cgroup ro - cgroup2 cgroup2 rw\n");
+            mounts(line.as_bytes())
+        };
+        let path = Path::new("/sys/fs/cgroup");
+        // `docker run`.
+        assert!(is_own_container(&at("/"), path, "0::/\n"));
+        // A node that is a container: its daemon is in a pod.
+        assert!(!is_own_container(
+            &at("/"),
+            path,
+            "0::/kubelet/kubepods/pod7/c\n"
+        ));
+        // The machine's, seen from a cgroup namespace of a container.
+        assert!(!is_own_container(&at("/../.."), path, "0::/\n"));
+        assert!(!is_own_container(&at("/"), Path::new("/other"), "0::/\n"));
     }
 
     #[test]

@@ -316,6 +316,7 @@ pub(super) fn health(services: &[ServiceSnapshot]) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Effect;
     use crate::doctor::Status;
     use balancer_common::Policy;
     use balancer_common::abi::AuditTotals;
@@ -404,6 +405,7 @@ mod tests {
             address: None,
             policy: Policy::LeastConnections,
             virtual_port: true,
+            effect: Effect::On,
             rule: String::new(),
             sentence: String::new(),
             keepalive: None,

@@ -294,6 +294,18 @@ impl Setting {
     }
 }
 
+/// The daemon of this node, which says that it can do nothing here.
+pub(super) fn unfit(said: &str) -> Check {
+    Check::fail(
+        "daemon",
+        said,
+        "connections of this node are neither counted nor steered, and nobody is refused; the other \
+         nodes are not concerned",
+        "see to the other findings; the daemon tries again every few minutes, and at once with \
+         `balancer reload`",
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,6 +40,9 @@ pub struct Options {
     pub cgroup: Option<PathBuf>,
     /// The services to check; `None`: those of the data plane that is loaded.
     pub config: Option<Config>,
+    /// What the daemon of this node says of what it can't do here; `None`: there is no daemon, or
+    /// nothing is wrong.
+    pub unfit: Option<String>,
     /// The cluster as the daemon of this node knows it; `None`: there is none, or no daemon tells.
     pub cluster: Option<ClusterStatus>,
 }
@@ -227,6 +230,7 @@ pub fn run(options: &Options) -> Report {
     checks.push(features::programs(&options.state_dir));
     let own_alone = config.is_some_and(|config| config.namespaces == NetnsScope::Own);
     checks.extend(machine::checks(&options.state_dir, own_alone));
+    checks.extend(options.unfit.as_ref().map(|said| machine::unfit(said)));
     let (loaded, check) = loaded::data_plane(&options.state_dir);
     checks.push(check);
     if let Some(loaded) = &loaded {
@@ -292,6 +296,7 @@ mod tests {
             cgroup: None,
             config: None,
             cluster: None,
+            unfit: None,
         };
         let report = run(&options);
         let failed: Vec<_> = report

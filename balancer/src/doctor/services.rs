@@ -329,7 +329,7 @@ mod tests {
     use super::*;
     use crate::dataplane::{BackendHealth, BackendSnapshot, ServiceSnapshot};
     use crate::{
-        config::Config,
+        config::{Config, Effect},
         discover,
         doctor::{Status, guarded::GuardedNetns},
         sys::{netns, sock_diag::tests::mptcp_listener},
@@ -409,6 +409,7 @@ mod tests {
             address: None,
             policy: Policy::RoundRobin,
             virtual_port,
+            effect: Effect::On,
             rule: String::new(),
             sentence: String::new(),
             keepalive: None,

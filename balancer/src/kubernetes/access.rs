@@ -83,6 +83,8 @@ fn review(request: &ApiRequest) -> SelfSubjectAccessReview {
                 resource: Some(resource.to_owned()),
                 group: Some(group.to_owned()),
                 namespace: request.target.namespace.clone(),
+                // A namespace is in itself, for whoever may see this one alone.
+                name: (request.target.namespace.clone()).filter(|_| resource == "namespaces"),
                 ..ResourceAttributes::default()
             }),
             ..SelfSubjectAccessReviewSpec::default()
@@ -116,12 +118,13 @@ fn requests(config: &Kubernetes, identity: &Identity) -> BTreeSet<ApiRequest> {
     if config.place {
         // The pods of this node that are not placed, and its zone.
         add("pods", None, &watch);
-        add("nodes", None, &["get"]);
     }
     let own = Some(identity.namespace.as_str());
     let publish = ["list", "watch", "create", "patch", "delete"];
     add("configmaps", own, &publish);
     add("daemonsets.apps", own, &watch);
     add("pods", own, &["get"]);
+    add("namespaces", own, &["get"]);
+    add("nodes", None, &["get"]);
     requests
 }

@@ -16,6 +16,8 @@ const MOST_BACKENDS: usize = MAX_SLOTS;
 const MOST_PEAKS: usize = 1024;
 /// The most refused sources of a report.
 pub const MOST_REFUSED: usize = 1024;
+/// The most bytes of the sentence that says why a node can't be guarded.
+pub const MOST_UNFIT_BYTES: usize = 1000;
 /// The largest index of a slot, in any layout.
 const MOST_SLOT: u32 = u16::MAX as u32;
 /// The most bytes of a name: the API server takes no longer ones.
@@ -31,6 +33,8 @@ impl NodeReport {
         within("number of backends", self.backends.len(), MOST_BACKENDS)?;
         within("number of peaks", self.peaks.len(), MOST_PEAKS)?;
         within("number of refused", self.refused.len(), MOST_REFUSED)?;
+        let unfit = self.unfit.as_ref().map_or(0, String::len);
+        within("number of bytes of unfit", unfit, MOST_UNFIT_BYTES)?;
         each("backends", &self.backends, backend)?;
         each("peaks", &self.peaks, peak)?;
         each("refused", &self.refused, refused)

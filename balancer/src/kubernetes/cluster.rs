@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
+use kube::Client;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -17,6 +18,7 @@ use super::identity::Identity;
 use super::model::{NodeReport, ObjectName, View};
 use super::own_node::OwnNode;
 use super::report_writer::{Outbox, ReportWriter};
+use super::successor::none_follows;
 use super::watch::node_reports::name_of;
 use super::watch::watches::Watches;
 use crate::config::Kubernetes;
@@ -34,6 +36,8 @@ const NOT_BACK: &str = "the API server answers, but this node's report has not c
 
 /// Watches a cluster and publishes to it. Dropping it ends its tasks.
 pub struct Cluster {
+    client: Client,
+    identity: Identity,
     known: Arc<Known>,
     notifier: watch::Receiver<u64>,
     /// The last note of a change: its number, and when it was given.
@@ -152,10 +156,12 @@ impl Cluster {
         tasks.spawn(own_node.run(client.clone(), identity.node.clone()));
         let set = Arc::clone(&daemon_set);
         tasks.spawn(fleet.run(client.clone(), identity.clone(), set));
-        tasks.spawn(daemon_set.run(client.clone(), identity));
-        tasks.spawn(writer.run(client));
+        tasks.spawn(daemon_set.run(client.clone(), identity.clone()));
+        tasks.spawn(writer.run(client.clone()));
         tasks.spawn(Arc::clone(&known).supervise(listener.clone()));
         Self {
+            client,
+            identity,
             known,
             notifier: listener,
             noted: (0, Instant::now()),
@@ -200,5 +206,14 @@ impl Cluster {
     /// balancer is being uninstalled.
     pub fn is_uninstalled(&self) -> bool {
         self.known.daemon_set.is_gone()
+    }
+
+    /// Why no daemon follows this one on its node, which is told to end; `None`: one does, or it
+    /// is not known. It asks the API server, for a few seconds at most.
+    pub async fn none_follows(&self) -> Option<String> {
+        if self.is_uninstalled() {
+            return Some("the DaemonSet of this daemon is gone".to_owned());
+        }
+        none_follows(&self.client, &self.identity).await
     }
 }

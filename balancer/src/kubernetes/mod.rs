@@ -16,12 +16,13 @@ mod own_node;
 mod report_writer;
 mod server_clock;
 mod status;
+mod successor;
 #[cfg(test)]
 mod tests;
 mod watch;
 
 pub use access::{permissions, reachable};
-pub use bounds::{MOST_REFUSED, MOST_SECONDS_AGO};
+pub use bounds::{MOST_REFUSED, MOST_SECONDS_AGO, MOST_UNFIT_BYTES};
 pub use client::{Connection, connection};
 pub use cluster::Cluster;
 pub use health::{ApiRequest, Target};

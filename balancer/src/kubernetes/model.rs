@@ -191,12 +191,18 @@ pub struct NodeReport {
     pub peaks: Vec<Peak>,
     /// Sources that were refused of late.
     pub refused: Vec<RefusedSource>,
+    /// Why the node can't be guarded, or not all of it; absent: it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unfit: Option<String>,
 }
 
 impl NodeReport {
     /// Whether the report says nothing.
     pub fn is_empty(&self) -> bool {
-        self.backends.is_empty() && self.peaks.is_empty() && self.refused.is_empty()
+        self.backends.is_empty()
+            && self.peaks.is_empty()
+            && self.refused.is_empty()
+            && self.unfit.is_none()
     }
 
     /// What it tells of a pod of a group, all that listen there together; what has ended counts

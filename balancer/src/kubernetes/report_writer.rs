@@ -171,7 +171,8 @@ fn differs(old: &NodeReport, new: &NodeReport, since: Duration) -> bool {
         same_since && *old == as_old
     };
     let lengths = |of: &NodeReport| (of.backends.len(), of.peaks.len(), of.refused.len());
-    (old.schema, &old.node, lengths(old)) != (new.schema, &new.node, lengths(new))
+    (old.schema, &old.node, &old.unfit, lengths(old))
+        != (new.schema, &new.node, &new.unfit, lengths(new))
         || !old.backends.iter().zip(&new.backends).all(same_backend)
         || !old.peaks.iter().zip(&new.peaks).all(same_peak)
         || !old.refused.iter().zip(&new.refused).all(same_source)
@@ -344,6 +345,7 @@ mod tests {
                     before_seconds_ago: None,
                 })
                 .collect(),
+            unfit: None,
         }
     }
 
@@ -481,6 +483,12 @@ mod tests {
         assert!(differs(&hung, &with(Some(("hung", 1))), ago(20)), "again");
         assert!(differs(&hung, &with(Some(("stalled", 23))), ago(20)));
         assert!(differs(&hung, &with(None), ago(20)));
+        let unfit = NodeReport {
+            unfit: Some("too old".to_owned()),
+            ..with(None)
+        };
+        assert!(differs(&with(None), &unfit, ago(1)));
+        assert!(!unfit.is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -59,10 +59,7 @@ pub fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> Result<String, std::fmt
         for (reason, count) in &service.verdicts {
             let labels = vec![
                 ("service", service.name.clone()),
-                (
-                    "verdict",
-                    reason.verdict(service.virtual_port).name().to_owned(),
-                ),
+                ("verdict", service.verdict(*reason).name().to_owned()),
                 ("reason", reason.name().to_owned()),
             ];
             lookups.get_or_create(&labels).inc_by(*count);

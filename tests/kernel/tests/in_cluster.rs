@@ -4,6 +4,7 @@
 pub mod fixture;
 mod sick;
 mod told;
+mod unfit;
 
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, SocketAddr, TcpStream};

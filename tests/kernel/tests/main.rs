@@ -21,6 +21,7 @@ mod keepalive;
 mod kubernetes;
 mod lifecycle;
 mod load;
+mod modes;
 mod neighbours;
 mod netns;
 mod outlive;

@@ -8,6 +8,7 @@ use balancer_common::abi::{AuditTotals, Keepalive};
 use super::placing;
 use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
+    config::Effect,
     dataplane::{
         BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, FailedReload,
         ServerSnapshot, ServiceSnapshot, Snapshot,
@@ -108,6 +109,9 @@ fn service_text(service: &ServiceSnapshot) -> String {
         place(service),
         service.policy.name()
     );
+    if let Some(words) = mode_words(service) {
+        text += &wrapped("  Mode: ", words);
+    }
     text += &wrapped("  Quota: ", &quota_words(service));
     if let Some(words) = keepalive_words(service) {
         text += &wrapped("  Keepalive: ", &words);
@@ -131,6 +135,29 @@ fn place(service: &ServiceSnapshot) -> String {
     match service.address {
         Some(address) => format!("{kind} {}", SocketAddr::new(address, service.port)),
         None => format!("{kind} {}", service.port),
+    }
+}
+
+/// Nothing to be said where everything is done.
+const fn mode_words(service: &ServiceSnapshot) -> Option<&'static str> {
+    match (service.effect, service.virtual_port) {
+        (Effect::On, _) => None,
+        (Effect::Count, false) => Some(
+            "count: connections are counted, and nothing is changed: nobody is refused or steered, \
+             there is no quota",
+        ),
+        (Effect::DryRun, false) => Some(
+            "dry-run: nothing is changed, nobody is refused or steered. The quotas are what they \
+             would be, and the reasons below say how look-ups would have ended",
+        ),
+        (Effect::Count, true) => Some(
+            "count: there is no quota. Nobody but the backends serves a \
+             virtual port, so connections are steered to them",
+        ),
+        (Effect::DryRun, true) => Some(
+            "dry-run: there is no quota. Nobody but the backends serves \
+             a virtual port, so connections are steered to them, and a quota would refuse",
+        ),
     }
 }
 
@@ -195,10 +222,14 @@ fn alerts(service: &ServiceSnapshot) -> Vec<String> {
         ));
     } else if active().count() > 0 && active().all(is_full) {
         alerts.push(if active().all(is_closed_by_hand) {
-            "Every backend is closed by hand (quota 0): new clients are refused.".to_owned()
+            format!(
+                "Every backend is closed by hand (quota 0): new clients {} refused.",
+                if service.effect == Effect::On { "are" } else { "would be" },
+            )
         } else {
             format!(
-                "Every backend is at its quota: new clients are refused. Raise it with `balancer quota set {} N`, or start another backend.",
+                "Every backend is at its quota: new clients {} refused. Raise it with `balancer quota set {} N`, or start another backend.",
+                if service.effect == Effect::On { "are" } else { "would be" },
                 service.name
             )
         });
@@ -529,7 +560,7 @@ fn verdicts(service: &ServiceSnapshot) -> String {
     for (reason, count) in given {
         text += &verdict_line(
             &count.to_string(),
-            reason.verdict(service.virtual_port).name(),
+            service.verdict(*reason).name(),
             &format!("{:<widest$}", reason.name()),
             reason.meaning(),
         );

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail};
 
 use self::kubernetes::KubernetesMode;
-pub use self::kubernetes::fuzzing;
+pub use self::kubernetes::{UnfitMode, fuzzing};
 use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
 use super::down::{self, Named};
@@ -166,11 +166,20 @@ impl Mode {
         }
     }
 
-    /// Whether no daemon will follow this one: its `DaemonSet` is gone.
-    pub fn is_uninstalled(&self) -> bool {
+    /// Why no daemon will follow this one, which is told to end; `None`: one will, or it is not
+    /// known.
+    pub async fn none_follows(&self) -> Option<String> {
         match self {
-            Self::Standalone(_) => false,
-            Self::Kubernetes(mode) => mode.is_uninstalled(),
+            Self::Standalone(_) => None,
+            Self::Kubernetes(mode) => mode.none_follows().await,
+        }
+    }
+
+    /// Notes what of this node can't be guarded, for the report to the other daemons; `None`: all
+    /// of it is.
+    pub fn note_unfit(&mut self, unfit: Option<String>) {
+        if let Self::Kubernetes(mode) = self {
+            mode.note_unfit(unfit);
         }
     }
 

@@ -11,7 +11,7 @@ use balancer_common::abi::{Address, BackendState};
 
 use super::super::attach::GuardedNetns;
 use super::super::quotas::{LoweringClocks, Server, explain, put_in_force};
-use crate::config::{Config, Connect, ConnectEndpoint, QuotaRule, Service};
+use crate::config::{Config, Connect, ConnectEndpoint, Effect, QuotaRule, Service};
 use crate::dataplane::{ListenAt, Plan, ServicePlan, SlotView, Writer, services};
 use crate::place::{EndpointPlan, GroupPlan, PlacePlan};
 use crate::quota::{InForce, QuotaSource, compute, server};
@@ -181,5 +181,6 @@ fn service_plan(service: &Service) -> ServicePlan {
         health: service.health,
         keepalive: service.keepalive,
         listen,
+        effect: Effect::On,
     }
 }

@@ -5,18 +5,19 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Result;
-use balancer_common::Reason;
 use balancer_common::abi::{
     AuditTotals, Backend, BackendState, HealthState, Heartbeat, Keepalive, KeepaliveWord, Policy,
     ServiceInfo, ServicePort, Silence, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
+use balancer_common::{Reason, Verdict};
 
 use super::super::down::{DownNote, not_listened_on};
 use super::super::services;
 use super::super::tables::{SlotView, Tables, span_of, text};
 use super::placing::{self, EndpointGroupSnapshot, PlacingContents};
+use crate::config::Effect;
 use crate::quota::InForce;
 use crate::quota::in_force::{of_service, written, written_for_server};
 use crate::sys::clock;
@@ -60,6 +61,8 @@ pub struct ServiceSnapshot {
     pub policy: Policy,
     /// Nothing listens on the port itself.
     pub virtual_port: bool,
+    /// What of all that is done.
+    pub effect: Effect,
     /// The quota rule in words.
     pub rule: String,
     /// Why the quotas are as they are.
@@ -150,6 +153,17 @@ impl BackendHealth {
         state: HealthState::Serving,
         age: Duration::ZERO,
     };
+}
+
+impl ServiceSnapshot {
+    /// What the kernel is told with a reason.
+    pub fn verdict(&self, reason: Reason) -> Verdict {
+        if self.effect == Effect::On || self.virtual_port {
+            reason.verdict(self.virtual_port)
+        } else {
+            Verdict::Pass
+        }
+    }
 }
 
 impl BackendSnapshot {
@@ -299,6 +313,7 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u64) -> Service
         address: (!info.address.is_any()).then(|| info.address.into()),
         policy: Policy::from_number(info.policy),
         virtual_port: info.flags & ServicePort::VIRTUAL != 0,
+        effect: effect(info.flags),
         rule: text(&info.rule),
         sentence: text(&info.sentence),
         keepalive: contents.keepalive.get(),
@@ -314,6 +329,16 @@ fn service(contents: &ServiceContents, members: &[&Member], now: u64) -> Service
         down: Vec::new(),
         verdicts: contents.verdicts.clone(),
         warnings: Vec::new(),
+    }
+}
+
+const fn effect(flags: u8) -> Effect {
+    if flags & ServicePort::COUNT_ONLY != 0 {
+        Effect::Count
+    } else if flags & ServicePort::DRY_RUN != 0 {
+        Effect::DryRun
+    } else {
+        Effect::On
     }
 }
 

@@ -216,6 +216,7 @@ mod tests {
                 longest_pause_seconds: 30,
                 before_seconds_ago: None,
             }],
+            unfit: None,
         }
     }
 

@@ -353,6 +353,7 @@ pub fn permissions() -> Value {
             ),
             ("apps", "daemonsets", &["list", "watch"]),
             ("", "pods", &["get"]),
+            ("", "namespaces", &["get"]),
         ],
     );
     let more = home["items"].as_array().expect("a list").clone();

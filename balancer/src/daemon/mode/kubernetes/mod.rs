@@ -10,6 +10,7 @@ mod placing;
 mod plan;
 mod pod_resolver;
 mod report;
+mod unfit;
 mod untold;
 
 use std::collections::{BTreeSet, HashSet};
@@ -28,6 +29,7 @@ use self::group_quotas::GroupQuotas;
 use self::placing::{Client, Totals};
 use self::plan::{Here, PortNames};
 use self::pod_resolver::PodResolver;
+pub use self::unfit::UnfitMode;
 use self::untold::Untold;
 use super::super::attach::GuardedNetns;
 use super::super::down::Named;
@@ -53,6 +55,8 @@ pub struct KubernetesMode {
     view: View,
     /// The `DaemonSet` of this daemon is gone, or about to go.
     uninstalled: bool,
+    /// What of this node can't be guarded; `None`: all of it is.
+    unfit: Option<String>,
     port_names: PortNames,
     untold: Untold,
     excluded: Excluded,
@@ -79,6 +83,7 @@ impl KubernetesMode {
             identity,
             view,
             uninstalled: false,
+            unfit: None,
             port_names: PortNames::default(),
             untold: Untold::default(),
             excluded: Excluded::default(),
@@ -102,7 +107,7 @@ impl KubernetesMode {
 
     /// Takes in what is known now.
     pub fn refresh(&mut self) {
-        if self.is_uninstalled() != self.uninstalled {
+        if self.api.is_uninstalled() != self.uninstalled {
             self.uninstalled = !self.uninstalled;
             info!(
                 "{}",
@@ -355,9 +360,15 @@ impl KubernetesMode {
         }
     }
 
-    /// Whether no daemon will follow this one: its `DaemonSet` is gone.
-    pub fn is_uninstalled(&self) -> bool {
-        self.api.is_uninstalled()
+    /// Why no daemon will follow this one, which is told to end; `None`: one will, or it is not
+    /// known.
+    pub async fn none_follows(&self) -> Option<String> {
+        self.api.none_follows().await
+    }
+
+    /// Notes what of this node can't be guarded; `None`: all of it is.
+    pub fn note_unfit(&mut self, unfit: Option<String>) {
+        self.unfit = unfit;
     }
 
     /// What `status --cluster` shows.
@@ -373,7 +384,12 @@ impl KubernetesMode {
 
     fn node_report(&self, slots: &[SlotView]) -> NodeReport {
         let (resolver, groups) = (&self.pod_resolver, &self.view.groups);
-        report::node_report(&self.identity.node, slots, resolver, groups, &self.quotas)
+        let report =
+            report::node_report(&self.identity.node, slots, resolver, groups, &self.quotas);
+        NodeReport {
+            unfit: self.unfit.clone(),
+            ..report
+        }
     }
 }
 

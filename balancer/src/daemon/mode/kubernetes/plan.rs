@@ -6,7 +6,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use balancer_common::abi::maps::EXEMPT;
 use ipnet::IpNet;
 
-use crate::config::{ClusterQuota, ClusterService, Kubernetes, MAX_NAME_BYTES, MAX_SERVICES};
+use crate::config::{
+    ClusterQuota, ClusterService, Effect, Kubernetes, MAX_NAME_BYTES, MAX_SERVICES,
+};
 use crate::dataplane::{ListenAt, Plan, ServicePlan};
 use crate::kubernetes::{Endpoint, GroupId, View};
 
@@ -148,6 +150,7 @@ impl PortNames {
                 exempt,
                 health: entry.health,
                 keepalive: entry.keepalive,
+                effect: Effect::On,
                 listen: vec![ListenAt {
                     address: None,
                     port: *port,

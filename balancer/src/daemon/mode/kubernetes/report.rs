@@ -1,6 +1,7 @@
 //! What the daemon tells of this node and its cluster: to the other daemons, and to
 //! `status --cluster`.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use balancer_common::abi::ticks;
@@ -77,9 +78,44 @@ pub fn cluster_status(view: &View, own: &NodeReport, quotas: &GroupQuotas) -> Cl
         node: own.node.clone(),
         complete: view.complete,
         silent_seconds: view.silent_for.as_secs(),
-        problems: view.problems.clone(),
+        problems: view
+            .problems
+            .iter()
+            .cloned()
+            .chain(unfit(view, own))
+            .collect(),
         groups: groups.collect(),
     }
+}
+
+/// Which nodes can't be guarded, a sentence for each reason.
+fn unfit(view: &View, own: &NodeReport) -> Vec<String> {
+    let others = view
+        .nodes
+        .values()
+        .filter(|received| received.is_recent() && received.node_report.node != own.node);
+    let reports = others.map(|received| &received.node_report).chain([own]);
+    let mut nodes: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for report in reports {
+        if let Some(why) = &report.unfit {
+            nodes.entry(why).or_default().push(&report.node);
+        }
+    }
+    let sentence = |(why, nodes): (&str, Vec<&str>)| match nodes.as_slice() {
+        [node] => format!("node {node} can't be guarded: {why}"),
+        _ => format!("{} can't be guarded: {why}", first_few(&nodes)),
+    };
+    nodes.into_iter().map(sentence).collect()
+}
+
+/// `3 nodes (a, b, c)`
+fn first_few(nodes: &[&str]) -> String {
+    const SHOWN: usize = 8;
+    let mut shown = nodes[..nodes.len().min(SHOWN)].join(", ");
+    if nodes.len() > SHOWN {
+        shown += ", …";
+    }
+    format!("{} nodes ({shown})", nodes.len())
 }
 
 /// The pods of a group, and which of them have lost their share of a computed quota.

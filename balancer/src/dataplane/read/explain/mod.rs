@@ -106,6 +106,9 @@ impl Service<'_> {
         chosen: &Chosen,
     ) -> Result<Explanation> {
         let (port, now_ns) = (&self.port, clock::monotonic_ns());
+        if port.counts_only() {
+            return Ok(self.counted(syn, chosen));
+        }
         let flags = LookupFlags {
             exempt: tables.is_exempt(port.service, syn.from.ip())?,
             stale: tables.heartbeat().is_stale(now_ns),
@@ -138,21 +141,36 @@ impl Service<'_> {
             _ => "",
         };
         let why = why + trial + &sentence::beside(&avoided, decision.slot);
+        let fate = sentence::fate(decision.verdict, backend);
+        let (verdict, backend, fate) = if port.is_dry_run() {
+            let fate =
+                format!("would be left to the kernel (mode: dry-run); with mode: on it {fate}");
+            (Verdict::Pass, None, fate)
+        } else {
+            (decision.verdict, backend, fate)
+        };
         Ok(Explanation {
             netns: chosen.netns.cookie,
             service: Some(self.name.clone()),
             reason: Some(decision.reason),
-            verdict: decision.verdict,
+            verdict,
             backend,
             unsuited: sentence::unsuited(&self.here, &request),
             avoided,
-            sentence: self.sentence(
-                syn,
-                chosen,
-                &sentence::fate(decision.verdict, backend),
-                &why,
-            ),
+            sentence: self.sentence(syn, chosen, &fate, &why),
         })
+    }
+
+    /// What becomes of a SYN where connections are only counted.
+    fn counted(&self, syn: &Syn, chosen: &Chosen) -> Explanation {
+        let reason = Reason::CountOnly;
+        let fate = sentence::fate(Verdict::Pass, None);
+        let sentence = self.sentence(syn, chosen, &fate, reason.meaning());
+        let (netns, service) = (chosen.netns.cookie, Some(self.name.clone()));
+        Explanation {
+            reason: Some(reason),
+            ..Explanation::not_judged(netns, service, sentence)
+        }
     }
 
     /// What becomes of a SYN where `steer` is not attached.

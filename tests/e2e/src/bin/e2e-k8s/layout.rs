@@ -158,7 +158,7 @@ pub fn by_pods(product: &Product) -> Value {
 fn values(product: &Product, annotation: &str, quota: &Value, hold_for: Duration) -> Value {
     let mut values = product.values(&json!({
         // Which Services is left to the default: those of SkyWalking's chart.
-        "services": [{"name": ENTRY, "port": "grpc", "quota": quota}],
+        "services": {ENTRY: {"port": "grpc", "quota": quota}},
         "holdFor": format!("{}s", hold_for.as_secs()),
     }));
     values["podAnnotations"] = json!({"scenario": annotation});

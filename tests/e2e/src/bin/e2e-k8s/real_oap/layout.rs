@@ -160,7 +160,7 @@ pub fn values(product: &Product) -> Value {
     let class = json!({"selector": "agent=java", "namespace": WORKLOADS, "connections": 1});
     let quota = json!({"pods": [class], "headroom": "0%", "min_quota": 1});
     // Which Services is left to the default: those of SkyWalking's chart.
-    product.values(&json!({"services": [{"name": ENTRY, "port": "grpc", "quota": quota}]}))
+    product.values(&json!({"services": {ENTRY: {"port": "grpc", "quota": quota}}}))
 }
 
 /// A small JVM: the second compiler would only make the start longer.

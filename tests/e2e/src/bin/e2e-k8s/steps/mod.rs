@@ -3,6 +3,7 @@
 mod api;
 mod change;
 mod daemons;
+mod every_node;
 pub mod install;
 mod node;
 mod pods;
@@ -28,6 +29,7 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         api::run,
         node::run,
         uninstall::run,
+        every_node::run,
     ] {
         let outcome = step(fixture, report);
         // Pods take their logs with them.
