@@ -8,6 +8,11 @@ use crate::abi::{
 /// ticks.
 pub const QUEUE_GRACE: u64 = ticks_of_ms(1_000);
 
+/// For how long a look that found a queue full is remembered, in ticks. Longer than the grace, and
+/// than a client waits before it sends its SYN again (`TCP_TIMEOUT_INIT`, include/net/tcp.h: a
+/// second, and then some milliseconds): one that is alone must see the grace end.
+pub const QUEUE_REMEMBERED: u64 = ticks_of_ms(1_500);
+
 /// How long a SYN that was sent to a backend counts as expected there: as long as the kernel calls
 /// it young.
 pub const EXPECTED_FOR: u64 = ticks_of_ms(1_100);
@@ -239,8 +244,8 @@ pub fn judge(
     Judgement::Take
 }
 
-/// Since when the queue has been full, given the word of the last look: a pause of more than the
-/// grace starts anew.
+/// Since when the queue has been full, given the word of the last look; anew where that look is no
+/// longer remembered.
 #[inline(always)]
 pub const fn full_since(word: u64, now: u64) -> u64 {
     if is_full(word, now) {
@@ -257,10 +262,10 @@ pub const fn pack_full(since: u64, now: u64) -> u64 {
     if word == 0 { 1 } else { word }
 }
 
-/// Whether the queue was full at the last look, and that look is recent.
+/// Whether the queue was full at the last look, and that look is remembered.
 #[inline(always)]
 pub const fn is_full(word: u64, now: u64) -> bool {
-    word != 0 && lasts(tick_of(word), QUEUE_GRACE, now)
+    word != 0 && lasts(tick_of(word), QUEUE_REMEMBERED, now)
 }
 
 /// SYNs that were sent to a backend and may still become established. Without a branch, like
@@ -501,7 +506,8 @@ mod tests {
         let first = pack_full(full_since(0, 1000), 1000);
         let second = pack_full(full_since(first, 1500), 1500);
         assert_eq!(full_since(second, 1900), 1000);
-        assert_eq!(full_since(second, 1501 + QUEUE_GRACE), 1501 + QUEUE_GRACE);
+        let forgotten = 1501 + QUEUE_REMEMBERED;
+        assert_eq!(full_since(second, forgotten), forgotten);
     }
 
     /// How long the kernel calls a half-open connection young.
@@ -709,8 +715,8 @@ mod tests {
                 prop_assert!(age < longest || cookies_state(word, now) == Cookies::Off);
             }
             let full = pack_full(written.saturating_sub(lasting), written);
-            prop_assert_eq!(is_full(full, now), age <= QUEUE_GRACE);
-            prop_assert!(age <= QUEUE_GRACE || full_since(full, now) == now);
+            prop_assert_eq!(is_full(full, now), age <= QUEUE_REMEMBERED);
+            prop_assert!(age <= QUEUE_REMEMBERED || full_since(full, now) == now);
             let word = pack_over(pending, written);
             prop_assert_eq!(expected(word, now) != 0, is_expected(word) && age <= EXPECTED_FOR);
             let handshake = pack_handshake(0, micros, written).unwrap();

@@ -1,7 +1,8 @@
 //! The decision with a model of backends.
 
 use super::admission::{
-    Observation, QUEUE_GRACE, cookies_until, pack_cookies, pack_expected, pack_full,
+    Observation, QUEUE_GRACE, QUEUE_REMEMBERED, cookies_until, pack_cookies, pack_expected,
+    pack_full,
 };
 use super::cursor::Cursor;
 use super::health::{STALLED_FOR, look_at_queue};
@@ -398,6 +399,31 @@ proptest! {
         }
         let stale = model.decide_in(asked, LookupFlags { stale: true, ..NORMAL });
         prop_assert_ne!(stale.verdict, Verdict::Refuse, "a silent daemon opens all");
+    }
+
+    /// However seldom the SYNs come, up to what is remembered: those after the grace are refused.
+    #[test]
+    fn a_queue_that_stays_full_refuses_after_the_grace(
+        pauses in prop::collection::vec(prop_oneof![1..QUEUE_REMEMBERED + 1, 1..2 * QUEUE_REMEMBERED], 1..12),
+        policy in any_policy(), virtual_port: bool,
+    ) {
+        let mut model = Model::of([member(0, 0, UNLIMITED, 1)]);
+        model.members[0].backend.port = 11_800;
+        model.sockets[0].queue = IDLE.backlog + 1;
+        let (mut since, mut now) = (NOW, NOW);
+        for pause in core::iter::once(0).chain(pauses) {
+            now += pause;
+            if pause > QUEUE_REMEMBERED {
+                since = now;
+            }
+            let decision = model.decide(Request { now, virtual_port, health: false, ..request(policy) });
+            let expected = if now - since > QUEUE_GRACE {
+                Reason::AcceptQueueFull
+            } else {
+                Reason::AcceptQueueGrace
+            };
+            prop_assert_eq!(decision.reason, expected);
+        }
     }
 
     /// Health alone refuses nobody: whoever is avoided is the last resort.

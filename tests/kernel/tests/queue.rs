@@ -86,6 +86,24 @@ fn a_queue_full_for_longer_than_the_grace_is_refused() {
     });
 }
 
+/// A client that is alone sends its SYN again after a second and some milliseconds.
+#[test]
+fn a_full_queue_is_remembered_for_longer_than_a_syn_is_waited_for() {
+    Machine::with(|machine| {
+        let balancer = Balancer::start(machine, &virtual_port("least-connections", 1, &[]));
+        let _listener = Listen::on(&backend(0)).backlog(1).open();
+        let _clients = tcp::connect_many(agents(), 2);
+        let started = Instant::now();
+        let outcome = tcp::attempt(None, agents(), Duration::from_secs(6));
+        let waited = started.elapsed();
+        assert!(outcome.is_refused(), "{outcome:?} after {waited:?}");
+        assert!(waited < Duration::from_millis(1_500), "{waited:?}");
+        let service = balancer.service();
+        assert_eq!(service.verdicts("accept-queue-grace"), 1, "{service:?}");
+        assert_eq!(service.verdicts("accept-queue-full"), 1, "{service:?}");
+    });
+}
+
 /// `listen(0)` holds one connection: its queue is full with more than 0, not with 0.
 #[test]
 fn a_backlog_of_zero_is_not_always_full() {
