@@ -248,7 +248,9 @@ fn what_is_left_out_of_a_computed_quota_has_a_default() {
 #[test]
 fn keepalive_is_on_and_can_be_turned_off() {
     let keepalive = |more: &str| parsed(&with(more)).services[0].keepalive;
-    assert_eq!(keepalive(""), Some(Keepalive::DEFAULT));
+    for on in ["", "    keepalive: on\n", "    keepalive: true\n"] {
+        assert_eq!(keepalive(on), Some(Keepalive::DEFAULT));
+    }
     for off in ["off", "\"off\"", "false"] {
         assert_eq!(keepalive(&format!("    keepalive: {off}\n")), None);
     }

@@ -204,16 +204,18 @@ fn unmapped(network: IpNet) -> IpNet {
 }
 
 /// When a client that has vanished is given up, by the mapping at `path`; on where the file says
-/// nothing.
+/// nothing. For `true` and `false` see [`is_on`].
 pub(super) fn keepalive(fields: &Fields, path: &'static str) -> Result<Option<Keepalive>> {
     let read = |node: &Node| {
         match &*node.value {
-        // What older readers of YAML, such as Helm's, make of `off`.
-        Value::Scalar(text) if ["off", "false"].contains(&text.as_str()) => Ok(None),
-        Value::Scalar(text) => node.fail(format!(
-            "keepalive `{}` is not understood; write `off`, or settings such as `{{idle: 60s, interval: 10s, probes: 3}}`, or leave it out for these",
-            shown(text)
-        )),
+        Value::Scalar(text) => match text.as_str() {
+            "on" | "true" => Ok(Some(Keepalive::DEFAULT)),
+            "off" | "false" => Ok(None),
+            other => node.fail(format!(
+                "keepalive `{}` is not understood; write on, off, or settings such as `{{idle: 60s, interval: 10s, probes: 3}}`, which are those of `on`",
+                shown(other)
+            )),
+        },
         _ => keepalive_values(node, path).map(Some),
     }
     };

@@ -42,7 +42,11 @@ pub fn apply(tables: &mut Tables, plan: &Plan, rules: &mut Rules) -> Result<Vec<
         left_out,
     } = assign_ids(tables, plan)?;
     for (service, id) in plan.services.iter().zip(&ids) {
+        let before = tables.service(*id)?;
         update(tables, *id, |info| describe(info, service))?;
+        if before.name[0] != 0 && before.rule != padded(&service.rule) {
+            slots::forget_computed(tables, *id)?;
+        }
         tables.set_keepalive(*id, service.keepalive);
     }
     apply_exempt(tables, plan, &ids)?;

@@ -14,7 +14,8 @@ use balancer_common::pool::Pool;
 use tracing::{debug, info};
 
 use super::tables::{SlotView, Tables, every_slot};
-use crate::quota::{InForce, Quota};
+use crate::quota::in_force::written_for_server;
+use crate::quota::{InForce, Quota, QuotaSource};
 
 /// A closed slot is given away only after so long without a connection: a last one may be on its
 /// way out.
@@ -63,6 +64,28 @@ pub fn set_quota(tables: &Tables, wanted: SlotQuota) {
     tables
         .quota_word(slot)
         .store(policy.quota, Ordering::SeqCst);
+}
+
+/// The quotas of a service hold until the next computation, which does not lower them slowly: like
+/// one that was set by hand and cleared. Those that are unlimited go down at once anyway.
+///
+/// # Errors
+/// When a map can't be read.
+pub fn forget_computed(tables: &Tables, service: u16) -> Result<()> {
+    for view in tables.slots()? {
+        let policy = view.member.policy;
+        let written = written_for_server(&policy, view.slot_state());
+        let is_computed = written.is_some_and(|written| {
+            !written.source.is_by_hand() && written.quota != Quota::Unlimited
+        });
+        if view.member.backend.service == service && is_computed {
+            let source = QuotaSource::Service.flags();
+            let word = u64::from(source) << 32 | u64::from(policy.weight());
+            let weight = tables.weight_word(view.slot());
+            weight.store(word, Ordering::SeqCst);
+        }
+    }
+    Ok(())
 }
 
 /// Closes a slot: no SYN is sent to it any more, and what it holds is counted on.

@@ -270,6 +270,35 @@ fn a_reload_can_change_everything_about_a_service() {
     });
 }
 
+/// Somebody corrects a number that was far too high: what was computed by it is not lowered slowly.
+#[test]
+fn a_rule_that_was_changed_in_the_file_holds_at_once() {
+    Machine::with(|machine| {
+        let yaml = |clients: u32| {
+            let quota = format!("quota: {{clients: {clients}}}");
+            virtual_port("least-connections", 2, &[&quota])
+        };
+        let mut balancer = Balancer::start(machine, &yaml(4_000));
+        let _listeners = open_listeners(2);
+        let is = |balancer: &Balancer, quota| {
+            balancer.wait_until(|service| {
+                let quotas = service.backends.iter().map(|backend| backend.quota);
+                quotas.eq([Some(quota); 2])
+            });
+        };
+        is(&balancer, 2_000);
+        balancer.configure(&yaml(400));
+        balancer.reload();
+        is(&balancer, 200);
+        balancer.stop(Signal::SIGTERM);
+        balancer.configure(&yaml(40));
+        balancer.launch();
+        is(&balancer, 20);
+        let shown = balancer.must(&["quota", "show", "agents"]);
+        assert!(!shown.contains("by hand"), "{shown}");
+    });
+}
+
 #[test]
 fn quotas_of_what_does_not_exist_are_errors() {
     Machine::with(|machine| {
