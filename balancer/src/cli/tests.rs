@@ -108,7 +108,7 @@ fn als() -> ServiceSnapshot {
 
 fn alive() -> DaemonSnapshot {
     DaemonSnapshot {
-        alive: true,
+        refuses: true,
         heartbeat_age: Some(Duration::from_millis(412)),
         fail_open_after: Duration::from_secs(30),
         audit_totals: AuditTotals {
@@ -525,17 +525,24 @@ fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
             ended: Some(4321),
             ..DaemonNotes::default()
         };
-        status::text(&snapshot, &notes)
+        let json = serde_json::to_value(status::Json::new(&snapshot, &notes)).unwrap();
+        let metrics = crate::metrics::text(&snapshot, &notes).unwrap();
+        let alive = json["agent"]["alive"].as_bool().unwrap();
+        let series = format!("balancer_alive {}\n", i32::from(alive));
+        assert!(metrics.contains(&series), "{metrics}");
+        (status::text(&snapshot, &notes), alive)
     };
-    let dead = of(1_600);
+    let (dead, alive_then) = of(1_600);
+    assert!(!alive_then, "JSON and metrics say what the text says");
     assert!(
         dead.starts_with(
             "Daemon: DEAD: its process 4321 is gone, last heartbeat 1.6 s ago; from 30 s on"
         ),
         "{dead}"
     );
+    let (beats, alive_then) = of(900);
     assert!(
-        of(900).starts_with("Daemon: alive, "),
+        alive_then && beats.starts_with("Daemon: alive, "),
         "another process namespace's number"
     );
     let mut snapshot = Snapshot {
@@ -543,7 +550,8 @@ fn a_daemon_whose_process_is_gone_is_dead_at_its_first_missed_heartbeat() {
         placing: Vec::new(),
         daemon: alive(),
     };
-    (snapshot.daemon.alive, snapshot.daemon.heartbeat_age) = (false, Some(Duration::from_secs(99)));
+    (snapshot.daemon.refuses, snapshot.daemon.heartbeat_age) =
+        (false, Some(Duration::from_secs(99)));
     let long_dead = status::text(
         &snapshot,
         &DaemonNotes {
@@ -716,9 +724,9 @@ fn backends_that_are_named_and_do_not_listen_have_a_row() {
 
 #[test]
 fn status_says_what_a_dead_daemon_means() {
-    let with = |alive: bool, seconds: Option<u64>| {
+    let with = |refuses: bool, seconds: Option<u64>| {
         let daemon = DaemonSnapshot {
-            alive,
+            refuses,
             heartbeat_age: seconds.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
             audit_totals: AuditTotals::default(),

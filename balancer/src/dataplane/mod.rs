@@ -32,7 +32,7 @@ pub use events::Events;
 #[doc(hidden)]
 pub use events::parse as parse_event;
 pub use lock::{Lock, refused};
-pub use notes::{DaemonNotes, FailedReload};
+pub use notes::{DaemonNotes, DaemonState, FailedReload};
 pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};
 pub use pins::unload;

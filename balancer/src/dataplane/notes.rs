@@ -15,6 +15,8 @@ use crate::sys::clock;
 const DIRECTORY: &str = "/run/balancer";
 /// A daemon that lives has given a heartbeat within this time, unless the machine is very busy.
 const BEATS_WITHIN: Duration = Duration::from_millis(1500);
+/// A silence that is worth a word.
+const LONG_SILENCE: Duration = Duration::from_secs(5);
 /// More than any note has, in bytes.
 const LONGEST: u64 = 256 << 10;
 
@@ -27,6 +29,28 @@ pub struct DaemonNotes {
     pub ended: Option<u32>,
     /// The configuration file could not be put in force when it was last read again.
     pub failed_reload: Option<FailedReload>,
+}
+
+/// What the daemon is, by its heartbeat and its process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DaemonState {
+    /// It has given no heartbeat since the data plane was loaded.
+    Unborn,
+    /// It gives heartbeats.
+    Alive,
+    /// It has given none for some seconds.
+    Silent,
+    /// It was this process, which is gone.
+    Dead(u32),
+    /// It has been silent for so long that nobody is refused any more.
+    DeadOrStuck,
+}
+
+impl DaemonState {
+    /// Whether it is taken for alive, in JSON and metrics.
+    pub const fn is_alive(self) -> bool {
+        matches!(self, Self::Alive | Self::Silent)
+    }
 }
 
 /// A reload that came to nothing, or only to a part.
@@ -57,11 +81,19 @@ impl DaemonNotes {
         }
     }
 
-    /// The process that the daemon was, where it is gone. A number that another process namespace
-    /// gave says nothing here, so a heartbeat must be missing, too.
-    pub fn gone(&self, daemon: &DaemonSnapshot) -> Option<u32> {
-        let beats = daemon.heartbeat_age.is_some_and(|age| age < BEATS_WITHIN);
-        self.ended.filter(|_| !beats)
+    /// What the daemon is.
+    pub fn state(&self, daemon: &DaemonSnapshot) -> DaemonState {
+        let age = daemon.heartbeat_age;
+        // The number of a process that another process namespace gave says nothing here, so a
+        // heartbeat must be missing, too.
+        let beats = age.is_some_and(|age| age < BEATS_WITHIN);
+        match (age, self.ended) {
+            (None, _) => DaemonState::Unborn,
+            (_, Some(pid)) if !beats => DaemonState::Dead(pid),
+            (Some(age), _) if daemon.refuses && age < LONG_SILENCE => DaemonState::Alive,
+            _ if daemon.refuses => DaemonState::Silent,
+            _ => DaemonState::DeadOrStuck,
+        }
     }
 }
 

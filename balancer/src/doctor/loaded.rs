@@ -14,11 +14,11 @@ use super::{
 };
 use crate::{
     dataplane::{
-        self, DaemonNotes, DaemonSnapshot, FailedReload, Link, Paths, Reader, ServiceSnapshot,
-        Snapshot,
+        self, DaemonNotes, DaemonSnapshot, DaemonState, FailedReload, Link, Paths, Reader,
+        ServiceSnapshot, Snapshot,
     },
     discover::{cgroup2_mount, cgroups},
-    health::reason,
+    health::in_words,
     sys::{
         bpf::{self, LinkTarget},
         file_id::FileId,
@@ -91,8 +91,8 @@ fn loaded(services: usize, daemon: &DaemonSnapshot, notes: &DaemonNotes) -> Chec
         1 => "loaded, with one service".to_owned(),
         services => format!("loaded, with {services} services"),
     };
-    if let Some(pid) = notes.gone(daemon) {
-        let refusing = if daemon.alive {
+    if let DaemonState::Dead(pid) = notes.state(daemon) {
+        let refusing = if daemon.refuses {
             "it refuses over quota for a while yet, then nobody"
         } else {
             "nobody is refused any more"
@@ -106,7 +106,7 @@ fn loaded(services: usize, daemon: &DaemonSnapshot, notes: &DaemonNotes) -> Chec
             "start `balancer run`, or take the data plane out with `balancer unload`",
         );
     }
-    if daemon.alive {
+    if daemon.refuses {
         return Check::ok(
             NAME,
             format!("{found}; its daemon lives"),
@@ -278,12 +278,9 @@ pub(super) fn health(services: &[ServiceSnapshot]) -> Check {
     let unhealthy = |service: &ServiceSnapshot| {
         let backends = service.backends.iter().filter_map(|backend| {
             let health = backend.health?;
-            let (name, seconds) = (health.state.name(), health.age.as_secs());
-            let reason = reason(health.state)?;
-            Some(format!(
-                "{}: {} is {name}, since {seconds} s: {reason}",
-                service.name, backend.address
-            ))
+            let since = format_args!("{} s", health.age.as_secs());
+            let words = in_words(health.state, since)?;
+            Some(format!("{}: {} is {words}", service.name, backend.address))
         });
         let down = service.down.iter().map(|down| {
             let since = down
@@ -329,9 +326,9 @@ mod tests {
         }
     }
 
-    fn daemon(alive: bool, age: Option<u64>) -> DaemonSnapshot {
+    fn daemon(refuses: bool, age: Option<u64>) -> DaemonSnapshot {
         DaemonSnapshot {
-            alive,
+            refuses,
             heartbeat_age: age.map(Duration::from_secs),
             fail_open_after: Duration::from_secs(30),
             audit_totals: AuditTotals::default(),
@@ -366,8 +363,8 @@ mod tests {
     fn a_daemon_whose_process_is_gone_is_told_before_the_kernel_misses_it() {
         let other_numbers = loaded(1, &daemon(true, Some(0)), &ended(77));
         assert_eq!(other_numbers.status, Status::Ok, "{other_numbers:?}");
-        for (alive, refused) in [(true, "for a while yet"), (false, "nobody is refused")] {
-            let check = loaded(1, &daemon(alive, Some(3)), &ended(77));
+        for (refuses, refused) in [(true, "for a while yet"), (false, "nobody is refused")] {
+            let check = loaded(1, &daemon(refuses, Some(3)), &ended(77));
             assert_eq!(
                 (check.status, &*check.found),
                 (

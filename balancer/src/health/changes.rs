@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use balancer_common::abi::{BackendId, HealthState};
 
-use super::words::reason;
+use super::words::in_words;
 
 /// So many lines there are at most about one backend within [`WINDOW`].
 const LINES: u32 = 6;
@@ -100,12 +100,10 @@ impl Told {
         if self.changes > LINES {
             return None;
         }
-        let (name, state) = (&self.name, seen.state.name());
-        Some(match reason(seen.state) {
-            Some(reason) => Line::Bad(format!(
-                "{name} is {state}, since {} s: {reason}",
-                seen.age.as_secs()
-            )),
+        let name = &self.name;
+        let since = format_args!("{} s", seen.age.as_secs());
+        Some(match in_words(seen.state, since) {
+            Some(words) => Line::Bad(format!("{name} is {words}")),
             None => Line::Good(format!(
                 "{name} serves again: it was {} for {lasted} s",
                 before.name()
@@ -141,7 +139,7 @@ mod tests {
             panic!("one line")
         };
         assert!(
-            line.starts_with("agents: 127.0.0.1:1 is stalled, since 2 s: connections wait"),
+            line.starts_with("agents: 127.0.0.1:1 is stalled since 2 s: connections wait"),
             "{line}"
         );
         assert_eq!(at(6, &stalled), []);

@@ -7,4 +7,4 @@ mod words;
 
 pub use changes::{HealthChanges, Line, Seen};
 pub use reads::{ReadWatch, Reading};
-pub use words::reason;
+pub use words::{in_words, reason};

@@ -1,6 +1,14 @@
 //! A state of health in words.
 
+use std::fmt;
+
 use balancer_common::abi::HealthState;
+
+/// The state of a backend that does not serve, since when and why; `None`: it serves.
+pub fn in_words(state: HealthState, since: impl fmt::Display) -> Option<String> {
+    let reason = reason(state)?;
+    Some(format!("{} since {since}: {reason}", state.name()))
+}
 
 /// Why a backend is in that state; `None`: it serves.
 pub const fn reason(state: HealthState) -> Option<&'static str> {

@@ -13,8 +13,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::dataplane::{
-    BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, ServiceSnapshot,
-    Snapshot,
+    BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DaemonState, DownBackend,
+    ServiceSnapshot, Snapshot,
 };
 
 type Labels = Vec<(&'static str, String)>;
@@ -36,7 +36,11 @@ const STATES: [BackendState; 5] = [
 /// When it can't be written as text.
 pub fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("balancer");
-    daemon(&mut registry, &snapshot.daemon);
+    daemon(
+        &mut registry,
+        &snapshot.daemon,
+        notes.state(&snapshot.daemon),
+    );
     let failed = Gauge::<i64>::default();
     failed.set(i64::from(notes.failed_reload.is_some()));
     let help = "Whether the configuration could not be put in force when it was last read again: 1";
@@ -105,10 +109,11 @@ fn connections() -> Unit {
     Unit::Other("connections".to_owned())
 }
 
-fn daemon(registry: &mut Registry, daemon: &DaemonSnapshot) {
+fn daemon(registry: &mut Registry, daemon: &DaemonSnapshot, state: DaemonState) {
     let alive = Gauge::<i64>::default();
-    alive.set(i64::from(daemon.alive));
-    let help = "Whether the daemon's last sign of life is recent: 1, and refusing is possible";
+    alive.set(i64::from(state.is_alive()));
+    let help =
+        "Whether the daemon lives: 1 while its last heartbeat is recent and its process is there";
     registry.register("alive", help, alive);
     if let Some(age) = daemon.heartbeat_age {
         let gauge = Gauge::<f64, AtomicU64>::default();

@@ -118,7 +118,7 @@ fn a_server_that_stops_is_named_by_what_it_does_not_read() {
             doctor.contains(&format!("{} is hung", backend(1))),
             "{doctor}"
         );
-        balancer.wait_for_log("(slot 1) is hung, since ", 0);
+        balancer.wait_for_log("(slot 1) is hung since ", 0);
         drop(stopped);
         wait_for(&balancer, backend(1), &["serving"], || {
             send_on(&mut clients);

@@ -8,7 +8,7 @@ use super::ends::{From, To};
 use super::netns::Pods;
 use crate::cli::output::{Column, or, span, table, wrapped};
 use crate::dataplane::{Avoided, Explanation, ListeningBackend, SeveralNetns, Unsuited};
-use crate::health::reason;
+use crate::health::{in_words, reason};
 
 #[derive(Serialize)]
 pub(in crate::cli) struct Json<'a> {
@@ -158,9 +158,8 @@ fn unsuited_text(unsuited: &[Unsuited]) -> String {
 
 fn avoided_text(avoided: &[Avoided]) -> String {
     let words = |avoided: &Avoided| {
-        let (name, state) = (name(&avoided.backend), avoided.state.name());
-        let why = reason(avoided.state).unwrap_or_default();
-        format!("{name}: {state} since {}: {why}", span(avoided.age))
+        let why = in_words(avoided.state, span(avoided.age)).unwrap_or_default();
+        format!("{}: {why}", name(&avoided.backend))
     };
     let shown = avoided.iter().take(SHOWN).map(words);
     let more = avoided.len().saturating_sub(SHOWN);

@@ -6,7 +6,7 @@ use balancer_common::abi::HealthState;
 
 use crate::{
     cli::output::{Column, or, span, table, wrapped},
-    health::reason,
+    health::in_words,
     kubernetes::{BackendStatus, ClusterStatus, GroupStatus, PodHealth},
 };
 
@@ -72,20 +72,17 @@ fn unhealthy(backend: &BackendStatus, health: &PodHealth) -> String {
     let state = HealthState::ALL
         .into_iter()
         .find(|state| state.name() == health.state);
-    let reason = state
-        .and_then(reason)
-        .map_or_else(String::new, |reason| format!(": {reason}"));
+    let time = span(Duration::from_secs(health.seconds));
+    let words = state.and_then(|state| in_words(state, &time));
+    // Another version of the balancer may know other states.
+    let words = words.unwrap_or_else(|| format!("{} since {time}", health.state));
     let share = if health.has_share {
         ""
     } else {
         " It has no share of a computed quota: its clients are refused there, and have room on the \
          other pods."
     };
-    let time = span(Duration::from_secs(health.seconds));
-    format!(
-        "{} is {} since {time}{reason}.{share}",
-        backend.pod, health.state
-    )
+    format!("{} is {words}.{share}", backend.pod)
 }
 
 /// The columns that a narrow terminal can do without, the least needed first.

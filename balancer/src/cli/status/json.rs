@@ -206,7 +206,7 @@ impl<'a> Json<'a> {
             services: snapshot.services.iter().map(JsonService::new).collect(),
             placing: snapshot.placing.iter().map(JsonGroup::new).collect(),
             agent: JsonDaemon {
-                alive: snapshot.daemon.alive,
+                alive: notes.state(&snapshot.daemon).is_alive(),
                 heartbeat_age_ms: snapshot.daemon.heartbeat_age.map(|age| age.as_millis()),
                 checks: snapshot.daemon.audit_totals.checks,
                 drift: snapshot.daemon.audit_totals.drift,

@@ -1,6 +1,6 @@
 //! `status` for people.
 
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
 use balancer_common::BackendState;
 use balancer_common::abi::{AuditTotals, Keepalive};
@@ -10,18 +10,14 @@ use crate::{
     cli::output::{Column, or, span, table, text_columns, wrapped},
     config::Effect,
     dataplane::{
-        BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend, FailedReload,
-        ServerSnapshot, ServiceSnapshot, Snapshot,
+        BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DaemonState, DownBackend,
+        FailedReload, ServerSnapshot, ServiceSnapshot, Snapshot,
     },
-    health::reason,
+    health::in_words,
 };
 
-/// A daemon beats every second; one that has not for so long has something the matter, even if the
-/// kernel still waits for it.
-const SILENT: Duration = Duration::from_secs(5);
-
 pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
-    let mut text = daemon(&snapshot.daemon, notes.gone(&snapshot.daemon));
+    let mut text = daemon(&snapshot.daemon, notes.state(&snapshot.daemon));
     if let Some(failed) = &notes.failed_reload {
         text += &reload(failed);
     }
@@ -44,31 +40,28 @@ pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
     text
 }
 
-fn daemon(daemon: &DaemonSnapshot, gone: Option<u32>) -> String {
+fn daemon(daemon: &DaemonSnapshot, state: DaemonState) -> String {
     let limit = span(daemon.fail_open_after);
     let again = "`balancer run --config FILE`";
-    let Some(age) = daemon.heartbeat_age else {
-        let words = format!(
+    let ago = span(daemon.heartbeat_age.unwrap_or_default());
+    let words = match state {
+        DaemonState::Unborn => format!(
             "has not lived since the balancer was loaded: nobody is refused. Start it with {again}."
-        );
-        return wrapped("Daemon: ", &words);
-    };
-    let ago = span(age);
-    let words = match gone {
-        Some(pid) if daemon.alive => format!(
+        ),
+        DaemonState::Dead(pid) if daemon.refuses => format!(
             "DEAD: its process {pid} is gone, last heartbeat {ago} ago; from {limit} on nobody is refused (fail open). Start it again with \
              {again}."
         ),
-        Some(pid) => format!(
+        DaemonState::Dead(pid) => format!(
             "DEAD: its process {pid} is gone, last heartbeat {ago} ago: nobody is refused (fail open after {limit}), quotas stay as they are. \
              Start it again with {again}."
         ),
-        None if daemon.alive && age < SILENT => format!("alive, last heartbeat {ago} ago"),
-        None if daemon.alive => format!(
+        DaemonState::Alive => format!("alive, last heartbeat {ago} ago"),
+        DaemonState::Silent => format!(
             "SILENT for {ago}: dead, stuck, or on a very busy machine; from {limit} on nobody is refused (fail open). `balancer ping` says which, \
              and what to do."
         ),
-        None => format!(
+        DaemonState::DeadOrStuck => format!(
             "DEAD OR STUCK, last heartbeat {ago} ago: nobody is refused (fail open after {limit}), quotas stay as they are. `balancer ping` says \
              which, and what to do."
         ),
@@ -250,13 +243,9 @@ fn unhealthy(service: &ServiceSnapshot) -> Vec<String> {
     let backends = by_address(&service.backends);
     let bad = backends.iter().filter_map(|backend| {
         let health = backend.health.filter(BackendHealth::is_bad)?;
-        let (name, age) = (health.state.name(), span(health.age));
-        Some(format!(
-            "{} (slot {}) is {name} since {age}: {}.",
-            backend.address,
-            backend.slot,
-            reason(health.state)?
-        ))
+        let words = in_words(health.state, span(health.age))?;
+        let (address, slot) = (backend.address, backend.slot);
+        Some(format!("{address} (slot {slot}) is {words}."))
     });
     let mut alerts: Vec<String> = bad.collect();
     let listening = (backends.iter()).filter(|backend| backend.health.is_some());

@@ -36,8 +36,8 @@ pub struct Snapshot {
 /// Whether the daemon lives.
 #[derive(Clone, Copy, Debug)]
 pub struct DaemonSnapshot {
-    /// The kernel believes that it does, and refuses where it must.
-    pub alive: bool,
+    /// The kernel half takes it for alive, and refuses where it must.
+    pub refuses: bool,
     /// Since its last sign of life; `None`: there was none yet.
     pub heartbeat_age: Option<Duration>,
     /// After how long a silence nobody is refused any more.
@@ -353,7 +353,7 @@ fn down(contents: &MapContents, of: &ServiceContents, members: &[&Member]) -> Ve
         let listening: Vec<&Backend> = members.iter().map(|member| &member.backend).collect();
         let listed = contents.listed.get(&of.id);
         not_listened_on(listed.into_iter().flatten(), &listening)
-    } else if daemon(contents).alive {
+    } else if daemon(contents).refuses {
         since.keys().copied().collect()
     } else {
         BTreeSet::new()
@@ -370,7 +370,7 @@ fn daemon(contents: &MapContents) -> DaemonSnapshot {
     let beat = contents.heartbeat;
     let lived = beat.last_ns != 0;
     DaemonSnapshot {
-        alive: lived && !beat.is_stale(contents.now_ns),
+        refuses: lived && !beat.is_stale(contents.now_ns),
         heartbeat_age: lived
             .then(|| Duration::from_nanos(contents.now_ns.saturating_sub(beat.last_ns))),
         fail_open_after: Duration::from_nanos(beat.limit_ns),
