@@ -171,6 +171,13 @@ impl Backend {
     pub const fn slot_state(&self) -> SlotState {
         SlotState(self.slot_state)
     }
+
+    /// Whether a backend with these flags may be anybody's: a rule for any netns has claimed its
+    /// slot, and the daemon has not confirmed it by giving it a quota. That is asked last.
+    #[inline(always)]
+    pub fn is_strangers(flags: u32, is_confirmed: impl FnOnce() -> bool) -> bool {
+        flags & Self::CANDIDATE != 0 && !is_confirmed()
+    }
 }
 
 /// Value of POLICY: what the daemon wants and knows of a slot. Each word is written atomically;

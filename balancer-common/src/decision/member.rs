@@ -69,19 +69,18 @@ impl Member {
         if weight == 0 { DEFAULT_WEIGHT } else { weight }
     }
 
-    /// Whether SYNs may go to it: it listens, and the daemon has confirmed it where its rule asks
-    /// for that.
+    /// Whether SYNs may go to it: it listens, and is no stranger's.
     #[inline(always)]
-    pub const fn is_ready(&self) -> bool {
-        self.backend.slot_state().is(BackendState::Active)
-            && (self.backend.flags & Backend::CANDIDATE == 0
-                || self.policy.is_for(self.backend.slot_state()))
+    pub fn is_ready(&self) -> bool {
+        let state = self.backend.slot_state();
+        state.is(BackendState::Active)
+            && !Backend::is_strangers(self.backend.flags, || self.policy.is_for(state))
     }
 
     /// Whether it is given a SYN of that netns that can't be judged: quotas don't count then, but
     /// where somebody closed it by hand. `default` is the quota as for [`Self::quota`].
     #[inline(always)]
-    pub const fn takes_unjudged(&self, netns: u64, default: u32) -> bool {
+    pub fn takes_unjudged(&self, netns: u64, default: u32) -> bool {
         self.is_ready()
             && self.is_steerable()
             && self.backend.netns == netns
@@ -89,7 +88,7 @@ impl Member {
     }
 
     /// The state as it is shown.
-    pub const fn state(&self) -> BackendState {
+    pub fn state(&self) -> BackendState {
         match self.backend.slot_state().state() {
             BackendState::Active if !self.is_ready() => BackendState::Candidate,
             state => state,

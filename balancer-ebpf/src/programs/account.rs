@@ -16,7 +16,7 @@ use balancer_common::decision::health::{
     Ending, FAILS_WITHIN, Failed, after_failure, is_alone, pack_entered, pack_open, pack_spoke,
 };
 
-use super::claim::{NONE, claim, is_confirmed, is_policy_needed};
+use super::claim::{NONE, claim, is_policy_needed, is_strangers};
 use super::steer::is_exempt;
 use super::{keepalive, placed};
 use crate::events;
@@ -86,8 +86,7 @@ pub extern "C" fn account_is_counted(id: u64) -> u32 {
     };
     let state = slot_state(backend);
     let is_counted = state.generation() == id.generation
-        && (shared!(backend, flags) & Backend::CANDIDATE == 0
-            || is_confirmed(id.slot, state)
+        && (!is_strangers(backend, id.slot)
             || ((shared!(counts, established) as u32) < MAX_CONNECTIONS_OF_CANDIDATE
                 && !is_disowned(id.slot, state)));
     u32::from(is_counted)

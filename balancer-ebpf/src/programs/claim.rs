@@ -131,9 +131,16 @@ unsafe extern "C" fn visit_slot(slot: u32, search: *mut c_void) -> i64 {
     0
 }
 
+/// Whether the backend of a slot may be anybody's: see [`Backend::is_strangers`].
+#[inline(always)]
+pub fn is_strangers(backend: *const Backend, slot: u32) -> bool {
+    let is_confirmed = || is_confirmed(slot, slot_state(backend));
+    Backend::is_strangers(shared!(backend, flags), is_confirmed)
+}
+
 /// Whether the daemon has confirmed the backend of a slot.
 #[inline(always)]
-pub fn is_confirmed(slot: u32, state: SlotState) -> bool {
+fn is_confirmed(slot: u32, state: SlotState) -> bool {
     let Some(policy) = POLICY.get_ptr(slot) else {
         return false;
     };

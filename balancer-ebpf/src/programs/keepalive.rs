@@ -4,10 +4,10 @@
 use aya_ebpf::bindings::bpf_sock_ops;
 use aya_ebpf::helpers::generated::bpf_setsockopt;
 use aya_ebpf::programs::SockOpsContext;
-use balancer_common::abi::{Backend, BackendId, Keepalive, KeepaliveWord};
+use balancer_common::abi::{BackendId, Keepalive, KeepaliveWord};
 
-use super::account::{slot_state, socket};
-use super::claim::is_confirmed;
+use super::account::socket;
+use super::claim::is_strangers;
 use crate::kernel::shared::shared;
 use crate::kernel::socket::TcpSocket;
 use crate::maps::{BACKENDS, KEEPALIVE};
@@ -57,8 +57,7 @@ pub fn turn_on(ctx: &SockOpsContext, id: BackendId) {
 #[inline(always)]
 fn wanted(id: BackendId) -> Option<Keepalive> {
     let backend = BACKENDS.get_ptr(id.slot)?;
-    let is_candidate = shared!(backend, flags) & Backend::CANDIDATE != 0;
-    if is_candidate && !is_confirmed(id.slot, slot_state(backend)) {
+    if is_strangers(backend, id.slot) {
         return None;
     }
     let word = KEEPALIVE.get_ptr(u32::from(shared!(backend, service)))?;

@@ -164,7 +164,7 @@ impl SlotView {
     }
 
     /// The state that `status` shows, which may be derived from the stored one.
-    pub const fn state(&self) -> BackendState {
+    pub fn state(&self) -> BackendState {
         self.member.state()
     }
 
