@@ -121,6 +121,18 @@ fn assert_whole(machine: &Machine, balancer: &Balancer, listeners: &mut [Listene
     assert_eq!(agree_everywhere(balancer, listeners), [5; 2]);
 }
 
+/// A daemon that is ready goes on storing heartbeats: it is killed in the middle of one as well.
+#[test]
+fn a_traced_daemon_can_be_killed_at_any_time() {
+    Machine::with(|machine| {
+        let mut balancer = Balancer::prepare(machine, &own_port("least-connections", &[]));
+        for _ in 0..if long() { 50 } else { 5 } {
+            let steps = balancer.count_steps();
+            assert!(steps.calls > 0, "{steps:?}");
+        }
+    });
+}
+
 #[test]
 fn from_nothing() {
     killed_before_every_step("from_nothing", |balancer| {

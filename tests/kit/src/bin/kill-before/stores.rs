@@ -13,6 +13,7 @@ pub use x86_64::{Stores, kept_out_of};
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use std::fs;
+    use std::time::Duration;
 
     use anyhow::{Context as _, Result, ensure};
     use nix::errno::Errno;
@@ -26,6 +27,8 @@ mod x86_64 {
     const FORBIDDEN: i32 = 2;
     /// How long the instruction `syscall` is.
     const SYSCALL_BYTES: u64 = 2;
+    /// Between two looks at a thread that is about to stop.
+    const PAUSE: Duration = Duration::from_micros(20);
 
     /// A mapped BPF map.
     pub struct Mapping {
@@ -109,14 +112,24 @@ mod x86_64 {
         map_at(thread, address.addr() as u64)
     }
 
-    /// The next stop of a thread; `ESRCH` where it has ended, which is left to be heard of.
+    /// The next stop of a thread; `ESRCH` where it has ended, which is left to be heard of. To wait
+    /// for it alone would not do: that a process has ended is not told before its other threads were
+    /// waited for (`delay_group_leader`, include/linux/sched/signal.h).
     fn next_stop(thread: Pid) -> Result<WaitStatus> {
-        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WSTOPPED | WaitPidFlag::WNOWAIT;
-        let next = waitid(Id::Pid(thread), flags | WaitPidFlag::__WALL)?;
-        if let WaitStatus::Exited(..) | WaitStatus::Signaled(..) = next {
-            return Err(Errno::ESRCH.into());
+        let look = |of, what| {
+            let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
+            waitid(of, flags | what)
+        };
+        loop {
+            if look(Id::Pid(thread), WaitPidFlag::WSTOPPED)? != WaitStatus::StillAlive {
+                return Ok(waitpid(thread, Some(WaitPidFlag::__WALL))?);
+            }
+            match look(Id::All, WaitPidFlag::WEXITED)?.pid() {
+                Some(ended) if ended == thread => return Err(Errno::ESRCH.into()),
+                Some(other) => drop(waitpid(other, Some(WaitPidFlag::__WALL))?),
+                None => std::thread::sleep(PAUSE),
+            }
         }
-        Ok(waitpid(thread, Some(WaitPidFlag::__WALL))?)
     }
 
     /// The BPF map that is mapped at an address; `ESRCH` where the thread has ended.
