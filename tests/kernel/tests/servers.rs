@@ -1,6 +1,6 @@
 //! A quota is for a server: its listeners share it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use testkit::fixtures::tcp::{self, Listen, Listener};
@@ -135,6 +135,35 @@ fn a_listener_whose_part_is_0_is_open_to_all_when_the_daemon_is_gone() {
         }
         assert_eq!(clients.len(), 12, "{:?}", balancer.service().verdicts);
         agree(&balancer, &mut listeners);
+    });
+}
+
+/// Until the daemon has seen it, nobody knows that it shares a quota.
+#[test]
+fn a_new_listener_of_a_full_server_exceeds_its_quota_for_a_moment_only() {
+    const QUOTA: usize = 100;
+    Machine::with(|machine| {
+        let rule = format!("quota: {{per_backend: {QUOTA}}}");
+        let balancer = Balancer::start(machine, &own_port("least-connections", &[&rule]));
+        let first = Listen::on(&at("127.0.0.1:11800")).open();
+        balancer.wait_until(|service| parts(service) == [100]);
+        let clients = tcp::connect_many(first.addr(), QUOTA + 10);
+        assert_eq!(clients.len(), QUOTA);
+        let second = Listen::on(&at("127.0.0.2:11800")).open();
+        let begun = Instant::now();
+        let (mut more, mut last) = (Vec::new(), Duration::ZERO);
+        while let Some(client) = tcp::connect(second.addr()).ok() {
+            more.push(client);
+            last = begun.elapsed();
+            assert!(more.len() <= QUOTA, "more than the server may hold");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        println!("{} more, the last {last:?} after listen()", more.len());
+        assert!(last < Duration::from_secs(1), "{last:?}");
+        balancer.wait_until(|service| {
+            service.active() == 2 && parts(service).iter().sum::<u32>() == 100
+        });
+        assert!(tcp::connect(second.addr()).is_refused());
     });
 }
 
