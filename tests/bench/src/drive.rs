@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use socket2::{Domain, Socket, Type};
-use testkit::fixtures::Netns;
+use testkit::fixtures::{Machine, Netns};
 
 use crate::interrupt;
 use crate::settings::processors;
@@ -46,14 +46,31 @@ impl Visits {
 /// # Errors
 /// When a client sees something else than service or a refusal, and when a signal comes.
 pub fn drive(netns: &Netns, to: &[SocketAddr], during: Duration) -> Result<Visits> {
+    drive_with(|| netns.enter(), to, during)
+}
+
+/// The same with sockets that belong to a machine's cgroup, so that the programs which are attached
+/// to it run when they connect.
+///
+/// # Errors
+/// As [`drive`].
+pub fn drive_from(machine: &Machine, to: &[SocketAddr], during: Duration) -> Result<Visits> {
+    let enter = || {
+        machine.cgroup.enter();
+        machine.netns.enter();
+    };
+    drive_with(enter, to, during)
+}
+
+fn drive_with(enter: impl Fn() + Sync, to: &[SocketAddr], during: Duration) -> Result<Visits> {
     interrupt::check()?;
     let threads = processors() * THREADS;
     let start = Barrier::new(threads);
     let results: Vec<io::Result<Visits>> = thread::scope(|scope| {
         let client = |number: usize| {
-            let start = &start;
+            let (start, enter) = (&start, &enter);
             scope.spawn(move || {
-                netns.enter();
+                enter();
                 start.wait();
                 // Not all at the same backend.
                 let offset = number * to.len() / threads;

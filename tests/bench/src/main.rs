@@ -14,6 +14,7 @@ mod evenness;
 mod grpc;
 mod hold;
 mod peers;
+mod placing;
 mod programs;
 mod rate;
 mod report;
@@ -104,6 +105,7 @@ fn measure(arguments: &Arguments) -> Result<()> {
             Measurement::Scale => report.add(scale::measure(&settings)?)?,
             Measurement::Control => report.add(control::measure(&settings)?)?,
             Measurement::Storm => report.add(storm::measure(&settings)?)?,
+            Measurement::Placing => report.add(placing::measure(&settings)?)?,
             Measurement::Evenness => report.add(evenness::measure(&settings)?)?,
         }
     }

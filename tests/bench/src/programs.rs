@@ -37,30 +37,10 @@ impl Programs {
     /// # Errors
     /// When they are not there.
     pub fn of(balancer: &Balancer<'_>) -> Result<Self> {
-        let directory = Paths::new(balancer.state()).current();
-        let mut ids = Vec::new();
-        for entry in directory
-            .read_dir()
-            .with_context(|| format!("cannot read {}", directory.display()))?
-        {
-            let pin: PathBuf = entry?.path();
-            let file = pin.file_name().unwrap_or_default().to_string_lossy();
-            let name = NAMES
-                .iter()
-                .find(|name| file.starts_with(&format!("link_{name}_")));
-            if let Some(name) = name {
-                let link = obj_get(&pin).with_context(|| format!("cannot open {file}"))?;
-                ids.push(((*name).to_owned(), link_program(link)?));
-            }
-        }
-        ensure!(
-            NAMES
-                .iter()
-                .all(|name| ids.iter().filter(|(own, _)| own == name).count() == 1),
-            "{} should hold one link of each program: {ids:?}",
-            directory.display()
-        );
-        Ok(Self { ids })
+        let one = |name: &&str| Ok(((*name).to_owned(), attached(balancer, name)?));
+        Ok(Self {
+            ids: NAMES.iter().map(one).collect::<Result<_>>()?,
+        })
     }
 
     /// The id of `steer`.
@@ -82,6 +62,33 @@ impl Programs {
         }
         Ok(runs)
     }
+}
+
+/// The id of an instance's program that is attached, by the one link that its daemon has pinned.
+///
+/// # Errors
+/// When it is not there.
+pub fn attached(balancer: &Balancer<'_>, name: &str) -> Result<u32> {
+    let directory = Paths::new(balancer.state()).current();
+    let prefix = format!("link_{name}_");
+    let pins = directory
+        .read_dir()
+        .with_context(|| format!("cannot read {}", directory.display()))?;
+    let mut found = Vec::new();
+    for entry in pins {
+        let pin: PathBuf = entry?.path();
+        let file = pin.file_name().unwrap_or_default().to_string_lossy();
+        if file.starts_with(&prefix) {
+            let link = obj_get(&pin).with_context(|| format!("cannot open {file}"))?;
+            found.push(link_program(link)?);
+        }
+    }
+    ensure!(
+        found.len() == 1,
+        "{} should hold one link of {name}: {found:?}",
+        directory.display()
+    );
+    Ok(found[0])
 }
 
 /// Runs of a program.

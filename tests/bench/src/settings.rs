@@ -34,19 +34,22 @@ pub enum Measurement {
     Control,
     /// 5,000 clients that lose their server at once.
     Storm,
+    /// What it costs a client's node to place connections.
+    Placing,
     /// How evenly clients and their messages are spread.
     Evenness,
 }
 
 impl Measurement {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Rate,
         Self::Syn,
         Self::Traffic,
         Self::Scale,
         Self::Control,
         Self::Storm,
+        Self::Placing,
         Self::Evenness,
     ];
 
@@ -59,6 +62,7 @@ impl Measurement {
             Self::Scale => "Very many connections",
             Self::Control => "Control",
             Self::Storm => "Storm recovery",
+            Self::Placing => "Placing",
             Self::Evenness => "Evenness of load",
         }
     }
