@@ -7,7 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::{
-    Place,
+    Place, in_runtime,
     output::{Output, wrapped},
 };
 use crate::{
@@ -15,6 +15,7 @@ use crate::{
     config::Config,
     daemon::UNFIT,
     doctor::{self, Check, Report, Status},
+    kubernetes,
 };
 
 /// Say what this machine lacks, and what would go wrong (changes nothing)
@@ -25,11 +26,19 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example:
-  balancer doctor --config /etc/balancer.yaml")]
+  balancer doctor --config /etc/balancer.yaml
+  balancer doctor --cluster                    the nodes of a cluster, from any machine")]
 pub(super) struct Doctor {
     /// A configuration file whose services to look at
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Look at the balancer of a whole Kubernetes cluster instead of this machine: from any machine
+    /// with a kubeconfig (KUBECONFIG or ~/.kube/config)
+    #[arg(long, conflicts_with_all = ["config", "cgroup"])]
+    cluster: bool,
+    /// The namespace of that balancer [default: the only one that there is]
+    #[arg(long, value_name = "NAME", requires = "cluster")]
+    namespace: Option<String>,
     /// The cgroup that `run` is to count in [default: the root of the cgroup2 mount]
     #[arg(long, value_name = "DIR")]
     cgroup: Option<PathBuf>,
@@ -39,6 +48,9 @@ pub(super) struct Doctor {
 
 impl Doctor {
     pub(super) fn perform(&self, place: &Place) -> Result<ExitCode> {
+        if self.cluster {
+            return self.show(&of_cluster(self.namespace.as_deref())?);
+        }
         let config = self.config.as_deref().map(Config::load).transpose()?;
         let is_in_cluster = |config: &Config| config.kubernetes.is_some();
         let report = doctor::run(&doctor::Options {
@@ -53,13 +65,26 @@ impl Doctor {
                 .filter(|message| message.contains(UNFIT)),
             config,
         });
-        self.output.show(&Json::new(&report), || text(&report))?;
+        self.show(&report)
+    }
+
+    fn show(&self, report: &Report) -> Result<ExitCode> {
+        self.output.show(&Json::new(report), || text(report))?;
         Ok(if report.worst() == Status::Fail {
             ExitCode::FAILURE
         } else {
             ExitCode::SUCCESS
         })
     }
+}
+
+fn of_cluster(namespace: Option<&str>) -> Result<Report> {
+    in_runtime(async {
+        let connection = kubernetes::connection_of_user()?;
+        let version = kubernetes::reachable(&connection).await?;
+        let survey = kubernetes::survey(&connection, namespace).await?;
+        Ok(doctor::of_cluster(&survey, &connection.server, &version))
+    })
 }
 
 #[derive(Serialize)]

@@ -299,6 +299,15 @@ impl Place {
     }
 }
 
+/// Runs what asks an API server.
+fn in_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("can't start a runtime")?
+        .block_on(work)
+}
+
 /// Reads a path as one from the root on: messages name it so, and the next verb may be run
 /// elsewhere.
 fn absolute() -> impl TypedValueParser<Value = PathBuf> {

@@ -12,7 +12,8 @@ pub(super) use self::{
     json::Json,
     text::{back_from_own, by_address, is_own_override, shared_quotas, text},
 };
-use super::{Place, output::Output};
+use super::{Place, in_runtime, output::Output};
+use crate::daemon;
 use crate::dataplane::DaemonNotes;
 use crate::doctor;
 
@@ -45,9 +46,14 @@ Examples:
   watch -n1 balancer status
   balancer status -o json | jq '.services[].backends[] | {address, established, quota}'")]
 pub(super) struct Status {
-    /// The backends of all nodes of the Kubernetes cluster (asks the daemon)
+    /// The backends of all nodes of the Kubernetes cluster (asks the daemon of this node; where
+    /// there is none, the API server of the kubeconfig)
     #[arg(long)]
     cluster: bool,
+    /// The namespace of the cluster's balancer, where this machine is none of its nodes [default:
+    /// the only one that there is]
+    #[arg(long, value_name = "NAME", requires = "cluster")]
+    namespace: Option<String>,
     #[command(flatten)]
     output: Output,
 }
@@ -55,7 +61,11 @@ pub(super) struct Status {
 impl Status {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
         if self.cluster {
-            let report = place.ask_for_cluster()?;
+            let report = if place.admin_socket.exists() {
+                place.ask_for_cluster()?
+            } else {
+                in_runtime(daemon::status_from_outside(self.namespace.as_deref()))?
+            };
             return self.output.show(&report, || cluster::text(&report));
         }
         let reader = place.reader()?;

@@ -32,6 +32,7 @@ pub use self::log_limit::LogLimit;
 use self::mode::Mode;
 #[doc(hidden)]
 pub use self::mode::fuzzing;
+pub use self::mode::status_from_outside;
 use self::neighbours::ensure_sole;
 use self::reconcile::{Daemon, kept};
 use self::signals::{Signal, Signals};
@@ -188,7 +189,7 @@ async fn serve_to_the_end(started: Started, options: &Options, signals: Signals)
         (End::Terminated, None) => daemon.mode.none_follows().await,
         _ => None,
     };
-    finish(&daemon, end, options.on_exit, none_follows)
+    finish(&daemon, end, options.on_exit, none_follows.as_deref())
 }
 
 /// Warns of what the file says and this machine makes nothing of.
@@ -242,7 +243,7 @@ fn finish(
     daemon: &Daemon,
     end: End,
     on_exit: Option<OnExit>,
-    none_follows: Option<String>,
+    none_follows: Option<&str>,
 ) -> Result<()> {
     let unload = match (end, on_exit) {
         (End::Unloaded, _) => {
@@ -252,7 +253,7 @@ fn finish(
         (_, Some(choice)) => choice == OnExit::Unload,
         (End::Interrupted, None) => true,
         (End::Terminated, None) => {
-            if let Some(why) = &none_follows {
+            if let Some(why) = none_follows {
                 info!("no other daemon will follow: {why}");
             }
             none_follows.is_some()

@@ -8,6 +8,7 @@ use balancer_common::abi::{EndpointGroup, Published};
 use tracing::warn;
 
 use super::mode::Mode;
+use crate::config::Effect;
 use crate::dataplane::endpoints::{Assigned, Known};
 use crate::dataplane::{Placing, Writer};
 use crate::place::{GroupKnowledge, GroupMemory, GroupPlan, PlacePlan};
@@ -46,9 +47,9 @@ impl Places {
     ///
     /// # Errors
     /// When a map can't be read or changed, or the kernel refuses a program.
-    pub fn follow(&mut self, mode: &mut Mode, writer: &mut Writer) -> Result<()> {
+    pub fn follow(&mut self, mode: &mut Mode, effect: Effect, writer: &mut Writer) -> Result<()> {
         match mode.place_plan(writer)? {
-            Some(plan) => self.put_in_force(&plan, writer),
+            Some(plan) => self.put_in_force(&plan.within(effect), writer),
             None => Ok(()),
         }
     }

@@ -363,7 +363,7 @@ impl Daemon {
 
     /// Puts in force where connects of this node should go, and what is known of loads.
     fn follow_places(&mut self) -> Result<()> {
-        self.places.follow(&mut self.mode, &mut self.writer)
+        (self.places).follow(&mut self.mode, self.effect, &mut self.writer)
     }
 
     /// Follows the listeners that have come and gone, to the end.

@@ -161,7 +161,7 @@ impl Endpoints {
     pub fn assign(&mut self, tables: &mut PlaceTables, plan: &PlacePlan) -> Result<Vec<Assigned>> {
         self.left_out.clear();
         let groups = self.assign_groups(&plan.groups);
-        self.want_frontends(&plan.groups, &groups);
+        self.want_frontends(&plan.groups, &groups, plan.dry_run);
         self.remove_frontends(tables)?;
         self.free(tables)?;
         let assigned = self.assign_endpoints(&plan.groups, groups);
@@ -227,7 +227,8 @@ impl Endpoints {
     }
 
     /// What FRONTENDS should hold, as far as it fits.
-    fn want_frontends(&mut self, plans: &[GroupPlan], groups: &[Option<u32>]) {
+    fn want_frontends(&mut self, plans: &[GroupPlan], groups: &[Option<u32>], dry_run: bool) {
+        let flags = if dry_run { Frontend::DRY_RUN } else { 0 };
         self.wanted.clear();
         let mut owners: BTreeMap<FrontendKey, &str> = BTreeMap::new();
         for (plan, group) in plans.iter().zip(groups) {
@@ -243,7 +244,7 @@ impl Endpoints {
                     None if owners.len() == MAX_FRONTENDS => without += 1,
                     None => {
                         owners.insert(key, &plan.name);
-                        self.wanted.insert(key, Frontend { group, flags: 0 });
+                        self.wanted.insert(key, Frontend { group, flags });
                     }
                 }
             }

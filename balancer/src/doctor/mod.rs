@@ -7,6 +7,7 @@
 mod attached;
 mod cluster;
 mod features;
+mod fleet;
 mod guarded;
 mod listening;
 mod loaded;
@@ -24,6 +25,7 @@ use std::{
 use balancer_common::BackendState;
 use serde::Serialize;
 
+pub use self::fleet::of_cluster;
 use self::guarded::Guarded;
 use self::listening::CheckedService;
 pub use self::mistakes::{Kind, Mistake};

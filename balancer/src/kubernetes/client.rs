@@ -48,7 +48,18 @@ pub struct Connection {
 /// If there is none of the three, it can't be read, or it names a program to get credentials from:
 /// the daemon may not run programs.
 pub fn connection() -> Result<Connection> {
-    let mut config = find()?;
+    over(find(from_kubeconfig)?)
+}
+
+/// As [`connection`], for a verb that somebody runs: it may run programs.
+///
+/// # Errors
+/// If there is none of the three, or it can't be read.
+pub fn connection_of_user() -> Result<Connection> {
+    over(find(any_kubeconfig)?)
+}
+
+fn over(mut config: Config) -> Result<Connection> {
     config.connect_timeout = Some(CONNECT);
     config.read_timeout = Some(READ);
     config.reset_reader_on_write = true;
@@ -68,12 +79,12 @@ pub fn connection() -> Result<Connection> {
     Ok(Connection { client, server })
 }
 
-fn find() -> Result<Config> {
+fn find(from_kubeconfig: impl Fn(Kubeconfig) -> Result<Config>) -> Result<Config> {
     if let Some(files) = env::var_os("KUBECONFIG").filter(|files| !files.is_empty()) {
         return Kubeconfig::from_env()
             .map_err(Error::from)
             .and_then(|config| config.context("there is no such file"))
-            .and_then(from_kubeconfig)
+            .and_then(&from_kubeconfig)
             .with_context(|| {
                 let files = files.display();
                 format!("the kubeconfig {files} (KUBECONFIG) can't be used")
@@ -99,11 +110,16 @@ fn find() -> Result<Config> {
         .with_context(|| format!("the kubeconfig {} can't be used", file.display()))
 }
 
-fn from_kubeconfig(kubeconfig: Kubeconfig) -> Result<Config> {
+fn any_kubeconfig(kubeconfig: Kubeconfig) -> Result<Config> {
     // It only reads files: the future is ready when it is first polled.
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
         .now_or_never()
         .context("reading it did not end")??;
+    Ok(config)
+}
+
+fn from_kubeconfig(kubeconfig: Kubeconfig) -> Result<Config> {
+    let config = any_kubeconfig(kubeconfig)?;
     ensure!(
         config.auth_info.exec.is_none() && config.auth_info.auth_provider.is_none(),
         "its user gets credentials from a program (exec or auth-provider), and the daemon may not \

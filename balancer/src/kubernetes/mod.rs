@@ -17,13 +17,14 @@ mod report_writer;
 mod server_clock;
 mod status;
 mod successor;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod watch;
 
 pub use access::{permissions, reachable};
 pub use bounds::{MOST_REFUSED, MOST_SECONDS_AGO, MOST_UNFIT_BYTES};
-pub use client::{Connection, connection};
+pub use client::{Connection, connection, connection_of_user};
 pub use cluster::Cluster;
 pub use health::{ApiRequest, Target};
 pub use identity::Identity;
@@ -32,5 +33,6 @@ pub use model::{
     RefusedSource, ReportedBackend, ReportedHealth, SCHEMA, STALE, ServicePort, Traffic, View,
 };
 pub use status::{BackendStatus, ClusterStatus, GroupStatus, PodHealth};
+pub use survey::{Survey, SurveyedDaemon, SurveyedReport, installed_config, survey};
 #[doc(hidden)]
 pub use watch::{node_reports::parse_text as parse_report, slices::groups_beside_slice};

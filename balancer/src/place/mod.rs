@@ -11,6 +11,8 @@ use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
+use crate::config::Effect;
+
 /// For so long after the cluster was heard of its endpoints are believed. Then destinations are left
 /// as they are: whoever carries them on without the balancer may know better.
 pub const BELIEVED_FOR: Duration = Duration::from_secs(60);
@@ -22,6 +24,23 @@ pub struct PlacePlan {
     pub groups: Vec<GroupPlan>,
     /// Cookies of the netns whose connects are left alone.
     pub excluded_netns: BTreeSet<u64>,
+    /// Connects are counted as they would be placed, and left alone.
+    pub dry_run: bool,
+}
+
+impl PlacePlan {
+    /// What a mode leaves of it.
+    #[must_use]
+    pub fn within(self, effect: Effect) -> Self {
+        match effect {
+            Effect::Count => Self::default(),
+            Effect::DryRun => Self {
+                dry_run: true,
+                ..self
+            },
+            Effect::On => self,
+        }
+    }
 }
 
 /// An endpoint group, and the frontends that lead to it.

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail};
 
 use self::kubernetes::KubernetesMode;
-pub use self::kubernetes::{UnfitMode, fuzzing};
+pub use self::kubernetes::{UnfitMode, fuzzing, status_from_outside};
 use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
 use super::down::{self, Named};

@@ -60,6 +60,7 @@ impl StandaloneMode {
         PlacePlan {
             groups: groups.map(|one| group_plan(one, self.rank)).collect(),
             excluded_netns: BTreeSet::new(),
+            dry_run: false,
         }
     }
 

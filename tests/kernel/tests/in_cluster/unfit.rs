@@ -7,8 +7,8 @@ use testkit::fixtures::{Balancer, Signal, eventually};
 use testkit::kubernetes::objects;
 
 use super::fixture::{
-    Cluster, NODE, Pod, SETTLES_WITHIN, SYSTEM, cluster_status, own_report, with_cluster,
-    with_route_back,
+    Cluster, NODE, Pod, SETTLES_WITHIN, SYSTEM, cluster_status, config, elsewhere, own_report,
+    with_cluster, with_route_back,
 };
 
 const QUOTA: &str = "{per_backend: 3}";
@@ -113,7 +113,7 @@ fn as_long_as_the_kernel_refuses_a_program() {
     });
 }
 
-/// The most sk_lookup programs of a netns (`netns_bpf_max_progs`, kernel/bpf/net_namespace.c).
+/// The most programs of a hook of a netns (kernel/bpf/net_namespace.c).
 const MOST_PROGRAMS: usize = 64;
 
 /// Where `steer` can't be attached connections are counted all the same.
@@ -145,7 +145,7 @@ fn what_can_be_done_without_steer_is_done() {
     });
 }
 
-/// The daemon's pod is in a namespace that is being deleted, before its DaemonSet is: no other
+/// The daemon's pod is in a namespace that is being deleted, before its `DaemonSet` is: no other
 /// daemon follows.
 #[test]
 fn a_deleted_namespace_leaves_nothing_in_the_kernel() {
@@ -188,5 +188,60 @@ fn a_deleted_node_leaves_nothing_in_the_kernel() {
         balancer.launch();
         assert!(balancer.stop(Signal::SIGTERM).success());
         assert!(balancer.is_loaded(), "{}", balancer.logs());
+    });
+}
+
+/// No daemon is asked: `doctor --cluster` and `status --cluster` go by what the API server has.
+#[test]
+fn a_cluster_is_seen_from_a_machine_that_is_no_node_of_it() {
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        cluster.serve(&[pod.endpoint(), elsewhere(1)]);
+        cluster.publish("node2", &[("far-1", 10)]);
+        let labels = json!({"app.kubernetes.io/part-of": "balancer", "app": "balancer"});
+        let set = json!({
+            "apiVersion": "apps/v1", "kind": "DaemonSet",
+            "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
+            "spec": {"selector": {"matchLabels": {"app": "balancer"}}, "template": {
+                "metadata": {"labels": {"app": "balancer"}},
+                "spec": {"containers": [{"name": "balancer", "image": "balancer:1"}]},
+            }},
+        });
+        let file = json!({
+            "apiVersion": "v1", "kind": "Secret",
+            "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
+            "stringData": {"balancer.yaml": config(QUOTA)},
+        });
+        let mut daemon = objects::pod(SYSTEM, "balancer-y", "node2", &["10.89.0.12"]);
+        daemon["metadata"]["labels"] = json!({"app": "balancer"});
+        cluster
+            .api
+            .admin()
+            .apply(&objects::list(&[set, file, daemon]));
+        let outside = cluster.balancer_as(cluster.api.admin(), QUOTA);
+        let said = outside.verb(&["doctor", "--cluster", "-o", "json"]);
+        let said: serde_json::Value = serde_json::from_str(&said.stdout).expect("JSON");
+        let found = |name: &str| {
+            let checks = said["checks"].as_array().expect("a list");
+            let check = checks.iter().find(|check| check["name"] == name);
+            let check = check.unwrap_or_else(|| panic!("no {name} in {said}"));
+            (check["status"].clone(), check["found"].clone())
+        };
+        assert_eq!(
+            found("nodes without a daemon"),
+            (json!("warn"), json!("node1"))
+        );
+        assert_eq!(found("unfit nodes").0, "ok");
+        let (status, reports) = found("node reports");
+        let words = "1 of 2 nodes tell, the oldest report is ";
+        assert!(
+            status == "ok" && reports.to_string().contains(words),
+            "{reports}"
+        );
+        let status = cluster_status(&outside);
+        let pods = status["groups"][0]["backends"].as_array().expect("a list");
+        let far = pods.iter().find(|pod| pod["node"] == "node2");
+        assert_eq!(far.expect("it is told of")["established"], 10, "{status}");
+        assert_eq!(pods.len(), 2, "{status}");
     });
 }

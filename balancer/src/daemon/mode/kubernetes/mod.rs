@@ -6,6 +6,7 @@ mod excluded;
 pub mod fuzzing;
 mod group;
 mod group_quotas;
+mod outside;
 mod placing;
 mod plan;
 mod pod_resolver;
@@ -26,6 +27,7 @@ use self::complaints::Complaints;
 use self::excluded::Excluded;
 use self::group::Group;
 use self::group_quotas::GroupQuotas;
+pub use self::outside::status_from_outside;
 use self::placing::{Client, Totals};
 use self::plan::{Here, PortNames};
 use self::pod_resolver::PodResolver;
@@ -191,6 +193,7 @@ impl KubernetesMode {
         Ok(Some(PlacePlan {
             groups: placing::groups(&self.view.ports, &totals, client),
             excluded_netns,
+            dry_run: false,
         }))
     }
 

@@ -52,6 +52,9 @@ impl UnfitMode {
 /// As much of the first line as a report takes: a log of the verifier may follow it.
 fn shortened(why: &str) -> String {
     let line = why.lines().next().unwrap_or_default();
-    let end = line.floor_char_boundary(MOST_UNFIT_BYTES);
+    let mut end = line.len().min(MOST_UNFIT_BYTES);
+    while !line.is_char_boundary(end) {
+        end -= 1;
+    }
     line[..end].to_owned()
 }
