@@ -1,4 +1,4 @@
-//! The balancer of a whole cluster, as the API server alone tells of it: for who looks from outside.
+//! The balancer of a whole cluster, as the API server alone tells of it: for a look from outside.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -5,14 +5,14 @@
 use std::net::{IpAddr, SocketAddr};
 
 use balancer::config::{
-    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Connect, Kubernetes, NetnsScope,
-    PodClass, PortChoice, QuotaRule, Service, ServiceChoice,
+    ClusterInput, ClusterQuota, ClusterService, Config, ConfigError, Connect, Kubernetes,
+    NetnsScope, PodClass, PortChoice, QuotaRule, Service, ServiceChoice,
 };
 use balancer::config::{
     MAX_BACKENDS, MAX_CONNECT_ENDPOINTS, MAX_CONNECT_ENDPOINTS_IN_ALL, MAX_CONNECT_TO,
-    MAX_CONNECT_TO_IN_ALL, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT, MAX_HEADROOM_PERCENT,
-    MAX_KEEPALIVE_IDLE, MAX_KEEPALIVE_INTERVAL, MAX_KEEPALIVE_PROBES, MAX_NAME_BYTES,
-    MAX_POD_CLASSES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, selector,
+    MAX_CONNECT_TO_IN_ALL, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT,
+    MAX_HEADROOM_PERCENT, MAX_KEEPALIVE_IDLE, MAX_KEEPALIVE_INTERVAL, MAX_KEEPALIVE_PROBES,
+    MAX_NAME_BYTES, MAX_POD_CLASSES, MAX_SERVICE_BACKENDS, MAX_SERVICES, MAX_WEIGHT, selector,
 };
 use balancer_common::abi::Keepalive;
 use libfuzzer_sys::fuzz_target;
@@ -107,12 +107,19 @@ fn connects_are_as_documented(connects: &[Connect]) {
             is_plain(address.ip());
         }
         for frontend in &connect.to {
-            assert!(endpoints.iter().any(|one| one.is_ipv4() == frontend.is_ipv4()));
+            assert!(
+                endpoints
+                    .iter()
+                    .any(|one| one.is_ipv4() == frontend.is_ipv4())
+            );
         }
         assert_unique(endpoints);
         for one in &connect.endpoints {
             assert!((1..=MAX_WEIGHT).contains(&one.weight));
-            assert_eq!(*weights.entry(one.address).or_insert(one.weight), one.weight);
+            assert_eq!(
+                *weights.entry(one.address).or_insert(one.weight),
+                one.weight
+            );
         }
     }
     assert!(weights.len() <= MAX_CONNECT_ENDPOINTS_IN_ALL);
@@ -297,10 +304,12 @@ fn reads_the_same_when_written(config: &Config) {
                 "hold_for": format!("{}ms", kubernetes.hold_for.as_millis()),
                 "place": if kubernetes.place { "on" } else { "off" },
             },
+            "mode": config.effect.name(),
             "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
         }),
         None => json!({
         "services": written_entries(config),
+        "mode": config.effect.name(),
         "fail_open_after": format!("{}ms", config.fail_open_after.as_millis()),
         "namespaces": namespaces,
         }),

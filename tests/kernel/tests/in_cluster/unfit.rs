@@ -1,4 +1,4 @@
-//! Nodes that can't be guarded, or not all of them: the daemon is ready, says why, and hurts nobody.
+//! Nodes that can't be guarded, or not all of them: the daemon is ready, says why, hurts nobody.
 
 use anyhow::ensure;
 use serde_json::json;
