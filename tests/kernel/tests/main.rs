@@ -26,6 +26,7 @@ mod neighbours;
 mod netns;
 mod outlive;
 mod pins;
+mod place;
 mod policies;
 mod privileges;
 mod queue;

@@ -1,0 +1,12 @@
+//! Placing: connects to a frontend go to the endpoint that should have them, and what was placed is
+//! counted.
+
+mod alone;
+mod avoid;
+mod clients;
+mod counts;
+mod drift;
+mod hostile;
+mod node;
+mod order;
+mod outlive;

@@ -1,0 +1,101 @@
+//! An endpoint that connects fail on is avoided for a while.
+
+use std::thread;
+use std::time::Duration;
+
+use anyhow::ensure;
+use balancer::sys::clock;
+use balancer_common::abi::ticks;
+use balancer_common::place::avoidance::is_avoided;
+use testkit::fixtures::tcp::{self, Listen};
+use testkit::fixtures::{Machine, eventually};
+
+use super::node::{FRONTEND, GROUP, Node, endpoint_at, loads, open_servers};
+use crate::support::{at, refusals};
+
+fn avoided(node: &Node<'_>, endpoint: u32) -> bool {
+    let now = ticks(clock::monotonic_ns());
+    is_avoided(node.placed(endpoint).avoidance, now)
+}
+
+/// It always has the fewest connections.
+#[test]
+fn an_endpoint_that_refuses_takes_few() {
+    Machine::with(|machine| {
+        let node = Node::placing(machine, 4);
+        let mut servers = open_servers(3);
+        let outcomes: Vec<_> = (0..200).map(|_| tcp::connect(at(FRONTEND))).collect();
+        let refused = refusals(&outcomes);
+        assert!((1..=5).contains(&refused), "{refused}");
+        let spread = loads(&mut servers);
+        assert_eq!(spread.iter().sum::<usize>(), 200 - refused, "{spread:?}");
+        assert_eq!(node.placed(3).failed, refused as u64);
+        assert!(spread.iter().all(|load| *load >= 60), "{spread:?}");
+    });
+}
+
+/// It is known as soon as a SYN has to be sent again, while the client still waits.
+#[test]
+fn an_endpoint_that_says_nothing_costs_one_client_a_retry() {
+    Machine::with(|machine| {
+        let node = Node::placing(machine, 2);
+        let silent = Listen::on(&endpoint_at(0)[0]).backlog(0).open();
+        let _filled = tcp::connect(silent.addr()).connected();
+        let _serves = Listen::on(&endpoint_at(1)[0]).open();
+        // The first goes to the silent one.
+        node.set_others(1, 1);
+        let patience = Duration::from_millis(2_500);
+        thread::scope(|scope| {
+            let first = scope.spawn(|| tcp::attempt(None, at(FRONTEND), patience));
+            eventually(Duration::from_secs(5), || {
+                ensure!(node.placed(0).failed == 1, "{:?}", node.placed(0));
+                Ok(())
+            });
+            assert!(avoided(&node, 0) && !avoided(&node, 1));
+            assert_eq!(node.counts(2)[0], (0, 1), "the client waits");
+            // Within the second of its avoidance.
+            assert_eq!(tcp::connect_many(at(FRONTEND), 50).len(), 50);
+            assert!(first.join().expect("no panic").is_timed_out());
+        });
+        assert_eq!(node.placed(0).failed, 1, "counted once");
+        assert_eq!(node.counts(2)[0], (0, 0));
+    });
+}
+
+/// Where all are avoided none is, and the first success ends it.
+#[test]
+fn a_success_ends_an_avoidance() {
+    Machine::with(|machine| {
+        let node = Node::placing(machine, 1);
+        assert!(tcp::connect(at(FRONTEND)).is_refused());
+        assert!(avoided(&node, 0));
+        let servers = open_servers(1);
+        let _client = tcp::connect(at(FRONTEND)).connected();
+        assert!(!avoided(&node, 0));
+        let _another = tcp::connect(at(FRONTEND)).connected();
+        let expected = [("placed", 2), ("placed-on-avoided", 1)].into();
+        assert_eq!(node.reasons(GROUP), expected);
+        drop(servers);
+        // It failed a moment ago: twice as long now.
+        assert!(tcp::connect(at(FRONTEND)).is_refused());
+        thread::sleep(Duration::from_millis(1_200));
+        assert!(avoided(&node, 0));
+    });
+}
+
+/// A client that gives up says nothing of the endpoint.
+#[test]
+fn a_client_that_gives_up_is_no_failure() {
+    Machine::with(|machine| {
+        let node = Node::placing(machine, 1);
+        let silent = Listen::on(&endpoint_at(0)[0]).backlog(0).open();
+        let _filled = tcp::connect(silent.addr()).connected();
+        for _ in 0..5 {
+            let patience = Duration::from_millis(20);
+            assert!(tcp::attempt(None, at(FRONTEND), patience).is_timed_out());
+        }
+        let placed = node.placed(0);
+        assert_eq!((placed.total, placed.failed, placed.avoidance), (5, 0, 0));
+        node.agree(&[0]);
+    });
+}
