@@ -151,8 +151,9 @@ impl Daemon {
         // Not before: the quotas that the last daemon left may have been refusing nobody for a
         // while. And not later: a data plane that has never had a sign of life refuses nobody.
         self.heartbeat.begin();
-        self.writer.switch(|| self.heartbeat.turn())?;
+        // Before another build's programs that place go with its data plane.
         self.follow_places()?;
+        self.writer.switch(|| self.heartbeat.turn())?;
         self.update_all()
     }
 

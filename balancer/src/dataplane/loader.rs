@@ -31,6 +31,8 @@ pub struct Loader {
     pub(super) cgroup: CountedCgroup,
     /// What was said last of why clients' connections can't be placed; `None`: they can.
     pub(super) refused: Option<String>,
+    /// What an earlier daemon has left attached that places was looked for.
+    pub(super) placing_is_known: bool,
     /// The pinned maps by their names.
     maps: Vec<(&'static str, OwnedFd)>,
     /// What was said last of pins that are gone; `None`: all are there.
@@ -68,6 +70,7 @@ impl Loader {
             links: BTreeMap::new(),
             cgroup: CountedCgroup::at(cgroup),
             refused: None,
+            placing_is_known: false,
             maps: Vec::new(),
             lost: None,
             unfollowed: Vec::new(),

@@ -36,7 +36,7 @@ pub use notes::{DaemonNotes, DaemonState, FailedReload};
 pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};
 pub use pins::unload;
-pub use placing::Placing;
+pub use placing::{Placing, has_frontends};
 pub use plan::{ListenAt, Plan, ServicePlan};
 pub use programs::{Hook, PLACED_SOCKETS, PROGRAMS, Part, Program, Target};
 pub use read::explain::{

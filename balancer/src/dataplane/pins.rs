@@ -320,7 +320,7 @@ fn detach(link: &Link) -> Result<()> {
 
 /// Whether something failed for want of descriptors or memory, which says nothing of what it was
 /// about.
-fn is_of_shortage(error: &anyhow::Error) -> bool {
+pub(super) fn is_of_shortage(error: &anyhow::Error) -> bool {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
     causes.any(is_shortage)
 }

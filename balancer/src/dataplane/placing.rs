@@ -6,13 +6,14 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use balancer_common::abi::PlacedRecord;
+use aya::maps::{HashMap, Map, MapData};
+use balancer_common::abi::{FrontendKey, PlacedRecord};
 use bytes::Buf as _;
 use tracing::{info, warn};
 
-use super::loader::Loader;
+use super::loader::{Loader, links};
 use super::object::{self, PLACED_SOCKETS_MAP};
-use super::paths::Link;
+use super::paths::{Link, Paths};
 use super::pins;
 use super::programs::{Part, Program};
 use crate::sys::bpf;
@@ -24,7 +25,7 @@ pub enum Placing {
     Off,
     /// Yes.
     On,
-    /// The kernel takes no other program at the cgroup: why, and what to do.
+    /// The kernel does not take the programs, or no other one at the cgroup: why, and what to do.
     Refused(String),
 }
 
@@ -34,8 +35,8 @@ impl Loader {
     /// established stays counted either way.
     ///
     /// # Errors
-    /// When the kernel refuses a program, or a pin can't be made or removed. Another program that
-    /// allows none beside it is no error, but [`Placing::Refused`].
+    /// When a pin can't be removed, or there are no descriptors or no memory left. What keeps the
+    /// programs from being attached is no error, but [`Placing::Refused`]: everything else works.
     pub fn set_placing(&mut self, on: bool) -> Result<Placing> {
         if !on {
             self.stop_placing()?;
@@ -46,21 +47,24 @@ impl Loader {
         }
         // Maps that are not there would be made anew beside those that are in use.
         self.put_back_pins()?;
-        match self.start_placing() {
-            Ok(()) => {
-                info!(
-                    "placing the connections of clients in {}",
-                    self.cgroup.place()
-                );
-                self.refused = None;
-                Ok(Placing::On)
-            }
-            Err(error) if is_refused(&error) => {
-                self.stop_placing()?;
-                Ok(Placing::Refused(self.say_refused()))
-            }
-            Err(error) => pins::cleaned_up(Err(error), self.stop_placing()),
+        let Err(error) = self.start_placing() else {
+            info!(
+                "placing the connections of clients in {}",
+                self.cgroup.place()
+            );
+            self.refused = None;
+            return Ok(Placing::On);
+        };
+        pins::cleaned_up(Ok(()), self.stop_placing())?;
+        if pins::is_of_shortage(&error) {
+            return Err(error);
         }
+        let reason = if is_exclusive(&error) {
+            self.exclusive()
+        } else {
+            format!("{error:#}")
+        };
+        Ok(Placing::Refused(self.say_refused(reason)))
     }
 
     /// Whether the programs that place clients' connections are attached.
@@ -91,26 +95,35 @@ impl Loader {
             }
         }
         self.cgroup.links.retain(|(link, ..)| !placing(link));
-        for link in super::loader::links(&self.paths.current())? {
-            if placing(&link) {
-                pins::remove_link(lock, &link)?;
+        if !self.placing_is_known {
+            for link in links(&self.paths.current())? {
+                if placing(&link) {
+                    pins::remove_link(lock, &link)?;
+                }
             }
+            self.placing_is_known = true;
         }
         Ok(())
     }
 
-    /// Says once why clients' connections aren't placed.
-    fn say_refused(&mut self) -> String {
-        let reason = format!(
-            "another program at connect() sits at {0} or above it, and was attached in a way that \
-             allows no second one (EPERM): older versions of Cilium do that. Clients connect as \
-             without the balancer, and everything else works. `balancer doctor` names the program \
-             and the cgroup: have its owner attach it with BPF_F_ALLOW_MULTI or a link, or give \
-             the balancer a cgroup that isn't at or below it with --cgroup",
+    /// Why nothing can be attached where somebody else has forbidden it.
+    fn exclusive(&self) -> String {
+        format!(
+            "another program at connect() sits at {} or above it, and was attached in a way that \
+             allows no second one (EPERM): older versions of Cilium do that. `balancer doctor` \
+             names the program and the cgroup: have its owner attach it with BPF_F_ALLOW_MULTI or \
+             a link, or give the balancer a cgroup that isn't at or below it with --cgroup",
             self.cgroup.place()
-        );
+        )
+    }
+
+    /// Says once why clients' connections aren't placed.
+    fn say_refused(&mut self, reason: String) -> String {
         if self.refused.as_ref() != Some(&reason) {
-            warn!("connections of clients are not placed on this node: {reason}");
+            warn!(
+                "connections of clients are not placed on this node: they go where they would \
+                 without the balancer, and everything else works. {reason}"
+            );
             self.refused = Some(reason.clone());
         }
         reason
@@ -119,9 +132,16 @@ impl Loader {
 
 /// Whether the kernel refused to attach something. The same privilege has attached what counts
 /// before, so it isn't missing.
-fn is_refused(error: &anyhow::Error) -> bool {
+fn is_exclusive(error: &anyhow::Error) -> bool {
     let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
     causes.any(|error: &std::io::Error| error.kind() == ErrorKind::PermissionDenied)
+}
+
+/// Whether a data plane has frontends: whether connections of clients should be placed.
+pub fn has_frontends(paths: &Paths) -> bool {
+    let map = MapData::from_pin(paths.map("FRONTENDS")).map(Map::HashMap);
+    let frontends = map.and_then(HashMap::<_, [u8; size_of::<FrontendKey>()], u64>::try_from);
+    frontends.is_ok_and(|frontends| frontends.keys().next().is_some())
 }
 
 /// The iterator over the sockets that were placed, in all network namespaces.

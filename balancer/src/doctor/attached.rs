@@ -9,13 +9,16 @@ use std::{
 
 use super::{Check, Options, guarded::GuardedNetns, listing};
 use crate::{
-    dataplane::Program,
+    dataplane::{Paths, Program, has_frontends},
     discover::{cgroup2_mount, cgroups, is_cgroup2},
     sys::bpf::{self, Attached, Object},
 };
 use aya_obj::generated::{
     BPF_F_ALLOW_MULTI, BPF_F_ALLOW_OVERRIDE,
-    bpf_attach_type::{BPF_CGROUP_SOCK_OPS, BPF_SK_LOOKUP},
+    bpf_attach_type::{
+        self, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_SOCK_OPS,
+        BPF_SK_LOOKUP,
+    },
 };
 
 /// As many links as the kernel allows at one netns (`NETNS_BPF_MAX_PROGS`,
@@ -35,7 +38,11 @@ pub(super) fn checks(options: &Options, netns: &[GuardedNetns]) -> Vec<Check> {
                 Some(_) => "only sockets made by processes in it are counted",
             };
             let found = Check::ok("cgroup2", path.display().to_string(), means);
-            vec![found, sock_ops(&path, &ours)]
+            let mut checks = vec![found, sock_ops(&path, &ours)];
+            if has_frontends(&Paths::new(&options.state_dir)) {
+                checks.push(connect(&path, &ours));
+            }
+            checks
         }
         Err(check) => vec![check],
     };
@@ -71,33 +78,100 @@ pub(super) fn cgroup(chosen: Option<&Path>) -> Result<PathBuf, Check> {
 const SOCK_OPS: &str = "other sock_ops";
 
 fn sock_ops(cgroup: &Path, ours: &HashSet<u32>) -> Check {
-    let levels = match above(cgroup) {
+    let levels = match above(cgroup, BPF_CGROUP_SOCK_OPS) {
         Ok(levels) => levels,
-        Err(error) => {
-            let found = format!("can't be listed: {error}");
-            return Check::warn(
-                SOCK_OPS,
-                found,
-                "whether others run isn't known",
-                "run as root",
-            );
-        }
+        Err(error) => return unlisted(SOCK_OPS, &error),
     };
-    let Some((path, attached)) = blocking(&levels) else {
-        return beside(levels, below(cgroup, MOST_CGROUPS), ours);
+    let Some(exclusive) = blocking(&levels) else {
+        let below = below(cgroup, BPF_CGROUP_SOCK_OPS, MOST_CGROUPS);
+        return beside(levels, below, ours);
     };
-    let programs = attached.programs.iter().map(|id| described(*id, ours));
     Check::fail(
         SOCK_OPS,
-        format!(
-            "{} at {} doesn't allow others beside it",
-            listing(&programs.collect::<Vec<_>>()),
-            path.display()
-        ),
+        exclusively(exclusive, ours),
         "`account` can't be attached (EPERM), so nothing is counted",
         "have its owner attach it with BPF_F_ALLOW_MULTI or a link, or give the balancer a cgroup \
          that isn't below it with --cgroup",
     )
+}
+
+fn unlisted(name: &'static str, error: &io::Error) -> Check {
+    let found = format!("can't be listed: {error}");
+    Check::warn(name, found, "whether others run isn't known", "run as root")
+}
+
+/// Names the programs at a cgroup that allow no others.
+fn exclusively((path, attached): &(PathBuf, Attached), ours: &HashSet<u32>) -> String {
+    let programs = attached.programs.iter().map(|id| described(*id, ours));
+    format!(
+        "{} at {} doesn't allow others beside it",
+        listing(&programs.collect::<Vec<_>>()),
+        path.display()
+    )
+}
+
+const CONNECT: &str = "other connect";
+
+/// What else sits at `connect()`, where connections of clients are placed.
+fn connect(cgroup: &Path, ours: &HashSet<u32>) -> Check {
+    let mut first = Vec::new();
+    for attach_type in [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT] {
+        let levels = match above(cgroup, attach_type) {
+            Ok(levels) => levels,
+            Err(error) => return unlisted(CONNECT, &error),
+        };
+        if let Some(exclusive) = blocking(&levels) {
+            return Check::warn(
+                CONNECT,
+                exclusively(exclusive, ours),
+                "the programs that place clients' connections can't be attached (EPERM): clients \
+                 go where they would without the balancer, and everything else works",
+                "have its owner attach it with BPF_F_ALLOW_MULTI or a link (newer versions of \
+                 Cilium do), or give the balancer a cgroup that isn't at or below it with \
+                 --cgroup, such as kubepods.slice",
+            );
+        }
+        let below = below(cgroup, attach_type, MOST_CGROUPS);
+        first.extend(before_ours(&levels, &below, ours));
+    }
+    Check::warn_of(
+        CONNECT,
+        &first,
+        (
+            "none runs before ours",
+            "nobody else chooses first where clients' connections go",
+        ),
+        "where it changes the destination of a connect to a frontend, its choice stands: that \
+         connection is not placed",
+        "see that it leaves the frontends alone (bpftool cgroup tree). Since Linux 6.12 ours comes \
+         first at its own cgroup, and on older ones whoever was attached first: start the balancer \
+         before it",
+    )
+}
+
+/// The programs that run before ours at `connect()`: those that come first at its cgroup, and those
+/// of the cgroups below, whose turn is always earlier (`compute_effective_progs`,
+/// kernel/bpf/cgroup.c).
+fn before_ours(levels: &[(PathBuf, Attached)], below: &Below, ours: &HashSet<u32>) -> Vec<String> {
+    let is_ours = |id: &&u32| ours.contains(id);
+    let own = levels
+        .first()
+        .filter(|(_, attached)| attached.programs.iter().any(|id| ours.contains(id)))
+        .map(|(path, attached)| {
+            let earlier = attached.programs.iter().take_while(|id| !is_ours(id));
+            (path, earlier.copied().collect::<Vec<_>>())
+        });
+    let lower = below.levels.iter().map(|(path, attached)| {
+        let foreign = attached.programs.iter().filter(|id| !is_ours(id));
+        (path, foreign.copied().collect())
+    });
+    own.into_iter()
+        .chain(lower)
+        .flat_map(|(path, programs)| {
+            let named = programs.into_iter().map(|id| described(id, ours));
+            named.map(|name| format!("{name} at {}", path.display()))
+        })
+        .collect()
 }
 
 /// Programs that run beside ours: those at the cgroup and above for all connections, those below
@@ -135,13 +209,13 @@ fn beside(levels: Vec<(PathBuf, Attached)>, below: Below, ours: &HashSet<u32>) -
 }
 
 /// What is attached to a cgroup and to those above it, from the inside out.
-fn above(cgroup: &Path) -> io::Result<Vec<(PathBuf, Attached)>> {
+fn above(cgroup: &Path, attach_type: bpf_attach_type) -> io::Result<Vec<(PathBuf, Attached)>> {
     let mut levels = Vec::new();
     for path in cgroup.ancestors() {
         if !is_cgroup2(path)? {
             break;
         }
-        let attached = bpf::prog_query(File::open(path)?, BPF_CGROUP_SOCK_OPS)?;
+        let attached = bpf::prog_query(File::open(path)?, attach_type)?;
         levels.push((path.to_owned(), attached));
     }
     Ok(levels)
@@ -157,13 +231,12 @@ struct Below {
 }
 
 /// Looks at so many cgroups below one. Those that vanish meanwhile are left out.
-fn below(cgroup: &Path, most: usize) -> Below {
+fn below(cgroup: &Path, attach_type: bpf_attach_type, most: usize) -> Below {
     let mut found = Below::default();
     // One that can't be listed is left out as well.
     let mut paths = cgroups(cgroup).filter_map(Result::ok).skip(1);
     for path in paths.by_ref().take(most) {
-        let attached =
-            File::open(&path).and_then(|file| bpf::prog_query(file, BPF_CGROUP_SOCK_OPS));
+        let attached = File::open(&path).and_then(|file| bpf::prog_query(file, attach_type));
         if let Ok(attached) = attached
             && !attached.programs.is_empty()
         {
@@ -434,6 +507,56 @@ mod tests {
     }
 
     #[test]
+    fn programs_that_come_before_ours_at_connect_are_named() {
+        let outer = Own::cgroup();
+        let inner = Own::below(&outer.0);
+        let below = Own::below(&inner.0);
+        let attach = |(program, _): &(OwnedFd, u32), cgroup: &Own| {
+            let cgroup = File::open(&cgroup.0).expect("open");
+            bpf::link_create(program, cgroup, BPF_CGROUP_INET6_CONNECT).expect("attach")
+        };
+        let [first, own, late, last, pods] =
+            ["first", "place", "late", "last", "pods"].map(|name| program(Hook::Connect6, name));
+        let _links = [
+            attach(&first, &inner),
+            attach(&own, &inner),
+            attach(&late, &inner),
+            attach(&last, &outer),
+            attach(&pods, &below),
+        ];
+        let check = connect(&inner.0, &HashSet::from([own.1]));
+        let expected = format!(
+            "first (id {}) at {}, pods (id {}) at {}",
+            first.1,
+            inner.0.display(),
+            pods.1,
+            below.0.display()
+        );
+        assert_eq!((check.status, check.found), (Status::Warn, expected));
+        assert_eq!(
+            connect(&below.0, &HashSet::from([pods.1])).status,
+            Status::Ok
+        );
+    }
+
+    #[test]
+    fn one_at_connect_that_allows_no_others_is_named_and_no_failure() {
+        let outer = Own::cgroup();
+        let inner = Own::below(&outer.0);
+        let (exclusive, id) = program(Hook::Connect4, "exclusive");
+        let cgroup = File::open(&outer.0).expect("open");
+        testbpf::cgroup_attach(&exclusive, &cgroup, BPF_CGROUP_INET4_CONNECT, 0).expect("attach");
+        let check = connect(&inner.0, &none());
+        assert_eq!(check.status, Status::Warn);
+        assert!(
+            check.found.contains(&format!("exclusive (id {id})")),
+            "{check:?}"
+        );
+        testbpf::cgroup_detach(&exclusive, &cgroup, BPF_CGROUP_INET4_CONNECT).expect("detach");
+        assert_eq!(connect(&inner.0, &none()).status, Status::Ok);
+    }
+
+    #[test]
     fn one_below_that_allows_no_others_is_no_failure() {
         let outer = Own::cgroup();
         let inner = Own::below(&outer.0);
@@ -451,6 +574,7 @@ mod tests {
     fn the_look_at_cgroups_below_is_bounded() {
         let outer = Own::cgroup();
         let _inner: Vec<_> = (0..4).map(|_| Own::below(&outer.0)).collect();
+        let below = |path: &Path, most| below(path, BPF_CGROUP_SOCK_OPS, most);
         assert!(!below(&outer.0, 4).cut);
         let cut = below(&outer.0, 3);
         assert!(cut.cut);
