@@ -21,7 +21,7 @@ use testkit::fixtures::{
 use crate::support::{agents, backend, own_port, source, virtual_port};
 
 /// The longest time between two heartbeats that the map may show.
-const LONGEST_GAP: Duration = Duration::from_secs(1);
+pub const LONGEST_GAP: Duration = Duration::from_secs(1);
 const SETTLES_WITHIN: Duration = Duration::from_secs(60);
 
 /// A process that holds listeners and descriptors: see the program `crowd`. It ends when dropped.
@@ -61,10 +61,10 @@ impl Drop for End<'_> {
 }
 
 /// The word of the map that tells when the daemon last lived.
-struct Pulse(SharedArray);
+pub struct Pulse(SharedArray);
 
 impl Pulse {
-    fn of(balancer: &Balancer) -> Self {
+    pub fn of(balancer: &Balancer) -> Self {
         let planes = fs::read_dir(balancer.state()).expect("the state directory");
         let plane = planes.flatten().next().expect("a data plane").path();
         let map = bpf::obj_get(&plane.join("HEARTBEAT")).expect("the pin can be opened");
@@ -78,7 +78,7 @@ impl Pulse {
     }
 
     /// The longest time without a heartbeat while `work` runs.
-    fn longest_gap<T>(&self, work: impl FnOnce() -> T) -> (Duration, T) {
+    pub fn longest_gap<T>(&self, work: impl FnOnce() -> T) -> (Duration, T) {
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let watch = scope.spawn(|| {
@@ -363,12 +363,23 @@ fn a_flood_of_events_starves_nobody_and_fills_no_log() {
 }
 
 /// The most memory that the daemon has had, in KiB.
-fn peak_memory(balancer: &Balancer) -> u64 {
+pub fn peak_memory(balancer: &Balancer) -> u64 {
     let status = fs::read_to_string(format!("/proc/{}/status", balancer.pid()));
     let status = status.expect("the daemon lives");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
     kib.and_then(|kib| kib.trim().parse().ok()).expect("VmHWM")
+}
+
+/// The processor time that the daemon has had.
+pub fn processor_time(balancer: &Balancer) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", balancer.pid()));
+    let stat = stat.expect("the daemon lives");
+    let (_, fields) = stat.rsplit_once(')').expect("its name");
+    // utime and stime, in hundredths of a second (proc_pid_stat(5)).
+    let times = fields.split_whitespace().skip(11).take(2);
+    let hundredths: u64 = times.filter_map(|field| field.parse::<u64>().ok()).sum();
+    Duration::from_millis(10 * hundredths)
 }
 
 /// Services without room for more, ten times the listeners that have slots, ten times the sources

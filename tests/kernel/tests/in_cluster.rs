@@ -1,6 +1,7 @@
 //! The daemon in a cluster with a real API server. Nodes and pods are objects that the test writes;
 //! the netns and connections of the pods are real.
 
+mod crowded;
 pub mod fixture;
 mod sick;
 mod told;

@@ -43,8 +43,9 @@ pub(crate) trait Facts: PartialEq + Sized + Send + 'static {
     /// How much of them is kept.
     const MOST: Bounds;
 
-    /// Objects in one answer to a list; more come in several answers.
-    const PAGE: u32 = 250;
+    /// Objects in one answer to a list; more come in several answers. An answer is in memory as a
+    /// whole, as text and as objects, and anybody may write 256 KiB of annotations on each.
+    const PAGE: u32 = 100;
 
     /// What is of interest, given what was known before; `None` leaves the object out.
     fn digest(object: &Self::Object, before: Option<&Self>, heard: Heard) -> Option<Self>;

@@ -66,7 +66,7 @@ impl Facts for StoredReport {
         in_all: MOST_KIB,
     };
     // Each may have a mebibyte.
-    const PAGE: u32 = 16;
+    const PAGE: u32 = 4;
 
     fn digest(map: &ConfigMap, before: Option<&Self>, heard: Heard) -> Option<Self> {
         let version = map.resource_version();
