@@ -33,7 +33,7 @@ fn two_hundred_at_once_are_spread_evenly() {
                     tcp::connect(at(FRONTEND)).connected()
                 };
                 let threads: Vec<_> = (0..200).map(|_| scope.spawn(connect)).collect();
-                let joined = threads.into_iter().map(|thread| thread.join());
+                let joined = threads.into_iter().map(thread::ScopedJoinHandle::join);
                 joined.map(|client| client.expect("placed")).collect()
             });
             let spread = loads(&mut servers);
@@ -140,7 +140,7 @@ fn twenty_thousand_random_operations_are_counted_as_the_socket_table_has_them() 
             let workers: Vec<_> = (1..=WORKERS)
                 .map(|seed| scope.spawn(move || Worker::new(seed).work(OPERATIONS / 4)))
                 .collect();
-            let joined = workers.into_iter().map(|worker| worker.join());
+            let joined = workers.into_iter().map(thread::ScopedJoinHandle::join);
             let open: Vec<Socket> = joined.flat_map(|open| open.expect("no panic")).collect();
             assert!(!open.is_empty());
             agrees_with_table(&node);

@@ -171,13 +171,11 @@ impl<'a> Node<'a> {
 
     /// Gives an endpoint's element to another one.
     pub fn set_generation(&self, index: u32, port: u16, generation: u32) {
-        let [a, b, c, d] = u32::from(port).to_ne_bytes();
-        let [e, f, g, h] = generation.to_ne_bytes();
+        let mut halves = [0; 8];
+        halves[..4].copy_from_slice(&u32::from(port).to_ne_bytes());
+        halves[4..].copy_from_slice(&generation.to_ne_bytes());
         let word = self.endpoints.word(index, word!(Endpoint.port));
-        word.store(
-            u64::from_ne_bytes([a, b, c, d, e, f, g, h]),
-            Ordering::SeqCst,
-        );
+        word.store(u64::from_ne_bytes(halves), Ordering::SeqCst);
     }
 
     pub fn set_members(&self, group: u32, members: impl IntoIterator<Item = u32>) {

@@ -29,7 +29,7 @@ fn no_connect_is_missed_while_the_programs_are_replaced() {
                 while !done.load(Ordering::SeqCst) {
                     for listener in servers.iter_mut().flatten() {
                         listener.accept_all();
-                        listener.accepted.retain(|stream| stands(stream));
+                        listener.accepted.retain(stands);
                     }
                     thread::sleep(Duration::from_millis(1));
                 }
