@@ -13,9 +13,9 @@ use balancer_common::abi::{
 };
 use balancer_common::decision::cursor::{Cursor, Step};
 use balancer_common::opaque;
-use balancer_common::place::PlaceReason;
 use balancer_common::place::avoidance::is_avoided;
 use balancer_common::place::choice::{Draw, Seen, Sum};
+use balancer_common::place::{PlaceReason, SIDECAR_PORTS};
 use core::ffi::c_void;
 use core::ptr::{read_volatile, write_volatile};
 
@@ -35,8 +35,6 @@ const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 /// `BPF_F_CURRENT_NETNS`: a signed 32-bit number, in 64 bits.
 const CURRENT_NETNS: u64 = u64::MAX;
-/// Where the sidecars of Istio and those of Linkerd listen for what a pod sends out.
-const SIDECAR_PORTS: [u16; 2] = [15_001, 4_140];
 
 /// `connect()` of an IPv4 socket.
 #[inline(always)]

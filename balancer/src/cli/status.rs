@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 pub(super) use self::{
-    json::Json,
+    json::{Json, JsonEndpoint},
     text::{back_from_own, by_address, is_own_override, shared_quotas, text},
 };
 use super::{Place, in_runtime, output::Output};

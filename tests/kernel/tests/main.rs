@@ -5,6 +5,7 @@
 mod admission;
 mod budget;
 mod config_errors;
+mod connect;
 mod cookies;
 mod counting;
 mod doctor;

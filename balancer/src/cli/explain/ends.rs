@@ -6,6 +6,9 @@ use std::{
     str::FromStr,
 };
 
+use super::netns::pod;
+use crate::kubernetes::ObjectName;
+
 /// A client: an address, and a port where it matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cli) struct From {
@@ -35,6 +38,45 @@ impl fmt::Display for From {
     }
 }
 
+/// Who connects, as an argument.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::cli) enum Client {
+    /// Whoever has that address.
+    Address(From),
+    /// A process of this node.
+    Process(u32),
+    /// A pod of this node.
+    Pod(ObjectName),
+}
+
+impl FromStr for Client {
+    type Err = String;
+
+    /// Only digits are a process, and a slash is in no address.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('/') {
+            return pod(text).map(Self::Pod);
+        }
+        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return match text.parse() {
+                Ok(pid @ 1..) => Ok(Self::Process(pid)),
+                _ => Err(format!("`{text}` is no number of a process")),
+            };
+        }
+        text.parse().map(Self::Address)
+    }
+}
+
+impl fmt::Display for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(from) => from.fmt(f),
+            Self::Process(pid) => write!(f, "process {pid}"),
+            Self::Pod(pod) => write!(f, "pod {pod}"),
+        }
+    }
+}
+
 /// What a client connects to: a port, and an address where it matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::cli) struct To {
@@ -53,6 +95,13 @@ impl FromStr for To {
             Ok((_, None)) => Err(format!("the port is missing; {WRITE}")),
             Err(why) => Err(format!("{why}; {WRITE}")),
         }
+    }
+}
+
+impl To {
+    /// Address and port, where both are there.
+    pub(in crate::cli) fn both(self) -> Option<SocketAddr> {
+        Some(SocketAddr::new(self.address?, self.port))
     }
 }
 

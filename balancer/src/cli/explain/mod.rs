@@ -1,5 +1,6 @@
 //! `balancer explain`
 
+mod connect;
 mod ends;
 mod netns;
 mod show;
@@ -14,19 +15,24 @@ use anyhow::{Context, Result};
 use clap::{Args, error::ErrorKind};
 
 pub(super) use self::{
-    ends::{From, To},
+    ends::{Client as FromClient, From, To},
     netns::{Netns, Pods, pods, slot_of},
     show::{Json, Several, text},
 };
 use super::{Place, output::Output};
 use crate::{
-    dataplane::{Answer, NetnsChoice, Reader, SeveralNetns, Syn},
+    dataplane::{Answer, Client, NetnsChoice, Reader, SeveralNetns, Syn},
     kubernetes::ObjectName,
 };
 
 /// Say where a new connection would go now, and why (changes nothing)
 ///
 /// Decides as the kernel would, by the same rules, on the state of this moment.
+///
+/// Where --to is a frontend, an address whose connects this node places, the answer is about a
+/// connect() on this node: which endpoint it goes to. It is that, too, where --from is the number of
+/// a process or a pod, NAMESPACE/NAME. Nothing is drawn for it. With --netns or --pod, and else, the
+/// answer is about a SYN that arrives here.
 ///
 /// A SYN is looked at in the network namespace that it arrives in. Without --netns and --pod that
 /// is the one of this command where backends of the service listen there, else the only one where
@@ -37,11 +43,14 @@ Examples:
   balancer explain --from 10.0.0.7 --to 11800
   balancer explain --from 10.0.0.7:40001 --to 10.0.0.9:11800 -o json
   balancer explain --from 10.0.0.7 --to 11800 --netns blue
+  balancer explain --from 4711 --to 10.96.0.9:11800
+  balancer explain --from 10.244.1.7 --to 10.96.0.9:11800
   balancer explain --from 10.244.1.7 --to 11800 --pod skywalking/oap-0")]
 pub(super) struct Explain {
-    /// The client. Its port matters only while a backend uses SYN cookies
-    #[arg(long, value_name = "ADDR[:PORT]")]
-    from: From,
+    /// The client: its address, whose port matters only while a backend uses SYN cookies; or a
+    /// process or a pod of this node, for a connect() that it makes
+    #[arg(long, value_name = "ADDR[:PORT]|PID|POD")]
+    from: FromClient,
     /// What it connects to. The address matters where services or backends have addresses of their
     /// own
     #[arg(long, value_name = "[ADDR:]PORT")]
@@ -59,9 +68,12 @@ pub(super) struct Explain {
 
 impl Explain {
     pub(super) fn perform(&self, place: &Place) -> Result<ExitCode> {
-        let (from, to) = (self.from, self.to);
-        let syn = self.syn()?;
         let reader = place.reader()?;
+        if let Some(to) = self.connect(&reader)? {
+            return self.explain_connect(place, &reader, to);
+        }
+        let (from, to) = (self.from()?, self.to);
+        let syn = self.syn()?;
         let answer = self
             .choice(place, &reader)
             .and_then(|choice| reader.explain(&syn, choice))
@@ -86,15 +98,50 @@ impl Explain {
         }
     }
 
-    fn syn(&self) -> Result<Syn> {
-        let (from, to) = (self.from, self.to);
-        let fits = |to: IpAddr| to.is_ipv4() == from.address.is_ipv4();
-        if !to.address.is_none_or(fits) {
-            let message = format!(
-                "{from} and {to} are of two address families, and no connection has both: write two IPv4 or two IPv6 addresses, or the port alone after --to\n"
-            );
-            return Err(clap::Error::raw(ErrorKind::ArgumentConflict, message).into());
+    /// What a connect() that is asked about goes to; `None`: a SYN is asked about.
+    fn connect(&self, reader: &Reader) -> Result<Option<SocketAddr>> {
+        let names_place = self.netns.is_some() || self.pod.is_some();
+        match (&self.from, self.to.both()) {
+            (FromClient::Address(_), Some(to)) if !names_place && reader.is_frontend(to)? => {
+                Ok(Some(to))
+            }
+            (FromClient::Address(_), _) => Ok(None),
+            (client, Some(_)) if names_place => Err(conflict(&format!(
+                "a connect() of {client} is made where it is, and --netns and --pod say where a SYN arrives: leave them out, or write an address after --from\n"
+            ))),
+            (_, Some(to)) => Ok(Some(to)),
+            (client, None) => Err(conflict(&format!(
+                "a connect() of {client} goes to an address and a port: write both after --to, such as 10.96.0.9:11800\n"
+            ))),
         }
+    }
+
+    fn explain_connect(&self, place: &Place, reader: &Reader, to: SocketAddr) -> Result<ExitCode> {
+        let from = &self.from;
+        if let FromClient::Address(client) = from {
+            same_family(*client, self.to)?;
+        }
+        let explanation = client(from, place, reader)
+            .and_then(|client| reader.explain_connect(&client, to))
+            .with_context(|| format!("can't tell where a connect of {from} to {to} would go"))?;
+        self.output
+            .show(&connect::Json::new(from, to, &explanation), || {
+                connect::text(from, to, &explanation)
+            })?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The address of the client.
+    fn from(&self) -> Result<From> {
+        match &self.from {
+            FromClient::Address(from) => Ok(*from),
+            other => Err(conflict(&format!("{other} has no address here\n"))),
+        }
+    }
+
+    fn syn(&self) -> Result<Syn> {
+        let (from, to) = (self.from()?, self.to);
+        same_family(from, to)?;
         Ok(Syn {
             from: SocketAddr::new(from.address, from.port.unwrap_or(0)),
             to_address: to.address,
@@ -119,6 +166,37 @@ impl Explain {
             Some(Netns::Cookie(cookie)) => NetnsChoice::Cookie(*cookie),
             Some(Netns::File(path)) => NetnsChoice::Open(netns::open(path)?),
         })
+    }
+}
+
+/// Refuses ends of which no connection can be.
+fn same_family(from: From, to: To) -> Result<()> {
+    let fits = |to: IpAddr| to.is_ipv4() == from.address.is_ipv4();
+    if to.address.is_none_or(fits) {
+        return Ok(());
+    }
+    Err(conflict(&format!(
+        "{from} and {to} are of two address families, and no connection has both: write two IPv4 or two IPv6 addresses, or the port alone after --to\n"
+    )))
+}
+
+fn conflict(message: &str) -> anyhow::Error {
+    clap::Error::raw(ErrorKind::ArgumentConflict, message).into()
+}
+
+/// Who connects.
+fn client(from: &FromClient, place: &Place, reader: &Reader) -> Result<Client> {
+    match from {
+        FromClient::Address(from) => Client::with_address(from.address),
+        FromClient::Process(pid) => Client::of_process(*pid),
+        FromClient::Pod(pod) => {
+            let cluster = place.ask_for_cluster().with_context(|| {
+                format!("only a daemon knows the pod {pod}; write its address or one of its processes after --from")
+            })?;
+            let cookie = netns::netns_of_pod(&cluster, &reader.snapshot()?, pod)?;
+            let netns = reader.open_netns(cookie)?;
+            Ok(Client::in_netns(netns))
+        }
     }
 }
 

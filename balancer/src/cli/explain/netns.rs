@@ -147,6 +147,24 @@ pub(in crate::cli) fn pods(cluster: &ClusterStatus, snapshot: &Snapshot) -> Pods
 /// Pods by the cookies of their netns.
 pub(in crate::cli) type Pods = BTreeMap<u64, BTreeSet<ObjectName>>;
 
+/// The netns of a pod of this node that a service has.
+pub(super) fn netns_of_pod(
+    cluster: &ClusterStatus,
+    snapshot: &Snapshot,
+    pod: &ObjectName,
+) -> Result<u64> {
+    let here = pods(cluster, snapshot).into_iter();
+    let mut found = here.filter(|(_, pods)| pods.contains(pod));
+    let (cookie, _) = found.next().with_context(|| {
+        format!(
+            "the daemon of this node knows the network namespace of no pod {pod}: it knows those \
+             of services. Write the pod's address or the number of one of its processes after \
+             --from"
+        )
+    })?;
+    Ok(cookie)
+}
+
 /// The netns that a slot's listener is in.
 pub(super) fn netns_of(snapshot: &Snapshot, slot: u32) -> Option<u64> {
     let mut backends = snapshot

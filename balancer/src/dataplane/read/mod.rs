@@ -1,5 +1,6 @@
 //! What readers see without the daemon: snapshots of the maps, and explanations of decisions.
 
+pub mod connect;
 pub mod explain;
 pub mod placing;
 pub mod snapshot;
@@ -9,12 +10,15 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, bail};
 
+use self::connect::{Client, ConnectExplanation};
 use self::explain::{Answer, NetnsChoice, Syn};
 use self::snapshot::Snapshot;
 use super::down;
 use super::paths::Paths;
+use super::place_tables::frontend_key;
 use super::services;
 use super::tables::{Tables, check_maps};
+use crate::discover::OpenNetns;
 
 /// The pinned maps, for reading.
 pub struct Reader {
@@ -79,5 +83,33 @@ impl Reader {
     /// address to tell which service is meant.
     pub fn explain(&self, syn: &Syn, netns: NetnsChoice) -> Result<Answer> {
         explain::explain(&self.tables, &self.paths.current(), syn, netns)
+    }
+
+    /// Where a connect of a client of this node would go now, and why.
+    ///
+    /// # Errors
+    /// When a map or the socket table can't be read.
+    pub fn explain_connect(&self, client: &Client, to: SocketAddr) -> Result<ConnectExplanation> {
+        let snapshot = self.snapshot()?;
+        connect::explain(&self.tables.place, &self.paths, &snapshot, client, to)
+    }
+
+    /// Opens the netns with that cookie, in which a backend listens.
+    ///
+    /// # Errors
+    /// When it can't be found or entered, or the slots can't be read.
+    pub fn open_netns(&self, cookie: u64) -> Result<OpenNetns> {
+        let slots = self.tables.slots()?;
+        let members: Vec<_> = slots.iter().map(|view| &view.member).collect();
+        explain::open_netns(cookie, &members)
+    }
+
+    /// Whether an address is a frontend.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn is_frontend(&self, to: SocketAddr) -> Result<bool> {
+        let frontends = self.tables.place.frontends()?;
+        Ok(frontends.contains_key(&frontend_key(to)))
     }
 }

@@ -26,7 +26,7 @@ use crate::sys::clock;
 pub use self::answer::{
     Answer, Avoided, Explanation, ListeningBackend, SeveralNetns, Syn, Unsuited,
 };
-pub use self::netns::NetnsChoice;
+pub use self::netns::{NetnsChoice, open as open_netns};
 
 /// Says where a SYN would go; `directory` has the pins.
 pub fn explain(tables: &Tables, directory: &Path, syn: &Syn, netns: NetnsChoice) -> Result<Answer> {

@@ -106,7 +106,8 @@ fn cookies(members: &[&Member]) -> BTreeSet<u64> {
     members.iter().map(|member| member.backend.netns).collect()
 }
 
-fn open(cookie: u64, all: &[&Member]) -> Result<OpenNetns> {
+/// Opens a netns by its cookie. `all` are the listeners of all services.
+pub fn open(cookie: u64, all: &[&Member]) -> Result<OpenNetns> {
     let listened = all.iter().map(|member| &member.backend);
     let listened = listened.filter(|backend| backend.netns == cookie);
     let thread = |pid, tid| Place::Thread(Thread { pid, tid });
