@@ -240,6 +240,10 @@ pub fn run(options: &Options) -> Report {
         checks.push(loaded::counts(&loaded.snapshot.daemon));
         checks.push(loaded::older_connections(&loaded.snapshot.services));
         checks.push(loaded::health(&loaded.snapshot.services));
+        checks.extend(loaded::placing(
+            &options.state_dir,
+            &loaded.snapshot.placing,
+        ));
         checks.extend(loaded::counted_cgroup(&options.state_dir));
     }
     if let Some(kubernetes) = config.and_then(|config| config.kubernetes.as_ref()) {

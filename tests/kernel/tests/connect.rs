@@ -90,7 +90,9 @@ fn links(balancer: &Balancer) -> Vec<String> {
             .to_string_lossy()
             .into_owned()
     });
-    names.filter(|name| name.starts_with("place_")).collect()
+    names
+        .filter(|name| name.starts_with("link_place_"))
+        .collect()
 }
 
 #[test]
@@ -221,7 +223,7 @@ fn a_reload_adds_and_removes_endpoints_without_losing_counts() {
         assert!(balancer.must(&["status"]).contains("is removed"));
         drop(clients);
         for server in &mut servers {
-            drop(server.established());
+            server.established();
         }
         eventually(SETTLES_WITHIN, || {
             let left = group(&balancer).endpoints.len();
@@ -287,7 +289,7 @@ fn a_file_without_connect_detaches_and_unload_leaves_nothing() {
         assert_eq!(agree(&balancer, &mut servers), [2, 2], "still counted");
         drop(clients);
         for server in &mut servers {
-            drop(server.established());
+            server.established();
         }
         eventually(SETTLES_WITHIN, || {
             let left = balancer.status().placing;
@@ -303,5 +305,69 @@ fn a_file_without_connect_detaches_and_unload_leaves_nothing() {
         assert!(!balancer.is_loaded());
         assert!(tcp::connect(at(FRONTEND)).is_refused());
         drop(clients);
+    });
+}
+
+#[test]
+fn explain_says_which_endpoint_the_next_connect_gets() {
+    Machine::with(|machine| {
+        let _servers = servers(3);
+        let balancer = Balancer::start(machine, &file(3));
+        let pid = std::process::id().to_string();
+        let mut clients = connect(7);
+        for from in ["127.0.0.1", "127.0.0.1:40001"].into_iter().cycle().take(9) {
+            let asked = ["explain", "--from", from, "--to", FRONTEND, "-o", "json"];
+            let json = balancer.must(&asked);
+            let said: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+            assert_eq!(said["reason"], "placed", "{json}");
+            assert_eq!(
+                said["candidates"].as_array().map(Vec::len),
+                Some(3),
+                "{json}"
+            );
+            let totals = |group: &EndpointGroup| -> Vec<u64> {
+                group.endpoints.iter().map(|one| one.total).collect()
+            };
+            let before = group(&balancer);
+            clients.extend(connect(1));
+            let after = group(&balancer);
+            let (before_all, after_all) = (totals(&before), totals(&after));
+            let went = (0..3).find(|n| before_all[*n] != after_all[*n]);
+            let went = &after.endpoints[went.expect("it went somewhere")].name;
+            assert_eq!(said["endpoint"]["name"], went.as_str(), "{json}");
+        }
+        let text = balancer.must(&["explain", "--from", "127.0.0.1", "--to", FRONTEND]);
+        for words in [
+            "it goes to 127.0.0.1",
+            "group    agents",
+            "CANDIDATE",
+            "connections of this node",
+        ] {
+            assert!(text.contains(words), "{words}\n{text}");
+        }
+        let other = balancer.must(&["explain", "--from", &pid, "--to", "127.0.0.9:11801"]);
+        assert!(other.contains("is no frontend"), "{other}");
+        let finished = balancer.verb(&["explain", "--from", &pid, "--to", "11800"]);
+        assert_eq!(finished.code, 2, "{}", finished.stderr);
+        let gone = balancer.verb(&["explain", "--from", "4194303", "--to", FRONTEND]);
+        assert!(
+            gone.stderr.contains("there is no process 4194303"),
+            "{}",
+            gone.stderr
+        );
+    });
+}
+
+#[test]
+fn explain_names_a_sidecar() {
+    Machine::with(|machine| {
+        let _servers = servers(2);
+        let balancer = Balancer::start(machine, &file(2));
+        let _sidecar = Listen::on("127.0.0.1:15001").open();
+        let text = balancer.must(&["explain", "--from", "127.0.0.1", "--to", FRONTEND]);
+        assert!(text.contains("sidecar: a sidecar captures"), "{text}");
+        assert!(tcp::connect(at(FRONTEND)).is_refused());
+        let verdicts = group(&balancer).verdicts;
+        assert_eq!(verdicts["sidecar"], 1, "{verdicts:?}");
     });
 }

@@ -30,8 +30,8 @@ use crate::{
 /// Decides as the kernel would, by the same rules, on the state of this moment.
 ///
 /// Where --to is a frontend, an address whose connects this node places, the answer is about a
-/// connect() on this node: which endpoint it goes to. It is that, too, where --from is the number of
-/// a process or a pod, NAMESPACE/NAME. Nothing is drawn for it. With --netns or --pod, and else, the
+/// connect on this node: which endpoint it goes to. It is that, too, where --from is the number of a
+/// process or a pod, NAMESPACE/NAME. Nothing is drawn for it. With --netns or --pod, and else, the
 /// answer is about a SYN that arrives here.
 ///
 /// A SYN is looked at in the network namespace that it arrives in. Without --netns and --pod that
@@ -48,7 +48,7 @@ Examples:
   balancer explain --from 10.244.1.7 --to 11800 --pod skywalking/oap-0")]
 pub(super) struct Explain {
     /// The client: its address, whose port matters only while a backend uses SYN cookies; or a
-    /// process or a pod of this node, for a connect() that it makes
+    /// process or a pod of this node, for a connect that it makes
     #[arg(long, value_name = "ADDR[:PORT]|PID|POD")]
     from: FromClient,
     /// What it connects to. The address matters where services or backends have addresses of their
@@ -98,7 +98,7 @@ impl Explain {
         }
     }
 
-    /// What a connect() that is asked about goes to; `None`: a SYN is asked about.
+    /// What a connect that is asked about goes to; `None`: a SYN is asked about.
     fn connect(&self, reader: &Reader) -> Result<Option<SocketAddr>> {
         let names_place = self.netns.is_some() || self.pod.is_some();
         match (&self.from, self.to.both()) {

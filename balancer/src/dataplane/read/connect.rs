@@ -188,7 +188,7 @@ fn left_alone(
     netns: Option<&OpenNetns>,
     to: SocketAddr,
 ) -> Result<Option<PlaceReason>> {
-    if !snapshot.daemon.alive {
+    if !snapshot.daemon.refuses {
         return Ok(Some(PlaceReason::Stale));
     }
     if group.known_for.is_some_and(|left| left.is_zero()) {
