@@ -1,8 +1,8 @@
 //! The endpoints in the maps: which frontends lead to which of them, and what is known of these.
 //!
 //! Readers in the kernel never see half of it. What goes is taken out first: frontends, then bits.
-//! What comes is written from the other end: an endpoint before its bit, frontends last. An endpoint
-//! that leaves keeps its element until no connection is counted on it any more.
+//! What comes is written from the other end: an endpoint before its bit, frontends last. An
+//! endpoint that leaves keeps its element until no connection is counted on it any more.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
@@ -170,7 +170,8 @@ impl Endpoints {
         Ok(assigned)
     }
 
-    /// Lets the kernel half choose by the plan. `known` is for each group, in the order of the plan.
+    /// Lets the kernel half choose by the plan. `known` is for each group, in the order of the
+    /// plan.
     ///
     /// # Errors
     /// When a map can't be changed.
