@@ -30,8 +30,8 @@ use crate::{
 /// Decides as the kernel would, by the same rules, on the state of this moment.
 ///
 /// Where --to is a frontend, an address whose connects this node places, the answer is about a
-/// connect on this node: which endpoint it goes to. It is that, too, where --from is the number of a
-/// process or a pod, NAMESPACE/NAME. Nothing is drawn for it. With --netns or --pod, and else, the
+/// connect on this node: which endpoint it goes to. So it is where --from is the number of a
+/// process, or a pod, NAMESPACE/NAME. Nothing is drawn for it. With --netns or --pod, and else, the
 /// answer is about a SYN that arrives here.
 ///
 /// A SYN is looked at in the network namespace that it arrives in. Without --netns and --pod that
