@@ -14,7 +14,7 @@ use crate::{
         ServerSnapshot, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
-    kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName},
+    kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName, PlacingStatus},
 };
 
 fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> BackendSnapshot {
@@ -1439,6 +1439,7 @@ fn cluster() -> ClusterStatus {
                 backend("oap-2", "node-2", Some(0)),
             ],
         }],
+        placing: PlacingStatus::default(),
     }
 }
 

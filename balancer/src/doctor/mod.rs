@@ -250,6 +250,7 @@ pub fn run(options: &Options) -> Report {
         checks.extend(cluster::checks(kubernetes));
     }
     checks.extend(options.cluster.as_ref().map(cluster::problems));
+    checks.extend(options.cluster.as_ref().and_then(cluster::placing));
     checks.extend((loaded.as_ref()).and_then(|loaded| cluster::translated(&loaded.snapshot)));
 
     // In a cluster the file names no addresses: the loaded data plane knows them.

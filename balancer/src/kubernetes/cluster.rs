@@ -79,6 +79,7 @@ impl Known {
             view.zone = self.own_node.zone();
         }
         view.rank = self.fleet.rank();
+        view.daemons = self.fleet.daemons();
         let overdue = self.echo.overdue(written);
         if !overdue.is_zero() {
             view.silent_for = view.silent_for.max(overdue);

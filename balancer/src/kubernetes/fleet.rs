@@ -12,10 +12,12 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::core::PartialObjectMeta;
 use kube::{Api, Client, ResourceExt};
+use tokio::time::Instant;
 
 use super::client::jitter;
 use super::daemon_set::{OwnDaemonSet, OwnPod, owner};
 use super::identity::Identity;
+use super::status::DaemonsStatus;
 
 /// With more daemons than this the rank follows from the node's name: among so many, ranks that are
 /// not quite even do no harm, and their lists would cost the API server too much.
@@ -29,6 +31,9 @@ const OF_REVISION: [&str; 2] = ["controller-revision-hash", "pod-template-genera
 /// The rank of this node, and of how many: from 0.
 type Rank = (u32, u32);
 
+/// How many nodes should have a daemon, and have one that is ready.
+type Numbers = (u32, u32);
+
 /// What is known of the other daemons.
 pub(crate) struct Fleet {
     known: Mutex<Known>,
@@ -37,8 +42,9 @@ pub(crate) struct Fleet {
 #[derive(Clone, Copy, Debug)]
 struct Known {
     rank: Rank,
-    /// How many nodes should have a daemon; 0: not known.
-    nodes: u32,
+    /// How many nodes should have a daemon, how many have one that is ready, and when that was
+    /// asked; `None`: not known.
+    daemons: Option<(u32, u32, Instant)>,
 }
 
 impl Fleet {
@@ -46,7 +52,7 @@ impl Fleet {
     pub(crate) fn new(node: &str) -> Arc<Self> {
         let known = Known {
             rank: rank_by_name(node),
-            nodes: 0,
+            daemons: None,
         };
         Arc::new(Self {
             known: Mutex::new(known),
@@ -60,7 +66,17 @@ impl Fleet {
 
     /// How many nodes should have a daemon; 0: not known.
     pub(crate) fn nodes(&self) -> u32 {
-        self.known().nodes
+        self.known().daemons.map_or(0, |(wanted, _, _)| wanted)
+    }
+
+    /// How many nodes should have a daemon, and have one that is ready.
+    pub(crate) fn daemons(&self) -> Option<DaemonsStatus> {
+        let (wanted, ready, at) = self.known().daemons?;
+        Some(DaemonsStatus {
+            wanted,
+            ready,
+            seconds_ago: at.elapsed().as_secs(),
+        })
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -78,9 +94,10 @@ impl Fleet {
         let (node, namespace) = (identity.node, identity.namespace);
         loop {
             match known(&client, &namespace, &own).await {
-                Ok((nodes, rank)) => {
+                Ok((numbers, rank)) => {
                     let rank = rank.unwrap_or_else(|| rank_by_name(&node));
-                    *self.known() = Known { rank, nodes };
+                    let daemons = numbers.map(|(wanted, ready)| (wanted, ready, Instant::now()));
+                    *self.known() = Known { rank, daemons };
                 }
                 Err(error) => {
                     tracing::debug!("how many daemons there are cannot be asked: {error}");
@@ -92,29 +109,31 @@ impl Fleet {
     }
 }
 
-/// How many nodes should have a daemon, and the rank of this one, where they are few.
+/// How many nodes should have a daemon and have one, and the rank of this one, where they are few.
 async fn known(
     client: &Client,
     namespace: &str,
     own: &OwnPod,
-) -> kube::Result<(u32, Option<Rank>)> {
+) -> kube::Result<(Option<Numbers>, Option<Rank>)> {
     let Some(set) = &own.daemon_set else {
-        return Ok((1, None));
+        return Ok((None, None));
     };
     let sets = Api::<DaemonSet>::namespaced(client.clone(), namespace);
     let named = ListParams::default().fields(&format!("metadata.name={set}"));
     let found = sets.list(&named).await?.items.pop();
-    let nodes = found.and_then(|set| set.status).map_or(0, |status| {
-        u32::try_from(status.desired_number_scheduled).unwrap_or_default()
+    let number = |count: i32| u32::try_from(count).unwrap_or_default();
+    let numbers = found.and_then(|set| set.status).map(|status| {
+        let wanted = number(status.desired_number_scheduled);
+        (wanted, number(status.number_ready))
     });
-    if nodes > MOST_LISTED {
-        return Ok((nodes, None));
+    if numbers.is_some_and(|(wanted, _)| wanted > MOST_LISTED) {
+        return Ok((numbers, None));
     }
     let pods = Api::<PartialObjectMeta<Pod>>::namespaced(client.clone(), namespace);
     let of_set = ListParams::default()
         .labels(&selector(own))
         .limit(MOST_LISTED * 2);
-    Ok((nodes, rank_among(own, &pods.list(&of_set).await?.items)))
+    Ok((numbers, rank_among(own, &pods.list(&of_set).await?.items)))
 }
 
 /// The labels that the pods of a `DaemonSet` have in common.

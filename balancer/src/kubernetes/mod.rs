@@ -32,7 +32,10 @@ pub use model::{
     Demand, Endpoint, GroupId, NodeReport, ObjectName, Offered, Peak, ReceivedReport,
     RefusedSource, ReportedBackend, ReportedHealth, SCHEMA, STALE, ServicePort, Traffic, View,
 };
-pub use status::{BackendStatus, ClusterStatus, GroupStatus, PodHealth};
+pub use status::{
+    BackendStatus, ClusterStatus, DaemonsStatus, GroupStatus, PlacedService, PlacingStatus,
+    PodHealth,
+};
 pub use survey::{Survey, SurveyedDaemon, SurveyedReport, installed_config, survey};
 #[doc(hidden)]
 pub use watch::{node_reports::parse_text as parse_report, slices::groups_beside_slice};

@@ -8,6 +8,8 @@ use std::time::Duration;
 use kube::Resource;
 use serde::{Deserialize, Serialize};
 
+use super::status::DaemonsStatus;
+
 /// The name of an object with its namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ObjectName {
@@ -116,6 +118,8 @@ pub struct Traffic {
     pub left_alone: bool,
     /// Preferably to near pods (`trafficDistribution`, or the annotation for topology).
     pub near: bool,
+    /// It can be reached from outside as well: node ports, load balancers, external addresses.
+    pub outside: bool,
 }
 
 /// The connections that pods keep, for one service entry.
@@ -152,6 +156,8 @@ pub struct View {
     pub zone: Option<String>,
     /// The rank of this node among those with a daemon, from 0, and how many they are.
     pub rank: (u32, u32),
+    /// How many nodes should have a daemon and have one, as far as is known.
+    pub daemons: Option<DaemonsStatus>,
     /// The last report of each node, this node's own among them.
     pub nodes: BTreeMap<String, ReceivedReport>,
 }

@@ -1,6 +1,6 @@
 //! What `status --cluster` shows: the cluster as one daemon knows it.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,48 @@ pub struct ClusterStatus {
     pub problems: Vec<String>,
     /// The backend groups.
     pub groups: Vec<GroupStatus>,
+    /// How connects to the Services are placed.
+    pub placing: PlacingStatus,
+}
+
+/// How connects to the Services are placed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlacingStatus {
+    /// Whether the asked node places.
+    pub on: bool,
+    /// The daemons of the `DaemonSet`; `null`: not known.
+    pub daemons: Option<DaemonsStatus>,
+    /// The Services' ports.
+    pub services: Vec<PlacedService>,
+}
+
+/// How many nodes have a daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DaemonsStatus {
+    /// Nodes that the `DaemonSet` selects.
+    pub wanted: u32,
+    /// Those whose daemon is ready.
+    pub ready: u32,
+    /// How long ago that was asked, in seconds.
+    pub seconds_ago: u64,
+}
+
+/// A Service's port as its clients see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlacedService {
+    /// The service entry.
+    pub entry: String,
+    /// The Kubernetes Service.
+    pub service: ObjectName,
+    /// What clients connect to.
+    pub frontends: Vec<SocketAddr>,
+    /// Whether connects to these are placed on the asked node.
+    pub placed: bool,
+    /// What is to be known of it, a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// A backend group: its quotas, and its pods on all nodes.

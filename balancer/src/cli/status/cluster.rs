@@ -7,7 +7,9 @@ use balancer_common::abi::HealthState;
 use crate::{
     cli::output::{Column, or, span, table, wrapped},
     health::in_words,
-    kubernetes::{BackendStatus, ClusterStatus, GroupStatus, PodHealth},
+    kubernetes::{
+        BackendStatus, ClusterStatus, GroupStatus, PlacedService, PlacingStatus, PodHealth,
+    },
 };
 
 /// An older node report is marked, in seconds: its daemon or its node may be gone.
@@ -21,6 +23,10 @@ pub(super) fn text(status: &ClusterStatus) -> String {
     for group in &status.groups {
         text += "\n";
         text += &group_text(group);
+    }
+    if !status.placing.services.is_empty() {
+        text += "\n";
+        text += &placing_text(&status.placing);
     }
     if status.complete && status.groups.is_empty() {
         text += "\nNo Service is found that the configuration asks for: see `kubectl get services -A --show-labels`.\n";
@@ -42,6 +48,47 @@ fn api(status: &ClusterStatus) -> String {
             span(Duration::from_secs(seconds))
         ),
     }
+}
+
+/// Where connects of clients go, and who sees to that.
+fn placing_text(placing: &PlacingStatus) -> String {
+    let mut words = if placing.on {
+        "on for the clients of this node".to_owned()
+    } else {
+        "off on this node (`place: off`)".to_owned()
+    };
+    if let Some(daemons) = placing.daemons {
+        let ago = span(Duration::from_secs(daemons.seconds_ago));
+        words += &format!(
+            "; {} of the {} nodes that the DaemonSet selects had a daemon that is ready {ago} ago",
+            daemons.ready, daemons.wanted
+        );
+    }
+    let mut text = wrapped("Placing: ", &words);
+    for service in &placing.services {
+        for note in &service.notes {
+            text += &wrapped("  - ", &format!("{}: {note}", service.service));
+        }
+    }
+    let column = |heading, cell: &dyn Fn(&PlacedService) -> String| Column {
+        heading,
+        cells: placing.services.iter().map(cell).collect(),
+    };
+    let frontends = |service: &PlacedService| match &service.frontends[..] {
+        [] => "-".to_owned(),
+        frontends => {
+            let frontends = frontends.iter().map(ToString::to_string);
+            frontends.collect::<Vec<_>>().join(", ")
+        }
+    };
+    let placed = |service: &PlacedService| if service.placed { "yes" } else { "no" }.to_owned();
+    let columns = vec![
+        column("ENTRY", &|service| service.entry.clone()),
+        column("SERVICE", &|service| service.service.to_string()),
+        column("CLIENTS CONNECT TO", &frontends),
+        column("PLACED", &placed),
+    ];
+    text + &table(columns, &["ENTRY"])
 }
 
 fn group_text(group: &GroupStatus) -> String {
@@ -176,7 +223,7 @@ fn age(backend: &BackendStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kubernetes::{GroupId, ObjectName};
+    use crate::kubernetes::{DaemonsStatus, GroupId, ObjectName};
 
     fn name(namespace: &str, name: &str) -> ObjectName {
         ObjectName {
@@ -205,6 +252,24 @@ mod tests {
         }
     }
 
+    fn placing() -> PlacingStatus {
+        PlacingStatus {
+            on: true,
+            daemons: Some(DaemonsStatus {
+                wanted: 100,
+                ready: 97,
+                seconds_ago: 130,
+            }),
+            services: vec![PlacedService {
+                entry: "agents".to_owned(),
+                service: name("skywalking", "skywalking-oap"),
+                frontends: vec![([10, 96, 0, 7], 11800).into()],
+                placed: true,
+                notes: Vec::new(),
+            }],
+        }
+    }
+
     fn status(backends: Vec<BackendStatus>) -> ClusterStatus {
         ClusterStatus {
             schema: 1,
@@ -212,6 +277,7 @@ mod tests {
             complete: true,
             silent_seconds: 0,
             problems: Vec::new(),
+            placing: placing(),
             groups: vec![GroupStatus {
                 id: GroupId {
                     entry: "agents".to_owned(),
@@ -240,6 +306,24 @@ mod tests {
             examples.contains(&shown),
             "docs/kubernetes.md lacks:\n{shown}"
         );
+    }
+
+    #[test]
+    fn whose_connects_are_not_placed_is_said() {
+        let mut status = status(vec![backend(1, 70, 0)]);
+        status.placing.on = false;
+        status.placing.daemons = None;
+        let service = &mut status.placing.services[0];
+        service.placed = false;
+        service.notes = vec!["sessionAffinity is ClientIP".to_owned()];
+        let shown = text(&status);
+        for words in [
+            "Placing: off on this node (`place: off`)",
+            "- skywalking/skywalking-oap: sessionAffinity",
+            "10.96.0.7:11800     no",
+        ] {
+            assert!(shown.contains(words), "{words:?} is not in:\n{shown}");
+        }
     }
 
     #[test]

@@ -165,6 +165,11 @@ fn traffic(service: &Service, spec: &ServiceSpec) -> Traffic {
         affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
         left_alone: is_off(annotations),
         near: spec.traffic_distribution.is_some() || matches!(mode, Some("Auto" | "auto")),
+        outside: matches!(spec.type_.as_deref(), Some("NodePort" | "LoadBalancer"))
+            || spec
+                .external_ips
+                .as_ref()
+                .is_some_and(|ips| !ips.is_empty()),
     }
 }
 
@@ -279,12 +284,13 @@ mod tests {
         assert_eq!(traffic(json!({}), usual), Traffic::default());
         assert_eq!(traffic(json!({PLACE: "on"}), json!({})), Traffic::default());
         let special = json!({"internalTrafficPolicy": "Local", "sessionAffinity": "ClientIP",
-            "trafficDistribution": "PreferClose"});
+            "trafficDistribution": "PreferClose", "type": "NodePort"});
         let expected = Traffic {
             own_node_only: true,
             affinity: true,
             left_alone: true,
             near: true,
+            outside: true,
         };
         assert_eq!(traffic(json!({PLACE: "off"}), special), expected);
         assert!(traffic(json!({TOPOLOGY: "Auto"}), json!({})).near);

@@ -380,7 +380,7 @@ impl KubernetesMode {
     /// When the slots can't be read.
     pub fn status(&self, writer: &Writer) -> Result<ClusterStatus> {
         let own = self.node_report(&writer.tables.slots()?);
-        let mut status = report::cluster_status(&self.view, &own, &self.quotas);
+        let mut status = report::cluster_status(&self.view, &own, &self.quotas, self.config.place);
         status.problems.extend(self.complaints.sentences().cloned());
         Ok(status)
     }

@@ -62,6 +62,44 @@ pub fn why_not_placed(port: &ServicePort) -> Option<&'static str> {
     }
 }
 
+/// What is to be known of how a Service's clients are placed, a sentence each.
+pub fn notes(port: &ServicePort, zone: Option<&str>) -> Vec<String> {
+    let traffic = &port.traffic;
+    if port.frontends.is_empty() {
+        return vec![
+            "it has no cluster address: its clients connect to the pods' own, and choose themselves"
+                .to_owned(),
+        ];
+    }
+    let mut notes: Vec<String> = why_not_placed(port)
+        .map(str::to_owned)
+        .into_iter()
+        .collect();
+    if traffic.own_node_only {
+        notes.push(
+            "internalTrafficPolicy is Local: clients only get pods of their own node, and are left \
+             to kube-proxy where there is none"
+                .to_owned(),
+        );
+    } else if traffic.near {
+        let zone = zone.map_or_else(
+            || "the zone of this node is not known".to_owned(),
+            |zone| format!("this node is in zone {zone}"),
+        );
+        notes.push(format!(
+            "it prefers near pods: these come first while they hold no more than a fifth above their \
+             share ({zone})"
+        ));
+    }
+    if traffic.outside {
+        notes.push(
+            "who comes through its node ports, load balancer or external addresses is not placed"
+                .to_owned(),
+        );
+    }
+    notes
+}
+
 fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
     let considered = considered(port, client.node);
     let total = |target: &Target| totals.get(&(target.0.uid.clone(), target.1)).copied();

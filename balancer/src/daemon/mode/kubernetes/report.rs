@@ -7,11 +7,12 @@ use std::time::Duration;
 use balancer_common::abi::ticks;
 
 use super::group_quotas::GroupQuotas;
+use super::placing::{notes, why_not_placed};
 use super::pod_resolver::{Groups, PodResolver};
 use crate::dataplane::SlotView;
 use crate::kubernetes::{
     BackendStatus, ClusterStatus, Endpoint, GroupId, GroupStatus, MOST_SECONDS_AGO, NodeReport,
-    PodHealth, ReportedBackend, ReportedHealth, SCHEMA, View,
+    PlacedService, PlacingStatus, PodHealth, ReportedBackend, ReportedHealth, SCHEMA, View,
 };
 use crate::quota::{SHARE_GONE_AFTER, are_too_many};
 use crate::sys::clock;
@@ -65,8 +66,13 @@ pub fn reported(
     })
 }
 
-/// What `status --cluster` shows; `own` is the report of this node.
-pub fn cluster_status(view: &View, own: &NodeReport, quotas: &GroupQuotas) -> ClusterStatus {
+/// What `status --cluster` shows; `own` is the report of this node, which places or does not.
+pub fn cluster_status(
+    view: &View,
+    own: &NodeReport,
+    quotas: &GroupQuotas,
+    places: bool,
+) -> ClusterStatus {
     let groups = view.groups.iter().map(|(id, endpoints)| GroupStatus {
         id: id.clone(),
         sentence: quotas.sentence(id).unwrap_or("not computed yet").to_owned(),
@@ -85,6 +91,11 @@ pub fn cluster_status(view: &View, own: &NodeReport, quotas: &GroupQuotas) -> Cl
             .chain(unfit(view, own))
             .collect(),
         groups: groups.collect(),
+        placing: PlacingStatus {
+            on: places,
+            daemons: view.daemons,
+            services: placed_services(view, places),
+        },
     }
 }
 
@@ -116,6 +127,19 @@ fn first_few(nodes: &[&str]) -> String {
         shown += ", …";
     }
     format!("{} nodes ({shown})", nodes.len())
+}
+
+fn placed_services(view: &View, places: bool) -> Vec<PlacedService> {
+    let ports = view.ports.iter();
+    ports
+        .map(|port| PlacedService {
+            entry: port.entry.clone(),
+            service: port.service.clone(),
+            frontends: port.frontends.clone(),
+            placed: places && !port.frontends.is_empty() && why_not_placed(port).is_none(),
+            notes: notes(port, view.zone.as_deref()),
+        })
+        .collect()
 }
 
 /// The pods of a group, and which of them have lost their share of a computed quota.

@@ -212,3 +212,31 @@ fn hints_count_where_all_have_them_and_one_is_for_this_node_or_its_zone() {
     assert_eq!(weights(&of_node, NODE), [0, 1], "the node's come first");
     assert_eq!(weights(&of_node, nowhere), [0, 1]);
 }
+
+#[test]
+fn what_a_services_settings_mean_for_its_clients_is_said() {
+    let said = |change: fn(&mut ServicePort)| {
+        let mut port = port(&[pod("a")]);
+        change(&mut port);
+        notes(&port, Some("z1"))
+    };
+    assert_eq!(said(|_| ()), Vec::<String>::new());
+    let cases: [(fn(&mut ServicePort), &str); 5] = [
+        (
+            |port| port.traffic.affinity = true,
+            "sessionAffinity is ClientIP",
+        ),
+        (
+            |port| port.traffic.own_node_only = true,
+            "internalTrafficPolicy is Local",
+        ),
+        (|port| port.traffic.near = true, "this node is in zone z1"),
+        (|port| port.traffic.outside = true, "node ports"),
+        (|port| port.frontends.clear(), "no cluster address"),
+    ];
+    for (change, words) in cases {
+        let said = said(change);
+        assert_eq!(said.len(), 1, "{said:?}");
+        assert!(said[0].contains(words), "{words}: {said:?}");
+    }
+}
