@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use nix::errno::Errno;
+
 use super::cgroups::below;
 use super::pods::pod_of_directory;
 use crate::sys::limits::present;
@@ -47,9 +49,16 @@ fn look(
 
 /// The netns of the first process of a cgroup that can be looked at.
 fn netns_of(cgroup: &Path) -> io::Result<Option<u64>> {
-    let processes = present(fs::read_to_string(cgroup.join("cgroup.procs")))?;
+    let list = |file: &str| present(fs::read_to_string(cgroup.join(file)));
+    let tasks = match list("cgroup.procs") {
+        // A threaded cgroup has only threads (`cgroup_procs_start`, kernel/cgroup/cgroup.c).
+        Err(error) if error.raw_os_error() == Some(Errno::EOPNOTSUPP as i32) => {
+            list("cgroup.threads")?
+        }
+        tasks => tasks?,
+    };
     // 0: a process of another process namespace than the daemon's.
-    for pid in processes.iter().flat_map(|list| list.lines()) {
+    for pid in tasks.iter().flat_map(|list| list.lines()) {
         let path = PathBuf::from(format!("/proc/{pid}/ns/net"));
         if let Some(file) = present(netns::open(&path))? {
             return netns::cookie_of(&file).map(Some);

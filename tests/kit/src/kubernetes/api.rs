@@ -380,7 +380,7 @@ impl ApiServer {
             "--authorization-mode=Node,RBAC",
             "--enable-admission-plugins=NodeRestriction",
             "--allow-privileged",
-            "--service-cluster-ip-range=10.96.0.0/16",
+            "--service-cluster-ip-range=10.96.0.0/16,fd00:96::/112",
             "--profiling=false",
         ]);
         api

@@ -40,7 +40,7 @@ impl UnfitMode {
 
     /// What `status --cluster` shows.
     pub fn status(&self) -> ClusterStatus {
-        report::cluster_status(&view(&self.api), &self.own, &GroupQuotas::new())
+        report::cluster_status(&view(&self.api), &self.own, &GroupQuotas::new(), false)
     }
 
     /// Why no daemon will follow this one; `None`: one will, or it is not known.

@@ -155,11 +155,26 @@ pub fn by_pods(product: &Product) -> Value {
     values(product, "pods", &quota, HOLD_FOR)
 }
 
+/// The chart's values with everybody placed, or nobody, while the total is what is observed.
+pub fn placing(product: &Product, place: &str) -> Value {
+    let quota = json!({"observed": "10m", "headroom": format!("{HEADROOM}%")});
+    let mut values = values(
+        product,
+        &format!("place-{place}"),
+        &quota,
+        Duration::from_secs(300),
+    );
+    values["config"]["place"] = json!(place);
+    values
+}
+
 fn values(product: &Product, annotation: &str, quota: &Value, hold_for: Duration) -> Value {
     let mut values = product.values(&json!({
         // Which Services is left to the default: those of SkyWalking's chart.
         "services": {ENTRY: {"port": "grpc", "quota": quota}},
         "holdFor": format!("{}s", hold_for.as_secs()),
+        // What quotas alone do, until the step that places.
+        "place": "off",
     }));
     values["podAnnotations"] = json!({"scenario": annotation});
     values

@@ -6,6 +6,7 @@ mod daemons;
 mod every_node;
 pub mod install;
 mod node;
+mod place;
 mod pods;
 pub mod uninstall;
 mod without;
@@ -28,6 +29,7 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         pods::run,
         api::run,
         node::run,
+        place::run,
         uninstall::run,
         every_node::run,
     ] {

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use testkit::scenario::{Check, Report};
+use anyhow::{Context, Result, ensure};
+use testkit::scenario::{Check, Report, interrupt};
 
 use crate::checks::{PODS_START_WITHIN, wait};
 use crate::daemons::Way;
@@ -62,6 +62,20 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     })?;
     fixture.counts_are_true(report, "8 node back", Way::Exec)?;
     fixture.views_agree(report, "8 node back")
+}
+
+/// Waits until Kubernetes has given the node up that was killed: no pod of it is an endpoint.
+pub fn wait_given_up(fixture: &mut Fixture) -> Result<()> {
+    fixture.look()?;
+    let alive = fixture.oaps.iter().filter(|oap| oap.node != VICTIM).count();
+    let deadline = Instant::now() + GIVEN_UP_WITHIN;
+    // Pods that stand in for those of the dead node may come before the last look.
+    while endpoints(fixture)? > alive.max(1) {
+        ensure!(Instant::now() < deadline, "{VICTIM} is not given up");
+        interrupt::pause(Duration::from_millis(200))?;
+        fixture.look()?;
+    }
+    Ok(())
 }
 
 /// A node that is deleted takes the pod of its daemon along, and that its report.

@@ -1,0 +1,202 @@
+//! 9: connects go to the OAP that should have them, and nobody is refused by a quota.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use testkit::scenario::{Check, Report};
+
+use super::{node, without};
+use crate::checks::{PODS_START_WITHIN, wait};
+use crate::clients::{Clients, Mark};
+use crate::daemons::Way;
+use crate::fixture::{Fixture, slashed, unevenness};
+use crate::layout::{self, NODES, OAPS, REPLICAS, VICTIM, WORKLOADS};
+use crate::oaps::Held;
+
+/// No client may be without a connection for longer: it has one refused connect at the most, where
+/// an OAP ends in that moment, and pauses for a second.
+const WITHOUT: Duration = Duration::from_secs(5);
+/// Who meets a dead node waits for its connect to end, which takes a client five seconds. The next
+/// one goes elsewhere; where it was told to avoid the node while it was on its way there, once more.
+const WITHOUT_ON_DEAD_NODE: Duration = Duration::from_secs(12);
+/// The fullest OAP may have so many times the mean,
+const EVEN: f64 = 1.05;
+/// or so many more than the emptiest.
+const FEW: u32 = 2;
+/// Clients that connect within so long.
+const COME_WITHIN: Duration = Duration::from_secs(3);
+
+/// What was there before something happened.
+struct Before {
+    mark: Mark,
+    over_quota: u64,
+}
+
+pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+    switch(fixture, report, "on")?;
+    event(fixture, report, "9 all come anew", WITHOUT, come_anew)?;
+    event(
+        fixture,
+        report,
+        "9 OAPs restarted",
+        WITHOUT,
+        without::restart,
+    )?;
+    event(fixture, report, "9 3 OAPs", WITHOUT, |fixture| {
+        to(fixture, 3)
+    })?;
+    to(fixture, REPLICAS)?;
+    event(
+        fixture,
+        report,
+        "9 4 OAPs, all come anew",
+        WITHOUT,
+        come_anew,
+    )?;
+    let step = format!("9 {VICTIM} killed");
+    event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
+    fixture.cluster.kubernetes.start_node(VICTIM);
+    fixture.daemons_ready(report, "9 node back", &BTreeSet::new())?;
+    fixture.wait_oaps(REPLICAS)?;
+    switch(fixture, report, "off")?;
+    let told = standin::now();
+    come_anew(fixture)?;
+    fixture.reconnected(told)?;
+    fixture.all_connected(report, "9 place off, all come anew")?;
+    tell_spread(fixture, report, "9 place off, all come anew")
+}
+
+/// Puts the chart's `config.place` in force, and waits until every daemon says so.
+fn switch(fixture: &mut Fixture, report: &mut Report, place: &str) -> Result<()> {
+    fixture.look()?;
+    let old: BTreeSet<_> = fixture
+        .daemons
+        .values()
+        .map(|daemon| daemon.uid.clone())
+        .collect();
+    let values = layout::placing(&fixture.cluster.product, place);
+    fixture.cluster.helm_upgrade(&values)?;
+    let step = format!("9 place {place}");
+    fixture.daemons_ready(report, &step, &old)?;
+    let cluster = &fixture.cluster;
+    cluster.wait_rolled_out(WORKLOADS, "deployment/workload", PODS_START_WITHIN)?;
+    fixture.clients = Some(Clients::in_pods(cluster)?);
+    fixture.all_connected(report, &step)?;
+    let expected = slashed(NODES.map(|_| place == "on"));
+    wait(
+        report,
+        &format!("{step}: nodes that place"),
+        PODS_START_WITHIN,
+        &expected,
+        || {
+            fixture.look()?;
+            let placed = fixture.daemons.values().map(|daemon| {
+                let asked = ["status", "--cluster", "-o", "json"];
+                let said = daemon.ask(&fixture.cluster, Way::OnNode, &asked)?;
+                let said: serde_json::Value = serde_json::from_str(&said).context("no JSON")?;
+                Ok(said["placing"]["services"][0]["placed"] == true)
+            });
+            Ok(Check::new(
+                &expected,
+                slashed(placed.collect::<Result<Vec<_>>>()?),
+            ))
+        },
+    )
+}
+
+/// Something happens. Then all have a connection again, nobody was refused by a quota or waited for
+/// long, and all OAPs have as many.
+fn event(
+    fixture: &mut Fixture,
+    report: &mut Report,
+    step: &str,
+    longest: Duration,
+    happens: impl FnOnce(&mut Fixture) -> Result<()>,
+) -> Result<()> {
+    let before = Before {
+        mark: fixture.clients()?.mark(&fixture.cluster)?,
+        over_quota: over_quota(fixture)?,
+    };
+    let begun = Instant::now();
+    happens(fixture)?;
+    fixture.all_connected(report, step)?;
+    let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
+    report.tell(&format!("{step}: all connected"), &took);
+    fixture.nobody_waited(report, step, &before.mark, longest)?;
+    let refused = over_quota(fixture)?.saturating_sub(before.over_quota);
+    report.check(
+        &format!("{step}: refused by a quota"),
+        &Check::new(0, refused),
+    )?;
+    let tally = fixture.clients()?.tally(&fixture.cluster)?;
+    let (refused, timed_out) = (before.mark.refused(&tally), before.mark.timed_out(&tally));
+    let seen = format!("{refused}, {timed_out}");
+    report.tell(
+        &format!("{step}: connects refused by a closed port, timed out"),
+        &seen,
+    );
+    fixture.counts_are_true(report, step, Way::Exec)?;
+    even(fixture, report, step)
+}
+
+fn come_anew(fixture: &mut Fixture) -> Result<()> {
+    let told = standin::now();
+    fixture
+        .clients()?
+        .reconnect(&fixture.cluster, COME_WITHIN)?;
+    fixture.reconnected(told)
+}
+
+fn to(fixture: &mut Fixture, replicas: u32) -> Result<()> {
+    let number = format!("--replicas={replicas}");
+    let scale = ["scale", "deployment/skywalking-oap", "-n", OAPS, &number];
+    fixture.cluster.kubectl(&scale)?;
+    fixture.wait_oaps(replicas)
+}
+
+fn kill(fixture: &mut Fixture) -> Result<()> {
+    let clients = fixture.clients.as_mut().context("there are clients")?;
+    clients.forget(VICTIM);
+    fixture.cluster.kubernetes.kill_node(VICTIM);
+    node::wait_given_up(fixture)
+}
+
+/// How many connects quotas have refused, on all nodes that run.
+fn over_quota(fixture: &mut Fixture) -> Result<u64> {
+    fixture.look()?;
+    let mut refused = 0;
+    for daemon in fixture.daemons.values() {
+        let status = daemon.status(&fixture.cluster, Way::OnNode)?;
+        let verdicts = status
+            .services
+            .iter()
+            .map(|service| service.verdicts("over-quota") + service.verdicts("over-quota-cookie"));
+        refused += verdicts.sum::<u64>();
+    }
+    Ok(refused)
+}
+
+fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    fixture.look()?;
+    let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
+    let most = held.iter().max().copied().unwrap_or(0);
+    let least = held.iter().min().copied().unwrap_or(0);
+    let seen = unevenness(&held);
+    report.check(
+        &format!("{step}: max/mean"),
+        &Check::judged(
+            format!("at most {EVEN}, or {FEW} apart"),
+            format!("{seen:.3}: {}", slashed(&held)),
+            seen <= EVEN || most - least <= FEW,
+        ),
+    )
+}
+
+fn tell_spread(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    fixture.look()?;
+    let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
+    let seen = format!("{:.3}: {}", unevenness(&held), slashed(&held));
+    report.tell(&format!("{step}: max/mean"), &seen);
+    Ok(())
+}
