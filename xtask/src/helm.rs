@@ -60,7 +60,7 @@ const REFUSED: [[&str; 2]; 18] = [
     ["privileged=maybe", "privileged"],
 ];
 /// Single settings, and a line that the manifests then have.
-const ACCEPTED: [[&str; 2]; 12] = [
+const ACCEPTED: [[&str; 2]; 14] = [
     ["config.services.agents.port=11801", "          port: 11801"],
     [
         "config.services.agents.port=grpc",
@@ -85,6 +85,8 @@ const ACCEPTED: [[&str; 2]; 12] = [
     ["config.services.als.port=11802", "        - name: als"],
     ["config.mode=dry-run", "    mode: dry-run"],
     ["config.mode=on", "    mode: on"],
+    ["config.place=off", "      place: off"],
+    ["config.place=on", "      place: on"],
     [
         "bpffs.mountPropagation=HostToContainer",
         "              mountPropagation: HostToContainer",

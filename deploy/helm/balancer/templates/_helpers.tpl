@@ -151,6 +151,7 @@ kubernetes:
     {{- end }}
   publish_every: {{ .Values.config.publishEvery }}
   hold_for: {{ .Values.config.holdFor }}
+  place: {{ ternary "on" "off" (has (toString .Values.config.place) (list "on" "true")) }}
 fail_open_after: {{ .Values.config.failOpenAfter }}
 {{- end -}}
 

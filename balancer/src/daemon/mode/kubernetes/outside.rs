@@ -51,7 +51,7 @@ pub async fn status_from_outside(namespace: Option<&str>) -> Result<ClusterStatu
         node: HERE.to_owned(),
         ..NodeReport::default()
     };
-    let mut status = report::cluster_status(&view(&api), &own, &GroupQuotas::new());
+    let mut status = report::cluster_status(&view(&api), &own, &GroupQuotas::new(), config.place);
     for group in &mut status.groups {
         "only a daemon knows: `kubectl exec` into one, and run `balancer quota show`"
             .clone_into(&mut group.sentence);
