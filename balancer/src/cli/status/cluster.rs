@@ -52,19 +52,19 @@ fn api(status: &ClusterStatus) -> String {
 
 /// Where connects of clients go, and who sees to that.
 fn placing_text(placing: &PlacingStatus) -> String {
-    let mut words = if placing.on {
-        "on for the clients of this node".to_owned()
+    let words = if placing.on {
+        "on for the clients of this node"
     } else {
-        "off on this node (`place: off`)".to_owned()
+        "off on this node (`place: off`)"
     };
-    if let Some(daemons) = placing.daemons {
+    let daemons = placing.daemons.map_or_else(String::new, |daemons| {
         let ago = span(Duration::from_secs(daemons.seconds_ago));
-        words += &format!(
+        format!(
             "; {} of the {} nodes that the DaemonSet selects had a daemon that is ready {ago} ago",
             daemons.ready, daemons.wanted
-        );
-    }
-    let mut text = wrapped("Placing: ", &words);
+        )
+    });
+    let mut text = wrapped("Placing: ", &format!("{words}{daemons}"));
     for service in &placing.services {
         for note in &service.notes {
             text += &wrapped("  - ", &format!("{}: {note}", service.service));

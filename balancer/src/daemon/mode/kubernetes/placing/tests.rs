@@ -215,13 +215,14 @@ fn hints_count_where_all_have_them_and_one_is_for_this_node_or_its_zone() {
 
 #[test]
 fn what_a_services_settings_mean_for_its_clients_is_said() {
-    let said = |change: fn(&mut ServicePort)| {
+    type Change = fn(&mut ServicePort);
+    let said = |change: Change| {
         let mut port = port(&[pod("a")]);
         change(&mut port);
         notes(&port, Some("z1"))
     };
     assert_eq!(said(|_| ()), Vec::<String>::new());
-    let cases: [(fn(&mut ServicePort), &str); 5] = [
+    let cases: [(Change, &str); 5] = [
         (
             |port| port.traffic.affinity = true,
             "sessionAffinity is ClientIP",
