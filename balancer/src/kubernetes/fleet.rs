@@ -1,5 +1,5 @@
-//! This daemon among all daemons: how many they are, and its rank, by which nodes that know the same
-//! do not all choose the same.
+//! This daemon among all daemons: how many they are, and its rank, by which nodes that know the
+//! same do not all choose the same.
 //!
 //! The pods of the `DaemonSet` are listed now and then. To watch them would cost each node an event
 //! for each pod of a rollout.

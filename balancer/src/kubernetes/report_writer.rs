@@ -25,7 +25,8 @@ use super::watch::node_reports::{KEY, LABELS, MOST_BYTES, StoredReport, WRITTEN,
 const MANAGER: &str = "balancer";
 /// A report is written again after so long, although nothing has changed.
 const RENEW: Duration = Duration::from_secs(30);
-/// By how many percent the times between two writes are spread, so that daemons don't write together.
+/// By how many percent the times between two writes are spread, so that daemons don't write all at
+/// once.
 const JITTER_PERCENT: u32 = 20;
 /// Ages of refused sources that differ by no more than this are equal, in seconds.
 const SAME_AGE: u64 = 10;

@@ -1,4 +1,5 @@
-//! Connects of this node's clients to a Service: which pod they go to, and who is left to kube-proxy.
+//! Connects of this node's clients to a Service: which pod they go to, and who is left to
+//! kube-proxy.
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpStream};

@@ -18,7 +18,7 @@ use crate::oaps::Held;
 /// an OAP ends in that moment, and pauses for a second.
 const WITHOUT: Duration = Duration::from_secs(5);
 /// Who meets a dead node waits for its connect to end, which takes a client five seconds. The next
-/// one goes elsewhere; where it was told to avoid the node while it was on its way there, once more.
+/// one goes elsewhere, or, where the node was not avoided yet when it began, there once more.
 const WITHOUT_ON_DEAD_NODE: Duration = Duration::from_secs(12);
 /// The fullest OAP may have so many times the mean,
 const EVEN: f64 = 1.05;
