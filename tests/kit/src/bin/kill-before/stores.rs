@@ -113,8 +113,8 @@ mod x86_64 {
     }
 
     /// The next stop of a thread; `ESRCH` where it has ended, which is left to be heard of. To wait
-    /// for it alone would not do: that a process has ended is not told before its other threads were
-    /// waited for (`delay_group_leader`, include/linux/sched/signal.h).
+    /// for it alone would not do: that a process has ended is not told before its other threads
+    /// were waited for (`delay_group_leader`, include/linux/sched/signal.h).
     fn next_stop(thread: Pid) -> Result<WaitStatus> {
         let look = |of, what| {
             let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT | WaitPidFlag::__WALL;
