@@ -162,6 +162,7 @@ pinned! {
     EXCLUDED_NETNS = MapShape::hash::<u64, u32>(MAX_EXCLUDED_NETNS);
     /// A counter for each reason of placing of each group. Written by the kernel half.
     PLACE_VERDICTS = MapShape::new(PER_CPU_ARRAY, WORD, size_of::<u64>(), MAX_ENDPOINT_GROUPS * PLACE_REASON_SLOTS);
-    /// A [`PlacedSocket`] in the storage of each socket that was placed. Written by the kernel half.
+    /// A [`PlacedSocket`] in the storage of each socket that was placed. Written by the kernel
+    /// half.
     PLACED_SOCKET = MapShape::new(SK_STORAGE, WORD, size_of::<PlacedSocket>(), 0).with(NO_PREALLOC);
 }

@@ -84,8 +84,8 @@ pub struct Endpoint {
     pub weight: u64,
 }
 
-/// Value of PLACED: what this node has placed on an endpoint. Written by the kernel half; the daemon
-/// puts `established` right atomically.
+/// Value of PLACED: what this node has placed on an endpoint. Written by the kernel half; the
+/// daemon puts `established` right atomically.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Placed {
@@ -102,8 +102,8 @@ pub struct Placed {
     pub avoidance: u64,
 }
 
-/// Value of PUBLISHED: connections that an endpoint has and this node has not placed. Written by the
-/// daemon alone, atomically.
+/// Value of PUBLISHED: connections that an endpoint has and this node has not placed. Written by
+/// the daemon alone, atomically.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Published {
@@ -138,8 +138,8 @@ pub struct EndpointInfo {
     pub group: u32,
 }
 
-/// Value of `PLACED_SOCKET`, the storage of a client's socket that was placed. Written by the kernel
-/// half.
+/// Value of `PLACED_SOCKET`, the storage of a client's socket that was placed. Written by the
+/// kernel half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct PlacedSocket {

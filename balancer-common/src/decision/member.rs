@@ -40,9 +40,9 @@ impl Member {
         }
     }
 
-    /// 1 where somebody closed it by hand, else 0. `quota` is its [`Self::quota`]: that of a backend
-    /// for which the daemon has written none is 0 by hand alone. Without a branch, after which the
-    /// verifier would follow both ways through all that comes.
+    /// 1 where somebody closed it by hand, else 0. `quota` is its [`Self::quota`]: that of a
+    /// backend for which the daemon has written none is 0 by hand alone. Without a branch, after
+    /// which the verifier would follow both ways through all that comes.
     #[inline(always)]
     pub(super) const fn is_closed(&self, quota: u32) -> u64 {
         const { assert!(SlotPolicy::CLOSED == 1 << CLOSED_BIT) };

@@ -41,8 +41,8 @@ const fn span(doublings: u64) -> u64 {
     if span < LONGEST { span } else { LONGEST }
 }
 
-/// The word after a connect has failed. One that was under way when the endpoint was avoided already
-/// says nothing new.
+/// The word after a connect has failed. One that was under way when the endpoint was avoided
+/// already says nothing new.
 #[inline(always)]
 pub const fn after_failure(word: u64, now: u64) -> u64 {
     if is_avoided(word, now) {

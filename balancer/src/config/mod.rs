@@ -115,8 +115,8 @@ impl Effect {
 /// What the balancer is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// What listens on this host, in the order of the file. With `connects` the entries have between
-    /// 1 and [`MAX_SERVICES`] names, or none where there is `kubernetes`.
+    /// What listens on this host, in the order of the file. With `connects` the entries have
+    /// between 1 and [`MAX_SERVICES`] names, or none where there is `kubernetes`.
     pub services: Vec<Service>,
     /// Where connects of this host go, in the order of the file. One that has the name of a service
     /// is of the same entry.

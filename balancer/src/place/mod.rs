@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use crate::config::Effect;
 
-/// For so long after the cluster was heard of its endpoints are believed. Then destinations are left
-/// as they are: whoever carries them on without the balancer may know better.
+/// For so long after the cluster was heard of its endpoints are believed. Then destinations are
+/// left as they are: whoever carries them on without the balancer may know better.
 pub const BELIEVED_FOR: Duration = Duration::from_secs(60);
 
 /// What this node should place where.
