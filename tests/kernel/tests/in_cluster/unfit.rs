@@ -113,7 +113,7 @@ fn as_long_as_the_kernel_refuses_a_program() {
     });
 }
 
-/// The most programs of a hook of a netns (kernel/bpf/net_namespace.c).
+/// The most programs of a hook of a netns (`kernel/bpf/net_namespace.c`).
 const MOST_PROGRAMS: usize = 64;
 
 /// Where `steer` can't be attached connections are counted all the same.
