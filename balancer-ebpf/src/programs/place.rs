@@ -17,6 +17,7 @@ use balancer_common::place::avoidance::is_avoided;
 use balancer_common::place::choice::{Draw, Seen, Sum};
 use balancer_common::place::{PlaceReason, SIDECAR_PORTS};
 use core::ffi::c_void;
+use core::mem::MaybeUninit;
 use core::ptr::{read_volatile, write_volatile};
 
 use super::placed;
@@ -277,25 +278,34 @@ pub extern "C" fn place_choose(group: u32, is_v6: u32, now: u64) -> u32 {
     };
     let level = shared!(known, level);
     let begin = || Cursor::new(|word| load(members, word));
-    let mut walk = Walk {
-        group,
-        is_v6,
-        now,
-        level,
-        cursor: begin(),
-        sum: Sum::EMPTY,
-        draw: Draw::new(&Sum::EMPTY, 0, 0, 0),
-    };
-    walk_over(&mut walk, add);
+    let mut place = MaybeUninit::<Walk>::uninit();
+    let walk = place.as_mut_ptr();
+    // SAFETY: a variable of this function, of which every word is written before it is read: first
+    // all, because of the bytes between the fields, then each field.
+    unsafe {
+        clear(walk);
+        (*walk).group = group;
+        (*walk).is_v6 = is_v6;
+        (*walk).now = now;
+        (*walk).level = level;
+        (*walk).cursor = begin();
+        (*walk).sum = Sum::EMPTY;
+        (*walk).draw = Draw::new(&Sum::EMPTY, 0, 0, 0);
+        walk_over(walk, add);
+    }
     // SAFETY: a variable of this function. Volatile, because the callback has written it.
-    let sum = unsafe { read_volatile(&raw const walk.sum) };
+    let sum = unsafe { read_volatile(&raw const (*walk).sum) };
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let draws = unsafe { atomic::add(&raw mut (*state).draws, 1) };
-    walk.draw = Draw::new(&sum, level, shared!(known, start), draws);
-    walk.cursor = begin();
-    walk_over(&mut walk, look);
+    let draw = Draw::new(&sum, level, shared!(known, start), draws);
+    // SAFETY: a variable of this function.
+    unsafe {
+        (*walk).draw = draw;
+        (*walk).cursor = begin();
+        walk_over(walk, look);
+    }
     // SAFETY: a variable of this function. Volatile, because the callback has written it.
-    let draw = unsafe { read_volatile(&raw const walk.draw) };
+    let draw = unsafe { read_volatile(&raw const (*walk).draw) };
     match draw.chosen() {
         Some(endpoint) if sum.are_all_avoided() => endpoint | ON_AVOIDED,
         Some(endpoint) => endpoint,
@@ -306,17 +316,49 @@ pub extern "C" fn place_choose(group: u32, is_v6: u32, now: u64) -> u32 {
 /// A callback of `bpf_loop`. 1 ends the loop.
 type Visit = unsafe extern "C" fn(u32, *mut c_void) -> i64;
 
+/// Walks over the endpoints.
+///
+/// The verifier of Linux 6.1 goes through a callback once, as if it were called once. What it knows
+/// of the variable then, such as that a walk begins with no word at hand, it takes to be so for
+/// ever, and leaves out the rest of the callback. So it must know of none.
+///
+/// # Safety
+/// `walk` points to a [`Walk`] on the stack of which every byte is written.
 #[inline(always)]
-fn walk_over(walk: &mut Walk, visit: Visit) {
-    // SAFETY: the callback gets a pointer to `walk`, which outlives the loop.
+unsafe fn walk_over(walk: *mut Walk, visit: Visit) {
+    // SAFETY: by this function's contract. The callback gets a pointer to the walk, which outlives
+    // the loop.
     unsafe {
-        bpf_loop(
-            Cursor::STEPS,
-            visit as *mut c_void,
-            core::ptr::from_mut(walk).cast(),
-            0,
-        )
+        // 0, which neither the compiler nor the verifier can tell.
+        let some = bpf_ktime_get_ns();
+        let zero = opaque(some) ^ opaque(some);
+        // Volatile, so that the compiler leaves none out.
+        each_word(walk, |word| {
+            write_volatile(word, read_volatile(word) ^ zero)
+        });
+        bpf_loop(Cursor::STEPS, visit as *mut c_void, walk.cast(), 0)
     };
+}
+
+/// Writes zeros over a walk.
+///
+/// # Safety
+/// `walk` points to a [`Walk`] on the stack.
+#[inline(always)]
+unsafe fn clear(walk: *mut Walk) {
+    // SAFETY: by this function's contract. Volatile, so that the compiler leaves none out.
+    each_word(walk, |word| unsafe { write_volatile(word, 0) });
+}
+
+/// Does something with a pointer to each word of a walk.
+#[inline(always)]
+fn each_word(walk: *mut Walk, change: impl Fn(*mut u64)) {
+    let words = walk.cast::<u64>();
+    let mut index = 0;
+    while index < size_of::<Walk>() / size_of::<u64>() {
+        change(words.wrapping_add(index));
+        index += 1;
+    }
 }
 
 /// The first walk's.
