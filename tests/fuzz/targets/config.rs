@@ -55,18 +55,15 @@ fn lines(bytes: &[u8]) -> usize {
 
 /// What the documentation of [`Config`] promises to whoever holds one.
 fn is_as_documented(config: &Config) {
-    match &config.kubernetes {
-        Some(kubernetes) => {
-            assert!(config.services.is_empty() && config.connects.is_empty());
-            assert_eq!(config.namespaces, NetnsScope::Pods);
-            kubernetes_is_as_documented(kubernetes);
-        }
-        None => {
-            let services = config.services.iter().map(|service| &service.name);
-            let connects = config.connects.iter().map(|connect| &connect.name);
-            let names: std::collections::BTreeSet<_> = services.chain(connects).collect();
-            assert!((1..=MAX_SERVICES).contains(&names.len()));
-        }
+    if let Some(kubernetes) = &config.kubernetes {
+        assert!(config.services.is_empty() && config.connects.is_empty());
+        assert_eq!(config.namespaces, NetnsScope::Pods);
+        kubernetes_is_as_documented(kubernetes);
+    } else {
+        let services = config.services.iter().map(|service| &service.name);
+        let connects = config.connects.iter().map(|connect| &connect.name);
+        let names: std::collections::BTreeSet<_> = services.chain(connects).collect();
+        assert!((1..=MAX_SERVICES).contains(&names.len()));
     }
     assert!((1000..=3_600_000).contains(&config.fail_open_after.as_millis()));
     if let NetnsScope::Paths(paths) = &config.namespaces {
