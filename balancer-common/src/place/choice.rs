@@ -2,11 +2,16 @@
 //!
 //! Water level: `EndpointGroup::level` is the load up to which the connections still to come would
 //! fill the endpoints. Each endpoint gets them in proportion to its room below that level. The node
-//! draws by its rank and the number of the draw, not by lot, so that nodes which know the same do
-//! not all choose the same. It takes two walks over the endpoints: [`Sum`] adds the rooms up, and
-//! [`Draw`] finds whose room the draw falls into.
+//! draws by its place among the nodes and the number of the draw, not by lot, so that nodes which
+//! know the same do not all choose the same. It takes two walks over the endpoints: [`Sum`] adds
+//! the rooms up, and [`Draw`] finds whose room the draw falls into.
+//!
+//! Where nobody has room, more have come than were expected, or nothing is known of other nodes
+//! (level 0). The level is then that of the most loaded endpoint: the others catch up with it. Where
+//! all are as loaded, each gets its share by weight.
 
 use crate::abi::EndpointGroup;
+use crate::opaque;
 
 /// What one endpoint looks like to the choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,80 +27,149 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Its load, in units of [`EndpointGroup::LOAD_ONE`].
-    #[inline(always)]
+    /// Its load, in units of [`EndpointGroup::LOAD_ONE`], rounded down: for people.
     pub const fn load(&self) -> u64 {
-        // The division of an unsigned number by 0 is 0 in BPF, but a panic here.
         let weight = if self.weight == 0 { 1 } else { self.weight };
-        self.own
-            .wrapping_add(self.others)
-            .wrapping_mul(EndpointGroup::LOAD_ONE)
-            / weight
+        self.connections().wrapping_mul(EndpointGroup::LOAD_ONE) / weight
     }
 
-    /// Its room below a level, in 256ths of a connection.
+    #[inline(always)]
+    const fn connections(&self) -> u64 {
+        self.own.wrapping_add(self.others)
+    }
+
+    /// Its room below a level, in parts of a connection, of which there are
+    /// [`EndpointGroup::LOAD_ONE`].
     #[inline(always)]
     const fn room(&self, level: u64) -> u64 {
-        let load = self.load();
-        if level <= load {
-            return 0;
-        }
-        let room = (level - load).wrapping_mul(self.weight) >> 8;
-        if room > MOST_ROOM { MOST_ROOM } else { room }
+        // Not level - load: a load is a division, and 16 of these would take longer than all else.
+        level
+            .wrapping_mul(self.weight)
+            .saturating_sub(self.connections().wrapping_mul(EndpointGroup::LOAD_ONE))
     }
 }
 
-/// Most room of one endpoint: 256 of them fit into 32 bits.
-const MOST_ROOM: u64 = (1 << 24) - 1;
 /// 2³² / golden ratio: multiples of it fill the circle evenly, however many there are.
 const GOLDEN: u64 = 0x9E37_79B9;
+/// Nodes that were beside each other on the circle are spread over it anew by multiples of this.
+const SCATTER: u64 = 32;
 
-/// The first walk: the rooms, and the least loaded endpoint.
+/// The first walk, over those that may be chosen: not over avoided ones, unless all are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sum {
-    /// Room of those that are not avoided.
+    /// Room below the level, in parts of a connection.
     room: u64,
-    /// Room of all.
-    room_of_all: u64,
-    /// Endpoints that are not avoided.
-    sound: u32,
-    /// Endpoints that may be chosen.
-    all: u32,
+    connections: u64,
+    weight: u64,
+    /// The most loaded one.
+    most_connections: u64,
+    most_weight: u64,
+    /// Those without room below the level, and those as loaded as the most loaded one.
+    full: u32,
+    most: u32,
+    /// Those that are avoided.
+    avoided: u32,
+    /// Whether there are any that are not, and any that are. Flags, because the verifier follows
+    /// every value of a counter that is compared with something.
+    has_sound: bool,
+    has_avoided: bool,
 }
 
 impl Sum {
     /// Before the first endpoint.
     pub const EMPTY: Self = Self {
         room: 0,
-        room_of_all: 0,
-        sound: 0,
-        all: 0,
+        connections: 0,
+        weight: 0,
+        most_connections: 0,
+        most_weight: 0,
+        full: 0,
+        most: 0,
+        avoided: 0,
+        has_sound: false,
+        has_avoided: false,
     };
 
     /// Takes one endpoint into account.
     #[inline(always)]
-    pub const fn add(&mut self, level: u64, seen: &Seen) {
+    pub fn add(&mut self, level: u64, seen: &Seen) {
         if seen.weight == 0 {
             return;
         }
+        if seen.avoided {
+            self.avoided = self.avoided.wrapping_add(1);
+            self.has_avoided = true;
+            if self.has_sound {
+                return;
+            }
+        } else if !self.has_sound {
+            // Those before it were avoided, and are not needed.
+            self.has_sound = true;
+            let (zero, none) = (opaque(0), opaque(0));
+            (self.room, self.connections, self.weight) = (zero, zero, zero);
+            (self.most_connections, self.most_weight) = (zero, zero);
+            (self.full, self.most) = (none, none);
+        }
+        self.include(level, seen);
+    }
+
+    #[inline(always)]
+    const fn include(&mut self, level: u64, seen: &Seen) {
+        let connections = seen.connections();
         let room = seen.room(level);
-        self.all += 1;
-        self.room_of_all += room;
-        if !seen.avoided {
-            self.sound += 1;
-            self.room += room;
+        self.room = self.room.wrapping_add(room);
+        self.full = self.full.wrapping_add((room == 0) as u32);
+        self.connections = self.connections.wrapping_add(connections);
+        self.weight = self.weight.wrapping_add(seen.weight);
+        // Fractions are compared crosswise.
+        let this = connections.wrapping_mul(self.most_weight);
+        let most = self.most_connections.wrapping_mul(seen.weight);
+        if self.most_weight == 0 || this > most {
+            (self.most_connections, self.most_weight) = (connections, seen.weight);
+            self.most = 1;
+        } else if this == most {
+            self.most = self.most.wrapping_add(1);
         }
     }
 
     /// Whether every endpoint that may be chosen is avoided, so that none is.
     #[inline(always)]
     pub const fn are_all_avoided(&self) -> bool {
-        self.sound == 0 && self.all != 0
+        !self.has_sound && self.has_avoided
+    }
+
+    /// The level to draw by, the room below it, and how many have none.
+    #[inline(always)]
+    const fn level_and_room(&self, level: u64) -> (u64, u64, u32) {
+        if self.room != 0 {
+            return (level, self.room, self.full);
+        }
+        // In BPF a division by 0 is 0, but here it would be a panic.
+        let weight = if self.most_weight == 0 {
+            1
+        } else {
+            self.most_weight
+        };
+        let most = self.most_connections.wrapping_mul(EndpointGroup::LOAD_ONE) / weight;
+        match self.room_of_all(most) {
+            0 => {
+                let above = most.wrapping_add(EndpointGroup::LOAD_ONE);
+                (above, self.room_of_all(above), 0)
+            }
+            room => (most, room, self.most),
+        }
+    }
+
+    /// The room below a level that nobody is above.
+    #[inline(always)]
+    const fn room_of_all(&self, level: u64) -> u64 {
+        level
+            .wrapping_mul(self.weight)
+            .saturating_sub(self.connections.wrapping_mul(EndpointGroup::LOAD_ONE))
     }
 }
 
-/// The second walk: whose room the draw falls into. Without room anywhere, the least loaded one;
-/// among equals the turn goes round.
+/// The second walk: whose room the draw falls into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {
     level: u64,
@@ -103,15 +177,8 @@ pub struct Draw {
     left: u64,
     /// Whether avoided endpoints may be chosen.
     avoided_too: bool,
-    /// Whether there is room to draw from.
-    by_room: bool,
-    /// Endpoints that may be chosen.
-    count: u32,
-    /// The rank of the next endpoint, counted from where ties begin.
-    turn: u32,
-    /// The least load seen, and the rank of who has it.
-    least: u64,
-    best_turn: u32,
+    /// Whether the draw has fallen.
+    is_over: bool,
     chosen: u32,
 }
 
@@ -121,23 +188,13 @@ impl Draw {
     /// The draw of that number of a node whose draws begin at `start` (a fraction of 2³²).
     #[inline(always)]
     pub const fn new(sum: &Sum, level: u64, start: u64, draws: u64) -> Self {
-        let avoided_too = sum.sound == 0;
-        let (room, count) = if avoided_too {
-            (sum.room_of_all, sum.all)
-        } else {
-            (sum.room, sum.sound)
-        };
-        let at = start.wrapping_add(draws.wrapping_mul(GOLDEN)) & 0xffff_ffff;
+        let (level, room, full) = sum.level_and_room(level);
+        let at = point(sum.avoided.wrapping_add(full), start, draws);
         Self {
             level,
-            left: (at * room) >> 32,
-            avoided_too,
-            by_room: room != 0,
-            // Who comes first among equals: this many places before the first endpoint.
-            count,
-            turn: count - ((at * count as u64) >> 32) as u32,
-            least: u64::MAX,
-            best_turn: u32::MAX,
+            left: fraction(room, at),
+            avoided_too: !sum.has_sound,
+            is_over: false,
             chosen: Self::NOBODY,
         }
     }
@@ -145,40 +202,20 @@ impl Draw {
     /// Looks at one endpoint, in the same order as [`Sum`] did.
     #[inline(always)]
     pub const fn look(&mut self, endpoint: u32, seen: &Seen) {
-        if seen.weight == 0 || (seen.avoided && !self.avoided_too) {
+        if self.is_over || seen.weight == 0 || (seen.avoided && !self.avoided_too) {
             return;
         }
-        if self.by_room {
-            self.look_for_room(endpoint, seen.room(self.level));
-        } else {
-            self.look_for_least(endpoint, seen.load());
-        }
-    }
-
-    #[inline(always)]
-    const fn look_for_room(&mut self, endpoint: u32, room: u64) {
-        // What filled up since the first walk leaves the draw beyond the last one: that one then.
-        if room == 0 || self.best_turn == 0 {
+        let room = seen.room(self.level);
+        if room == 0 && self.chosen != Self::NOBODY {
             return;
         }
+        // What filled up since the first walk may leave the draw beyond the last one: it is that one
+        // then. If nobody has room any more, it is the first.
         self.chosen = endpoint;
         if self.left < room {
-            self.best_turn = 0;
+            self.is_over = true;
         } else {
             self.left -= room;
-        }
-    }
-
-    #[inline(always)]
-    const fn look_for_least(&mut self, endpoint: u32, load: u64) {
-        let turn = if self.turn >= self.count {
-            self.turn - self.count
-        } else {
-            self.turn
-        };
-        self.turn += 1;
-        if load < self.least || (load == self.least && turn < self.best_turn) {
-            (self.least, self.best_turn, self.chosen) = (load, turn, endpoint);
         }
     }
 
@@ -192,3 +229,22 @@ impl Draw {
         }
     }
 }
+
+/// Where on the circle of 2³² a draw falls.
+///
+/// Nodes whose draws fell on an endpoint that does not answer draw again at about the same time, and
+/// were all on its part of the circle. Moved on together they would all fall on one endpoint again.
+#[inline(always)]
+const fn point(left_out: u32, start: u64, draws: u64) -> u64 {
+    let scattered = start.wrapping_mul(1 + SCATTER * left_out as u64);
+    scattered.wrapping_add(draws.wrapping_mul(GOLDEN)) & 0xffff_ffff
+}
+
+/// A number times a fraction of 2³², rounded down.
+#[inline(always)]
+const fn fraction(number: u64, of: u64) -> u64 {
+    (number >> 32) * of + (((number & 0xffff_ffff) * of) >> 32)
+}
+
+#[cfg(test)]
+mod tests;

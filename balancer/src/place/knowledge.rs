@@ -3,8 +3,10 @@
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
+use balancer_common::hash::mix;
+
 use super::level::{Filled, level};
-use super::others::OwnHistory;
+use super::others::History;
 use super::{BELIEVED_FOR, EndpointPlan, GroupPlan, PublishedTotal};
 use crate::quota::window::Window;
 
@@ -15,6 +17,12 @@ const OLD: Duration = Duration::from_secs(40);
 const NEW: Duration = Duration::from_secs(15);
 /// Clients that have gone for longer are not expected back.
 const COMES_BACK: Duration = Duration::from_secs(120);
+
+/// What has come within this time may come again, before anything is heard of it.
+const GROWS: Duration = Duration::from_secs(5);
+
+/// Most nodes that are put into an order. More are far apart enough by their hashes alone.
+const MOST_IN_ORDER: u32 = 10_000;
 
 /// What the kernel half is told of an endpoint group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,8 +46,9 @@ pub struct GroupMemory {
     since: Option<Duration>,
     /// In the order of the last plan.
     endpoints: Vec<EndpointMemory>,
-    /// Connections of the whole group.
-    totals: Window,
+    /// Connections of the whole group: the most of late, and all of the last seconds.
+    most: Window,
+    totals: History,
 }
 
 /// What a node remembers of an endpoint.
@@ -48,7 +57,7 @@ struct EndpointMemory {
     identity: Identity,
     /// When it was first in the plan.
     since: Duration,
-    own: OwnHistory,
+    own: History,
 }
 
 /// What makes an endpoint the same as in the last plan.
@@ -91,7 +100,8 @@ impl Default for GroupMemory {
         Self {
             since: None,
             endpoints: Vec::new(),
-            totals: Window::new(COMES_BACK),
+            most: Window::new(COMES_BACK),
+            totals: History::default(),
         }
     }
 }
@@ -112,7 +122,7 @@ impl GroupMemory {
     pub fn know(&mut self, plan: &GroupPlan, own: &[u64], now: Duration) -> GroupKnowledge {
         self.note(plan, own, now);
         let known_for = plan.heard.map(|age| BELIEVED_FOR.saturating_sub(age));
-        let start = start(plan.rank);
+        let start = start(plan);
         let seen: Vec<Others> = plan
             .endpoints
             .iter()
@@ -137,7 +147,7 @@ impl GroupMemory {
                 weight: plan.weight,
             })
             .collect();
-        let level = level(&filled, self.expected(&filled, now));
+        let level = level(&filled, self.expected(&filled, plan.rank.1, now));
         GroupKnowledge {
             level,
             start,
@@ -146,14 +156,26 @@ impl GroupMemory {
         }
     }
 
-    /// Connects that are still to come: the clients there were of late, less those there are.
-    /// One too few would send everybody to the same endpoint; a few too many do no harm.
-    fn expected(&mut self, filled: &[Filled], now: Duration) -> u64 {
+    /// Connects that are still to come before anything is heard of them. One too few would send
+    /// everybody to the same endpoint; too many only make the difference smaller that is made. So it
+    /// is the most of:
+    ///
+    /// - the clients there were of late, less those there are;
+    /// - as many as have come within the last seconds;
+    /// - those of one endpoint, which may end at any time and whose clients come back before the
+    ///   cluster has noticed. A few nodes see by themselves what comes: no more than two a node.
+    fn expected(&mut self, filled: &[Filled], nodes: u32, now: Duration) -> u64 {
         let total = filled.iter().map(|one| one.connections);
         let total = total.fold(0, u64::saturating_add);
-        self.totals.add(now, total);
-        let most = self.totals.peak(now).map_or(total, |(peak, _)| peak);
-        (most - total).max(1)
+        self.most.add(now, total);
+        self.totals.note(now, total);
+        let missing = self.most.peak(now).map_or(0, |(most, _)| most - total);
+        let growth = total.saturating_sub(self.totals.at(now.saturating_sub(GROWS)));
+        let of_one = total.checked_div(filled.len() as u64).unwrap_or(0);
+        missing
+            .max(growth)
+            .max(of_one.min(2 * u64::from(nodes)))
+            .max(1)
     }
 
     fn others(&self, plan: &EndpointPlan, memory: &EndpointMemory, now: Duration) -> Others {
@@ -183,7 +205,7 @@ impl GroupMemory {
                 || EndpointMemory {
                     identity: Identity::of(plan),
                     since: now,
-                    own: OwnHistory::default(),
+                    own: History::default(),
                 },
                 |index| old.swap_remove(index),
             )
@@ -213,10 +235,30 @@ fn fill_in(plan: &GroupPlan, own: &[u64], seen: &[Others]) -> Vec<u64> {
     plan.endpoints.iter().zip(own).zip(seen).map(one).collect()
 }
 
-/// Where a node's draws begin, as a fraction of 2³²: nodes are spread evenly.
-fn start((rank, nodes): (u32, u32)) -> u64 {
-    let nodes = nodes.max(1);
-    (u64::from(rank % nodes) << 32) / u64::from(nodes)
+/// Where this node's draws begin, as a fraction of 2³²: nodes are spread evenly, in an order that all
+/// nodes with the same knowledge agree on.
+///
+/// New knowledge spreads them anew. Clients that have lost their endpoint are on nodes that had drawn
+/// the same part of the circle; in the old order they would all draw one part again.
+fn start(plan: &GroupPlan) -> u64 {
+    let (rank, nodes) = (plan.rank.0, plan.rank.1.max(1));
+    let knowledge = plan.endpoints.iter().map(|endpoint| {
+        let name = endpoint.name.bytes();
+        let name = name.fold(0, |hash, byte| mix(hash ^ u64::from(byte) ^ 0x100));
+        let published = endpoint
+            .published
+            .map_or(0, |published| published.connections);
+        mix(name ^ published)
+    });
+    // The order of the endpoints doesn't matter.
+    let key = knowledge.fold(0, u64::wrapping_add);
+    let place = |rank: u32| (mix(key ^ mix(u64::from(rank) + 1)), rank);
+    let own = place(rank % nodes);
+    if nodes > MOST_IN_ORDER {
+        return own.0 >> 32;
+    }
+    let before = (0..nodes).filter(|rank| place(*rank) < own).count();
+    ((before as u64) << 32) / u64::from(nodes)
 }
 
 #[cfg(test)]
@@ -266,8 +308,11 @@ mod tests {
         }
         let known = memory.know(&plan, &[5, 4], s(12));
         assert_eq!(known.others, [7, 0], "those of second 10");
-        assert_eq!(known.level, 5 * ONE, "b gets the next");
-        assert_eq!(known.start, 1 << 30);
+        assert_eq!(
+            known.level,
+            12 * ONE,
+            "b gets eight: each node may have two to come"
+        );
         assert_eq!(known.known_for, Some(s(59)));
     }
 
@@ -284,7 +329,7 @@ mod tests {
         let level = |memory: &mut GroupMemory, at| memory.know(&two, &[0; 2], s(at)).level;
         assert_eq!(level(&mut memory, 1), 150 * ONE);
         assert_eq!(level(&mut memory, 100), 150 * ONE);
-        assert_eq!(level(&mut memory, 200), 100 * ONE + ONE / 2, "not for ever");
+        assert_eq!(level(&mut memory, 200), 104 * ONE, "not for ever");
     }
 
     #[test]
@@ -329,13 +374,58 @@ mod tests {
     }
 
     #[test]
-    fn nodes_begin_evenly_apart() {
+    fn nodes_begin_evenly_apart_and_in_another_order_with_new_knowledge() {
+        let starts = |published: u64| -> Vec<u64> {
+            let mut plan = group(vec![endpoint("a", Some((published, 1)))]);
+            let start_of = |rank| {
+                plan.rank = (rank, 16);
+                start(&plan)
+            };
+            (0..16).map(start_of).collect()
+        };
+        let evenly: Vec<u64> = (0..16).map(|place| place << 28).collect();
+        for published in [0, 1, 70] {
+            let mut places = starts(published);
+            assert_ne!(places, evenly);
+            places.sort_unstable();
+            assert_eq!(places, evenly);
+        }
+        assert_ne!(starts(1), starts(2));
+        let mut plan = group(Vec::new());
+        plan.rank = (0, 0);
+        assert_eq!(start(&plan), 0);
+        let far = [0, 1, 2].map(|rank| {
+            plan.rank = (rank, u32::MAX);
+            start(&plan)
+        });
+        assert!(far[0] != far[1] && far[1] != far[2]);
+        assert!(far.iter().all(|start| *start < 1 << 32), "{far:?}");
+    }
+
+    #[test]
+    fn every_order_of_the_endpoints_is_the_same_knowledge() {
+        let (a, b) = (endpoint("a", Some((9, 1))), endpoint("b", Some((4, 2))));
         assert_eq!(
-            [0, 1, 2].map(|rank| start((rank, 3))),
-            [0, 0x5555_5555, 0xaaaa_aaaa]
+            start(&group(vec![a.clone(), b.clone()])),
+            start(&group(vec![b, a]))
         );
-        assert_eq!(start((0, 0)), 0);
-        assert_eq!(start((5, 5)), 0, "a rank that is none");
+    }
+
+    #[test]
+    fn as_many_are_expected_as_have_come_of_late_or_one_endpoint_has() {
+        let mut memory = GroupMemory::default();
+        let mut expected = |connections, nodes, at| {
+            let one = Filled {
+                connections,
+                weight: 1,
+            };
+            memory.expected(&[one, one], nodes, s(at))
+        };
+        assert_eq!(expected(0, 100, 0), 1);
+        assert_eq!(expected(50, 100, 4), 100, "they have just come");
+        assert_eq!(expected(50, 100, 30), 50, "one endpoint's");
+        assert_eq!(expected(50, 3, 30), 6, "a few nodes");
+        assert_eq!(expected(0, 100, 31), 100, "they have gone");
     }
 
     #[test]

@@ -4,6 +4,16 @@
 mod knowledge;
 mod level;
 mod others;
+#[cfg(test)]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "the numbers of a simulation are small"
+)]
+#[expect(
+    clippy::print_stdout,
+    reason = "a test prints the tables of the documentation"
+)]
+mod simulation;
 
 pub use knowledge::{GroupKnowledge, GroupMemory};
 

@@ -1,5 +1,8 @@
 //! What other nodes have on an endpoint: what it was last said to have, less what this node had on
 //! it at that time.
+//!
+//! Connections that this node has lost since then are not taken off: nothing is known of what other
+//! nodes have lost, and clients that were told to move are published as gone before they go.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,22 +14,22 @@ const REMEMBERED: Duration = Duration::from_secs(45);
 /// Samples that are closer together replace each other.
 const APART: Duration = Duration::from_millis(200);
 
-/// The connections that this node had on an endpoint during the last seconds.
+/// How many connections there were during the last seconds.
 ///
 /// Times are since some start that the caller keeps to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct OwnHistory {
+pub struct History {
     samples: VecDeque<(Duration, u64)>,
 }
 
-impl OwnHistory {
+impl History {
     /// Takes what there is now.
-    pub fn note(&mut self, now: Duration, established: u64) {
+    pub fn note(&mut self, now: Duration, connections: u64) {
         let before_last = self.samples.len().checked_sub(2);
         if before_last.is_some_and(|index| now < self.samples[index].0 + APART) {
             self.samples.pop_back();
         }
-        self.samples.push_back((now, established));
+        self.samples.push_back((now, connections));
         // One that is older stays, so that the whole time is covered.
         while self
             .samples
@@ -49,10 +52,11 @@ impl OwnHistory {
         }
     }
 
-    /// What others have, by what the endpoint was said to have.
+    /// What others have on the endpoint on which this node had so many, by what it was said to have.
     pub fn others(&self, published: PublishedTotal, now: Duration) -> u64 {
-        let counted = now.saturating_sub(published.age);
-        published.connections.saturating_sub(self.at(counted))
+        let then = self.at(now.saturating_sub(published.age));
+        let last = self.samples.back().map_or(0, |(_, count)| *count);
+        published.connections.saturating_sub(then.min(last))
     }
 }
 
@@ -80,7 +84,7 @@ mod tests {
 
     #[test]
     fn own_connections_are_those_of_the_time_of_the_count() {
-        let mut history = OwnHistory::default();
+        let mut history = History::default();
         assert_eq!(
             history.others(published(7, ms(500)), ms(1000)),
             7,
@@ -97,6 +101,12 @@ mod tests {
             220
         );
         assert_eq!(history.others(published(3, ms(2_000)), ms(100_000)), 0);
+        history.note(ms(99_500), 600);
+        assert_eq!(
+            history.others(published(1_200, ms(2_000)), ms(100_000)),
+            600,
+            "what was lost since is not known of others either"
+        );
         assert_eq!(history.at(ms(54_000)), 540, "still remembered");
         assert_eq!(history.at(ms(0)), 540, "as the oldest that is remembered");
     }
@@ -107,7 +117,7 @@ mod tests {
             steps in prop::collection::vec((0..3_000_u64, 0..1_000_u64), 1..400),
             asked in 0..1_000_000_u64,
         ) {
-            let mut history = OwnHistory::default();
+            let mut history = History::default();
             let (mut now, mut most, mut least) = (0, 0, u64::MAX);
             for (pause, count) in steps {
                 now += pause;
