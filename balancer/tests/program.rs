@@ -136,7 +136,8 @@ fn what_a_cluster_tells_does_not_reach_the_terminal_as_it_is() {
     let problem = "the ConfigMap \\u001b[2J is bad";
     let answer = format!(
         "{{\"result\":\"cluster\",\"cluster\":{{\"schema\":1,\"node\":\"n\",\"complete\":true,\
-         \"silent_seconds\":0,\"problems\":[\"{problem}\"],\"groups\":[]}}}}\n"
+         \"silent_seconds\":0,\"problems\":[\"{problem}\"],\"groups\":[],\
+         \"placing\":{{\"on\":false,\"daemons\":null,\"services\":[]}}}}}}\n"
     );
     let serving = thread::spawn(move || {
         for _ in 0..2 {

@@ -68,6 +68,9 @@ pub(super) struct Explain {
 
 impl Explain {
     pub(super) fn perform(&self, place: &Place) -> Result<ExitCode> {
+        if let FromClient::Address(from) = &self.from {
+            same_family(*from, self.to)?;
+        }
         let reader = place.reader()?;
         if let Some(to) = self.connect(&reader)? {
             return self.explain_connect(place, &reader, to);
@@ -118,9 +121,6 @@ impl Explain {
 
     fn explain_connect(&self, place: &Place, reader: &Reader, to: SocketAddr) -> Result<ExitCode> {
         let from = &self.from;
-        if let FromClient::Address(client) = from {
-            same_family(*client, self.to)?;
-        }
         let explanation = client(from, place, reader)
             .and_then(|client| reader.explain_connect(&client, to))
             .with_context(|| format!("can't tell where a connect of {from} to {to} would go"))?;
