@@ -257,7 +257,7 @@ fn more_namespaces_than_descriptors_are_guarded() {
 fn a_namespace_that_no_descriptor_is_left_for_is_left_out() {
     Machine::with(|machine| {
         let _crowd = Crowd::start(agents().port(), 40, 0, "stay");
-        let mut balancer = Balancer::prepare(machine, &all_namespaces()).with_files(150, 150);
+        let mut balancer = Balancer::prepare(machine, &all_namespaces()).with_files(190, 190);
         balancer.launch();
         let found = steers(&balancer);
         assert!((2..40).contains(&found), "{found} are guarded");
