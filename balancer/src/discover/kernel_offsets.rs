@@ -1,7 +1,7 @@
 //! Where the running kernel keeps the fields that the kernel half reads: byte offsets out of the
 //! kernel's own BTF.
 
-use std::path::Path;
+use std::fs;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use btf_rs::{Btf, BtfType, Member, Struct, Type};
@@ -70,7 +70,10 @@ const OFFSETS: [Offset; 23] = [
 /// Where the kernel has no BTF (`CONFIG_DEBUG_INFO_BTF`), or a field is missing or of another size
 /// than the kernel half expects; the error names the field.
 pub fn kernel_offsets() -> Result<Vec<(&'static str, u32)>> {
-    let btf = Btf::from_file(Path::new(VMLINUX_BTF)).with_context(|| {
+    // At once: the reader of a file asks the kernel where it stands at each of the types.
+    let types = fs::read(VMLINUX_BTF).map_err(anyhow::Error::from);
+    let btf = types.and_then(|types| Ok(Btf::from_bytes(&types)?));
+    let btf = btf.with_context(|| {
         format!(
             "cannot read the kernel's type information from {VMLINUX_BTF}: the kernel was built without \
              CONFIG_DEBUG_INFO_BTF (distribution kernels since Debian 11 and RHEL 8.2 have it), or /sys isn't mounted here"

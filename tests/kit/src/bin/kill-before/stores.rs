@@ -121,8 +121,13 @@ mod x86_64 {
             waitid(of, flags | what)
         };
         loop {
-            if look(Id::Pid(thread), WaitPidFlag::WSTOPPED)? != WaitStatus::StillAlive {
-                return Ok(waitpid(thread, Some(WaitPidFlag::__WALL))?);
+            match look(Id::Pid(thread), WaitPidFlag::WSTOPPED) {
+                Ok(WaitStatus::StillAlive) => {}
+                Ok(_) => return Ok(waitpid(thread, Some(WaitPidFlag::__WALL))?),
+                // It has ended and can be heard of: it will never stop (`wait_consider_task`,
+                // kernel/exit.c).
+                Err(Errno::ECHILD) => return Err(Errno::ESRCH.into()),
+                Err(error) => return Err(error.into()),
             }
             match look(Id::All, WaitPidFlag::WEXITED)?.pid() {
                 Some(ended) if ended == thread => return Err(Errno::ESRCH.into()),
