@@ -7,8 +7,8 @@
 //! the rooms up, and [`Draw`] finds whose room the draw falls into.
 //!
 //! Where nobody has room, more have come than were expected, or nothing is known of other nodes
-//! (level 0). The level is then that of the most loaded endpoint: the others catch up with it. Where
-//! all are as loaded, each gets its share by weight.
+//! (level 0). The level is then that of the most loaded endpoint: the others catch up with it.
+//! Where all are as loaded, each gets its share by weight.
 
 use crate::abi::EndpointGroup;
 use crate::opaque;
@@ -209,8 +209,8 @@ impl Draw {
         if room == 0 && self.chosen != Self::NOBODY {
             return;
         }
-        // What filled up since the first walk may leave the draw beyond the last one: it is that one
-        // then. If nobody has room any more, it is the first.
+        // What filled up since the first walk may leave the draw beyond the last one: it is that
+        // one then. If nobody has room any more, it is the first.
         self.chosen = endpoint;
         if self.left < room {
             self.is_over = true;
@@ -232,8 +232,9 @@ impl Draw {
 
 /// Where on the circle of 2³² a draw falls.
 ///
-/// Nodes whose draws fell on an endpoint that does not answer draw again at about the same time, and
-/// were all on its part of the circle. Moved on together they would all fall on one endpoint again.
+/// Nodes whose draws fell on an endpoint that does not answer draw again at about the same time,
+/// and were all on its part of the circle. Moved on together they would all fall on one endpoint
+/// again.
 #[inline(always)]
 const fn point(left_out: u32, start: u64, draws: u64) -> u64 {
     let scattered = start.wrapping_mul(1 + SCATTER * left_out as u64);

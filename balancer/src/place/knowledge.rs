@@ -157,8 +157,8 @@ impl GroupMemory {
     }
 
     /// Connects that are still to come before anything is heard of them. One too few would send
-    /// everybody to the same endpoint; too many only make the difference smaller that is made. So it
-    /// is the most of:
+    /// everybody to the same endpoint; too many only make the difference smaller that is made. So
+    /// it is the most of:
     ///
     /// - the clients there were of late, less those there are;
     /// - as many as have come within the last seconds;
@@ -235,11 +235,11 @@ fn fill_in(plan: &GroupPlan, own: &[u64], seen: &[Others]) -> Vec<u64> {
     plan.endpoints.iter().zip(own).zip(seen).map(one).collect()
 }
 
-/// Where this node's draws begin, as a fraction of 2³²: nodes are spread evenly, in an order that all
-/// nodes with the same knowledge agree on.
+/// Where this node's draws begin, as a fraction of 2³²: nodes are spread evenly, in an order that
+/// all nodes with the same knowledge agree on.
 ///
-/// New knowledge spreads them anew. Clients that have lost their endpoint are on nodes that had drawn
-/// the same part of the circle; in the old order they would all draw one part again.
+/// New knowledge spreads them anew. Clients that have lost their endpoint are on nodes that had
+/// drawn the same part of the circle; in the old order they would all draw one part again.
 fn start(plan: &GroupPlan) -> u64 {
     let (rank, nodes) = (plan.rank.0, plan.rank.1.max(1));
     let knowledge = plan.endpoints.iter().map(|endpoint| {

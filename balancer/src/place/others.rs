@@ -52,7 +52,8 @@ impl History {
         }
     }
 
-    /// What others have on the endpoint on which this node had so many, by what it was said to have.
+    /// What others have on the endpoint on which this node had so many, by what it was said to
+    /// have.
     pub fn others(&self, published: PublishedTotal, now: Duration) -> u64 {
         let then = self.at(now.saturating_sub(published.age));
         let last = self.samples.back().map_or(0, |(_, count)| *count);

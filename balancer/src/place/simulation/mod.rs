@@ -137,7 +137,8 @@ fn print_stories(name: &str, size: &Size) -> [(usize, usize); Rule::ALL.len()] {
     even
 }
 
-/// Plays what the balancer lets happen, and compares with what is tolerated: the mean of max / mean.
+/// Plays what the balancer lets happen, and compares with what is tolerated: the mean of max /
+/// mean.
 fn check(size: &Size, runs: u64, tolerated: impl Fn(Story) -> f64) {
     let mut complaints = Vec::new();
     for story in Story::ALL.into_iter().filter(|story| !story.is_warning()) {

@@ -153,7 +153,8 @@ impl World {
         self.tell_everybody();
     }
 
-    /// The endpoint ends. Its clients come back within that time. The cluster notices so much later.
+    /// The endpoint ends. Its clients come back within that time. The cluster notices so much
+    /// later.
     pub fn end(&mut self, endpoint: usize, within: Ms, noticed: Ms) {
         self.endpoints[endpoint].alive = false;
         if noticed == 0 {
