@@ -22,7 +22,7 @@ use crate::statistics::Summary;
 /// What a run of the program may take with the usual number of endpoints, in nanoseconds.
 const BOUND: f64 = 1_000.0;
 /// The program that places connects of IPv4 sockets.
-const PROGRAM: &str = "connect4";
+const PROGRAM: &str = "place_connect4";
 
 /// Who connects where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +55,7 @@ struct Row {
     ratio_to_bare: f64,
     ratio_spread: f64,
     ratio_to_kube_proxy: f64,
-    /// Nanoseconds a run of `connect4`, where it is attached.
+    /// Nanoseconds a run of `place_connect4`, where it is attached.
     ns: Option<f64>,
 }
 
@@ -218,7 +218,7 @@ fn section(rows: &[Row]) -> Section {
             "connects/s",
             "ratio to bare",
             "to kube-proxy",
-            "connect4, ns a run",
+            "place_connect4, ns a run",
         ],
     );
     for row in rows {
@@ -250,13 +250,13 @@ fn section(rows: &[Row]) -> Section {
             of(Subject::Elsewhere, USUAL, |row| row.ratio_to_bare),
         ),
         Goal::at_most(
-            &format!("connect4 with {USUAL} endpoints"),
+            &format!("place_connect4 with {USUAL} endpoints"),
             BOUND,
             "ns",
             of(Subject::Placed, USUAL, ns),
         ),
         Goal::at_most(
-            "connect4 for a connect to elsewhere",
+            "place_connect4 for a connect to elsewhere",
             150.0,
             "ns",
             of(Subject::Elsewhere, USUAL, ns),
@@ -276,7 +276,7 @@ fn section(rows: &[Row]) -> Section {
         goals,
         chart: Some(Chart {
             across: "endpoints",
-            up: "connect4, nanoseconds a run",
+            up: "place_connect4, nanoseconds a run",
             categories: BACKENDS.iter().map(ToString::to_string).collect(),
             lines: [Subject::Placed, Subject::Elsewhere].map(line).to_vec(),
         }),
