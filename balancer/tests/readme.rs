@@ -37,7 +37,7 @@ fn the_table_of_reasons_is_that_of_the_code() {
 #[test]
 fn the_configurations_are_valid() {
     let blocks: Vec<_> = README.split("```yaml\n").skip(1).collect();
-    assert_eq!(blocks.len(), 2);
+    assert_eq!(blocks.len(), 3);
     for block in blocks {
         let yaml = block.split("```").next().unwrap_or_default();
         if let Err(error) = Config::parse(yaml) {

@@ -1,10 +1,8 @@
 //! Where the running kernel keeps the fields that the kernel half reads: byte offsets out of the
 //! kernel's own BTF.
 
-use std::fs;
-
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use btf_rs::{Btf, BtfType, Member, Struct, Type};
+use btf_rs::{Backend, Btf, BtfType, Member, Struct, Type};
 
 const VMLINUX_BTF: &str = "/sys/kernel/btf/vmlinux";
 
@@ -70,9 +68,10 @@ const OFFSETS: [Offset; 23] = [
 /// Where the kernel has no BTF (`CONFIG_DEBUG_INFO_BTF`), or a field is missing or of another size
 /// than the kernel half expects; the error names the field.
 pub fn kernel_offsets() -> Result<Vec<(&'static str, u32)>> {
-    // At once: the reader of a file asks the kernel where it stands at each of the types.
-    let types = fs::read(VMLINUX_BTF).map_err(anyhow::Error::from);
-    let btf = types.and_then(|types| Ok(Btf::from_bytes(&types)?));
+    // The reader of a file asks the kernel where it stands at each of the types. Since Linux 6.16
+    // the file can be mapped (`btf_sysfs_vmlinux_mmap`, kernel/bpf/sysfs_btf.c).
+    let mapped = Btf::from_file_with_backend(VMLINUX_BTF, Backend::Mmap);
+    let btf = mapped.or_else(|_| Btf::from_file(VMLINUX_BTF));
     let btf = btf.with_context(|| {
         format!(
             "cannot read the kernel's type information from {VMLINUX_BTF}: the kernel was built without \
