@@ -3,8 +3,10 @@
 use std::fs;
 use std::path::Path;
 use std::thread;
+use std::time::Duration;
 
-use testkit::fixtures::{Machine, Signal};
+use anyhow::ensure;
+use testkit::fixtures::{Machine, Signal, eventually};
 
 use super::fixture::{Fixture, Own, random_time};
 use super::pins::{links, only_version, versions};
@@ -16,6 +18,8 @@ struct Before {
     verdicts: Vec<u64>,
 }
 
+/// How soon a server's quota is shared out anew.
+const SHARED_WITHIN: Duration = Duration::from_secs(5);
 const SERVICES: [&str; 3] = ["agents", "als", "full"];
 
 impl Before {
@@ -30,10 +34,23 @@ impl Before {
         }
     }
 
+    fn quotas(&self, service: usize) -> impl Iterator<Item = Option<u32>> {
+        self.slots[service].values().map(|(_, quota)| *quota)
+    }
+
     #[track_caller]
     fn assert_same(&self, fixture: &Fixture) {
-        let after = Self::read(fixture);
-        assert_eq!(after.slots, self.slots, "slots, addresses and quotas");
+        // A server's quota goes from one listener to the next in two steps: first it is taken.
+        let after = eventually(SHARED_WITHIN, || {
+            let after = Self::read(fixture);
+            ensure!(
+                after.slots == self.slots,
+                "slots, addresses and quotas: {:?}, and {:?} before",
+                after.slots,
+                self.slots
+            );
+            Ok(after)
+        });
         let shrunk: Vec<_> = self
             .verdicts
             .iter()
@@ -60,11 +77,16 @@ fn upgraded_ten_times_in_a_row() {
         fixture.balancer.quota_set("als", Some(slot), 28);
         for round in 0..10 {
             let state = fixture.balancer.state().to_owned();
-            let before = Before::read(&fixture);
-            let quotas = |service: usize| before.slots[service].values().map(|(_, quota)| *quota);
-            let shared: u32 = quotas(0).flatten().sum();
-            assert_eq!(shared, 27, "of one server: {:?}", before.slots);
-            assert_eq!(quotas(1).filter(|quota| *quota == Some(28)).count(), 1);
+            let before = eventually(SHARED_WITHIN, || {
+                let before = Before::read(&fixture);
+                let shared: u32 = before.quotas(0).flatten().sum();
+                ensure!(shared == 27, "of one server: {:?}", before.slots);
+                Ok(before)
+            });
+            assert_eq!(
+                before.quotas(1).filter(|quota| *quota == Some(28)).count(),
+                1
+            );
             let old = links(&state);
             assert_eq!(
                 old.len(),
