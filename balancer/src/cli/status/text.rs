@@ -167,7 +167,9 @@ fn quota_words(service: &ServiceSnapshot) -> String {
 /// Nothing to be said of the default while every client can be heard.
 fn keepalive_words(service: &ServiceSnapshot) -> Option<String> {
     let backends = &service.backends;
-    let silent: u32 = backends.iter().map(|one| one.silence.connections()).sum();
+    let silent = backends.iter().map(|one| one.silence.connections());
+    // Each may be anything that a pin holds.
+    let silent: u64 = silent.map(u64::from).sum();
     if silent == 0 && service.keepalive == Some(Keepalive::DEFAULT) {
         return None;
     }

@@ -136,7 +136,7 @@ impl EndpointSnapshot {
 
     const fn seen(&self) -> Seen {
         Seen {
-            own: self.established + self.in_flight,
+            own: self.established.saturating_add(self.in_flight),
             others: self.others,
             weight: self.weight,
             avoided: self.avoided.is_some(),
