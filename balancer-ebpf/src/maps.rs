@@ -124,21 +124,8 @@ pub struct SkStorage<T: 'static, const FLAGS: usize> {
 // SAFETY: it is never read or written: only its type matters, which the loader reads as BTF.
 unsafe impl<T, const FLAGS: usize> Sync for SkStorage<T, FLAGS> {}
 
-#[unsafe(link_section = ".maps")]
-#[unsafe(no_mangle)]
-pub static CONNECTION: SkStorage<Connection, { maps::CONNECTION.flags as usize }> = SkStorage {
-    r#type: core::ptr::null(),
-    key: core::ptr::null(),
-    value: core::ptr::null(),
-    max_entries: core::ptr::null(),
-    map_flags: core::ptr::null(),
-    pinning: core::ptr::null(),
-};
-
-#[unsafe(link_section = ".maps")]
-#[unsafe(no_mangle)]
-pub static PLACED_SOCKET: SkStorage<PlacedSocket, { maps::PLACED_SOCKET.flags as usize }> =
-    SkStorage {
+impl<T, const FLAGS: usize> SkStorage<T, FLAGS> {
+    const DEFINITION: Self = Self {
         r#type: core::ptr::null(),
         key: core::ptr::null(),
         value: core::ptr::null(),
@@ -146,3 +133,14 @@ pub static PLACED_SOCKET: SkStorage<PlacedSocket, { maps::PLACED_SOCKET.flags as
         map_flags: core::ptr::null(),
         pinning: core::ptr::null(),
     };
+}
+
+#[unsafe(link_section = ".maps")]
+#[unsafe(no_mangle)]
+pub static CONNECTION: SkStorage<Connection, { maps::CONNECTION.flags as usize }> =
+    SkStorage::DEFINITION;
+
+#[unsafe(link_section = ".maps")]
+#[unsafe(no_mangle)]
+pub static PLACED_SOCKET: SkStorage<PlacedSocket, { maps::PLACED_SOCKET.flags as usize }> =
+    SkStorage::DEFINITION;
