@@ -41,10 +41,20 @@ pub fn link_create(
     target: impl AsFd,
     attach_type: bpf_attach_type,
 ) -> io::Result<OwnedFd> {
+    link_create_with(program, target, attach_type, 0)
+}
+
+fn link_create_with(
+    program: impl AsFd,
+    target: impl AsFd,
+    attach_type: bpf_attach_type,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr = zeroed();
     attr.link_create.__bindgen_anon_1.prog_fd = number(program.as_fd());
     attr.link_create.__bindgen_anon_2.target_fd = number(target.as_fd());
     attr.link_create.attach_type = attach_type as u32;
+    attr.link_create.flags = flags;
     // SAFETY: the command takes descriptors and numbers, and no address.
     unsafe { open(bpf_cmd::BPF_LINK_CREATE, &mut attr) }
 }
@@ -60,14 +70,7 @@ pub fn link_create_first(
     target: impl AsFd,
     attach_type: bpf_attach_type,
 ) -> io::Result<OwnedFd> {
-    let mut attr = zeroed();
-    attr.link_create.__bindgen_anon_1.prog_fd = number(program.as_fd());
-    attr.link_create.__bindgen_anon_2.target_fd = number(target.as_fd());
-    attr.link_create.attach_type = attach_type as u32;
-    attr.link_create.flags = BPF_F_BEFORE;
-    // SAFETY: the command takes descriptors and numbers, and no address.
-    let link = unsafe { open(bpf_cmd::BPF_LINK_CREATE, &mut attr) };
-    match link {
+    match link_create_with(&program, &target, attach_type, BPF_F_BEFORE) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             link_create(program, target, attach_type)
         }
