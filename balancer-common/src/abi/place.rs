@@ -102,6 +102,15 @@ pub struct Placed {
     pub avoidance: u64,
 }
 
+impl Placed {
+    /// `established` or `in_flight` as they were read. A count that another CPU has taken below 0
+    /// is about to be put back to 0.
+    #[inline(always)]
+    pub const fn count(word: u64) -> u64 {
+        word & ((word >> 63).wrapping_sub(1))
+    }
+}
+
 /// Value of PUBLISHED: connections that an endpoint has and this node has not placed. Written by
 /// the daemon alone, atomically.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use aya_ebpf::helpers::generated::{
 use aya_ebpf::programs::SockAddrContext;
 use balancer_common::abi::{
     Address, Endpoint, Frontend, FrontendKey, MAX_ENDPOINTS, MEMBER_WORDS, Members,
-    PLACE_REASON_SLOTS, Phase, PlacedSocket, ticks,
+    PLACE_REASON_SLOTS, Phase, Placed, PlacedSocket, ticks,
 };
 use balancer_common::decision::cursor::{Cursor, Step};
 use balancer_common::opaque;
@@ -419,7 +419,7 @@ fn seen(endpoint: u32, is_v6: u32, now: u64) -> Option<Seen> {
         return None;
     }
     let own =
-        placed::count(shared!(placed, established)) + placed::count(shared!(placed, in_flight));
+        Placed::count(shared!(placed, established)) + Placed::count(shared!(placed, in_flight));
     Some(Seen {
         own,
         others: shared!(published, others),

@@ -246,12 +246,6 @@ unsafe fn take(count: *mut u64) {
     }
 }
 
-/// A count that another CPU may be about to put back to 0.
-#[inline(always)]
-pub fn count(word: u64) -> u64 {
-    word & ((word >> 63).wrapping_sub(1))
-}
-
 /// The counts that a socket is in; `None`: its endpoint's element is another's.
 #[inline(always)]
 fn own(noted: &PlacedSocket) -> Option<*mut Placed> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use balancer_common::abi::{EndpointGroup, Published};
+use balancer_common::abi::{EndpointGroup, Placed, Published};
 use tracing::warn;
 
 use super::mode::Mode;
@@ -98,7 +98,9 @@ impl Places {
 /// The connections that this node has placed on each endpoint of a group.
 fn own(writer: &Writer, assigned: &Assigned) -> Vec<u64> {
     let own = |index: &Option<u32>| {
-        index.map_or(0, |index| writer.tables.place.placed(index).established)
+        index.map_or(0, |index| {
+            Placed::count(writer.tables.place.placed(index).established)
+        })
     };
     assigned.endpoints.iter().map(own).collect()
 }

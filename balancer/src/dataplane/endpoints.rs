@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use balancer_common::abi::{
     Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointInfo, Frontend, FrontendKey,
-    MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, MAX_MEMBERS, Published,
+    MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, MAX_MEMBERS, Placed,
+    Published,
 };
 
 use super::place_tables::{PlaceTables, every_endpoint, every_group, frontend_key};
@@ -377,7 +378,8 @@ impl Endpoints {
         let all: Vec<u32> = self.taken.keys().copied().collect();
         for index in all {
             let placed = tables.placed(index);
-            if members.contains(&index) || placed.established + placed.in_flight > 0 {
+            let has_any = Placed::count(placed.established) + Placed::count(placed.in_flight) > 0;
+            if members.contains(&index) || has_any {
                 self.empty.remove(&index);
                 continue;
             }

@@ -339,7 +339,7 @@ fn verdict_at(group: u32, reason: usize) -> Result<u32> {
 }
 
 /// A word as two numbers, in the order in which they stand in memory.
-fn halves(word: u64) -> (u32, u32) {
+pub fn halves(word: u64) -> (u32, u32) {
     let mut bytes = &word.to_ne_bytes()[..];
     (bytes.get_u32_ne(), bytes.get_u32_ne())
 }

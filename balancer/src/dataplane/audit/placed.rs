@@ -10,8 +10,9 @@ use tracing::warn;
 
 use super::compare::{Deviation, Drift, LASTING};
 use crate::dataplane::loader::Loader;
+use crate::dataplane::place_tables::halves;
 use crate::dataplane::placing::PlacedSockets;
-use crate::dataplane::tables::shared;
+use crate::dataplane::tables::{shared, word};
 use crate::sys::shared::SharedArray;
 
 /// The comparison of PLACED with the sockets that were placed.
@@ -104,13 +105,6 @@ struct Compared {
     placed: SharedArray,
 }
 
-/// Which word of a map's value a field is.
-macro_rules! word {
-    ($value:ident . $field:ident) => {
-        std::mem::offset_of!($value, $field) / size_of::<u64>()
-    };
-}
-
 impl Compared {
     fn open(loader: &mut Loader) -> Result<Self> {
         let directory = loader.paths().current();
@@ -129,16 +123,13 @@ impl Compared {
     /// Port and generation stand in one word.
     fn port_and_generation(&self, endpoint: u32) -> (u16, u32) {
         let word = self.endpoints.word(endpoint, word!(Endpoint.port));
-        let bytes = word.load(Ordering::Acquire).to_ne_bytes();
-        let [port, generation] = [[0, 1, 2, 3], [4, 5, 6, 7]]
-            .map(|at| u32::from_ne_bytes(at.map(|at: usize| bytes[at])));
+        let (port, generation) = halves(word.load(Ordering::Acquire));
         (u16::try_from(port).unwrap_or_default(), generation)
     }
 
     fn count(&self, endpoint: u32, word: usize) -> u32 {
-        // One that was to fall below 0 is about to be put back (`take` in the kernel half).
         let count = self.placed.word(endpoint, word).load(Ordering::Acquire);
-        u32::try_from(count).unwrap_or(0)
+        u32::try_from(Placed::count(count)).unwrap_or(0)
     }
 
     fn established(&self, endpoint: u32) -> u32 {

@@ -287,8 +287,8 @@ fn endpoint(contents: &EndpointContents, leaving: bool, now_ns: u64) -> Endpoint
             .collect(),
         weight: endpoint.weight,
         leaving,
-        established: counted(placed.established),
-        in_flight: counted(placed.in_flight),
+        established: Placed::count(placed.established),
+        in_flight: Placed::count(placed.in_flight),
         total: placed.total,
         failed: placed.failed,
         others: published.others,
@@ -301,11 +301,6 @@ fn endpoint(contents: &EndpointContents, leaving: bool, now_ns: u64) -> Endpoint
             (span_of(since), span_of(avoided_until(word) - now))
         }),
     }
-}
-
-/// A count that has gone below 0 for a moment is none.
-const fn counted(count: u64) -> u64 {
-    if count > i64::MAX as u64 { 0 } else { count }
 }
 
 #[cfg(test)]
