@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context as _, Result, anyhow};
-use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues};
+use anyhow::{Context as _, Result};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use balancer_common::abi::{
     Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointGroupState, EndpointInfo,
     Frontend, FrontendKey, MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MEMBER_WORDS, PLACE_REASON_SLOTS,
@@ -16,7 +16,7 @@ use balancer_common::place::PlaceReason;
 use bytes::Buf as _;
 
 use super::plain::Plain;
-use super::tables::{pinned, read, shared, word, write};
+use super::tables::{read, shared, sum_of_cpus, typed, word, write, zero_on_cpus};
 use crate::sys::shared::SharedArray;
 
 /// The maps of placing of one data plane.
@@ -60,23 +60,12 @@ pub fn frontend_of(key: &FrontendKey) -> SocketAddr {
 impl PlaceTables {
     /// Opens the pins of a directory.
     pub fn open(directory: &Path) -> Result<Self> {
-        let map = |name: &str| pinned(directory, name);
-        let wrong = |name: &'static str| {
-            move |error: MapError| {
-                anyhow!(error).context(format!("the pinned map {name} is another kind of map"))
-            }
-        };
         Ok(Self {
-            frontends: HashMap::try_from(Map::HashMap(map("FRONTENDS")?))
-                .map_err(wrong("FRONTENDS"))?,
-            excluded: HashMap::try_from(Map::HashMap(map("EXCLUDED_NETNS")?))
-                .map_err(wrong("EXCLUDED_NETNS"))?,
-            group_info: Array::try_from(Map::Array(map("ENDPOINT_GROUP_INFO")?))
-                .map_err(wrong("ENDPOINT_GROUP_INFO"))?,
-            endpoint_info: Array::try_from(Map::Array(map("ENDPOINT_INFO")?))
-                .map_err(wrong("ENDPOINT_INFO"))?,
-            verdicts: PerCpuArray::try_from(Map::PerCpuArray(map("PLACE_VERDICTS")?))
-                .map_err(wrong("PLACE_VERDICTS"))?,
+            frontends: typed(directory, "FRONTENDS", Map::HashMap)?,
+            excluded: typed(directory, "EXCLUDED_NETNS", Map::HashMap)?,
+            group_info: typed(directory, "ENDPOINT_GROUP_INFO", Map::Array)?,
+            endpoint_info: typed(directory, "ENDPOINT_INFO", Map::Array)?,
+            verdicts: typed(directory, "PLACE_VERDICTS", Map::PerCpuArray)?,
             groups: shared(directory, "ENDPOINT_GROUPS", maps::ENDPOINT_GROUPS)?,
             group_states: shared(
                 directory,
@@ -314,22 +303,19 @@ impl PlaceTables {
     /// How often each reason was given in a group, all CPUs together.
     pub fn verdicts(&self, group: u32) -> Result<Vec<(PlaceReason, u64)>> {
         let count = |reason: &PlaceReason| -> Result<(PlaceReason, u64)> {
-            let values = self.verdicts.get(&verdict_at(group, reason.index())?, 0);
-            let values = values.context("cannot read PLACE_VERDICTS")?;
-            Ok((*reason, values.iter().sum()))
+            let index = verdict_at(group, reason.index())?;
+            Ok((*reason, sum_of_cpus(&self.verdicts, index)?))
         };
         PlaceReason::ALL.iter().map(count).collect()
     }
 
     /// Sets a group's verdict counters to zero, for a new group with a used index.
     pub fn forget_verdicts(&mut self, group: u32) -> Result<()> {
-        let cpus = aya::util::nr_cpus()
-            .map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
-        for reason in 0..PLACE_REASON_SLOTS {
-            let zeros = PerCpuValues::try_from(vec![0_u64; cpus])?;
-            self.verdicts.set(verdict_at(group, reason)?, zeros, 0)?;
-        }
-        Ok(())
+        let first = verdict_at(group, 0)?;
+        zero_on_cpus(
+            &mut self.verdicts,
+            first..verdict_at(group, PLACE_REASON_SLOTS)?,
+        )
     }
 }
 

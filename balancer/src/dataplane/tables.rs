@@ -11,7 +11,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::maps::lpm_trie::Key;
 use aya::maps::{
-    Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, RingBuf, SkStorage, SockMap,
+    Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuValues, RingBuf, SkStorage,
+    SockMap,
 };
 use balancer_common::Reason;
 use balancer_common::abi::maps::{self, MapShape};
@@ -219,6 +220,36 @@ pub fn pinned(directory: &Path, name: &str) -> Result<MapData> {
 }
 
 /// Maps a pinned array into memory.
+/// A pinned map of a kind.
+pub fn typed<T>(directory: &Path, name: &str, kind: fn(MapData) -> Map) -> Result<T>
+where
+    T: TryFrom<Map, Error = MapError>,
+{
+    T::try_from(kind(pinned(directory, name)?))
+        .with_context(|| format!("the pinned map {name} is another kind of map"))
+}
+
+/// A counter, all CPUs together.
+pub fn sum_of_cpus(counters: &PerCpuArray<MapData, u64>, index: u32) -> Result<u64> {
+    let values = counters.get(&index, 0);
+    let values = values.context("cannot read the verdict counters")?;
+    Ok(values.iter().sum())
+}
+
+/// Sets counters to zero on every CPU.
+pub fn zero_on_cpus(
+    counters: &mut PerCpuArray<MapData, u64>,
+    indexes: impl Iterator<Item = u32>,
+) -> Result<()> {
+    let cpus = aya::util::nr_cpus()
+        .map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
+    for index in indexes {
+        let zeros = PerCpuValues::try_from(vec![0_u64; cpus])?;
+        counters.set(index, zeros, 0)?;
+    }
+    Ok(())
+}
+
 pub fn shared(directory: &Path, name: &str, shape: MapShape) -> Result<SharedArray> {
     let map = pinned(directory, name)?;
     SharedArray::open(map.fd(), shape.value as usize, shape.entries)
@@ -304,26 +335,16 @@ impl Tables {
     /// Opens the pins of a directory.
     pub fn open(directory: &Path) -> Result<Self> {
         let map = |name: &str| pinned(directory, name);
-        let wrong = |name: &'static str| {
-            move |error: MapError| {
-                anyhow!(error).context(format!("the pinned map {name} is another kind of map"))
-            }
-        };
         Ok(Self {
-            services: HashMap::try_from(Map::HashMap(map("SERVICES")?))
-                .map_err(wrong("SERVICES"))?,
-            rules: HashMap::try_from(Map::HashMap(map("LISTEN_RULES")?))
-                .map_err(wrong("LISTEN_RULES"))?,
-            info: Array::try_from(Map::Array(map("SERVICE_INFO")?))
-                .map_err(wrong("SERVICE_INFO"))?,
-            exempt: LpmTrie::try_from(Map::LpmTrie(map("EXEMPT")?)).map_err(wrong("EXEMPT"))?,
-            listeners: SockMap::try_from(Map::SockMap(map("LISTENERS")?))
-                .map_err(wrong("LISTENERS"))?,
+            services: typed(directory, "SERVICES", Map::HashMap)?,
+            rules: typed(directory, "LISTEN_RULES", Map::HashMap)?,
+            info: typed(directory, "SERVICE_INFO", Map::Array)?,
+            exempt: typed(directory, "EXEMPT", Map::LpmTrie)?,
+            listeners: typed(directory, "LISTENERS", Map::SockMap)?,
             connections: map("CONNECTION")?,
             refused: map("REFUSED")?,
-            backends: Array::try_from(Map::Array(map("BACKENDS")?)).map_err(wrong("BACKENDS"))?,
-            verdicts: PerCpuArray::try_from(Map::PerCpuArray(map("VERDICTS")?))
-                .map_err(wrong("VERDICTS"))?,
+            backends: typed(directory, "BACKENDS", Map::Array)?,
+            verdicts: typed(directory, "VERDICTS", Map::PerCpuArray)?,
             states: shared(directory, "BACKENDS", maps::BACKENDS)?,
             policies: shared(directory, "POLICY", maps::POLICY)?,
             counts: shared(directory, "COUNTS", maps::COUNTS)?,
@@ -753,24 +774,15 @@ impl Tables {
         let first = u32::from(service) * u32_of(REASON_SLOTS);
         let count = |reason: &Reason| -> Result<(Reason, u64)> {
             let index = first + u32::try_from(reason.index())?;
-            let values = self
-                .verdicts
-                .get(&index, 0)
-                .context("cannot read the verdict counters")?;
-            Ok((*reason, values.iter().sum()))
+            Ok((*reason, sum_of_cpus(&self.verdicts, index)?))
         };
         Reason::ALL.iter().map(count).collect()
     }
 
     /// Sets a service's verdict counters and tickets to zero, for a new service with a used id.
     pub fn forget_service(&mut self, service: u16) -> Result<()> {
-        let cpus = aya::util::nr_cpus()
-            .map_err(|(file, error)| anyhow!(error).context(format!("cannot read {file}")))?;
-        for reason in 0..u32_of(REASON_SLOTS) {
-            let zeros = aya::maps::PerCpuValues::try_from(vec![0u64; cpus])?;
-            self.verdicts
-                .set(u32::from(service) * u32_of(REASON_SLOTS) + reason, zeros, 0)?;
-        }
+        let first = u32::from(service) * u32_of(REASON_SLOTS);
+        zero_on_cpus(&mut self.verdicts, first..first + u32_of(REASON_SLOTS))?;
         self.service_states
             .word(u32::from(service), word!(ServiceState.turn))
             .store(0, Ordering::Release);
