@@ -527,7 +527,7 @@ const fn free_endpoint(generation: u32) -> Endpoint {
 }
 
 /// The indexes whose bits are set.
-pub fn indexes_of(words: &[u64]) -> impl Iterator<Item = u32> {
+fn indexes_of(words: &[u64]) -> impl Iterator<Item = u32> {
     words.iter().zip(0..).flat_map(|(word, at): (_, u32)| {
         (0..64)
             .filter(move |bit| word & (1 << bit) != 0)

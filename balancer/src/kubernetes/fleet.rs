@@ -18,6 +18,7 @@ use super::client::jitter;
 use super::daemon_set::{OwnDaemonSet, OwnPod, owner};
 use super::identity::Identity;
 use super::status::DaemonsStatus;
+use crate::place::GroupPlan;
 
 /// With more daemons than this the rank follows from the node's name: among so many, ranks that are
 /// not quite even do no harm, and their lists would cost the API server too much.
@@ -164,7 +165,7 @@ fn rank_by_name(node: &str) -> Rank {
     });
     // The last bytes alone reach the low bits: names that differ in a number differ everywhere.
     let hash = (hash ^ (hash >> 15)).wrapping_mul(0x85eb_ca6b);
-    (hash ^ (hash >> 13), u32::MAX)
+    (hash ^ (hash >> 13), GroupPlan::BY_LOT)
 }
 
 #[cfg(test)]

@@ -13,7 +13,6 @@ use balancer_common::place::PlaceReason;
 use balancer_common::place::avoidance::{avoided_since, avoided_until, is_avoided};
 use balancer_common::place::choice::{Draw, Seen, Sum};
 
-use super::super::endpoints::indexes_of;
 use super::super::place_tables::{PlaceTables, every_endpoint, every_group, frontend_of};
 use super::super::tables::{span_of, text};
 use crate::place::GroupPlan;
@@ -235,12 +234,12 @@ fn snapshot(
     contents: &PlacingContents,
     now_ns: u64,
 ) -> EndpointGroupSnapshot {
-    let members: Vec<u32> = indexes_of(&group.members).collect();
-    let is_member = |one: &&EndpointContents| members.contains(&one.index);
-    let of_any = |index: u32| {
-        let mut groups = contents.groups.iter();
-        groups.any(|group| indexes_of(&group.members).any(|one| one == index))
+    let has = |group: &GroupContents, index: u32| {
+        let word = group.members.get(index as usize / 64);
+        word.is_some_and(|word| word & (1 << (index % 64)) != 0)
     };
+    let is_member = |one: &&EndpointContents| has(group, one.index);
+    let of_any = |index| contents.groups.iter().any(|group| has(group, index));
     let all = contents.endpoints.iter();
     let chosen = all.clone().filter(is_member).map(|one| (one, false));
     let leaving = all.filter(|one| one.info.group == group.index && !of_any(one.index));
