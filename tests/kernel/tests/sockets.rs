@@ -379,7 +379,7 @@ fn a_backends_own_address_is_not_balanced() {
 fn what_a_closing_listener_hands_on_stays_counted_on_it() {
     Machine::with(|machine| {
         machine.netns.sysctl("net.ipv4.tcp_migrate_req", "1");
-        let yaml = own_port("least-connections", &["quota: {per_backend: 20}"]);
+        let yaml = own_port("least-connections", &["quota: {per_backend: 40}"]);
         let balancer = Balancer::start(machine, &yaml);
         let mut listeners = group(2);
         let clients = tcp::connect_many(agents(), 20);
