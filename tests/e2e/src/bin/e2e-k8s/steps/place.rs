@@ -54,6 +54,9 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         WITHOUT,
         come_anew,
     )?;
+    // Its clients end with it.
+    let clients = fixture.clients.as_mut().context("there are clients")?;
+    clients.forget(VICTIM);
     let step = format!("9 {VICTIM} killed");
     event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
     fixture.cluster.kubernetes.start_node(VICTIM);
@@ -156,8 +159,6 @@ fn to(fixture: &mut Fixture, replicas: u32) -> Result<()> {
 }
 
 fn kill(fixture: &mut Fixture) -> Result<()> {
-    let clients = fixture.clients.as_mut().context("there are clients")?;
-    clients.forget(VICTIM);
     fixture.cluster.kubernetes.kill_node(VICTIM);
     node::wait_given_up(fixture)
 }
