@@ -11,6 +11,7 @@ mod placing;
 mod plan;
 mod pod_resolver;
 mod report;
+mod rule;
 mod unfit;
 mod untold;
 

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use balancer_common::abi::maps::EXEMPT;
 use ipnet::IpNet;
 
+use super::rule::rule;
 use crate::config::{
     ClusterQuota, ClusterService, Effect, Kubernetes, MAX_NAME_BYTES, MAX_SERVICES,
 };
@@ -146,7 +147,7 @@ impl PortNames {
                 policy: entry.policy,
                 virtual_port: false,
                 quota: entry.quota.uncomputed(),
-                rule: entry.quota.to_string(),
+                rule: rule(&entry.quota),
                 exempt,
                 health: entry.health,
                 keepalive: entry.keepalive,
