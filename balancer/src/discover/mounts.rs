@@ -154,6 +154,11 @@ pub fn is_bpffs(path: &Path) -> Result<bool> {
 /// Where the directory is elsewhere and not on bpffs, where the mount would be one of this
 /// container alone, or mounting fails.
 pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
+    ensure_bpffs_on(state_dir, Path::new("/proc/1/root"))
+}
+
+/// The same on a machine whose files, as its first process sees them, are below `machine`.
+fn ensure_bpffs_on(state_dir: &Path, machine: &Path) -> Result<bool> {
     if is_bpffs(state_dir)? {
         return Ok(false);
     }
@@ -168,6 +173,14 @@ pub fn ensure_bpffs(state_dir: &Path) -> Result<bool> {
         ));
     }
     if stays_here(Path::new(BPFFS))? || is_in_a_container() {
+        let there = machine.join(BPFFS.trim_start_matches('/'));
+        if is_bpffs(&there).unwrap_or(false) {
+            bail!(
+                "a BPF file system is mounted at {BPFFS} on this machine, and this container, or \
+                 service, was started before that and does not see it: start it again (on \
+                 Kubernetes, delete the daemon's pod of this node)"
+            );
+        }
         bail!(
             "no BPF file system is mounted at {BPFFS} on this machine, and one that is mounted from this container, or \
              service, would end with it, with the data plane in it: mount one on the machine itself (mount -t bpf bpf \
@@ -486,8 +499,15 @@ mod tests {
             set(container, MsFlags::MS_SLAVE);
             let before = fs::read(MOUNTINFO).expect("/proc is mounted");
             let state = Path::new("/sys/fs/bpf/no-such-balancer/state");
-            let error = ensure_bpffs(state).expect_err("not here").to_string();
+            let refused = |machine: &Path| {
+                let refused = ensure_bpffs_on(state, machine);
+                refused.expect_err("not here").to_string()
+            };
+            let error = refused(Path::new("/nowhere"));
             assert!(error.contains("on the machine itself"), "{error}");
+            // The thread that began this process is still outside, where there is one.
+            let error = refused(Path::new("/proc/self/root"));
+            assert!(error.contains("start it again"), "{error}");
             assert!(before == fs::read(MOUNTINFO).expect("/proc is mounted"));
             umount2(machine, MntFlags::MNT_DETACH).expect("unmounted");
         };
