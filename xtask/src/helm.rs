@@ -98,7 +98,7 @@ const ACCEPTED: [[&str; 2]; 14] = [
     ],
 ];
 /// What the notes after an installation have to say, by a setting.
-const NOTES: [[&str; 2]; 4] = [
+const NOTES: [[&str; 2]; 7] = [
     ["config.mode=on", "agents: port 11800, quotas are by"],
     ["config.mode=dry-run", "quotas would be by"],
     [
@@ -106,6 +106,9 @@ const NOTES: [[&str; 2]; 4] = [
         "connections are counted\n\nNothing is changed",
     ],
     ["config.services.agents.quota=null", "no quota"],
+    ["config.mode=on", "place=off\n\nand for everybody by"],
+    ["config.mode=dry-run", "(reason dry-run)"],
+    ["config.place=off", "config.place is off"],
 ];
 
 /// Renders the chart into the plain manifests and writes them. `check`: compares them instead, and
