@@ -11,7 +11,7 @@ use crate::{
     dataplane::{
         Avoided, BackendHealth, BackendSnapshot, DaemonNotes, DaemonSnapshot, DownBackend,
         EndpointGroupSnapshot, EndpointSnapshot, Explanation, FailedReload, ListeningBackend,
-        ServerSnapshot, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
+        PlacingNotes, ServerSnapshot, ServiceSnapshot, SeveralNetns, Snapshot, Unsuited,
     },
     doctor::{Check, Report, Status},
     kubernetes::{BackendStatus, GroupId, GroupStatus, ObjectName, PlacingStatus},
@@ -244,6 +244,52 @@ agents: connects to 10.0.0.9:11800, [fd00::9]:11800
     assert_eq!(group["frontends"], serde_json::json!(["10.96.0.9:11800"]));
     assert_eq!(group["verdicts"]["placed"], 8);
     assert_eq!(group["endpoints"][0]["published"], 41);
+}
+
+#[test]
+fn what_keeps_connects_from_being_placed_is_said_first() {
+    let mut removed = placing_of_a_host();
+    removed.frontends.clear();
+    let snapshot = Snapshot {
+        services: Vec::new(),
+        placing: vec![placing(), removed],
+        daemon: alive(),
+    };
+    let notes = DaemonNotes {
+        placing: PlacingNotes {
+            refused: Some("another program sits there".to_owned()),
+            left_out: vec!["there is no room for 3 endpoints of `als`".to_owned()],
+        },
+        ..DaemonNotes::default()
+    };
+    let text = status::text(&snapshot, &notes);
+    assert!(
+        text.starts_with(
+            "\
+Daemon: alive, last heartbeat 0.4 s ago
+Placing: OFF: connects of this node go where clients send them: another program
+         sits there
+Placing: there is no room for 3 endpoints of `als`
+
+agents skywalking/oap: connects to 10.96.0.9:11800
+  Placing: off, as said above
+"
+        ),
+        "{text}"
+    );
+    assert!(text.contains("  Placing: removed; connections"), "{text}");
+    let json = serde_json::to_value(status::Json::new(&snapshot, &notes)).unwrap();
+    assert_eq!(
+        json["place"],
+        serde_json::json!({
+            "refused": "another program sits there",
+            "left_out": ["there is no room for 3 endpoints of `als`"],
+        })
+    );
+    let metrics = crate::metrics::text(&snapshot, &notes).unwrap();
+    for line in ["balancer_place_refused 1", "balancer_place_left_out 1"] {
+        assert!(metrics.lines().any(|found| found == line), "{metrics}");
+    }
 }
 
 #[test]
@@ -963,6 +1009,7 @@ fn status_as_json_is_as_contracted() {
         serde_json::json!({
             "schema": 1,
             "placing": [],
+            "place": {"refused": null, "left_out": []},
             "services": [{
                 "name": "agents",
                 "port": 11800,

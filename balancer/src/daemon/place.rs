@@ -10,7 +10,7 @@ use tracing::warn;
 use super::mode::Mode;
 use crate::config::Effect;
 use crate::dataplane::endpoints::{Assigned, Known};
-use crate::dataplane::{Placing, Writer};
+use crate::dataplane::{Paths, Placing, PlacingNotes, Writer};
 use crate::place::{GroupKnowledge, GroupMemory, GroupPlan, PlacePlan};
 use crate::sys::clock;
 
@@ -21,10 +21,10 @@ pub struct Places {
     started: Instant,
     /// What is remembered of each group, by its name.
     memories: BTreeMap<String, GroupMemory>,
-    /// What was said last of what there is no room for.
-    said: Vec<String>,
-    /// When the kernel last refused the programs, for those of somebody else.
-    refused: Option<Instant>,
+    /// What keeps connects from being placed, as it was noted last; `None`: nothing was yet.
+    noted: Option<PlacingNotes>,
+    /// When the programs were last refused, and why.
+    refused: Option<(Instant, String)>,
 }
 
 /// How long after a refusal the programs are tried again: loading them takes a while.
@@ -36,7 +36,7 @@ impl Places {
         Self {
             started: Instant::now(),
             memories: BTreeMap::new(),
-            said: Vec::new(),
+            noted: None,
             refused: None,
         }
     }
@@ -70,28 +70,67 @@ impl Places {
         writer
             .endpoints
             .put_in_force(tables, plan, &assigned, &known)?;
-        self.say_left_out(writer.endpoints.left_out());
         let any = plan.groups.iter().any(|group| !group.frontends.is_empty());
-        self.attach(any, writer)
+        let attached = self.attach(any, writer);
+        let now = PlacingNotes {
+            refused: self.refused.as_ref().map(|(_, why)| why.clone()),
+            left_out: writer.endpoints.left_out().to_vec(),
+        };
+        self.note(now, writer.loader.paths());
+        attached
+    }
+
+    /// What keeps connects of this node from being placed as they should be.
+    pub fn notes(&self) -> PlacingNotes {
+        self.noted.clone().unwrap_or_default()
+    }
+
+    /// Why no connect of this node is placed, for the report to the other daemons; `None`: the
+    /// kernel has refused nothing.
+    pub fn problem(&self) -> Option<String> {
+        let why = self.notes().refused?;
+        Some(format!("connects of its clients are not placed: {why}"))
+    }
+
+    /// Tries at once what was refused and waits.
+    pub fn try_again(&mut self) {
+        self.refused = None;
     }
 
     /// Attaches the programs that place while there is a frontend.
     fn attach(&mut self, any: bool, writer: &mut Writer) -> Result<()> {
-        let held_back = self.refused.is_some_and(|at| at.elapsed() < RETRY);
+        let held_back = self
+            .refused
+            .as_ref()
+            .is_some_and(|(at, _)| at.elapsed() < RETRY);
         if any && held_back {
             return Ok(());
         }
-        let placing = writer.set_placing(any)?;
-        self.refused = matches!(placing, Placing::Refused(_)).then(Instant::now);
+        self.refused = match writer.set_placing(any)? {
+            Placing::Refused(why) => Some((Instant::now(), why)),
+            Placing::On | Placing::Off => None,
+        };
         Ok(())
     }
 
-    /// Says once what there is no room for.
-    fn say_left_out(&mut self, left_out: &[String]) {
-        for problem in left_out.iter().filter(|one| !self.said.contains(one)) {
+    /// Notes what keeps connects from being placed where it has changed, and says once what there
+    /// is no room for. (Why the programs were refused is said already.)
+    fn note(&mut self, now: PlacingNotes, paths: &Paths) {
+        if self.noted.as_ref() == Some(&now) {
+            return;
+        }
+        let said = self.noted.take().unwrap_or_default();
+        for problem in now
+            .left_out
+            .iter()
+            .filter(|one| !said.left_out.contains(one))
+        {
             warn!("{problem}");
         }
-        self.said = left_out.to_vec();
+        if let Err(error) = now.write(paths) {
+            warn!("`status` can't show what keeps connects from being placed: {error}");
+        }
+        self.noted = Some(now);
     }
 }
 

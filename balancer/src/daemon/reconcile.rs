@@ -25,6 +25,7 @@ use super::turned_away::TurnedAway;
 use super::warn_of_mistakes;
 use crate::config::{Config, Effect, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots, take_refusals};
+use crate::kubernetes::ClusterStatus;
 use crate::sys::clock;
 use crate::sys::privileges::{Kept, suffice_for};
 
@@ -306,6 +307,7 @@ impl Daemon {
         self.plan = None;
         self.failed = None;
         self.audit = None;
+        self.places.try_again();
         warn_of_mistakes(&config);
         Ok(())
     }
@@ -342,6 +344,15 @@ impl Daemon {
             self.failed = Some(FailedPlan::after(self.failed.take(), plan));
         }
         followed
+    }
+
+    /// What `status --cluster` shows.
+    ///
+    /// # Errors
+    /// When this is no cluster, or the slots can't be read.
+    pub fn cluster_status(&self) -> Result<ClusterStatus> {
+        let notes = self.places.notes();
+        self.mode.cluster_status(&self.writer, self.effect, notes)
     }
 
     /// What the maps should hold by now; `None`: that is not known yet.
@@ -394,7 +405,9 @@ impl Daemon {
         // `steer` before quotas: the backends of a newly guarded network namespace are confirmed by
         // their quotas, and active from then on.
         self.mode.attach(&mut self.guarded, &mut self.writer)?;
-        self.mode.note_unfit(self.guarded.problem());
+        let problems = [self.guarded.problem(), self.places.problem()];
+        self.mode
+            .note_unfit(&problems.into_iter().flatten().collect::<Vec<_>>());
         self.apply_quotas()?;
         self.guarded.detach_unwanted(&mut self.writer)?;
         self.writer.loader.follow_logs();

@@ -27,7 +27,7 @@ pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Repl
         // The answer must come after the deed, and the deed ends the daemon.
         Request::Unload => unload(daemon).map(done),
         Request::Ping => Ok(done("the daemon lives".into())),
-        Request::Cluster => (daemon.mode.cluster_status(&daemon.writer)).map(|status| {
+        Request::Cluster => daemon.cluster_status().map(|status| {
             let cluster = Box::new(status);
             Response::Cluster { cluster }
         }),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::paths::Paths;
+use super::place_notes::PlacingNotes;
 use super::read::snapshot::DaemonSnapshot;
 use crate::discover::is_ending;
 use crate::sys::clock;
@@ -29,6 +30,8 @@ pub struct DaemonNotes {
     pub ended: Option<u32>,
     /// The configuration file could not be put in force when it was last read again.
     pub failed_reload: Option<FailedReload>,
+    /// What keeps connects of this node from being placed.
+    pub placing: PlacingNotes,
 }
 
 /// What the daemon is, by its heartbeat and its process.
@@ -78,6 +81,7 @@ impl DaemonNotes {
                     error: error.trim_end().to_owned(),
                 })
             }),
+            placing: PlacingNotes::read(paths),
         }
     }
 
@@ -115,6 +119,11 @@ impl Note {
     /// Which backends are down, and since when.
     pub(super) fn down(paths: &Paths) -> Self {
         Self::named(paths, "down")
+    }
+
+    /// What keeps connects from being placed.
+    pub(super) fn placing(paths: &Paths) -> Self {
+        Self::named(paths, "placing")
     }
 
     fn named(paths: &Paths, what: &str) -> Self {

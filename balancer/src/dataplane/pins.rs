@@ -268,6 +268,7 @@ pub(super) fn remove_data_plane(lock: &Lock, paths: &Paths) -> Result<()> {
         return Ok(());
     }
     Note::down(paths).remove();
+    Note::placing(paths).remove();
     remove_directory(lock, &paths.removed())?;
     if is_there(&paths.current())? {
         // In one step: a daemon that is killed over this leaves nothing that looks whole and isn't.

@@ -9,6 +9,7 @@ use std::{
 
 use super::{Check, Options, guarded::GuardedNetns, listing};
 use crate::{
+    config::Config,
     dataplane::{Paths, Program, has_frontends},
     discover::{cgroup2_mount, cgroups, is_cgroup2},
     sys::bpf::{self, Attached, Object},
@@ -39,7 +40,8 @@ pub(super) fn checks(options: &Options, netns: &[GuardedNetns]) -> Vec<Check> {
             };
             let found = Check::ok("cgroup2", path.display().to_string(), means);
             let mut checks = vec![found, sock_ops(&path, &ours)];
-            if has_frontends(&Paths::new(&options.state_dir)) {
+            let places = options.config.as_ref().is_some_and(places);
+            if places || has_frontends(&Paths::new(&options.state_dir)) {
                 checks.push(connect(&path, &ours));
             }
             checks
@@ -50,6 +52,12 @@ pub(super) fn checks(options: &Options, netns: &[GuardedNetns]) -> Vec<Check> {
         checks.push(sk_lookup(netns, &ours));
     }
     checks
+}
+
+/// Whether a file says where connects of clients go, whatever its mode.
+fn places(config: &Config) -> bool {
+    let in_cluster = config.kubernetes.as_ref();
+    in_cluster.is_some_and(|kubernetes| kubernetes.place) || !config.connects.is_empty()
 }
 
 /// The cgroup that `account` is attached to, or why there is none.

@@ -96,48 +96,6 @@ pub(super) fn problems(cluster: &ClusterStatus) -> Check {
     )
 }
 
-/// What keeps clients of the cluster from being placed.
-pub(super) fn placing(cluster: &ClusterStatus) -> Option<Check> {
-    let placing = &cluster.placing;
-    if !placing.on || placing.services.is_empty() {
-        return None;
-    }
-    let mut found: Vec<String> = placing
-        .services
-        .iter()
-        .filter(|service| !service.frontends.is_empty())
-        .flat_map(|service| {
-            let of = &service.service;
-            service
-                .notes
-                .iter()
-                .map(move |note| format!("{of}: {note}"))
-        })
-        .collect();
-    if let Some(daemons) = placing
-        .daemons
-        .filter(|daemons| daemons.ready < daemons.wanted)
-    {
-        found.push(format!(
-            "{} of the {} nodes that the DaemonSet selects have no daemon that is ready: their \
-             clients are sent anywhere by kube-proxy, and refused where a pod is full",
-            daemons.wanted - daemons.ready,
-            daemons.wanted
-        ));
-    }
-    Some(Check::warn_of(
-        "placing",
-        &found,
-        (
-            "every Service that is found is placed on every node with a daemon",
-            "connects go to the pod that should have them",
-        ),
-        "these clients are not placed, or not among all pods",
-        "docs/kubernetes.md says what each setting means; compare `kubectl get nodes` with the \
-         DaemonSet's pods to find nodes that it does not select",
-    ))
-}
-
 /// Whether clients seem to be exempt because address translation gives them the node's address.
 pub(super) fn translated(snapshot: &Snapshot) -> Option<Check> {
     let suspicious = |backend: &BackendSnapshot| backend.exempt > FEW;

@@ -14,8 +14,8 @@ use super::{
 };
 use crate::{
     dataplane::{
-        self, DaemonNotes, DaemonSnapshot, DaemonState, EndpointGroupSnapshot, EndpointSnapshot,
-        FailedReload, Link, Part, Paths, Reader, ServiceSnapshot, Snapshot,
+        self, DaemonNotes, DaemonSnapshot, DaemonState, FailedReload, Link, Paths, Reader,
+        ServiceSnapshot, Snapshot,
     },
     discover::{cgroup2_mount, cgroups},
     health::in_words,
@@ -308,54 +308,6 @@ pub(super) fn health(services: &[ServiceSnapshot]) -> Check {
         "look at its process: stopped, out of threads, memory or files, waiting for another server; \
          start it where it is down",
     )
-}
-
-/// Whether connects of this node are placed, and which endpoints are avoided; nothing where there
-/// is no frontend.
-pub(super) fn placing(state_dir: &Path, groups: &[EndpointGroupSnapshot]) -> Option<Check> {
-    groups.iter().find(|group| !group.frontends.is_empty())?;
-    let links = Paths::links(&Paths::new(state_dir).current()).unwrap_or_default();
-    let attached = links
-        .iter()
-        .any(|link| link.program.hook.part() == Part::Placing);
-    let mut found: Vec<String> = groups.iter().flat_map(trouble_of).collect();
-    if !attached {
-        found.push(
-            "the programs that place are not attached, and connects go where clients send them"
-                .to_owned(),
-        );
-    }
-    Some(Check::warn_of(
-        "placing",
-        &found,
-        (
-            "connects to frontends are placed",
-            "`balancer status` shows the frontends and where their connects go",
-        ),
-        "connects go to the other endpoints, or as without the balancer",
-        "look at the endpoint: does it listen, is there a way to it; where nothing is attached, the \
-         daemon's log says which program is in the way",
-    ))
-}
-
-/// What keeps a group's endpoints from having their connects.
-fn trouble_of(group: &EndpointGroupSnapshot) -> Vec<String> {
-    let unknown = group.known_for.is_some_and(|left| left.is_zero());
-    let unknown =
-        unknown.then(|| format!("{}: nothing fresh is known of the endpoints", group.name));
-    let avoided = group.endpoints.iter().filter_map(|endpoint| {
-        let (since, _) = endpoint.avoided?;
-        Some(format!(
-            "{}: {} is avoided, since {} s: {}; {} of {} connects have failed",
-            group.name,
-            endpoint.name,
-            since.as_secs(),
-            EndpointSnapshot::WHY_AVOIDED,
-            endpoint.failed,
-            endpoint.total
-        ))
-    });
-    unknown.into_iter().chain(avoided).collect()
 }
 
 #[cfg(test)]

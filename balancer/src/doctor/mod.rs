@@ -13,7 +13,9 @@ mod listening;
 mod loaded;
 mod machine;
 mod mistakes;
+mod placing;
 mod services;
+mod unplaced;
 
 use std::{
     fmt::Display,
@@ -29,6 +31,7 @@ pub use self::fleet::of_cluster;
 use self::guarded::Guarded;
 use self::listening::CheckedService;
 pub use self::mistakes::{Kind, Mistake};
+use self::services::NoServices;
 use crate::config::{Config, NetnsScope};
 use crate::dataplane::{Reader, ServiceSnapshot, Snapshot};
 use crate::kubernetes::ClusterStatus;
@@ -240,7 +243,7 @@ pub fn run(options: &Options) -> Report {
         checks.push(loaded::counts(&loaded.snapshot.daemon));
         checks.push(loaded::older_connections(&loaded.snapshot.services));
         checks.push(loaded::health(&loaded.snapshot.services));
-        checks.extend(loaded::placing(
+        checks.extend(placing::checks(
             &options.state_dir,
             &loaded.snapshot.placing,
         ));
@@ -250,7 +253,7 @@ pub fn run(options: &Options) -> Report {
         checks.extend(cluster::checks(kubernetes));
     }
     checks.extend(options.cluster.as_ref().map(cluster::problems));
-    checks.extend(options.cluster.as_ref().and_then(cluster::placing));
+    checks.extend(options.cluster.iter().flat_map(unplaced::checks));
     checks.extend((loaded.as_ref()).and_then(|loaded| cluster::translated(&loaded.snapshot)));
 
     // In a cluster the file names no addresses: the loaded data plane knows them.
@@ -267,13 +270,22 @@ pub fn run(options: &Options) -> Report {
         ..options.clone()
     };
     checks.extend(attached::checks(options, &guarded.netns));
+    let connects = match (file, &loaded) {
+        (Some(file), _) => !file.connects.is_empty(),
+        (None, Some(loaded)) => !loaded.snapshot.placing.is_empty(),
+        (None, None) => false,
+    };
     let services = match (file, loaded) {
         (Some(file), _) => of_file(file),
         (None, Some(loaded)) => loaded.services,
         (None, None) => Vec::new(),
     };
     if services.is_empty() {
-        checks.push(services::none(config.is_some()));
+        checks.push(services::none(match config {
+            _ if connects => NoServices::ConnectsAlone,
+            Some(_) => NoServices::InCluster,
+            None => NoServices::NothingNamed,
+        }));
     } else {
         let cgroup = attached::cgroup(options.cgroup.as_deref()).ok();
         checks.extend(services::checks(&services, &guarded, cgroup.as_deref()));

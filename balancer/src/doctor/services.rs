@@ -12,19 +12,36 @@ use crate::{discover::cgroup_ids, sys::sock_diag::Family};
 
 const NAME: &str = "services";
 
-/// The finding where no services are known; `in_cluster`: the file is one for a cluster.
-pub(super) fn none(in_cluster: bool) -> Check {
-    let (found, advice) = if in_cluster {
-        (
+/// Why no services are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoServices {
+    /// Nobody has named a file, and nothing is loaded.
+    NothingNamed,
+    /// The file is one for a cluster, and nothing is loaded.
+    InCluster,
+    /// It is only said where connects of this host go.
+    ConnectsAlone,
+}
+
+/// The finding where no services are known.
+pub(super) fn none(why: NoServices) -> Check {
+    let (found, advice) = match why {
+        NoServices::ConnectsAlone => {
+            return Check::ok(
+                NAME,
+                "none: nothing is served here, and connects of this host are placed",
+                "there are no listeners to look at",
+            );
+        }
+        NoServices::InCluster => (
             "none: nothing is loaded, and the file names no addresses",
             "start the daemon (`balancer run`), which learns of them from the API server, and look \
              again",
-        )
-    } else {
-        (
+        ),
+        NoServices::NothingNamed => (
             "none: no configuration is given and nothing is loaded",
             "give the file with --config",
-        )
+        ),
     };
     Check::warn(NAME, found, "no service's listeners were looked at", advice)
 }
@@ -368,7 +385,8 @@ mod tests {
 
     #[test]
     fn without_a_configuration_nothing_is_claimed() {
-        let (outside, in_cluster) = (none(false), none(true));
+        let (outside, in_cluster) = (none(NoServices::NothingNamed), none(NoServices::InCluster));
+        assert_eq!(none(NoServices::ConnectsAlone).status, Status::Ok);
         for check in [&outside, &in_cluster] {
             assert_eq!((check.name, check.status), ("services", Status::Warn));
         }

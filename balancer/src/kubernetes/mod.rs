@@ -34,7 +34,7 @@ pub use model::{
 };
 pub use status::{
     BackendStatus, ClusterStatus, DaemonsStatus, GroupStatus, PlacedService, PlacingStatus,
-    PodHealth,
+    PodHealth, Restriction,
 };
 pub use survey::{Survey, SurveyedDaemon, SurveyedReport, installed_config, survey};
 #[doc(hidden)]

@@ -32,6 +32,10 @@ pub struct ClusterStatus {
 pub struct PlacingStatus {
     /// Whether the asked node places.
     pub on: bool,
+    /// Why it does not; `null`: it does.
+    pub why_not: Option<String>,
+    /// The zone of the asked node; `null`: not known, or no Service prefers near pods.
+    pub zone: Option<String>,
     /// The daemons of the `DaemonSet`; `null`: not known.
     pub daemons: Option<DaemonsStatus>,
     /// The Services' ports.
@@ -62,8 +66,30 @@ pub struct PlacedService {
     pub frontends: Vec<SocketAddr>,
     /// Whether connects to these are placed on the asked node.
     pub placed: bool,
+    /// What keeps its clients from being placed, or from all of its pods.
+    pub restrictions: Vec<Restriction>,
     /// What is to be known of it, a sentence each.
     pub notes: Vec<String>,
+}
+
+/// What keeps clients of a Service from being placed, or from all of its pods.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restriction {
+    /// It has no cluster address.
+    Headless,
+    /// Its annotation says so.
+    SwitchedOff,
+    /// A client is to get the same pod again (`sessionAffinity`).
+    SessionAffinity,
+    /// It has an endpoint that is no pod of its namespace.
+    ForeignEndpoints,
+    /// Its clients only get pods of their own node (`internalTrafficPolicy`).
+    OwnNode,
+    /// Its clients get near pods first (`trafficDistribution`).
+    NearFirst,
+    /// It has node ports, a load balancer or external addresses, whose clients are not placed.
+    Outside,
 }
 
 /// A backend group: its quotas, and its pods on all nodes.

@@ -69,7 +69,7 @@ pub fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> Result<String, std::fmt
             lookups.get_or_create(&labels).inc_by(*count);
         }
     }
-    placing::register(&mut registry, &snapshot.placing);
+    placing::register(&mut registry, &snapshot.placing, &notes.placing);
     let mut text = String::new();
     encode(&mut text, &registry)?;
     Ok(with_sorted_series(&text))

@@ -1,15 +1,21 @@
 //! The metrics of placing.
 
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use super::{Counters, Gauges, Labels, counters, gauges};
-use crate::dataplane::{EndpointGroupSnapshot, EndpointSnapshot};
+use crate::dataplane::{EndpointGroupSnapshot, EndpointSnapshot, PlacingNotes};
 
 /// Adds what there is to measure of endpoint groups. Without any there are no such metrics.
-pub(super) fn register(registry: &mut Registry, groups: &[EndpointGroupSnapshot]) {
-    if groups.is_empty() {
+pub(super) fn register(
+    registry: &mut Registry,
+    groups: &[EndpointGroupSnapshot],
+    notes: &PlacingNotes,
+) {
+    if groups.is_empty() && *notes == PlacingNotes::default() {
         return;
     }
+    trouble(registry, notes);
     let endpoints = Endpoints::new(registry);
     let help = "Connects to frontends by how they ended";
     let connects = counters(registry, "place_connects", help);
@@ -25,6 +31,20 @@ pub(super) fn register(registry: &mut Registry, groups: &[EndpointGroupSnapshot]
             connects.get_or_create(&labels).inc_by(*count);
         }
     }
+}
+
+/// What keeps connects from being placed.
+fn trouble(registry: &mut Registry, notes: &PlacingNotes) {
+    let mut gauge = |name, help, value| {
+        let gauge = Gauge::<i64>::default();
+        gauge.set(value);
+        registry.register(name, help, gauge);
+    };
+    let help = "Whether the kernel refuses the programs that place, so that nobody is placed: 1";
+    gauge("place_refused", help, i64::from(notes.refused.is_some()));
+    let left_out = i64::try_from(notes.left_out.len()).unwrap_or(i64::MAX);
+    let help = "Sentences of `status` about what there is no room for, or what two claim";
+    gauge("place_left_out", help, left_out);
 }
 
 /// The metrics of each endpoint.

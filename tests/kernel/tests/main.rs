@@ -28,6 +28,7 @@ mod netns;
 mod outlive;
 mod pins;
 mod place;
+mod placing_told;
 mod policies;
 mod privileges;
 mod queue;

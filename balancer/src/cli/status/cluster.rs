@@ -52,10 +52,9 @@ fn api(status: &ClusterStatus) -> String {
 
 /// Where connects of clients go, and who sees to that.
 fn placing_text(placing: &PlacingStatus) -> String {
-    let words = if placing.on {
-        "on for the clients of this node"
-    } else {
-        "off on this node (`place: off`)"
+    let words = match &placing.why_not {
+        Some(why) => format!("off on this node: {why}"),
+        None => "on for the clients of this node".to_owned(),
     };
     let daemons = placing.daemons.map_or_else(String::new, |daemons| {
         let ago = span(Duration::from_secs(daemons.seconds_ago));
@@ -255,6 +254,8 @@ mod tests {
     fn placing() -> PlacingStatus {
         PlacingStatus {
             on: true,
+            why_not: None,
+            zone: None,
             daemons: Some(DaemonsStatus {
                 wanted: 100,
                 ready: 97,
@@ -265,6 +266,7 @@ mod tests {
                 service: name("skywalking", "skywalking-oap"),
                 frontends: vec![([10, 96, 0, 7], 11800).into()],
                 placed: true,
+                restrictions: Vec::new(),
                 notes: Vec::new(),
             }],
         }
@@ -312,13 +314,14 @@ mod tests {
     fn whose_connects_are_not_placed_is_said() {
         let mut status = status(vec![backend(1, 70, 0)]);
         status.placing.on = false;
+        status.placing.why_not = Some("`place: off`".to_owned());
         status.placing.daemons = None;
         let service = &mut status.placing.services[0];
         service.placed = false;
         service.notes = vec!["sessionAffinity is ClientIP".to_owned()];
         let shown = text(&status);
         for words in [
-            "Placing: off on this node (`place: off`)",
+            "Placing: off on this node: `place: off`",
             "- skywalking/skywalking-oap: sessionAffinity",
             "10.96.0.7:11800     no",
         ] {

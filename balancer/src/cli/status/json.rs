@@ -18,8 +18,16 @@ pub(in crate::cli) struct Json<'a> {
     schema: u32,
     services: Vec<JsonService<'a>>,
     placing: Vec<JsonGroup<'a>>,
+    place: JsonPlace<'a>,
     /// The daemon; the key is part of the contract.
     agent: JsonDaemon<'a>,
+}
+
+/// What keeps connects from being placed.
+#[derive(Serialize)]
+struct JsonPlace<'a> {
+    refused: Option<&'a str>,
+    left_out: &'a [String],
 }
 
 #[derive(Serialize)]
@@ -205,6 +213,10 @@ impl<'a> Json<'a> {
             schema: 1,
             services: snapshot.services.iter().map(JsonService::new).collect(),
             placing: snapshot.placing.iter().map(JsonGroup::new).collect(),
+            place: JsonPlace {
+                refused: notes.placing.refused.as_deref(),
+                left_out: &notes.placing.left_out,
+            },
             agent: JsonDaemon {
                 alive: notes.state(&snapshot.daemon).is_alive(),
                 heartbeat_age_ms: snapshot.daemon.heartbeat_age.map(|age| age.as_millis()),

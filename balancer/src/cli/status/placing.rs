@@ -4,16 +4,32 @@ use balancer_common::place::PlaceReason;
 
 use crate::{
     cli::output::{Column, span, table, wrapped},
-    dataplane::{EndpointGroupSnapshot, EndpointSnapshot},
+    dataplane::{EndpointGroupSnapshot, EndpointSnapshot, PlacingNotes},
 };
 
 /// The columns that a narrow terminal does without first.
 const LEAST: [&str; 4] = ["FAILED", "WEIGHT", "IN FLIGHT", "OTHERS"];
 
+/// What keeps connects from being placed; nothing where nothing does.
+pub(in crate::cli) fn trouble(notes: &PlacingNotes) -> String {
+    let refused = notes.refused.iter().map(|why| {
+        let words = format!("OFF: connects of this node go where clients send them: {why}");
+        wrapped("Placing: ", &words)
+    });
+    let left_out = notes.left_out.iter();
+    refused
+        .chain(left_out.map(|what| wrapped("Placing: ", what)))
+        .collect()
+}
+
 /// What there is to say of an endpoint group.
-pub(in crate::cli) fn group(group: &EndpointGroupSnapshot) -> String {
+pub(in crate::cli) fn group(group: &EndpointGroupSnapshot, notes: &PlacingNotes) -> String {
     let mut text = heading(group);
-    text += &wrapped("  Placing: ", &how(group));
+    let how = match notes.refused {
+        Some(_) if !group.frontends.is_empty() => "off, as said above".to_owned(),
+        _ => how(group),
+    };
+    text += &wrapped("  Placing: ", &how);
     if !group.endpoints.is_empty() {
         text += &endpoints(group);
     }

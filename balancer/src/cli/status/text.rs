@@ -22,13 +22,14 @@ pub(in crate::cli) fn text(snapshot: &Snapshot, notes: &DaemonNotes) -> String {
         text += &reload(failed);
     }
     text += &counts(&snapshot.daemon.audit_totals);
+    text += &placing::trouble(&notes.placing);
     for service in &snapshot.services {
         text += "\n";
         text += &service_text(service);
     }
     for group in &snapshot.placing {
         text += "\n";
-        text += &placing::group(group);
+        text += &placing::group(group, &notes.placing);
     }
     if snapshot.services.is_empty() && snapshot.placing.is_empty() {
         text += "\n";

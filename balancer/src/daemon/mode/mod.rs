@@ -12,8 +12,8 @@ pub use self::kubernetes::{UnfitMode, fuzzing, status_from_outside};
 use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
 use super::down::{self, Named};
-use crate::config::Config;
-use crate::dataplane::{Plan, RefusedSource, Writer};
+use crate::config::{Config, Effect};
+use crate::dataplane::{PlacingNotes, Plan, RefusedSource, Writer};
 use crate::kubernetes::ClusterStatus;
 use crate::place::PlacePlan;
 
@@ -175,25 +175,30 @@ impl Mode {
         }
     }
 
-    /// Notes what of this node can't be guarded, for the report to the other daemons; `None`: all
-    /// of it is.
-    pub fn note_unfit(&mut self, unfit: Option<String>) {
+    /// Notes what of this node can't be guarded, a sentence each, for the report to the other
+    /// daemons.
+    pub fn note_unfit(&mut self, problems: &[String]) {
         if let Self::Kubernetes(mode) = self {
-            mode.note_unfit(unfit);
+            mode.note_unfit(problems);
         }
     }
 
-    /// What `status --cluster` shows.
+    /// What `status --cluster` shows; `effect` and `notes` say how this node places.
     ///
     /// # Errors
     /// When this is no cluster, or the slots can't be read.
-    pub fn cluster_status(&self, writer: &Writer) -> Result<ClusterStatus> {
+    pub fn cluster_status(
+        &self,
+        writer: &Writer,
+        effect: Effect,
+        notes: PlacingNotes,
+    ) -> Result<ClusterStatus> {
         match self {
             Self::Standalone(_) => bail!(
                 "this daemon is not in a Kubernetes cluster: its configuration has no section \
                  `kubernetes`"
             ),
-            Self::Kubernetes(mode) => mode.status(writer),
+            Self::Kubernetes(mode) => mode.status(writer, effect, notes),
         }
     }
 }

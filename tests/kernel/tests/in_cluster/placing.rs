@@ -13,7 +13,8 @@ use testkit::fixtures::{Balancer, eventually, process, remains};
 use testkit::kubernetes::objects::{self, Endpoint};
 
 use super::fixture::{
-    Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, config, labelled_as_oap, with_cluster,
+    Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, cluster_status, config, labelled_as_oap,
+    with_cluster,
 };
 
 const QUOTA: &str = "{per_backend: 1000}";
@@ -388,5 +389,90 @@ fn an_api_server_that_is_gone_for_a_minute_leaves_everybody_to_kube_proxy() {
         });
         cluster.api.thaw();
         place.wait_placed(true, &balancer);
+    });
+}
+
+/// The words of `status --cluster`, on one line, once it knows of the Service's address.
+fn told(balancer: &Balancer<'_>, words: &str) {
+    eventually(SETTLES_WITHIN, || {
+        let said = balancer.must(&["status", "--cluster"]);
+        let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
+        ensure!(
+            said.contains("oap 10.") && said.contains(words),
+            "{words:?} is not in {said}"
+        );
+        Ok(())
+    });
+}
+
+/// What `status --cluster` says in JSON of whether this node places, and the Service's clients.
+fn places(balancer: &Balancer<'_>) -> (Value, Value) {
+    let placing = &cluster_status(balancer)["placing"];
+    let services = placing["services"].as_array().expect("a list");
+    let oap = services.iter().find(|one| one["service"]["name"] == "oap");
+    (
+        placing["on"].clone(),
+        oap.expect("it is known")["placed"].clone(),
+    )
+}
+
+/// The links that place, by their pins.
+fn links(balancer: &Balancer<'_>) -> usize {
+    let version = format!("v{}", balancer_common::abi::VERSION);
+    let pins = fs::read_dir(balancer.state().join(version)).expect("the state directory");
+    let names = pins.map(|pin| pin.expect("a pin").file_name());
+    names
+        .filter(|name| name.to_string_lossy().starts_with("link_place_"))
+        .count()
+}
+
+/// A first installation changes nothing; how it would have placed is counted in a dry run.
+#[test]
+fn modes_that_change_nothing_place_nobody_and_say_so() {
+    with_cluster(|cluster| {
+        let mut place = Place::new(cluster, &[NODE, NODE]);
+        let mut balancer = cluster.balancer(QUOTA);
+        let in_mode = |mode: &str| format!("{}mode: {mode}\n", config(QUOTA));
+        balancer.configure(&in_mode("count"));
+        balancer.launch();
+        told(&balancer, "Placing: off on this node: the mode is count");
+        let (_clients, went) = place.connect(6);
+        assert_eq!((went.kube_proxy, &went.pods[..]), (6, &[0, 0][..]));
+        assert_eq!(places(&balancer), (json!(false), json!(false)));
+        assert_eq!(links(&balancer), 0);
+        assert!(balancer.status().placing.is_empty());
+
+        balancer.configure(&in_mode("dry-run"));
+        balancer.must(&["reload"]);
+        told(&balancer, "Placing: off on this node: the mode is dry-run");
+        let dry = |balancer: &Balancer<'_>| {
+            let placing = balancer.status().placing;
+            let group = placing.into_iter().next()?;
+            let total: u64 = group.endpoints.iter().map(|one| one.total).sum();
+            assert_eq!(total, 0, "{group:?}");
+            assert!(!group.verdicts.contains_key("placed") || group.verdicts["placed"] == 0);
+            group.verdicts.get("dry-run").copied()
+        };
+        eventually(SETTLES_WITHIN, || {
+            let before = dry(&balancer).unwrap_or(0);
+            let (_clients, went) = place.connect(6);
+            assert_eq!((went.kube_proxy, &went.pods[..]), (6, &[0, 0][..]));
+            let now = dry(&balancer).unwrap_or(0);
+            ensure!(now == before + 6, "{before}, then {now}");
+            Ok(())
+        });
+        assert_eq!(places(&balancer), (json!(false), json!(false)));
+        let said = balancer.must(&["status"]);
+        assert!(said.contains("Placing: dry-run: endpoints are"), "{said}");
+
+        balancer.configure(&in_mode("on"));
+        balancer.must(&["reload"]);
+        place.wait_placed(true, &balancer);
+        told(&balancer, "Placing: on for the clients of this node");
+        assert_eq!(places(&balancer), (json!(true), json!(true)));
+        balancer.configure(&in_mode("count"));
+        balancer.must(&["reload"]);
+        assert_eq!(links(&balancer), 0);
+        place.wait_placed(false, &balancer);
     });
 }

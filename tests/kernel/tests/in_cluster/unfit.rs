@@ -1,8 +1,8 @@
 //! Nodes that can't be guarded, or not all of them: the daemon is ready, says why, hurts nobody.
 
 use anyhow::ensure;
-use serde_json::json;
-use testkit::fixtures::foreign::{Answer, SkLookup, SockOps};
+use serde_json::{Value, json};
+use testkit::fixtures::foreign::{Answer, Connect4, SkLookup, SockOps};
 use testkit::fixtures::{Balancer, Signal, eventually};
 use testkit::kubernetes::objects;
 
@@ -45,7 +45,7 @@ fn says_so_and_hurts_nobody(cluster: &Cluster, pod: &Pod, balancer: &Balancer, w
     );
     let config = balancer.config().display().to_string();
     let doctor = balancer.verb(&["doctor", "--config", &config, "-o", "json"]);
-    let found: serde_json::Value = serde_json::from_str(&doctor.stdout).expect("JSON");
+    let found: Value = serde_json::from_str(&doctor.stdout).expect("JSON");
     let checks = found["checks"].as_array().expect("a list");
     let daemon = checks.iter().find(|check| check["name"] == "daemon");
     assert_eq!(daemon.expect("a finding")["status"], "fail", "{found}");
@@ -145,6 +145,57 @@ fn what_can_be_done_without_steer_is_done() {
     });
 }
 
+/// Where another program at `connect()` allows none beside it clients are not placed, and
+/// everything else is done. The other nodes hear of it.
+#[test]
+fn what_can_be_done_without_placing_is_done() {
+    const WHY: &str = "connects of its clients are not placed: another program at connect()";
+    with_cluster(|cluster| {
+        let pod = cluster.pod(5);
+        with_route_back(&pod);
+        cluster.serve(&[pod.endpoint()]);
+        install(cluster);
+        let other = Connect4::load("exclusive", 11_900, 11_901);
+        let alone = other.attach_alone(&cluster.machine.cgroup);
+        let mut balancer = cluster.balancer(QUOTA);
+        balancer.launch();
+        eventually(SETTLES_WITHIN, || {
+            let report = own_report(cluster)?.to_string();
+            ensure!(report.contains(WHY), "{report}");
+            let status = cluster_status(&balancer);
+            let problems = status["problems"].to_string();
+            let named = format!("node {NODE} can't be guarded: {WHY}");
+            ensure!(problems.contains(&named), "{problems}");
+            let placing = &status["placing"];
+            ensure!(
+                placing["on"] == false && placing["services"][0]["placed"] == false,
+                "{placing}"
+            );
+            Ok(())
+        });
+        let outside = cluster.balancer_as(cluster.api.admin(), QUOTA);
+        let (said, nodes) = found_outside(&outside, "unfit nodes");
+        assert_eq!(said, "warn");
+        assert!(
+            nodes.to_string().contains(&format!("{NODE}: {WHY}")),
+            "{nodes}"
+        );
+        let _listener = cluster.listen(&pod);
+        balancer.wait_active(1);
+        let clients = cluster.clients(&pod, 3);
+        assert!(cluster.connect(&pod).is_refused(), "{}", balancer.logs());
+        drop((alone, clients));
+        balancer.must(&["reload"]);
+        eventually(SETTLES_WITHIN, || {
+            let status = cluster_status(&balancer);
+            ensure!(status["placing"]["on"] == true, "{status}");
+            let problems = status["problems"].to_string();
+            ensure!(!problems.contains("can't be guarded"), "{problems}");
+            Ok(())
+        });
+    });
+}
+
 /// The daemon's pod is in a namespace that is being deleted, before its `DaemonSet` is: no other
 /// daemon follows.
 #[test]
@@ -191,6 +242,41 @@ fn a_deleted_node_leaves_nothing_in_the_kernel() {
     });
 }
 
+/// What the chart installs, as far as one looks from outside: its daemons are on node2.
+fn install(cluster: &Cluster) {
+    let labels = json!({"app.kubernetes.io/part-of": "balancer", "app": "balancer"});
+    let set = json!({
+        "apiVersion": "apps/v1", "kind": "DaemonSet",
+        "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
+        "spec": {"selector": {"matchLabels": {"app": "balancer"}}, "template": {
+            "metadata": {"labels": {"app": "balancer"}},
+            "spec": {"containers": [{"name": "balancer", "image": "balancer:1"}]},
+        }},
+    });
+    let file = json!({
+        "apiVersion": "v1", "kind": "Secret",
+        "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
+        "stringData": {"balancer.yaml": config(QUOTA)},
+    });
+    let mut daemon = objects::pod(SYSTEM, "balancer-y", "node2", &["10.89.0.12"]);
+    daemon["metadata"]["labels"] = json!({"app": "balancer"});
+    cluster
+        .api
+        .admin()
+        .apply(&objects::list(&[set, file, daemon]));
+}
+
+/// What `doctor --cluster` finds: its status and its words.
+#[track_caller]
+fn found_outside(outside: &Balancer, name: &str) -> (Value, Value) {
+    let said = outside.verb(&["doctor", "--cluster", "-o", "json"]);
+    let said: Value = serde_json::from_str(&said.stdout).expect("JSON");
+    let checks = said["checks"].as_array().expect("a list");
+    let check = checks.iter().find(|check| check["name"] == name);
+    let check = check.unwrap_or_else(|| panic!("no {name} in {said}"));
+    (check["status"].clone(), check["found"].clone())
+}
+
 /// No daemon is asked: `doctor --cluster` and `status --cluster` go by what the API server has.
 #[test]
 fn a_cluster_is_seen_from_a_machine_that_is_no_node_of_it() {
@@ -198,35 +284,9 @@ fn a_cluster_is_seen_from_a_machine_that_is_no_node_of_it() {
         let pod = cluster.pod(5);
         cluster.serve(&[pod.endpoint(), elsewhere(1)]);
         cluster.publish("node2", &[("far-1", 10)]);
-        let labels = json!({"app.kubernetes.io/part-of": "balancer", "app": "balancer"});
-        let set = json!({
-            "apiVersion": "apps/v1", "kind": "DaemonSet",
-            "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
-            "spec": {"selector": {"matchLabels": {"app": "balancer"}}, "template": {
-                "metadata": {"labels": {"app": "balancer"}},
-                "spec": {"containers": [{"name": "balancer", "image": "balancer:1"}]},
-            }},
-        });
-        let file = json!({
-            "apiVersion": "v1", "kind": "Secret",
-            "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
-            "stringData": {"balancer.yaml": config(QUOTA)},
-        });
-        let mut daemon = objects::pod(SYSTEM, "balancer-y", "node2", &["10.89.0.12"]);
-        daemon["metadata"]["labels"] = json!({"app": "balancer"});
-        cluster
-            .api
-            .admin()
-            .apply(&objects::list(&[set, file, daemon]));
+        install(cluster);
         let outside = cluster.balancer_as(cluster.api.admin(), QUOTA);
-        let said = outside.verb(&["doctor", "--cluster", "-o", "json"]);
-        let said: serde_json::Value = serde_json::from_str(&said.stdout).expect("JSON");
-        let found = |name: &str| {
-            let checks = said["checks"].as_array().expect("a list");
-            let check = checks.iter().find(|check| check["name"] == name);
-            let check = check.unwrap_or_else(|| panic!("no {name} in {said}"));
-            (check["status"].clone(), check["found"].clone())
-        };
+        let found = |name: &str| found_outside(&outside, name);
         assert_eq!(
             found("nodes without a daemon"),
             (json!("warn"), json!("node1"))

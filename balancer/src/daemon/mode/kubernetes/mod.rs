@@ -37,8 +37,8 @@ use self::untold::Untold;
 use super::super::attach::GuardedNetns;
 use super::super::down::Named;
 use super::super::quotas::{Server, explain, put_in_force};
-use crate::config::{ClusterQuota, Kubernetes};
-use crate::dataplane::{Plan, RefusedSource, SlotView, Writer, services};
+use crate::config::{ClusterQuota, Effect, Kubernetes};
+use crate::dataplane::{PlacingNotes, Plan, RefusedSource, SlotView, Writer, services};
 use crate::discover::{OpenNetns, source_towards};
 use crate::kubernetes::{Cluster, ClusterStatus, Endpoint, GroupId, Identity, NodeReport, View};
 use crate::place::{PlacePlan, PublishedTotal};
@@ -370,19 +370,28 @@ impl KubernetesMode {
         self.api.none_follows().await
     }
 
-    /// Notes what of this node can't be guarded; `None`: all of it is.
-    pub fn note_unfit(&mut self, unfit: Option<String>) {
-        self.unfit = unfit;
+    /// Notes what of this node can't be guarded, a sentence each.
+    pub fn note_unfit(&mut self, problems: &[String]) {
+        let lines = problems.iter().filter_map(|problem| problem.lines().next());
+        let all = lines.collect::<Vec<_>>().join("; ");
+        self.unfit = (!all.is_empty()).then(|| unfit::shortened(&all));
     }
 
-    /// What `status --cluster` shows.
+    /// What `status --cluster` shows; `effect` and `notes` say how this node places.
     ///
     /// # Errors
     /// When the slots can't be read.
-    pub fn status(&self, writer: &Writer) -> Result<ClusterStatus> {
+    pub fn status(
+        &self,
+        writer: &Writer,
+        effect: Effect,
+        notes: PlacingNotes,
+    ) -> Result<ClusterStatus> {
         let own = self.node_report(&writer.tables.slots()?);
-        let mut status = report::cluster_status(&self.view, &own, &self.quotas, self.config.place);
+        let why_not = report::why_not_placing(self.config.place, effect, notes.refused.as_deref());
+        let mut status = report::cluster_status(&self.view, &own, &self.quotas, why_not);
         status.problems.extend(self.complaints.sentences().cloned());
+        status.problems.extend(notes.left_out);
         Ok(status)
     }
 

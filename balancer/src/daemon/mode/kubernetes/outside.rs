@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use tokio::time::{Instant, timeout_at};
 
 use super::group_quotas::GroupQuotas;
+use super::report::why_not_placing;
 use super::{report, view};
 use crate::config::Config;
 use crate::kubernetes::{
@@ -27,6 +28,7 @@ pub async fn status_from_outside(namespace: Option<&str>) -> Result<ClusterStatu
     let namespace = survey(&connection, namespace).await?.daemon_set.namespace;
     let file = installed_config(&connection, &namespace).await?;
     let config = Config::parse(&file).context("the daemons' file is of another version")?;
+    let effect = config.effect;
     let config = config
         .kubernetes
         .context("the daemons' file has no section `kubernetes`")?;
@@ -51,7 +53,8 @@ pub async fn status_from_outside(namespace: Option<&str>) -> Result<ClusterStatu
         node: HERE.to_owned(),
         ..NodeReport::default()
     };
-    let mut status = report::cluster_status(&view(&api), &own, &GroupQuotas::new(), config.place);
+    let why_not = why_not_placing(config.place, effect, None);
+    let mut status = report::cluster_status(&view(&api), &own, &GroupQuotas::new(), why_not);
     for group in &mut status.groups {
         "only a daemon knows: `kubectl exec` into one, and run `balancer quota show`"
             .clone_into(&mut group.sentence);

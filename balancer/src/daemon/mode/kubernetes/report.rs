@@ -9,10 +9,12 @@ use balancer_common::abi::ticks;
 use super::group_quotas::GroupQuotas;
 use super::placing::{notes, why_not_placed};
 use super::pod_resolver::{Groups, PodResolver};
+use crate::config::Effect;
 use crate::dataplane::SlotView;
 use crate::kubernetes::{
     BackendStatus, ClusterStatus, Endpoint, GroupId, GroupStatus, MOST_SECONDS_AGO, NodeReport,
-    PlacedService, PlacingStatus, PodHealth, ReportedBackend, ReportedHealth, SCHEMA, View,
+    PlacedService, PlacingStatus, PodHealth, ReportedBackend, ReportedHealth, Restriction, SCHEMA,
+    ServicePort, View,
 };
 use crate::quota::{SHARE_GONE_AFTER, are_too_many};
 use crate::sys::clock;
@@ -66,12 +68,13 @@ pub fn reported(
     })
 }
 
-/// What `status --cluster` shows; `own` is the report of this node, which places or does not.
+/// What `status --cluster` shows; `own` is the report of this node, and `why_not` why it does not
+/// place.
 pub fn cluster_status(
     view: &View,
     own: &NodeReport,
     quotas: &GroupQuotas,
-    places: bool,
+    why_not: Option<String>,
 ) -> ClusterStatus {
     let groups = view.groups.iter().map(|(id, endpoints)| GroupStatus {
         id: id.clone(),
@@ -92,10 +95,30 @@ pub fn cluster_status(
             .collect(),
         groups: groups.collect(),
         placing: PlacingStatus {
-            on: places,
+            on: why_not.is_none(),
             daemons: view.daemons,
-            services: placed_services(view, places),
+            zone: view.zone.clone(),
+            services: placed_services(view, why_not.is_none()),
+            why_not,
         },
+    }
+}
+
+/// Why a node does not place, by its file, its mode and what the kernel has refused; `None`: it
+/// does.
+pub fn why_not_placing(place: bool, effect: Effect, refused: Option<&str>) -> Option<String> {
+    if !place {
+        return Some("`place: off`".to_owned());
+    }
+    match (effect, refused) {
+        (Effect::Count, _) => Some("the mode is count".to_owned()),
+        (_, Some(why)) => Some(why.to_owned()),
+        (Effect::DryRun, None) => Some(
+            "the mode is dry-run: endpoints are chosen and counted, and connects are left as they \
+             are"
+            .to_owned(),
+        ),
+        (Effect::On, None) => None,
     }
 }
 
@@ -137,9 +160,30 @@ fn placed_services(view: &View, places: bool) -> Vec<PlacedService> {
             service: port.service.clone(),
             frontends: port.frontends.clone(),
             placed: places && !port.frontends.is_empty() && why_not_placed(port).is_none(),
+            restrictions: restrictions(port),
             notes: notes(port, view.zone.as_deref()),
         })
         .collect()
+}
+
+fn restrictions(port: &ServicePort) -> Vec<Restriction> {
+    if port.frontends.is_empty() {
+        return vec![Restriction::Headless];
+    }
+    let traffic = &port.traffic;
+    let all = [
+        (traffic.left_alone, Restriction::SwitchedOff),
+        (traffic.affinity, Restriction::SessionAffinity),
+        (port.has_others, Restriction::ForeignEndpoints),
+        (traffic.own_node_only, Restriction::OwnNode),
+        (
+            traffic.near && !traffic.own_node_only,
+            Restriction::NearFirst,
+        ),
+        (traffic.outside, Restriction::Outside),
+    ];
+    let in_force = all.into_iter().filter(|(is_so, _)| *is_so);
+    in_force.map(|(_, restriction)| restriction).collect()
 }
 
 /// The pods of a group, and which of them have lost their share of a computed quota.
@@ -203,5 +247,78 @@ fn backend_status(
             .and_then(|told| told.health)
             .map(|told| pod_health(&told, seconds_ago.unwrap_or(0))),
         seconds_ago,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubernetes::{ObjectName, Traffic};
+
+    fn port(traffic: Traffic) -> ServicePort {
+        ServicePort {
+            entry: "agents".to_owned(),
+            service: ObjectName {
+                namespace: "skywalking".to_owned(),
+                name: "oap".to_owned(),
+            },
+            frontends: vec![([10, 96, 0, 7], 11800).into()],
+            endpoints: Vec::new(),
+            has_others: false,
+            traffic,
+        }
+    }
+
+    #[test]
+    fn each_setting_that_matters_is_a_restriction() {
+        assert_eq!(restrictions(&port(Traffic::default())), []);
+        let everything = port(Traffic {
+            own_node_only: false,
+            affinity: true,
+            left_alone: true,
+            near: true,
+            outside: true,
+        });
+        let everything = ServicePort {
+            has_others: true,
+            ..everything
+        };
+        assert_eq!(
+            restrictions(&everything),
+            [
+                Restriction::SwitchedOff,
+                Restriction::SessionAffinity,
+                Restriction::ForeignEndpoints,
+                Restriction::NearFirst,
+                Restriction::Outside,
+            ]
+        );
+        let own_node = port(Traffic {
+            own_node_only: true,
+            near: true,
+            ..Traffic::default()
+        });
+        assert_eq!(restrictions(&own_node), [Restriction::OwnNode]);
+        let headless = ServicePort {
+            frontends: Vec::new(),
+            ..everything
+        };
+        assert_eq!(restrictions(&headless), [Restriction::Headless]);
+    }
+
+    #[test]
+    fn why_nobody_is_placed_is_one_sentence() {
+        let why = why_not_placing;
+        assert_eq!(why(true, Effect::On, None), None);
+        let off = why(false, Effect::On, Some("refused"));
+        assert_eq!(off.as_deref(), Some("`place: off`"));
+        let count = why(true, Effect::Count, None);
+        assert_eq!(count.as_deref(), Some("the mode is count"));
+        for effect in [Effect::On, Effect::DryRun] {
+            let refused = why(true, effect, Some("refused"));
+            assert_eq!(refused.as_deref(), Some("refused"));
+        }
+        let dry = why(true, Effect::DryRun, None);
+        assert!(dry.is_some_and(|why| why.contains("dry-run")));
     }
 }

@@ -40,7 +40,8 @@ impl UnfitMode {
 
     /// What `status --cluster` shows.
     pub fn status(&self) -> ClusterStatus {
-        report::cluster_status(&view(&self.api), &self.own, &GroupQuotas::new(), false)
+        let why_not = Some("this node can't be guarded".to_owned());
+        report::cluster_status(&view(&self.api), &self.own, &GroupQuotas::new(), why_not)
     }
 
     /// Why no daemon will follow this one; `None`: one will, or it is not known.
@@ -50,11 +51,23 @@ impl UnfitMode {
 }
 
 /// As much of the first line as a report takes: a log of the verifier may follow it.
-fn shortened(why: &str) -> String {
+pub fn shortened(why: &str) -> String {
     let line = why.lines().next().unwrap_or_default();
     let mut end = line.len().min(MOST_UNFIT_BYTES);
     while !line.is_char_boundary(end) {
         end -= 1;
     }
     line[..end].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_is_one_line_within_the_bounds_of_a_report() {
+        assert_eq!(shortened("it says:\na log"), "it says:");
+        let long = "–".repeat(MOST_UNFIT_BYTES);
+        assert_eq!(shortened(&long).len(), MOST_UNFIT_BYTES / 3 * 3);
+    }
 }
