@@ -5,20 +5,37 @@ use std::path::Path;
 
 use balancer::config::Config;
 use balancer_common::Reason;
+use balancer_common::place::PlaceReason;
 
 const README: &str = include_str!("../../README.md");
 const REFERENCE: &str = include_str!("../../docs/reference.md");
 const SECURITY: &str = include_str!("../../docs/security.md");
 
-#[test]
-fn the_table_of_reasons_is_that_of_the_code() {
-    let rows: Vec<_> = REFERENCE
+/// The rows of the table below a heading of the reference.
+fn rows_below(heading: &str) -> Vec<&'static str> {
+    REFERENCE
         .lines()
-        .skip_while(|line| *line != "## Reasons")
+        .skip_while(|line| *line != heading)
         .skip(1)
         .take_while(|line| !line.starts_with("## "))
         .filter(|line| line.starts_with("| `"))
-        .collect();
+        .collect()
+}
+
+#[test]
+fn the_table_of_reasons_of_placing_is_that_of_the_code() {
+    let of = |reason: &PlaceReason| {
+        let placed = if reason.is_placed() { "yes" } else { "no" };
+        let (name, meaning) = (reason.name(), reason.meaning());
+        format!("| `{name}` | {placed} | {meaning} |")
+    };
+    let reasons: Vec<_> = PlaceReason::ALL.iter().map(of).collect();
+    assert_eq!(rows_below("## Reasons of placing"), reasons);
+}
+
+#[test]
+fn the_table_of_reasons_is_that_of_the_code() {
+    let rows = rows_below("## Reasons");
     let reasons: Vec<_> = Reason::ALL
         .iter()
         .map(|reason| {

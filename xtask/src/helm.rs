@@ -27,7 +27,7 @@ const RELEASES: [[&str; 2]; 3] = [
     ["as-long-as-the-name-of-a-release-may-be-which-is-53-a", "b"],
 ];
 /// What the chart has to refuse, and what its complaint has to say. A complaint is one sentence.
-const REFUSED: [[&str; 2]; 18] = [
+const REFUSED: [[&str; 2]; 19] = [
     ["imagee.tag=1", "imagee"],
     ["config.publish_every=2s", "publish_every"],
     ["config.failOpenAfter=60", "failOpenAfter"],
@@ -37,6 +37,7 @@ const REFUSED: [[&str; 2]; 18] = [
     ["config.services.a.quota.pods=3", "got number, want array"],
     ["config.services.a.service=skywalking-oap", "service"],
     ["config.services.a.port=0", "got 0, want 1"],
+    ["config.services.a.match=pods", "'service', 'endpoints'"],
     ["config.services.agents=null", "services"],
     ["config.services[0].name=a", "config.services is no list"],
     ["config.services.a.quota.headroom=15%", "has no rule"],
@@ -60,7 +61,7 @@ const REFUSED: [[&str; 2]; 18] = [
     ["privileged=maybe", "privileged"],
 ];
 /// Single settings, and a line that the manifests then have.
-const ACCEPTED: [[&str; 2]; 14] = [
+const ACCEPTED: [[&str; 2]; 15] = [
     ["config.services.agents.port=11801", "          port: 11801"],
     [
         "config.services.agents.port=grpc",
@@ -83,6 +84,10 @@ const ACCEPTED: [[&str; 2]; 14] = [
         "      publish_every: 2s",
     ],
     ["config.services.als.port=11802", "        - name: als"],
+    [
+        "config.services.agents.match=endpoints",
+        "          match: endpoints",
+    ],
     ["config.mode=dry-run", "    mode: dry-run"],
     ["config.mode=on", "    mode: on"],
     ["config.place=off", "      place: off"],

@@ -158,7 +158,8 @@ pinned! {
     PLACED = MapShape::shared::<Placed>(MAX_ENDPOINTS);
     /// A [`Published`] for each endpoint. Written by the daemon.
     PUBLISHED = MapShape::shared::<Published>(MAX_ENDPOINTS);
-    /// Cookies of the netns whose connects are left alone. Written by the daemon.
+    /// Cookies of netns to which of their connects are left alone: [`Excluded`](super::Excluded).
+    /// Written by the daemon.
     EXCLUDED_NETNS = MapShape::hash::<u64, u32>(MAX_EXCLUDED_NETNS);
     /// A counter for each reason of placing of each group. Written by the kernel half.
     PLACE_VERDICTS = MapShape::new(PER_CPU_ARRAY, WORD, size_of::<u64>(), MAX_ENDPOINT_GROUPS * PLACE_REASON_SLOTS);

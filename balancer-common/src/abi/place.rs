@@ -37,6 +37,30 @@ pub struct Frontend {
 impl Frontend {
     /// Choose and count, but leave the destination as it is (`mode: dry-run`).
     pub const DRY_RUN: u32 = 1;
+    /// It is the own address of an endpoint, which some mean: see [`Excluded`].
+    pub const OWN_ADDRESS: u32 = 2;
+}
+
+/// Value of `EXCLUDED_NETNS`, as a number: which connects of a netns are left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Excluded {
+    /// All of them.
+    Everywhere = 1,
+    /// Those to endpoints' own addresses ([`Frontend::OWN_ADDRESS`]): it means that very endpoint.
+    OwnAddresses = 2,
+}
+
+impl Excluded {
+    /// What a value says; every other number leaves all connects alone.
+    #[inline(always)]
+    pub const fn from_number(number: u32) -> Self {
+        if number == Self::OwnAddresses as u32 {
+            Self::OwnAddresses
+        } else {
+            Self::Everywhere
+        }
+    }
 }
 
 /// Value of `ENDPOINT_GROUPS`: how to choose among the endpoints of a group. Written by the daemon,

@@ -1,5 +1,7 @@
 //! Why a connect to a frontend ended as it did.
 
+use crate::abi::{Excluded, Frontend};
+
 macro_rules! reasons {
     ($($variant:ident = $name:literal, $placed:literal, $meaning:literal;)*) => {
         #[allow(clippy::doc_markdown, reason = "the meanings are sentences for people, not documentation")]
@@ -44,9 +46,21 @@ reasons! {
     Sidecar = "sidecar", false, "a sidecar captures what leaves this network namespace: it chooses itself";
     NoEndpoint = "no-endpoint", false, "no endpoint of this address family takes connections: the destination is left as it is";
     Error = "fail-open-error", false, "the kernel had no memory for the socket's storage: the destination is left as it is";
+    OwnAddress = "own-address", false, "another pod of the Service, or the node itself, connects to a pod's own address: it means that pod";
 }
 
 impl PlaceReason {
+    /// Why a connect to a frontend with these flags is left alone in a netns that has that value in
+    /// `EXCLUDED_NETNS`; `None`: it is not.
+    #[inline(always)]
+    pub const fn of_excluded(value: u32, flags: u32) -> Option<Self> {
+        match Excluded::from_number(value) {
+            Excluded::Everywhere => Some(Self::Excluded),
+            Excluded::OwnAddresses if flags & Frontend::OWN_ADDRESS != 0 => Some(Self::OwnAddress),
+            Excluded::OwnAddresses => None,
+        }
+    }
+
     /// The reason of a counter's index.
     pub fn from_index(index: usize) -> Option<Self> {
         Self::ALL.get(index).copied()
@@ -74,5 +88,22 @@ mod tests {
             assert_eq!(reason.index(), index);
         }
         assert_eq!(PlaceReason::from_index(PlaceReason::ALL.len()), None);
+    }
+
+    #[test]
+    fn who_means_an_endpoint_is_left_alone_there_and_nowhere_else() {
+        let own = Frontend::OWN_ADDRESS | Frontend::DRY_RUN;
+        let of = |excluded: Excluded, flags| PlaceReason::of_excluded(excluded as u32, flags);
+        let everywhere = Some(PlaceReason::Excluded);
+        assert_eq!(of(Excluded::Everywhere, 0), everywhere);
+        assert_eq!(of(Excluded::Everywhere, own), everywhere);
+        assert_eq!(of(Excluded::OwnAddresses, Frontend::DRY_RUN), None);
+        assert_eq!(
+            of(Excluded::OwnAddresses, own),
+            Some(PlaceReason::OwnAddress)
+        );
+        for unknown in [0, 3, u32::MAX] {
+            assert_eq!(PlaceReason::of_excluded(unknown, 0), everywhere);
+        }
     }
 }

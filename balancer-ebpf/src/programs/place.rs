@@ -97,7 +97,7 @@ fn place(to: *mut bpf_sock_addr, address: Address, write: impl FnOnce(Address, u
     let (group, flags) = (shared!(frontend, group), shared!(frontend, flags));
     // SAFETY: a helper without arguments.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    if let Some(reason) = leave_alone(to, &key.address, group, now_ns) {
+    if let Some(reason) = leave_alone(to, &key.address, group, flags, now_ns) {
         return count(group, reason);
     }
     let is_v6 = u32::from(!key.address.is_v4());
@@ -135,6 +135,7 @@ fn leave_alone(
     to: *mut bpf_sock_addr,
     address: &Address,
     group: u32,
+    flags: u32,
     now_ns: u64,
 ) -> Option<PlaceReason> {
     let protocol = context!(to, protocol);
@@ -153,8 +154,13 @@ fn leave_alone(
     }
     // SAFETY: the context lives as long as the program runs.
     let netns = unsafe { bpf_get_netns_cookie(to.cast()) };
-    if EXCLUDED_NETNS.get_ptr(netns).is_some() {
-        return Some(PlaceReason::Excluded);
+    if let Some(excluded) = EXCLUDED_NETNS.get_ptr(netns) {
+        // SAFETY: the pointer is to a value of a map, which lives as long as the program runs.
+        let excluded = unsafe { read_volatile(excluded) };
+        let reason = PlaceReason::of_excluded(excluded, flags);
+        if reason.is_some() {
+            return reason;
+        }
     }
     has_sidecar(to, address).then_some(PlaceReason::Sidecar)
 }

@@ -137,6 +137,7 @@ fn placing() -> EndpointGroupSnapshot {
     EndpointGroupSnapshot {
         name: "agents skywalking/oap".to_owned(),
         frontends: vec!["10.96.0.9:11800".parse().unwrap()],
+        own_addresses: Vec::new(),
         dry_run: false,
         rank: Some((2, 100)),
         known_for: Some(Duration::from_secs(58)),
@@ -290,6 +291,44 @@ agents skywalking/oap: connects to 10.96.0.9:11800
     for line in ["balancer_place_refused 1", "balancer_place_left_out 1"] {
         assert!(metrics.lines().any(|found| found == line), "{metrics}");
     }
+}
+
+#[test]
+fn own_addresses_are_not_listed_one_by_one_for_people() {
+    let shown = |frontends: &[&str], own: &[&str]| {
+        let parse = |all: &[&str]| all.iter().map(|one| one.parse().unwrap()).collect();
+        let group = EndpointGroupSnapshot {
+            frontends: parse(frontends),
+            own_addresses: parse(own),
+            ..placing()
+        };
+        let snapshot = Snapshot {
+            services: Vec::new(),
+            placing: vec![group],
+            daemon: alive(),
+        };
+        let notes = DaemonNotes::default();
+        let json = serde_json::to_value(status::Json::new(&snapshot, &notes)).unwrap();
+        assert_eq!(
+            json["placing"][0]["frontends"],
+            serde_json::json!(frontends)
+        );
+        assert_eq!(json["placing"][0]["own_addresses"], serde_json::json!(own));
+        let text = status_of(&snapshot);
+        let heading = text.split("Placing:").next().unwrap_or_default();
+        let words = heading.split_whitespace().collect::<Vec<_>>().join(" ");
+        words
+            .split("agents skywalking/oap: ")
+            .nth(1)
+            .map(str::to_owned)
+    };
+    let (service, own) = ("10.96.0.9:11800", ["10.244.0.1:11800", "10.244.0.2:11800"]);
+    let both = "connects to 10.96.0.9:11800, the endpoints' own addresses";
+    assert_eq!(shown(&[service], &own).as_deref(), Some(both));
+    let alone = "connects to the endpoints' own addresses";
+    assert_eq!(shown(&[], &own).as_deref(), Some(alone));
+    let none = "connects to nothing any more";
+    assert_eq!(shown(&[], &[]).as_deref(), Some(none));
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::{fmt, time::Duration};
 use balancer_common::Policy;
 use balancer_common::abi::Keepalive;
 use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
 use super::{Effect, write_shared};
 
@@ -52,6 +53,8 @@ pub struct ClusterService {
     pub of: ServiceChoice,
     /// Which of their ports.
     pub port: PortChoice,
+    /// Which connects go to the pod that should have them.
+    pub matching: Match,
     /// How a backend is chosen where a pod has several listeners on the port.
     pub policy: Policy,
     /// How many connections a backend may hold.
@@ -111,6 +114,30 @@ pub enum PortChoice {
     Number(u16),
     /// The port's name, a DNS label.
     Name(String),
+}
+
+/// Which connects of this node are those of a service entry's clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Match {
+    /// Those to the cluster addresses of its Kubernetes Services.
+    #[default]
+    Service,
+    /// Those to the own addresses of their pods as well.
+    Endpoints,
+}
+
+impl Match {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Service, Self::Endpoints];
+
+    /// The name in the file and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Service => "service",
+            Self::Endpoints => "endpoints",
+        }
+    }
 }
 
 /// How the quotas of a backend group come about.

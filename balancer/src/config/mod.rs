@@ -37,7 +37,7 @@ pub use self::{
     error::ConfigError,
     kubernetes::{
         ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_PORT,
-        DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, PodClass,
+        DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, Match, PodClass,
         PortChoice, ServiceChoice,
     },
     selector::{SelectorError, selector},

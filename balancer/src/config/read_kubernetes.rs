@@ -4,8 +4,8 @@ use kube::core::Selector;
 
 use super::{
     ClusterInput, ClusterQuota, ClusterService, DEFAULT_HOLD_FOR, DEFAULT_PORT,
-    DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, PodClass, PortChoice,
-    ServiceChoice,
+    DEFAULT_PUBLISH_EVERY, DEFAULT_SELECTORS, Kubernetes, MAX_POD_CLASSES, Match, PodClass,
+    PortChoice, ServiceChoice,
     conflicts::check_choices,
     error::Result,
     fields::Fields,
@@ -71,6 +71,7 @@ fn service(node: &Node) -> Result<ClusterService> {
         port: fields
             .optional("port", port_choice)?
             .unwrap_or(PortChoice::Number(DEFAULT_PORT)),
+        matching: fields.optional("match", matching)?.unwrap_or_default(),
         policy: policy(&fields)?,
         quota: fields
             .optional("quota", quota)?
@@ -138,6 +139,17 @@ fn port_choice(node: &Node) -> Result<PortChoice> {
         return label(node, "port's name", text).map(PortChoice::Name);
     }
     port(node).map(PortChoice::Number)
+}
+
+fn matching(node: &Node) -> Result<Match> {
+    let text = node.scalar("what is matched", "endpoints")?;
+    match Match::ALL.into_iter().find(|one| one.name() == text) {
+        Some(matching) => Ok(matching),
+        None => node.fail(format!(
+            "match `{}` is not understood; write service (connects to the Service's addresses) or endpoints (to the pods' own addresses, too)",
+            shown(text)
+        )),
+    }
 }
 
 fn quota(node: &Node) -> Result<ClusterQuota> {

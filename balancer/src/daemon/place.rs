@@ -70,7 +70,7 @@ impl Places {
         writer
             .endpoints
             .put_in_force(tables, plan, &assigned, &known)?;
-        let any = plan.groups.iter().any(|group| !group.frontends.is_empty());
+        let any = plan.groups.iter().any(GroupPlan::has_frontends);
         let attached = self.attach(any, writer);
         let now = PlacingNotes {
             refused: self.refused.as_ref().map(|(_, why)| why.clone()),

@@ -1,21 +1,20 @@
-//! The endpoints in the maps: which frontends lead to which of them, and what is known of these.
+//! The endpoints in the maps, what leads to them, and what is known of them.
 //!
 //! Readers in the kernel never see half of it. What goes is taken out first: frontends, then bits.
 //! What comes is written from the other end: an endpoint before its bit, frontends last. An
 //! endpoint that leaves keeps its element until no connection is counted on it any more.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use balancer_common::abi::{
-    Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointInfo, Frontend, FrontendKey,
-    MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, MAX_MEMBERS, Placed,
-    Published,
+    Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointInfo, MAX_ENDPOINT_GROUPS,
+    MAX_ENDPOINTS, MAX_MEMBERS, Placed, Published,
 };
 
-use super::place_tables::{PlaceTables, every_endpoint, every_group, frontend_key};
+use super::frontends::Frontends;
+use super::place_tables::{PlaceTables, every_endpoint, every_group};
 use super::tables::{padded, text};
 use crate::place::{EndpointPlan, GroupPlan, PlacePlan};
 
@@ -97,12 +96,8 @@ struct Taken {
 /// The daemon's view of the endpoints in the maps.
 #[derive(Debug, Default)]
 pub struct Endpoints {
-    /// What FRONTENDS holds.
-    frontends: BTreeMap<FrontendKey, Frontend>,
-    /// What FRONTENDS should hold.
-    wanted: BTreeMap<FrontendKey, Frontend>,
-    /// What `EXCLUDED_NETNS` holds.
-    excluded: BTreeSet<u64>,
+    /// What leads to them, and whose connects are left alone.
+    frontends: Frontends,
     /// The names of the groups that there are.
     groups: BTreeMap<u32, String>,
     /// When groups that have left left.
@@ -122,8 +117,7 @@ impl Endpoints {
     /// When a map can't be read.
     pub fn adopt(tables: &PlaceTables) -> Result<Self> {
         let mut adopted = Self {
-            frontends: tables.frontends()?,
-            excluded: tables.excluded()?.into_iter().collect(),
+            frontends: Frontends::adopt(tables)?,
             ..Self::default()
         };
         for group in every_group() {
@@ -162,8 +156,8 @@ impl Endpoints {
     pub fn assign(&mut self, tables: &mut PlaceTables, plan: &PlacePlan) -> Result<Vec<Assigned>> {
         self.left_out.clear();
         let groups = self.assign_groups(&plan.groups);
-        self.want_frontends(&plan.groups, &groups, plan.dry_run);
-        self.remove_frontends(tables)?;
+        self.left_out.extend(self.frontends.want(plan, &groups));
+        self.frontends.remove_others(tables)?;
         self.free(tables)?;
         let assigned = self.assign_endpoints(&plan.groups, groups);
         self.leave(tables, &assigned);
@@ -183,17 +177,12 @@ impl Endpoints {
         assigned: &[Assigned],
         known: &[Known],
     ) -> Result<()> {
-        self.sync_excluded(tables, plan)?;
+        let left_out = self.frontends.exclude(tables, &plan.excluded_netns)?;
+        self.left_out.extend(left_out);
         for ((plan, assigned), known) in plan.groups.iter().zip(assigned).zip(known) {
             self.write_group(tables, plan, assigned, known)?;
         }
-        for (key, frontend) in &self.wanted {
-            if self.frontends.get(key) != Some(frontend) {
-                tables.set_frontend(*key, *frontend)?;
-                self.frontends.insert(*key, *frontend);
-            }
-        }
-        Ok(())
+        self.frontends.add(tables)
     }
 
     /// A group keeps its index by its name.
@@ -226,53 +215,6 @@ impl Endpoints {
             ));
         }
         assigned
-    }
-
-    /// What FRONTENDS should hold, as far as it fits.
-    fn want_frontends(&mut self, plans: &[GroupPlan], groups: &[Option<u32>], dry_run: bool) {
-        let flags = if dry_run { Frontend::DRY_RUN } else { 0 };
-        self.wanted.clear();
-        let mut owners: BTreeMap<FrontendKey, &str> = BTreeMap::new();
-        for (plan, group) in plans.iter().zip(groups) {
-            let Some(group) = *group else { continue };
-            let mut without = 0;
-            for address in &plan.frontends {
-                let key = frontend_key(*address);
-                match owners.get(&key) {
-                    Some(first) if *first != plan.name => {
-                        self.left_out.push(twice(*address, first, &plan.name));
-                    }
-                    Some(_) => {}
-                    None if owners.len() == MAX_FRONTENDS => without += 1,
-                    None => {
-                        owners.insert(key, &plan.name);
-                        self.wanted.insert(key, Frontend { group, flags });
-                    }
-                }
-            }
-            if without > 0 {
-                self.left_out.push(format!(
-                    "there is no room for {without} frontends of `{}`: a node has at most \
-                     {MAX_FRONTENDS}. Connects to these are left as they are",
-                    plan.name
-                ));
-            }
-        }
-    }
-
-    /// Frontends that are to lead nowhere, or to another group, lead nowhere from here on.
-    fn remove_frontends(&mut self, tables: &mut PlaceTables) -> Result<()> {
-        let gone: Vec<_> = self
-            .frontends
-            .iter()
-            .filter(|(key, frontend)| self.wanted.get(key) != Some(frontend))
-            .map(|(key, _)| *key)
-            .collect();
-        for key in gone {
-            tables.remove_frontend(&key)?;
-            self.frontends.remove(&key);
-        }
-        Ok(())
     }
 
     /// An endpoint keeps its element by its name, its addresses and its port.
@@ -462,39 +404,6 @@ impl Endpoints {
         self.taken.insert(index, Taken { identity, group });
         Ok(())
     }
-
-    fn sync_excluded(&mut self, tables: &mut PlaceTables, plan: &PlacePlan) -> Result<()> {
-        let gone: Vec<u64> = self
-            .excluded
-            .difference(&plan.excluded_netns)
-            .copied()
-            .collect();
-        for netns in gone {
-            tables.include(netns)?;
-            self.excluded.remove(&netns);
-        }
-        let without = plan.excluded_netns.len().saturating_sub(MAX_EXCLUDED_NETNS);
-        for netns in plan.excluded_netns.iter().take(MAX_EXCLUDED_NETNS) {
-            if !self.excluded.contains(netns) {
-                tables.exclude(*netns)?;
-                self.excluded.insert(*netns);
-            }
-        }
-        if without > 0 {
-            self.left_out.push(format!(
-                "there is no room for {without} pods that are annotated to be left alone: a node \
-                 has at most {MAX_EXCLUDED_NETNS}. Their connects are placed"
-            ));
-        }
-        Ok(())
-    }
-}
-
-fn twice(frontend: SocketAddr, first: &str, second: &str) -> String {
-    format!(
-        "`{first}` and `{second}` have the frontend {frontend} both: connects to it go to an \
-         endpoint of `{first}`"
-    )
 }
 
 fn group_name(plan: &GroupPlan) -> String {

@@ -8,6 +8,7 @@ mod cgroup;
 pub mod down;
 pub mod endpoints;
 mod events;
+mod frontends;
 mod loader;
 mod lock;
 pub mod look;

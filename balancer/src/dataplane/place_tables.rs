@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray};
 use balancer_common::abi::{
     Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointGroupState, EndpointInfo,
-    Frontend, FrontendKey, MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MEMBER_WORDS, PLACE_REASON_SLOTS,
-    Placed, Published, maps,
+    Excluded, Frontend, FrontendKey, MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MEMBER_WORDS,
+    PLACE_REASON_SLOTS, Placed, Published, maps,
 };
 use balancer_common::place::PlaceReason;
 use bytes::Buf as _;
@@ -102,19 +102,22 @@ impl PlaceTables {
         }
     }
 
-    /// The netns whose connects are left alone.
-    pub fn excluded(&self) -> Result<Vec<u64>> {
-        let cookies = self.excluded.keys().collect::<Result<_, _>>();
-        cookies.context("cannot read EXCLUDED_NETNS")
+    /// The cookies of the netns that have connects which are left alone, and which.
+    pub fn excluded(&self) -> Result<BTreeMap<u64, Excluded>> {
+        let entries = self.excluded.iter();
+        let entries = entries
+            .map(|entry| entry.map(|(netns, value)| (netns, Excluded::from_number(value))))
+            .collect::<Result<_, _>>();
+        entries.context("cannot read EXCLUDED_NETNS")
     }
 
-    /// Leaves the connects of a netns alone.
-    pub fn exclude(&mut self, netns: u64) -> Result<()> {
-        let set = self.excluded.insert(netns, 1, 0);
+    /// Leaves connects of a netns alone.
+    pub fn exclude(&mut self, netns: u64, excluded: Excluded) -> Result<()> {
+        let set = self.excluded.insert(netns, excluded as u32, 0);
         set.context("cannot write EXCLUDED_NETNS (is it full?)")
     }
 
-    /// Places the connects of a netns again.
+    /// Places all connects of a netns again.
     pub fn include(&mut self, netns: u64) -> Result<()> {
         match self.excluded.remove(&netns) {
             Ok(()) | Err(MapError::KeyNotFound) => Ok(()),

@@ -13,7 +13,7 @@ use crate::dataplane::{
 pub(super) fn checks(state_dir: &Path, groups: &[EndpointGroupSnapshot]) -> Vec<Check> {
     let paths = Paths::new(state_dir);
     let notes = DaemonNotes::read(&paths).placing;
-    if groups.iter().all(|group| group.frontends.is_empty()) && notes == PlacingNotes::default() {
+    if groups.iter().all(EndpointGroupSnapshot::is_removed) && notes == PlacingNotes::default() {
         return Vec::new();
     }
     let links = Paths::links(&paths.current()).unwrap_or_default();

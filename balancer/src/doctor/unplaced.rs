@@ -147,6 +147,7 @@ fn without_a_daemon(placing: &PlacingStatus) -> Option<Check> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Match;
     use crate::doctor::Status;
     use crate::kubernetes::{DaemonsStatus, ObjectName, PlacedService};
 
@@ -158,6 +159,7 @@ mod tests {
                 name: name.to_owned(),
             },
             frontends: vec![([10, 96, 0, 7], 11800).into()],
+            matching: Match::Service,
             placed: true,
             restrictions: restrictions.to_vec(),
             notes: Vec::new(),

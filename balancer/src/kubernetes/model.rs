@@ -9,6 +9,7 @@ use kube::Resource;
 use serde::{Deserialize, Serialize};
 
 use super::status::DaemonsStatus;
+use crate::config::Match;
 
 /// The name of an object with its namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -48,6 +49,10 @@ pub struct GroupId {
 
 /// A pod of a backend group.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is said of a pod by itself, and any of them go together"
+)]
 pub struct Endpoint {
     /// The pod's name and namespace.
     pub pod: ObjectName,
@@ -63,6 +68,9 @@ pub struct Endpoint {
     pub terminating: bool,
     /// The pod's share relative to the others, 1 to `MAX_WEIGHT`.
     pub weight: u32,
+    /// The pod itself says that these are its addresses: until that is known, only its
+    /// `EndpointSlice` does.
+    pub confirmed: bool,
     /// The pod uses its node's network: its address is that of everybody there.
     pub host_network: bool,
     /// The runtime class that the pod asks for. It may give it a kernel of its own.
@@ -95,6 +103,8 @@ pub struct ServicePort {
     /// What clients connect to: its cluster addresses of both families, with its port. Empty where
     /// kube-proxy leaves it alone: headless, of type `ExternalName`, somebody else's.
     pub frontends: Vec<SocketAddr>,
+    /// Whether clients' connects to the pods' own addresses are placed as well.
+    pub matching: Match,
     /// The pods behind it, each with its target port, in the order of names.
     pub endpoints: Vec<(Endpoint, u16)>,
     /// Somebody serves it who is no pod of its namespace: an address that was written by hand.
@@ -120,6 +130,9 @@ pub struct Traffic {
     pub near: bool,
     /// It can be reached from outside as well: node ports, load balancers, external addresses.
     pub outside: bool,
+    /// Somebody else than kube-proxy carries it on (the label
+    /// `service.kubernetes.io/service-proxy-name`).
+    pub other_proxy: bool,
 }
 
 /// The connections that pods keep, for one service entry.

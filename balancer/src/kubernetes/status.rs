@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use super::{GroupId, ObjectName};
+use crate::config::Match;
 
 /// The cluster as the daemon of one node knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,8 +63,11 @@ pub struct PlacedService {
     pub entry: String,
     /// The Kubernetes Service.
     pub service: ObjectName,
-    /// What clients connect to.
+    /// What clients connect to, but for the pods' own addresses.
     pub frontends: Vec<SocketAddr>,
+    /// Whether connects to the pods' own addresses are placed as well.
+    #[serde(rename = "match")]
+    pub matching: Match,
     /// Whether connects to these are placed on the asked node.
     pub placed: bool,
     /// What keeps its clients from being placed, or from all of its pods.

@@ -20,7 +20,8 @@ use tower::BoxError;
 
 use super::*;
 use crate::config::{
-    ClusterInput, ClusterQuota, ClusterService, Kubernetes, PodClass, PortChoice, ServiceChoice,
+    ClusterInput, ClusterQuota, ClusterService, Kubernetes, Match, PodClass, PortChoice,
+    ServiceChoice,
 };
 
 /// The body of an answer.
@@ -220,6 +221,7 @@ fn config() -> Kubernetes {
             selectors: vec!["app=oap".to_owned()],
         },
         port: PortChoice::Name(port.to_owned()),
+        matching: Match::Service,
         policy: Policy::LeastConnections,
         quota: ClusterQuota::Shared {
             input: ClusterInput::Pods(vec![PodClass {

@@ -290,6 +290,7 @@ mod tests {
         GroupPlan {
             name: "agents".to_owned(),
             frontends: Vec::new(),
+            own_addresses: Vec::new(),
             endpoints,
             rank: (1, 4),
             heard: Some(s(1)),

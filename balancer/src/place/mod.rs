@@ -17,9 +17,11 @@ mod simulation;
 
 pub use knowledge::{GroupKnowledge, GroupMemory};
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
+
+use balancer_common::abi::Excluded;
 
 use crate::config::Effect;
 
@@ -32,8 +34,8 @@ pub const BELIEVED_FOR: Duration = Duration::from_secs(60);
 pub struct PlacePlan {
     /// The endpoint groups, by name.
     pub groups: Vec<GroupPlan>,
-    /// Cookies of the netns whose connects are left alone.
-    pub excluded_netns: BTreeSet<u64>,
+    /// Cookies of netns, and which of their connects are left alone.
+    pub excluded_netns: BTreeMap<u64, Excluded>,
     /// Connects are counted as they would be placed, and left alone.
     pub dry_run: bool,
 }
@@ -60,6 +62,8 @@ pub struct GroupPlan {
     pub name: String,
     /// What clients connect to.
     pub frontends: Vec<SocketAddr>,
+    /// Own addresses of endpoints, where connects to these are placed as well.
+    pub own_addresses: Vec<SocketAddr>,
     /// What may be chosen.
     pub endpoints: Vec<EndpointPlan>,
     /// This node among those that place: its rank, from 0, and how many they are.
@@ -71,6 +75,11 @@ pub struct GroupPlan {
 impl GroupPlan {
     /// How many nodes there are where nodes know nothing of each other: the rank is drawn by lot.
     pub const BY_LOT: u32 = u32::MAX;
+
+    /// Whether anything leads to it.
+    pub const fn has_frontends(&self) -> bool {
+        !self.frontends.is_empty() || !self.own_addresses.is_empty()
+    }
 }
 
 /// One endpoint of a group.

@@ -331,8 +331,10 @@ fn written_keepalive(keepalive: Option<Keepalive>) -> Value {
 fn written_of_cluster(service: &ClusterService) -> Value {
     let mut written = json!({
         "name": service.name,
+        "match": service.matching.name(),
         "policy": service.policy.name(),
         "exempt": service.exempt.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "health": if service.health { "on" } else { "off" },
         "port": match &service.port {
             PortChoice::Number(port) => json!(port),
             PortChoice::Name(name) => json!(name),

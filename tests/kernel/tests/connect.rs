@@ -1,5 +1,7 @@
 //! `connect:` on one host: where its clients' connects go, from the file to `status`.
 
+mod addresses;
+
 use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 

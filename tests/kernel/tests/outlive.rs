@@ -7,7 +7,7 @@ mod fixture;
 mod older;
 pub mod pins;
 mod poisoned;
-mod upgrade;
+pub mod upgrade;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

@@ -10,3 +10,5 @@ mod hostile;
 mod node;
 mod order;
 mod outlive;
+mod overflow;
+mod own_address;

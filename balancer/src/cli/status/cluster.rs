@@ -6,6 +6,7 @@ use balancer_common::abi::HealthState;
 
 use crate::{
     cli::output::{Column, or, span, table, wrapped},
+    config::Match,
     health::in_words,
     kubernetes::{
         BackendStatus, ClusterStatus, GroupStatus, PlacedService, PlacingStatus, PodHealth,
@@ -73,11 +74,12 @@ fn placing_text(placing: &PlacingStatus) -> String {
         heading,
         cells: placing.services.iter().map(cell).collect(),
     };
-    let frontends = |service: &PlacedService| match &service.frontends[..] {
-        [] => "-".to_owned(),
-        frontends => {
-            let frontends = frontends.iter().map(ToString::to_string);
-            frontends.collect::<Vec<_>>().join(", ")
+    let frontends = |service: &PlacedService| {
+        let frontends = service.frontends.iter().map(ToString::to_string);
+        let pods = (service.matching == Match::Endpoints).then(|| "its pods".to_owned());
+        match &frontends.chain(pods).collect::<Vec<_>>()[..] {
+            [] => "-".to_owned(),
+            all => all.join(", "),
         }
     };
     let placed = |service: &PlacedService| if service.placed { "yes" } else { "no" }.to_owned();
@@ -265,6 +267,7 @@ mod tests {
                 entry: "agents".to_owned(),
                 service: name("skywalking", "skywalking-oap"),
                 frontends: vec![([10, 96, 0, 7], 11800).into()],
+                matching: Match::Service,
                 placed: true,
                 restrictions: Vec::new(),
                 notes: Vec::new(),
@@ -327,6 +330,28 @@ mod tests {
         ] {
             assert!(shown.contains(words), "{words:?} is not in:\n{shown}");
         }
+    }
+
+    #[test]
+    fn what_is_matched_is_shown() {
+        let shown = |headless: bool, matching| {
+            let mut status = status(Vec::new());
+            let service = &mut status.placing.services[0];
+            if headless {
+                service.frontends.clear();
+            }
+            service.matching = matching;
+            let shown = text(&status);
+            let row = shown.lines().last().unwrap_or_default();
+            row.split_whitespace().skip(2).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(shown(false, Match::Service), "10.96.0.7:11800 yes");
+        assert_eq!(
+            shown(false, Match::Endpoints),
+            "10.96.0.7:11800, its pods yes"
+        );
+        assert_eq!(shown(true, Match::Endpoints), "its pods yes");
+        assert_eq!(shown(true, Match::Service), "- yes");
     }
 
     #[test]

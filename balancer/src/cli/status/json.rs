@@ -117,6 +117,7 @@ struct JsonDown {
 struct JsonGroup<'a> {
     group: &'a str,
     frontends: &'a [SocketAddr],
+    own_addresses: &'a [SocketAddr],
     rank: Option<u32>,
     nodes: Option<u32>,
     known_for_ms: Option<u128>,
@@ -164,6 +165,7 @@ impl<'a> JsonGroup<'a> {
         Self {
             group: &group.name,
             frontends: &group.frontends,
+            own_addresses: &group.own_addresses,
             rank: group.rank.map(|(rank, _)| rank),
             nodes: group.rank.map(|(_, nodes)| nodes),
             known_for_ms: group.known_for.map(|left| left.as_millis()),

@@ -26,7 +26,7 @@ pub(in crate::cli) fn trouble(notes: &PlacingNotes) -> String {
 pub(in crate::cli) fn group(group: &EndpointGroupSnapshot, notes: &PlacingNotes) -> String {
     let mut text = heading(group);
     let how = match notes.refused {
-        Some(_) if !group.frontends.is_empty() => "off, as said above".to_owned(),
+        Some(_) if !group.is_removed() => "off, as said above".to_owned(),
         _ => how(group),
     };
     text += &wrapped("  Placing: ", &how);
@@ -42,18 +42,20 @@ pub(in crate::cli) fn group(group: &EndpointGroupSnapshot, notes: &PlacingNotes)
 }
 
 fn heading(group: &EndpointGroupSnapshot) -> String {
-    let frontends: Vec<_> = group.frontends.iter().map(ToString::to_string).collect();
-    let to = match &frontends[..] {
-        [] => "nothing any more".to_owned(),
-        all => all.join(", "),
-    };
+    let mut to: Vec<_> = group.frontends.iter().map(ToString::to_string).collect();
+    if group.is_removed() {
+        to.push("nothing any more".to_owned());
+    } else if !group.own_addresses.is_empty() {
+        to.push("the endpoints' own addresses".to_owned());
+    }
+    let to = to.join(", ");
     wrapped(&format!("{}: ", group.name), &format!("connects to {to}"))
 }
 
 /// How connects are placed.
 fn how(group: &EndpointGroupSnapshot) -> String {
     let known = group.known_for.is_none_or(|left| !left.is_zero());
-    let how = if group.frontends.is_empty() {
+    let how = if group.is_removed() {
         "removed; connections that were placed are counted until they end"
     } else if !known {
         "off: nothing fresh is known of the endpoints, and connects are left as they are"
@@ -65,7 +67,7 @@ fn how(group: &EndpointGroupSnapshot) -> String {
         "by the connections of this node alone"
     };
     match group.rank {
-        Some((rank, nodes)) if !group.frontends.is_empty() => {
+        Some((rank, nodes)) if !group.is_removed() => {
             format!("{how}; this is node {} of {nodes}", rank.saturating_add(1))
         }
         _ => how.to_owned(),

@@ -34,6 +34,7 @@ fn the_smallest_file() {
                     selectors: DEFAULT_SELECTORS.map(str::to_owned).into(),
                 },
                 port: PortChoice::Number(11800),
+                matching: Match::Service,
                 policy: Policy::LeastConnections,
                 quota: ClusterQuota::Unlimited,
                 exempt: Vec::new(),
@@ -57,6 +58,7 @@ kubernetes:
     - name: agents
       service: skywalking/skywalking-oap
       port: grpc
+      match: endpoints
       policy: round-robin
       quota:
         pods:
@@ -92,6 +94,7 @@ fail_open_after: 1m
     };
     assert_eq!(agents.of, expected);
     assert_eq!(agents.port, PortChoice::Name("grpc".to_owned()));
+    assert_eq!(agents.matching, Match::Endpoints);
     assert_eq!(agents.policy, Policy::RoundRobin);
     assert_eq!(agents.exempt, ["10.0.0.0/24".parse().unwrap()]);
     assert!(!agents.health);
@@ -121,6 +124,7 @@ fail_open_after: 1m
     };
     assert_eq!(als.of, expected);
     assert_eq!(als.port, PortChoice::Number(11802));
+    assert_eq!(als.matching, Match::Service);
     let window = Duration::from_secs(600);
     let expected = ClusterQuota::Shared {
         input: ClusterInput::Observed { window },

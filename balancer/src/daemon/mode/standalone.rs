@@ -1,6 +1,6 @@
 //! Alone on a host: the configuration lists the services.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
@@ -59,7 +59,7 @@ impl StandaloneMode {
         let groups = self.connects.iter();
         PlacePlan {
             groups: groups.map(|one| group_plan(one, self.rank)).collect(),
-            excluded_netns: BTreeSet::new(),
+            excluded_netns: BTreeMap::new(),
             dry_run: false,
         }
     }
@@ -119,6 +119,7 @@ fn group_plan(connect: &Connect, rank: (u32, u32)) -> GroupPlan {
     GroupPlan {
         name: connect.name.clone(),
         frontends: connect.to.clone(),
+        own_addresses: Vec::new(),
         endpoints: connect.endpoints.iter().map(endpoint_plan).collect(),
         rank,
         heard: None,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use anyhow::{Context as _, Result, bail};
+use balancer_common::abi::Frontend;
 use balancer_common::place::{PlaceReason, SIDECAR_PORTS};
 
 use super::placing::{EndpointGroupSnapshot, EndpointSnapshot};
@@ -155,7 +156,7 @@ pub fn explain(
 /// The group that an address is a frontend of.
 pub fn group_of(snapshot: &Snapshot, to: SocketAddr) -> Option<&EndpointGroupSnapshot> {
     let mut groups = snapshot.placing.iter();
-    groups.find(|group| group.frontends.contains(&to))
+    groups.find(|group| group.has_frontend(&to))
 }
 
 /// Why the kernel program does not run for a client.
@@ -197,8 +198,15 @@ fn left_alone(
     let Some(netns) = netns else {
         return Ok(None);
     };
-    if tables.excluded()?.contains(&netns.cookie) {
-        return Ok(Some(PlaceReason::Excluded));
+    let flags = if group.own_addresses.contains(&to) {
+        Frontend::OWN_ADDRESS
+    } else {
+        0
+    };
+    let excluded = tables.excluded()?.get(&netns.cookie).copied();
+    let excluded = excluded.and_then(|value| PlaceReason::of_excluded(value as u32, flags));
+    if excluded.is_some() {
+        return Ok(excluded);
     }
     let sidecar = has_sidecar(&netns.file, to.is_ipv4());
     let sidecar = sidecar.context("cannot list who listens in the client's network namespace")?;

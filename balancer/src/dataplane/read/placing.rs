@@ -30,8 +30,10 @@ pub struct GroupContents {
     pub draws: u64,
     /// The endpoints that may be chosen, a bit each.
     pub members: Vec<u64>,
-    /// The frontends that lead to it.
+    /// The frontends that lead to it, but for endpoints' own addresses.
     pub frontends: Vec<SocketAddr>,
+    /// The endpoints' own addresses that do.
+    pub own_addresses: Vec<SocketAddr>,
     /// A frontend is in dry-run.
     pub dry_run: bool,
     /// How often each reason was given.
@@ -67,8 +69,10 @@ pub struct PlacingContents {
 pub struct EndpointGroupSnapshot {
     /// Its name: that of the service, in a cluster with the Kubernetes Service's.
     pub name: String,
-    /// What clients connect to; none: it is removed, and connections of it are left.
+    /// What clients connect to, but for endpoints' own addresses.
     pub frontends: Vec<SocketAddr>,
+    /// Endpoints' own addresses, where connects to these are placed as well.
+    pub own_addresses: Vec<SocketAddr>,
     /// Whether destinations are left as they are, and it is only counted.
     pub dry_run: bool,
     /// This node's rank among those that place, from 0, and how many they are; `None`: nodes know
@@ -144,6 +148,16 @@ impl EndpointSnapshot {
 }
 
 impl EndpointGroupSnapshot {
+    /// Nothing leads to it any more, and connections of it are left.
+    pub const fn is_removed(&self) -> bool {
+        self.frontends.is_empty() && self.own_addresses.is_empty()
+    }
+
+    /// Whether connects to an address are placed in it.
+    pub fn has_frontend(&self, at: &SocketAddr) -> bool {
+        self.frontends.contains(at) || self.own_addresses.contains(at)
+    }
+
     /// The load up to which endpoints should be filled by the connects still to come.
     #[expect(clippy::cast_precision_loss, reason = "for people")]
     pub fn level(&self) -> f64 {
@@ -195,6 +209,15 @@ pub fn contents(tables: &PlaceTables) -> Result<PlacingContents> {
         }
         let mut frontends = frontends.remove(&index).unwrap_or_default();
         frontends.sort_unstable();
+        let of = |is_own: bool| {
+            let is_wanted =
+                |one: &&(SocketAddr, u32)| (one.1 & Frontend::OWN_ADDRESS != 0) == is_own;
+            frontends
+                .iter()
+                .filter(is_wanted)
+                .map(|one| one.0)
+                .collect()
+        };
         contents.groups.push(GroupContents {
             index,
             info,
@@ -202,7 +225,8 @@ pub fn contents(tables: &PlaceTables) -> Result<PlacingContents> {
             draws: tables.draws(index),
             members: tables.members(index).to_vec(),
             dry_run: frontends.iter().any(|one| one.1 & Frontend::DRY_RUN != 0),
-            frontends: frontends.into_iter().map(|one| one.0).collect(),
+            own_addresses: of(true),
+            frontends: of(false),
             verdicts: tables.verdicts(index)?,
         });
     }
@@ -249,6 +273,7 @@ fn snapshot(
     EndpointGroupSnapshot {
         name: text(&group.info.name),
         frontends: group.frontends.clone(),
+        own_addresses: group.own_addresses.clone(),
         dry_run: group.dry_run,
         rank: (nodes != GroupPlan::BY_LOT).then_some((rank, nodes)),
         known_for: (group.group.known_until_ns != u64::MAX)
@@ -327,6 +352,7 @@ mod tests {
             draws: 0,
             members: vec![members],
             frontends: vec!["10.0.0.9:11800".parse().unwrap()],
+            own_addresses: Vec::new(),
             dry_run: false,
             verdicts: Vec::new(),
         }

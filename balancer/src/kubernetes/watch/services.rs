@@ -170,6 +170,7 @@ fn traffic(service: &Service, spec: &ServiceSpec) -> Traffic {
                 .external_ips
                 .as_ref()
                 .is_some_and(|ips| !ips.is_empty()),
+        other_proxy: service.labels().contains_key(OTHER_PROXY),
     }
 }
 
@@ -291,8 +292,11 @@ mod tests {
             left_alone: true,
             near: true,
             outside: true,
+            other_proxy: false,
         };
         assert_eq!(traffic(json!({PLACE: "off"}), special), expected);
+        let other = facts(json!({"metadata": {"labels": {OTHER_PROXY: "mine"}}, "spec": {}}));
+        assert!(other.traffic.other_proxy);
         assert!(traffic(json!({TOPOLOGY: "Auto"}), json!({})).near);
     }
 }

@@ -134,6 +134,7 @@ fn endpoint(endpoint: &SliceEndpoint, namespace: &str) -> Option<Endpoint> {
         ready: conditions.ready.unwrap_or(true) && !terminating,
         terminating,
         weight: 1,
+        confirmed: false,
         host_network: false,
         runtime_class: None,
         offered: offered(endpoint),

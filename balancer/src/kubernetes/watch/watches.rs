@@ -305,6 +305,7 @@ impl Watches {
             entry: entry.name.clone(),
             service: service.clone(),
             frontends: facts.frontends(port),
+            matching: entry.matching,
             endpoints: Vec::new(),
             has_others,
             traffic: facts.traffic.clone(),
@@ -415,6 +416,7 @@ fn at_its_own_place(
         .into_iter()
         .partition(|address| known.addresses.contains(address));
     pod.addresses = own;
+    pod.confirmed = true;
     pod.node.clone_from(&known.node);
     pod.host_network = known.host_network;
     pod.runtime_class.clone_from(&known.runtime_class);

@@ -417,6 +417,7 @@ impl Node {
             plan: GroupPlan {
                 name: String::new(),
                 frontends: Vec::new(),
+                own_addresses: Vec::new(),
                 endpoints: Vec::new(),
                 rank: (0, 1),
                 heard: None,
@@ -446,6 +447,7 @@ fn plan(members: &[usize], endpoints: &[Endpoint], rank: (usize, usize)) -> Grou
     GroupPlan {
         name: "agents".to_owned(),
         frontends: Vec::new(),
+        own_addresses: Vec::new(),
         endpoints: members.iter().map(endpoint).collect(),
         rank: (number(rank.0), number(rank.1)),
         heard: Some(Duration::ZERO),

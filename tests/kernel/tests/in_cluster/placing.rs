@@ -1,6 +1,8 @@
 //! Connects of this node's clients to a Service: which pod they go to, and who is left to
 //! kube-proxy.
 
+mod own_addresses;
+
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::{Child, Command};

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use balancer::dataplane::Placing;
-use balancer_common::abi::Frontend;
+use balancer_common::abi::{Excluded, Frontend};
 use testkit::fixtures::Machine;
 use testkit::fixtures::tcp::{self, Listen, Listener};
 
@@ -76,9 +76,9 @@ fn an_excluded_netns_is_left_alone() {
     Machine::with(|machine| {
         let (mut node, mut servers, _beside) = node(machine);
         let own = balancer::sys::netns::cookie().expect("a cookie");
-        node.exclude(own + 1);
+        node.exclude(own + 1, Excluded::Everywhere);
         assert!(is_placed(&mut servers, BESIDE));
-        node.exclude(own);
+        node.exclude(own, Excluded::Everywhere);
         assert!(!is_placed(&mut servers, BESIDE));
         assert_eq!(node.reasons(GROUP)["excluded"], 1);
     });

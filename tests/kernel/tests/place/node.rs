@@ -12,8 +12,8 @@ use balancer::dataplane::{Lock, Paths, Placing, Writer};
 use balancer::sys::clock;
 use balancer::sys::shared::SharedArray;
 use balancer_common::abi::{
-    Address, Endpoint, EndpointGroup, MAX_ENDPOINT_GROUPS, Members, PLACE_REASON_SLOTS, Placed,
-    Published, maps,
+    Address, Endpoint, EndpointGroup, Excluded, MAX_ENDPOINT_GROUPS, Members, PLACE_REASON_SLOTS,
+    Placed, Published, maps,
 };
 use balancer_common::place::PlaceReason;
 use testkit::fixtures::tcp::{Listen, Listener};
@@ -127,17 +127,18 @@ impl<'a> Node<'a> {
     }
 
     pub fn add_frontend(&mut self, at: &str, group: u32, flags: u32) {
-        let at: SocketAddr = at.parse().expect("an address with a port");
-        let Address(words) = Address::from(at.ip());
-        let words = words.into_iter().chain([u32::from(at.port())]);
-        let key: Vec<u8> = words.flat_map(u32::to_ne_bytes).collect();
         let value: Vec<u8> = [group, flags]
             .into_iter()
             .flat_map(u32::to_ne_bytes)
             .collect();
-        let key: [u8; 20] = key.try_into().expect("its size");
         let value: [u8; 8] = value.try_into().expect("its size");
-        self.frontends.insert(key, value, 0).expect("written");
+        self.frontends
+            .insert(frontend_key(at), value, 0)
+            .expect("written");
+    }
+
+    pub fn remove_frontend(&mut self, at: &str) {
+        self.frontends.remove(&frontend_key(at)).expect("removed");
     }
 
     /// Makes an endpoint, of one address or one of each family.
@@ -195,9 +196,10 @@ impl<'a> Node<'a> {
         word.store(others, Ordering::SeqCst);
     }
 
-    /// Leaves the connects of a netns alone.
-    pub fn exclude(&mut self, netns: u64) {
-        let inserted = self.excluded.insert(netns.to_ne_bytes(), [0; 4], 0);
+    /// Leaves connects of a netns alone.
+    pub fn exclude(&mut self, netns: u64, excluded: Excluded) {
+        let value = (excluded as u32).to_ne_bytes();
+        let inserted = self.excluded.insert(netns.to_ne_bytes(), value, 0);
         inserted.expect("written");
     }
 
@@ -271,6 +273,14 @@ impl Drop for Node<'_> {
             eprintln!("the data plane could not be removed: {error:#}");
         }
     }
+}
+
+fn frontend_key(at: &str) -> [u8; 20] {
+    let at: SocketAddr = at.parse().expect("an address with a port");
+    let Address(words) = Address::from(at.ip());
+    let words = words.into_iter().chain([u32::from(at.port())]);
+    let key: Vec<u8> = words.flat_map(u32::to_ne_bytes).collect();
+    key.try_into().expect("its size")
 }
 
 fn start(paths: &Paths, balancer: &Balancer<'_>) -> Writer {

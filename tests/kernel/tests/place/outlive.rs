@@ -1,59 +1,113 @@
 //! What places outlives who has loaded it.
 
 use std::io::{ErrorKind, Read as _};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::ensure;
 use balancer::dataplane::{Paths, Placing};
-use testkit::fixtures::tcp;
+use testkit::fixtures::tcp::{self, Listener};
 use testkit::fixtures::{Balancer, Machine, Signal, eventually};
 
 use super::node::{End, FRONTEND, Node, endpoint_at, loads, open_servers};
+use crate::outlive::pins::versions;
+use crate::outlive::upgrade::make_another_abi;
 use crate::support::at;
 
-/// As at an upgrade: each time the programs are replaced under their links. A connect that is not
-/// rewritten fails, because no route leads to the frontend.
+/// Clients that come and go while something is done; returns how many connects there were. One that
+/// is not rewritten fails: nobody is at the frontend.
+fn connecting_meanwhile(
+    servers: &mut [[Listener; 2]],
+    to: SocketAddr,
+    work: impl FnOnce(),
+) -> usize {
+    let (done, connects) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        let _end = End(&done);
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                for listener in servers.iter_mut().flatten() {
+                    listener.accept_all();
+                    listener.accepted.retain(stands);
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !done.load(Ordering::SeqCst) {
+                    // Not one is lost, but a SYN on a busy machine may be sent twice.
+                    let outcome = tcp::attempt(None, to, Duration::from_secs(10));
+                    tcp::reset(outcome.connected());
+                    connects.fetch_add(1, Ordering::SeqCst);
+                }
+            });
+        }
+        work();
+    });
+    connects.into_inner()
+}
+
+/// As at an upgrade: each time the programs are replaced under their links.
 #[test]
 fn no_connect_is_missed_while_the_programs_are_replaced() {
     Machine::with(|machine| {
         let mut node = Node::placing(machine, 4);
         let mut servers = open_servers(4);
         let standing = tcp::connect_many(at(FRONTEND), 8);
-        let (done, connects) = (AtomicBool::new(false), AtomicUsize::new(0));
-        thread::scope(|scope| {
-            let _end = End(&done);
-            scope.spawn(|| {
-                while !done.load(Ordering::SeqCst) {
-                    for listener in servers.iter_mut().flatten() {
-                        listener.accept_all();
-                        listener.accepted.retain(stands);
-                    }
-                    thread::sleep(Duration::from_millis(1));
-                }
-            });
-            for _ in 0..3 {
-                scope.spawn(|| {
-                    while !done.load(Ordering::SeqCst) {
-                        // Not one is lost, but a SYN on a busy machine may be sent twice.
-                        let outcome = tcp::attempt(None, at(FRONTEND), Duration::from_secs(10));
-                        tcp::reset(outcome.connected());
-                        connects.fetch_add(1, Ordering::SeqCst);
-                    }
-                });
-            }
+        let connects = connecting_meanwhile(&mut servers, at(FRONTEND), || {
             for _ in 0..5 {
                 node.begin_anew();
                 assert_eq!(node.set_placing(true), Placing::On);
             }
         });
-        assert!(connects.load(Ordering::SeqCst) > 100, "{connects:?}");
+        assert!(connects > 100, "{connects}");
         assert_eq!(loads(&mut servers), [2; 4]);
         node.agree(&[2; 4]);
         drop(standing);
         node.agree(&[0; 4]);
+    });
+}
+
+/// A build with another layout of the maps: the old programs place until the new ones do. What
+/// stands is not counted by these.
+#[test]
+fn no_connect_is_missed_while_another_layout_takes_over() {
+    Machine::with(|machine| {
+        let mut balancer = Balancer::prepare(machine, &configuration([1, 1]));
+        let mut servers = open_servers(2);
+        balancer.launch();
+        let standing = connected(10);
+        let connects = connecting_meanwhile(&mut servers, at(LOCAL), || {
+            for _ in 0..3 {
+                balancer.stop(Signal::SIGTERM);
+                let current = make_another_abi(balancer.state());
+                balancer.launch();
+                assert_eq!(versions(balancer.state()), [current]);
+            }
+        });
+        assert!(connects > 100, "{connects}");
+        assert_eq!(loads(&mut servers), [5, 5]);
+        let since = connected(10);
+        assert_eq!(loads(&mut servers), [10, 10]);
+        let counts = |expected: u64| {
+            eventually(Duration::from_secs(5), || {
+                let group = &balancer.status().placing[0];
+                let endpoints = group.endpoints.iter();
+                let counted: Vec<_> = endpoints
+                    .map(|one| (one.established, one.in_flight))
+                    .collect();
+                ensure!(counted == [(expected, 0); 2], "{counted:?}");
+                Ok(())
+            });
+        };
+        counts(5);
+        drop(standing);
+        counts(5);
+        drop(since);
+        counts(0);
     });
 }
 

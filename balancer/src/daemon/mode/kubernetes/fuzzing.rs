@@ -12,7 +12,7 @@ use super::group::Group;
 use super::group_quotas::GroupQuotas;
 use super::plan::{Here, PortNames};
 use crate::config::{
-    ClusterInput, ClusterQuota, ClusterService, Kubernetes, PortChoice, ServiceChoice,
+    ClusterInput, ClusterQuota, ClusterService, Kubernetes, Match, PortChoice, ServiceChoice,
 };
 use crate::dataplane::Plan;
 use crate::kubernetes::{
@@ -120,6 +120,7 @@ pub(super) fn entry() -> ClusterService {
             name: "oap".into(),
         },
         port: PortChoice::Number(11800),
+        matching: Match::Service,
         policy: Policy::LeastConnections,
         quota: ClusterQuota::Shared {
             input: ClusterInput::Observed {
@@ -143,6 +144,7 @@ pub(super) fn endpoint(node: &str) -> Endpoint {
         ready: true,
         terminating: false,
         weight: 1,
+        confirmed: true,
         host_network: false,
         runtime_class: None,
         offered: Offered {

@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
 use self::complaints::Complaints;
-use self::excluded::Excluded;
+use self::excluded::{Excluded, LeftAlone};
 use self::group::Group;
 use self::group_quotas::GroupQuotas;
 pub use self::outside::status_from_outside;
@@ -178,22 +178,24 @@ impl KubernetesMode {
         if !self.view.complete {
             return Ok(None);
         }
-        let (excluded_netns, on_host) = self.excluded.netns(
-            &self.view.left_alone,
-            writer.audit.cgroup(),
-            self.pod_resolver.host(),
-        );
-        self.complaints.set("excluded", on_host);
+        let left_alone = LeftAlone {
+            annotated: self.view.left_alone.clone(),
+            peers: placing::peers(&self.view.ports, &self.identity.node),
+        };
+        let (root, host) = (writer.audit.cgroup(), self.pod_resolver.host());
+        let excluded = self.excluded.netns(&left_alone, root, host);
+        self.complaints.set("excluded", excluded.problems);
         let totals = self.totals(&writer.tables.slots()?);
         let client = Client {
             node: &self.identity.node,
             zone: self.view.zone.as_deref(),
             rank: self.view.rank,
             heard: self.view.silent_for,
+            unknown_peers: &excluded.unknown_peers,
         };
         Ok(Some(PlacePlan {
             groups: placing::groups(&self.view.ports, &totals, client),
-            excluded_netns,
+            excluded_netns: excluded.netns,
             dry_run: false,
         }))
     }

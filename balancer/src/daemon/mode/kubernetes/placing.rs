@@ -3,11 +3,13 @@
 //! An endpoint is chosen from those that kube-proxy would choose from on this node
 //! (`CategorizeEndpoints` in `pkg/proxy/topology.go`), and from no others.
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use crate::kubernetes::{Endpoint, Offered, ServicePort};
+use super::excluded::Peers;
+use crate::config::Match;
+use crate::kubernetes::{Endpoint, ObjectName, Offered, ServicePort};
 use crate::place::{EndpointPlan, GroupPlan, PublishedTotal};
 
 /// What is known of the connections of pods, by uid and target port.
@@ -24,6 +26,9 @@ pub struct Client<'a> {
     pub rank: (u32, u32),
     /// How long ago the cluster was heard of.
     pub heard: Duration,
+    /// Pods of this node whose connects can't be told from those of clients. Nobody is placed at
+    /// own addresses of other pods of their Services, which they may mean.
+    pub unknown_peers: &'a BTreeSet<ObjectName>,
 }
 
 /// A pod with its target port.
@@ -32,11 +37,11 @@ type Target = (Endpoint, u16);
 /// What is placed, by the Services' ports, and what is known of their pods.
 pub fn groups(ports: &[ServicePort], totals: &Totals, client: Client<'_>) -> Vec<GroupPlan> {
     let mut groups: Vec<(&str, GroupPlan)> = Vec::new();
-    for port in ports.iter().filter(|port| !port.frontends.is_empty()) {
-        if why_not_placed(port).is_some() {
-            continue;
-        }
-        let plan = group(port, totals, client);
+    let mut own_addresses = BTreeSet::new();
+    for port in ports.iter().filter(|port| is_placed(port)) {
+        let mut plan = group(port, totals, client);
+        // A pod of several Services belongs to the first of them.
+        plan.own_addresses.retain(|at| own_addresses.insert(*at));
         // Two Services of the same pods: what is placed through one counts for the other.
         let same = groups.iter_mut().find(|(entry, other)| {
             *entry == port.entry && !plan.endpoints.is_empty() && other.endpoints == plan.endpoints
@@ -49,14 +54,40 @@ pub fn groups(ports: &[ServicePort], totals: &Totals, client: Client<'_>) -> Vec
     groups.into_iter().map(|(_, plan)| plan).collect()
 }
 
+/// Whether connects of a Service's clients are placed.
+pub fn is_placed(port: &ServicePort) -> bool {
+    let has_frontends = !port.frontends.is_empty() || port.matching == Match::Endpoints;
+    has_frontends && why_not_placed(port).is_none()
+}
+
+/// The pods of this node that are behind a Service whose pods' own addresses are frontends;
+/// `None`: there is no such Service.
+pub fn peers(ports: &[ServicePort], node: &str) -> Option<Peers> {
+    let matched = || {
+        ports
+            .iter()
+            .filter(|port| port.matching == Match::Endpoints)
+    };
+    matched().next()?;
+    let endpoints = matched().flat_map(|port| &port.endpoints);
+    let here = endpoints.filter(|(endpoint, _)| endpoint.node.as_deref() == Some(node));
+    let peers = here.map(|(endpoint, _)| {
+        let (uid, addresses) = (endpoint.uid.clone(), endpoint.addresses.clone());
+        (endpoint.pod.clone(), (uid, addresses))
+    });
+    Some(peers.collect())
+}
+
 /// Why a Service's clients are left to kube-proxy; `None`: they are not.
-pub fn why_not_placed(port: &ServicePort) -> Option<&'static str> {
+fn why_not_placed(port: &ServicePort) -> Option<&'static str> {
     if port.traffic.left_alone {
         Some("its annotation balancer.skywalking.apache.org/place says off")
     } else if port.traffic.affinity {
         Some("sessionAffinity is ClientIP: kube-proxy sends a client to the same pod again")
     } else if port.has_others {
         Some("an EndpointSlice of it names an address that is no pod of its namespace")
+    } else if port.traffic.other_proxy {
+        Some("its label service.kubernetes.io/service-proxy-name leaves it to another proxy")
     } else {
         None
     }
@@ -65,9 +96,10 @@ pub fn why_not_placed(port: &ServicePort) -> Option<&'static str> {
 /// What is to be known of how a Service's clients are placed, a sentence each.
 pub fn notes(port: &ServicePort, zone: Option<&str>) -> Vec<String> {
     let traffic = &port.traffic;
-    if port.frontends.is_empty() {
+    if port.frontends.is_empty() && port.matching == Match::Service && !traffic.other_proxy {
         return vec![
-            "it has no cluster address: its clients connect to the pods' own, and choose themselves"
+            "it has no cluster address: its clients connect to the pods' own, and choose \
+             themselves (`match: endpoints` places them)"
                 .to_owned(),
         ];
     }
@@ -91,6 +123,9 @@ pub fn notes(port: &ServicePort, zone: Option<&str>) -> Vec<String> {
              share ({zone})"
         ));
     }
+    if port.matching == Match::Endpoints {
+        notes.extend(on_hosts(port));
+    }
     if traffic.outside {
         notes.push(
             "who comes through its node ports, load balancer or external addresses is not placed"
@@ -98,6 +133,22 @@ pub fn notes(port: &ServicePort, zone: Option<&str>) -> Vec<String> {
         );
     }
     notes
+}
+
+/// Whose own addresses are no frontends.
+fn on_hosts(port: &ServicePort) -> Option<String> {
+    let endpoints = port.endpoints.iter().map(|(endpoint, _)| endpoint);
+    let mut on_hosts = endpoints.filter(|endpoint| endpoint.host_network);
+    let first = on_hosts.next()?;
+    let more = match on_hosts.count() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Some(format!(
+        "connects to the address of {}{more} are left as they are: it is the node's, and others may \
+         be meant",
+        first.pod
+    ))
 }
 
 fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
@@ -127,9 +178,31 @@ fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
         name: format!("{} {}", port.entry, port.service),
         frontends: port.frontends.clone(),
         endpoints: endpoints.collect(),
+        own_addresses: own_addresses(port, &considered, client.unknown_peers),
         rank: client.rank,
         heard: Some(client.heard),
     }
+}
+
+/// The own addresses of pods where these are frontends, too: of those only that nobody else has,
+/// as the pods themselves say.
+fn own_addresses(
+    port: &ServicePort,
+    considered: &[&Target],
+    unknown_peers: &BTreeSet<ObjectName>,
+) -> Vec<SocketAddr> {
+    let is_unknown = |(endpoint, _): &Target| unknown_peers.contains(&endpoint.pod);
+    if port.matching == Match::Service || port.endpoints.iter().any(is_unknown) {
+        return Vec::new();
+    }
+    let of_their_own = considered
+        .iter()
+        .filter(|(endpoint, _)| endpoint.confirmed && !endpoint.host_network);
+    let addresses = of_their_own.flat_map(|(endpoint, port)| {
+        let addresses = endpoint.addresses.iter();
+        addresses.map(|address| SocketAddr::new(*address, *port))
+    });
+    addresses.collect()
 }
 
 const fn as_v4(address: IpAddr) -> Option<std::net::Ipv4Addr> {

@@ -285,7 +285,7 @@ pub fn peers_of_host_networks(config: &Kubernetes, view: &View) -> Vec<String> {
 mod tests {
     use super::super::fuzzing::endpoint;
     use super::*;
-    use crate::config::{PortChoice, ServiceChoice};
+    use crate::config::{Match, PortChoice, ServiceChoice};
     use crate::kubernetes::ObjectName as Object;
     use balancer_common::Policy;
 
@@ -297,6 +297,7 @@ mod tests {
                 name: name.into(),
             },
             port: PortChoice::Number(11800),
+            matching: Match::Service,
             policy: Policy::LeastConnections,
             quota: ClusterQuota::Unlimited,
             exempt: vec!["10.9.0.0/16".parse().unwrap()],

@@ -7,9 +7,9 @@ use std::time::Duration;
 use balancer_common::abi::ticks;
 
 use super::group_quotas::GroupQuotas;
-use super::placing::{notes, why_not_placed};
+use super::placing::{is_placed, notes};
 use super::pod_resolver::{Groups, PodResolver};
-use crate::config::Effect;
+use crate::config::{Effect, Match};
 use crate::dataplane::SlotView;
 use crate::kubernetes::{
     BackendStatus, ClusterStatus, Endpoint, GroupId, GroupStatus, MOST_SECONDS_AGO, NodeReport,
@@ -159,7 +159,8 @@ fn placed_services(view: &View, places: bool) -> Vec<PlacedService> {
             entry: port.entry.clone(),
             service: port.service.clone(),
             frontends: port.frontends.clone(),
-            placed: places && !port.frontends.is_empty() && why_not_placed(port).is_none(),
+            matching: port.matching,
+            placed: places && is_placed(port),
             restrictions: restrictions(port),
             notes: notes(port, view.zone.as_deref()),
         })
@@ -167,10 +168,11 @@ fn placed_services(view: &View, places: bool) -> Vec<PlacedService> {
 }
 
 fn restrictions(port: &ServicePort) -> Vec<Restriction> {
-    if port.frontends.is_empty() {
+    let traffic = &port.traffic;
+    let is_matched = port.matching == Match::Endpoints && !traffic.other_proxy;
+    if port.frontends.is_empty() && !is_matched {
         return vec![Restriction::Headless];
     }
-    let traffic = &port.traffic;
     let all = [
         (traffic.left_alone, Restriction::SwitchedOff),
         (traffic.affinity, Restriction::SessionAffinity),
@@ -263,6 +265,7 @@ mod tests {
                 name: "oap".to_owned(),
             },
             frontends: vec![([10, 96, 0, 7], 11800).into()],
+            matching: Match::Service,
             endpoints: Vec::new(),
             has_others: false,
             traffic,
@@ -278,6 +281,7 @@ mod tests {
             left_alone: true,
             near: true,
             outside: true,
+            other_proxy: false,
         });
         let everything = ServicePort {
             has_others: true,
@@ -304,6 +308,15 @@ mod tests {
             ..everything
         };
         assert_eq!(restrictions(&headless), [Restriction::Headless]);
+        let mut matched = ServicePort {
+            matching: Match::Endpoints,
+            traffic: Traffic::default(),
+            has_others: false,
+            ..headless
+        };
+        assert_eq!(restrictions(&matched), []);
+        matched.traffic.other_proxy = true;
+        assert_eq!(restrictions(&matched), [Restriction::Headless]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ const NODE: Client<'_> = Client {
     zone: Some("z1"),
     rank: (1, 3),
     heard: Duration::ZERO,
+    unknown_peers: &BTreeSet::new(),
 };
 
 fn service(name: &str) -> ObjectName {
@@ -41,6 +42,7 @@ fn port(pods: &[Endpoint]) -> ServicePort {
         entry: "agents".into(),
         service: service("oap"),
         frontends: vec![([10, 96, 0, 7], 11800).into()],
+        matching: Match::Service,
         endpoints: pods.iter().map(|pod| (pod.clone(), 21800)).collect(),
         has_others: false,
         traffic: Traffic::default(),
@@ -135,22 +137,143 @@ fn services_that_want_something_else_are_left_alone_with_a_reason() {
         |port| port.traffic.left_alone = true,
         |port| port.traffic.affinity = true,
         |port| port.has_others = true,
-        |port| port.frontends.clear(),
+        |port| port.traffic.other_proxy = true,
     ];
-    for change in changes {
-        let mut port = port(&[pod("a"), pod("b")]);
-        assert_eq!(
-            groups(std::slice::from_ref(&port), &Totals::new(), NODE).len(),
-            1
-        );
-        assert_eq!(why_not_placed(&port), None);
-        change(&mut port);
-        assert_eq!(
-            groups(std::slice::from_ref(&port), &Totals::new(), NODE),
-            []
-        );
-        assert_eq!(why_not_placed(&port).is_some(), !port.frontends.is_empty());
+    let plan = |port: &ServicePort| groups(std::slice::from_ref(port), &Totals::new(), NODE);
+    for matching in Match::ALL {
+        for change in changes {
+            let mut port = port(&[pod("a"), pod("b")]);
+            port.matching = matching;
+            assert_eq!(plan(&port).len(), 1);
+            assert_eq!(notes(&port, None), [""; 0]);
+            change(&mut port);
+            assert_eq!(plan(&port), []);
+            assert!(!is_placed(&port));
+            assert_eq!(notes(&port, None).len(), 1);
+        }
     }
+}
+
+/// A headless Service by what is matched.
+fn headless(matching: Match) -> ServicePort {
+    ServicePort {
+        frontends: Vec::new(),
+        matching,
+        ..port(&[pod("a"), pod("b")])
+    }
+}
+
+#[test]
+fn a_headless_service_is_placed_where_its_pods_are_matched() {
+    let none = headless(Match::Service);
+    assert!(!is_placed(&none));
+    assert_eq!(groups(&[none], &Totals::new(), NODE), []);
+    let matched = headless(Match::Endpoints);
+    assert!(is_placed(&matched));
+    let plan = groups(&[matched], &Totals::new(), NODE);
+    let [group] = &plan[..] else {
+        panic!("{plan:?}");
+    };
+    assert_eq!(group.frontends, []);
+    let own: Vec<String> = group
+        .own_addresses
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    let expected = [
+        "10.0.0.97:21800",
+        "[fd00::61]:21800",
+        "10.0.0.98:21800",
+        "[fd00::62]:21800",
+    ];
+    assert_eq!(own, expected, "with the target port");
+}
+
+#[test]
+fn own_addresses_are_those_of_endpoints_and_nobody_elses() {
+    let own = |change: fn(&mut Endpoint)| {
+        let mut changed = pod("b");
+        change(&mut changed);
+        let port = ServicePort {
+            matching: Match::Endpoints,
+            ..port(&[pod("a"), changed])
+        };
+        let plan = groups(&[port], &Totals::new(), NODE);
+        let ports = plan[0].own_addresses.iter().map(SocketAddr::ip);
+        let v4 = ports.filter(IpAddr::is_ipv4);
+        (v4.count(), plan[0].endpoints.len())
+    };
+    assert_eq!(own(|_| ()), (2, 2));
+    assert_eq!(own(|pod| pod.offered.ready = false), (1, 1), "not ready");
+    assert_eq!(own(|pod| pod.host_network = true), (1, 2), "the node's");
+    assert_eq!(own(|pod| pod.confirmed = false), (1, 2), "a slice alone");
+}
+
+#[test]
+fn a_pod_of_several_services_leads_to_the_first_of_them() {
+    let mut first = headless(Match::Endpoints);
+    first.service = service("first");
+    let mut second = ServicePort {
+        matching: Match::Endpoints,
+        ..port(&[pod("a"), pod("b"), pod("c")])
+    };
+    let own = |ports: &[ServicePort]| {
+        let plan = groups(ports, &Totals::new(), NODE);
+        let of_group = plan.iter().map(|group| {
+            let v4 = group.own_addresses.iter().filter(|at| at.is_ipv4());
+            let last = v4.map(|at| at.ip().to_string()).collect::<Vec<_>>();
+            (group.frontends.len(), last.join(" "))
+        });
+        of_group.collect::<Vec<_>>()
+    };
+    let expected = [(0, "10.0.0.97 10.0.0.98".into()), (1, "10.0.0.99".into())];
+    assert_eq!(own(&[first.clone(), second.clone()]), expected);
+    second.endpoints.pop();
+    let expected = [(1, "10.0.0.97 10.0.0.98".into())];
+    assert_eq!(
+        own(&[first, second]),
+        expected,
+        "of the same pods: one group"
+    );
+}
+
+#[test]
+fn a_service_with_a_peer_that_is_not_known_keeps_its_frontends_alone() {
+    let mut unready = pod("b");
+    unready.offered.ready = false;
+    let with_unknown = ServicePort {
+        matching: Match::Endpoints,
+        ..port(&[pod("a"), unready])
+    };
+    let other = ServicePort {
+        matching: Match::Endpoints,
+        service: service("other"),
+        ..port(&[pod("c")])
+    };
+    let unknown = BTreeSet::from([service("b")]);
+    let client = Client {
+        unknown_peers: &unknown,
+        ..NODE
+    };
+    let plan = groups(&[with_unknown, other], &Totals::new(), client);
+    let of = |group: &GroupPlan| (group.frontends.len(), group.own_addresses.len());
+    assert_eq!(plan.iter().map(of).collect::<Vec<_>>(), [(1, 0), (1, 2)]);
+}
+
+#[test]
+fn peers_are_this_nodes_pods_of_services_whose_pods_are_matched() {
+    let mut unready = pod("a");
+    unready.offered.ready = false;
+    let matched = ServicePort {
+        matching: Match::Endpoints,
+        ..port(&[unready, pod("b")])
+    };
+    let not_matched = port(&[pod("a")]);
+    assert_eq!(peers(std::slice::from_ref(&not_matched), "a"), None);
+    let found = peers(&[not_matched, matched], "a").expect("one is matched");
+    let names: Vec<String> = found.keys().map(ToString::to_string).collect();
+    assert_eq!(names, ["sw/a"], "it may be about to connect");
+    assert_eq!(found[&service("a")].1.len(), 2);
 }
 
 #[test]
@@ -222,7 +345,7 @@ fn what_a_services_settings_mean_for_its_clients_is_said() {
         notes(&port, Some("z1"))
     };
     assert_eq!(said(|_| ()), Vec::<String>::new());
-    let cases: [(Change, &str); 5] = [
+    let cases: [(Change, &str); 7] = [
         (
             |port| port.traffic.affinity = true,
             "sessionAffinity is ClientIP",
@@ -234,6 +357,20 @@ fn what_a_services_settings_mean_for_its_clients_is_said() {
         (|port| port.traffic.near = true, "this node is in zone z1"),
         (|port| port.traffic.outside = true, "node ports"),
         (|port| port.frontends.clear(), "no cluster address"),
+        (
+            |port| {
+                port.frontends.clear();
+                port.traffic.other_proxy = true;
+            },
+            "to another proxy",
+        ),
+        (
+            |port| {
+                port.matching = Match::Endpoints;
+                port.endpoints[0].0.host_network = true;
+            },
+            "the address of sw/a are left as they are",
+        ),
     ];
     for (change, words) in cases {
         let said = said(change);
