@@ -177,19 +177,7 @@ enum EndToEnd {
     ///
     /// The cluster is made of namespaces on this machine, and is gone afterwards. The first time,
     /// Kubernetes and helm are built.
-    K8s {
-        /// Instead: two nodes, two clustered Apache SkyWalking OAPs and Java agents as pods.
-        /// Fetches them first.
-        #[arg(long)]
-        real_oap: bool,
-        /// Install the chart with `privileged: false`.
-        #[arg(long)]
-        unprivileged: bool,
-        /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to
-        /// reach it.
-        #[arg(long)]
-        keep: bool,
-    },
+    K8s(verbs::KubernetesScenario),
 }
 
 fn main() -> ExitCode {
@@ -250,11 +238,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
             arguments,
         }),
         Verb::E2e(EndToEnd::Oap { agent_defaults }) => verbs::end_to_end_oap(agent_defaults),
-        Verb::E2e(EndToEnd::K8s {
-            real_oap,
-            unprivileged,
-            keep,
-        }) => verbs::end_to_end_kubernetes(real_oap, unprivileged, keep),
+        Verb::E2e(EndToEnd::K8s(scenario)) => verbs::end_to_end_kubernetes(&scenario),
     }
 }
 

@@ -4,6 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
+use clap::Args;
 
 use crate::build::{self, PRODUCT, Profile};
 use crate::setup::{self, Need};
@@ -174,12 +175,46 @@ pub fn bench(arguments: &[String]) -> Result<ExitCode> {
     become_program(Profile::Release, "bench", arguments)
 }
 
-/// The balancer's image and chart on a real Kubernetes; `real_oap`: with real OAPs, too;
-/// `unprivileged`: in containers that are not privileged; `keep`: it stays up at the end.
-pub fn end_to_end_kubernetes(real_oap: bool, unprivileged: bool, keep: bool) -> Result<ExitCode> {
+/// What is played on a real Kubernetes, and how.
+#[derive(Args)]
+#[expect(clippy::struct_excessive_bools, reason = "options of a command line")]
+pub struct KubernetesScenario {
+    /// Instead: two nodes, two clustered Apache SkyWalking OAPs and Java agents as pods. Fetches
+    /// them first.
+    #[arg(long, conflicts_with = "short")]
+    real_oap: bool,
+    /// Only the main steps, in about five minutes: install, refuse, upgrade, place, a node is
+    /// killed, uninstall.
+    #[arg(long)]
+    short: bool,
+    /// Install the chart with `privileged: false`.
+    #[arg(long)]
+    unprivileged: bool,
+    /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to reach
+    /// it.
+    #[arg(long)]
+    keep: bool,
+}
+
+impl KubernetesScenario {
+    /// What is asked for, as the program that plays it takes it.
+    fn options(&self) -> impl Iterator<Item = &'static str> {
+        let options = [
+            (self.real_oap, "--real-oap"),
+            (self.short, "--short"),
+            (self.unprivileged, "--unprivileged"),
+            (self.keep, "--keep"),
+        ];
+        let asked = options.into_iter().filter(|(is_asked, _)| *is_asked);
+        asked.map(|(_, option)| option)
+    }
+}
+
+/// The balancer's image and chart on a real Kubernetes.
+pub fn end_to_end_kubernetes(scenario: &KubernetesScenario) -> Result<ExitCode> {
     machine::check()?;
     setup::ensure(&[Need::Build, Need::Kernel, Need::Kubernetes, Need::Cluster])?;
-    if real_oap {
+    if scenario.real_oap {
         setup::ensure(&[Need::RealOap])?;
     }
     let kubernetes = kubernetes::program()?;
@@ -195,16 +230,8 @@ pub fn end_to_end_kubernetes(real_oap: bool, unprivileged: bool, keep: bool) -> 
         .arg(image.archive)
         .args(["--name", &image.name])
         .arg("--balancer")
-        .arg(image.program);
-    if real_oap {
-        play.arg("--real-oap");
-    }
-    if unprivileged {
-        play.arg("--unprivileged");
-    }
-    if keep {
-        play.arg("--keep");
-    }
+        .arg(image.program)
+        .args(scenario.options());
     let error = play.exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

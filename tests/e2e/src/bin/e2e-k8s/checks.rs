@@ -22,6 +22,8 @@ pub const CLIENTS_CONNECT_WITHIN: Duration = Duration::from_secs(60);
 const DAEMONS_FOLLOW_WITHIN: Duration = Duration::from_secs(15);
 /// From the listener until the kernel half is in its netns.
 const ATTACHED_WITHIN: Duration = Duration::from_secs(1);
+/// Addresses that connections come from: each pod's, and that of the clients outside.
+const SOURCES: u32 = CLIENT_PODS + 1;
 /// A daemon starts; or a pod of the OAP.
 pub const PODS_START_WITHIN: Duration = Duration::from_secs(60);
 
@@ -219,7 +221,7 @@ impl Fixture {
         let check = Check::judged(
             format!("at most {most:.2} (and {more} more)"),
             format!("{seen:.3}: {} of {}", slashed(&held), quotas(&group)),
-            more <= f64::from(CLIENT_PODS) && fullest <= share + more,
+            more <= f64::from(SOURCES) && fullest <= share + more,
         );
         report.check(&step, &check)
     }

@@ -43,6 +43,9 @@ struct Arguments {
     /// Real OAPs and Java agents, as pods of two nodes.
     #[arg(long)]
     real_oap: bool,
+    /// Only the main steps.
+    #[arg(long, conflicts_with = "real_oap")]
+    short: bool,
     /// Leave the cluster up at the end, also after a failure, until Ctrl-C.
     #[arg(long)]
     keep: bool,
@@ -74,7 +77,7 @@ fn run(arguments: Arguments) -> Result<()> {
             if arguments.real_oap {
                 real_oap::run(&mut fixture, &mut report)
             } else {
-                steps::run(&mut fixture, &mut report)
+                steps::run(&mut fixture, &mut report, steps::chosen(arguments.short))
             }
         });
         if let Err(error) = &outcome {

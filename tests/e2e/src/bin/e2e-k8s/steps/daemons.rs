@@ -65,7 +65,7 @@ fn killed(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
 }
 
 /// Another configuration and another annotation: every daemon is replaced.
-fn replaced(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+pub fn replaced(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     let mark = fixture.clients()?.mark(&fixture.cluster)?;
     fixture.look()?;
     let old: BTreeSet<_> = fixture

@@ -16,23 +16,40 @@ use testkit::scenario::Report;
 
 use crate::fixture::Fixture;
 
-/// Runs the steps in their order.
+type Step = fn(&mut Fixture, &mut Report) -> Result<()>;
+
+/// The steps in their order: all, or the main ones.
+pub fn chosen(short: bool) -> &'static [Step] {
+    if short {
+        &[
+            without::run_short,
+            install::run,
+            daemons::replaced,
+            place::run_short,
+            uninstall::run,
+        ]
+    } else {
+        &[
+            without::run,
+            install::run,
+            change::run,
+            daemons::run,
+            pods::run,
+            api::run,
+            node::run,
+            place::run,
+            uninstall::run,
+            every_node::run,
+        ]
+    }
+}
+
+/// Runs steps.
 ///
 /// # Errors
 /// When it can't go on. Differences are in the report.
-pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
-    for step in [
-        without::run,
-        install::run,
-        change::run,
-        daemons::run,
-        pods::run,
-        api::run,
-        node::run,
-        place::run,
-        uninstall::run,
-        every_node::run,
-    ] {
+pub fn run(fixture: &mut Fixture, report: &mut Report, steps: &[Step]) -> Result<()> {
+    for step in steps {
         let outcome = step(fixture, report);
         // Pods take their logs with them.
         fixture.keep_logs();

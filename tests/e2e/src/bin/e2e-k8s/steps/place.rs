@@ -54,20 +54,38 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         WITHOUT,
         come_anew,
     )?;
-    // Its clients end with it.
-    let clients = fixture.clients.as_mut().context("there are clients")?;
-    clients.forget(VICTIM);
-    let step = format!("9 {VICTIM} killed");
-    event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
-    fixture.cluster.kubernetes.start_node(VICTIM);
-    fixture.daemons_ready(report, "9 node back", &BTreeSet::new())?;
-    fixture.wait_oaps(REPLICAS)?;
+    node_killed(fixture, report)?;
     switch(fixture, report, "off")?;
     let told = standin::now();
     come_anew(fixture)?;
     fixture.reconnected(told)?;
     fixture.all_connected(report, "9 place off, all come anew")?;
     tell_spread(fixture, report, "9 place off, all come anew")
+}
+
+/// Placed, and a node dies.
+pub fn run_short(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+    fixture
+        .clients
+        .as_mut()
+        .context("there are clients")?
+        .end_outside();
+    switch(fixture, report, "on")?;
+    event(fixture, report, "9 all come anew", WITHOUT, come_anew)?;
+    node_killed(fixture, report)?;
+    fixture.clients = Some(Clients::in_pods(&fixture.cluster)?);
+    Ok(())
+}
+
+/// A node is killed, and comes back. Its clients end with it.
+fn node_killed(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+    let clients = fixture.clients.as_mut().context("there are clients")?;
+    clients.forget(VICTIM);
+    let step = format!("9 {VICTIM} killed");
+    event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
+    fixture.cluster.kubernetes.start_node(VICTIM);
+    fixture.daemons_ready(report, "9 node back", &BTreeSet::new())?;
+    fixture.wait_oaps(REPLICAS)
 }
 
 /// Puts the chart's `config.place` in force, and waits until every daemon says so.
