@@ -30,6 +30,8 @@ pub struct Known {
     /// The connections established on backends that are not ready: their clients need room on those
     /// that are.
     pub established_elsewhere: u64,
+    /// Whether the clients' nodes place their connections.
+    pub placed: bool,
     /// How many sources have been [refused for long](super::starved::ROOM_AFTER), wherever they
     /// went.
     pub refused_for_long: u32,
@@ -84,6 +86,7 @@ pub fn compute(rule: &QuotaRule, backends: &[ReadyBackend], waited: Duration) ->
                 headroom_percent,
                 min_quota,
                 elsewhere: 0,
+                placed: false,
                 extra: 0,
                 unhealthy: 0,
             };
@@ -102,7 +105,9 @@ pub fn compute(rule: &QuotaRule, backends: &[ReadyBackend], waited: Duration) ->
 /// They come about as [`compute`] does it, whose words on `waited` apply, and with the same numbers
 /// on every node: `ceil(total × (1 + headroom) / ready backends)` in proportion to weight, at least
 /// `min_quota`, and never so low that the sum is less than what is established now, on backends
-/// that are not ready too. Each has room for one more for every source that has been refused for
+/// that are not ready too. Where clients are placed, evenness is not for quotas to see to: they only
+/// stop what goes wrong. One fewer is divided by, so that the clients of a backend that ends find
+/// room at the others before anybody has computed anew. Each has room for one more for every source that has been refused for
 /// long. A backend of another node has no `previous`: what comes out for it is where its quota
 /// should be, and of no further use here.
 ///
@@ -150,6 +155,7 @@ pub fn compute_cluster(
         headroom_percent,
         min_quota,
         elsewhere: known.established_elsewhere,
+        placed: known.placed,
         extra: known.refused_for_long,
         unhealthy: 0,
     };

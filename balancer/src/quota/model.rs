@@ -142,6 +142,8 @@ pub(super) struct Demand<'a> {
     /// The connections established on backends that are not ready: they need room on those that
     /// are.
     pub(super) elsewhere: u64,
+    /// Whether the others are to have room for the clients of one backend, the largest.
+    pub(super) placed: bool,
     /// Room on every backend beyond its part, for clients that are sent to a full one again and
     /// again.
     pub(super) extra: u32,

@@ -43,12 +43,17 @@ fn formula(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) -> Strin
         percent => format!(" × {}", Factor(percent)),
     };
     let ready = backends.len();
-    let mut weights = backends.iter().map(|backend| backend.weight);
-    let divided = if weights.all(|weight| weight == backends[0].weight) {
-        format!(" / {ready} ready)")
+    let weights = || backends.iter().map(|backend| u64::from(backend.weight));
+    let (sum, largest) = (weights().sum::<u64>(), weights().max().unwrap_or(0));
+    let divided = if weights().all(|weight| weight == largest) {
+        match demand.placed {
+            true if ready > 1 => format!(" / ({ready} ready - 1))"),
+            _ => format!(" / {ready} ready)"),
+        }
+    } else if demand.placed && largest < sum {
+        format!(" × weight / ({sum} - {largest}), {ready} ready)")
     } else {
-        let weights = backends.iter().map(|backend| u64::from(backend.weight));
-        format!(" × weight / {}, {ready} ready)", weights.sum::<u64>())
+        format!(" × weight / {sum}, {ready} ready)")
     };
     format!("{factor}{divided} = {}", Spread(&shares.formula))
 }

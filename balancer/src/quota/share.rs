@@ -27,7 +27,7 @@ pub(super) struct Shares {
 impl Shares {
     /// Where the quotas of at least one backend should be.
     pub(super) fn of(demand: &Demand, backends: &[ReadyBackend]) -> Self {
-        let formula = by_weight(demand.hundredths(), 100, backends);
+        let formula = by_weight(demand.hundredths(), 100, backends, demand.placed);
         let mut held: Vec<u32> = formula
             .iter()
             .map(|part| (*part).max(demand.min_quota))
@@ -37,7 +37,7 @@ impl Shares {
         if sum(&held) < established {
             for (held, part) in held
                 .iter_mut()
-                .zip(by_weight(established.into(), 1, backends))
+                .zip(by_weight(established.into(), 1, backends, false))
             {
                 *held = part.max(*held);
             }
@@ -67,17 +67,22 @@ fn with_room(demand: &Demand, held: &[u32], backends: &[ReadyBackend]) -> Vec<u3
     targets
 }
 
-/// Each backend's part of `amount / divisor`, rounded up. There is at least one backend.
-fn by_weight(amount: u128, divisor: u128, backends: &[ReadyBackend]) -> Vec<u32> {
-    let sum: u128 = backends
-        .iter()
-        .map(|backend| u128::from(backend.weight))
-        .sum();
+/// Each backend's part of `amount / divisor`, rounded up; without the largest: as if that one were
+/// not there. There is at least one backend.
+fn by_weight(
+    amount: u128,
+    divisor: u128,
+    backends: &[ReadyBackend],
+    without_largest: bool,
+) -> Vec<u32> {
+    let all_0 = backends.iter().all(|backend| backend.weight == 0);
+    let weight_of = |backend: &ReadyBackend| u128::from(if all_0 { 1 } else { backend.weight });
+    let sum: u128 = backends.iter().map(weight_of).sum();
+    let largest = backends.iter().map(weight_of).max();
+    let without = largest.filter(|largest| without_largest && *largest < sum);
+    let sum = sum - without.unwrap_or(0);
     let part = |backend: &ReadyBackend| {
-        let (weight, sum) = match sum {
-            0 => (1, backends.len() as u128),
-            sum => (backend.weight.into(), sum),
-        };
+        let weight = weight_of(backend);
         let part = amount
             .saturating_mul(weight)
             .div_ceil(divisor.saturating_mul(sum));

@@ -20,6 +20,7 @@ fn known(connections: u64, words: &str) -> Known {
             words: words.to_owned(),
         }),
         established_elsewhere: 0,
+        placed: false,
         refused_for_long: 0,
         unreported: 0,
         silent_for: Duration::ZERO,
@@ -52,6 +53,31 @@ fn is_open(outcome: &Outcome, sentence: &str) {
     );
     assert_eq!(outcome.sentence, sentence);
     assert!(!outcome.lowering);
+}
+
+/// The clients of one that ends find room at the others.
+#[test]
+fn where_clients_are_placed_one_backend_may_end() {
+    let placed = |connections| Known {
+        placed: true,
+        ..known(connections, "observed")
+    };
+    let outcome = compute_cluster(&observed(15), &placed(320), &fresh(4), NOW);
+    assert_eq!(limits(&outcome), [123; 4]);
+    assert_eq!(
+        outcome.sentence,
+        "ceil(320 connections (observed) × 1.15 / (4 ready - 1)) = 123"
+    );
+    let outcome = compute_cluster(&observed(0), &placed(320), &fresh(2), NOW);
+    assert_eq!(limits(&outcome), [320; 2]);
+    let weighted = [ready(1, 0, None), ready(1, 0, None), ready(2, 0, None)];
+    let outcome = compute_cluster(&observed(0), &placed(320), &weighted, NOW);
+    assert_eq!(limits(&outcome), [160, 160, 320]);
+    assert!(
+        outcome.sentence.contains("× weight / (4 - 2), 3 ready)"),
+        "{}",
+        outcome.sentence
+    );
 }
 
 #[test]
@@ -395,13 +421,14 @@ prop_compose! {
     fn any_known()(
         total in proptest::option::of((any::<u64>(), "\\PC{0,300}")),
         established_elsewhere: u64,
+        placed: bool,
         refused_for_long in prop_oneof![0..10u32, any::<u32>()],
         unreported in prop_oneof![9 => Just(0), 1 => 1..20usize],
         silent_for in prop_oneof![Just(Duration::ZERO), any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
         hold_for in prop_oneof![any::<Duration>(), (0..100u64).prop_map(Duration::from_secs)],
     ) -> Known {
         let total = total.map(|(connections, words)| Total { connections, words });
-        Known { total, established_elsewhere, refused_for_long, unreported, silent_for, hold_for }
+        Known { total, established_elsewhere, placed, refused_for_long, unreported, silent_for, hold_for }
     }
 }
 
@@ -413,8 +440,8 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn sane_known()(connections in 1..100_000u64, established_elsewhere in 0..100_000u64, refused_for_long in 0..10u32, silent in 0..=300u64) -> Known {
-        Known { established_elsewhere, refused_for_long, silent_for: Duration::from_secs(silent), ..known(connections, "observed") }
+    fn sane_known()(connections in 1..100_000u64, placed: bool, established_elsewhere in 0..100_000u64, refused_for_long in 0..10u32, silent in 0..=300u64) -> Known {
+        Known { established_elsewhere, placed, refused_for_long, silent_for: Duration::from_secs(silent), ..known(connections, "observed") }
     }
 }
 

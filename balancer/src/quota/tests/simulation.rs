@@ -169,6 +169,7 @@ impl Cluster {
                     words: "simulated".to_owned(),
                 }),
                 established_elsewhere: 0,
+                placed: false,
                 refused_for_long: starved.long,
                 unreported: 0,
                 silent_for: Duration::ZERO,

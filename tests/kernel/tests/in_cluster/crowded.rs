@@ -301,14 +301,14 @@ fn ten_times_what_is_kept_of_a_cluster_leaves_heartbeat_and_memory_in_bounds() {
         let api = CrowdedApi::start();
         let kubeconfig = api.kubeconfig.path().join("config");
         let kubeconfig = kubeconfig.to_str().expect("UTF-8").to_owned();
-        let mut balancer =
-            Balancer::prepare(machine, &config("{observed: 10m}")).with_environment(&[
-                ("KUBECONFIG", &kubeconfig),
-                ("NODE_NAME", NODE),
-                ("POD_NAME", "balancer-x"),
-                ("POD_NAMESPACE", SYSTEM),
-                ("NODE_IP", "10.89.0.11"),
-            ]);
+        let config = placing_config("{observed: 10m}");
+        let mut balancer = Balancer::prepare(machine, &config).with_environment(&[
+            ("KUBECONFIG", &kubeconfig),
+            ("NODE_NAME", NODE),
+            ("POD_NAME", "balancer-x"),
+            ("POD_NAMESPACE", SYSTEM),
+            ("NODE_IP", "10.89.0.11"),
+        ]);
         balancer.launch();
         let pulse = Pulse::of(&balancer);
         let begun = Instant::now();

@@ -92,14 +92,24 @@ impl<'a> Cluster<'a> {
         }
     }
 
-    /// A daemon with this quota, under the balancer's own service account.
+    /// A daemon with this quota, under the balancer's own service account, that leaves clients to
+    /// themselves: quotas see to it that backends are even.
     pub fn balancer(&self, quota: &str) -> Balancer<'a> {
         self.balancer_as(&self.api.account(SYSTEM, "balancer"), quota)
     }
 
     pub fn balancer_as(&self, account: &Kubectl, quota: &str) -> Balancer<'a> {
+        self.of_config(account, &config(quota))
+    }
+
+    /// One that places clients.
+    pub fn placing_balancer(&self, quota: &str) -> Balancer<'a> {
+        self.of_config(&self.api.account(SYSTEM, "balancer"), &placing_config(quota))
+    }
+
+    fn of_config(&self, account: &Kubectl, config: &str) -> Balancer<'a> {
         let kubeconfig = account.kubeconfig().to_str().expect("UTF-8").to_owned();
-        Balancer::prepare(self.machine, &config(quota)).with_environment(&[
+        Balancer::prepare(self.machine, config).with_environment(&[
             ("KUBECONFIG", &kubeconfig),
             ("NODE_NAME", NODE),
             ("POD_NAME", "balancer-x"),
@@ -372,8 +382,13 @@ fn cluster_rules() -> [(&'static str, &'static str, &'static [&'static str]); 4]
 
 pub fn config(quota: &str) -> String {
     format!(
-        "kubernetes:\n  services:\n    - name: agents\n      quota: {quota}\n  publish_every: 500ms\n  hold_for: 10s\nfail_open_after: 30s\n"
+        "kubernetes:\n  services:\n    - name: agents\n      quota: {quota}\n  place: off\n  publish_every: 500ms\n  hold_for: 10s\nfail_open_after: 30s\n"
     )
+}
+
+/// The same of one that places clients.
+pub fn placing_config(quota: &str) -> String {
+    config(quota).replace("place: off", "place: on")
 }
 
 /// A quota without regard to health, for listeners that accept late or never.

@@ -190,7 +190,7 @@ fn connects_go_to_the_pod_that_should_have_them_by_what_all_nodes_count() {
     with_cluster(|cluster| {
         let mut place = Place::new(cluster, &[NODE, NODE, "node2"]);
         cluster.publish("node2", &[("oap-7", 50)]);
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         place.wait_placed(true, &balancer);
         let (first, went) = place.connect(40);
@@ -248,7 +248,7 @@ fn whoever_wants_something_else_is_left_to_kube_proxy() {
     with_cluster(|cluster| {
         let mut place = Place::new(cluster, &[NODE, NODE]);
         cluster.make_pods(OAPS, &[place.client.endpoint()]);
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         place.wait_placed(true, &balancer);
         let both = |place: &mut Place<'_>, off: &Value, on: &Value, why: &str| {
@@ -288,9 +288,7 @@ fn whoever_wants_something_else_is_left_to_kube_proxy() {
         place.wait_placed(false, &balancer);
         annotate(&format!("{PLACE}-"));
         place.wait_placed(true, &balancer);
-        let switched = |on: &str| {
-            config(QUOTA).replace("publish_every", &format!("place: {on}\n  publish_every"))
-        };
+        let switched = |on: &str| placing_config(QUOTA).replace("place: on", &format!("place: {on}"));
         for (on, placed) in [("off", false), ("on", true)] {
             balancer.configure(&switched(on));
             balancer.reload();
@@ -317,7 +315,7 @@ fn both_addresses_of_a_dual_stack_service_lead_to_its_pods() {
         let mut slice = cluster.slice(OAPS, "both", PORT, &six);
         slice["metadata"]["name"] = json!("both-6");
         cluster.api.admin().apply(&slice);
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         place.wait_placed(true, &balancer);
         for address in cluster_ips(cluster, "both") {
@@ -375,7 +373,7 @@ fn with_v6(cluster: &Cluster<'_>, pod: &Pod) -> Endpoint {
 fn an_api_server_that_is_gone_for_a_minute_leaves_everybody_to_kube_proxy() {
     with_cluster(|cluster| {
         let mut place = Place::new(cluster, &[NODE, NODE]);
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         place.wait_placed(true, &balancer);
         cluster.api.freeze();
@@ -433,8 +431,8 @@ fn links(balancer: &Balancer<'_>) -> usize {
 fn modes_that_change_nothing_place_nobody_and_say_so() {
     with_cluster(|cluster| {
         let mut place = Place::new(cluster, &[NODE, NODE]);
-        let mut balancer = cluster.balancer(QUOTA);
-        let in_mode = |mode: &str| format!("{}mode: {mode}\n", config(QUOTA));
+        let mut balancer = cluster.placing_balancer(QUOTA);
+        let in_mode = |mode: &str| format!("{}mode: {mode}\n", placing_config(QUOTA));
         balancer.configure(&in_mode("count"));
         balancer.launch();
         told(&balancer, "Placing: off on this node: the mode is count");

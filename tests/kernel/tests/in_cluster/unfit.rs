@@ -71,7 +71,9 @@ fn without_a_capability() {
         let pod = cluster.pod(5);
         with_route_back(&pod);
         cluster.serve(&[pod.endpoint()]);
-        let mut balancer = cluster.balancer(QUOTA).without_capability("net_admin");
+        let mut balancer = cluster
+            .placing_balancer(QUOTA)
+            .without_capability("net_admin");
         balancer.launch();
         says_so_and_hurts_nobody(cluster, &pod, &balancer, "may not load programs");
         let status = balancer.stop(Signal::SIGTERM);
@@ -88,7 +90,7 @@ fn as_long_as_the_kernel_refuses_a_program() {
         cluster.serve(&[pod.endpoint()]);
         let exclusive = SockOps::load("exclusive", &[]);
         let attached = exclusive.attach_alone(&cluster.machine.cgroup);
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         says_so_and_hurts_nobody(cluster, &pod, &balancer, "cannot attach `account`");
         drop(attached);
@@ -127,7 +129,7 @@ fn what_can_be_done_without_steer_is_done() {
         let attached: Vec<_> = (0..MOST_PROGRAMS)
             .map(|_| foreign.attach(&pod.netns))
             .collect();
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         let _listener = cluster.listen(&pod);
         let clients = cluster.clients(&pod, 9);
@@ -157,7 +159,7 @@ fn what_can_be_done_without_placing_is_done() {
         install(cluster);
         let other = Connect4::load("exclusive", 11_900, 11_901);
         let alone = other.attach_alone(&cluster.machine.cgroup);
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         eventually(SETTLES_WITHIN, || {
             let report = own_report(cluster)?.to_string();
@@ -201,7 +203,7 @@ fn what_can_be_done_without_placing_is_done() {
 #[test]
 fn a_deleted_namespace_leaves_nothing_in_the_kernel() {
     with_cluster(|cluster| {
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         // A finalizer of the test keeps the namespace, as pods that end would.
         let held = json!({
@@ -224,7 +226,7 @@ fn a_deleted_namespace_leaves_nothing_in_the_kernel() {
 #[test]
 fn a_deleted_node_leaves_nothing_in_the_kernel() {
     with_cluster(|cluster| {
-        let mut balancer = cluster.balancer(QUOTA);
+        let mut balancer = cluster.placing_balancer(QUOTA);
         balancer.launch();
         assert_eq!(
             cluster.api.admin().attempt(&["delete", "node", NODE]).code,
@@ -256,7 +258,7 @@ fn install(cluster: &Cluster) {
     let file = json!({
         "apiVersion": "v1", "kind": "Secret",
         "metadata": {"namespace": SYSTEM, "name": "balancer", "labels": labels},
-        "stringData": {"balancer.yaml": config(QUOTA)},
+        "stringData": {"balancer.yaml": placing_config(QUOTA)},
     });
     let mut daemon = objects::pod(SYSTEM, "balancer-y", "node2", &["10.89.0.12"]);
     daemon["metadata"]["labels"] = json!({"app": "balancer"});

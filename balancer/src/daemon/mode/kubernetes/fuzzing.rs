@@ -46,6 +46,7 @@ pub fn quota_beside_report(text: &str, connections: u32) -> Result<Quota, String
     let outcome = quotas.compute(
         &Group::new(&group, &entry, &view, Vec::new()),
         &view,
+        true,
         Duration::MAX,
     );
     Ok(outcome.quotas[0])

@@ -9,6 +9,7 @@ use anyhow::Result;
 
 use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
 use super::group::Group;
+use super::placing::why_not_placed;
 use super::pod_resolver::{Groups, PodResolver};
 use crate::config::{ClusterInput, ClusterQuota, Kubernetes, MAX_CONNECTIONS};
 use crate::dataplane::{SlotView, Writer};
@@ -161,7 +162,8 @@ impl GroupQuotas {
             };
             let own = resolver.backends(id, &slots, &view.groups);
             let group = Group::new(id, entry, view, own);
-            let outcome = self.compute(&group, view, config.hold_for);
+            let placed = config.place && is_placed(id, view);
+            let outcome = self.compute(&group, view, placed, config.hold_for);
             put_group_in_force(&group, &outcome, writer)?;
             self.sentences.insert(id.clone(), outcome.sentence);
         }
@@ -182,12 +184,19 @@ impl GroupQuotas {
         self.clocks.retain(|id| groups.contains_key(id));
     }
 
-    /// Computes the quotas of one group.
-    pub fn compute(&mut self, group: &Group<'_>, view: &View, hold_for: Duration) -> Outcome {
+    /// Computes the quotas of one group; `placed`: whether its clients' nodes place them.
+    pub fn compute(
+        &mut self,
+        group: &Group<'_>,
+        view: &View,
+        placed: bool,
+        hold_for: Duration,
+    ) -> Outcome {
         let starved = self.starved(group.id, view);
         let known = Known {
             total: self.total(group, view, starved),
             established_elsewhere: group.established_elsewhere(),
+            placed,
             refused_for_long: starved.long,
             unreported: self.unreported(group),
             silent_for: view.silent_for,
@@ -297,6 +306,17 @@ impl GroupQuotas {
         }
         Ok(())
     }
+}
+
+/// Whether the nodes place the connections of a Service's clients.
+fn is_placed(group: &GroupId, view: &View) -> bool {
+    let mut ports = view.ports.iter();
+    ports.any(|port| {
+        port.entry == group.entry
+            && port.service == group.service
+            && !port.frontends.is_empty()
+            && why_not_placed(port).is_none()
+    })
 }
 
 /// The largest peak within the window that the daemon of a node with a pod of the group reports, as

@@ -79,7 +79,7 @@ impl Seen {
 
     fn compute(&mut self) -> Outcome {
         let group = Group::new(&self.id, &self.entry, &self.view, Vec::new());
-        self.quotas.compute(&group, &self.view, HOLD_FOR)
+        self.quotas.compute(&group, &self.view, false, HOLD_FOR)
     }
 
     #[track_caller]

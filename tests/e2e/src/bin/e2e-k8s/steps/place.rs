@@ -91,6 +91,7 @@ fn node_killed(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
 /// Puts the chart's `config.place` in force, and waits until every daemon says so.
 fn switch(fixture: &mut Fixture, report: &mut Report, place: &str) -> Result<()> {
     fixture.look()?;
+    fixture.keep_logs();
     let old: BTreeSet<_> = fixture
         .daemons
         .values()
@@ -151,10 +152,11 @@ fn event(
         &Check::new(0, refused),
     )?;
     let tally = fixture.clients()?.tally(&fixture.cluster)?;
-    let (refused, timed_out) = (before.mark.refused(&tally), before.mark.timed_out(&tally));
-    let seen = format!("{refused}, {timed_out}");
+    let mark = &before.mark;
+    let (refused, timed_out) = (mark.refused(&tally), mark.timed_out(&tally));
+    let seen = format!("{refused}, {timed_out}, {}", mark.failed(&tally));
     report.tell(
-        &format!("{step}: connects refused by a closed port, timed out"),
+        &format!("{step}: connects refused, timed out, failed"),
         &seen,
     );
     fixture.counts_are_true(report, step, Way::Exec)?;
