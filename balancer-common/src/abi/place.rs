@@ -76,6 +76,9 @@ pub struct EndpointGroup {
     /// Until when the knowledge of the cluster holds, ns of `CLOCK_MONOTONIC`. Later the
     /// destination is left as it is.
     pub known_until_ns: u64,
+    /// With fewer connections on all endpoints this node has lost most of those it had, as others
+    /// will have, and goes by its own counts alone. 0: never.
+    pub lost_below: u64,
 }
 
 impl EndpointGroup {
@@ -89,6 +92,8 @@ impl EndpointGroup {
 pub struct EndpointGroupState {
     /// Draws ever. Atomic.
     pub draws: u64,
+    /// Until when the node goes by its own counts alone, ns of `CLOCK_MONOTONIC`.
+    pub own_only_until_ns: u64,
 }
 
 /// Value of ENDPOINTS: a place that a connection may be sent to. Written by the daemon while no
@@ -240,8 +245,8 @@ const _: () = {
     assert!(MAX_ENDPOINT_GROUPS <= 1 << 16);
     assert!(size_of::<FrontendKey>() == 20);
     assert!(size_of::<Frontend>() == 8);
-    assert!(size_of::<EndpointGroup>() == 24);
-    assert!(size_of::<EndpointGroupState>() == 8);
+    assert!(size_of::<EndpointGroup>() == 32);
+    assert!(size_of::<EndpointGroupState>() == 16);
     assert!(size_of::<Endpoint>() == 48);
     assert!(size_of::<Placed>() == 40);
     assert!(size_of::<Published>() == 24);

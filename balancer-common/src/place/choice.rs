@@ -9,6 +9,10 @@
 //! Where nobody has room, more have come than were expected, or nothing is known of other nodes
 //! (level 0). The level is then that of the most loaded endpoint: the others catch up with it.
 //! Where all are as loaded, each gets its share by weight.
+//!
+//! A node that has just lost most of its connections goes by its own counts alone for a while
+//! ([`OWN_ONLY_NS`]): other nodes will have lost theirs as well, and what is published is no longer
+//! true. Those are drawn from that have the fewest of its connections for their weight.
 
 use crate::abi::EndpointGroup;
 use crate::opaque;
@@ -49,6 +53,10 @@ impl Seen {
     }
 }
 
+/// For how long a node that has lost most of its connections goes by its own counts alone: until
+/// clients are back, and counts of them have been published. ns.
+pub const OWN_ONLY_NS: u64 = 10_000_000_000;
+
 /// 2³² / golden ratio: multiples of it fill the circle evenly, however many there are.
 const GOLDEN: u64 = 0x9E37_79B9;
 /// Nodes that were beside each other on the circle are spread over it anew by multiples of this.
@@ -64,9 +72,18 @@ pub struct Sum {
     /// The most loaded one.
     most_connections: u64,
     most_weight: u64,
+    /// Connections of this node.
+    own: u64,
+    /// The fewest of them for a weight, and the weights of those that have so few.
+    fewest: u64,
+    fewest_weight: u64,
+    fewest_weights: u64,
     /// Those without room below the level, and those as loaded as the most loaded one.
     full: u32,
     most: u32,
+    /// All, and those that have the fewest connections of this node.
+    number: u32,
+    fewest_number: u32,
     /// Those that are avoided.
     avoided: u32,
     /// Whether there are any that are not, and any that are. Flags, because the verifier follows
@@ -83,6 +100,12 @@ impl Sum {
         weight: 0,
         most_connections: 0,
         most_weight: 0,
+        own: 0,
+        fewest: 0,
+        fewest_weight: 0,
+        fewest_weights: 0,
+        number: 0,
+        fewest_number: 0,
         full: 0,
         most: 0,
         avoided: 0,
@@ -108,9 +131,29 @@ impl Sum {
             let (zero, none) = (opaque(0), opaque(0));
             (self.room, self.connections, self.weight) = (zero, zero, zero);
             (self.most_connections, self.most_weight) = (zero, zero);
+            (self.own, self.fewest) = (zero, zero);
+            (self.fewest_weight, self.fewest_weights) = (zero, zero);
             (self.full, self.most) = (none, none);
+            (self.number, self.fewest_number) = (none, none);
         }
         self.include(level, seen);
+        self.include_own(seen);
+    }
+
+    #[inline(always)]
+    const fn include_own(&mut self, seen: &Seen) {
+        self.own = self.own.wrapping_add(seen.own);
+        self.number = self.number.wrapping_add(1);
+        // Fractions are compared crosswise.
+        let this = seen.own.wrapping_mul(self.fewest_weight);
+        let fewest = self.fewest.wrapping_mul(seen.weight);
+        if self.fewest_weight == 0 || this < fewest {
+            (self.fewest, self.fewest_weight) = (seen.own, seen.weight);
+            (self.fewest_weights, self.fewest_number) = (seen.weight, 1);
+        } else if this == fewest {
+            self.fewest_weights = self.fewest_weights.wrapping_add(seen.weight);
+            self.fewest_number = self.fewest_number.wrapping_add(1);
+        }
     }
 
     #[inline(always)]
@@ -136,6 +179,12 @@ impl Sum {
     #[inline(always)]
     pub const fn are_all_avoided(&self) -> bool {
         !self.has_sound && self.has_avoided
+    }
+
+    /// Whether this node has lost most of its connections: it has fewer than so many.
+    #[inline(always)]
+    pub const fn has_lost_most(&self, lost_below: u64) -> bool {
+        self.own < lost_below
     }
 
     /// The level to draw by, the room below it, and how many have none.
@@ -173,6 +222,10 @@ impl Sum {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {
     level: u64,
+    /// The fewest connections of this node for a weight, where it goes by these alone; else weight
+    /// 0.
+    fewest: u64,
+    fewest_weight: u64,
     /// Room that is still to be passed over.
     left: u64,
     /// Whether avoided endpoints may be chosen.
@@ -192,11 +245,40 @@ impl Draw {
         let at = point(sum.avoided.wrapping_add(full), start, draws);
         Self {
             level,
+            fewest: 0,
+            fewest_weight: 0,
             left: fraction(room, at),
             avoided_too: !sum.has_sound,
             is_over: false,
             chosen: Self::NOBODY,
         }
+    }
+
+    /// As [`Draw::new`], by this node's own counts alone.
+    #[inline(always)]
+    pub const fn by_own(sum: &Sum, start: u64, draws: u64) -> Self {
+        let left_out = sum.number.wrapping_sub(sum.fewest_number);
+        let at = point(sum.avoided.wrapping_add(left_out), start, draws);
+        Self {
+            level: 0,
+            fewest: sum.fewest,
+            fewest_weight: sum.fewest_weight,
+            left: fraction(sum.fewest_weights, at),
+            avoided_too: !sum.has_sound,
+            is_over: false,
+            chosen: Self::NOBODY,
+        }
+    }
+
+    /// What an endpoint counts for in the draw.
+    #[inline(always)]
+    const fn part(&self, seen: &Seen) -> u64 {
+        if self.fewest_weight == 0 {
+            return seen.room(self.level);
+        }
+        let is_of_fewest =
+            seen.own.wrapping_mul(self.fewest_weight) == self.fewest.wrapping_mul(seen.weight);
+        if is_of_fewest { seen.weight } else { 0 }
     }
 
     /// Looks at one endpoint, in the same order as [`Sum`] did.
@@ -205,7 +287,7 @@ impl Draw {
         if self.is_over || seen.weight == 0 || (seen.avoided && !self.avoided_too) {
             return;
         }
-        let room = seen.room(self.level);
+        let room = self.part(seen);
         if room == 0 && self.chosen != Self::NOBODY {
             return;
         }
@@ -236,7 +318,7 @@ impl Draw {
 /// and were all on its part of the circle. Moved on together they would all fall on one endpoint
 /// again.
 #[inline(always)]
-const fn point(left_out: u32, start: u64, draws: u64) -> u64 {
+pub const fn point(left_out: u32, start: u64, draws: u64) -> u64 {
     let scattered = start.wrapping_mul(1 + SCATTER * left_out as u64);
     scattered.wrapping_add(draws.wrapping_mul(GOLDEN)) & 0xffff_ffff
 }

@@ -8,13 +8,13 @@ use aya_ebpf::helpers::generated::{
 };
 use aya_ebpf::programs::SockAddrContext;
 use balancer_common::abi::{
-    Address, Endpoint, Frontend, FrontendKey, MAX_ENDPOINTS, MEMBER_WORDS, Members,
-    PLACE_REASON_SLOTS, Phase, Placed, PlacedSocket, ticks,
+    Address, Endpoint, EndpointGroup, EndpointGroupState, Frontend, FrontendKey, MAX_ENDPOINTS,
+    MEMBER_WORDS, Members, PLACE_REASON_SLOTS, Phase, Placed, PlacedSocket, ticks,
 };
 use balancer_common::decision::cursor::{Cursor, Step};
 use balancer_common::opaque;
 use balancer_common::place::avoidance::is_avoided;
-use balancer_common::place::choice::{Draw, Seen, Sum};
+use balancer_common::place::choice::{Draw, OWN_ONLY_NS, Seen, Sum};
 use balancer_common::place::{PlaceReason, SIDECAR_PORTS};
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
@@ -303,7 +303,12 @@ pub extern "C" fn place_choose(group: u32, is_v6: u32, now: u64) -> u32 {
     let sum = unsafe { read_volatile(&raw const (*walk).sum) };
     // SAFETY: the pointer is to an element of a map, which lives as long as the program.
     let draws = unsafe { atomic::add(&raw mut (*state).draws, 1) };
-    let draw = Draw::new(&sum, level, shared!(known, start), draws);
+    let start = shared!(known, start);
+    let draw = if goes_by_own(known, state, &sum) {
+        Draw::by_own(&sum, start, draws)
+    } else {
+        Draw::new(&sum, level, start, draws)
+    };
     // SAFETY: a variable of this function.
     unsafe {
         (*walk).draw = draw;
@@ -317,6 +322,20 @@ pub extern "C" fn place_choose(group: u32, is_v6: u32, now: u64) -> u32 {
         Some(endpoint) => endpoint,
         None => NOBODY,
     }
+}
+
+/// Whether this node goes by its own counts alone: it has lost most of its connections just now, or
+/// a little while ago.
+#[inline(always)]
+fn goes_by_own(known: *const EndpointGroup, state: *mut EndpointGroupState, sum: &Sum) -> bool {
+    // SAFETY: a helper without arguments.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    if sum.has_lost_most(shared!(known, lost_below)) {
+        // SAFETY: the pointer is to an element of a map, which lives as long as the program.
+        unsafe { write_volatile(&raw mut (*state).own_only_until_ns, now_ns + OWN_ONLY_NS) };
+        return true;
+    }
+    shared!(state, own_only_until_ns) > now_ns
 }
 
 /// A callback of `bpf_loop`. 1 ends the loop.

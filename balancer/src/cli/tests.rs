@@ -151,8 +151,10 @@ fn placing() -> EndpointGroupSnapshot {
             level: 45 * EndpointGroup::LOAD_ONE,
             start: 0,
             known_until_ns: 0,
+            lost_below: 0,
         },
         draws: 8,
+        has_lost_most: false,
     }
 }
 

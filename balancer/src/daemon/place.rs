@@ -150,6 +150,7 @@ fn known(plan: &GroupPlan, knowledge: GroupKnowledge) -> Known {
     let group = EndpointGroup {
         level: knowledge.level,
         start: knowledge.start,
+        lost_below: knowledge.lost_below,
         known_until_ns: knowledge
             .known_for
             .map_or(u64::MAX, |span| now.saturating_add(in_ns(span))),

@@ -27,6 +27,7 @@ const NO_GROUP: EndpointGroup = EndpointGroup {
     level: 0,
     start: 0,
     known_until_ns: 0,
+    lost_below: 0,
 };
 
 /// What makes an endpoint the same over reloads and restarts.

@@ -1,5 +1,6 @@
 //! Loading the kernel half: what it is told of the running kernel, its maps, its programs.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -103,8 +104,28 @@ pub fn load_placed_sockets(object: &mut Ebpf) -> Result<&ProgramFd> {
     let loaded = program.load("bpf_sk_storage_map", &types);
     drop(types);
     memory::give_back();
-    loaded.map_err(|error| rejected(name, &error))?;
+    loaded.map_err(|error| forbidden(&error).unwrap_or_else(|| rejected(name, &error)))?;
     Ok(program.fd()?)
+}
+
+/// That a kernel forbids an iterator, as some do that are locked down, whatever is in it.
+fn forbidden(error: &ProgramError) -> Option<anyhow::Error> {
+    let ProgramError::LoadError { io_error, .. } = error else {
+        return None;
+    };
+    if io_error.kind() != io::ErrorKind::PermissionDenied {
+        return None;
+    }
+    let error = io::Error::from(io_error.kind());
+    Some(anyhow::Error::new(error).context(
+        "the kernel forbids iterators over a socket storage, as some do that are locked down",
+    ))
+}
+
+/// Whether the kernel did not permit something.
+pub(super) fn is_not_permitted(error: &anyhow::Error) -> bool {
+    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
+    causes.any(|error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied)
 }
 
 /// This thread's: a busy machine must not look like a slow load.
@@ -133,12 +154,13 @@ fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
 /// Loads every program and lets go of them: whether this kernel takes them. Nothing is attached,
 /// and the maps are pinned where nobody sees them. Without `CAP_SYS_ADMIN`, which the daemon can do
 /// without where a BPF file system is mounted, they are pinned for a moment beside the state
-/// directory.
+/// directory. Returns why it forbids the iterator that counts are compared by, without which the
+/// rest works; `None`: it takes that, too.
 ///
 /// # Errors
 /// When the kernel half is not built in, there is no place for the pins, or the kernel refuses
 /// something.
-pub fn trial(paths: &Paths) -> Result<()> {
+pub fn trial(paths: &Paths) -> Result<Option<String>> {
     match detached_bpffs() {
         Ok(bpffs) => try_programs(bpffs.path()),
         Err(error) => {
@@ -153,12 +175,16 @@ pub fn trial(paths: &Paths) -> Result<()> {
     }
 }
 
-fn try_programs(pins: &Path) -> Result<()> {
+fn try_programs(pins: &Path) -> Result<Option<String>> {
     let mut object = ObjectLoader::new()?.open(pins, 0)?;
     for program in &PROGRAMS {
         load(&mut object, program)?;
     }
-    load_placed_sockets(&mut object).map(drop)
+    match load_placed_sockets(&mut object) {
+        Ok(_) => Ok(None),
+        Err(error) if is_not_permitted(&error) => Ok(Some(format!("{error:#}"))),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes the maps of another object than the one that is built in, pinned where nobody sees them,

@@ -157,7 +157,8 @@ impl PlaceTables {
             EndpointGroup {
                 level,
                 start,
-                known_until_ns
+                known_until_ns,
+                lost_below
             }
         )
     }
@@ -171,15 +172,22 @@ impl PlaceTables {
             EndpointGroup {
                 level,
                 start,
-                known_until_ns
+                known_until_ns,
+                lost_below
             }
         );
     }
 
-    /// Draws of a group, ever.
-    pub fn draws(&self, group: u32) -> u64 {
-        let state = read!(self.group_states, group, EndpointGroupState { draws });
-        state.draws
+    /// What the kernel half keeps of a group.
+    pub fn group_state(&self, group: u32) -> EndpointGroupState {
+        read!(
+            self.group_states,
+            group,
+            EndpointGroupState {
+                draws,
+                own_only_until_ns
+            }
+        )
     }
 
     /// The bitmap of a group's endpoints.

@@ -1,7 +1,7 @@
 //! The programs that place clients' connections: attached while there is a frontend. No other
 //! node, and no client without one, pays for them.
 
-use std::io::{ErrorKind, Read as _};
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use bytes::Buf as _;
 use tracing::{info, warn};
 
 use super::loader::{Loader, links};
-use super::object::{self, PLACED_SOCKETS_MAP};
+use super::object::{self, PLACED_SOCKETS_MAP, is_not_permitted};
 use super::paths::{Link, Paths};
 use super::pins;
 use super::programs::{Part, Program};
@@ -59,7 +59,8 @@ impl Loader {
         if pins::is_of_shortage(&error) {
             return Err(error);
         }
-        let reason = if is_exclusive(&error) {
+        // The same privilege has attached what counts before, so it isn't missing.
+        let reason = if is_not_permitted(&error) {
             self.exclusive()
         } else {
             format!("{error:#}")
@@ -128,13 +129,6 @@ impl Loader {
         }
         reason
     }
-}
-
-/// Whether the kernel refused to attach something. The same privilege has attached what counts
-/// before, so it isn't missing.
-fn is_exclusive(error: &anyhow::Error) -> bool {
-    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref());
-    causes.any(|error: &std::io::Error| error.kind() == ErrorKind::PermissionDenied)
 }
 
 /// Whether a data plane has frontends: whether connections of clients should be placed.

@@ -18,6 +18,11 @@ const NEW: Duration = Duration::from_secs(15);
 /// Clients that have gone for longer are not expected back.
 const COMES_BACK: Duration = Duration::from_secs(120);
 
+/// What was there within this time may have been lost at once.
+const LOST: Duration = Duration::from_secs(10);
+/// Of fewer it can't be told: it is an ordinary day when a node loses its only client.
+const FEW: u64 = 4;
+
 /// What has come within this time may come again, before anything is heard of it.
 const GROWS: Duration = Duration::from_secs(5);
 
@@ -33,6 +38,8 @@ pub struct GroupKnowledge {
     pub start: u64,
     /// For how much longer the endpoints may be relied upon; `None`: for ever (no cluster).
     pub known_for: Option<Duration>,
+    /// `EndpointGroup::lost_below`.
+    pub lost_below: u64,
     /// `Published::others`, one for each endpoint of the plan. All 0 with level 0.
     pub others: Vec<u64>,
 }
@@ -49,6 +56,8 @@ pub struct GroupMemory {
     /// Connections of the whole group: the most of late, and all of the last seconds.
     most: Window,
     totals: History,
+    /// The most connections of this node of late.
+    most_own: Window,
 }
 
 /// What a node remembers of an endpoint.
@@ -102,6 +111,7 @@ impl Default for GroupMemory {
             endpoints: Vec::new(),
             most: Window::new(COMES_BACK),
             totals: History::default(),
+            most_own: Window::new(LOST),
         }
     }
 }
@@ -123,6 +133,7 @@ impl GroupMemory {
         self.note(plan, own, now);
         let known_for = plan.heard.map(|age| BELIEVED_FOR.saturating_sub(age));
         let start = start(plan);
+        let lost_below = self.lost_below(own, now);
         let seen: Vec<Others> = plan
             .endpoints
             .iter()
@@ -134,6 +145,7 @@ impl GroupMemory {
                 level: 0,
                 start,
                 known_for,
+                lost_below,
                 others: vec![0; plan.endpoints.len()],
             };
         }
@@ -152,7 +164,17 @@ impl GroupMemory {
             level,
             start,
             known_for,
+            lost_below,
             others,
+        }
+    }
+
+    /// A quarter of what this node had of late.
+    fn lost_below(&mut self, own: &[u64], now: Duration) -> u64 {
+        self.most_own.add(now, own.iter().sum());
+        match self.most_own.peak(now) {
+            Some((most, _)) if most >= FEW => most / 4,
+            _ => 0,
         }
     }
 
@@ -315,6 +337,17 @@ mod tests {
             "b gets eight: each node may have two to come"
         );
         assert_eq!(known.known_for, Some(s(59)));
+    }
+
+    #[test]
+    fn most_is_lost_with_less_than_a_quarter_of_what_there_was_of_late() {
+        let mut memory = GroupMemory::default();
+        let plan = group(vec![endpoint("a", None), endpoint("b", None)]);
+        let mut lost_below = |own: [u64; 2], at| memory.know(&plan, &own, s(at)).lost_below;
+        assert_eq!(lost_below([2, 1], 1), 0, "too few to tell");
+        assert_eq!(lost_below([30, 10], 2), 10);
+        assert_eq!(lost_below([0, 0], 3), 10, "until it is known to others");
+        assert_eq!(lost_below([2, 3], 30), 1);
     }
 
     #[test]

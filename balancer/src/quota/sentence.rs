@@ -46,9 +46,10 @@ fn formula(demand: &Demand, backends: &[ReadyBackend], shares: &Shares) -> Strin
     let weights = || backends.iter().map(|backend| u64::from(backend.weight));
     let (sum, largest) = (weights().sum::<u64>(), weights().max().unwrap_or(0));
     let divided = if weights().all(|weight| weight == largest) {
-        match demand.placed {
-            true if ready > 1 => format!(" / ({ready} ready - 1))"),
-            _ => format!(" / {ready} ready)"),
+        if demand.placed && ready > 1 {
+            format!(" / ({ready} ready - 1))")
+        } else {
+            format!(" / {ready} ready)")
         }
     } else if demand.placed && largest < sum {
         format!(" × weight / ({sum} - {largest}), {ready} ready)")

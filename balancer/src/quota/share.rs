@@ -35,9 +35,9 @@ impl Shares {
         // A quota below what stands ends no connection, it would only refuse everybody.
         let established = demand.established(backends);
         if sum(&held) < established {
-            for (held, part) in held
-                .iter_mut()
-                .zip(by_weight(established.into(), 1, backends, false))
+            for (held, part) in
+                held.iter_mut()
+                    .zip(by_weight(established.into(), 1, backends, false))
             {
                 *held = part.max(*held);
             }

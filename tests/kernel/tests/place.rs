@@ -7,6 +7,7 @@ mod clients;
 mod counts;
 mod drift;
 mod hostile;
+mod lost;
 mod node;
 mod order;
 mod outlive;

@@ -124,7 +124,71 @@ fn what_filled_up_between_the_walks_leaves_somebody_to_choose() {
     assert_eq!(Draw::new(&Sum::EMPTY, 0, 0, 0).chosen(), None);
 }
 
+fn choose_by_own(endpoints: &[Seen], start: u64, draws: u64) -> Option<usize> {
+    let mut sum = Sum::EMPTY;
+    for one in endpoints {
+        sum.add(7 * ONE, one);
+    }
+    let mut draw = Draw::by_own(&sum, start, draws);
+    for (index, one) in endpoints.iter().enumerate() {
+        draw.look(index as u32, one);
+    }
+    draw.chosen().map(|index| index as usize)
+}
+
+#[test]
+fn who_has_lost_most_spreads_its_own_whatever_others_are_said_to_have() {
+    for weights in [[1, 1, 1, 1], [1, 2, 3, 4]] {
+        let round: u64 = weights.iter().sum();
+        for start in [0, 1 << 31, 0xffff_ffff] {
+            let mut others = 0;
+            let mut endpoints = weights.map(|weight| {
+                others += 50;
+                seen(0, others, weight)
+            });
+            for draw in 0..20 * round {
+                endpoints[choose_by_own(&endpoints, start, draw).unwrap()].own += 1;
+            }
+            let own = endpoints.map(|one| one.own);
+            assert_eq!(own, weights.map(|weight| 20 * weight));
+        }
+    }
+}
+
+#[test]
+fn most_is_lost_below_a_number_of_connections_of_all_that_may_be_chosen() {
+    let mut sum = Sum::EMPTY;
+    let avoided = Seen {
+        avoided: true,
+        ..seen(9, 0, 1)
+    };
+    for one in [avoided, seen(1, 50, 1), seen(2, 50, 1)] {
+        sum.add(0, &one);
+    }
+    assert!(sum.has_lost_most(4) && !sum.has_lost_most(3) && !sum.has_lost_most(0));
+}
+
 proptest! {
+    #[test]
+    fn by_own_counts_it_is_one_with_the_fewest(
+        endpoints in endpoints(),
+        start in 0..1_u64 << 32,
+        draws: u64,
+    ) {
+        let may: Vec<&Seen> = endpoints.iter().filter(|one| one.weight > 0).collect();
+        let sound = may.iter().any(|one| !one.avoided);
+        match choose_by_own(&endpoints, start, draws) {
+            None => prop_assert!(may.is_empty()),
+            Some(index) => {
+                let chosen = endpoints[index];
+                let others = may.iter().filter(|one| !(sound && one.avoided));
+                let fewer = |one: &&&Seen| one.own * chosen.weight < chosen.own * one.weight;
+                prop_assert_eq!(others.filter(fewer).count(), 0);
+                prop_assert!(chosen.weight > 0 && !(sound && chosen.avoided));
+            }
+        }
+    }
+
     #[test]
     fn who_has_no_weight_or_is_avoided_is_not_chosen(
         endpoints in endpoints(),
@@ -220,5 +284,6 @@ proptest! {
             .collect();
         let any = endpoints.iter().any(|one| one.weight > 0);
         prop_assert_eq!(choose(&endpoints, level, start, draws).is_some(), any);
+        prop_assert_eq!(choose_by_own(&endpoints, start, draws).is_some(), any);
     }
 }

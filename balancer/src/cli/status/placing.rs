@@ -63,6 +63,8 @@ fn how(group: &EndpointGroupSnapshot) -> String {
         "dry-run: endpoints are chosen and counted, and connects are left as they are"
     } else if group.knows_others {
         "by the connections of all nodes"
+    } else if group.has_lost_most {
+        "by the connections of this node alone: it has just lost most of them"
     } else {
         "by the connections of this node alone"
     };

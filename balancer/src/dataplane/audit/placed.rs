@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use balancer_common::abi::{Address, Endpoint, MAX_ENDPOINTS, Phase, Placed, PlacedRecord, maps};
@@ -20,9 +21,13 @@ use crate::sys::shared::SharedArray;
 pub struct PlacedAudit {
     /// What is compared; `None`: nothing was ever placed.
     of: Option<Compared>,
+    /// When that failed last.
+    failed: Option<Instant>,
     /// Counts that the last pass found off.
     deviations: BTreeMap<(u32, Count), Deviation>,
 }
+
+const RETRY: Duration = Duration::from_secs(60);
 
 /// The two counts of an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,15 +46,23 @@ pub struct Repaired {
 }
 
 impl PlacedAudit {
-    /// Begins to compare.
+    /// Begins to compare. After a failure it is tried again a minute later: that takes a while.
     ///
     /// # Errors
     /// When the kernel refuses the iterator over the sockets, or a map can't be opened.
     pub fn begin(&mut self, loader: &mut Loader) -> Result<()> {
-        if self.of.is_none() {
+        let held_back = self.failed.is_some_and(|at| at.elapsed() < RETRY);
+        if self.of.is_none() && !held_back {
+            self.failed = Some(Instant::now());
             self.of = Some(Compared::open(loader)?);
+            self.failed = None;
         }
         Ok(())
+    }
+
+    /// Whether counts are compared.
+    pub fn compares(&self) -> bool {
+        self.of.is_some()
     }
 
     /// Whether the last pass saw something that only the next one can tell from a socket on its

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use balancer_common::abi::{
-    Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointInfo, Frontend, Placed, Published,
-    ticks,
+    Address, Endpoint, EndpointGroup, EndpointGroupInfo, EndpointGroupState, EndpointInfo,
+    Frontend, Placed, Published, ticks,
 };
 use balancer_common::place::PlaceReason;
 use balancer_common::place::avoidance::{avoided_since, avoided_until, is_avoided};
@@ -27,7 +27,7 @@ pub struct GroupContents {
     /// The element of `ENDPOINT_GROUPS`.
     pub group: EndpointGroup,
     /// Draws ever.
-    pub draws: u64,
+    pub state: EndpointGroupState,
     /// The endpoints that may be chosen, a bit each.
     pub members: Vec<u64>,
     /// The frontends that lead to it, but for endpoints' own addresses.
@@ -80,7 +80,7 @@ pub struct EndpointGroupSnapshot {
     pub rank: Option<(u32, u32)>,
     /// For how much longer the endpoints may be relied upon: zero: not any more. `None`: for ever.
     pub known_for: Option<Duration>,
-    /// Whether it is known what other nodes have placed.
+    /// Whether the kernel half goes by what other nodes have placed.
     pub knows_others: bool,
     /// Its endpoints, in the order in which the kernel half looks at them, then those that leave.
     pub endpoints: Vec<EndpointSnapshot>,
@@ -90,6 +90,8 @@ pub struct EndpointGroupSnapshot {
     pub group: EndpointGroup,
     /// The number of the next draw.
     pub draws: u64,
+    /// Whether the node has lost most of its connections a moment ago.
+    pub has_lost_most: bool,
 }
 
 /// An endpoint.
@@ -178,7 +180,12 @@ impl EndpointGroupSnapshot {
         for endpoint in self.candidates(is_ipv4) {
             sum.add(level, &endpoint.seen());
         }
-        let mut draw = Draw::new(&sum, level, self.group.start, self.draws);
+        let start = self.group.start;
+        let mut draw = if self.has_lost_most {
+            Draw::by_own(&sum, start, self.draws)
+        } else {
+            Draw::new(&sum, level, start, self.draws)
+        };
         for endpoint in self.candidates(is_ipv4) {
             draw.look(endpoint.index, &endpoint.seen());
         }
@@ -222,7 +229,7 @@ pub fn contents(tables: &PlaceTables) -> Result<PlacingContents> {
             index,
             info,
             group: tables.group(index),
-            draws: tables.draws(index),
+            state: tables.group_state(index),
             members: tables.members(index).to_vec(),
             dry_run: frontends.iter().any(|one| one.1 & Frontend::DRY_RUN != 0),
             own_addresses: of(true),
@@ -269,6 +276,12 @@ fn snapshot(
     let leaving = all.filter(|one| one.info.group == group.index && !of_any(one.index));
     let leaving = leaving.map(|one| (one, true));
     let endpoints = chosen.chain(leaving);
+    let endpoints: Vec<_> = endpoints
+        .map(|(one, leaving)| endpoint(one, leaving, now_ns))
+        .collect();
+    let stay = endpoints.iter().filter(|one| !one.leaving);
+    let own: u64 = stay.map(|one| one.established + one.in_flight).sum();
+    let has_lost_most = own < group.group.lost_below || now_ns < group.state.own_only_until_ns;
     let (rank, nodes) = (group.info.rank, group.info.nodes);
     EndpointGroupSnapshot {
         name: text(&group.info.name),
@@ -278,13 +291,12 @@ fn snapshot(
         rank: (nodes != GroupPlan::BY_LOT).then_some((rank, nodes)),
         known_for: (group.group.known_until_ns != u64::MAX)
             .then(|| Duration::from_nanos(group.group.known_until_ns.saturating_sub(now_ns))),
-        knows_others: group.group.level != 0,
-        endpoints: endpoints
-            .map(|(one, leaving)| endpoint(one, leaving, now_ns))
-            .collect(),
+        knows_others: group.group.level != 0 && !has_lost_most,
+        has_lost_most,
+        endpoints,
         verdicts: group.verdicts.clone(),
         group: group.group,
-        draws: group.draws,
+        draws: group.state.draws,
     }
 }
 
@@ -348,8 +360,9 @@ mod tests {
                 level,
                 start: 0,
                 known_until_ns: NOW_NS + 3_000_000_000,
+                lost_below: 0,
             },
-            draws: 0,
+            state: EndpointGroupState::default(),
             members: vec![members],
             frontends: vec!["10.0.0.9:11800".parse().unwrap()],
             own_addresses: Vec::new(),

@@ -64,13 +64,14 @@ pub enum Story {
     AllStillCounted,
     AgentsRestart,
     Churn,
+    Anew,
     Burst,
     Fewer,
     Unguarded,
 }
 
 impl Story {
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Storm,
         Self::Arrivals,
         Self::Drained,
@@ -86,6 +87,7 @@ impl Story {
         Self::AllStillCounted,
         Self::AgentsRestart,
         Self::Churn,
+        Self::Anew,
         Self::Burst,
         Self::Fewer,
         Self::Unguarded,
@@ -108,6 +110,7 @@ impl Story {
             Self::AllStillCounted => "one more, *everybody* told, still counted",
             Self::AgentsRestart => "a fifth of the agents forget all, then one ends",
             Self::Churn => "uneven, then every client connects anew twice in 2 min",
+            Self::Anew => "uneven, all lose their connection, back within 3 s",
             Self::Burst => "a third more clients within 0.2 s, uneven before",
             Self::Fewer => "half of the clients go, an eighth comes within 20 s",
             Self::Unguarded => "a third of the nodes without an agent, 10 s",
@@ -172,6 +175,13 @@ impl Story {
                 world.end(last, 200, 0);
             }
             Self::Churn => churn(world, size),
+            Self::Anew => {
+                place_at_random(world, size);
+                for client in 0..world.clients() {
+                    world.leave(client);
+                }
+                connect_all(world, 3_000);
+            }
             Self::Burst => burst(world, size),
             Self::Fewer => fewer(world, size),
             Self::Unguarded => {
@@ -295,11 +305,15 @@ fn scale_out(world: &mut World, size: &Size, everybody: bool, as_gone: bool) {
 fn churn(world: &mut World, size: &Size) {
     place_at_random(world, size);
     for _ in 0..2 {
-        for client in 0..world.clients() {
-            world.again(client, 60_000, false);
-        }
-        world.run(60_000);
+        again_within(world, 60_000);
     }
+}
+
+fn again_within(world: &mut World, within: Ms) {
+    for client in 0..world.clients() {
+        world.again(client, within, false);
+    }
+    world.run(within);
 }
 
 /// Clients come of whom nobody has known.

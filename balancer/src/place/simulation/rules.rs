@@ -1,7 +1,7 @@
 //! Rules to choose by: the one that is taken, and those that it was compared with.
 
 use balancer_common::abi::EndpointGroup;
-use balancer_common::place::choice::{Draw, Seen, Sum};
+use balancer_common::place::choice::{Draw, Seen, Sum, point};
 
 use super::random::Random;
 use crate::place::GroupKnowledge;
@@ -22,12 +22,14 @@ pub enum Rule {
     LevelByLot,
     /// As `LevelByLot`, among those with the fewest of the node itself.
     LevelOwnFirst,
+    /// As `LevelOwnFirst`, drawn by rank.
+    OwnFirstByRank,
     /// What the kernel half does.
     LevelByRank,
 }
 
 impl Rule {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Random,
         Self::LeastKnown,
         Self::TwoChoices,
@@ -35,6 +37,7 @@ impl Rule {
         Self::OwnAndDeviation,
         Self::LevelByLot,
         Self::LevelOwnFirst,
+        Self::OwnFirstByRank,
         Self::LevelByRank,
     ];
 
@@ -47,6 +50,7 @@ impl Rule {
             Self::OwnAndDeviation => "own and deviation",
             Self::LevelByLot => "level by lot",
             Self::LevelOwnFirst => "level, own first",
+            Self::OwnFirstByRank => "by rank, own first",
             Self::LevelByRank => "**level by rank**",
         }
     }
@@ -56,6 +60,8 @@ impl Rule {
 pub struct Node<'a> {
     pub seen: &'a [Seen],
     pub knowledge: &'a GroupKnowledge,
+    /// It has lost most of its connections.
+    pub own_only: bool,
     /// Its draws until now.
     pub draws: u64,
     pub nodes: usize,
@@ -91,18 +97,13 @@ impl Node<'_> {
                 self.least(|one| own(one) + lot_of(one) + deviation(one), &mut random)
             }
             Rule::LevelByLot => by_lot(&self.rooms(), random),
-            Rule::LevelOwnFirst => {
-                let mut rooms = self.rooms();
-                let with_room = self
-                    .seen
-                    .iter()
-                    .zip(&rooms)
-                    .filter(|(_, room)| **room > 0.0);
-                let fewest = with_room.map(|(one, _)| own(one)).fold(f64::MAX, f64::min);
-                for (room, one) in rooms.iter_mut().zip(self.seen) {
-                    *room *= f64::from(own(one) < fewest + 1.0);
-                }
-                by_lot(&rooms, random)
+            Rule::LevelOwnFirst => by_lot(&self.rooms_of_fewest(), random),
+            Rule::OwnFirstByRank => {
+                let rooms = self.rooms_of_fewest();
+                let left_out = rooms.iter().filter(|room| **room <= 0.0).count();
+                let left_out = u32::try_from(left_out).unwrap();
+                let point = point(left_out, self.knowledge.start, self.draws);
+                at(&rooms, point as f64 / 4_294_967_296.0)
             }
         }
     }
@@ -113,7 +114,11 @@ impl Node<'_> {
         for one in self.seen {
             sum.add(level, one);
         }
-        let mut draw = Draw::new(&sum, level, start, self.draws);
+        let mut draw = if self.own_only {
+            Draw::by_own(&sum, start, self.draws)
+        } else {
+            Draw::new(&sum, level, start, self.draws)
+        };
         for (index, one) in (0..).zip(self.seen) {
             draw.look(index, one);
         }
@@ -147,6 +152,21 @@ impl Node<'_> {
         rooms.unwrap_or_else(|| vec![0.0; self.seen.len()])
     }
 
+    /// The rooms of those with the fewest connections of the node itself.
+    fn rooms_of_fewest(&self) -> Vec<f64> {
+        let mut rooms = self.rooms();
+        let with_room = self
+            .seen
+            .iter()
+            .zip(&rooms)
+            .filter(|(_, room)| **room > 0.0);
+        let fewest = with_room.map(|(one, _)| own(one)).fold(f64::MAX, f64::min);
+        for (room, one) in rooms.iter_mut().zip(self.seen) {
+            *room *= f64::from(own(one) < fewest + 1.0);
+        }
+        rooms
+    }
+
     /// The one with the least value; by lot among equals.
     fn least(&self, value: impl Fn(&Seen) -> f64, random: &mut Random) -> Option<usize> {
         let candidates = || (0..self.seen.len()).filter(|index| self.may(&self.seen[*index]));
@@ -162,7 +182,12 @@ impl Node<'_> {
 
 /// In proportion to the weights.
 fn by_lot(weights: &[f64], random: &mut Random) -> Option<usize> {
-    let mut left = random.fraction() * weights.iter().sum::<f64>();
+    at(weights, random.fraction())
+}
+
+/// At a point of 0..1.
+fn at(weights: &[f64], point: f64) -> Option<usize> {
+    let mut left = point * weights.iter().sum::<f64>();
     let mut chosen = None;
     for (index, weight) in weights.iter().enumerate() {
         if *weight > 0.0 && (chosen.is_none() || left >= 0.0) {

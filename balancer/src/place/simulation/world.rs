@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use balancer_common::abi::ticks;
 use balancer_common::place::avoidance;
-use balancer_common::place::choice::Seen;
+use balancer_common::place::choice::{self, Seen};
 
 use super::random::Random;
 use super::rules::{self, Rule};
@@ -49,6 +49,7 @@ struct Node {
     plan: GroupPlan,
     knowledge: GroupKnowledge,
     draws: u64,
+    own_only_until: Ms,
     /// Without an agent connects go to a random endpoint, and nobody counts.
     has_agent: bool,
 }
@@ -365,8 +366,13 @@ impl World {
                 avoided: has_agent && avoidance::is_avoided(node.avoidance[*member], now),
             })
             .collect();
+        let own: u64 = seen.iter().map(|one| one.own).sum();
+        if own < node.knowledge.lost_below {
+            node.own_only_until = self.now + choice::OWN_ONLY_NS / 1_000_000;
+        }
         let goes_by = rules::Node {
             seen: &seen,
+            own_only: self.now < node.own_only_until,
             knowledge: &node.knowledge,
             draws: node.draws,
             nodes,
@@ -426,9 +432,11 @@ impl Node {
                 level: 0,
                 start: 0,
                 known_for: None,
+                lost_below: 0,
                 others: Vec::new(),
             },
             draws: 0,
+            own_only_until: 0,
             has_agent: true,
         }
     }

@@ -557,6 +557,7 @@ proptest! {
         prop_assert!(quotas.iter().zip(&before).all(|(quota, before)| quota >= before));
     }
 
+    /// But for the room for those who were refused: with more connections it may be due on others.
     #[test]
     fn more_connections_make_no_quota_smaller(
         rule in sane_cluster_rule(),
@@ -565,6 +566,7 @@ proptest! {
         backends in proptest::collection::vec(sane_ready(), 2..20),
     ) {
         let forgotten: Vec<ReadyBackend> = backends.iter().map(|ready| ReadyBackend { previous: None, ..*ready }).collect();
+        let known = Known { refused_for_long: 0, ..known };
         let mut larger = known.clone();
         larger.total.as_mut().expect("sane_known knows").connections += more;
         let before = limits(&compute_cluster(&rule, &known, &forgotten, NOW));

@@ -1,5 +1,6 @@
 //! The audit of what was placed: counts that stay wrong are put right, others left alone.
 
+use balancer::dataplane::Paths;
 use balancer::sys::netns;
 use testkit::fixtures::foreign::{Action, Event, SockOps};
 use testkit::fixtures::tcp::{self};
@@ -18,6 +19,22 @@ fn pass(node: &mut Node<'_>) -> u64 {
     ended.expect("compared").repairs
 }
 
+/// The kernel takes the iterator over the sockets that were placed; or it is one of those that
+/// forbid it. Then nothing is compared, and `doctor` says so.
+fn compares(node: &mut Node<'_>) -> bool {
+    if node.writer().audit.placed.compares() {
+        return true;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let trial = balancer::dataplane::trial(&Paths::new(directory.path()));
+    let forbidden = trial.expect("the kernel takes the programs");
+    let why = forbidden.expect("what can be loaded is made use of");
+    assert!(why.contains("the kernel forbids iterators"), "{why}");
+    eprintln!("nothing is compared on this kernel: {why}");
+    assert_eq!([(); 6].map(|()| pass(node)), [0; 6]);
+    false
+}
+
 #[test]
 fn a_count_that_stays_wrong_is_put_right() {
     Machine::with(|machine| {
@@ -28,6 +45,9 @@ fn a_count_that_stays_wrong_is_put_right() {
         assert_eq!([(); 4].map(|()| pass(&mut node)), [0; 4]);
         node.miscount(0, 5, 0);
         node.miscount(1, -2, 4);
+        if !compares(&mut node) {
+            return;
+        }
         // What is in flight may become established at any time: that comes first.
         assert_eq!([(); 6].map(|()| pass(&mut node)), [0, 0, 2, 2, 2, 3]);
         node.agree(&[3, 3]);
@@ -68,6 +88,9 @@ fn connections_whose_events_are_lost_are_counted_all_the_same() {
         let attached = deaf.attach(&machine.cgroup);
         let clients = tcp::connect_many(at(FRONTEND), 4);
         assert_eq!(node.counts(1), [(0, 4)]);
+        if !compares(&mut node) {
+            return;
+        }
         assert_eq!([(); 6].map(|()| pass(&mut node)), [0, 0, 1, 1, 1, 2]);
         assert_eq!(node.counts(1), [(4, 0)]);
         drop((attached, clients));

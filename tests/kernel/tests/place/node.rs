@@ -126,6 +126,13 @@ impl<'a> Node<'a> {
         self.groups.word(group, word).store(until, Ordering::SeqCst);
     }
 
+    /// With fewer connections the node has lost most of those it had.
+    pub fn set_lost_below(&self, group: u32, connections: u64) {
+        let word = word!(EndpointGroup.lost_below);
+        let word = self.groups.word(group, word);
+        word.store(connections, Ordering::SeqCst);
+    }
+
     pub fn add_frontend(&mut self, at: &str, group: u32, flags: u32) {
         let value: Vec<u8> = [group, flags]
             .into_iter()
