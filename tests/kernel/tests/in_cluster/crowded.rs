@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use testkit::fixtures::{Balancer, Machine, long};
 
-use super::fixture::{NODE, SYSTEM, cluster_status, config, labelled_as_oap};
+use super::fixture::{NODE, SYSTEM, cluster_status, labelled_as_oap, placing_config};
 use crate::budget::{LONGEST_GAP, Pulse, peak_memory, processor_time};
 
 /// Ten times the namespaces that the Services of one entry may fill.

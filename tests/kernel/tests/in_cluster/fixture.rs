@@ -104,7 +104,10 @@ impl<'a> Cluster<'a> {
 
     /// One that places clients.
     pub fn placing_balancer(&self, quota: &str) -> Balancer<'a> {
-        self.of_config(&self.api.account(SYSTEM, "balancer"), &placing_config(quota))
+        self.of_config(
+            &self.api.account(SYSTEM, "balancer"),
+            &placing_config(quota),
+        )
     }
 
     fn of_config(&self, account: &Kubectl, config: &str) -> Balancer<'a> {

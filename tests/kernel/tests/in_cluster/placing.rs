@@ -15,8 +15,8 @@ use testkit::fixtures::{Balancer, eventually, process, remains};
 use testkit::kubernetes::objects::{self, Endpoint};
 
 use super::fixture::{
-    Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, cluster_status, config, labelled_as_oap,
-    with_cluster,
+    Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, cluster_status, labelled_as_oap,
+    placing_config, with_cluster,
 };
 
 const QUOTA: &str = "{per_backend: 1000}";
@@ -288,7 +288,8 @@ fn whoever_wants_something_else_is_left_to_kube_proxy() {
         place.wait_placed(false, &balancer);
         annotate(&format!("{PLACE}-"));
         place.wait_placed(true, &balancer);
-        let switched = |on: &str| placing_config(QUOTA).replace("place: on", &format!("place: {on}"));
+        let switched =
+            |on: &str| placing_config(QUOTA).replace("place: on", &format!("place: {on}"));
         for (on, placed) in [("off", false), ("on", true)] {
             balancer.configure(&switched(on));
             balancer.reload();

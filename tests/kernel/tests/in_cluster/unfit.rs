@@ -7,8 +7,8 @@ use testkit::fixtures::{Balancer, Signal, eventually};
 use testkit::kubernetes::objects;
 
 use super::fixture::{
-    Cluster, NODE, Pod, SETTLES_WITHIN, SYSTEM, cluster_status, config, elsewhere, own_report,
-    with_cluster, with_route_back,
+    Cluster, NODE, Pod, SETTLES_WITHIN, SYSTEM, cluster_status, elsewhere, own_report,
+    placing_config, with_cluster, with_route_back,
 };
 
 const QUOTA: &str = "{per_backend: 3}";
