@@ -105,11 +105,11 @@ pub fn compute(rule: &QuotaRule, backends: &[ReadyBackend], waited: Duration) ->
 /// They come about as [`compute`] does it, whose words on `waited` apply, and with the same numbers
 /// on every node: `ceil(total × (1 + headroom) / ready backends)` in proportion to weight, at least
 /// `min_quota`, and never so low that the sum is less than what is established now, on backends
-/// that are not ready too. Where clients are placed, evenness is not for quotas to see to: they only
-/// stop what goes wrong. One fewer is divided by, so that the clients of a backend that ends find
-/// room at the others before anybody has computed anew. Each has room for one more for every source that has been refused for
-/// long. A backend of another node has no `previous`: what comes out for it is where its quota
-/// should be, and of no further use here.
+/// that are not ready too. Where clients are placed, evenness is not for quotas to see to: they
+/// only stop what goes wrong. One fewer is divided by, so that the clients of a backend that ends
+/// find room at the others before anybody has computed anew. Each has room for one more for every
+/// source that has been refused for long. A backend of another node has no `previous`: what comes
+/// out for it is where its quota should be, and of no further use here.
 ///
 /// As before until the connections of all ready backends are known.
 ///

@@ -28,8 +28,8 @@ fn own_netns() -> u64 {
     balancer::sys::netns::cookie().expect("a cookie")
 }
 
-/// Whichever a client has chosen itself, it gets the one that should have it; also where that is the
-/// same.
+/// Whichever a client has chosen itself, it gets the one that should have it; also where that is
+/// the same.
 #[test]
 fn clients_of_one_endpoint_are_spread_over_all_and_counted() {
     Machine::with(|machine| {

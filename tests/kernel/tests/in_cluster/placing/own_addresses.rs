@@ -10,8 +10,8 @@ use testkit::kubernetes::objects;
 
 use super::{PLACE, Place, Process, QUOTA, Went};
 use crate::in_cluster::fixture::{
-    Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, cluster_status, config, labelled_as_oap,
-    with_cluster,
+    Cluster, NODE, OAPS, PORT, Pod, SETTLES_WITHIN, cluster_status, labelled_as_oap,
+    placing_config, with_cluster,
 };
 
 const HEADLESS: &str = "oap-headless";
@@ -19,7 +19,7 @@ const HEADLESS: &str = "oap-headless";
 /// The file with an entry for the headless Service alone.
 fn file(matching: &str) -> String {
     let entry = format!("service: {OAPS}/{HEADLESS}\n      match: {matching}\n      quota:");
-    config(QUOTA).replace("quota:", &entry)
+    placing_config(QUOTA).replace("quota:", &entry)
 }
 
 fn serve_headless(place: &Place<'_>, ready: &[bool]) {
@@ -39,7 +39,7 @@ fn headless<'c>(cluster: &'c Cluster<'c>) -> (Place<'c>, Balancer<'c>) {
     cluster.api.admin().apply(&service);
     serve_headless(&place, &[true; 3]);
     cluster.make_pods(OAPS, &[place.client.endpoint()]);
-    let mut balancer = cluster.balancer(QUOTA);
+    let mut balancer = cluster.placing_balancer(QUOTA);
     balancer.configure(&file("endpoints"));
     balancer.launch();
     (place, balancer)
@@ -50,8 +50,8 @@ impl Place<'_> {
         self.pods[pod].0.at()
     }
 
-    /// Where so many connects went that came since the last time. The last packet of a handshake may
-    /// still be on its way when the client goes on.
+    /// Where so many connects went that came since the last time. The last packet of a handshake
+    /// may still be on its way when the client goes on.
     #[track_caller]
     fn arrived(&mut self, number: usize) -> Went {
         let mut arrived = Went {
@@ -215,8 +215,9 @@ fn pods_of_a_service_with_an_address_are_matched_beside_it() {
         let mut place = Place::new(cluster, &[NODE; 2]);
         let pods = place.pods.iter();
         let _processes: Vec<_> = pods.map(|(pod, _)| Process::of(cluster, pod)).collect();
-        let mut balancer = cluster.balancer(QUOTA);
-        balancer.configure(&config(QUOTA).replace("quota:", "match: endpoints\n      quota:"));
+        let mut balancer = cluster.placing_balancer(QUOTA);
+        balancer
+            .configure(&placing_config(QUOTA).replace("quota:", "match: endpoints\n      quota:"));
         balancer.launch();
         place.wait_spread(0, true, &balancer);
         place.wait_placed(true, &balancer);
