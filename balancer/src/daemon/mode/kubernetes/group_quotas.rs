@@ -9,12 +9,12 @@ use anyhow::Result;
 
 use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
 use super::group::Group;
-use super::placing::why_not_placed;
+use super::placing::is_placed;
 use super::pod_resolver::{Groups, PodResolver};
 use crate::config::{ClusterInput, ClusterQuota, Kubernetes, MAX_CONNECTIONS};
 use crate::dataplane::{SlotView, Writer};
 use crate::kubernetes::{
-    GroupId, MOST_REFUSED, MOST_SECONDS_AGO, Peak, ReceivedReport, RefusedSource, View,
+    GroupId, MOST_REFUSED, MOST_SECONDS_AGO, Peak, ReceivedReport, RefusedSource, ServicePort, View,
 };
 use crate::quota::starved::{self, Refusals, Refused, Starved};
 use crate::quota::window::Window;
@@ -162,7 +162,9 @@ impl GroupQuotas {
             };
             let own = resolver.backends(id, &slots, &view.groups);
             let group = Group::new(id, entry, view, own);
-            let placed = config.place && is_placed(id, view);
+            let of_group =
+                |port: &&ServicePort| port.entry == id.entry && port.service == id.service;
+            let placed = config.place && view.ports.iter().filter(of_group).any(is_placed);
             let outcome = self.compute(&group, view, placed, config.hold_for);
             put_group_in_force(&group, &outcome, writer)?;
             self.sentences.insert(id.clone(), outcome.sentence);
@@ -306,17 +308,6 @@ impl GroupQuotas {
         }
         Ok(())
     }
-}
-
-/// Whether the nodes place the connections of a Service's clients.
-fn is_placed(group: &GroupId, view: &View) -> bool {
-    let mut ports = view.ports.iter();
-    ports.any(|port| {
-        port.entry == group.entry
-            && port.service == group.service
-            && !port.frontends.is_empty()
-            && why_not_placed(port).is_none()
-    })
 }
 
 /// The largest peak within the window that the daemon of a node with a pod of the group reports, as
