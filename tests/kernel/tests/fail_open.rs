@@ -9,7 +9,7 @@ use balancer::sys::bpf;
 use testkit::fixtures::diag::{self, State};
 use testkit::fixtures::tcp::{self, Listen, Listener, Outcome};
 use testkit::fixtures::wire::Wire;
-use testkit::fixtures::{Backend, Balancer, Machine, Signal, remains};
+use testkit::fixtures::{Backend, Balancer, Machine, Signal, eventually, remains};
 
 use crate::outlive::pins::links;
 use crate::support::{
@@ -133,8 +133,10 @@ fn listeners_without_a_slot_open_the_service() {
         assert!(!tcp::connect(agents()).is_refused());
         drop((clients, more));
         drop(listeners.pop());
-        balancer.eventually(|service| {
-            anyhow::ensure!(service.active() == 256, "{} active", service.active());
+        // Passes over so many listeners are as far apart as they are dear.
+        eventually(Duration::from_secs(60), || {
+            let active = balancer.service().active();
+            anyhow::ensure!(active == 256, "{active} active");
             Ok(())
         });
         drop(homeless);
