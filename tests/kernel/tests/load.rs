@@ -94,16 +94,16 @@ const RELEASE: [Budget; 6] = [
 const PLACING: [Budget; 4] = [
     Budget {
         program: "place_connect4",
-        // Two walks over the endpoints.
-        size: 1_350,
+        // Two walks over the endpoints. The first adds up what two ways of choosing need.
+        size: 1_550,
         verified: 20_000,
-        stack: 320,
+        stack: 480,
     },
     Budget {
         program: "place_connect6",
-        size: 1_400,
+        size: 1_600,
         verified: 30_000,
-        stack: 320,
+        stack: 480,
     },
     Budget {
         program: "place_peer4",
