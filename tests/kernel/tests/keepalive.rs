@@ -193,10 +193,10 @@ fn all_get_in(to: SocketAddr, clients: usize, within: Duration) -> (usize, Durat
 
 #[test]
 fn clients_behind_a_cut_link_give_their_places_to_others() {
-    let keepalive = "keepalive: {idle: 3s, interval: 1s, probes: 3}";
+    let keepalive = "keepalive: {idle: 3s, interval: 1s, probes: 7}";
     let (silent, longest) = cut_link(keepalive, Duration::from_secs(30));
     assert!(silent >= 90, "{silent}");
-    assert!((5..=8).contains(&longest), "{longest}");
+    assert!((5..=12).contains(&longest), "{longest}");
 }
 
 /// With what nobody has configured, and with data that half of the clients have not acknowledged.
