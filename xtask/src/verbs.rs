@@ -183,8 +183,8 @@ pub struct KubernetesScenario {
     /// them first.
     #[arg(long, conflicts_with = "short")]
     real_oap: bool,
-    /// Only the main steps, in about five minutes: install, refuse, upgrade, place, a node is
-    /// killed, uninstall.
+    /// Only the main steps, in about two minutes once it is built: install, refuse, upgrade, place,
+    /// a node is killed, uninstall.
     #[arg(long)]
     short: bool,
     /// Install the chart with `privileged: false`.
