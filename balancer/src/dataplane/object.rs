@@ -108,15 +108,16 @@ pub fn load_placed_sockets(object: &mut Ebpf) -> Result<&ProgramFd> {
     Ok(program.fd()?)
 }
 
-/// That a kernel forbids an iterator, as some do that are locked down, whatever is in it.
+/// That a kernel forbids an iterator, as some do that are locked down, whatever is in it: EPERM.
+/// The verifier minds what is in it with EACCES.
 fn forbidden(error: &ProgramError) -> Option<anyhow::Error> {
     let ProgramError::LoadError { io_error, .. } = error else {
         return None;
     };
-    if io_error.kind() != io::ErrorKind::PermissionDenied {
+    if io_error.raw_os_error() != Some(libc::EPERM) {
         return None;
     }
-    let error = io::Error::from(io_error.kind());
+    let error = io::Error::from_raw_os_error(libc::EPERM);
     Some(anyhow::Error::new(error).context(
         "the kernel forbids iterators over a socket storage, as some do that are locked down",
     ))

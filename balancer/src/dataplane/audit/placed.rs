@@ -27,6 +27,7 @@ pub struct PlacedAudit {
     deviations: BTreeMap<(u32, Count), Deviation>,
 }
 
+/// How long after a failure it is tried again: loading the iterator takes a while.
 const RETRY: Duration = Duration::from_secs(60);
 
 /// The two counts of an endpoint.
@@ -46,7 +47,7 @@ pub struct Repaired {
 }
 
 impl PlacedAudit {
-    /// Begins to compare. After a failure it is tried again a minute later: that takes a while.
+    /// Begins to compare. Does nothing for a minute after a failure.
     ///
     /// # Errors
     /// When the kernel refuses the iterator over the sockets, or a map can't be opened.

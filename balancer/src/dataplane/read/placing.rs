@@ -26,7 +26,7 @@ pub struct GroupContents {
     pub info: EndpointGroupInfo,
     /// The element of `ENDPOINT_GROUPS`.
     pub group: EndpointGroup,
-    /// Draws ever.
+    /// What the kernel half keeps of it.
     pub state: EndpointGroupState,
     /// The endpoints that may be chosen, a bit each.
     pub members: Vec<u64>,
@@ -279,9 +279,12 @@ fn snapshot(
     let endpoints: Vec<_> = endpoints
         .map(|(one, leaving)| endpoint(one, leaving, now_ns))
         .collect();
-    let stay = endpoints.iter().filter(|one| !one.leaving);
-    let own: u64 = stay.map(|one| one.established + one.in_flight).sum();
-    let has_lost_most = own < group.group.lost_below || now_ns < group.state.own_only_until_ns;
+    let mut sum = Sum::EMPTY;
+    for one in endpoints.iter().filter(|one| !one.leaving) {
+        sum.add(group.group.level, &one.seen());
+    }
+    let has_lost_most =
+        sum.has_lost_most(group.group.lost_below) || now_ns < group.state.own_only_until_ns;
     let (rank, nodes) = (group.info.rank, group.info.nodes);
     EndpointGroupSnapshot {
         name: text(&group.info.name),
