@@ -99,6 +99,7 @@ impl Tracer {
             let status = waitpid(None, Some(WaitPidFlag::__WALL)).context("cannot wait for it")?;
             if let WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..) = status {
                 if pid == self.root {
+                    eprintln!("the process has ended: {status:?}");
                     return Ok(());
                 }
                 continue;
@@ -118,7 +119,10 @@ impl Tracer {
             WaitStatus::Stopped(thread, Signal::SIGSEGV) if self.is_store(thread)? => {
                 (thread, None)
             }
-            WaitStatus::Stopped(thread, signal) => (thread, Some(signal)),
+            WaitStatus::Stopped(thread, signal) => {
+                eprintln!("thread {thread} gets {signal}");
+                (thread, Some(signal))
+            }
             WaitStatus::PtraceSyscall(thread) => {
                 if self.runs {
                     self.called(thread)?;

@@ -129,10 +129,16 @@ mod x86_64 {
                 Err(Errno::ECHILD) => return Err(Errno::ESRCH.into()),
                 Err(error) => return Err(error.into()),
             }
-            match look(Id::All, WaitPidFlag::WEXITED)?.pid() {
-                Some(ended) if ended == thread => return Err(Errno::ESRCH.into()),
-                Some(other) => drop(waitpid(other, Some(WaitPidFlag::__WALL))?),
-                None => std::thread::sleep(PAUSE),
+            // The stop of a traced thread is told of whatever is asked for (`wait_task_stopped`,
+            // kernel/exit.c): this one's may have come meanwhile, and another's is left for later.
+            match look(Id::All, WaitPidFlag::WEXITED)? {
+                WaitStatus::Exited(ended, _) | WaitStatus::Signaled(ended, ..) => {
+                    if ended == thread {
+                        return Err(Errno::ESRCH.into());
+                    }
+                    waitpid(ended, Some(WaitPidFlag::__WALL))?;
+                }
+                _ => std::thread::sleep(PAUSE),
             }
         }
     }
