@@ -170,9 +170,11 @@ pub fn end_to_end_oap(agent_defaults: bool) -> Result<ExitCode> {
 /// The measurements, of an optimised build.
 pub fn bench(arguments: &[String]) -> Result<ExitCode> {
     machine::check()?;
-    setup::ensure(&[Need::Build, Need::Kernel, Need::Bench])?;
+    setup::ensure(&[Need::Build, Need::Kernel, Need::Bench, Need::Kubernetes])?;
     build::measurements()?;
-    become_program(Profile::Release, "bench", arguments)
+    let mut bench = program(Profile::Release, "bench")?;
+    bench.env(KUBEALL, kubernetes::program()?).args(arguments);
+    become_it(&mut bench)
 }
 
 /// What is played on a real Kubernetes, and how.
@@ -239,9 +241,18 @@ pub fn end_to_end_kubernetes(scenario: &KubernetesScenario) -> Result<ExitCode> 
 /// Becomes a program that was just built: the signals of the terminal and the exit code are its
 /// own.
 fn become_program(profile: Profile, name: &str, arguments: &[String]) -> Result<ExitCode> {
-    let program = places::target()?.join(profile.name()).join(name);
-    let error = Command::new(&program).args(arguments).exec();
-    Err(error).with_context(|| format!("cannot start {}", program.display()))
+    become_it(program(profile, name)?.args(arguments))
+}
+
+fn program(profile: Profile, name: &str) -> Result<Command> {
+    let path = places::target()?.join(profile.name()).join(name);
+    Ok(Command::new(path))
+}
+
+fn become_it(program: &mut Command) -> Result<ExitCode> {
+    let error = program.exec();
+    let name = program.get_program().display();
+    Err(error).with_context(|| format!("cannot start {name}"))
 }
 
 #[cfg(test)]

@@ -49,11 +49,23 @@ impl Helper {
         place: Place<'_>,
         arguments: impl IntoIterator<Item = impl Into<OsString>>,
     ) -> Result<Self> {
+        Self::spawn_with(place, arguments, &[])
+    }
+
+    /// The same with these variables in its environment.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn spawn_with(
+        place: Place<'_>,
+        arguments: impl IntoIterator<Item = impl Into<OsString>>,
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let arguments: Vec<OsString> = arguments.into_iter().map(Into::into).collect();
         let name = format!("bench {:?}", arguments.first());
         let own = std::env::current_exe().context("cannot tell where this program is")?;
         let mut command = Command::new(own);
-        command.args(arguments);
+        command.args(arguments).envs(environment.iter().copied());
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         // A Ctrl-C at the terminal is for the parent, which then ends its children in order.
         command.process_group(0);

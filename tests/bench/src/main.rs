@@ -7,6 +7,7 @@
 //! what stood beside them in the same round. docs/performance.md says what each figure is and what
 //! limits it.
 
+mod agents;
 mod children;
 mod control;
 mod drive;
@@ -65,6 +66,8 @@ enum Role {
     Hold(hold::Arguments),
     #[command(hide = true)]
     ServeGrpc(grpc::Arguments),
+    #[command(hide = true)]
+    Fleet(agents::fleet::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
         Some(Role::Serve(role)) => serve::run(&role),
         Some(Role::Hold(role)) => hold::run(&role),
         Some(Role::ServeGrpc(role)) => grpc::run(&role),
+        Some(Role::Fleet(role)) => agents::fleet::run(&role),
         None => measure(&arguments),
     };
     match done {
@@ -107,6 +111,7 @@ fn measure(arguments: &Arguments) -> Result<()> {
             Measurement::Storm => report.add(storm::measure(&settings)?)?,
             Measurement::Placing => report.add(placing::measure(&settings)?)?,
             Measurement::Evenness => report.add(evenness::measure(&settings)?)?,
+            Measurement::Agents => report.add(agents::measure(&settings)?)?,
         }
     }
     report.finish(began.elapsed())?;

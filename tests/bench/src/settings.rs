@@ -38,11 +38,13 @@ pub enum Measurement {
     Placing,
     /// How evenly clients and their messages are spread.
     Evenness,
+    /// What the daemons of all nodes cost the API server.
+    Agents,
 }
 
 impl Measurement {
     /// All of them, in the order in which they run.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Rate,
         Self::Syn,
         Self::Traffic,
@@ -51,6 +53,7 @@ impl Measurement {
         Self::Storm,
         Self::Placing,
         Self::Evenness,
+        Self::Agents,
     ];
 
     /// For people.
@@ -64,6 +67,7 @@ impl Measurement {
             Self::Storm => "Storm recovery",
             Self::Placing => "Placing",
             Self::Evenness => "Evenness of load",
+            Self::Agents => "Cost in the API server",
         }
     }
 }

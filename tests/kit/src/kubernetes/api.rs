@@ -225,6 +225,16 @@ impl ApiServer {
             .signal(Program::ApiServer.name(), Signal::SIGCONT);
     }
 
+    /// The process id of a program of the control plane.
+    ///
+    /// # Panics
+    /// When it was not started.
+    #[track_caller]
+    pub fn id(&self, which: Program) -> u32 {
+        let id = self.keeper.id(which.name()).as_raw();
+        u32::try_from(id).expect("a process id")
+    }
+
     /// Kills a program of the control plane.
     ///
     /// # Panics
