@@ -15,6 +15,7 @@ pub mod kubernetes;
 pub mod metrics;
 pub mod place;
 pub mod quota;
+pub mod rebalance;
 mod sanitize;
 #[expect(
     unsafe_code,
