@@ -122,7 +122,7 @@ fn requests(config: &Kubernetes, identity: &Identity) -> BTreeSet<ApiRequest> {
     let own = Some(identity.namespace.as_str());
     let publish = ["list", "watch", "create", "patch", "delete"];
     add("configmaps", own, &publish);
-    add("daemonsets.apps", own, &watch);
+    add("daemonsets.apps", own, &["list"]);
     add("pods", own, &["get"]);
     add("namespaces", own, &["get"]);
     add("nodes", None, &["get"]);

@@ -203,18 +203,21 @@ impl Cluster {
         self.known.watches(|watches| watches.reconfigure(config));
     }
 
-    /// Whether the `DaemonSet` of this daemon was seen and is gone, or is being deleted: the
-    /// balancer is being uninstalled.
+    /// Whether the `DaemonSet` of this daemon was gone, or being deleted, when it was asked for
+    /// last, minutes ago at most: the balancer is being uninstalled.
     pub fn is_uninstalled(&self) -> bool {
         self.known.daemon_set.is_gone()
     }
 
     /// Why no daemon follows this one on its node, which is told to end; `None`: one does, or it
-    /// is not known. It asks the API server, for a few seconds at most.
+    /// is not known. It asks the API server, for a quarter of a minute at most.
     pub async fn none_follows(&self) -> Option<String> {
-        if self.is_uninstalled() {
-            return Some("the DaemonSet of this daemon is gone".to_owned());
-        }
-        none_follows(&self.client, &self.identity).await
+        // Three requests at a time make a large future, which every turn of the daemon would hold.
+        Box::pin(none_follows(
+            &self.client,
+            &self.identity,
+            &self.known.daemon_set,
+        ))
+        .await
     }
 }

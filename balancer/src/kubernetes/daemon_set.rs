@@ -2,13 +2,15 @@
 //! goes, so does the data plane.
 //!
 //! A pod goes with its `DaemonSet` as well as with its node, and the API server's garbage collector
-//! takes the report away with it.
+//! takes the report away with it. The `DaemonSet` is asked for: a watch would bring each of N
+//! daemons each change of its status, some three for each of N pods of a rollout.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
 use kube::core::PartialObjectMeta;
 use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
@@ -17,15 +19,26 @@ use tokio::sync::SetOnce;
 use super::client::{observed, pause};
 use super::health::{ApiError, Health, Notifier, Target};
 use super::identity::Identity;
-use super::watch::{Bounds, Facts, Heard, Selection, Store};
 
 /// What is known of the daemon's pod and its `DaemonSet`.
 pub(crate) struct OwnDaemonSet {
-    store: Arc<Store<DaemonSetFacts>>,
     /// The daemon's pod; empty as long as it is not known.
     pod: SetOnce<OwnPod>,
     /// How asking for it fares.
     asking: Arc<Health>,
+    /// What the API server told of the `DaemonSet` last.
+    told: Mutex<Option<Told>>,
+    /// How asking for the `DaemonSet` fares.
+    asking_for_set: Arc<Health>,
+    notifier: Notifier,
+}
+
+/// Whether there is a `DaemonSet`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    There,
+    /// It is no more, or is being deleted.
+    Gone,
 }
 
 /// What is known of the daemon's pod.
@@ -38,41 +51,34 @@ pub(crate) struct OwnPod {
     pub(crate) daemon_set: Option<String>,
 }
 
-#[derive(PartialEq, Eq)]
-struct DaemonSetFacts {
-    deleting: bool,
-}
-
-impl Facts for DaemonSetFacts {
-    type Object = PartialObjectMeta<DaemonSet>;
-    const RESOURCE: &'static str = "daemonsets.apps";
-    const MOST: Bounds = Bounds {
-        of_namespace: 1,
-        in_all: 1,
-    };
-
-    fn digest(set: &Self::Object, _: Option<&Self>, _: Heard) -> Option<Self> {
-        Some(Self {
-            deleting: set.metadata.deletion_timestamp.is_some(),
-        })
-    }
-}
-
 impl OwnDaemonSet {
     pub(crate) fn new(namespace: &str, notifier: &Notifier) -> Arc<Self> {
-        let pods = Target::new("pods", Some(namespace));
+        let health = |resource| {
+            let target = Target::new(resource, Some(namespace));
+            Arc::new(Health::new(target, notifier))
+        };
         Arc::new(Self {
-            store: Store::new(Some(namespace), notifier),
             pod: SetOnce::new(),
-            asking: Arc::new(Health::new(pods, notifier)),
+            asking: health("pods"),
+            told: Mutex::default(),
+            asking_for_set: health("daemonsets.apps"),
+            notifier: notifier.clone(),
         })
     }
 
-    /// Whether it was seen and is no more, or is being deleted. One that was made anew under its
-    /// name counts as the old one: it adopts the pods.
+    fn told(&self) -> MutexGuard<'_, Option<Told>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it was no more, or was being deleted, when it was asked for last. One that was made
+    /// anew under its name counts as the old one: it adopts the pods.
     pub(crate) fn is_gone(&self) -> bool {
-        let listing = self.store.listing();
-        listing.seen && listing.complete && listing.items.values().all(|facts| facts.deleting)
+        *self.told() == Some(Told::Gone)
+    }
+
+    /// Whether the API server has ever told of it: who asks may ask.
+    pub(crate) fn was_told(&self) -> bool {
+        self.told().is_some()
     }
 
     /// The owner references of what belongs to this daemon; none as long as its pod is not known.
@@ -88,36 +94,64 @@ impl OwnDaemonSet {
         self.pod.wait().await.clone()
     }
 
+    /// The name of the `DaemonSet`, as far as it is known.
+    pub(crate) fn name(&self) -> Option<&str> {
+        self.pod.get()?.daemon_set.as_deref()
+    }
+
     /// How its requests fare.
     pub(crate) fn healths(&self) -> [&Health; 2] {
-        [&self.store.health, &self.asking]
+        [&self.asking, &self.asking_for_set]
     }
 
-    /// Finds out which one it is, and watches it for ever.
-    pub(crate) async fn run(self: Arc<Self>, client: Client, identity: Identity) {
-        let Some(name) = self.name(&client, &identity).await else {
-            return;
+    /// Asks for the `DaemonSet` of this name, and notes whether it is there.
+    ///
+    /// # Errors
+    /// Those of the request. They are told as a problem.
+    pub(crate) async fn ask(
+        &self,
+        client: &Client,
+        namespace: &str,
+        name: &str,
+    ) -> kube::Result<Option<DaemonSet>> {
+        let health = &self.asking_for_set;
+        let sets = Api::<DaemonSet>::namespaced(observed(client, health), namespace);
+        let named = ListParams::default().fields(&format!("metadata.name={name}"));
+        let mut found = sets.list(&named).await.inspect_err(|error| {
+            if let Some(error) = ApiError::of(error, "list", &health.target) {
+                health.failed(error);
+            }
+        })?;
+        health.succeeded();
+        let found = found.items.pop();
+        let is_deleted = |set: &DaemonSet| set.metadata.deletion_timestamp.is_some();
+        let told = if found.as_ref().is_none_or(is_deleted) {
+            Told::Gone
+        } else {
+            Told::There
         };
-        let selection = Selection::named(&identity.namespace, &name);
-        self.store.follow(&client, &selection).await;
+        if self.told().replace(told) != Some(told) {
+            self.notifier.notify();
+        }
+        Ok(found)
     }
 
-    /// The name of the `DaemonSet` that owns this daemon's pod; `None`: none does. Asks until it is
+    /// Finds out which pod is this daemon's, and to which `DaemonSet` it belongs. Asks until it is
     /// known.
-    async fn name(&self, client: &Client, identity: &Identity) -> Option<String> {
-        let client = observed(client, &self.asking);
+    pub(crate) async fn run(self: Arc<Self>, client: Client, identity: Identity) {
+        let client = observed(&client, &self.asking);
         let pods = Api::<PartialObjectMeta<Pod>>::namespaced(client, &identity.namespace);
         let mut failures = 0;
         loop {
             match pods.get_opt(&identity.pod).await {
                 Ok(pod) => {
                     self.asking.succeeded();
-                    let name = pod.as_ref().and_then(owner);
+                    let is_owned = pod.as_ref().and_then(owner).is_some();
                     if let Some(own) = pod.and_then(|pod| own_pod(&identity.pod, &pod)) {
                         // Asked for once: there is none before.
                         let _ = self.pod.set(own);
                     }
-                    if name.is_none() {
+                    if !is_owned {
                         tracing::info!(
                             "Kubernetes: the pod {}/{} is not there or belongs to no DaemonSet: the \
                              data plane stays when the balancer is uninstalled (`balancer unload` \
@@ -126,7 +160,7 @@ impl OwnDaemonSet {
                             identity.pod,
                         );
                     }
-                    return name;
+                    return;
                 }
                 Err(error) => {
                     if let Some(error) = ApiError::of(&error, "get", &self.asking.target) {

@@ -14,7 +14,7 @@ use kube::core::PartialObjectMeta;
 use kube::{Api, Client, ResourceExt};
 use tokio::time::Instant;
 
-use super::client::jitter;
+use super::client::{jitter, pause};
 use super::daemon_set::{OwnDaemonSet, OwnPod, owner};
 use super::identity::Identity;
 use super::status::DaemonsStatus;
@@ -84,7 +84,8 @@ impl Fleet {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// For ever: finds out how many daemons there are. Who may not ask goes by the node's name.
+    /// For ever: finds out how many daemons there are, and whether their `DaemonSet` is there. Who
+    /// may not ask goes by the node's name.
     pub(crate) async fn run(
         self: Arc<Self>,
         client: Client,
@@ -93,48 +94,59 @@ impl Fleet {
     ) {
         let own = daemon_set.pod().await;
         let (node, namespace) = (identity.node, identity.namespace);
+        let Some(set) = &own.daemon_set else {
+            return;
+        };
+        let mut failures = 0;
         loop {
-            match known(&client, &namespace, &own).await {
-                Ok((numbers, rank)) => {
-                    let rank = rank.unwrap_or_else(|| rank_by_name(&node));
-                    let daemons = numbers.map(|(wanted, ready)| (wanted, ready, Instant::now()));
-                    *self.known() = Known { rank, daemons };
-                }
-                Err(error) => {
-                    tracing::debug!("how many daemons there are cannot be asked: {error}");
-                }
-            }
+            let Ok(found) = daemon_set.ask(&client, &namespace, set).await else {
+                tokio::time::sleep(pause(failures)).await;
+                failures += 1;
+                continue;
+            };
+            failures = 0;
+            let numbers = found.and_then(|set| numbers(&set));
+            let rank = rank(&client, &namespace, &own, numbers).await;
+            let rank = rank.unwrap_or_else(|| rank_by_name(&node));
+            let daemons = numbers.map(|(wanted, ready)| (wanted, ready, Instant::now()));
+            *self.known() = Known { rank, daemons };
             let spread = Duration::from_secs(jitter(SPREAD_SECONDS).into());
             tokio::time::sleep(EVERY + spread).await;
         }
     }
 }
 
-/// How many nodes should have a daemon and have one, and the rank of this one, where they are few.
-async fn known(
+/// How many nodes should have a daemon, and have one that is ready.
+fn numbers(set: &DaemonSet) -> Option<Numbers> {
+    let number = |count: i32| u32::try_from(count).unwrap_or_default();
+    let status = set.status.as_ref()?;
+    Some((
+        number(status.desired_number_scheduled),
+        number(status.number_ready),
+    ))
+}
+
+/// The rank of this daemon, where they are few.
+async fn rank(
     client: &Client,
     namespace: &str,
     own: &OwnPod,
-) -> kube::Result<(Option<Numbers>, Option<Rank>)> {
-    let Some(set) = &own.daemon_set else {
-        return Ok((None, None));
-    };
-    let sets = Api::<DaemonSet>::namespaced(client.clone(), namespace);
-    let named = ListParams::default().fields(&format!("metadata.name={set}"));
-    let found = sets.list(&named).await?.items.pop();
-    let number = |count: i32| u32::try_from(count).unwrap_or_default();
-    let numbers = found.and_then(|set| set.status).map(|status| {
-        let wanted = number(status.desired_number_scheduled);
-        (wanted, number(status.number_ready))
-    });
+    numbers: Option<Numbers>,
+) -> Option<Rank> {
     if numbers.is_some_and(|(wanted, _)| wanted > MOST_LISTED) {
-        return Ok((numbers, None));
+        return None;
     }
     let pods = Api::<PartialObjectMeta<Pod>>::namespaced(client.clone(), namespace);
     let of_set = ListParams::default()
         .labels(&selector(own))
         .limit(MOST_LISTED * 2);
-    Ok((numbers, rank_among(own, &pods.list(&of_set).await?.items)))
+    match pods.list(&of_set).await {
+        Ok(listed) => rank_among(own, &listed.items),
+        Err(error) => {
+            tracing::debug!("the other daemons can't be listed: {error}");
+            None
+        }
+    }
 }
 
 /// The labels that the pods of a `DaemonSet` have in common.

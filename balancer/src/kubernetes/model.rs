@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use kube::Resource;
@@ -186,7 +187,7 @@ pub struct ReceivedReport {
     /// before, its age by the API server's own clock. (Clocks of nodes are not compared.)
     pub age: Duration,
     /// The last report that arrived.
-    pub node_report: NodeReport,
+    pub node_report: Arc<NodeReport>,
 }
 
 impl ReceivedReport {

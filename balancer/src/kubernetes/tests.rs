@@ -35,6 +35,8 @@ enum Behaviour {
     Refuses,
     /// It answers 403 to all requests about this resource.
     Forbids(&'static str),
+    /// It answers 401 to all requests.
+    Disowns,
     /// It accepts requests and says nothing.
     Stalls,
     /// It ends watches with an error 410, once each.
@@ -135,6 +137,7 @@ impl Server {
                 );
                 return Ok(status(403, &message));
             }
+            Behaviour::Disowns => return Ok(status(401, "Unauthorized")),
             Behaviour::IsGone if watches => return Ok(status(410, "too old")),
             _ => (),
         }
@@ -198,7 +201,7 @@ fn respond(chunks: impl Stream<Item = io::Result<Bytes>> + Send + 'static) -> Re
 
 fn status(code: u16, message: &str) -> Response<Frames> {
     let body = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": message,
-        "reason": match code { 403 => "Forbidden", 410 => "Expired", _ => "NotFound" }});
+        "reason": match code { 401 => "Unauthorized", 403 => "Forbidden", 410 => "Expired", _ => "NotFound" }});
     let mut response = ok(&body);
     *response.status_mut() = StatusCode::from_u16(code).unwrap();
     response
@@ -354,7 +357,7 @@ async fn what_is_listed_becomes_groups_and_entries_share_watches() {
         ("/endpointslices?", 1, 0),
         ("/pods?", 3, 1),
         ("/configmaps?", 1, 0),
-        ("/daemonsets?", 1, 1),
+        ("/daemonsets?", 0, 1),
         ("/nodes/", 0, 0),
     ] {
         assert_eq!(
@@ -369,7 +372,7 @@ async fn what_is_listed_becomes_groups_and_entries_share_watches() {
     assert_eq!(cluster.view().silent_for, Duration::ZERO);
     let after = server.requests.lock().unwrap().len();
     assert!(
-        (28..=44).contains(&(after - before)),
+        (24..=40).contains(&(after - before)),
         "{} requests in 5 minutes",
         after - before
     );
@@ -544,22 +547,77 @@ async fn a_reload_replaces_what_has_changed() {
     assert!(server.count(&Method::GET, "/services?") > lists);
 }
 
-#[tokio::test(start_paused = true)]
-async fn the_daemon_set_that_goes_dismisses_the_daemon() {
-    let server = populated();
+/// A cluster that has heard of its `DaemonSet`; its node and its namespace are there as well.
+async fn at_home(server: &Arc<Server>) -> Cluster {
+    server.put("", json!([{"metadata": {"name": "balancer"}}]));
     let mut cluster = server.cluster(&config());
     eventually(&mut cluster, "complete", |view| view.complete).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(!cluster.is_uninstalled());
+    assert_eq!(cluster.none_follows().await, None);
+    cluster
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_daemon_set_that_goes_dismisses_the_daemon() {
+    let server = populated();
+    let cluster = at_home(&server).await;
     server.put("daemonsets", json!([]));
-    server.set(Behaviour::Well);
-    for _ in 0..600 {
-        if cluster.is_uninstalled() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    panic!("it is not uninstalled");
+    tokio::time::sleep(Duration::from_secs(361)).await;
+    assert!(cluster.is_uninstalled(), "it is asked for now and then");
+    server.set(Behaviour::Refuses);
+    let why = cluster.none_follows().await.expect("it was told");
+    assert!(why.contains("DaemonSet"), "{why}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_told_to_end_asks_for_the_daemon_set() {
+    let server = populated();
+    let cluster = at_home(&server).await;
+    server.put("daemonsets", json!([]));
+    let why = cluster.none_follows().await.expect("it is gone");
+    assert!(why.contains("DaemonSet"), "{why}");
+    let deleted = json!({"name": "balancer", "deletionTimestamp": "2026-11-29T05:00:00Z"});
+    server.put("daemonsets", json!([{"metadata": deleted}]));
+    assert!(cluster.none_follows().await.is_some());
+    server.set(Behaviour::Stalls);
+    assert!(cluster.none_follows().await.is_some(), "it was told last");
+}
+
+#[tokio::test(start_paused = true)]
+async fn permissions_that_go_first_are_no_reason_to_stay() {
+    let server = populated();
+    let cluster = at_home(&server).await;
+    server.set(Behaviour::Forbids("daemonsets"));
+    let begun = tokio::time::Instant::now();
+    let forgets_the_token = async {
+        tokio::time::sleep(Duration::from_secs(9)).await;
+        server.set(Behaviour::Disowns);
+    };
+    let (why, ()) = tokio::join!(cluster.none_follows(), forgets_the_token);
+    let why = why.expect("it is disowned");
+    assert!(why.contains("no pod balancer/balancer-x"), "{why}");
+    // An account that stays: who could ask before and can't any more.
+    server.set(Behaviour::Forbids("daemonsets"));
+    let why = cluster.none_follows().await.expect("nobody lets it ask");
+    assert!(why.contains("permissions"), "{why}");
+    assert!(begun.elapsed() < Duration::from_secs(25));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_never_allowed_to_ask_leaves_everything_for_the_next() {
+    let server = populated();
+    server.put("", json!([{"metadata": {"name": "balancer"}}]));
+    server.set(Behaviour::Forbids("daemonsets"));
+    let mut cluster = server.cluster(&config());
+    eventually(&mut cluster, "a problem", |view| {
+        let problems = view.problems.iter();
+        problems
+            .into_iter()
+            .any(|problem| problem.contains("may not list daemonsets"))
+    })
+    .await;
+    assert_eq!(cluster.none_follows().await, None);
 }
 
 #[tokio::test(start_paused = true)]

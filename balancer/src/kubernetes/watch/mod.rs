@@ -124,8 +124,6 @@ pub(crate) struct Store<V> {
 pub(crate) struct Listing<V> {
     /// All have been listed once. It stays so while the watch fails: the items are old then.
     pub(crate) complete: bool,
-    /// There was an object once.
-    pub(crate) seen: bool,
     pub(crate) items: BTreeMap<ObjectName, V>,
     /// There were more since the last list than are kept.
     pub(crate) overflows: bool,
@@ -137,7 +135,6 @@ impl<V: Facts> Listing<V> {
     const fn new() -> Self {
         Self {
             complete: false,
-            seen: false,
             items: BTreeMap::new(),
             overflows: false,
             weights: BTreeMap::new(),
@@ -198,7 +195,6 @@ impl<V: Facts> Store<V> {
         let changed = !listing.complete || listing.items != listed.items;
         *listing = Listing {
             complete: true,
-            seen: listing.seen || !listed.items.is_empty(),
             ..listed
         };
         drop(listing);
@@ -211,7 +207,6 @@ impl<V: Facts> Store<V> {
     fn set(&self, name: ObjectName, facts: Option<V>) {
         let mut listing = self.listing();
         let changed = listing.items.get(&name) != facts.as_ref();
-        listing.seen |= facts.is_some();
         match facts {
             Some(facts) => listing.insert(name, facts),
             None => listing.remove(&name),

@@ -1,5 +1,7 @@
 //! The node reports of all daemons: a `ConfigMap` for each node, in the balancer's own namespace.
 
+use std::sync::Arc;
+
 use k8s_openapi::api::core::v1::ConfigMap;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt as _;
@@ -55,7 +57,7 @@ pub(crate) struct StoredReport {
     /// How long its text is, in bytes.
     bytes: usize,
     /// The report; an error is the problem with it.
-    parsed: Result<NodeReport, String>,
+    parsed: Result<Arc<NodeReport>, String>,
 }
 
 impl Facts for StoredReport {
@@ -86,7 +88,7 @@ impl Facts for StoredReport {
                     .as_ref()
                     .and_then(|data| data.get(KEY))
                     .map_or(0, String::len),
-                parsed: parse(map),
+                parsed: parse(map).map(Arc::new),
             }
         }))
     }

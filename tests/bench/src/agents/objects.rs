@@ -112,7 +112,7 @@ pub fn account() -> Value {
             "configmaps",
             &["list", "watch", "create", "patch", "delete"],
         ),
-        ("apps", "daemonsets", &["list", "watch"]),
+        ("apps", "daemonsets", &["list"]),
         ("", "pods", &["get"]),
         ("", "namespaces", &["get"]),
     ];

@@ -364,7 +364,7 @@ pub fn permissions() -> Value {
                 "configmaps",
                 &["list", "watch", "create", "patch", "delete"],
             ),
-            ("apps", "daemonsets", &["list", "watch"]),
+            ("apps", "daemonsets", &["list"]),
             ("", "pods", &["get"]),
             ("", "namespaces", &["get"]),
         ],

@@ -38,6 +38,7 @@ pub fn quota_beside_report(text: &str, connections: u32) -> Result<Quota, String
     for node_report in honest.into_iter().chain([lying]) {
         let age = Duration::from_secs(1);
         let node = node_report.node.clone();
+        let node_report = node_report.into();
         view.nodes.insert(node, ReceivedReport { age, node_report });
     }
     view.groups.insert(group.clone(), endpoints.to_vec());

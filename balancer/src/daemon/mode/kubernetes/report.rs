@@ -128,7 +128,7 @@ fn unfit(view: &View, own: &NodeReport) -> Vec<String> {
         .nodes
         .values()
         .filter(|received| received.is_recent() && received.node_report.node != own.node);
-    let reports = others.map(|received| &received.node_report).chain([own]);
+    let reports = others.map(|received| &*received.node_report).chain([own]);
     let mut nodes: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for report in reports {
         if let Some(why) = &report.unfit {
@@ -225,7 +225,7 @@ fn backend_status(
 ) -> BackendStatus {
     // A node is believed about its own pods alone.
     let received = endpoint.node.as_ref().and_then(|node| view.nodes.get(node));
-    let received = received.map(|received| (&received.node_report, received.age.as_secs()));
+    let received = received.map(|received| (&*received.node_report, received.age.as_secs()));
     let (told, seconds_ago) = std::iter::once((own, 0))
         .chain(received)
         .find_map(|(report, seconds_ago)| Some((report.pod(id, &endpoint.uid)?, seconds_ago)))

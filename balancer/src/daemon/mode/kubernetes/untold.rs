@@ -71,7 +71,7 @@ fn report<'a>(view: &'a View, own: &'a NodeReport, endpoint: &Endpoint) -> Optio
         return Some(own);
     }
     let received = view.nodes.get(node)?;
-    received.is_recent().then_some(&received.node_report)
+    received.is_recent().then_some(&*received.node_report)
 }
 
 fn is_told(view: &View, own: &NodeReport, id: &GroupId, endpoint: &Endpoint) -> bool {
@@ -150,7 +150,7 @@ mod tests {
         for (node, age) in reports {
             let received = ReceivedReport {
                 age: Duration::from_secs(*age),
-                node_report: report_of(&group(), node, 7),
+                node_report: report_of(&group(), node, 7).into(),
             };
             view.nodes.insert((*node).to_owned(), received);
         }

@@ -1,5 +1,7 @@
 //! Quotas of a group by what daemons of other nodes report.
 
+use std::sync::Arc;
+
 use balancer_common::abi::{Backend, BackendState, Counts, Health, SlotPolicy, SlotState};
 use balancer_common::decision::member::Member;
 use proptest::prelude::*;
@@ -64,9 +66,10 @@ impl Seen {
             ..NodeReport::default()
         };
         let age = Duration::ZERO;
+        let node_report = Arc::new(node_report);
         let received = ReceivedReport { age, node_report };
         self.view.nodes.insert(node.into(), received);
-        &mut self.view.nodes.get_mut(node).unwrap().node_report
+        Arc::make_mut(&mut self.view.nodes.get_mut(node).unwrap().node_report)
     }
 
     fn peak(&self, connections: u64, seconds_ago: u64) -> Peak {
