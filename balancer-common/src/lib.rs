@@ -18,6 +18,7 @@
 pub mod abi;
 pub mod decision;
 pub mod hash;
+pub mod http2;
 mod opaque;
 pub mod place;
 pub mod pool;

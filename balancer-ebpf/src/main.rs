@@ -1,5 +1,5 @@
 //! The kernel half: `account` counts and registers, `steer` admits and steers, `place_…` choose for
-//! clients.
+//! clients, `goaway` tells clients to move.
 //!
 //! On the host this is an empty program, so that editors and `cargo check` work; `cargo xtask
 //! build` makes the object.
@@ -20,11 +20,13 @@ mod programs;
 
 #[cfg(target_arch = "bpf")]
 mod entry_points {
-    use aya_ebpf::macros::{cgroup_sock_addr, sk_lookup, sock_ops};
-    use aya_ebpf::programs::{SkLookupContext, SockAddrContext, SockOpsContext};
+    use aya_ebpf::macros::{cgroup_sock_addr, sk_lookup, sk_msg, sock_ops};
+    use aya_ebpf::programs::{SkLookupContext, SkMsgContext, SockAddrContext, SockOpsContext};
 
     /// What a cgroup_sock_addr program returns to let the call go on.
     const PROCEED: i32 = 1;
+    /// What an sk_msg program returns to have the message sent.
+    const SK_PASS: u32 = 1;
 
     /// Counts established connections and registers listeners; attached to a cgroup.
     #[sock_ops]
@@ -73,6 +75,14 @@ mod entry_points {
     pub extern "C" fn placed_sockets(ctx: *const crate::programs::placed_sockets::Context) -> i32 {
         crate::programs::placed_sockets::run(ctx);
         0
+    }
+
+    /// Writes a GOAWAY between the messages of servers; attached to a map of sockets that the daemon
+    /// alone has.
+    #[sk_msg]
+    pub fn goaway(ctx: SkMsgContext) -> u32 {
+        crate::programs::goaway::run(&ctx);
+        SK_PASS
     }
 
     #[panic_handler]

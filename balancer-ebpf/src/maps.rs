@@ -8,8 +8,9 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, 
 use balancer_common::abi::{
     AuditTotals, Backend, Connection, Counts, Disowned, Endpoint, EndpointGroup, EndpointGroupInfo,
     EndpointGroupState, EndpointInfo, ExemptKey, Frontend, FrontendKey, Health, Heartbeat,
-    KeepaliveWord, ListenRule, Members, Placed, PlacedSocket, PortKey, Published, Refusals,
-    RefusedKey, ServiceInfo, ServicePort, ServiceState, Silence, SlotPolicy, Totals, maps,
+    KeepaliveWord, ListenRule, Members, MovingSocket, Placed, PlacedSocket, PortKey, Published,
+    Refusals, RefusedKey, ServiceInfo, ServicePort, ServiceState, Silence, SlotMoves, SlotPolicy,
+    Totals, maps,
 };
 use balancer_common::decision::DecisionState;
 
@@ -46,6 +47,8 @@ pub static KEEPALIVE: Array<KeepaliveWord> =
 pub static DISOWNED: Array<Disowned> = Array::pinned(maps::DISOWNED.entries, maps::DISOWNED.flags);
 #[map]
 pub static SILENCE: Array<Silence> = Array::pinned(maps::SILENCE.entries, maps::SILENCE.flags);
+#[map]
+pub static MOVES: Array<SlotMoves> = Array::pinned(maps::MOVES.entries, maps::MOVES.flags);
 #[map]
 pub static EXEMPT: LpmTrie<ExemptKey, u32> =
     LpmTrie::pinned(maps::EXEMPT.entries, maps::EXEMPT.flags);
@@ -143,4 +146,9 @@ pub static CONNECTION: SkStorage<Connection, { maps::CONNECTION.flags as usize }
 #[unsafe(link_section = ".maps")]
 #[unsafe(no_mangle)]
 pub static PLACED_SOCKET: SkStorage<PlacedSocket, { maps::PLACED_SOCKET.flags as usize }> =
+    SkStorage::DEFINITION;
+
+#[unsafe(link_section = ".maps")]
+#[unsafe(no_mangle)]
+pub static MOVING_SOCKET: SkStorage<MovingSocket, { maps::MOVING_SOCKET.flags as usize }> =
     SkStorage::DEFINITION;

@@ -13,6 +13,7 @@ pub mod doctor;
 pub mod health;
 pub mod kubernetes;
 pub mod metrics;
+pub mod moving;
 pub mod place;
 pub mod quota;
 pub mod rebalance;

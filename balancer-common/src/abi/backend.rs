@@ -209,6 +209,8 @@ impl SlotPolicy {
     /// Somebody closed the server: the quota of the whole was set to 0 by hand. Without it a quota
     /// of 0 is a listener's part of one that is not.
     pub const CLOSED: u32 = 8;
+    /// Its connections are to be moved away.
+    pub const DRAINED: u32 = 16;
 
     /// Packs quota and weight for the backend with that generation.
     pub const fn new(generation: u32, quota: u32, weight: u32, flags: u32) -> Self {

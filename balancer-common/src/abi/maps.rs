@@ -11,6 +11,7 @@ use super::limits::{
     MAX_ENDPOINT_GROUPS, MAX_ENDPOINTS, MAX_EXCLUDED_NETNS, MAX_FRONTENDS, MAX_REFUSED_SOURCES,
     MAX_SERVICES, MAX_SLOTS, PLACE_REASON_SLOTS, REASON_SLOTS,
 };
+use super::moving::{MovingSocket, SlotMoves};
 use super::place::{
     Endpoint, EndpointGroup, EndpointGroupInfo, EndpointGroupState, EndpointInfo, Frontend,
     FrontendKey, Placed, PlacedSocket, Published,
@@ -124,6 +125,8 @@ pinned! {
     DISOWNED = MapShape::shared::<Disowned>(MAX_SLOTS);
     /// A [`Silence`] for each slot. Written by the daemon.
     SILENCE = MapShape::shared::<Silence>(MAX_SLOTS);
+    /// [`SlotMoves`] for each slot. Written by the daemon.
+    MOVES = MapShape::shared::<SlotMoves>(MAX_SLOTS);
     /// [`ExemptKey`] behind the length of its prefix. Written by the daemon.
     EXEMPT = MapShape::new(LPM_TRIE, WORD + size_of::<ExemptKey>(), WORD, 16_384).with(NO_PREALLOC);
     /// A counter for each reason of each service. Written by the kernel half.
@@ -166,4 +169,7 @@ pinned! {
     /// A [`PlacedSocket`] in the storage of each socket that was placed. Written by the kernel
     /// half.
     PLACED_SOCKET = MapShape::new(SK_STORAGE, WORD, size_of::<PlacedSocket>(), 0).with(NO_PREALLOC);
+    /// A [`MovingSocket`] in the storage of each connection that is or was being moved. Written by
+    /// the daemon, and by the kernel half while it looks at the connection's messages.
+    MOVING_SOCKET = MapShape::new(SK_STORAGE, WORD, size_of::<MovingSocket>(), 0).with(NO_PREALLOC);
 }

@@ -13,6 +13,7 @@ mod health;
 mod keepalive;
 mod limits;
 pub mod maps;
+mod moving;
 mod place;
 mod service;
 mod ticks;
@@ -26,12 +27,13 @@ pub use events::*;
 pub use health::*;
 pub use keepalive::*;
 pub use limits::*;
+pub use moving::*;
 pub use place::*;
 pub use service::*;
 pub use ticks::*;
 
 /// The version of this layout; names the directory of the pins.
-pub const VERSION: u32 = 8;
+pub const VERSION: u32 = 9;
 
 const _: () = {
     assert!(size_of::<PortKey>() == 32);
@@ -55,4 +57,6 @@ const _: () = {
     assert!(size_of::<KeepaliveWord>() == 8);
     assert!(size_of::<Silence>() == 8);
     assert!(size_of::<Disowned>() == 8);
+    assert!(size_of::<MovingSocket>() == 24);
+    assert!(size_of::<SlotMoves>() == 24);
 };

@@ -2,6 +2,7 @@
 
 pub mod account;
 mod claim;
+pub mod goaway;
 mod keepalive;
 pub mod place;
 mod placed;

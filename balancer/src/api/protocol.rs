@@ -34,6 +34,23 @@ pub enum Request {
         /// The slot of the backend; `None`: the service's own override.
         slot: Option<u32>,
     },
+    /// Have some connections of a backend moved.
+    Shed {
+        /// Its slot, or its address and port.
+        backend: String,
+        /// How many.
+        connections: u32,
+    },
+    /// Take the server of a backend out: no new connections, and the present ones are moved.
+    Drain {
+        /// The slot of the backend, or its address and port.
+        backend: String,
+    },
+    /// Take that back.
+    Undrain {
+        /// The slot of the backend, or its address and port.
+        backend: String,
+    },
     /// Read the configuration file again.
     Reload,
     /// Take everything out of the kernel and end.

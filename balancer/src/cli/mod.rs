@@ -2,6 +2,7 @@
 
 mod completions;
 mod doctor;
+mod drain;
 mod explain;
 mod metrics;
 mod output;
@@ -9,6 +10,7 @@ mod ping;
 mod quota;
 mod reload;
 mod run;
+mod shed;
 mod status;
 mod unload;
 
@@ -40,7 +42,7 @@ use crate::{
 /// after a while without it nobody is refused any more.
 ///
 /// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, reload,
-/// quota set, quota clear and unload change what the kernel does.
+/// quota set, quota clear, shed, drain, undrain and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
     name = "balancer",
@@ -99,6 +101,9 @@ enum Verb {
     Metrics(metrics::Metrics),
     #[command(subcommand)]
     Quota(quota::Quota),
+    Shed(shed::Shed),
+    Drain(drain::Drain),
+    Undrain(drain::Undrain),
     Explain(explain::Explain),
     Doctor(doctor::Doctor),
     Ping(ping::Ping),
@@ -210,6 +215,9 @@ impl Verb {
             Self::Status(status) => status.perform(place),
             Self::Metrics(metrics) => metrics.perform(place),
             Self::Quota(quota) => quota.perform(place),
+            Self::Shed(shed) => shed.perform(place),
+            Self::Drain(drain) => drain.perform(place),
+            Self::Undrain(undrain) => undrain.perform(place),
             Self::Explain(explain) => return explain.perform(place),
             Self::Doctor(doctor) => return doctor.perform(place),
             Self::Ping(ping) => ping.perform(place),

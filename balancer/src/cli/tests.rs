@@ -1,6 +1,8 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
-use balancer_common::abi::{AuditTotals, EndpointGroup, HealthState, Keepalive, Silence};
+use balancer_common::abi::{
+    AuditTotals, EndpointGroup, HealthState, Keepalive, Silence, SlotMoves,
+};
 use balancer_common::place::PlaceReason;
 use balancer_common::{BackendState, Policy, Reason, Verdict};
 use clap::CommandFactory;
@@ -31,6 +33,8 @@ fn backend(slot: u32, address: &str, established: u32, quota: Option<u32>) -> Ba
         exempt: 0,
         pending: Some(0),
         silence: Silence::default(),
+        drained: false,
+        moves: SlotMoves::default(),
         steerable: true,
         health: Some(BackendHealth::SERVING),
         note: None,

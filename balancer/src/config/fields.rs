@@ -9,14 +9,14 @@ use super::{
 #[rustfmt::skip]
 pub(super) const MAPPINGS: [(&str, &str, &str); 12] = [
     ("", "the file", "services kubernetes mode fail_open_after namespaces"),
-    ("services", "a service", "name port address policy backends quota exempt health keepalive connect"),
+    ("services", "a service", "name port address policy backends quota exempt health keepalive move connect"),
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
     ("services.keepalive", "`keepalive`", "idle interval probes"),
     ("services.connect", "`connect`", "to endpoints"),
     ("services.connect.endpoints", "an endpoint", "address weight"),
     ("kubernetes", "`kubernetes`", "services publish_every hold_for place"),
-    ("kubernetes.services", "a service", "name service selector namespace port match policy quota exempt health keepalive"),
+    ("kubernetes.services", "a service", "name service selector namespace port match policy quota exempt health keepalive move"),
     ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),
     ("kubernetes.services.quota.pods", "a class of pods", "selector namespace connections"),
     ("kubernetes.services.keepalive", "`keepalive`", "idle interval probes"),

@@ -7,7 +7,7 @@ use balancer_common::abi::Keepalive;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Effect, write_shared};
+use super::{Effect, MoveRule, write_shared};
 
 /// The Kubernetes Services of SkyWalking's OAP, by the labels that they get; a selector can't say
 /// "or".
@@ -66,6 +66,8 @@ pub struct ClusterService {
     pub health: bool,
     /// When a client that has vanished is given up; `None`: the server sees to that.
     pub keepalive: Option<Keepalive>,
+    /// How established connections are moved.
+    pub moving: MoveRule,
 }
 
 impl ClusterService {
@@ -82,6 +84,7 @@ impl ClusterService {
                 Effect::DryRun | Effect::On => self.quota,
             },
             keepalive: self.keepalive.filter(|_| effect == Effect::On),
+            moving: self.moving.within(effect),
             ..self
         }
     }

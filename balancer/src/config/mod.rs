@@ -41,6 +41,7 @@ pub use self::{
         PortChoice, ServiceChoice,
     },
     selector::{SelectorError, selector},
+    values::parse_time,
 };
 
 /// The most bytes a configuration file may have.
@@ -112,6 +113,48 @@ impl Effect {
     }
 }
 
+/// How established connections are moved: the key `move`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MoveRule {
+    /// Never.
+    Off,
+    /// Their clients are told to connect again. One that goes on with a call stays.
+    #[default]
+    Graceful,
+    /// As [`MoveRule::Graceful`], but a call that goes on for long is ended between two messages.
+    Close,
+}
+
+impl MoveRule {
+    /// Where the file says nothing. An Envoy keeps one call for as long as it lives to send its
+    /// access log, which is not moved otherwise.
+    pub fn of_service(name: &str) -> Self {
+        if name == "als" {
+            Self::Close
+        } else {
+            Self::Graceful
+        }
+    }
+
+    /// What a mode leaves of it.
+    pub(super) fn within(self, effect: Effect) -> Self {
+        if effect == Effect::On {
+            self
+        } else {
+            Self::Off
+        }
+    }
+
+    /// The word in the file and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Graceful => "graceful",
+            Self::Close => "close",
+        }
+    }
+}
+
 /// What the balancer is asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -168,6 +211,8 @@ pub struct Service {
     pub health: bool,
     /// When a client that has vanished is given up; `None`: the server sees to that.
     pub keepalive: Option<Keepalive>,
+    /// How established connections are moved.
+    pub moving: MoveRule,
 }
 
 impl Service {
@@ -185,6 +230,7 @@ impl Service {
                 QuotaRule::Unlimited
             },
             keepalive: self.keepalive.filter(|_| effect == Effect::On),
+            moving: self.moving.within(effect),
             ..self
         }
     }

@@ -16,7 +16,7 @@ use super::{
     read_kubernetes::kubernetes,
     values::{
         Time, address_with_port, clients, connections, exempt, headroom, is_on, keepalive,
-        min_quota, no_end_of_a_connection, per_backend, policy, port, quota_fields,
+        min_quota, moving, no_end_of_a_connection, per_backend, policy, port, quota_fields,
         service_entries, service_name,
     },
     yaml::{self, Node, Value, shown},
@@ -164,10 +164,12 @@ const OF_PORT: &[&str] = &[
     "exempt",
     "health",
     "keepalive",
+    "move",
 ];
 
 fn service(fields: &Fields, name: String) -> Result<Service> {
     Ok(Service {
+        moving: moving(fields, &name)?,
         name,
         port: fields.required("port", port)?,
         address: fields.optional("address", service_address)?,

@@ -11,7 +11,7 @@ use super::{
     fields::Fields,
     selector::selector,
     values::{
-        Time, clients, connections, exempt, headroom, is_on, keepalive, label, min_quota,
+        Time, clients, connections, exempt, headroom, is_on, keepalive, label, min_quota, moving,
         per_backend, policy, port, quota_fields, service_entries, service_name,
     },
     yaml::{Entry, Node, Value, shown},
@@ -65,8 +65,10 @@ pub(super) fn kubernetes(node: &Node) -> Result<Kubernetes> {
 
 fn service(node: &Node) -> Result<ClusterService> {
     let fields = Fields::of(node, "kubernetes.services")?;
+    let name = fields.required("name", service_name)?;
     Ok(ClusterService {
-        name: fields.required("name", service_name)?,
+        moving: moving(&fields, &name)?,
+        name,
         of: choice(&fields)?,
         port: fields
             .optional("port", port_choice)?

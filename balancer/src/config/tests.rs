@@ -73,6 +73,7 @@ fn the_smallest_file() {
                 exempt: Vec::new(),
                 health: true,
                 keepalive: Some(Keepalive::DEFAULT),
+                moving: MoveRule::Graceful,
             }],
             connects: Vec::new(),
             effect: Effect::On,

@@ -11,7 +11,7 @@ use ipnet::{IpNet, Ipv4Net};
 use super::{
     DEFAULT_MIN_QUOTA, MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_EXEMPT,
     MAX_HEADROOM_PERCENT, MAX_KEEPALIVE_IDLE, MAX_KEEPALIVE_INTERVAL, MAX_KEEPALIVE_PROBES,
-    MAX_NAME_BYTES, MAX_SERVICES,
+    MAX_NAME_BYTES, MAX_SERVICES, MoveRule,
     error::Result,
     fields::{Fields, decimal},
     yaml::{Node, Value, shown},
@@ -144,6 +144,22 @@ pub(super) fn is_on(fields: &Fields, key: &str) -> Result<bool> {
         )),
     };
     Ok(fields.optional(key, read)?.unwrap_or(true))
+}
+
+/// What becomes of established connections that are to move.
+pub(super) fn moving(fields: &Fields, name: &str) -> Result<MoveRule> {
+    let read = |node: &Node| match node.scalar("move", "graceful")? {
+        "graceful" => Ok(MoveRule::Graceful),
+        "close" => Ok(MoveRule::Close),
+        "off" | "false" => Ok(MoveRule::Off),
+        other => node.fail(format!(
+            "move `{}` is not understood; write graceful, close or off",
+            shown(other)
+        )),
+    };
+    Ok(fields
+        .optional("move", read)?
+        .unwrap_or_else(|| MoveRule::of_service(name)))
 }
 
 /// The exempt networks of a service, none twice.
@@ -388,6 +404,15 @@ impl Time {
             )),
         }
     }
+}
+
+/// Reads a time as the file has it, for an argument of the command line.
+///
+/// # Errors
+/// When it is not a whole number with a unit.
+pub fn parse_time(text: &str) -> std::result::Result<Duration, String> {
+    let time = milliseconds(text).map(Duration::from_millis);
+    time.ok_or_else(|| "write a whole number with a unit, for example 30s or 5m".to_owned())
 }
 
 /// A whole number with a unit, `30s`, in milliseconds.

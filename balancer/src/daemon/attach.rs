@@ -19,6 +19,7 @@ use crate::discover::{
 };
 use crate::sys::file_id::FileId;
 use crate::sys::limits::{seen, spare_files};
+use crate::sys::sock_diag::Socket;
 use crate::sys::{memory, netns};
 
 /// How many network namespaces are held open at a time, to be guarded.
@@ -507,6 +508,25 @@ impl GuardedNetns {
             }
         }
         true
+    }
+
+    /// The connections of a backend that can be moved; none where its netns is not there any more.
+    ///
+    /// # Errors
+    /// When the netns or its socket table can't be read.
+    pub fn connections(&self, writer: &Writer, view: &SlotView) -> Result<Vec<Socket>> {
+        let cookie = view.member.backend.netns;
+        let mut targets = self.named_targets()?;
+        let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();
+        targets.extend(self.found_targets(writer, &named)?);
+        let target = targets.into_iter().find(|target| target.cookie() == cookie);
+        let opened = target.map(Target::open).transpose();
+        let Some(netns) = opened.context("cannot open a network namespace")?.flatten() else {
+            return Ok(Vec::new());
+        };
+        netns::inside(&netns.file, || writer.connections(view))
+            .context("cannot enter a network namespace")
+            .flatten()
     }
 
     /// Goes on with an audit until the round is over, with one step at the least; true: it is at

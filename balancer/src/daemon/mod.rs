@@ -7,6 +7,7 @@ mod health;
 mod heartbeat;
 mod log_limit;
 mod mode;
+mod moves;
 mod neighbours;
 mod place;
 mod quotas;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use balancer_common::abi::{BackendState, ticks};
 use tracing::info;
 
@@ -96,7 +96,7 @@ impl<'a> Server<'a> {
             let listeners = self.listeners.iter();
             listeners.filter_map(|slot| written_for_server(&slot.member.policy, slot.slot_state()))
         };
-        let by_hand = written().find(|written| written.source == QuotaSource::Backend);
+        let by_hand = written().find(|written| written.source.is_own());
         by_hand.or_else(|| written().next())
     }
 
@@ -124,6 +124,12 @@ impl<'a> Server<'a> {
         }
     }
 
+    /// Whether it is taken out by hand.
+    pub fn is_drained(&self) -> bool {
+        self.written()
+            .is_some_and(|written| written.source == QuotaSource::Drained)
+    }
+
     /// What the log calls it.
     fn name(&self) -> String {
         let slots = self.listeners.iter().map(|slot| slot.slot().to_string());
@@ -149,10 +155,10 @@ pub fn put_in_force(
 ) -> Result<()> {
     let service = server.listeners[0].member.backend.service;
     let before = server.written();
-    let by_hand = before.filter(|before| before.source == QuotaSource::Backend);
+    let by_hand = before.filter(|before| before.source.is_own());
     let by_hand_for_all = services::quota_by_hand(&writer.tables, service)?;
     let before = before.map(|before| before.quota);
-    let now = in_force(by_hand.map(|before| before.quota), by_hand_for_all, rule);
+    let now = in_force(by_hand, by_hand_for_all, rule);
     if before != Some(now.quota) {
         let before = before.map_or_else(|| "new".to_owned(), |before| before.to_string());
         let why = if now == rule { why } else { "set by hand" };
@@ -271,6 +277,44 @@ pub fn set_by_hand(
     }
 }
 
+/// Takes a server out: no new connections, and the present ones are to be moved. It stays so until
+/// [`undrain`].
+///
+/// # Errors
+/// When a map can't be read.
+pub fn drain(writer: &Writer, listener: &SlotView) -> Result<String> {
+    let slots = of_service(writer, listener.member.backend.service)?;
+    let server = with_siblings(listener, &slots);
+    let closed = InForce {
+        quota: Quota::Limited(0),
+        source: QuotaSource::Drained,
+    };
+    write(writer, &server, closed, listener.member.weight());
+    Ok(server.name())
+}
+
+/// Ends that: the quota follows the service's again.
+///
+/// # Errors
+/// When a map can't be read, or the server is not drained.
+pub fn undrain(writer: &Writer, listener: &SlotView) -> Result<String> {
+    let slots = of_service(writer, listener.member.backend.service)?;
+    let server = with_siblings(listener, &slots);
+    ensure!(server.is_drained(), "{} is not drained", server.name());
+    let open = InForce {
+        quota: Quota::Unlimited,
+        source: QuotaSource::Service,
+    };
+    write(writer, &server, open, listener.member.weight());
+    Ok(server.name())
+}
+
+fn of_service(writer: &Writer, service: u16) -> Result<Vec<SlotView>> {
+    let mut slots = writer.tables.slots()?;
+    slots.retain(|view| view.member.backend.service == service);
+    Ok(slots)
+}
+
 /// The first slot of a listener's server; `None`: the daemon has written none yet.
 fn first_slot(view: &SlotView) -> Option<u32> {
     let policy = &view.member.policy;
@@ -317,7 +361,7 @@ fn kept_by_hand(service: &str, slots: &[SlotView]) -> String {
 /// The quota that was set by hand for this server alone.
 fn own(server: &Server<'_>) -> Option<Quota> {
     let written = server.written()?;
-    (written.source == QuotaSource::Backend).then_some(written.quota)
+    written.source.is_own().then_some(written.quota)
 }
 
 #[cfg(test)]

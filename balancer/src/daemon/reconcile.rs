@@ -16,6 +16,7 @@ use super::health::HealthWatch;
 use super::heartbeat::Heartbeat;
 use super::log_limit::{BY_HAND, report_left_out};
 use super::mode::Mode;
+use super::moves::Moves;
 use super::neighbours::ensure_sole;
 use super::place::Places;
 use super::refusal_log::RefusalLog;
@@ -23,7 +24,7 @@ use super::retry::FailedPlan;
 use super::strangers::Strangers;
 use super::turned_away::TurnedAway;
 use super::warn_of_mistakes;
-use crate::config::{Config, Effect, NetnsScope};
+use crate::config::{Config, Effect, MoveRule, NetnsScope};
 use crate::dataplane::{Plan, Writer, services, slots, take_refusals};
 use crate::kubernetes::ClusterStatus;
 use crate::sys::clock;
@@ -54,6 +55,7 @@ pub fn kept(config: &Config) -> Kept {
     Kept {
         other_netns: config.namespaces != NetnsScope::Own,
         placing: config.kubernetes.is_some() || !config.connects.is_empty(),
+        moving: (config.services.iter()).any(|service| service.moving != MoveRule::Off),
     }
 }
 
@@ -97,6 +99,8 @@ pub struct Daemon {
     refusal_log: RefusalLog,
     /// Where connects of this node go.
     places: Places,
+    /// The connections that are moved.
+    moves: Moves,
 }
 
 impl Daemon {
@@ -122,6 +126,7 @@ impl Daemon {
             started: Instant::now(),
             refusal_log: RefusalLog::default(),
             places: Places::new(),
+            moves: Moves::default(),
         }
     }
 
@@ -195,6 +200,7 @@ impl Daemon {
         log_failure(self.health.begin(&self.guarded, &mut self.writer));
         let done = self.go_on() && !self.is_auditing_everywhere();
         log_failure(self.note_down());
+        log_failure((self.moves).follow(&self.guarded, &mut self.writer, self.plan.as_ref()));
         log_failure(self.strangers.give_up(&self.writer));
         if self.in_part && self.failed.is_none() && followed && done {
             self.in_part = false;
@@ -321,6 +327,29 @@ impl Daemon {
             services::refresh_ports(&mut self.writer.tables, plan)?;
         }
         self.apply_quotas()
+    }
+
+    /// Has connections of a backend moved.
+    ///
+    /// # Errors
+    /// When it is not known, or its service moves none.
+    pub fn shed(&mut self, backend: &str, number: usize) -> Result<String> {
+        (self.moves).shed(&self.writer, self.plan.as_ref(), backend, number)
+    }
+
+    /// Takes the server of a backend out, or puts it back.
+    ///
+    /// # Errors
+    /// When it is not known, or its service moves no connections.
+    pub fn set_drained(&mut self, backend: &str, drained: bool) -> Result<String> {
+        let message = if drained {
+            (self.moves).drain(&self.writer, self.plan.as_ref(), backend)?
+        } else {
+            self.moves.undrain(&self.writer, backend)?
+        };
+        // What it had is shared among the others at once.
+        self.apply_quotas()?;
+        Ok(message)
     }
 
     /// Puts in force what the maps should hold by now. An audit is begun that registers the

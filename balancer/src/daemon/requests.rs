@@ -21,6 +21,12 @@ pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Repl
             quota,
         } => set_quota(daemon, service, *slot, Some(*quota)).map(done),
         Request::ClearQuota { service, slot } => set_quota(daemon, service, *slot, None).map(done),
+        Request::Shed {
+            backend,
+            connections,
+        } => by_hand(daemon.shed(backend, *connections as usize)).map(done),
+        Request::Drain { backend } => by_hand(daemon.set_drained(backend, true)).map(done),
+        Request::Undrain { backend } => by_hand(daemon.set_drained(backend, false)).map(done),
         Request::Reload => {
             (daemon.reload(config)).map(|()| done(format!("reloaded {}", config.display())))
         }
@@ -62,6 +68,13 @@ fn set_quota(
 ) -> Result<String> {
     let message = set_by_hand(&mut daemon.writer, service, slot, quota)?;
     daemon.apply_quotas_by_hand()?;
-    info!(target: BY_HAND, "by hand: {message}");
-    Ok(message)
+    by_hand(Ok(message))
+}
+
+/// Logs what was done by hand.
+fn by_hand(done: Result<String>) -> Result<String> {
+    if let Ok(message) = &done {
+        info!(target: BY_HAND, "by hand: {message}");
+    }
+    done
 }

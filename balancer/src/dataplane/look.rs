@@ -150,6 +150,26 @@ fn sockets(tables: &Tables, slots: &[SlotView], depth: Depth) -> Result<Vec<Sock
     Ok(sockets)
 }
 
+/// The established connections of a backend, with what they have received. Must run inside its
+/// netns.
+///
+/// # Errors
+/// When the socket table or a map can't be read.
+pub fn connections(tables: &Tables, view: &SlotView) -> Result<Vec<Socket>> {
+    let slots = std::slice::from_ref(view);
+    let mut sockets = sockets(tables, slots, Depth::Connections(Duration::ZERO))?;
+    let adopted = adopted(tables, slots);
+    sockets.retain(|socket| {
+        let named = backend_of(socket);
+        socket.state == State::Established
+            && named.map_or_else(
+                || !fitting(&adopted, socket.local).is_empty(),
+                |id| id == view.id(),
+            )
+    });
+    Ok(sockets)
+}
+
 fn reading(socket: &Socket) -> Option<Reading> {
     let received = socket.received?;
     Some(Reading {

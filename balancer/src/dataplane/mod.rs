@@ -12,6 +12,7 @@ mod frontends;
 mod loader;
 mod lock;
 pub mod look;
+mod moving;
 mod notes;
 mod object;
 mod paths;
@@ -34,6 +35,7 @@ pub use events::Events;
 #[doc(hidden)]
 pub use events::parse as parse_event;
 pub use lock::{Lock, refused};
+pub use moving::{MOST_WATCHED, MovingSockets};
 pub use notes::{DaemonNotes, DaemonState, FailedReload};
 pub use object::{open_detached, trial};
 pub use paths::{Link, Paths};

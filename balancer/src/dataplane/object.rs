@@ -137,7 +137,7 @@ fn processor_time() -> Result<Duration> {
 }
 
 /// The verifier's log in full: without it nobody can tell what it minded.
-fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
+pub(super) fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
     match error {
         ProgramError::LoadError {
             io_error,

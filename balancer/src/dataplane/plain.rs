@@ -3,7 +3,7 @@
 use aya::Pod;
 use balancer_common::abi::{
     Backend, Connection, EndpointGroupInfo, EndpointInfo, ExemptKey, Frontend, FrontendKey,
-    ListenRule, PortKey, ServiceInfo, ServicePort,
+    ListenRule, MovingSocket, PortKey, ServiceInfo, ServicePort,
 };
 
 /// A value that a map holds byte by byte.
@@ -31,6 +31,7 @@ plain!(
     Frontend,
     FrontendKey,
     ListenRule,
+    MovingSocket,
     PortKey,
     ServiceInfo,
     ServicePort

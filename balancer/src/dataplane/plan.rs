@@ -11,7 +11,7 @@ use balancer_common::abi::{
 };
 use ipnet::IpNet;
 
-use crate::config::Effect;
+use crate::config::{Effect, MoveRule};
 use crate::quota::Quota;
 
 /// Where a listener of a service may listen.
@@ -48,6 +48,8 @@ pub struct ServicePlan {
     pub health: bool,
     /// When a client that has vanished is given up; `None`: the server sees to that.
     pub keepalive: Option<Keepalive>,
+    /// How established connections are moved.
+    pub moving: MoveRule,
     /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
     /// What of all that is done.
@@ -253,6 +255,7 @@ mod tests {
             quota: Quota::Limited(5),
             rule: String::new(),
             keepalive: None,
+            moving: MoveRule::Off,
             exempt: vec![
                 "10.0.0.0/24".parse().unwrap(),
                 "0.0.0.0/0".parse().unwrap(),

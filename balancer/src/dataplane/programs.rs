@@ -91,6 +91,10 @@ const PLACING_HELPERS: &[bpf_func_id] = &[
 /// the daemon runs it.
 pub const PLACED_SOCKETS: &str = "placed_sockets";
 
+/// The program that sees the messages of connections that are being moved. It is attached to a map
+/// that only the daemon has.
+pub const GOAWAY: &str = "goaway";
+
 /// One program of the kernel half.
 #[derive(Debug)]
 pub struct Program {

@@ -20,7 +20,7 @@ use balancer_common::abi::{
     Address, AuditTotals, Backend, BackendId, BackendState, Connection, Counts, Disowned,
     ExemptKey, Health, HealthState, Heartbeat, Keepalive, KeepaliveWord, ListenRule, MAX_SERVICES,
     MAX_SLOTS, MEMBER_WORDS, PortKey, REASON_SLOTS, ServiceInfo, ServicePort, ServiceState,
-    Silence, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
+    Silence, SlotMoves, SlotPolicy, SlotState, Totals, UNLIMITED, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::health::QueueLook;
@@ -118,6 +118,7 @@ pub struct Tables {
     service_states: SharedArray,
     keepalive: SharedArray,
     silence: SharedArray,
+    moves: SharedArray,
     disowned: SharedArray,
     heartbeat: Arc<SharedArray>,
     audit_totals: SharedArray,
@@ -354,6 +355,7 @@ impl Tables {
             service_states: shared(directory, "SERVICE_STATE", maps::SERVICE_STATE)?,
             keepalive: shared(directory, "KEEPALIVE", maps::KEEPALIVE)?,
             silence: shared(directory, "SILENCE", maps::SILENCE)?,
+            moves: shared(directory, "MOVES", maps::MOVES)?,
             disowned: shared(directory, "DISOWNED", maps::DISOWNED)?,
             heartbeat: Arc::new(shared(directory, "HEARTBEAT", maps::HEARTBEAT)?),
             audit_totals: shared(directory, "AUDIT", maps::AUDIT)?,
@@ -512,6 +514,42 @@ impl Tables {
     /// Says how silent the connections of a slot are.
     pub fn set_silence(&self, slot: u32, silence: Silence) {
         write!(self.silence, slot, silence, Silence { packed });
+    }
+
+    /// What has become of connections of a backend that were moved.
+    pub fn moves(&self, backend: BackendId) -> SlotMoves {
+        let moves = read!(
+            self.moves,
+            backend.slot,
+            SlotMoves {
+                generation,
+                left,
+                others
+            }
+        );
+        if moves.generation == u64::from(backend.generation) {
+            moves
+        } else {
+            let generation = backend.generation.into();
+            SlotMoves {
+                generation,
+                ..SlotMoves::default()
+            }
+        }
+    }
+
+    /// Says what has become of them. Only the daemon writes these words.
+    pub fn set_moves(&self, slot: u32, moves: SlotMoves) {
+        write!(
+            self.moves,
+            slot,
+            moves,
+            SlotMoves {
+                generation,
+                left,
+                others
+            }
+        );
     }
 
     /// The kernel half's count of a slot, as `Counts::established` packs it.

@@ -9,14 +9,16 @@ use super::audit::{Audit, Handover};
 use super::endpoints::Endpoints;
 use super::loader::Loader;
 use super::lock::Lock;
-use super::look::{Depth, HealthLooks};
+use super::look::{self, Depth, HealthLooks};
+use super::moving::is_movable;
 use super::paths::Paths;
 use super::placing::Placing;
 use super::plan::{Plan, Rules};
 use super::read::snapshot;
 use super::services;
 use super::slots::EmptySlots;
-use super::tables::Tables;
+use super::tables::{SlotView, Tables};
+use crate::sys::sock_diag::Socket;
 
 /// The one writer of a data plane.
 pub struct Writer {
@@ -67,6 +69,17 @@ impl Writer {
         }
         self.rules = services::rules(&self.tables)?;
         Ok(Vec::new())
+    }
+
+    /// The established connections of a backend that can be moved: those that a process has accepted,
+    /// and that are not exempt. Must run inside its netns.
+    ///
+    /// # Errors
+    /// When the socket table or a map can't be read.
+    pub fn connections(&self, view: &SlotView) -> Result<Vec<Socket>> {
+        let mut connections = look::connections(&self.tables, view)?;
+        connections.retain(is_movable);
+        Ok(connections)
     }
 
     /// Makes this data plane the one that decides: see [`Loader::switch`].

@@ -22,4 +22,4 @@ pub use netns::{
 pub use pod_cgroups::pod_cgroups;
 pub use pod_netns::pod_netns;
 pub use pods::{addresses, pod_of_process, source_towards};
-pub use processes::{Owners, SocketOwner, is_ending, owners, process_name};
+pub use processes::{Owners, SocketOwner, is_ending, owned_by, owners, process_name};

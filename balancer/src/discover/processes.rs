@@ -72,6 +72,23 @@ pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<Owners> {
     Ok(found)
 }
 
+/// Those of these sockets that one process holds, by the inodes that the socket table names.
+/// Nothing where it has ended or may not be looked into.
+///
+/// # Errors
+/// Where descriptors or memory are short.
+pub fn owned_by(pid: u32, inodes: &HashSet<u32>) -> io::Result<HashMap<u32, SocketOwner>> {
+    let mut found = HashMap::new();
+    for socket in sockets_of(pid) {
+        if let Some((inode, owner)) = socket?
+            && inodes.contains(&inode)
+        {
+            found.insert(inode, owner);
+        }
+    }
+    Ok(found)
+}
+
 /// The sockets that a process holds, with their inodes, and `None` for each other descriptor, so
 /// that whoever goes through them can look at the clock. Nothing where it has ended or may not be
 /// looked into; an error where descriptors or memory are short.

@@ -351,7 +351,7 @@ mod tests {
         doctor::{Status, guarded::GuardedNetns},
         sys::{netns, sock_diag::tests::mptcp_listener},
     };
-    use balancer_common::abi::Silence;
+    use balancer_common::abi::{Silence, SlotMoves};
     use balancer_common::{BackendState, Policy};
     use std::net::TcpListener;
 
@@ -414,6 +414,8 @@ mod tests {
             exempt: 0,
             pending: None,
             silence: Silence::default(),
+            drained: false,
+            moves: SlotMoves::default(),
             steerable: true,
             health: Some(BackendHealth::SERVING),
             note: None,

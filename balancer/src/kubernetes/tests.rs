@@ -238,6 +238,7 @@ fn config() -> Kubernetes {
         exempt: Vec::new(),
         health: true,
         keepalive: Some(Keepalive::DEFAULT),
+        moving: crate::config::MoveRule::Graceful,
     };
     Kubernetes {
         services: vec![entry("agents", "grpc"), entry("als", "als")],

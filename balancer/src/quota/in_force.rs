@@ -16,6 +16,8 @@ pub enum QuotaSource {
     Service,
     /// Set by hand for this backend.
     Backend,
+    /// None for this backend: it is drained by hand.
+    Drained,
 }
 
 impl QuotaSource {
@@ -26,11 +28,14 @@ impl QuotaSource {
             Self::Computed => SlotPolicy::COMPUTED,
             Self::Service => SlotPolicy::SERVICE_BY_HAND,
             Self::Backend => SlotPolicy::BY_HAND,
+            Self::Drained => SlotPolicy::BY_HAND | SlotPolicy::DRAINED,
         }
     }
 
     const fn from_flags(flags: u32) -> Self {
-        if flags & SlotPolicy::BY_HAND != 0 {
+        if flags & SlotPolicy::DRAINED != 0 {
+            Self::Drained
+        } else if flags & SlotPolicy::BY_HAND != 0 {
             Self::Backend
         } else if flags & SlotPolicy::SERVICE_BY_HAND != 0 {
             Self::Service
@@ -41,9 +46,14 @@ impl QuotaSource {
         }
     }
 
+    /// Whether somebody set it for this backend alone.
+    pub const fn is_own(self) -> bool {
+        matches!(self, Self::Backend | Self::Drained)
+    }
+
     /// Whether somebody set the quota by hand.
     pub const fn is_by_hand(self) -> bool {
-        matches!(self, Self::Service | Self::Backend)
+        matches!(self, Self::Service | Self::Backend | Self::Drained)
     }
 }
 
@@ -58,10 +68,9 @@ pub struct InForce {
 
 /// The quota that holds: set by hand for the backend, else by hand for its service, else what the
 /// rule gives.
-pub fn in_force(backend: Option<Quota>, service: Option<Quota>, rule: InForce) -> InForce {
+pub fn in_force(backend: Option<InForce>, service: Option<Quota>, rule: InForce) -> InForce {
     let by_hand = |source| move |quota| InForce { quota, source };
     backend
-        .map(by_hand(QuotaSource::Backend))
         .or_else(|| service.map(by_hand(QuotaSource::Service)))
         .unwrap_or(rule)
 }

@@ -13,7 +13,7 @@ use std::{
 
 use aya_obj::generated::{
     BPF_F_BEFORE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_link_type, bpf_map_info,
-    bpf_prog_info,
+    bpf_map_type, bpf_prog_info,
 };
 
 /// Puts another program under a link, without a moment in which neither runs (`BPF_LINK_UPDATE`).
@@ -76,6 +76,23 @@ pub fn link_create_first(
         }
         link => link,
     }
+}
+
+/// Makes a map of sockets by keys of eight bytes (`BPF_MAP_CREATE`). It is pinned nowhere, and lets
+/// its sockets go when the last descriptor is closed.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN` (`map_create`, kernel/bpf/syscall.c); `ENOMEM`.
+pub fn sock_hash_create(entries: u32) -> io::Result<OwnedFd> {
+    const KEY: usize = size_of::<u64>();
+    const VALUE: usize = size_of::<u32>();
+    let mut attr = zeroed();
+    attr.__bindgen_anon_1.map_type = bpf_map_type::BPF_MAP_TYPE_SOCKHASH as u32;
+    attr.__bindgen_anon_1.key_size = u32::try_from(KEY).map_err(io::Error::other)?;
+    attr.__bindgen_anon_1.value_size = u32::try_from(VALUE).map_err(io::Error::other)?;
+    attr.__bindgen_anon_1.max_entries = entries;
+    // SAFETY: the command takes numbers, and no address.
+    unsafe { open(bpf_cmd::BPF_MAP_CREATE, &mut attr) }
 }
 
 /// Makes an iterator program one that goes over the sockets that have a value in a socket storage

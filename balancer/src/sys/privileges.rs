@@ -24,6 +24,8 @@ pub struct Kept {
     pub other_netns: bool,
     /// Attaching what places connects, also when it was detached meanwhile.
     pub placing: bool,
+    /// Moving established connections.
+    pub moving: bool,
 }
 
 impl Kept {
@@ -49,6 +51,11 @@ impl Kept {
         if self.placing {
             // Loading programs of the type `CGROUP_SOCK_ADDR` (`is_net_admin_prog_type`,
             // kernel/bpf/syscall.c).
+            kept.insert(Capability::CAP_NET_ADMIN);
+        }
+        if self.moving {
+            // Maps of sockets (`map_create`, kernel/bpf/syscall.c), and ending connections
+            // (`sock_diag_rcv_msg`, net/core/sock_diag.c).
             kept.insert(Capability::CAP_NET_ADMIN);
         }
         if self.other_netns {
@@ -128,6 +135,11 @@ pub fn suffice_for(wanted: Kept) -> Result<()> {
     ensure!(
         !wanted.placing || held.contains(&Capability::CAP_NET_ADMIN),
         "placing connects needs CAP_NET_ADMIN, which this daemon gave up when it started without `connect`: restart it (TERM, \
+         then `balancer run`: nothing is lost meanwhile) to have it"
+    );
+    ensure!(
+        !wanted.moving || held.contains(&Capability::CAP_NET_ADMIN),
+        "moving connections needs CAP_NET_ADMIN, which this daemon gave up when it started with `move: off`: restart it (TERM, \
          then `balancer run`: nothing is lost meanwhile) to have it"
     );
     Ok(())
@@ -289,10 +301,12 @@ mod tests {
     const ANY: Kept = Kept {
         other_netns: true,
         placing: false,
+        moving: false,
     };
     const OWN: Kept = Kept {
         other_netns: false,
         placing: false,
+        moving: false,
     };
 
     /// In a thread of its own: what is given up is gone for good.

@@ -104,6 +104,62 @@ pub fn netns(socket: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// What a TCP connection has done lately (`struct tcp_info`, `include/uapi/linux/tcp.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traffic {
+    /// It is in the state ESTABLISHED.
+    pub established: bool,
+    /// How long ago data was sent last, in milliseconds.
+    pub sent_ms_ago: u32,
+    /// How long ago data was received last, in milliseconds.
+    pub received_ms_ago: u32,
+    /// Bytes that wait to be sent for the first time.
+    pub unsent: u32,
+    /// Bytes that the process has not read yet.
+    pub unread: u64,
+}
+
+/// Reads what a TCP connection has done lately.
+///
+/// # Errors
+/// `EOPNOTSUPP` where it is no TCP socket; `InvalidData` where the kernel tells less.
+pub fn traffic(socket: impl AsFd) -> io::Result<Traffic> {
+    const LAST_SENT: usize = 44;
+    const LAST_RECEIVED: usize = 52;
+    const UNSENT: usize = 144;
+    const ESTABLISHED: u8 = 1;
+    let mut info = [0_u8; 256];
+    let mut length = libc::socklen_t::try_from(info.len()).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes, the size of `info`, to the first pointer
+    // and a socklen_t to the second. Both live until the call returns.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let word = |at: usize| {
+        let bytes = info.get(at..at + 4).filter(|_| at + 4 <= length as usize);
+        let bytes = bytes.and_then(|bytes| bytes.try_into().ok());
+        bytes
+            .map(u32::from_ne_bytes)
+            .ok_or(io::ErrorKind::InvalidData)
+    };
+    Ok(Traffic {
+        established: info[0] == ESTABLISHED,
+        sent_ms_ago: word(LAST_SENT)?,
+        received_ms_ago: word(LAST_RECEIVED)?,
+        unsent: word(UNSENT)?,
+        unread: rustix::io::ioctl_fionread(socket)?,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -23,6 +23,7 @@ mod kubernetes;
 mod lifecycle;
 mod load;
 mod modes;
+mod moving;
 mod neighbours;
 mod netns;
 mod outlive;

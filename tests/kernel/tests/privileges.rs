@@ -28,7 +28,10 @@ const NOBODY: u32 = 65_534;
 const QUOTA: usize = 4;
 
 fn yaml(namespaces: &str) -> String {
-    let service = own_port("least-connections", &["quota: {per_backend: 4}"]);
+    let service = own_port(
+        "least-connections",
+        &["quota: {per_backend: 4}", "move: off"],
+    );
     format!("{service}namespaces: {namespaces}\n")
 }
 

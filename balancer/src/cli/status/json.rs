@@ -84,9 +84,19 @@ struct JsonBackend<'a> {
     pending: Option<u32>,
     silent: u32,
     longest_silence_s: u32,
+    drained: bool,
+    moves: JsonMoves,
     steerable: bool,
     health: Option<JsonHealth>,
     note: Option<&'a str>,
+}
+
+/// What has become of connections that were moved.
+#[derive(Serialize)]
+struct JsonMoves {
+    left: u64,
+    under_way: u32,
+    stay: u32,
 }
 
 /// The health of a backend that listens.
@@ -302,6 +312,12 @@ impl<'a> JsonBackend<'a> {
             pending: backend.pending,
             silent: backend.silence.connections(),
             longest_silence_s: backend.silence.longest(),
+            drained: backend.drained,
+            moves: JsonMoves {
+                left: backend.moves.left,
+                under_way: backend.moves.under_way(),
+                stay: backend.moves.stay(),
+            },
             steerable: backend.steerable,
             health: backend.health.as_ref().map(JsonHealth::new),
             note: backend.note.as_deref(),

@@ -276,8 +276,8 @@ fn is_full(backend: &BackendSnapshot) -> bool {
 }
 
 /// The columns that a narrow terminal can do without, the least needed first.
-const LEAST: [&str; 7] = [
-    "WEIGHT", "EXEMPT", "SILENT", "PENDING", "USED", "NETNS", "SLOT",
+const LEAST: [&str; 8] = [
+    "WEIGHT", "EXEMPT", "SILENT", "MOVED", "PENDING", "USED", "NETNS", "SLOT",
 ];
 
 fn backends(service: &ServiceSnapshot) -> String {
@@ -316,6 +316,11 @@ fn backends(service: &ServiceSnapshot) -> String {
             backend.silence.connections().to_string()
         }));
     }
+    if any(&|backend| moves(backend).is_some()) {
+        columns.push(column(">MOVED", &|backend| {
+            moves(backend).unwrap_or_default()
+        }));
+    }
     if any(&|backend| backend.weight != 1) {
         columns.push(column(">WEIGHT", &|backend| backend.weight.to_string()));
     }
@@ -326,8 +331,25 @@ fn backends(service: &ServiceSnapshot) -> String {
     table(columns, &LEAST)
 }
 
-/// How it serves, where it listens and does not serve; else the state of its slot.
+/// The connections that have left because they were moved, and those that are on their way.
+fn moves(backend: &BackendSnapshot) -> Option<String> {
+    match (backend.moves.left, backend.moves.under_way()) {
+        (0, 0) => None,
+        (left, 0) => Some(left.to_string()),
+        (left, under_way) => Some(format!("{left} (+{under_way})")),
+    }
+}
+
+/// How it serves, where it listens and does not serve; whether it is drained; else the state of its
+/// slot.
 fn state(backend: &BackendSnapshot) -> &'static str {
+    if backend.drained {
+        return if backend.established > backend.exempt {
+            "draining"
+        } else {
+            "drained"
+        };
+    }
     let health = backend.health.filter(BackendHealth::is_bad);
     health.map_or(backend.state.name(), |health| health.state.name())
 }

@@ -40,6 +40,7 @@ fn the_smallest_file() {
                 exempt: Vec::new(),
                 health: true,
                 keepalive: Some(Keepalive::DEFAULT),
+                moving: MoveRule::Graceful,
             }],
             publish_every: Duration::from_secs(2),
             hold_for: Duration::from_secs(300),

@@ -83,7 +83,9 @@ impl StandaloneMode {
                 .filter(|slot| slot.slot_state().is(BackendState::Active))
                 .filter(|slot| guarded.covers(slot.member.backend.netns))
                 .map(|slot| (slot, writer.rules.weight_of(&slot.member.backend)));
-            let servers = Server::group(ready, |slot| server_of(slot, service));
+            let mut servers = Server::group(ready, |slot| server_of(slot, service));
+            // What it had is shared among the others.
+            servers.retain(|server| !server.is_drained());
             let inputs: Vec<_> = servers.iter().map(Server::ready_backend).collect();
             let outcome = self.clocks.compute(&service.name, |waited| {
                 compute(&service.quota, &inputs, waited)
@@ -182,6 +184,7 @@ fn service_plan(service: &Service) -> ServicePlan {
         exempt: service.exempt.clone(),
         health: service.health,
         keepalive: service.keepalive,
+        moving: service.moving,
         listen,
         effect: Effect::On,
     }

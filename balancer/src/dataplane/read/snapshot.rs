@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use balancer_common::abi::{
     AuditTotals, Backend, BackendState, HealthState, Heartbeat, Keepalive, KeepaliveWord, Policy,
-    ServiceInfo, ServicePort, Silence, ticks,
+    ServiceInfo, ServicePort, Silence, SlotMoves, ticks,
 };
 use balancer_common::decision::admission;
 use balancer_common::decision::member::Member;
@@ -18,8 +18,8 @@ use super::super::services;
 use super::super::tables::{SlotView, Tables, span_of, text};
 use super::placing::{self, EndpointGroupSnapshot, PlacingContents};
 use crate::config::Effect;
-use crate::quota::InForce;
 use crate::quota::in_force::{of_service, written, written_for_server};
+use crate::quota::{InForce, QuotaSource};
 use crate::sys::clock;
 
 /// The data plane at one moment.
@@ -111,6 +111,10 @@ pub struct BackendSnapshot {
     pub pending: Option<u32>,
     /// How silent its connections were when the daemon last looked.
     pub silence: Silence,
+    /// Whether it is taken out by hand: no new connections, and the present ones are moved.
+    pub drained: bool,
+    /// What has become of its connections that were moved.
+    pub moves: SlotMoves,
     /// Whether SYNs can be steered to it.
     pub steerable: bool,
     /// How it serves; `None`: it does not listen, or its health is not regarded.
@@ -208,6 +212,8 @@ pub struct MapContents {
     pub down: Vec<DownNote>,
     /// How silent the connections of a slot are, by its number.
     pub silences: BTreeMap<u32, Silence>,
+    /// What has become of moved connections of a slot, by its number.
+    pub moves: BTreeMap<u32, SlotMoves>,
     /// The daemon's last sign of life.
     pub heartbeat: Heartbeat,
     /// How the counts compared with the socket table last.
@@ -237,6 +243,8 @@ impl Snapshot {
             for backend in &mut service.backends {
                 let silence = contents.silences.get(&backend.slot);
                 backend.silence = silence.copied().unwrap_or_default();
+                let moves = contents.moves.get(&backend.slot);
+                backend.moves = moves.copied().unwrap_or_default();
             }
             service
         };
@@ -290,9 +298,11 @@ pub fn take(tables: &Tables, down: &[DownNote]) -> Result<Snapshot> {
         .collect::<Result<_>>()?;
     let slots = tables.slots()?;
     let silence = |view: &SlotView| (view.slot(), tables.silence(view.slot()));
+    let moves = |view: &SlotView| (view.slot(), tables.moves(view.id()));
     Ok(Snapshot::of(&MapContents {
         services,
         silences: slots.iter().map(silence).collect(),
+        moves: slots.iter().map(moves).collect(),
         slots: slots.into_iter().map(|view| view.member).collect(),
         listed: services::rules(tables)?.listed(),
         down: down.to_vec(),
@@ -394,6 +404,8 @@ fn backend(member: &Member, of_service: InForce, now: u64) -> BackendSnapshot {
         exempt: member.counts.exempt(),
         pending: steerable.then(|| admission::expected(member.counts.expected, now)),
         silence: Silence::default(),
+        drained: in_force.source == QuotaSource::Drained,
+        moves: SlotMoves::default(),
         steerable,
         health: None,
         note: note(&member.backend),

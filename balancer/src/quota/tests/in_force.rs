@@ -14,6 +14,8 @@ const RULE: InForce = InForce {
 fn by_hand_wins_and_for_one_backend_before_for_all() {
     let [two, three] = [2, 3].map(Quota::Limited);
     let held = |backend, service| {
+        let source = QuotaSource::Backend;
+        let backend = Option::map(backend, |quota| InForce { quota, source });
         let held = in_force(backend, service, RULE);
         (held.quota, held.source)
     };
@@ -22,6 +24,11 @@ fn by_hand_wins_and_for_one_backend_before_for_all() {
     assert_eq!(held(Some(three), Some(two)), (three, QuotaSource::Backend));
     let open = Quota::Unlimited;
     assert_eq!(held(Some(open), Some(two)), (open, QuotaSource::Backend));
+    let drained = InForce {
+        quota: Quota::Limited(0),
+        source: QuotaSource::Drained,
+    };
+    assert_eq!(in_force(Some(drained), Some(two), RULE), drained);
 }
 
 #[test]
@@ -32,6 +39,7 @@ fn what_was_written_is_of_one_generation_and_tells_where_it_comes_from() {
         QuotaSource::Computed,
         QuotaSource::Service,
         QuotaSource::Backend,
+        QuotaSource::Drained,
     ] {
         for quota in [Quota::Limited(7), Quota::Unlimited] {
             let policy = SlotPolicy::new(4, quota.to_map(), 1, source.flags());

@@ -9,12 +9,14 @@ use std::{
 use super::{Family, Query, Received, Socket, State, Storage, Timer};
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 
 const NLM_F_REQUEST: u16 = 0x1;
+const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
 
@@ -328,6 +330,49 @@ pub(super) fn dump_request(query: &Query<'_>, sequence: u32) -> Vec<u8> {
     }
     let flags = NLM_F_REQUEST | NLM_F_DUMP;
     message(SOCK_DIAG_BY_FAMILY, flags, sequence, &body)
+}
+
+/// Asks for the end of one connection: a `struct inet_diag_req_v2` that names it.
+pub(super) fn destroy_request(socket: &Socket, sequence: u32) -> Vec<u8> {
+    // Of an IPv4 client of a dual-stack listener, too, the kernel looks in the table for IPv4
+    // (`inet_diag_find_one_icsk`, `net/ipv4/inet_diag.c`).
+    let (local, remote) = (
+        socket.local.ip().to_canonical(),
+        socket.remote.ip().to_canonical(),
+    );
+    let family = if remote.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    let [family, protocol] =
+        [family, libc::IPPROTO_TCP].map(|number| u8::try_from(number).expect("both are small"));
+    let mut body = vec![family, protocol, 0, 0];
+    body.extend((1_u32 << State::Established as u32).to_ne_bytes());
+    body.extend(socket.local.port().to_be_bytes());
+    body.extend(socket.remote.port().to_be_bytes());
+    body.extend(words_of(local));
+    body.extend(words_of(remote));
+    body.extend(socket.interface.to_ne_bytes());
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the low half, then the high one"
+    )]
+    let halves = [socket.cookie as u32, (socket.cookie >> 32) as u32];
+    body.extend(halves.into_iter().flat_map(u32::to_ne_bytes));
+    message(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, sequence, &body)
+}
+
+/// An address in the 16 bytes of a `struct inet_diag_sockid`.
+fn words_of(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V6(v6) => v6.octets(),
+        IpAddr::V4(v4) => {
+            let mut words = [0; 16];
+            words[..4].copy_from_slice(&v4.octets());
+            words
+        }
+    }
 }
 
 /// The program of a filter that takes what is bound to one of these ports: for each port two

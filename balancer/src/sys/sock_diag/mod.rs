@@ -225,6 +225,19 @@ pub fn tcp_sockets(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     ))
 }
 
+/// Ends a connection at once: its process reads an error, and its client gets a RST (`tcp_abort`,
+/// `net/ipv4/tcp.c`). It is named by its addresses and its cookie; without the cookie the kernel
+/// would end the listener in its place where it is gone.
+///
+/// # Errors
+/// `NotFound` where the connection is gone; `EPERM` without `CAP_NET_ADMIN`; `EOPNOTSUPP` where the
+/// kernel lacks it (`CONFIG_INET_DIAG_DESTROY`); those of netlink.
+pub fn destroy(socket: &Socket) -> io::Result<()> {
+    let (channel, sequence) = (Channel::open()?, next_sequence());
+    channel.send(&message::destroy_request(socket, sequence))?;
+    channel.receive(sequence, 0, &mut Vec::new()).map(drop)
+}
+
 fn dump(query: &Query<'_>) -> io::Result<Vec<Socket>> {
     let (channel, sequence) = (Channel::open()?, next_sequence());
     channel.send(&message::dump_request(query, sequence))?;
@@ -462,6 +475,35 @@ pub(crate) mod tests {
         let there = netns::inside(&netns, || list(Family::V4, States::ALL, port)).expect("inside");
         assert_eq!(there, []);
         assert_eq!(list(Family::V4, States::ALL, port).len(), 1);
+    }
+
+    #[test]
+    fn a_connection_is_ended_and_its_listener_is_not() {
+        for address in ["127.0.0.1:0", "[::1]:0", "[::]:0"] {
+            let listener = TcpListener::bind(address).expect("bind");
+            let port = listener.local_addr().expect("address").port();
+            let to = match address {
+                "[::1]:0" => format!("[::1]:{port}"),
+                _ => format!("127.0.0.1:{port}"),
+            };
+            let mut client = TcpStream::connect(to).expect("connect");
+            let (_server, _) = listener.accept().expect("accept");
+            let (_other, _still) = connected(&listener);
+            let established = States::of(&[State::Established]);
+            let mut found = [Family::V4, Family::V6]
+                .iter()
+                .flat_map(|family| list(*family, established, port));
+            let client_port = client.local_addr().expect("address").port();
+            let connection = found
+                .find(|one| one.remote.port() == client_port)
+                .expect("the accepted end");
+            destroy(&connection).expect("ended");
+            let error = io::Read::read(&mut client, &mut [0]).expect_err("a RST");
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{address}");
+            let again = destroy(&connection).expect_err("gone");
+            assert_eq!(again.kind(), io::ErrorKind::NotFound, "{address}");
+            connected(&listener);
+        }
     }
 
     /// A listener as every Go server makes it; the standard library has no way to ask for one.

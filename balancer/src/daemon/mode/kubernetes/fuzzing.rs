@@ -12,7 +12,8 @@ use super::group::Group;
 use super::group_quotas::GroupQuotas;
 use super::plan::{Here, PortNames};
 use crate::config::{
-    ClusterInput, ClusterQuota, ClusterService, Kubernetes, Match, PortChoice, ServiceChoice,
+    ClusterInput, ClusterQuota, ClusterService, Kubernetes, Match, MoveRule, PortChoice,
+    ServiceChoice,
 };
 use crate::dataplane::Plan;
 use crate::kubernetes::{
@@ -134,6 +135,7 @@ pub(super) fn entry() -> ClusterService {
         exempt: Vec::new(),
         health: true,
         keepalive: Some(Keepalive::DEFAULT),
+        moving: MoveRule::Graceful,
     }
 }
 

@@ -151,6 +151,7 @@ impl PortNames {
                 exempt,
                 health: entry.health,
                 keepalive: entry.keepalive,
+                moving: entry.moving,
                 effect: Effect::On,
                 listen: vec![ListenAt {
                     address: None,
@@ -285,7 +286,7 @@ pub fn peers_of_host_networks(config: &Kubernetes, view: &View) -> Vec<String> {
 mod tests {
     use super::super::fuzzing::endpoint;
     use super::*;
-    use crate::config::{Match, PortChoice, ServiceChoice};
+    use crate::config::{Match, MoveRule, PortChoice, ServiceChoice};
     use crate::kubernetes::ObjectName as Object;
     use balancer_common::Policy;
 
@@ -303,6 +304,7 @@ mod tests {
             exempt: vec!["10.9.0.0/16".parse().unwrap()],
             health: true,
             keepalive: None,
+            moving: MoveRule::Off,
         }
     }
 

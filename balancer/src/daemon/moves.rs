@@ -1,0 +1,367 @@
+//! Moves of established connections: which are ordered, and what has become of them.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use balancer_common::abi::{BackendId, BackendState, SlotMoves};
+use tracing::{info, warn};
+
+use super::attach::GuardedNetns;
+use super::log_limit::BY_HAND;
+use super::quotas::{drain, undrain};
+use crate::config::MoveRule;
+use crate::dataplane::{MovingSockets, Plan, SlotView, Writer, services};
+use crate::moving::{Manner, Mover, Order, Outcome, Report};
+use crate::quota::QuotaSource;
+use crate::quota::in_force::written;
+use crate::sys::sock_diag::Socket;
+
+/// In a second, one connection in so many of a backend is moved, so that its clients don't all
+/// connect at once.
+const PART_A_SECOND: usize = 20;
+/// But at least so many.
+const LEAST_A_SECOND: usize = 5;
+/// A connection that stays is not tried again before.
+const RETRY: Duration = Duration::from_secs(60);
+/// What could not be loaded is not tried again before.
+const RELOAD: Duration = Duration::from_secs(60);
+
+/// The moves of this node's connections.
+#[derive(Default)]
+pub struct Moves {
+    /// The thread that moves; `None`: nothing was to be moved yet.
+    mover: Option<Mover>,
+    /// When the program that tells clients could not be loaded.
+    failed: Option<Instant>,
+    /// The connections that are on their way, by their cookies.
+    under_way: HashMap<u64, BackendId>,
+    /// Those that stay, and since when.
+    staying: HashMap<u64, Instant>,
+    /// What is being moved.
+    batches: BTreeMap<BackendId, Batch>,
+}
+
+/// Connections of a backend that are moved for one reason.
+struct Batch {
+    /// The backend, as the log calls it.
+    name: String,
+    /// How many are still to be ordered; `None`: all, because it is drained.
+    wanted: Option<usize>,
+    began: Instant,
+    left: usize,
+    stay: BTreeMap<String, usize>,
+}
+
+impl Moves {
+    /// Has some connections of a backend moved, whichever.
+    ///
+    /// # Errors
+    /// When its service moves none.
+    pub fn shed(
+        &mut self,
+        writer: &Writer,
+        plan: Option<&Plan>,
+        backend: &str,
+        number: usize,
+    ) -> Result<String> {
+        let view = find(writer, backend)?;
+        movable(writer, plan, &view)?;
+        let batch = self.batch(writer, &view);
+        batch.wanted = Some(batch.wanted.unwrap_or(0) + number);
+        Ok(format!(
+            "moving {number} connections of {}; `balancer status` shows how far it is",
+            batch.name
+        ))
+    }
+
+    /// Takes the server of a backend out: no new connections, and the present ones are moved.
+    ///
+    /// # Errors
+    /// When a map can't be read, or its service moves none.
+    pub fn drain(&mut self, writer: &Writer, plan: Option<&Plan>, backend: &str) -> Result<String> {
+        let view = find(writer, backend)?;
+        movable(writer, plan, &view)?;
+        let server = drain(writer, &view)?;
+        let service = services::name(&writer.tables, view.member.backend.service);
+        Ok(format!(
+            "{service}: {server} takes no new connections, and the present ones are moved"
+        ))
+    }
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// When a map can't be read, or it is not drained.
+    pub fn undrain(&mut self, writer: &Writer, backend: &str) -> Result<String> {
+        let view = find(writer, backend)?;
+        let server = undrain(writer, &view)?;
+        self.batches.remove(&view.id());
+        let service = services::name(&writer.tables, view.member.backend.service);
+        Ok(format!("{service}: {server} takes new connections again"))
+    }
+
+    /// Orders the moves that are due, and takes in what has become of earlier ones.
+    ///
+    /// # Errors
+    /// When a map or the socket table can't be read.
+    pub fn follow(
+        &mut self,
+        guarded: &GuardedNetns,
+        writer: &mut Writer,
+        plan: Option<&Plan>,
+    ) -> Result<()> {
+        self.take_reports(writer);
+        let slots = writer.tables.slots()?;
+        for view in slots.iter().filter(|view| is_drained(view)) {
+            if view.counted() > 0 {
+                self.batch(writer, view);
+            }
+        }
+        let now = Instant::now();
+        self.staying
+            .retain(|_, since| now.duration_since(*since) < RETRY);
+        for view in &slots {
+            if self.batches.contains_key(&view.id())
+                && let Some(manner) = manner(writer, plan, view)
+            {
+                self.order(guarded, writer, view, manner)?;
+            }
+        }
+        self.end_batches(&slots);
+        self.show(writer, &slots);
+        Ok(())
+    }
+
+    fn batch(&mut self, writer: &Writer, view: &SlotView) -> &mut Batch {
+        let drained = is_drained(view);
+        self.batches.entry(view.id()).or_insert_with(|| {
+            let name = name(writer, view);
+            let why = if drained { "it is drained" } else { "by hand" };
+            info!(target: BY_HAND, "{name}: moving connections ({why})");
+            Batch {
+                name,
+                wanted: (!drained).then_some(0),
+                began: Instant::now(),
+                left: 0,
+                stay: BTreeMap::new(),
+            }
+        })
+    }
+
+    /// Orders as many moves of a backend's connections as are due in this second.
+    fn order(
+        &mut self,
+        guarded: &GuardedNetns,
+        writer: &mut Writer,
+        view: &SlotView,
+        manner: Manner,
+    ) -> Result<()> {
+        let Some(batch) = self.batches.get(&view.id()) else {
+            return Ok(());
+        };
+        let wanted = batch.wanted.unwrap_or(usize::MAX);
+        // What is missing was said when it failed.
+        let failed = self.failed.is_some_and(|at| at.elapsed() < RELOAD);
+        if wanted == 0 || failed {
+            return Ok(());
+        }
+        let mut connections = guarded.connections(writer, view)?;
+        let rate = (connections.len() / PART_A_SECOND).max(LEAST_A_SECOND);
+        connections.retain(|socket| {
+            !self.under_way.contains_key(&socket.cookie)
+                && !self.staying.contains_key(&socket.cookie)
+        });
+        // A client comes back with its next call: who has just called soon does so again.
+        connections.sort_by_key(|socket| {
+            let received = socket.received;
+            (
+                received.map_or(u32::MAX, |received| received.ms_ago),
+                Reverse(socket.cookie),
+            )
+        });
+        connections.truncate(rate.min(wanted));
+        let number = connections.len();
+        for socket in connections {
+            self.send(writer, view, socket, manner)?;
+        }
+        if let Some(Batch {
+            wanted: Some(wanted),
+            ..
+        }) = self.batches.get_mut(&view.id())
+        {
+            // There are no more.
+            *wanted = if number == 0 { 0 } else { *wanted - number };
+        }
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        writer: &mut Writer,
+        view: &SlotView,
+        socket: Socket,
+        manner: Manner,
+    ) -> Result<()> {
+        let (cookie, backend) = (socket.cookie, view.id());
+        let order = Order {
+            backend,
+            pid: view.member.backend.pid,
+            socket,
+            manner,
+        };
+        self.mover(writer)?.order(order)?;
+        self.under_way.insert(cookie, backend);
+        Ok(())
+    }
+
+    fn mover(&mut self, writer: &mut Writer) -> Result<&Mover> {
+        if self.mover.is_none() {
+            self.failed = Some(Instant::now());
+            let sockets = MovingSockets::load(&mut writer.loader)?;
+            let mover = Mover::start(sockets).context("cannot start the thread that moves")?;
+            self.mover = Some(mover);
+            self.failed = None;
+        }
+        self.mover.as_ref().context("it was just started")
+    }
+
+    fn take_reports(&mut self, writer: &Writer) {
+        let reports = self.mover.as_ref().map(Mover::reports).unwrap_or_default();
+        for Report { order, outcome, .. } in reports {
+            self.under_way.remove(&order.socket.cookie);
+            if let Outcome::Stays(_) = &outcome {
+                self.staying.insert(order.socket.cookie, Instant::now());
+            }
+            add(writer, order.backend, &outcome);
+            if let Some(batch) = self.batches.get_mut(&order.backend) {
+                batch.add(outcome);
+            }
+        }
+    }
+
+    /// Says what has become of those that are done, or whose backend is gone.
+    fn end_batches(&mut self, slots: &[SlotView]) {
+        let under_way = &self.under_way;
+        self.batches.retain(|id, batch| {
+            let view = slots.iter().find(|view| view.id() == *id);
+            let drained = view.is_some_and(|view| is_drained(view) && view.counted() > 0);
+            let ordered = batch.wanted.is_none_or(|wanted| wanted == 0);
+            let busy = under_way.values().any(|backend| backend == id);
+            let goes_on = view.is_some() && (drained || !ordered || busy);
+            if !goes_on {
+                batch.tell();
+            }
+            goes_on
+        });
+    }
+
+    fn show(&self, writer: &Writer, slots: &[SlotView]) {
+        for view in slots {
+            let id = view.id();
+            let number = self.under_way.values().filter(|backend| **backend == id);
+            let number = u32::try_from(number.count()).unwrap_or(u32::MAX);
+            let moves = writer.tables.moves(id);
+            let others = SlotMoves::others(number, moves.stay());
+            writer
+                .tables
+                .set_moves(id.slot, SlotMoves { others, ..moves });
+        }
+    }
+}
+
+impl Batch {
+    fn add(&mut self, outcome: Outcome) {
+        match outcome {
+            Outcome::Left | Outcome::Closed => self.left += 1,
+            Outcome::Gone => {}
+            Outcome::Stays(why) => *self.stay.entry(why.to_string()).or_default() += 1,
+        }
+    }
+
+    fn tell(&self) {
+        let Self { name, left, .. } = self;
+        info!(
+            "{name}: moved {left} connections in {:.0} s",
+            self.began.elapsed().as_secs_f64()
+        );
+        for (why, number) in &self.stay {
+            warn!("{name}: {number} connections were left where they are: {why}");
+        }
+    }
+}
+
+/// Counts what has become of a connection.
+fn add(writer: &Writer, backend: BackendId, outcome: &Outcome) {
+    let moves = writer.tables.moves(backend);
+    let stays = u32::from(matches!(outcome, Outcome::Stays(_)));
+    let others = SlotMoves::others(moves.under_way(), moves.stay().saturating_add(stays));
+    let left = moves.left + u64::from(outcome.has_left());
+    writer.tables.set_moves(
+        backend.slot,
+        SlotMoves {
+            left,
+            others,
+            ..moves
+        },
+    );
+}
+
+fn is_drained(view: &SlotView) -> bool {
+    let written = written(&view.member.policy, view.slot_state());
+    written.is_some_and(|written| written.source == QuotaSource::Drained)
+}
+
+/// How connections of a backend's service are moved; `None`: they are not.
+fn manner(writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Option<Manner> {
+    let name = services::name(&writer.tables, view.member.backend.service);
+    let service = plan?.services.iter().find(|service| service.name == name)?;
+    match service.moving {
+        MoveRule::Off => None,
+        MoveRule::Graceful => Some(Manner::Graceful),
+        MoveRule::Close => Some(Manner::Close),
+    }
+}
+
+fn movable(writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Result<()> {
+    ensure!(
+        manner(writer, plan, view).is_some(),
+        "{} moves no connections: its configuration says `move: off`, or `mode` is not `on`",
+        services::name(&writer.tables, view.member.backend.service)
+    );
+    Ok(())
+}
+
+fn name(writer: &Writer, view: &SlotView) -> String {
+    let backend = &view.member.backend;
+    let address = SocketAddr::new(backend.address.into(), backend.port);
+    let service = services::name(&writer.tables, backend.service);
+    format!("{service}: {address} (slot {})", view.slot())
+}
+
+/// The backend that somebody means: a slot, or an address and a port.
+fn find(writer: &Writer, text: &str) -> Result<SlotView> {
+    let mut slots = writer.tables.slots()?;
+    slots.retain(|view| view.slot_state().is(BackendState::Active));
+    let wanted: (Option<u32>, Option<SocketAddr>) = (text.parse().ok(), text.parse().ok());
+    let fits = |view: &SlotView| match wanted {
+        (Some(slot), _) => view.slot() == slot,
+        (_, Some(address)) => {
+            let backend = &view.member.backend;
+            SocketAddr::new(backend.address.into(), backend.port) == address
+        }
+        _ => false,
+    };
+    ensure!(
+        wanted.0.is_some() || wanted.1.is_some(),
+        "`{text}` is neither a slot, as `balancer status` shows it, nor an address and a port"
+    );
+    slots.retain(fits);
+    match slots.len() {
+        1 => Ok(slots.remove(0)),
+        0 => bail!("no backend is at `{text}`; `balancer status` shows slots and addresses"),
+        _ => bail!("several backends are at `{text}`: name one by its slot in `balancer status`"),
+    }
+}

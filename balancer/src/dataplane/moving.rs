@@ -1,0 +1,130 @@
+//! The sockets of connections that are being moved: what is noted at them, and the program that
+//! writes a GOAWAY between the messages of their servers.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail};
+use aya::Ebpf;
+use aya::maps::{Map, MapData, MapError, SkStorage, SockHash};
+use aya::programs::Program as Loaded;
+use balancer_common::abi::{Connection, MovingSocket};
+
+use super::loader::Loader;
+use super::object::rejected;
+use super::plain::Plain;
+use super::programs::GOAWAY;
+use super::tables::connection_of;
+use crate::sys::bpf;
+use crate::sys::sock_diag::Socket;
+
+/// Most connections whose messages are looked at at one time.
+pub const MOST_WATCHED: u32 = 256;
+
+/// What the kernel half does with the messages of connections that are being moved.
+pub struct MovingSockets {
+    /// The connections whose messages it looks at, by their cookies. It is pinned nowhere: when the
+    /// daemon ends, however that is, they are sockets as any other.
+    sockets: SockHash<MapData, u64>,
+    /// What is noted at sockets.
+    notes: SkStorage<MapData, Plain<MovingSocket>>,
+    /// Has the program, which is detached when this is dropped.
+    _object: Ebpf,
+}
+
+impl MovingSockets {
+    /// Loads the program.
+    ///
+    /// # Errors
+    /// When the kernel refuses it, or a map can't be opened.
+    pub fn load(loader: &mut Loader) -> Result<Self> {
+        let directory = loader.paths.current();
+        let mut object = loader.objects.open(&directory, 0)?;
+        let map = bpf::sock_hash_create(MOST_WATCHED);
+        let map = map.context("cannot make a map of sockets (CAP_NET_ADMIN)")?;
+        let sockets = SockHash::try_from(Map::SockHash(MapData::from_fd(map)?))?;
+        attach(&mut object, &sockets)?;
+        Ok(Self {
+            notes: notes(&directory)?,
+            sockets,
+            _object: object,
+        })
+    }
+
+    /// What is noted at a socket; `None`: it was never moved.
+    ///
+    /// # Errors
+    /// When the map can't be read.
+    pub fn note(&self, socket: &OwnedFd) -> Result<Option<MovingSocket>> {
+        match self.notes.get(&socket.as_raw_fd(), 0) {
+            Ok(Plain(note)) => Ok(Some(note)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(error) => Err(error).context("cannot read what is noted at a connection"),
+        }
+    }
+
+    /// Notes something at a socket that is not watched.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn set_note(&mut self, socket: &OwnedFd, note: MovingSocket) -> Result<()> {
+        let noted = self.notes.insert(&socket.as_raw_fd(), Plain(note), 0);
+        noted.context("cannot note at a connection that it is moved (memory may be short)")
+    }
+
+    /// Has the kernel half look at the messages that are sent on a connection from now on, and tell
+    /// its client to move if the note says so. Nothing else changes for the connection, but that a
+    /// message costs a few percent more.
+    ///
+    /// # Errors
+    /// When the kernel does not take it: it has encryption of its own (kTLS), or belongs to
+    /// another socket map.
+    pub fn watch(&mut self, cookie: u64, socket: &OwnedFd, note: MovingSocket) -> Result<()> {
+        self.set_note(socket, note)?;
+        let put = self.sockets.insert(cookie, socket.as_fd(), 0);
+        put.context("the kernel does not let its messages be seen (it may do TLS itself)")
+    }
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// When the map can't be changed. A connection that is gone is none.
+    pub fn unwatch(&mut self, cookie: u64) -> Result<()> {
+        match self.sockets.remove(&cookie) {
+            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
+            // A connection that has ended has left the map by itself.
+            Err(MapError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error).context("cannot take a connection out of a map of sockets"),
+        }
+    }
+}
+
+/// Loads the program and attaches it to the map of its sockets.
+fn attach(object: &mut Ebpf, sockets: &SockHash<MapData, u64>) -> Result<()> {
+    let Some(Loaded::SkMsg(program)) = object.program_mut(GOAWAY) else {
+        bail!("the kernel half has no program `{GOAWAY}` for messages");
+    };
+    program.load().map_err(|error| rejected(GOAWAY, &error))?;
+    program
+        .attach(sockets.fd())
+        .context("cannot attach the program that tells clients to move")?;
+    Ok(())
+}
+
+fn notes(directory: &Path) -> Result<SkStorage<MapData, Plain<MovingSocket>>> {
+    let path = directory.join("MOVING_SOCKET");
+    let map = MapData::from_pin(&path);
+    let map = map.with_context(|| format!("cannot open the map {}", path.display()))?;
+    Ok(SkStorage::try_from(Map::SkStorage(map))?)
+}
+
+/// Whether a connection can be moved: a process has accepted it, and it is not exempt. Of MPTCP the
+/// socket table shows one of several paths.
+pub fn is_movable(socket: &Socket) -> bool {
+    let exempt = connection_of(socket).is_some_and(|one| one.class() == Connection::EXEMPT);
+    socket.inode != 0 && !exempt && !socket.mptcp
+}
