@@ -34,6 +34,8 @@ pub enum Request {
         /// The slot of the backend; `None`: the service's own override.
         slot: Option<u32>,
     },
+    /// Say what should be moved so that backends are even, and why not more.
+    Rebalancing,
     /// Have some connections of a backend moved.
     Shed {
         /// Its slot, or its address and port.

@@ -8,6 +8,7 @@ mod metrics;
 mod output;
 mod ping;
 mod quota;
+mod rebalance;
 mod reload;
 mod run;
 mod shed;
@@ -41,7 +42,7 @@ use crate::{
 /// never passes through it. What it sets up in the kernel goes on working when the daemon dies;
 /// after a while without it nobody is refused any more.
 ///
-/// status, metrics, quota show, explain, doctor and ping read, and change nothing. run, reload,
+/// status, metrics, quota show, rebalance, explain, doctor and ping read, and change nothing. run, reload,
 /// quota set, quota clear, shed, drain, undrain and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
@@ -101,6 +102,7 @@ enum Verb {
     Metrics(metrics::Metrics),
     #[command(subcommand)]
     Quota(quota::Quota),
+    Rebalance(rebalance::Rebalance),
     Shed(shed::Shed),
     Drain(drain::Drain),
     Undrain(drain::Undrain),
@@ -215,6 +217,7 @@ impl Verb {
             Self::Status(status) => status.perform(place),
             Self::Metrics(metrics) => metrics.perform(place),
             Self::Quota(quota) => quota.perform(place),
+            Self::Rebalance(rebalance) => rebalance.perform(place),
             Self::Shed(shed) => shed.perform(place),
             Self::Drain(drain) => drain.perform(place),
             Self::Undrain(undrain) => undrain.perform(place),

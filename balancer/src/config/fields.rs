@@ -9,7 +9,7 @@ use super::{
 #[rustfmt::skip]
 pub(super) const MAPPINGS: [(&str, &str, &str); 12] = [
     ("", "the file", "services kubernetes mode fail_open_after namespaces"),
-    ("services", "a service", "name port address policy backends quota exempt health keepalive move connect"),
+    ("services", "a service", "name port address policy backends quota exempt health keepalive move rebalance connect"),
     ("services.backends", "a backend", "address weight"),
     ("services.quota", "`quota`", "per_backend clients connections_per_client headroom min_quota"),
     ("services.keepalive", "`keepalive`", "idle interval probes"),

@@ -213,6 +213,8 @@ pub struct Service {
     pub keepalive: Option<Keepalive>,
     /// How established connections are moved.
     pub moving: MoveRule,
+    /// Whether they are moved so that backends are even.
+    pub rebalance: bool,
 }
 
 impl Service {

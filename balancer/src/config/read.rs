@@ -15,9 +15,9 @@ use super::{
     fields::Fields,
     read_kubernetes::kubernetes,
     values::{
-        Time, address_with_port, clients, connections, exempt, headroom, is_on, keepalive,
-        min_quota, moving, no_end_of_a_connection, per_backend, policy, port, quota_fields,
-        service_entries, service_name,
+        Time, address_with_port, clients, connections, exempt, headroom, is_on, is_on_or,
+        keepalive, min_quota, moving, no_end_of_a_connection, per_backend, policy, port,
+        quota_fields, service_entries, service_name,
     },
     yaml::{self, Node, Value, shown},
 };
@@ -165,16 +165,20 @@ const OF_PORT: &[&str] = &[
     "health",
     "keepalive",
     "move",
+    "rebalance",
 ];
 
 fn service(fields: &Fields, name: String) -> Result<Service> {
+    let backends = fields.optional("backends", backends)?;
+    let moving = moving(fields, &name)?;
     Ok(Service {
-        moving: moving(fields, &name)?,
+        rebalance: is_on_or(fields, "rebalance", backends.is_some())?,
+        moving,
         name,
         port: fields.required("port", port)?,
         address: fields.optional("address", service_address)?,
         policy: policy(fields)?,
-        backends: fields.optional("backends", backends)?,
+        backends,
         quota: fields
             .optional("quota", quota)?
             .unwrap_or(QuotaRule::Unlimited),

@@ -74,6 +74,7 @@ fn the_smallest_file() {
                 health: true,
                 keepalive: Some(Keepalive::DEFAULT),
                 moving: MoveRule::Graceful,
+                rebalance: false,
             }],
             connects: Vec::new(),
             effect: Effect::On,

@@ -134,7 +134,12 @@ pub(super) fn policy(fields: &Fields) -> Result<Policy> {
 
 /// A setting that is on where the file says nothing. For YAML 1.1, and so for Helm, `on` and `off`
 /// are booleans, which it writes as `true` and `false`.
-pub(super) fn is_on(fields: &Fields, key: &str) -> Result<bool> {
+pub(super) fn is_on(fields: &Fields, key: &'static str) -> Result<bool> {
+    is_on_or(fields, key, true)
+}
+
+/// A setting that is `otherwise` where the file says nothing.
+pub(super) fn is_on_or(fields: &Fields, key: &'static str, otherwise: bool) -> Result<bool> {
     let read = |node: &Node| match node.scalar(key, "off")? {
         "on" | "true" => Ok(true),
         "off" | "false" => Ok(false),
@@ -143,7 +148,7 @@ pub(super) fn is_on(fields: &Fields, key: &str) -> Result<bool> {
             shown(other)
         )),
     };
-    Ok(fields.optional(key, read)?.unwrap_or(true))
+    Ok(fields.optional(key, read)?.unwrap_or(otherwise))
 }
 
 /// What becomes of established connections that are to move.

@@ -11,6 +11,7 @@ mod moves;
 mod neighbours;
 mod place;
 mod quotas;
+mod rebalancing;
 mod reconcile;
 mod refusal_log;
 mod requests;

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use super::attach::GuardedNetns;
 use super::log_limit::BY_HAND;
 use super::quotas::{drain, undrain};
+use super::rebalancing::{Rebalancing, Shedding};
 use crate::config::MoveRule;
 use crate::dataplane::{MovingSockets, Plan, SlotView, Writer, services};
 use crate::moving::{Manner, Mover, Order, Outcome, Report};
@@ -26,6 +27,8 @@ const PART_A_SECOND: usize = 20;
 const LEAST_A_SECOND: usize = 5;
 /// A connection that stays is not tried again before.
 const RETRY: Duration = Duration::from_secs(60);
+/// A backend that has been uneven is taken for even when nothing was ordered for so long.
+const QUIET: Duration = Duration::from_secs(10);
 /// What could not be loaded is not tried again before.
 const RELOAD: Duration = Duration::from_secs(60);
 
@@ -42,17 +45,31 @@ pub struct Moves {
     staying: HashMap<u64, Instant>,
     /// What is being moved.
     batches: BTreeMap<BackendId, Batch>,
+    /// What should be moved so that backends are even.
+    rebalancing: Rebalancing,
 }
 
 /// Connections of a backend that are moved for one reason.
 struct Batch {
     /// The backend, as the log calls it.
     name: String,
-    /// How many are still to be ordered; `None`: all, because it is drained.
-    wanted: Option<usize>,
+    cause: Cause,
     began: Instant,
+    /// When one was ordered last.
+    ordered: Instant,
     left: usize,
     stay: BTreeMap<String, usize>,
+}
+
+/// Why connections of a backend are moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// Somebody wants so many more to move.
+    ByHand(usize),
+    /// All move: it is drained.
+    Drained,
+    /// It has more than its share.
+    Uneven,
 }
 
 impl Moves {
@@ -69,8 +86,12 @@ impl Moves {
     ) -> Result<String> {
         let view = find(writer, backend)?;
         movable(writer, plan, &view)?;
-        let batch = self.batch(writer, &view);
-        batch.wanted = Some(batch.wanted.unwrap_or(0) + number);
+        let batch = self.batch(writer, &view, Cause::ByHand(0), "by hand");
+        batch.cause = match batch.cause {
+            Cause::ByHand(before) => Cause::ByHand(before + number),
+            Cause::Uneven => Cause::ByHand(number),
+            Cause::Drained => Cause::Drained,
+        };
         Ok(format!(
             "moving {number} connections of {}; `balancer status` shows how far it is",
             batch.name
@@ -117,8 +138,11 @@ impl Moves {
         let slots = writer.tables.slots()?;
         for view in slots.iter().filter(|view| is_drained(view)) {
             if view.counted() > 0 {
-                self.batch(writer, view);
+                self.batch(writer, view, Cause::Drained, "it is drained");
             }
+        }
+        for shedding in self.rebalancing.decide(guarded, writer, plan)? {
+            self.rebalance(writer, plan, shedding)?;
         }
         let now = Instant::now();
         self.staying
@@ -135,20 +159,49 @@ impl Moves {
         Ok(())
     }
 
-    fn batch(&mut self, writer: &Writer, view: &SlotView) -> &mut Batch {
-        let drained = is_drained(view);
+    /// What was decided last, a sentence for each backend.
+    pub fn sentences(&self) -> Vec<String> {
+        self.rebalancing.sentences()
+    }
+
+    /// Notes that a client of a service was refused.
+    pub fn note_refusal(&mut self, service: &str) {
+        self.rebalancing.note_refusal(service);
+    }
+
+    fn batch(&mut self, writer: &Writer, view: &SlotView, cause: Cause, why: &str) -> &mut Batch {
         self.batches.entry(view.id()).or_insert_with(|| {
             let name = name(writer, view);
-            let why = if drained { "it is drained" } else { "by hand" };
-            info!(target: BY_HAND, "{name}: moving connections ({why})");
+            info!(target: BY_HAND, "{name}: moving connections: {why}");
+            let now = Instant::now();
             Batch {
                 name,
-                wanted: (!drained).then_some(0),
-                began: Instant::now(),
+                cause,
+                began: now,
+                ordered: now,
                 left: 0,
                 stay: BTreeMap::new(),
             }
         })
+    }
+
+    fn rebalance(
+        &mut self,
+        writer: &mut Writer,
+        plan: Option<&Plan>,
+        shedding: Shedding,
+    ) -> Result<()> {
+        let Shedding { view, sockets, why } = shedding;
+        let Some(manner) = manner(writer, plan, &view) else {
+            return Ok(());
+        };
+        self.batch(writer, &view, Cause::Uneven, &why);
+        for socket in sockets {
+            if !self.under_way.contains_key(&socket.cookie) {
+                self.send(writer, &view, socket, manner)?;
+            }
+        }
+        Ok(())
     }
 
     /// Orders as many moves of a backend's connections as are due in this second.
@@ -162,7 +215,11 @@ impl Moves {
         let Some(batch) = self.batches.get(&view.id()) else {
             return Ok(());
         };
-        let wanted = batch.wanted.unwrap_or(usize::MAX);
+        let wanted = match batch.cause {
+            Cause::ByHand(wanted) => wanted,
+            Cause::Drained => usize::MAX,
+            Cause::Uneven => 0,
+        };
         // What is missing was said when it failed.
         let failed = self.failed.is_some_and(|at| at.elapsed() < RELOAD);
         if wanted == 0 || failed {
@@ -187,10 +244,8 @@ impl Moves {
         for socket in connections {
             self.send(writer, view, socket, manner)?;
         }
-        if let Some(Batch {
-            wanted: Some(wanted),
-            ..
-        }) = self.batches.get_mut(&view.id())
+        if let Some(batch) = self.batches.get_mut(&view.id())
+            && let Cause::ByHand(wanted) = &mut batch.cause
         {
             // There are no more.
             *wanted = if number == 0 { 0 } else { *wanted - number };
@@ -214,6 +269,9 @@ impl Moves {
         };
         self.mover(writer)?.order(order)?;
         self.under_way.insert(cookie, backend);
+        if let Some(batch) = self.batches.get_mut(&backend) {
+            batch.ordered = Instant::now();
+        }
         Ok(())
     }
 
@@ -248,9 +306,13 @@ impl Moves {
         self.batches.retain(|id, batch| {
             let view = slots.iter().find(|view| view.id() == *id);
             let drained = view.is_some_and(|view| is_drained(view) && view.counted() > 0);
-            let ordered = batch.wanted.is_none_or(|wanted| wanted == 0);
+            let more = match batch.cause {
+                Cause::ByHand(wanted) => wanted > 0,
+                Cause::Drained => drained,
+                Cause::Uneven => batch.ordered.elapsed() < QUIET,
+            };
             let busy = under_way.values().any(|backend| backend == id);
-            let goes_on = view.is_some() && (drained || !ordered || busy);
+            let goes_on = view.is_some() && (more || busy);
             if !goes_on {
                 batch.tell();
             }
@@ -309,7 +371,8 @@ fn add(writer: &Writer, backend: BackendId, outcome: &Outcome) {
     );
 }
 
-fn is_drained(view: &SlotView) -> bool {
+/// Whether a backend is taken out by hand.
+pub fn is_drained(view: &SlotView) -> bool {
     let written = written(&view.member.policy, view.slot_state());
     written.is_some_and(|written| written.source == QuotaSource::Drained)
 }

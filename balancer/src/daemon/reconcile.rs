@@ -252,6 +252,8 @@ impl Daemon {
         let now = self.started.elapsed();
         for refused in take_refusals(tables)? {
             self.refusal_log.add(&refused, now);
+            self.moves
+                .note_refusal(&services::name(tables, refused.service));
             if let Some(port) = services::port_of(tables, refused.service) {
                 self.mode.on_refusals(port, &refused);
             }
@@ -335,6 +337,15 @@ impl Daemon {
     /// When it is not known, or its service moves none.
     pub fn shed(&mut self, backend: &str, number: usize) -> Result<String> {
         (self.moves).shed(&self.writer, self.plan.as_ref(), backend, number)
+    }
+
+    /// What was decided last of evening out, a sentence for each backend.
+    pub fn rebalancing(&self) -> String {
+        let sentences = self.moves.sentences();
+        if sentences.is_empty() {
+            return "no service moves connections (`move: off`, or `mode` is not `on`)".to_owned();
+        }
+        sentences.join("\n")
     }
 
     /// Takes the server of a backend out, or puts it back.

@@ -21,6 +21,7 @@ pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Repl
             quota,
         } => set_quota(daemon, service, *slot, Some(*quota)).map(done),
         Request::ClearQuota { service, slot } => set_quota(daemon, service, *slot, None).map(done),
+        Request::Rebalancing => Ok(done(daemon.rebalancing())),
         Request::Shed {
             backend,
             connections,

@@ -331,7 +331,11 @@ fn frames_in_several_messages_stay_whole() {
             for client in &mut clients {
                 client.read_for(Duration::from_secs(1));
                 let received = taken_apart(&client.bytes);
-                assert!(received.data.len() > 100_000, "{}", received.data.len());
+                assert!(
+                    received.data.len() > 2 * payload.len(),
+                    "{}",
+                    received.data.len()
+                );
                 let whole = received.data.chunks(payload.len());
                 assert!(whole.into_iter().all(|data| data == &payload[..data.len()]));
             }
@@ -512,6 +516,51 @@ fn a_drained_backend_gets_empty_and_no_new_connections_until_it_is_put_back() {
             balancer.wait_until(|service| {
                 service.established() == 12 && service.loads()[&drained] >= 2
             });
+        });
+    });
+}
+
+/// A backend that joins is filled, a connection a second, and nobody is told twice.
+#[test]
+fn a_new_backend_gets_its_share_of_what_is_established() {
+    let backends = [backend(0), backend(1), backend(2)];
+    with_servers(&backends, answer, |machine| {
+        let yaml = virtual_port("least-connections", 2, &[]);
+        let balancer = Balancer::start(machine, &yaml);
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let _stop = Stop(&stop);
+            for _ in 0..24 {
+                scope.spawn(|| follow(agents(), &stop));
+            }
+            balancer.wait_until(|service| service.established() == 24);
+            balancer.configure(&virtual_port("least-connections", 3, &[]));
+            balancer.reload();
+            let began = Instant::now();
+            let even = || {
+                let service = balancer.service();
+                let loads = service.loads();
+                let apart = loads.values().max()? - loads.values().min()?;
+                (loads.len() == 3 && service.established() == 24 && apart <= 2).then_some(loads)
+            };
+            let loads = loop {
+                if let Some(loads) = even() {
+                    break loads;
+                }
+                let text = balancer.must(&["rebalance", "--dry-run"]);
+                let late = began.elapsed() > Duration::from_secs(150);
+                assert!(!late, "{text}\n{}", balancer.logs());
+                thread::sleep(Duration::from_millis(500));
+            };
+            let moved: u64 = (balancer.service().backends.iter())
+                .map(|one| one.moves.left)
+                .sum();
+            assert!(
+                (6..=10).contains(&moved),
+                "{moved} moved: {loads:?}\n{}",
+                balancer.logs()
+            );
+            balancer.wait_for_log("its share is 8", 0);
         });
     });
 }
