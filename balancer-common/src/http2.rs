@@ -4,7 +4,7 @@
 /// Bytes of a frame's header (RFC 9113, section 4.1).
 pub const HEADER: usize = 9;
 
-/// A GOAWAY with NO_ERROR that takes every stream that the client has opened or is opening (RFC
+/// A GOAWAY with `NO_ERROR` that takes every stream that the client has opened or is opening (RFC
 /// 9113, section 6.8): the client ends its calls there and makes the next one on a new connection.
 pub const GOAWAY: [u8; 17] = [
     0, 0, 8, 7, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0,
@@ -42,7 +42,7 @@ impl Header {
     ///
     /// Stricter than the protocol: what a frame's payload may look like by chance must not be taken
     /// for one. "Any chain of frames" took every other message of a server that sends zeros for
-    /// one. Unknown types, PRIORITY and PUSH_PROMISE are not believed.
+    /// one. Unknown types, `PRIORITY` and `PUSH_PROMISE` are not believed.
     #[inline(always)]
     pub const fn is_servers(self, first: bool) -> bool {
         let [_, _, _, kind, flags, s0, s1, s2, s3] = self.0;

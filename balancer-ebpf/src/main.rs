@@ -77,8 +77,8 @@ mod entry_points {
         0
     }
 
-    /// Writes a GOAWAY between the messages of servers; attached to a map of sockets that the daemon
-    /// alone has.
+    /// Writes a GOAWAY between the messages of servers; attached to a map of sockets that only the
+    /// daemon has.
     #[sk_msg]
     pub fn goaway(ctx: SkMsgContext) -> u32 {
         crate::programs::goaway::run(&ctx);

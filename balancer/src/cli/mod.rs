@@ -42,8 +42,8 @@ use crate::{
 /// never passes through it. What it sets up in the kernel goes on working when the daemon dies;
 /// after a while without it nobody is refused any more.
 ///
-/// status, metrics, quota show, rebalance, explain, doctor and ping read, and change nothing. run, reload,
-/// quota set, quota clear, shed, drain, undrain and unload change what the kernel does.
+/// status, metrics, quota show, rebalance, explain, doctor and ping read, and change nothing. run,
+/// reload, quota set, quota clear, shed, drain, undrain and unload change what the kernel does.
 #[derive(Debug, Parser)]
 #[command(
     name = "balancer",

@@ -102,7 +102,7 @@ impl Moves {
     ///
     /// # Errors
     /// When a map can't be read, or its service moves none.
-    pub fn drain(&mut self, writer: &Writer, plan: Option<&Plan>, backend: &str) -> Result<String> {
+    pub fn drain(writer: &Writer, plan: Option<&Plan>, backend: &str) -> Result<String> {
         let view = find(writer, backend)?;
         movable(writer, plan, &view)?;
         let server = drain(writer, &view)?;

@@ -191,7 +191,7 @@ impl Service {
                 self.memory.told(&name, connection, now);
             }
             shedding.push(Shedding {
-                view: (*view).clone(),
+                view: **view,
                 sockets,
                 why: why.to_string(),
             });

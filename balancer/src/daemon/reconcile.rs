@@ -354,7 +354,7 @@ impl Daemon {
     /// When it is not known, or its service moves no connections.
     pub fn set_drained(&mut self, backend: &str, drained: bool) -> Result<String> {
         let message = if drained {
-            (self.moves).drain(&self.writer, self.plan.as_ref(), backend)?
+            Moves::drain(&self.writer, self.plan.as_ref(), backend)?
         } else {
             self.moves.undrain(&self.writer, backend)?
         };

@@ -71,8 +71,8 @@ impl Writer {
         Ok(Vec::new())
     }
 
-    /// The established connections of a backend that can be moved: those that a process has accepted,
-    /// and that are not exempt. Must run inside its netns.
+    /// The established connections of a backend that can be moved: those that a process has
+    /// accepted, and that are not exempt. Must run inside its netns.
     ///
     /// # Errors
     /// When the socket table or a map can't be read.

@@ -77,11 +77,14 @@ pub fn owners(inodes: impl IntoIterator<Item = u32>) -> io::Result<Owners> {
 ///
 /// # Errors
 /// Where descriptors or memory are short.
-pub fn owned_by(pid: u32, inodes: &HashSet<u32>) -> io::Result<HashMap<u32, SocketOwner>> {
+pub fn owned_by(
+    pid: u32,
+    is_wanted: impl Fn(u32) -> bool,
+) -> io::Result<HashMap<u32, SocketOwner>> {
     let mut found = HashMap::new();
     for socket in sockets_of(pid) {
         if let Some((inode, owner)) = socket?
-            && inodes.contains(&inode)
+            && is_wanted(inode)
         {
             found.insert(inode, owner);
         }

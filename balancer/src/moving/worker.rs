@@ -352,7 +352,7 @@ fn find_owners(ordered: &[Order]) -> HashMap<u32, SocketOwner> {
     let pids: HashSet<u32> = ordered.iter().map(|order| order.pid).collect();
     let mut found = HashMap::new();
     for pid in pids.into_iter().filter(|pid| *pid != 0) {
-        found.extend(owned_by(pid, &missing).unwrap_or_default());
+        found.extend(owned_by(pid, |inode| missing.contains(&inode)).unwrap_or_default());
     }
     missing.retain(|inode| *inode != 0 && !found.contains_key(inode));
     let others = owners(missing).unwrap_or_default();

@@ -133,7 +133,8 @@ fn measures(
             most: most(backend, *held, limited),
         })
         .collect();
-    // A new one takes no more than the part of its share that has grown; it never has to shed for it.
+    // A new one takes no more than the part of its share that has grown; it never has to shed for
+    // it.
     let whole = shares(total, &claims);
     for ((claim, share), grown) in claims.iter_mut().zip(whole).zip(grown) {
         let part = u128::from(share) * u128::from(*grown) / u128::from(WHOLE);
