@@ -12,7 +12,7 @@ use balancer::fuzzing::{status_json, status_text};
 use balancer_common::Reason;
 use balancer_common::abi::{
     Address, AuditTotals, Backend, Counts, Health, Heartbeat, KeepaliveWord, ServiceInfo, Silence,
-    SlotPolicy,
+    SlotMoves, SlotPolicy,
 };
 use balancer_common::decision::member::Member;
 use bytes::Buf;
@@ -85,10 +85,18 @@ fn image(input: &[u8]) -> MapContents {
     };
     let now_ns = bytes.u64();
     let (mut slots, mut silences) = (Vec::new(), BTreeMap::new());
+    let mut moves = BTreeMap::new();
     while bytes.0.has_remaining() {
         let member = member(&mut bytes);
         let packed = bytes.u64();
         silences.insert(member.slot, Silence { packed });
+        let [generation, left, others] = [(); 3].map(|()| bytes.u64());
+        let of_slot = SlotMoves {
+            generation,
+            left,
+            others,
+        };
+        moves.insert(member.slot, of_slot);
         slots.push(member);
     }
     MapContents {
@@ -97,6 +105,7 @@ fn image(input: &[u8]) -> MapContents {
         listed: BTreeMap::new(),
         down: Vec::new(),
         silences,
+        moves,
         heartbeat,
         audit_totals,
         placing: PlacingContents::default(),

@@ -224,7 +224,7 @@ fn write_on(
 /// A payload by whose bytes its place can be told.
 fn counting(number: u32, length: usize) -> Vec<u8> {
     (0..length)
-        .map(|at| (number as usize * 31 + at) as u8)
+        .map(|at| (number as usize * 31 + at).to_le_bytes()[0])
         .collect()
 }
 
