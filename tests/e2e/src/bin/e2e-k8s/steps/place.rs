@@ -103,9 +103,16 @@ fn switch(fixture: &mut Fixture, report: &mut Report, place: &str) -> Result<()>
     fixture.daemons_ready(report, &step, &old)?;
     let cluster = &fixture.cluster;
     cluster.wait_rolled_out(WORKLOADS, "deployment/workload", PODS_START_WITHIN)?;
-    fixture.clients = Some(Clients::in_pods(cluster)?);
-    fixture.all_connected(report, &step)?;
-    let expected = slashed(NODES.map(|_| place == "on"));
+    nodes_place(fixture, report, &step, place == "on")?;
+    fixture.clients = Some(Clients::in_pods(&fixture.cluster)?);
+    // A node knows of the connections that it has placed, and of none that are older.
+    come_anew(fixture)?;
+    fixture.all_connected(report, &step)
+}
+
+/// Waits until every node places, or none.
+fn nodes_place(fixture: &mut Fixture, report: &mut Report, step: &str, on: bool) -> Result<()> {
+    let expected = slashed(NODES.map(|_| on));
     wait(
         report,
         &format!("{step}: nodes that place"),
@@ -204,6 +211,9 @@ fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     let most = held.iter().max().copied().unwrap_or(0);
     let least = held.iter().min().copied().unwrap_or(0);
     let seen = unevenness(&held);
+    if seen > EVEN && most - least > FEW {
+        tell_placed(fixture, report, step)?;
+    }
     report.check(
         &format!("{step}: max/mean"),
         &Check::judged(
@@ -212,6 +222,35 @@ fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
             seen <= EVEN || most - least <= FEW,
         ),
     )
+}
+
+/// What each node says of each endpoint: placed there, and what others have.
+fn tell_placed(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    for daemon in fixture.daemons.values() {
+        let said = daemon.ask(&fixture.cluster, Way::OnNode, &["status", "-o", "json"])?;
+        let said: serde_json::Value = serde_json::from_str(&said).context("no JSON")?;
+        let endpoints = said["placing"][0]["endpoints"].as_array();
+        let seen = endpoints.into_iter().flatten().map(|endpoint| {
+            let number = |key: &str| endpoint[key].to_string();
+            format!(
+                "{} placed, {} in flight, {} of others, {} failed",
+                number("established"),
+                number("in_flight"),
+                number("others"),
+                number("failed")
+            )
+        });
+        let seen: Vec<_> = seen.collect();
+        report.tell(
+            &format!("{step}: placed by {}", daemon.node),
+            &seen.join("; "),
+        );
+        report.tell(
+            &format!("{step}: why, on {}", daemon.node),
+            &said["placing"][0]["verdicts"].to_string(),
+        );
+    }
+    Ok(())
 }
 
 fn tell_spread(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
