@@ -354,6 +354,12 @@ impl Daemon {
     /// When it is not known, or its service moves no connections.
     pub fn set_drained(&mut self, backend: &str, drained: bool) -> Result<String> {
         let message = if drained {
+            ensure!(
+                matches!(self.mode, Mode::Standalone(_)),
+                "in a cluster no pod is drained by hand yet, since the other nodes would go on \
+                 placing clients there: scale it down, or delete it. `balancer shed` moves some of \
+                 its connections"
+            );
             Moves::drain(&self.writer, self.plan.as_ref(), backend)?
         } else {
             self.moves.undrain(&self.writer, backend)?

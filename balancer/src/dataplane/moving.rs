@@ -4,16 +4,14 @@
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::Path;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::Ebpf;
 use aya::maps::{Map, MapData, MapError, SkStorage, SockHash};
-use aya::programs::Program as Loaded;
 use balancer_common::abi::{Connection, MovingSocket};
 
 use super::loader::Loader;
-use super::object::rejected;
+use super::object::load_goaway;
 use super::plain::Plain;
-use super::programs::GOAWAY;
 use super::tables::connection_of;
 use crate::sys::bpf;
 use crate::sys::sock_diag::Socket;
@@ -43,7 +41,9 @@ impl MovingSockets {
         let map = bpf::sock_hash_create(MOST_WATCHED);
         let map = map.context("cannot make a map of sockets (CAP_NET_ADMIN)")?;
         let sockets = SockHash::try_from(Map::SockHash(MapData::from_fd(map)?))?;
-        attach(&mut object, &sockets)?;
+        load_goaway(&mut object)?
+            .attach(sockets.fd())
+            .context("cannot attach the program that tells clients to move")?;
         Ok(Self {
             notes: notes(&directory)?,
             sockets,
@@ -101,18 +101,6 @@ impl MovingSockets {
             Err(error) => Err(error).context("cannot take a connection out of a map of sockets"),
         }
     }
-}
-
-/// Loads the program and attaches it to the map of its sockets.
-fn attach(object: &mut Ebpf, sockets: &SockHash<MapData, u64>) -> Result<()> {
-    let Some(Loaded::SkMsg(program)) = object.program_mut(GOAWAY) else {
-        bail!("the kernel half has no program `{GOAWAY}` for messages");
-    };
-    program.load().map_err(|error| rejected(GOAWAY, &error))?;
-    program
-        .attach(sockets.fd())
-        .context("cannot attach the program that tells clients to move")?;
-    Ok(())
 }
 
 fn notes(directory: &Path) -> Result<SkStorage<MapData, Plain<MovingSocket>>> {

@@ -5,13 +5,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use aya::programs::{Program as Loaded, ProgramError, ProgramFd};
+use aya::programs::{Program as Loaded, ProgramError, ProgramFd, SkMsg};
 use aya::{Btf, Ebpf, EbpfLoader};
 use nix::time::{ClockId, clock_gettime};
 use tracing::info;
 
 use super::Paths;
-use super::programs::{PLACED_SOCKETS, PROGRAMS, Program};
+use super::programs::{GOAWAY, PLACED_SOCKETS, PROGRAMS, Program};
 use crate::discover::kernel_offsets;
 use crate::sys::bpffs::DetachedBpffs;
 use crate::sys::{clock, memory};
@@ -108,6 +108,15 @@ pub fn load_placed_sockets(object: &mut Ebpf) -> Result<&ProgramFd> {
     Ok(program.fd()?)
 }
 
+/// Loads the program that sees messages.
+pub fn load_goaway(object: &mut Ebpf) -> Result<&mut SkMsg> {
+    let Some(Loaded::SkMsg(program)) = object.program_mut(GOAWAY) else {
+        bail!("the kernel half has no program `{GOAWAY}` for messages");
+    };
+    program.load().map_err(|error| rejected(GOAWAY, &error))?;
+    Ok(program)
+}
+
 /// That a kernel forbids an iterator, as some do that are locked down, whatever is in it: EPERM.
 /// The verifier minds what is in it with EACCES.
 fn forbidden(error: &ProgramError) -> Option<anyhow::Error> {
@@ -137,7 +146,7 @@ fn processor_time() -> Result<Duration> {
 }
 
 /// The verifier's log in full: without it nobody can tell what it minded.
-pub(super) fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
+fn rejected(program: &str, error: &ProgramError) -> anyhow::Error {
     match error {
         ProgramError::LoadError {
             io_error,
@@ -181,6 +190,7 @@ fn try_programs(pins: &Path) -> Result<Option<String>> {
     for program in &PROGRAMS {
         load(&mut object, program)?;
     }
+    load_goaway(&mut object)?;
     match load_placed_sockets(&mut object) {
         Ok(_) => Ok(None),
         Err(error) if is_not_permitted(&error) => Ok(Some(format!("{error:#}"))),

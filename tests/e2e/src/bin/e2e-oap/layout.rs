@@ -85,6 +85,11 @@ pub fn configuration() -> String {
     format!("services:\n{services}")
 }
 
+/// The same, and connections move where OAPs have an uneven number of them.
+pub fn evened_out() -> String {
+    configuration().replace("rebalance: off", "rebalance: on")
+}
+
 /// The same with a service of its own for each OAP: an agent that knows all of them has to go on by
 /// itself from one that refuses it.
 pub fn one_by_one() -> String {
@@ -130,7 +135,7 @@ fn service(service: Service) -> String {
 fn entry(name: &str, port: u16, backends: &[SocketAddr], quota: u32) -> String {
     let backends: Vec<_> = backends.iter().map(|at| format!("\"{at}\"")).collect();
     format!(
-        "  - name: {}\n    port: {}\n    policy: least-connections\n    backends: [{}]\n    quota: {{per_backend: {}}}\n    exempt: [{PEERS}]\n",
+        "  - name: {}\n    port: {}\n    policy: least-connections\n    backends: [{}]\n    quota: {{per_backend: {}}}\n    exempt: [{PEERS}]\n    rebalance: off\n",
         name,
         port,
         backends.join(", "),

@@ -13,6 +13,7 @@ mod checks;
 mod cluster;
 mod fixture;
 mod layout;
+mod moved;
 mod scenario;
 mod sockets;
 mod stopped;

@@ -57,6 +57,7 @@ impl Fixture<'_> {
     fn run(&mut self, report: &mut Report) -> Result<()> {
         self.oaps_join(report)?;
         self.clients_spread(report)?;
+        self.agents_move(report)?;
         let (victim, moved) = self.oap_dies(report)?;
         self.oap_returns(report, victim, &moved)?;
         self.quota_refuses_and_admits(report, victim)?;
