@@ -57,10 +57,10 @@ impl Fixture<'_> {
     fn run(&mut self, report: &mut Report) -> Result<()> {
         self.oaps_join(report)?;
         self.clients_spread(report)?;
-        self.agents_move(report)?;
         let (victim, moved) = self.oap_dies(report)?;
         self.oap_returns(report, victim, &moved)?;
         self.quota_refuses_and_admits(report, victim)?;
+        self.agents_move(report)?;
         self.oap_hangs(report)?;
         self.balancer.stop(Signal::SIGINT);
         let loaded = self.balancer.is_loaded();
