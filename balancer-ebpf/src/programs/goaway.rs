@@ -9,8 +9,8 @@ use balancer_common::http2::{GOAWAY, HEADER, Header};
 
 use crate::maps::MOVING_SOCKET;
 
-/// So many messages of whole frames in a row are no payload of a frame that began before the first
-/// of them, however much it looks like frames: between two payloads there is a header.
+/// So many messages of whole frames in a row are believed. A frame in two messages, header and
+/// payload, never makes two, however much its payload looks like frames.
 const BELIEVED: u32 = 2;
 /// A message with more frames is not believed to be whole.
 const MOST_FRAMES: u32 = 64;

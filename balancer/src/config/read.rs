@@ -170,14 +170,16 @@ const OF_PORT: &[&str] = &[
 
 fn service(fields: &Fields, name: String) -> Result<Service> {
     let backends = fields.optional("backends", backends)?;
-    let moving = moving(fields, &name)?;
+    let policy = policy(fields)?;
+    // A hash of its source brings a client back to where it was.
+    let evens_out = backends.is_some() && policy != Policy::SourceHash;
     Ok(Service {
-        rebalance: is_on_or(fields, "rebalance", backends.is_some())?,
-        moving,
+        rebalance: is_on_or(fields, "rebalance", evens_out)?,
+        moving: moving(fields, &name)?,
         name,
         port: fields.required("port", port)?,
         address: fields.optional("address", service_address)?,
-        policy: policy(fields)?,
+        policy,
         backends,
         quota: fields
             .optional("quota", quota)?

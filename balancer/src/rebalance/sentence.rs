@@ -47,7 +47,11 @@ impl fmt::Display for Stay {
         match self {
             Self::Off => f.write_str("`rebalance: off`"),
             Self::Even { held, share } => {
-                write!(f, "it is even: it has {held} and its share is {share}")
+                if held <= share {
+                    write!(f, "it has {held}, no more than its share of {share}")
+                } else {
+                    write!(f, "it has {held} and its share is {share}: even enough")
+                }
             }
             Self::NotLongEnough { uneven_for } => write!(
                 f,
