@@ -1075,6 +1075,8 @@ fn status_as_json_is_as_contracted() {
                     "pending": null,
                     "silent": 0,
                     "longest_silence_s": 0,
+                    "drained": false,
+                    "moves": {"left": 0, "under_way": 0, "stay": 0},
                     "server": {"first_slot": 3, "quota": 20},
                     "steerable": true,
                     "health": {"state": "serving", "since_ms": null, "reason": null},

@@ -6,6 +6,8 @@ use std::{
     path::PathBuf,
 };
 
+use balancer_common::Policy;
+
 use super::{
     Backend, Config, ConfigError, Connect, DEFAULT_FAIL_OPEN_AFTER, Effect, Kubernetes,
     MAX_SERVICE_BACKENDS, MAX_WEIGHT, NetnsScope, QuotaRule, Service,

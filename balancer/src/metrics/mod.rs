@@ -144,6 +144,9 @@ struct Backends {
     quota: Gauges,
     pending: Gauges,
     silent: Gauges,
+    moving: Gauges,
+    moved: Counters,
+    stay: Counters,
     state: Gauges,
     health: Gauges,
 }
@@ -157,6 +160,10 @@ impl Backends {
         let help =
             "1 for how it serves, 0 for the others; absent: it does not listen, or `health: off`";
         registry.register("backend_health", help, health.clone());
+        let help = "Connections that have left because they were moved";
+        let moved = counters(registry, "moved", help);
+        let help = "How often a connection that was to move was left where it is";
+        let stay = counters(registry, "unmovable", help);
         let mut gauge = |name, help| gauges(registry, name, help);
         Self {
             established: gauge("established", "In TCP state ESTABLISHED, accept side"),
@@ -170,6 +177,9 @@ impl Backends {
                 "silent",
                 "Those of them from which nothing was heard for longer than keepalive's first probe takes",
             ),
+            moving: gauge("moving", "Those of them that are being moved"),
+            moved,
+            stay,
             state,
             health,
         }
@@ -188,6 +198,11 @@ impl Backends {
         set(&self.established, backend.established);
         set(&self.exempt, backend.exempt);
         set(&self.silent, backend.silence.connections());
+        set(&self.moving, backend.moves.under_way());
+        self.moved.get_or_create(&labels).inc_by(backend.moves.left);
+        self.stay
+            .get_or_create(&labels)
+            .inc_by(backend.moves.stay().into());
         if let Some(quota) = backend.quota {
             set(&self.quota, quota);
         }
