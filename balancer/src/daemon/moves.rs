@@ -172,7 +172,11 @@ impl Moves {
     fn batch(&mut self, writer: &Writer, view: &SlotView, cause: Cause, why: &str) -> &mut Batch {
         self.batches.entry(view.id()).or_insert_with(|| {
             let name = name(writer, view);
-            info!(target: BY_HAND, "{name}: moving connections: {why}");
+            if cause == Cause::Uneven {
+                info!("{name}: moving connections: {why}");
+            } else {
+                info!(target: BY_HAND, "{name}: moving connections: {why}");
+            }
             let now = Instant::now();
             Batch {
                 name,

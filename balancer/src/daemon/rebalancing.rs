@@ -80,18 +80,17 @@ impl Rebalancing {
         writer: &Writer,
         plan: Option<&Plan>,
     ) -> Result<Vec<Shedding>> {
-        let wanted: Vec<&ServicePlan> = plan
-            .into_iter()
-            .flat_map(|plan| &plan.services)
-            .filter(|service| service.moving != MoveRule::Off)
-            .collect();
-        let is_wanted = |name: &String| wanted.iter().any(|service| service.name == *name);
+        let all = plan.into_iter().flat_map(|plan| &plan.services);
+        let moving = all.filter(|service| service.moving != MoveRule::Off);
+        let wanted = moving.filter_map(|service| Some((service, service.rebalance?)));
+        let wanted: Vec<(&ServicePlan, bool)> = wanted.collect();
+        let is_wanted = |name: &String| wanted.iter().any(|(service, _)| service.name == *name);
         self.services.retain(|name, _| is_wanted(name));
         let ids = services::ids(&writer.tables)?;
         let slots = writer.tables.slots()?;
         let now = self.started.elapsed();
         let mut shedding = Vec::new();
-        for service in wanted {
+        for (service, is_on) in wanted {
             let Some(id) = ids.get(&service.name) else {
                 continue;
             };
@@ -100,7 +99,7 @@ impl Rebalancing {
                 .filter(|view| view.member.backend.service == *id);
             let backends: Vec<&SlotView> = of_service.filter(|view| matters(view)).collect();
             let known = self.services.entry(service.name.clone()).or_default();
-            known.is_on = service.rebalance;
+            known.is_on = is_on;
             known.look(guarded, writer, &backends, now)?;
             known.decide(&backends, now);
             if known.is_on {

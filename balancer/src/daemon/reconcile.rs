@@ -343,7 +343,9 @@ impl Daemon {
     pub fn rebalancing(&self) -> String {
         let sentences = self.moves.sentences();
         if sentences.is_empty() {
-            return "no service moves connections (`move: off`, or `mode` is not `on`)".to_owned();
+            return "no service of this daemon moves connections so that backends are even: it says \
+                    `move: off`, `mode` is not `on`, or it is in a cluster"
+                .to_owned();
         }
         sentences.join("\n")
     }

@@ -152,7 +152,7 @@ impl PortNames {
                 health: entry.health,
                 keepalive: entry.keepalive,
                 moving: entry.moving,
-                rebalance: false,
+                rebalance: None,
                 effect: Effect::On,
                 listen: vec![ListenAt {
                     address: None,
