@@ -9,8 +9,7 @@ use crate::api::Request;
 /// Show what should be moved so that backends are even, and why not more (changes nothing)
 ///
 /// The daemon moves connections by itself where a service has `rebalance: on`, which is the default
-/// of virtual ports. This shows its last decision for each backend, also where it is off. Needs the
-/// daemon.
+/// of virtual ports. This shows its last decision for each backend. Needs the daemon.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Example:

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use balancer_common::abi::Backend;
+use balancer_common::abi::{Backend, BackendId};
 use tracing::{info, warn};
 
 use super::search::NetnsSearch;
@@ -510,23 +510,39 @@ impl GuardedNetns {
         true
     }
 
-    /// The connections of a backend that can be moved; none where its netns is not there any more.
+    /// The connections of backends that can be moved, by backend; none where a netns is not there
+    /// any more. The socket table of each netns is read once.
     ///
     /// # Errors
-    /// When the netns or its socket table can't be read.
-    pub fn connections(&self, writer: &Writer, view: &SlotView) -> Result<Vec<Socket>> {
-        let cookie = view.member.backend.netns;
+    /// When a netns or its socket table can't be read.
+    pub fn connections(
+        &self,
+        writer: &Writer,
+        backends: &[SlotView],
+    ) -> Result<HashMap<BackendId, Vec<Socket>>> {
         let mut targets = self.named_targets()?;
         let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();
         targets.extend(self.found_targets(writer, &named)?);
-        let target = targets.into_iter().find(|target| target.cookie() == cookie);
-        let opened = target.map(Target::open).transpose();
-        let Some(netns) = opened.context("cannot open a network namespace")?.flatten() else {
-            return Ok(Vec::new());
-        };
-        netns::inside(&netns.file, || writer.connections(view))
-            .context("cannot enter a network namespace")
-            .flatten()
+        let mut connections: HashMap<BackendId, Vec<Socket>> = HashMap::new();
+        for target in targets {
+            let there = backends.iter().copied();
+            let there: Vec<SlotView> = there
+                .filter(|view| view.member.backend.netns == target.cookie())
+                .collect();
+            if there.is_empty() {
+                continue;
+            }
+            let Some(netns) = target.open().context("cannot open a network namespace")? else {
+                continue;
+            };
+            let found = netns::inside(&netns.file, || writer.connections(&there))
+                .context("cannot enter a network namespace")
+                .flatten()?;
+            for (backend, socket) in found {
+                connections.entry(backend).or_default().push(socket);
+            }
+        }
+        Ok(connections)
     }
 
     /// Goes on with an audit until the round is over, with one step at the least; true: it is at

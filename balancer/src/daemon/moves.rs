@@ -229,7 +229,8 @@ impl Moves {
         if wanted == 0 || failed {
             return Ok(());
         }
-        let mut connections = guarded.connections(writer, view)?;
+        let mut connections = guarded.connections(writer, &[*view])?;
+        let mut connections = connections.remove(&view.id()).unwrap_or_default();
         let rate = (connections.len() / PART_A_SECOND).max(LEAST_A_SECOND);
         connections.retain(|socket| {
             !self.under_way.contains_key(&socket.cookie)

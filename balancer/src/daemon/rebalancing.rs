@@ -12,13 +12,16 @@ use super::moves::is_drained;
 use crate::config::MoveRule;
 use crate::dataplane::{Plan, ServicePlan, SlotView, Writer, services};
 use crate::rebalance::{
-    Action, Backend, BalanceBy, Connection, Counts, Decision, Fitness, Group, Memory, Phase, plan,
+    Action, Backend, BalanceBy, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay,
+    plan,
 };
 use crate::sys::clock;
 use crate::sys::sock_diag::Socket;
 
 /// Connections are looked at so often while nothing moves.
 const LOOKS_AGAIN: Duration = Duration::from_secs(5);
+/// And not at all once nothing has moved for so long and all is even.
+const AT_REST_AFTER: Duration = Duration::from_secs(120);
 /// Nothing moves for so long after somebody was refused.
 const AFTER_REFUSAL: Duration = Duration::from_secs(10);
 
@@ -40,13 +43,13 @@ pub struct Rebalancing {
 
 #[derive(Default)]
 struct Service {
-    /// What is decided is done, too.
-    is_on: bool,
     memory: Memory,
     /// When somebody was refused last.
     refused: Option<Instant>,
     /// When connections were looked at last.
     looked: Option<Instant>,
+    /// When some were to move last.
+    shed: Option<Instant>,
     connections: BTreeMap<BackendId, Vec<Connection>>,
     /// When each connection was first seen, by its cookie.
     opened: HashMap<u64, Duration>,
@@ -80,31 +83,29 @@ impl Rebalancing {
         writer: &Writer,
         plan: Option<&Plan>,
     ) -> Result<Vec<Shedding>> {
-        let all = plan.into_iter().flat_map(|plan| &plan.services);
-        let moving = all.filter(|service| service.moving != MoveRule::Off);
-        let wanted = moving.filter_map(|service| Some((service, service.rebalance?)));
-        let wanted: Vec<(&ServicePlan, bool)> = wanted.collect();
-        let is_wanted = |name: &String| wanted.iter().any(|(service, _)| service.name == *name);
+        let wanted: Vec<&ServicePlan> = plan
+            .into_iter()
+            .flat_map(|plan| &plan.services)
+            .filter(|service| service.moving != MoveRule::Off && service.rebalance)
+            .collect();
+        let is_wanted = |name: &String| wanted.iter().any(|service| service.name == *name);
         self.services.retain(|name, _| is_wanted(name));
         let ids = services::ids(&writer.tables)?;
         let slots = writer.tables.slots()?;
         let now = self.started.elapsed();
         let mut shedding = Vec::new();
-        for (service, is_on) in wanted {
+        for service in wanted {
             let Some(id) = ids.get(&service.name) else {
                 continue;
             };
-            let of_service = slots
-                .iter()
-                .filter(|view| view.member.backend.service == *id);
-            let backends: Vec<&SlotView> = of_service.filter(|view| matters(view)).collect();
+            let of_service = slots.iter().copied();
+            let backends: Vec<SlotView> = of_service
+                .filter(|view| view.member.backend.service == *id && matters(view))
+                .collect();
             let known = self.services.entry(service.name.clone()).or_default();
-            known.is_on = is_on;
             known.look(guarded, writer, &backends, now)?;
             known.decide(&backends, now);
-            if known.is_on {
-                shedding.extend(known.shedding(guarded, writer, &backends, now)?);
-            }
+            shedding.extend(known.shedding(guarded, writer, &backends, now)?);
         }
         Ok(shedding)
     }
@@ -112,12 +113,7 @@ impl Rebalancing {
     /// What was decided last, a sentence for each backend.
     pub fn sentences(&self) -> Vec<String> {
         let decisions = |(name, service): (&String, &Service)| {
-            let done = if service.is_on {
-                ""
-            } else {
-                " (not done: `rebalance: off`)"
-            };
-            let sentence = |decision: &Decision| format!("{name}: {decision}{done}");
+            let sentence = |decision: &Decision| format!("{name}: {decision}");
             service.decisions.iter().map(sentence).collect::<Vec<_>>()
         };
         self.services.iter().flat_map(decisions).collect()
@@ -125,24 +121,25 @@ impl Rebalancing {
 }
 
 impl Service {
-    /// Looks at the connections where that is due.
+    /// Looks at the connections where that is due: at rest nobody asks for them.
     fn look(
         &mut self,
         guarded: &GuardedNetns,
         writer: &Writer,
-        backends: &[&SlotView],
+        backends: &[SlotView],
         now: Duration,
     ) -> Result<()> {
-        let moves = |view: &&&SlotView| writer.tables.moves(view.id()).under_way() > 0;
-        let due = backends.iter().any(|view| moves(&view))
-            || self.looked.is_none_or(|at| at.elapsed() >= LOOKS_AGAIN);
-        if !due {
+        let moving = |view: &SlotView| writer.tables.moves(view.id()).under_way() > 0;
+        let moving = backends.iter().any(moving);
+        let at_rest = self.decisions.iter().all(is_even)
+            && self.shed.is_none_or(|at| at.elapsed() >= AT_REST_AFTER);
+        let looked = self.looked.is_some_and(|at| at.elapsed() < LOOKS_AGAIN);
+        if !moving && (at_rest || looked) {
             return Ok(());
         }
         self.looked = Some(Instant::now());
         self.connections.clear();
-        for view in backends {
-            let sockets = guarded.connections(writer, view)?;
+        for (backend, sockets) in guarded.connections(writer, backends)? {
             let connections = sockets.iter().map(|socket| Connection {
                 cookie: socket.cookie,
                 client: socket.remote.ip(),
@@ -150,7 +147,7 @@ impl Service {
                 load: 0,
                 is_movable: true,
             });
-            self.connections.insert(view.id(), connections.collect());
+            self.connections.insert(backend, connections.collect());
         }
         let there = self.connections.values().flatten().map(|one| one.cookie);
         let there: BTreeSet<u64> = there.collect();
@@ -158,7 +155,7 @@ impl Service {
         Ok(())
     }
 
-    fn decide(&mut self, backends: &[&SlotView], now: Duration) {
+    fn decide(&mut self, backends: &[SlotView], now: Duration) {
         let group = self.group(backends);
         self.memory.note(&group, now);
         self.decisions = plan(&group, &self.memory, now);
@@ -169,36 +166,44 @@ impl Service {
         &mut self,
         guarded: &GuardedNetns,
         writer: &Writer,
-        backends: &[&SlotView],
+        backends: &[SlotView],
         now: Duration,
     ) -> Result<Vec<Shedding>> {
-        let mut shedding = Vec::new();
-        for view in backends.iter().filter(|view| !is_drained(view)) {
-            let name = name(view);
-            let decision = self
-                .decisions
-                .iter()
-                .find(|decision| decision.backend == name);
-            let Some(Action::Shed { cookies, why }) = decision.map(|decision| &decision.action)
-            else {
+        let sheds = |view: &&SlotView| !is_drained(view) && self.sheds(view).is_some();
+        let shedding: Vec<SlotView> = backends.iter().filter(sheds).copied().collect();
+        if shedding.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.shed = Some(Instant::now());
+        let mut connections = guarded.connections(writer, &shedding)?;
+        let mut all = Vec::new();
+        for view in shedding {
+            let Some((cookies, why)) = self.sheds(&view) else {
                 continue;
             };
-            let mut sockets = guarded.connections(writer, view)?;
+            let mut sockets = connections.remove(&view.id()).unwrap_or_default();
             sockets.retain(|socket| cookies.contains(&socket.cookie));
             let known = self.connections.get(&view.id()).into_iter().flatten();
             for connection in known.filter(|one| cookies.contains(&one.cookie)) {
-                self.memory.told(&name, connection, now);
+                self.memory.told(&name(&view), connection, now);
             }
-            shedding.push(Shedding {
-                view: **view,
-                sockets,
-                why: why.to_string(),
-            });
+            all.push(Shedding { view, sockets, why });
         }
-        Ok(shedding)
+        Ok(all)
     }
 
-    fn group(&self, backends: &[&SlotView]) -> Group {
+    /// Which connections a backend should shed, and why.
+    fn sheds(&self, view: &SlotView) -> Option<(Vec<u64>, String)> {
+        let name = name(view);
+        let mut decisions = self.decisions.iter();
+        let decision = decisions.find(|decision| decision.backend == name)?;
+        match &decision.action {
+            Action::Shed { cookies, why } => Some((cookies.clone(), why.to_string())),
+            Action::Stay(_) => None,
+        }
+    }
+
+    fn group(&self, backends: &[SlotView]) -> Group {
         let refused = self.refused.is_some_and(|at| at.elapsed() < AFTER_REFUSAL);
         Group {
             is_on: true,
@@ -235,6 +240,10 @@ impl Service {
             },
         }
     }
+}
+
+fn is_even(decision: &Decision) -> bool {
+    matches!(decision.action, Action::Stay(Stay::Even { .. } | Stay::Off))
 }
 
 /// It may get connections, or has some.

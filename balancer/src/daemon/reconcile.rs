@@ -344,7 +344,7 @@ impl Daemon {
         let sentences = self.moves.sentences();
         if sentences.is_empty() {
             return "no service of this daemon moves connections so that backends are even: it says \
-                    `move: off`, `mode` is not `on`, or it is in a cluster"
+                    `rebalance: off` or `move: off`, `mode` is not `on`, or it is in a cluster"
                 .to_owned();
         }
         sentences.join("\n")

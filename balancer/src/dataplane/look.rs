@@ -150,24 +150,25 @@ fn sockets(tables: &Tables, slots: &[SlotView], depth: Depth) -> Result<Vec<Sock
     Ok(sockets)
 }
 
-/// The established connections of a backend, with what they have received. Must run inside its
-/// netns.
+/// The established connections of backends of one netns, with what they have received. Must run
+/// inside it.
 ///
 /// # Errors
 /// When the socket table or a map can't be read.
-pub fn connections(tables: &Tables, view: &SlotView) -> Result<Vec<Socket>> {
-    let slots = std::slice::from_ref(view);
-    let mut sockets = sockets(tables, slots, Depth::Connections(Duration::ZERO))?;
+pub fn connections(tables: &Tables, slots: &[SlotView]) -> Result<Vec<(BackendId, Socket)>> {
+    let sockets = sockets(tables, slots, Depth::Connections(Duration::ZERO))?;
     let adopted = adopted(tables, slots);
-    sockets.retain(|socket| {
-        let named = backend_of(socket);
-        socket.state == State::Established
-            && named.map_or_else(
-                || !fitting(&adopted, socket.local).is_empty(),
-                |id| id == view.id(),
-            )
+    let established = sockets
+        .into_iter()
+        .filter(|one| one.state == State::Established);
+    let of_backend = established.filter_map(|socket| {
+        let id = backend_of(&socket).or_else(|| match fitting(&adopted, socket.local)[..] {
+            [only] => Some(only.id()),
+            _ => None,
+        })?;
+        Some((id, socket))
     });
-    Ok(sockets)
+    Ok(of_backend.collect())
 }
 
 fn reading(socket: &Socket) -> Option<Reading> {

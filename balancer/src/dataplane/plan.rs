@@ -50,9 +50,8 @@ pub struct ServicePlan {
     pub keepalive: Option<Keepalive>,
     /// How established connections are moved.
     pub moving: MoveRule,
-    /// Whether connections are moved so that backends are even; `None`: what the others have is not
-    /// known, so that it can't be told who has too many.
-    pub rebalance: Option<bool>,
+    /// Whether connections are moved so that backends are even.
+    pub rebalance: bool,
     /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
     /// What of all that is done.
@@ -259,7 +258,7 @@ mod tests {
             rule: String::new(),
             keepalive: None,
             moving: MoveRule::Off,
-            rebalance: None,
+            rebalance: false,
             exempt: vec![
                 "10.0.0.0/24".parse().unwrap(),
                 "0.0.0.0/0".parse().unwrap(),

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
+use balancer_common::abi::BackendId;
 use tracing::warn;
 
 use super::audit::{Audit, Handover};
@@ -71,14 +72,14 @@ impl Writer {
         Ok(Vec::new())
     }
 
-    /// The established connections of a backend that can be moved: those that a process has
-    /// accepted, and that are not exempt. Must run inside its netns.
+    /// The established connections of backends of one netns that can be moved: those that a process
+    /// has accepted, and that are not exempt. Must run inside that netns.
     ///
     /// # Errors
     /// When the socket table or a map can't be read.
-    pub fn connections(&self, view: &SlotView) -> Result<Vec<Socket>> {
-        let mut connections = look::connections(&self.tables, view)?;
-        connections.retain(is_movable);
+    pub fn connections(&self, slots: &[SlotView]) -> Result<Vec<(BackendId, Socket)>> {
+        let mut connections = look::connections(&self.tables, slots)?;
+        connections.retain(|(_, socket)| is_movable(socket));
         Ok(connections)
     }
 

@@ -8,12 +8,16 @@ use serde::{Deserialize, Serialize};
 use super::Unmovable;
 use crate::sys::socket::Traffic;
 
-/// A pause after which a server is not in the middle of a frame.
+/// A pause in which no call begins or ends at this very moment.
 const SILENCE: Duration = Duration::from_millis(20);
+/// A server that has written nothing for so long is not in the middle of a frame: one that has no
+/// processor for a while, between two parts of a frame, is held up for a tenth of that.
+const BETWEEN_FRAMES: Duration = Duration::from_secs(1);
 /// How long such a pause is waited for before messages are looked at.
 const BEFORE_WATCHING: Duration = Duration::from_millis(300);
-/// How long messages are looked at without a break.
-const WATCHED: Duration = Duration::from_secs(1);
+/// How long messages are looked at without a break: a server that writes more often than
+/// [`BETWEEN_FRAMES`] writes twice.
+const WATCHED: Duration = Duration::from_secs(2);
 /// A client that was told leaves its old connection idle for so long before it is closed.
 const IDLE_AFTER_TOLD: Duration = Duration::from_secs(3);
 /// A connection of an unknown protocol is idle for so long before it is closed.
@@ -120,7 +124,7 @@ pub fn next_step(view: &View) -> Step {
 }
 
 fn tell(view: &View) -> Step {
-    if view.is_silent(SILENCE) {
+    if view.is_between_frames() && view.is_silent(SILENCE) {
         return Step::Tell;
     }
     if view.ordered >= PATIENCE {
@@ -165,6 +169,11 @@ fn give_up_in_time(since: Duration, why: Unmovable) -> Step {
 }
 
 impl View {
+    /// The server is not in the middle of a frame.
+    fn is_between_frames(&self) -> bool {
+        Duration::from_millis(self.traffic.sent_ms_ago.into()) >= BETWEEN_FRAMES
+    }
+
     /// Nothing came or went for a while, and nothing waits.
     fn is_silent(&self, silence: Duration) -> bool {
         let Traffic {
@@ -235,15 +244,31 @@ mod tests {
         assert_eq!(next_step(&view), Step::Wait);
     }
 
+    /// A server may be held up between two parts of a frame.
+    #[test]
+    fn a_short_pause_is_not_between_frames() {
+        let pausing = Traffic {
+            sent_ms_ago: 900,
+            received_ms_ago: 900,
+            ..SILENT
+        };
+        let mut view = view(Protocol::Http2, pausing);
+        assert_eq!(next_step(&view), Step::Wait);
+        view.traffic.sent_ms_ago = 1_000;
+        assert_eq!(next_step(&view), Step::Tell);
+        view.traffic.received_ms_ago = 19;
+        assert_eq!(next_step(&view), Step::Wait, "a call begins");
+    }
+
     #[test]
     fn busy_http2_is_told_between_messages() {
         let mut view = view(Protocol::Http2, BUSY);
         assert_eq!(next_step(&view), Step::Wait);
         view.unwatched = Duration::from_millis(300);
         assert_eq!(next_step(&view), Step::Watch { tell: true });
-        view.watched = Some(Duration::from_millis(999));
+        view.watched = Some(Duration::from_millis(1_999));
         assert_eq!(next_step(&view), Step::Wait);
-        view.watched = Some(seconds(1));
+        view.watched = Some(seconds(2));
         assert_eq!(next_step(&view), Step::Unwatch);
         view.watched = None;
         view.ordered = PATIENCE;
@@ -338,6 +363,7 @@ mod tests {
             if step.is_final() || step == Step::Tell {
                 prop_assert!(view.is_silent(SILENCE));
             }
+            prop_assert!(step != Step::Tell || view.is_between_frames());
             if step.is_final() && view.manner == Manner::Graceful {
                 prop_assert!(view.is_silent(IDLE));
             }

@@ -185,7 +185,7 @@ fn service_plan(service: &Service) -> ServicePlan {
         health: service.health,
         keepalive: service.keepalive,
         moving: service.moving,
-        rebalance: Some(service.rebalance),
+        rebalance: service.rebalance,
         listen,
         effect: Effect::On,
     }

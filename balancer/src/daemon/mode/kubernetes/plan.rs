@@ -152,7 +152,8 @@ impl PortNames {
                 health: entry.health,
                 keepalive: entry.keepalive,
                 moving: entry.moving,
-                rebalance: None,
+                // What the others have would have to be known.
+                rebalance: false,
                 effect: Effect::On,
                 listen: vec![ListenAt {
                     address: None,
