@@ -84,7 +84,6 @@ impl ClusterService {
                 Effect::DryRun | Effect::On => self.quota,
             },
             keepalive: self.keepalive.filter(|_| effect == Effect::On),
-            moving: self.moving.within(effect),
             ..self
         }
     }

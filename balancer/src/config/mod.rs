@@ -136,15 +136,6 @@ impl MoveRule {
         }
     }
 
-    /// What a mode leaves of it.
-    pub(super) fn within(self, effect: Effect) -> Self {
-        if effect == Effect::On {
-            self
-        } else {
-            Self::Off
-        }
-    }
-
     /// The word in the file and in JSON.
     pub const fn name(self) -> &'static str {
         match self {
@@ -232,7 +223,6 @@ impl Service {
                 QuotaRule::Unlimited
             },
             keepalive: self.keepalive.filter(|_| effect == Effect::On),
-            moving: self.moving.within(effect),
             ..self
         }
     }

@@ -43,7 +43,7 @@ pub use pins::unload;
 pub use place_notes::PlacingNotes;
 pub use placing::{Placing, has_frontends};
 pub use plan::{ListenAt, Plan, ServicePlan};
-pub use programs::{Hook, PLACED_SOCKETS, PROGRAMS, Part, Program, Target};
+pub use programs::{GOAWAY, Hook, PLACED_SOCKETS, PROGRAMS, Part, Program, Target};
 pub use read::connect::{Client, ConnectExplanation};
 pub use read::explain::{
     Answer, Avoided, Explanation, ListeningBackend, NetnsChoice, SeveralNetns, Syn, Unsuited,

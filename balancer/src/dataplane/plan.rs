@@ -97,6 +97,9 @@ impl Plan {
     pub fn within(mut self, effect: Effect) -> Self {
         for service in &mut self.services {
             service.effect = effect;
+            if effect != Effect::On {
+                service.moving = MoveRule::Off;
+            }
         }
         self
     }

@@ -12,7 +12,7 @@ use aya::maps::{Map, MapData};
 use aya_obj::Object;
 use aya_obj::generated::{bpf_func_id, bpf_insn};
 
-use balancer::dataplane::{PLACED_SOCKETS, Program, open_detached};
+use balancer::dataplane::{GOAWAY, PLACED_SOCKETS, Program, open_detached};
 use testbpf::{Functions, Instruction, ProgramSpec};
 
 /// What a kernel half costs.
@@ -202,8 +202,9 @@ fn programs(object: &[u8], made: &Ebpf) -> Result<Vec<ProgramCost>> {
     object
         .programs
         .iter()
-        // It has to be told what it goes over, costs next to nothing, and no connection runs it.
-        .filter(|(name, _)| *name != PLACED_SOCKETS)
+        // One has to be told what it goes over, costs next to nothing, and no connection runs it.
+        // The other is attached to no hook, and a connection runs it while it is moved.
+        .filter(|(name, _)| ![PLACED_SOCKETS, GOAWAY].contains(&name.as_str()))
         .map(|(name, program)| {
             let function = &object.functions[&program.function_key()];
             let instructions: Vec<_> = function.instructions.iter().copied().map(plain).collect();
