@@ -1,6 +1,5 @@
 //! Looking at the health of backends once a second.
 
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -139,14 +138,13 @@ impl HealthWatch {
 
 fn seen(writer: &Writer, view: &SlotView, now: u64) -> Seen {
     let backend = &view.member.backend;
-    let address = SocketAddr::new(backend.address.into(), backend.port);
     let (state, age) = (view.unhealthy(now)).unwrap_or((HealthState::Serving, Duration::ZERO));
     Seen {
         id: view.id(),
         name: format!(
-            "{}: {address} (slot {})",
+            "{}: {}",
             services::name(&writer.tables, backend.service),
-            view.slot()
+            view.name()
         ),
         state,
         age,

@@ -141,7 +141,7 @@ impl Moves {
                 self.batch(writer, view, Cause::Drained, "it is drained");
             }
         }
-        for shedding in self.rebalancing.decide(guarded, writer, plan)? {
+        for shedding in self.rebalancing.decide(guarded, writer, plan, &slots)? {
             self.rebalance(writer, plan, shedding)?;
         }
         let now = Instant::now();
@@ -403,10 +403,8 @@ fn movable(writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Result<()> 
 }
 
 fn name(writer: &Writer, view: &SlotView) -> String {
-    let backend = &view.member.backend;
-    let address = SocketAddr::new(backend.address.into(), backend.port);
-    let service = services::name(&writer.tables, backend.service);
-    format!("{service}: {address} (slot {})", view.slot())
+    let service = services::name(&writer.tables, view.member.backend.service);
+    format!("{service}: {}", view.name())
 }
 
 /// The backend that somebody means: a slot, or an address and a port.

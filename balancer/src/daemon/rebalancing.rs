@@ -1,7 +1,6 @@
 //! Which connections of this host's services should move so that their backends are even.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -82,6 +81,7 @@ impl Rebalancing {
         guarded: &GuardedNetns,
         writer: &Writer,
         plan: Option<&Plan>,
+        slots: &[SlotView],
     ) -> Result<Vec<Shedding>> {
         let wanted: Vec<&ServicePlan> = plan
             .into_iter()
@@ -90,8 +90,10 @@ impl Rebalancing {
             .collect();
         let is_wanted = |name: &String| wanted.iter().any(|service| service.name == *name);
         self.services.retain(|name, _| is_wanted(name));
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
         let ids = services::ids(&writer.tables)?;
-        let slots = writer.tables.slots()?;
         let now = self.started.elapsed();
         let mut shedding = Vec::new();
         for service in wanted {
@@ -185,7 +187,7 @@ impl Service {
             sockets.retain(|socket| cookies.contains(&socket.cookie));
             let known = self.connections.get(&view.id()).into_iter().flatten();
             for connection in known.filter(|one| cookies.contains(&one.cookie)) {
-                self.memory.told(&name(&view), connection, now);
+                self.memory.told(&view.name(), connection, now);
             }
             all.push(Shedding { view, sockets, why });
         }
@@ -194,7 +196,7 @@ impl Service {
 
     /// Which connections a backend should shed, and why.
     fn sheds(&self, view: &SlotView) -> Option<(Vec<u64>, String)> {
-        let name = name(view);
+        let name = view.name();
         let mut decisions = self.decisions.iter();
         let decision = decisions.find(|decision| decision.backend == name)?;
         match &decision.action {
@@ -217,7 +219,7 @@ impl Service {
     fn backend(&self, view: &SlotView) -> Backend {
         let unhealthy = view.unhealthy(ticks(clock::monotonic_ns()));
         Backend {
-            name: name(view),
+            name: view.name(),
             weight: view.member.weight(),
             phase: match view.slot_state().is(BackendState::Active) {
                 false => Phase::NotReady,
@@ -249,10 +251,4 @@ fn is_even(decision: &Decision) -> bool {
 /// It may get connections, or has some.
 fn matters(view: &SlotView) -> bool {
     view.slot_state().is(BackendState::Active) || view.counted() > 0
-}
-
-fn name(view: &SlotView) -> String {
-    let backend = &view.member.backend;
-    let address = SocketAddr::new(backend.address.into(), backend.port);
-    format!("{address} (slot {})", view.slot())
 }

@@ -1,7 +1,7 @@
 //! The pinned maps, opened and typed.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -168,6 +168,13 @@ impl SlotView {
     /// The state that `status` shows, which may be derived from the stored one.
     pub fn state(&self) -> BackendState {
         self.member.state()
+    }
+
+    /// What messages call it: its address and port, and the slot.
+    pub fn name(&self) -> String {
+        let backend = &self.member.backend;
+        let address = SocketAddr::new(backend.address.into(), backend.port);
+        format!("{address} (slot {})", self.slot())
     }
 
     /// Connections in ESTABLISHED that count against the quota.
