@@ -120,6 +120,7 @@ for setting in vm/overcommit_memory=1 kernel/panic=10 kernel/panic_on_oops=1; do
   mount --bind "$file" "/proc/sys/${setting%%=*}"
 done
 echo 1 > /proc/sys/net/ipv4/ip_forward
+echo 1 > /proc/sys/net/ipv6/conf/all/forwarding
 echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter
 # Without this module a pod can't reach itself through a Service.
 if [ -e /proc/sys/net/bridge ]; then echo 1 > /proc/sys/net/bridge/bridge-nf-call-iptables; fi
@@ -133,7 +134,7 @@ for image in /run/node/images/*.tar; do ctr -n k8s.io images import --digests=fa
 # Whoever started this node says when there is an API server.
 while [ ! -e go ]; do sleep 0.1; done
 /run/node/kubeall kubelet --config /run/node/kit/kubelet.yaml --kubeconfig kubelet.kubeconfig \
-  --hostname-override "$name" --node-ip "$(< address)" --root-dir /var/lib/kubelet > kubelet.log 2>&1 &
+  --hostname-override "$name" --node-ip "$(< addresses)" --root-dir /var/lib/kubelet > kubelet.log 2>&1 &
 /run/node/kubeall kube-proxy --config /run/node/kit/kube-proxy.yaml --hostname-override "$name" > kube-proxy.log 2>&1 &
 # It also waits for what was left to it by others.
 trap 'exit 0' TERM INT

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -32,16 +32,18 @@ const NODES: [&str; 3] = ["node1", "node2", "node3"];
 
 /// Where the control plane is.
 const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(10, 89, 0, 1);
+/// The same over IPv6: the way from nodes to what is outside.
+const OUTSIDE6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x89, 0, 0, 0, 0, 0, 1);
 
 /// A Kubernetes cluster of up to three nodes, each with containerd, kubelet and kube-proxy, and
 /// with file systems, processes, cgroups and a network of its own.
 ///
-/// | where | addresses |
-/// |---|---|
-/// | [`outside`](Self::outside) the nodes, where the control plane is | 10.89.0.1 |
-/// | nodes `node1` … | 10.89.0.11 … |
-/// | pods of `node1` … | 10.244.1.0/24 … |
-/// | Services, from outside through `node1` | 10.96.0.0/16 |
+/// | where | addresses | |
+/// |---|---|---|
+/// | [`outside`](Self::outside) the nodes, where the control plane is | 10.89.0.1 | `fd00:89::1` |
+/// | nodes `node1` … | 10.89.0.11 … | `fd00:89::11` … |
+/// | pods of `node1` … | 10.244.1.0/24 … | `fd00:244:1::/64` … |
+/// | Services, from outside through `node1` | 10.96.0.0/16 | `fd00:96::/112` |
 ///
 /// There is no name server. Several clusters may stand side by side. All of it ends with this
 /// guard, and with the test process.
@@ -215,11 +217,17 @@ impl Cluster {
         let outside = &self.outside;
         outside.ip("link add br0 type bridge");
         outside.ip(&format!("address add {CONTROL_PLANE}/24 dev br0"));
+        // Nobody else has these addresses: there is nothing to wait for before they are used.
+        outside.ip(&format!("address add {OUTSIDE6}/64 dev br0 nodad"));
         outside.ip("link set br0 up");
         for node in NODES {
-            outside.ip(&format!("route add {} via {}", pods(node), address(node)));
+            add_routes(outside, node);
         }
         outside.ip(&format!("route add 10.96.0.0/16 via {}", address(NODES[0])));
+        outside.ip(&format!(
+            "route add fd00:96::/112 via {}",
+            address6(NODES[0])
+        ));
     }
 
     fn plug_in(&self, node: &str, netns: &Netns) {
@@ -231,10 +239,12 @@ impl Cluster {
         ));
         outside.ip(&format!("link set {node} master br0 up"));
         netns.ip(&format!("address add {}/24 dev eth0", address(node)));
+        netns.ip(&format!("address add {}/64 dev eth0 nodad", address6(node)));
         netns.ip("link set eth0 up");
         netns.ip(&format!("route add default via {CONTROL_PLANE}"));
+        netns.ip(&format!("route add default via {OUTSIDE6}"));
         for other in NODES.iter().filter(|other| **other != node) {
-            netns.ip(&format!("route add {} via {}", pods(other), address(other)));
+            add_routes(netns, other);
         }
     }
 
@@ -260,7 +270,10 @@ impl Cluster {
         let authority = fs::read_to_string(pki.file("ca.crt"));
         write("ca.crt", &authority.expect("the certificate is there"));
         write("cni.conflist", &pod_network(node));
-        write("address", &address(node).to_string());
+        write(
+            "addresses",
+            &format!("{},{}", address(node), address6(node)),
+        );
         write("resolv.conf", "");
         let log = File::create(state.join("outer.log")).expect("the log file can be made");
         let mut run = Command::new(kit().join("node.sh"));
@@ -398,9 +411,25 @@ fn address(node: &str) -> IpAddr {
     Ipv4Addr::new(10, 89, 0, 10 + number(node)).into()
 }
 
+fn address6(node: &str) -> IpAddr {
+    // The same digits as in the IPv4 address.
+    let last = 0x10 + u16::from(number(node));
+    Ipv6Addr::new(0xfd00, 0x89, 0, 0, 0, 0, 0, last).into()
+}
+
 /// The addresses of its pods.
 fn pods(node: &str) -> String {
     format!("10.244.{}.0/24", number(node))
+}
+
+fn pods6(node: &str) -> String {
+    format!("fd00:244:{}::/64", number(node))
+}
+
+/// The way to the pods of a node.
+fn add_routes(from: &Netns, node: &str) {
+    from.ip(&format!("route add {} via {}", pods(node), address(node)));
+    from.ip(&format!("route add {} via {}", pods6(node), address6(node)));
 }
 
 /// The configuration of the CNI plugins.
@@ -416,8 +445,8 @@ fn pod_network(node: &str) -> String {
             "ipMasq": false,
             "ipam": {
                 "type": "host-local",
-                "ranges": [[{"subnet": pods(node)}]],
-                "routes": [{"dst": "0.0.0.0/0"}],
+                "ranges": [[{"subnet": pods(node)}], [{"subnet": pods6(node)}]],
+                "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
             },
         }],
     })
