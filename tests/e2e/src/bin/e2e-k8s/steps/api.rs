@@ -97,8 +97,10 @@ fn outage(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     recovers(fixture, report, "6 API server back")?;
     let took = format!("after {:.1} s", back.elapsed().as_secs_f64());
     report.tell("6 API server back: daemons follow", &took);
-    pods::by_pods(fixture, report, "6 API server back", Way::Exec)?;
     fixture.look()?;
+    pods::by_pods_in_time(fixture, report, "6 API server back")?;
+    // What has raised them is in the logs.
+    fixture.keep_logs();
     report.check(
         "6 API server back: the same daemons, not restarted",
         &Check::new(before, identities(fixture)),

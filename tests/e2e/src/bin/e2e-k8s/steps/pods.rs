@@ -1,5 +1,6 @@
 //! 5: the total follows from the number of monitored pods, and the headroom is small.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -7,14 +8,17 @@ use anyhow::{Context, Result};
 use testkit::scenario::{Check, Report};
 
 use super::change;
-use crate::checks::{quotas, wait};
-use crate::daemons::Way;
-use crate::fixture::Fixture;
+use crate::checks::{living, quotas, wait};
+use crate::daemons::{Group, Way};
+use crate::fixture::{Fixture, slashed};
 use crate::layout::{CLIENT_PODS, CONNECTIONS, REPLICAS, TIGHT_HEADROOM, WITHOUT_CONNECTION};
 
 /// At once, but for what a client gets that was refused for long: it goes away a minute later,
 /// slowly.
 const QUOTAS_WITHIN: Duration = Duration::from_secs(120);
+/// A source that was refused for long counts as starved for so long at most, when it does not come
+/// back.
+const ROOM_FOR_REFUSED: Duration = Duration::from_secs(180);
 /// By chance nobody is refused: then they come once more.
 const TRIES: u32 = 3;
 
@@ -55,6 +59,46 @@ pub fn by_pods(fixture: &mut Fixture, report: &mut Report, step: &str, way: Way)
             }),
         ))
     })
+}
+
+/// The daemons compute that again, and quotas that were raised meanwhile have gone down to it, as
+/// slowly as the rule has it: a source that was refused for long has its room for three minutes at
+/// most, and a tenth goes in a minute. Raised they are at once: while the API server is away nodes
+/// count as lost, and so a pod less shares the total for a moment when it is back.
+pub fn by_pods_in_time(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    let begun = Instant::now();
+    let computed = format!("/ {REPLICAS} ready) = {}", quota());
+    let each = format!("{step}: daemons that compute {}", quota());
+    wait(report, &each, QUOTAS_WITHIN, "all", || {
+        let groups = fixture.groups(Way::Exec)?;
+        let computing = groups
+            .iter()
+            .filter(|group| group.sentence.contains(&computed));
+        Ok(Check::new(fixture.daemons.len(), computing.count()))
+    })?;
+    let highest = fixture.groups(Way::Exec)?.iter().filter_map(highest).max();
+    let highest = highest.unwrap_or_else(quota);
+    let patience = ROOM_FOR_REFUSED + lowered_within(highest, quota());
+    let all = format!("{step}: quotas, from {highest}");
+    wait(report, &all, patience, &quota().to_string(), || {
+        let groups = fixture.groups(Way::Exec)?;
+        let seen: BTreeSet<String> = groups.iter().map(quotas).collect();
+        Ok(Check::new(quota(), slashed(seen)))
+    })?;
+    let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
+    report.tell(&format!("{step}: quotas follow"), &took);
+    Ok(())
+}
+
+fn highest(group: &Group) -> Option<u32> {
+    living(group).filter_map(|backend| backend.quota).max()
+}
+
+/// How long a quota takes to go down by a tenth a minute, and two steps more, for it is a whole
+/// number.
+fn lowered_within(from: u32, to: u32) -> Duration {
+    let minutes = (f64::from(from.max(to)) / f64::from(to)).ln() / (1.0_f64 / 0.9).ln();
+    Duration::from_secs(60).mul_f64(minutes + 2.0)
 }
 
 fn come_anew(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
