@@ -192,6 +192,14 @@ pub struct KubernetesScenario {
     /// Install the chart with `privileged: false`.
     #[arg(long)]
     unprivileged: bool,
+    /// Only these chapters, between installing and uninstalling: change, daemons, pods, api, node,
+    /// place, one-without, place-off, ipv6. `pods` and `node` come after `daemons`, and `api` after
+    /// `pods`.
+    #[arg(long, value_delimiter = ',', value_name = "CHAPTER,…", conflicts_with_all = ["real_oap", "short"])]
+    only: Vec<String>,
+    /// Put the picture of how even connections are, with clients placed and not, into docs.
+    #[arg(long, conflicts_with_all = ["real_oap", "short"])]
+    docs: bool,
     /// Leave the cluster up at the end, also after a failure, until Ctrl-C, and say how to reach
     /// it.
     #[arg(long)]
@@ -205,6 +213,7 @@ impl KubernetesScenario {
             (self.real_oap, "--real-oap"),
             (self.short, "--short"),
             (self.unprivileged, "--unprivileged"),
+            (self.docs, "--docs"),
             (self.keep, "--keep"),
         ];
         let asked = options.into_iter().filter(|(is_asked, _)| *is_asked);
@@ -234,6 +243,9 @@ pub fn end_to_end_kubernetes(scenario: &KubernetesScenario) -> Result<ExitCode> 
         .arg("--balancer")
         .arg(image.program)
         .args(scenario.options());
+    for chapter in &scenario.only {
+        play.args(["--only", chapter]);
+    }
     let error = play.exec();
     Err(error).with_context(|| format!("cannot start {}", program.display()))
 }

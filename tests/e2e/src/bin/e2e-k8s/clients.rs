@@ -36,9 +36,12 @@ impl Clients {
     /// # Errors
     /// When one does not.
     pub fn in_pods(cluster: &TestCluster) -> Result<Self> {
-        let list = cluster.get(&["pods", "-n", WORKLOADS, "-l", "app=workload"])?;
+        let list = cluster.get(&["pods", "-n", WORKLOADS, "-l", "agent=java"])?;
         let pods = list["items"].as_array().context("a list has items")?;
-        let pods = pods.iter().map(|pod| {
+        let stay = pods
+            .iter()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let pods = stay.map(|pod| {
             Ok(Pod {
                 node: text(&pod["spec"]["nodeName"])?,
                 address: format!("{}:{ANSWERS}", text(&pod["status"]["podIP"])?).parse()?,
@@ -48,6 +51,11 @@ impl Clients {
             pods: pods.collect::<Result<_>>()?,
             outside: None,
         })
+    }
+
+    /// How many pods there are.
+    pub const fn pods(&self) -> usize {
+        self.pods.len()
     }
 
     /// Starts those outside.

@@ -14,6 +14,7 @@ use testkit::kubernetes::{Cluster, objects};
 use testkit::scenario::interrupt;
 
 use crate::layout::{NODES, OAPS, RELEASE, SYSTEM, WORKLOADS};
+use crate::picture;
 
 const CHART: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/helm/balancer");
 
@@ -94,6 +95,11 @@ impl TestCluster {
         &self.logs
     }
 
+    /// Where the picture is drawn.
+    pub fn picture(&self) -> PathBuf {
+        self.logs.join(picture::NAME)
+    }
+
     /// `kubectl`; what it prints.
     ///
     /// # Errors
@@ -158,6 +164,23 @@ impl TestCluster {
     pub fn balancer(&self, node: &str, arguments: &[&str]) -> Result<String> {
         let program = self.product.balancer.display().to_string();
         self.on_node(node, &[&[&*program], arguments].concat())
+    }
+
+    /// The nodes that a check of `doctor --cluster` names.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn named_by_doctor(&self, check: &str) -> Result<String> {
+        let kubeconfig = self.kubernetes.admin().kubeconfig().display().to_string();
+        let program = self.product.balancer.display().to_string();
+        let doctor = format!("KUBECONFIG={kubeconfig} {program} doctor --cluster -o json || true");
+        let said = self.on_node(NODES[0], &["sh", "-c", &doctor])?;
+        let said: Value = serde_json::from_str(&said).context("doctor does not print JSON")?;
+        let checks = said["checks"].as_array().cloned().unwrap_or_default();
+        let found = checks.iter().find(|found| found["name"] == check);
+        let found = found.map_or_else(String::new, |check| check["found"].to_string());
+        let named = NODES.iter().filter(|node| found.contains(*node));
+        Ok(named.copied().collect::<Vec<_>>().join(" "))
     }
 
     /// Installs the chart with these values, or upgrades it to them.

@@ -12,6 +12,7 @@ use crate::cluster::TestCluster;
 use crate::daemons::{self, DaemonPod, Group, Way};
 use crate::kernel;
 use crate::oaps::{self, Held, Oap};
+use crate::recording::Recording;
 
 /// All that runs. Its parts are dropped in this order.
 pub struct Fixture {
@@ -26,6 +27,8 @@ pub struct Fixture {
     pub reused: bool,
     /// The largest number of connections that an OAP held, by the mean, without the balancer.
     pub uneven: f64,
+    /// Connections of the OAPs while the main events happened.
+    pub recordings: Vec<Recording>,
 }
 
 impl Fixture {
@@ -38,6 +41,7 @@ impl Fixture {
             cluster,
             reused: false,
             uneven: 1.0,
+            recordings: Vec::new(),
         }
     }
 

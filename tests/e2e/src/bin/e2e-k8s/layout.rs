@@ -1,6 +1,6 @@
 //! What is where, and how much of it.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -11,17 +11,28 @@ use crate::cluster::Product;
 pub const NODES: [&str; 3] = ["node1", "node2", "node3"];
 /// The node that is killed.
 pub const VICTIM: &str = "node3";
+/// The node whose daemon is taken away,
+pub const WITHOUT_DAEMON: &str = "node2";
+/// by this label, which is `off` then.
+pub const SWITCH: &str = "balancer";
 
 /// The addresses that a node sends from to its own pods.
 pub fn addresses(node: &str) -> Vec<IpAddr> {
     let place = NODES.iter().position(|other| *other == node);
     let number = u8::try_from(place.unwrap_or(NODES.len()) + 1).unwrap_or(u8::MAX);
-    let of_pods = Ipv4Addr::new(10, 244, number, 1);
-    vec![of_pods.into(), Ipv4Addr::new(10, 89, 0, 10 + number).into()]
+    let wide = u16::from(number);
+    vec![
+        Ipv4Addr::new(10, 244, number, 1).into(),
+        Ipv4Addr::new(10, 89, 0, 10 + number).into(),
+        Ipv6Addr::new(0xfd00, 0x244, wide, 0, 0, 0, 0, 1).into(),
+        Ipv6Addr::new(0xfd00, 0x89, 0, 0, 0, 0, 0, 0x10 + wide).into(),
+    ]
 }
 
 /// Where the OAPs are.
 pub const OAPS: &str = "skywalking";
+/// What the chart calls them, and their Service.
+pub const OAP: &str = "skywalking-oap";
 /// Where the clients are.
 pub const WORKLOADS: &str = "workloads";
 /// Where the balancer is.
@@ -35,6 +46,11 @@ pub const ENTRY: &str = "agents";
 pub const PORT: u16 = 11800;
 /// The address of their Service.
 pub const SERVICE: &str = "10.96.118.0";
+/// Its IPv6 address, while it has one.
+pub const SERVICE6: &str = "fd00:96::118";
+/// The clients of the IPv4 address, and those of the IPv6 address.
+pub const WORKLOAD: &str = "workload";
+pub const WORKLOAD6: &str = "workload6";
 /// Where clients tell what they have seen.
 pub const ANSWERS: u16 = 9000;
 
@@ -58,6 +74,9 @@ pub const HOLD_FOR: Duration = Duration::from_secs(30);
 /// How long the API server is down.
 pub const API_DOWN: Duration = Duration::from_secs(60);
 
+/// When a node without a daemon stops placing, in the step that takes one away.
+pub const FAIL_OPEN_AFTER: Duration = Duration::from_secs(15);
+
 /// No client may be without a connection for longer. Clients pause for at most 3 s between two
 /// connects, and where two of three OAPs are full the Service sends them to a full one twenty times
 /// in a row about three times in ten thousand.
@@ -65,14 +84,11 @@ pub const WITHOUT_CONNECTION: Duration = Duration::from_secs(60);
 
 /// The OAPs as `SkyWalking`'s Helm chart labels them, release `skywalking`.
 pub fn oaps(replicas: u32) -> Value {
-    let labels = json!({"app": "skywalking", "release": "skywalking", "component": "oap"});
-    let mut with_chart = labels.clone();
-    with_chart["chart"] = json!("skywalking-4.8.0");
-    with_chart["heritage"] = json!("Helm");
+    let labels = labels();
     let deployment = json!({
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"namespace": OAPS, "name": "skywalking-oap", "labels": with_chart},
+        "metadata": {"namespace": OAPS, "name": OAP, "labels": labels_of_chart()},
         "spec": {
             "replicas": replicas,
             "selector": {"matchLabels": labels},
@@ -91,17 +107,39 @@ pub fn oaps(replicas: u32) -> Value {
             }},
         },
     });
-    let service = json!({
+    let service = service(&[("IPv4", SERVICE)]);
+    json!({"apiVersion": "v1", "kind": "List", "items": [service, deployment]})
+}
+
+/// The Service of the OAPs, with an address of each of these families.
+pub fn service(addresses: &[(&str, &str)]) -> Value {
+    let (families, addresses): (Vec<_>, Vec<_>) = addresses.iter().copied().unzip();
+    let dual = addresses.len() > 1;
+    json!({
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": {"namespace": OAPS, "name": "skywalking-oap", "labels": with_chart},
+        "metadata": {"namespace": OAPS, "name": OAP, "labels": labels_of_chart()},
         "spec": {
-            "clusterIP": SERVICE,
-            "selector": labels,
+            "clusterIP": addresses[0],
+            "clusterIPs": addresses,
+            "ipFamilies": families,
+            "ipFamilyPolicy": if dual { "RequireDualStack" } else { "SingleStack" },
+            "selector": labels(),
             "ports": [{"name": "grpc", "port": PORT}],
         },
-    });
-    json!({"apiVersion": "v1", "kind": "List", "items": [service, deployment]})
+    })
+}
+
+/// Those of OAP pods.
+fn labels() -> Value {
+    json!({"app": "skywalking", "release": "skywalking", "component": "oap"})
+}
+
+fn labels_of_chart() -> Value {
+    let mut labels = labels();
+    labels["chart"] = json!("skywalking-4.8.0");
+    labels["heritage"] = json!("Helm");
+    labels
 }
 
 /// Pods of these labels go to different nodes, where they can.
@@ -114,15 +152,16 @@ pub fn over_nodes(labels: &Value) -> Value {
     })
 }
 
-/// Pods with clients, which are monitored workloads.
-pub fn clients() -> Value {
-    let labels = json!({"app": "workload", "agent": "java"});
+/// So many pods with clients of an address, which are monitored workloads.
+pub fn clients(name: &str, to: IpAddr, pods: u32) -> Value {
+    let labels = json!({"app": name, "agent": "java"});
+    let to = SocketAddr::new(to, PORT);
     json!({
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": {"namespace": WORKLOADS, "name": "workload"},
+        "metadata": {"namespace": WORKLOADS, "name": name},
         "spec": {
-            "replicas": CLIENT_PODS,
+            "replicas": pods,
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels}, "spec": {
                 "terminationGracePeriodSeconds": 1,
@@ -132,7 +171,7 @@ pub fn clients() -> Value {
                     "imagePullPolicy": "Never",
                     "command": [
                         "standin-client",
-                        format!("--to={SERVICE}:{PORT}"),
+                        format!("--to={to}"),
                         format!("--connections={CONNECTIONS}"),
                     ],
                 }],
@@ -165,6 +204,18 @@ pub fn placing(product: &Product, place: &str) -> Value {
         Duration::from_secs(300),
     );
     values["config"]["place"] = json!(place);
+    values
+}
+
+/// The same with everybody placed, but for nodes that are labelled: these get no daemon.
+pub fn placing_unless_labelled(product: &Product) -> Value {
+    let mut values = placing(product, "on");
+    let unless = json!({"key": SWITCH, "operator": "NotIn", "values": ["off"]});
+    let terms = json!({"nodeSelectorTerms": [{"matchExpressions": [unless]}]});
+    values["affinity"] =
+        json!({"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}});
+    values["config"]["failOpenAfter"] = json!(format!("{}s", FAIL_OPEN_AFTER.as_secs()));
+    values["podAnnotations"]["scenario"] = json!("unless-labelled");
     values
 }
 

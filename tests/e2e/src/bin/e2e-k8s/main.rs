@@ -15,7 +15,9 @@ mod fixture;
 mod kernel;
 mod layout;
 mod oaps;
+mod picture;
 mod real_oap;
+mod recording;
 mod steps;
 mod timestamp;
 
@@ -34,9 +36,11 @@ use testkit::scenario::{Report, interrupt};
 use cluster::{Product, TestCluster};
 use fixture::Fixture;
 use layout::{NODES, STANDINS};
+use steps::Chapter;
 
 /// The balancer on a real Kubernetes.
 #[derive(Parser)]
+#[expect(clippy::struct_excessive_bools, reason = "options of a command line")]
 struct Arguments {
     #[command(flatten)]
     product: Product,
@@ -46,6 +50,12 @@ struct Arguments {
     /// Only the main steps.
     #[arg(long, conflicts_with = "real_oap")]
     short: bool,
+    /// Of the chapters only these, between installing and uninstalling.
+    #[arg(long, value_delimiter = ',', value_name = "CHAPTER,…", conflicts_with_all = ["real_oap", "short"])]
+    only: Vec<Chapter>,
+    /// Put the picture of how even connections are into the documentation.
+    #[arg(long, conflicts_with_all = ["real_oap", "short"])]
+    docs: bool,
     /// Leave the cluster up at the end, also after a failure, until Ctrl-C.
     #[arg(long)]
     keep: bool,
@@ -77,12 +87,20 @@ fn run(arguments: Arguments) -> Result<()> {
             if arguments.real_oap {
                 real_oap::run(&mut fixture, &mut report)
             } else {
-                steps::run(&mut fixture, &mut report, steps::chosen(arguments.short))
+                let steps = if arguments.short {
+                    steps::main_ones()
+                } else {
+                    steps::all_or(&arguments.only)
+                };
+                steps::run(&mut fixture, &mut report, &steps)
             }
         });
         if let Err(error) = &outcome {
             eprintln!("the scenario ended early: {error:#}");
             fixture.explain();
+        }
+        if arguments.docs && outcome.is_ok() {
+            picture::publish(&fixture.cluster.picture())?;
         }
         if arguments.keep {
             fixture.cluster.print_how_to_reach_it();

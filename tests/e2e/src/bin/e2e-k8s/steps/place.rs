@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use testkit::scenario::{Check, Report};
 
 use super::{node, without};
@@ -11,12 +12,14 @@ use crate::checks::{PODS_START_WITHIN, wait};
 use crate::clients::{Clients, Mark};
 use crate::daemons::Way;
 use crate::fixture::{Fixture, slashed, unevenness};
-use crate::layout::{self, NODES, OAPS, REPLICAS, VICTIM, WORKLOADS};
+use crate::layout::{self, NODES, OAPS, REPLICAS, VICTIM, WORKLOAD, WORKLOADS};
 use crate::oaps::Held;
+use crate::picture;
+use crate::recording::Recording;
 
 /// No client may be without a connection for longer: it has one refused connect at the most, where
 /// an OAP ends in that moment, and pauses for a second.
-const WITHOUT: Duration = Duration::from_secs(5);
+pub const WITHOUT: Duration = Duration::from_secs(5);
 /// Who meets a dead node waits for its connect to end, which takes a client five seconds. The next
 /// one goes elsewhere, or, where the node was not avoided yet when it began, there once more.
 const WITHOUT_ON_DEAD_NODE: Duration = Duration::from_secs(12);
@@ -28,39 +31,74 @@ const FEW: u32 = 2;
 const COME_WITHIN: Duration = Duration::from_secs(3);
 
 /// What was there before something happened.
-struct Before {
+pub struct Before {
     mark: Mark,
     over_quota: u64,
 }
 
+impl Before {
+    /// Now.
+    pub fn now(fixture: &mut Fixture) -> Result<Self> {
+        Ok(Self {
+            mark: fixture.clients()?.mark(&fixture.cluster)?,
+            over_quota: over_quota(fixture)?,
+        })
+    }
+
+    /// What clients had seen.
+    pub const fn mark(&self) -> &Mark {
+        &self.mark
+    }
+}
+
+/// What happens to OAPs and clients.
+type Happens = fn(&mut Fixture) -> Result<()>;
+
+/// The main events, in their order: with everybody placed, and with nobody.
+const EVENTS: [(&str, Happens); 4] = [
+    ("all come anew", come_anew),
+    ("OAPs restarted", without::restart),
+    ("3 OAPs", |fixture| to(fixture, 3)),
+    ("4 OAPs, all come anew", |fixture| {
+        to(fixture, REPLICAS)?;
+        come_anew(fixture)
+    }),
+];
+
 pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
-    switch(fixture, report, "on")?;
-    event(fixture, report, "9 all come anew", WITHOUT, come_anew)?;
-    event(
-        fixture,
-        report,
-        "9 OAPs restarted",
-        WITHOUT,
-        without::restart,
-    )?;
-    event(fixture, report, "9 3 OAPs", WITHOUT, |fixture| {
-        to(fixture, 3)
-    })?;
-    to(fixture, REPLICAS)?;
-    event(
-        fixture,
-        report,
-        "9 4 OAPs, all come anew",
-        WITHOUT,
-        come_anew,
-    )?;
-    node_killed(fixture, report)?;
-    switch(fixture, report, "off")?;
-    let told = standin::now();
-    come_anew(fixture)?;
-    fixture.reconnected(told)?;
-    fixture.all_connected(report, "9 place off, all come anew")?;
-    tell_spread(fixture, report, "9 place off, all come anew")
+    switch_on(fixture, report, "9 place on")?;
+    let mut recording = Recording::begin("placed by the balancer");
+    for (what, happens) in EVENTS {
+        recording.mark(what);
+        event(fixture, report, &format!("9 {what}"), WITHOUT, happens)?;
+    }
+    recording.mark("a node killed");
+    forget_victim(fixture)?;
+    let step = format!("9 {VICTIM} killed");
+    event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
+    recording.end();
+    node_back(fixture, report, "9 node back")?;
+    fixture.recordings.push(recording);
+    Ok(())
+}
+
+/// The same events with nobody placed, as without this feature: what is seen then is told.
+pub fn run_off(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+    let values = layout::placing(&fixture.cluster.product, "off");
+    switch(fixture, report, "11 place off", &values, false)?;
+    let mut recording = Recording::begin("left to kube-proxy, with quotas");
+    for (what, happens) in EVENTS {
+        recording.mark(what);
+        unplaced(fixture, report, &format!("11 place off, {what}"), happens)?;
+    }
+    recording.mark("a node killed");
+    forget_victim(fixture)?;
+    let step = format!("11 place off, {VICTIM} killed");
+    unplaced(fixture, report, &step, kill)?;
+    recording.end();
+    node_back(fixture, report, "11 node back")?;
+    fixture.recordings.push(recording);
+    picture::draw(&fixture.recordings, &fixture.cluster.picture())
 }
 
 /// Placed, and a node dies.
@@ -70,26 +108,43 @@ pub fn run_short(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         .as_mut()
         .context("there are clients")?
         .end_outside();
-    switch(fixture, report, "on")?;
+    switch_on(fixture, report, "9 place on")?;
     event(fixture, report, "9 all come anew", WITHOUT, come_anew)?;
-    node_killed(fixture, report)?;
+    forget_victim(fixture)?;
+    let step = format!("9 {VICTIM} killed");
+    event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
+    node_back(fixture, report, "9 node back")?;
     fixture.clients = Some(Clients::in_pods(&fixture.cluster)?);
     Ok(())
 }
 
-/// A node is killed, and comes back. Its clients end with it.
-fn node_killed(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
+/// The clients of the node that is killed end with it.
+fn forget_victim(fixture: &mut Fixture) -> Result<()> {
     let clients = fixture.clients.as_mut().context("there are clients")?;
     clients.forget(VICTIM);
-    let step = format!("9 {VICTIM} killed");
-    event(fixture, report, &step, WITHOUT_ON_DEAD_NODE, kill)?;
+    Ok(())
+}
+
+fn node_back(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     fixture.cluster.kubernetes.start_node(VICTIM);
-    fixture.daemons_ready(report, "9 node back", &BTreeSet::new())?;
+    fixture.daemons_ready(report, step, &BTreeSet::new())?;
     fixture.wait_oaps(REPLICAS)
 }
 
-/// Puts the chart's `config.place` in force, and waits until every daemon says so.
-fn switch(fixture: &mut Fixture, report: &mut Report, place: &str) -> Result<()> {
+/// Has everybody placed.
+pub fn switch_on(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    let values = layout::placing(&fixture.cluster.product, "on");
+    switch(fixture, report, step, &values, true)
+}
+
+/// Puts the chart's values in force, and waits until every daemon says that it places, or not.
+pub fn switch(
+    fixture: &mut Fixture,
+    report: &mut Report,
+    step: &str,
+    values: &Value,
+    places: bool,
+) -> Result<()> {
     fixture.look()?;
     fixture.keep_logs();
     let old: BTreeSet<_> = fixture
@@ -97,17 +152,22 @@ fn switch(fixture: &mut Fixture, report: &mut Report, place: &str) -> Result<()>
         .values()
         .map(|daemon| daemon.uid.clone())
         .collect();
-    let values = layout::placing(&fixture.cluster.product, place);
-    fixture.cluster.helm_upgrade(&values)?;
-    let step = format!("9 place {place}");
-    fixture.daemons_ready(report, &step, &old)?;
-    let cluster = &fixture.cluster;
-    cluster.wait_rolled_out(WORKLOADS, "deployment/workload", PODS_START_WITHIN)?;
-    nodes_place(fixture, report, &step, place == "on")?;
-    fixture.clients = Some(Clients::in_pods(&fixture.cluster)?);
+    fixture.cluster.helm_upgrade(values)?;
+    fixture.daemons_ready(report, step, &old)?;
+    nodes_place(fixture, report, step, places)?;
+    all_clients(fixture)?;
     // A node knows of the connections that it has placed, and of none that are older.
     come_anew(fixture)?;
-    fixture.all_connected(report, &step)
+    fixture.all_connected(report, step)
+}
+
+/// Those of all nodes, as soon as they run.
+pub fn all_clients(fixture: &mut Fixture) -> Result<()> {
+    let cluster = &fixture.cluster;
+    let workload = format!("deployment/{WORKLOAD}");
+    cluster.wait_rolled_out(WORKLOADS, &workload, PODS_START_WITHIN)?;
+    fixture.clients = Some(Clients::in_pods(cluster)?);
+    Ok(())
 }
 
 /// Waits until every node places, or none.
@@ -123,7 +183,7 @@ fn nodes_place(fixture: &mut Fixture, report: &mut Report, step: &str, on: bool)
             let placed = fixture.daemons.values().map(|daemon| {
                 let asked = ["status", "--cluster", "-o", "json"];
                 let said = daemon.ask(&fixture.cluster, Way::OnNode, &asked)?;
-                let said: serde_json::Value = serde_json::from_str(&said).context("no JSON")?;
+                let said: Value = serde_json::from_str(&said).context("no JSON")?;
                 Ok(said["placing"]["services"][0]["placed"] == true)
             });
             Ok(Check::new(
@@ -134,19 +194,49 @@ fn nodes_place(fixture: &mut Fixture, report: &mut Report, step: &str, on: bool)
     )
 }
 
+/// Something happens while nobody is placed. All have a connection again in the end; how long that
+/// took, who was refused and how uneven it is then is told.
+fn unplaced(
+    fixture: &mut Fixture,
+    report: &mut Report,
+    step: &str,
+    happens: impl FnOnce(&mut Fixture) -> Result<()>,
+) -> Result<()> {
+    let before = Before::now(fixture)?;
+    happens(fixture)?;
+    fixture.all_connected(report, step)?;
+    tell_outages(fixture, report, step, &before)?;
+    tell_spread(fixture, report, step)
+}
+
+/// The longest time of a client without a connection since then, and who was refused.
+pub fn tell_outages(
+    fixture: &mut Fixture,
+    report: &mut Report,
+    step: &str,
+    before: &Before,
+) -> Result<()> {
+    let tally = fixture.clients()?.tally(&fixture.cluster)?;
+    let longest = before.mark.longest_outage(&tally).as_secs_f64();
+    let by_quota = over_quota(fixture)?.saturating_sub(before.over_quota);
+    let (refused, timed_out) = (before.mark.refused(&tally), before.mark.timed_out(&tally));
+    report.tell(
+        &format!("{step}: longest without one; refused, by a quota, timed out"),
+        &format!("{longest:.1} s; {refused}, {by_quota}, {timed_out}"),
+    );
+    Ok(())
+}
+
 /// Something happens. Then all have a connection again, nobody was refused by a quota or waited for
 /// long, and all OAPs have as many.
-fn event(
+pub fn event(
     fixture: &mut Fixture,
     report: &mut Report,
     step: &str,
     longest: Duration,
     happens: impl FnOnce(&mut Fixture) -> Result<()>,
 ) -> Result<()> {
-    let before = Before {
-        mark: fixture.clients()?.mark(&fixture.cluster)?,
-        over_quota: over_quota(fixture)?,
-    };
+    let before = Before::now(fixture)?;
     let begun = Instant::now();
     happens(fixture)?;
     fixture.all_connected(report, step)?;
@@ -170,7 +260,8 @@ fn event(
     even(fixture, report, step)
 }
 
-fn come_anew(fixture: &mut Fixture) -> Result<()> {
+/// All clients open a new connection.
+pub fn come_anew(fixture: &mut Fixture) -> Result<()> {
     let told = standin::now();
     fixture
         .clients()?
@@ -205,6 +296,7 @@ fn over_quota(fixture: &mut Fixture) -> Result<u64> {
     Ok(refused)
 }
 
+/// All OAPs have as many connections.
 fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     fixture.look()?;
     let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
@@ -228,7 +320,7 @@ fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
 fn tell_placed(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     for daemon in fixture.daemons.values() {
         let said = daemon.ask(&fixture.cluster, Way::OnNode, &["status", "-o", "json"])?;
-        let said: serde_json::Value = serde_json::from_str(&said).context("no JSON")?;
+        let said: Value = serde_json::from_str(&said).context("no JSON")?;
         let endpoints = said["placing"][0]["endpoints"].as_array();
         let seen = endpoints.into_iter().flatten().map(|endpoint| {
             let number = |key: &str| endpoint[key].to_string();
@@ -253,7 +345,8 @@ fn tell_placed(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result
     Ok(())
 }
 
-fn tell_spread(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+/// How many connections the OAPs have.
+pub fn tell_spread(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     fixture.look()?;
     let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
     let seen = format!("{:.3}: {}", unevenness(&held), slashed(&held));

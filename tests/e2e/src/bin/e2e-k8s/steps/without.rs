@@ -6,7 +6,7 @@ use testkit::scenario::Report;
 use crate::checks::PODS_START_WITHIN;
 use crate::clients::Clients;
 use crate::fixture::{Fixture, slashed, unevenness};
-use crate::layout::{self, OAPS, REPLICAS, WORKLOADS};
+use crate::layout::{self, CLIENT_PODS, OAPS, REPLICAS, SERVICE, WORKLOAD, WORKLOADS};
 use crate::oaps::Held;
 
 pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
@@ -21,8 +21,10 @@ pub fn run_short(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
     let cluster = &fixture.cluster;
     cluster.kubernetes.admin().apply(&layout::oaps(REPLICAS));
     cluster.wait_rolled_out(OAPS, "deployment/skywalking-oap", PODS_START_WITHIN)?;
-    cluster.kubernetes.admin().apply(&layout::clients());
-    cluster.wait_rolled_out(WORKLOADS, "deployment/workload", PODS_START_WITHIN)?;
+    let clients = layout::clients(WORKLOAD, SERVICE.parse()?, CLIENT_PODS);
+    cluster.kubernetes.admin().apply(&clients);
+    let deployment = format!("deployment/{WORKLOAD}");
+    cluster.wait_rolled_out(WORKLOADS, &deployment, PODS_START_WITHIN)?;
     let mut clients = Clients::in_pods(cluster)?;
     clients.start_outside(cluster)?;
     fixture.clients = Some(clients);
