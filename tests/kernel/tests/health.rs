@@ -292,12 +292,16 @@ fn where_nobody_else_has_room_a_failing_server_is_the_last_resort() {
     });
 }
 
-/// In turn: whoever is avoided misses its turn.
+/// In turn: whoever is avoided misses its turn. A SYN that is sent again takes a turn of its own.
 #[test]
 fn who_leaves_at_once_and_who_is_answered_and_let_go_make_no_server_avoided() {
     one_of_three("round-robin", Conduct::Serve, |_, servers| {
         let in_turn = |work: &dyn Fn()| {
-            assert_eq!(given(servers, || (0..90).for_each(|_| work())), [30; 3]);
+            let each = given(servers, || (0..90).for_each(|_| work()));
+            assert!(
+                each.iter().all(|number| (27..=33).contains(number)),
+                "{each:?}"
+            );
         };
         in_turn(&|| drop(tcp::connect(agents()).connected()));
         in_turn(&|| tcp::reset(tcp::connect(agents()).connected()));
