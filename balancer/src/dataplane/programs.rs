@@ -14,7 +14,8 @@ use aya_obj::generated::bpf_func_id::{
     BPF_FUNC_sock_ops_cb_flags_set,
 };
 
-/// Every program that is attached, in the order in which they are loaded.
+/// Every program that is attached, in the order in which they are loaded and attached: a client that
+/// is placed can be told at once what it connected to.
 pub static PROGRAMS: [Program; 6] = [
     Program {
         name: "account",
@@ -48,20 +49,6 @@ pub static PROGRAMS: [Program; 6] = [
         ],
     },
     Program {
-        name: "place_connect4",
-        hook: Hook::Connect4,
-        purpose: "sends connects of IPv4 clients to the endpoint that should have them",
-        needs: "Linux 4.17, CONFIG_CGROUP_BPF",
-        helpers: PLACING_HELPERS,
-    },
-    Program {
-        name: "place_connect6",
-        hook: Hook::Connect6,
-        purpose: "sends connects of IPv6 clients to the endpoint that should have them",
-        needs: "Linux 4.17, CONFIG_CGROUP_BPF",
-        helpers: PLACING_HELPERS,
-    },
-    Program {
         name: "place_peer4",
         hook: Hook::GetPeerName4,
         purpose: "shows IPv4 clients the address that they connected to",
@@ -74,6 +61,20 @@ pub static PROGRAMS: [Program; 6] = [
         purpose: "shows IPv6 clients the address that they connected to",
         needs: "Linux 5.8, CONFIG_CGROUP_BPF",
         helpers: &[BPF_FUNC_sk_storage_get],
+    },
+    Program {
+        name: "place_connect4",
+        hook: Hook::Connect4,
+        purpose: "sends connects of IPv4 clients to the endpoint that should have them",
+        needs: "Linux 4.17, CONFIG_CGROUP_BPF",
+        helpers: PLACING_HELPERS,
+    },
+    Program {
+        name: "place_connect6",
+        hook: Hook::Connect6,
+        purpose: "sends connects of IPv6 clients to the endpoint that should have them",
+        needs: "Linux 4.17, CONFIG_CGROUP_BPF",
+        helpers: PLACING_HELPERS,
     },
 ];
 
