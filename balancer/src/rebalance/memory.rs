@@ -183,16 +183,15 @@ impl Memory {
     }
 
     /// Which connections may be those that came back, and are in their cooldown.
-    pub(super) fn cooling(&self, now: Duration) -> Cooling<'_> {
-        let mut clients = BTreeMap::new();
+    pub(super) fn cooling(&self, group: &Group, now: Duration) -> Cooling<'_> {
+        let mut told: BTreeMap<IpAddr, Vec<Duration>> = BTreeMap::new();
         let counts = |told: &&Told| now < told.at + COOLDOWN && !told.is_drained;
-        for told in self.told.iter().filter(counts) {
-            let first = clients.entry(told.client).or_insert(told.at);
-            *first = told.at.min(*first);
+        for one in self.told.iter().filter(counts) {
+            told.entry(one.client).or_default().push(one.at);
         }
         Cooling {
             now,
-            clients,
+            returned: returned(told, group),
             others_moved: &self.others_moved,
         }
     }
@@ -266,23 +265,43 @@ impl Memory {
     }
 }
 
+/// The connections that may be those that came back. Many clients may share an address: after each
+/// time that one of them was told, one connection of the address counts, the first that was opened
+/// since.
+fn returned(mut told: BTreeMap<IpAddr, Vec<Duration>>, group: &Group) -> BTreeSet<u64> {
+    if told.is_empty() {
+        return BTreeSet::new();
+    }
+    for times in told.values_mut() {
+        times.sort_unstable_by(|a, b| b.cmp(a));
+    }
+    let own = group.backends.iter().map(|backend| match &backend.counts {
+        Counts::Own { connections, .. } => connections.as_slice(),
+        Counts::Published(_) => &[],
+    });
+    let mut connections: Vec<_> = own.flatten().collect();
+    connections.sort_unstable_by_key(|one| (one.opened, one.cookie));
+    let came_back = |one: &Connection| {
+        let times = told.get_mut(&one.client)?;
+        times.pop_if(|at| *at <= one.opened).map(|_| one.cookie)
+    };
+    connections.into_iter().filter_map(came_back).collect()
+}
+
 /// Which connections are in their cooldown.
 #[derive(Debug)]
 pub(super) struct Cooling<'a> {
     now: Duration,
-    /// When the first connection of each client was told: what it has opened since then may be
-    /// what came back.
-    clients: BTreeMap<IpAddr, Duration>,
+    returned: BTreeSet<u64>,
     others_moved: &'a [(Duration, Duration)],
 }
 
 impl Cooling<'_> {
     pub(super) fn has(&self, connection: &Connection) -> bool {
         let opened = connection.opened;
-        let told = self.clients.get(&connection.client);
         let within = |(from, until): &(Duration, Duration)| *from <= opened && opened <= *until;
         let of_others = self.others_moved.iter().any(within);
-        told.is_some_and(|told| opened >= *told) || of_others && self.now < opened + COOLDOWN
+        self.returned.contains(&connection.cookie) || of_others && self.now < opened + COOLDOWN
     }
 }
 

@@ -1,7 +1,6 @@
 //! Which connections of a backend may be told.
 
-use std::time::Duration;
-
+use super::memory::Cooling;
 use super::{Backend, Connection, Memory, Stay};
 
 /// The connections of a backend that may be told now, and how many may not.
@@ -14,9 +13,13 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    pub fn of(backend: &Backend, all: &[Connection], memory: &Memory, now: Duration) -> Self {
+    pub fn of(
+        backend: &Backend,
+        all: &[Connection],
+        memory: &Memory,
+        cooling: &Cooling<'_>,
+    ) -> Self {
         let told = memory.told_cookies();
-        let cooling = memory.cooling(now);
         let mut candidates = Self {
             movable: Vec::new(),
             unmovable: 0,

@@ -21,11 +21,12 @@ const DRAIN: u64 = 20;
 /// of it: that is for [`Memory::told`].
 pub fn plan(group: &Group, memory: &Memory, now: Duration) -> Vec<Decision> {
     let standings = Standings::of(group, memory, now);
+    let cooling = memory.cooling(group, now);
     let plan = |standing: &Standing<'_>| {
         let Counts::Own { connections, .. } = &standing.backend.counts else {
             return None;
         };
-        let candidates = Candidates::of(standing.backend, connections, memory, now);
+        let candidates = Candidates::of(standing.backend, connections, memory, &cooling);
         let planner = Planner {
             group,
             memory,

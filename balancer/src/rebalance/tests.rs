@@ -228,31 +228,52 @@ fn one_that_leaves_is_emptied_at_once() {
     }
 }
 
+fn candidates(group: &Group, memory: &Memory, second: u64) -> pick::Candidates {
+    let Counts::Own { connections, .. } = &group.backends[0].counts else {
+        unreachable!()
+    };
+    let cooling = memory.cooling(group, s(second));
+    pick::Candidates::of(&group.backends[0], connections, memory, &cooling)
+}
+
+/// Many clients share an address: of what it has opened since, as many connections cool down as
+/// were told.
 #[test]
-fn what_came_back_cools_down_and_what_was_there_before_does_not() {
+fn what_came_back_cools_down_and_other_clients_of_its_address_do_not() {
     let mut group = uneven();
-    let mut memory = lasting(&group, 60);
-    memory.told("a", &connection(1, 0), s(60));
     if let Counts::Own { connections, .. } = &mut group.backends[0].counts {
-        // All of one client, as behind one address.
         for one in connections.iter_mut() {
             one.client = client(1);
             one.opened = if one.cookie < 4 { s(0) } else { s(61) };
         }
     }
-    (61..=70).for_each(|second| memory.note(&group, s(second)));
-    assert_eq!(shed(action(&group, &memory, 70)), [2, 3], "1 was told");
-    memory.told("a", &connection(2, 0), s(70));
-    memory.told("a", &connection(3, 0), s(70));
-    memory.note(&group, s(80));
-    let none = Stay::NoneMovable {
-        unmovable: 3,
-        cooling: 130,
+    let told = |cookie| Connection {
+        client: client(1),
+        ..connection(cookie, 0)
     };
-    assert_eq!(stay(action(&group, &memory, 80)), none);
-    memory.note(&group, s(671));
-    let action = action(&group, &memory, 671);
-    assert!(matches!(action, Action::Shed { .. }), "{action:?}");
+    let mut memory = lasting(&group, 60);
+    (1..4).for_each(|cookie| memory.told("a", &told(cookie), s(60)));
+    (61..=80).for_each(|second| memory.note(&group, s(second)));
+    let now = candidates(&group, &memory, 80);
+    assert_eq!((now.unmovable, now.cooling), (3, 3));
+    assert_eq!(now.movable[0].cookie, 7, "4, 5 and 6 came first");
+    memory.note(&group, s(661));
+    assert_eq!(candidates(&group, &memory, 661).cooling, 0);
+}
+
+#[test]
+fn a_client_alone_at_its_address_is_told_once_in_its_cooldown() {
+    let mut group = uneven();
+    let mut memory = lasting(&group, 60);
+    let Counts::Own { connections, .. } = &mut group.backends[0].counts else {
+        unreachable!()
+    };
+    memory.told("a", &connections[0], s(60));
+    connections[0].cookie = 9_999;
+    connections[0].opened = s(63);
+    (61..=80).for_each(|second| memory.note(&group, s(second)));
+    assert_eq!(candidates(&group, &memory, 80).cooling, 1);
+    assert!(!shed(action(&group, &memory, 80)).contains(&9_999));
 }
 
 #[test]
@@ -270,10 +291,7 @@ fn who_ignores_it_counts_again_and_is_left_alone_for_an_hour() {
     assert_eq!(published(&memory, 121).held, 133);
     for (second, unmovable) in [(3_600, 1), (3_660, 0)] {
         memory.note(&group, s(second));
-        let Counts::Own { connections, .. } = &group.backends[0].counts else {
-            unreachable!()
-        };
-        let candidates = pick::Candidates::of(&group.backends[0], connections, &memory, s(second));
+        let candidates = candidates(&group, &memory, second);
         assert_eq!(candidates.unmovable, unmovable);
     }
 }
