@@ -11,6 +11,7 @@
 
 mod kubernetes;
 mod load_generator;
+mod moving;
 mod node;
 mod placing;
 mod report;

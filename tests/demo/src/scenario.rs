@@ -10,6 +10,7 @@ use testkit::fixtures::{Machine, Signal, eventually};
 
 use crate::kubernetes::KubernetesService;
 use crate::load_generator::{self, Arrival};
+use crate::moving;
 use crate::node::{Loads, Node, address};
 use crate::placing;
 use crate::report::{Quantiles, Report, heading, progress, spread, total};
@@ -61,6 +62,7 @@ pub async fn run(machines: &[Machine; 2]) -> Report {
     let mut report = std::mem::take(&mut scenario.report);
     drop(scenario);
     placing::run(&mut report).await;
+    moving::run(a, &mut report).await;
     report
 }
 

@@ -1,5 +1,6 @@
 //! A client as an agent is one: a list of servers, one connection, kept.
 
+use std::error::Error as _;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -100,11 +101,20 @@ impl Client {
         copy(&self.attempts).len()
     }
 
-    /// Says that it lives: one unary call.
+    /// Says that it lives: one unary call. One that has not left when the connection ends is made
+    /// again, as gRPC's own clients do
+    /// (<https://github.com/grpc/proposal/blob/master/A6-client-retries.md#transparent-retries>).
     ///
     /// # Errors
     /// That of the call.
     pub async fn ping(&mut self) -> Result<(), tonic::Status> {
+        match self.ping_once().await {
+            Err(status) if has_not_left(&status) => self.ping_once().await,
+            outcome => outcome,
+        }
+    }
+
+    async fn ping_once(&mut self) -> Result<(), tonic::Status> {
         let ping = InstancePing {
             service: SERVICE.to_owned(),
             service_instance: self.instance.clone(),
@@ -149,6 +159,19 @@ impl Client {
         let ready = self.channel.ready().await;
         ready.map_err(|error| tonic::Status::unavailable(error.to_string()))
     }
+}
+
+/// hyper cancels nothing but what is still in its queue.
+fn has_not_left(status: &tonic::Status) -> bool {
+    let mut source = status.source();
+    while let Some(error) = source {
+        let error_of_hyper = error.downcast_ref::<hyper::Error>();
+        if error_of_hyper.is_some_and(hyper::Error::is_canceled) {
+            return true;
+        }
+        source = error.source();
+    }
+    false
 }
 
 async fn connect(
