@@ -14,8 +14,8 @@ use aya_obj::generated::bpf_func_id::{
     BPF_FUNC_sock_ops_cb_flags_set,
 };
 
-/// Every program that is attached, in the order in which they are loaded and attached: a client that
-/// is placed can be told at once what it connected to.
+/// Every program that is attached, in the order in which they are loaded and attached: a client
+/// that is placed can be told at once what it connected to.
 pub static PROGRAMS: [Program; 6] = [
     Program {
         name: "account",

@@ -1,5 +1,5 @@
-//! What is established moves, while calls go on: a server joins, and then all of them are restarted,
-//! one after the other.
+//! What is established moves, while calls go on: a server joins, and then all of them are
+//! restarted, one after the other.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -274,5 +274,6 @@ pub fn settings(nodes: usize, placing: Placing) -> Settings {
         balance_by: BalanceBy::Connections,
         slow_start: 30_000,
         period: 2_000,
+        addresses: usize::MAX,
     }
 }

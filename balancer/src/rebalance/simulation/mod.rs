@@ -48,6 +48,13 @@ fn cases() -> Vec<Case> {
         settings: settings(1, Placing::Level),
         ..case
     };
+    let one_address = |case: Case| Case {
+        settings: Settings {
+            addresses: 1,
+            ..settings(1, Placing::Level)
+        },
+        ..case
+    };
     let weighted = |case: Case| Case {
         weights: vec![1, 1, 2, 4],
         ..case
@@ -62,6 +69,12 @@ fn cases() -> Vec<Case> {
             400,
         )),
         one_node(case("3 → 4 on one node", Story::ScaleOut(1), 3, 400)),
+        one_address(case(
+            "3 → 4 on one node, all clients behind one address",
+            Story::ScaleOut(1),
+            3,
+            400,
+        )),
         mixed(case(
             "3 → 4, a tenth streams, a tenth comes back",
             Story::ScaleOut(1),
@@ -86,6 +99,12 @@ fn cases() -> Vec<Case> {
         case("rolling restart of 3", Story::RollingRestart, 3, 300),
         stale(case(
             "rolling restart of 3, counts up to 15 s old",
+            Story::RollingRestart,
+            3,
+            300,
+        )),
+        one_address(case(
+            "rolling restart of 3 on one node, all clients behind one address",
             Story::RollingRestart,
             3,
             300,
@@ -243,6 +262,7 @@ fn placed_clients_are_even_in_two_minutes_with_few_moves() {
         "3 → 4",
         "3 → 4, 60 clients",
         "3 → 4 on one node",
+        "3 → 4 on one node, all clients behind one address",
         "3 → 5",
         "5 → 4, drained",
     ];

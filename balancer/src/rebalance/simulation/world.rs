@@ -105,6 +105,8 @@ pub struct Settings {
     pub slow_start: Ms,
     /// How often nodes publish.
     pub period: Ms,
+    /// How many addresses the clients have together.
+    pub addresses: usize,
 }
 
 pub struct World {
@@ -263,7 +265,7 @@ impl World {
         let held = held.filter(|(_, one)| one.at == Some(server) && Self::holds(one));
         let connection = |(client, cookie, opened, load): (usize, u64, Ms, u64)| Connection {
             cookie,
-            client: address(client),
+            client: address(client % self.settings.addresses),
             opened: ms(opened),
             load,
             is_movable: true,
