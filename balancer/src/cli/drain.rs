@@ -3,10 +3,10 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, bail};
 use clap::Args;
 
-use super::{Place, output::print};
+use super::{Place, explain, output::print};
 use crate::api::Request;
 use crate::config::parse_time;
 
@@ -16,17 +16,20 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// Take a backend out: no new connections, and the present ones are moved (changes the kernel)
 ///
 /// Waits until its server has no connection left, and shows how far it is. Stays in force until
-/// `balancer undrain`, also when the daemon starts anew. Connections of exempt sources stay. Needs
-/// the daemon.
+/// `balancer undrain`, also when the daemon starts anew. Connections of exempt sources stay. In a
+/// cluster no node places clients on its pod, and it is asked for on the pod's own node. Needs the
+/// daemon.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
   balancer drain 3                    the server of the backend in slot 3
   balancer drain 127.0.0.1:21801 --timeout 5m
+  balancer drain skywalking/oap-1     all ports of a pod of this node
 
 Exit codes: 0 empty, 1 not empty in time (it stays drained), 2 wrong usage.")]
 pub(super) struct Drain {
-    /// The backend: its slot, or its address and port, see `balancer status`
+    /// The backend: its slot, its address and port, see `balancer status`, or a pod as
+    /// NAMESPACE/NAME
     backend: String,
     /// How long to wait until it is empty; 0s: not at all
     #[arg(long, value_name = "TIME", default_value = "2m", value_parser = parse_time)]
@@ -38,22 +41,28 @@ pub(super) struct Drain {
 /// It takes new connections again. Needs the daemon.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
-Example:
-  balancer undrain 3")]
+Examples:
+  balancer undrain 3
+  balancer undrain skywalking/oap-1")]
 pub(super) struct Undrain {
-    /// The backend: its slot, or its address and port, see `balancer status`
+    /// The backend: its slot, its address and port, see `balancer status`, or a pod as
+    /// NAMESPACE/NAME
     backend: String,
 }
 
 impl Drain {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
-        let backend = self.backend.clone();
-        let message = place.must_ask(&Request::Drain { backend }, "drains backends")?;
-        print(&format!("{message}\n"))?;
+        let backends = slots_or_address(place, &self.backend)?;
+        for backend in &backends {
+            let backend = backend.clone();
+            let message = place.must_ask(&Request::Drain { backend }, "drains backends")?;
+            print(&format!("{message}\n"))?;
+        }
         let until = Instant::now() + self.timeout;
         let mut shown = None;
         while !self.timeout.is_zero() {
-            let left = self.left(place)?;
+            let left = backends.iter().map(|backend| left(place, backend));
+            let left: u32 = left.sum::<Result<_>>()?;
             if shown != Some(left) {
                 print(&format!("{left} connections are left\n"))?;
                 shown = Some(left);
@@ -73,37 +82,49 @@ impl Drain {
         }
         Ok(())
     }
-
-    /// How many connections the drained server still has.
-    fn left(&self, place: &Place) -> Result<u32> {
-        let snapshot = place.reader()?.snapshot();
-        let snapshot = snapshot.context("can't read the balancer's maps")?;
-        let backends = snapshot
-            .services
-            .iter()
-            .flat_map(|service| &service.backends);
-        let named = backends.clone().find(|backend| {
-            backend.slot.to_string() == self.backend || backend.address.to_string() == self.backend
-        });
-        let Some(named) = named else {
-            // It has ended.
-            return Ok(0);
-        };
-        let server = named.server.map(|server| server.first_slot);
-        let of_server = backends.filter(|backend| {
-            backend.slot == named.slot
-                || server.is_some() && backend.server.map(|one| one.first_slot) == server
-        });
-        Ok(of_server
-            .map(|backend| backend.established.saturating_sub(backend.exempt))
-            .sum())
-    }
 }
 
 impl Undrain {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
-        let backend = self.backend.clone();
-        let message = place.must_ask(&Request::Undrain { backend }, "drains backends")?;
-        print(&format!("{message}\n"))
+        for backend in slots_or_address(place, &self.backend)? {
+            let message = place.must_ask(&Request::Undrain { backend }, "drains backends")?;
+            print(&format!("{message}\n"))?;
+        }
+        Ok(())
     }
+}
+
+/// What the daemon knows a backend by: of a pod of this node the slot for each of its ports.
+pub(super) fn slots_or_address(place: &Place, backend: &str) -> Result<Vec<String>> {
+    if !backend.contains('/') {
+        return Ok(vec![backend.to_owned()]);
+    }
+    let pod = explain::pod(backend).map_err(Error::msg)?;
+    let slots = explain::slots_of(&place.ask_for_cluster()?, &pod)?;
+    Ok(slots.iter().map(u32::to_string).collect())
+}
+
+/// How many connections a drained server still has.
+fn left(place: &Place, wanted: &str) -> Result<u32> {
+    let snapshot = place.reader()?.snapshot();
+    let snapshot = snapshot.context("can't read the balancer's maps")?;
+    let backends = snapshot
+        .services
+        .iter()
+        .flat_map(|service| &service.backends);
+    let named = backends.clone().find(|backend| {
+        backend.slot.to_string() == wanted || backend.address.to_string() == wanted
+    });
+    let Some(named) = named else {
+        // It has ended.
+        return Ok(0);
+    };
+    let server = named.server.map(|server| server.first_slot);
+    let of_server = backends.filter(|backend| {
+        backend.slot == named.slot
+            || server.is_some() && backend.server.map(|one| one.first_slot) == server
+    });
+    Ok(of_server
+        .map(|backend| backend.established.saturating_sub(backend.exempt))
+        .sum())
 }

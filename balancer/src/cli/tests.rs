@@ -1510,6 +1510,8 @@ fn cluster() -> ClusterStatus {
         quota: None,
         room: None,
         health: None,
+        drained: None,
+        moving: None,
         seconds_ago: None,
     };
     ClusterStatus {

@@ -16,7 +16,7 @@ pub(super) const MAPPINGS: [(&str, &str, &str); 12] = [
     ("services.connect", "`connect`", "to endpoints"),
     ("services.connect.endpoints", "an endpoint", "address weight"),
     ("kubernetes", "`kubernetes`", "services publish_every hold_for place"),
-    ("kubernetes.services", "a service", "name service selector namespace port match policy quota exempt health keepalive move"),
+    ("kubernetes.services", "a service", "name service selector namespace port match policy quota exempt health keepalive move rebalance"),
     ("kubernetes.services.quota", "`quota`", "per_backend clients connections_per_client pods observed headroom min_quota"),
     ("kubernetes.services.quota.pods", "a class of pods", "selector namespace connections"),
     ("kubernetes.services.keepalive", "`keepalive`", "idle interval probes"),

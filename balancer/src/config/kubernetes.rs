@@ -68,6 +68,8 @@ pub struct ClusterService {
     pub keepalive: Option<Keepalive>,
     /// How established connections are moved.
     pub moving: MoveRule,
+    /// Whether they are moved so that the pods are even.
+    pub rebalance: bool,
 }
 
 impl ClusterService {

@@ -68,6 +68,7 @@ fn service(node: &Node) -> Result<ClusterService> {
     let name = fields.required("name", service_name)?;
     Ok(ClusterService {
         moving: moving(&fields, &name)?,
+        rebalance: is_on(&fields, "rebalance")?,
         name,
         of: choice(&fields)?,
         port: fields

@@ -1,7 +1,7 @@
 //! Moves of established connections: which are ordered, and what has become of them.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -12,12 +12,13 @@ use tracing::{info, warn};
 use super::attach::GuardedNetns;
 use super::log_limit::BY_HAND;
 use super::quotas::{drain, undrain};
-use super::rebalancing::{Rebalancing, Shedding};
+use super::rebalancing::{BackendGroup, Rebalancing, Shedding};
 use crate::config::MoveRule;
 use crate::dataplane::{MovingSockets, Plan, SlotView, Writer, services};
 use crate::moving::{Manner, Mover, Order, Outcome, Report};
 use crate::quota::QuotaSource;
 use crate::quota::in_force::written;
+use crate::rebalance::COMES_BACK;
 use crate::sys::sock_diag::Socket;
 
 /// In a second, one connection in so many of a backend is moved, so that its clients don't all
@@ -25,6 +26,9 @@ use crate::sys::sock_diag::Socket;
 const PART_A_SECOND: usize = 20;
 /// But at least so many.
 const LEAST_A_SECOND: usize = 5;
+/// One that ends is empty after so many seconds, as far as its clients go: its pod has half a
+/// minute, where nothing else is said.
+const EMPTY_AFTER: usize = 10;
 /// A connection that stays is not tried again before.
 const RETRY: Duration = Duration::from_secs(60);
 /// A backend that has been uneven is taken for even when nothing was ordered for so long.
@@ -47,6 +51,32 @@ pub struct Moves {
     batches: BTreeMap<BackendId, Batch>,
     /// What should be moved so that backends are even.
     rebalancing: Rebalancing,
+    /// The backends that are to be emptied, and why.
+    leaving: BTreeMap<BackendId, Cause>,
+    /// What people call backends, where that says more than their addresses.
+    names: HashMap<BackendId, String>,
+    /// When moves were ordered of late.
+    of_late: VecDeque<(Instant, BackendId)>,
+}
+
+/// How many connections of this node's backends are being moved.
+#[derive(Clone, Debug, Default)]
+pub struct Departures(BTreeMap<BackendId, Departing>);
+
+/// How many connections of a backend are being moved.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Departing {
+    /// Established ones that are about to go.
+    pub moving: u32,
+    /// Those whose move began within [`COMES_BACK`], gone or not.
+    pub returning: u32,
+}
+
+impl Departures {
+    /// Those of a backend.
+    pub fn of(&self, backend: BackendId) -> Departing {
+        self.0.get(&backend).copied().unwrap_or_default()
+    }
 }
 
 /// Connections of a backend that are moved for one reason.
@@ -57,19 +87,34 @@ struct Batch {
     began: Instant,
     /// When one was ordered last.
     ordered: Instant,
+    /// What the backend had when it began.
+    had: usize,
     left: usize,
     stay: BTreeMap<String, usize>,
 }
 
-/// Why connections of a backend are moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why connections of a backend are moved: what outranks another comes later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Cause {
+    /// It has more than its share.
+    Uneven,
     /// Somebody wants so many more to move.
     ByHand(usize),
     /// All move: it is drained.
     Drained,
-    /// It has more than its share.
-    Uneven,
+    /// All move: it ends.
+    Ends,
+}
+
+impl Cause {
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Uneven => "it holds more than its share",
+            Self::ByHand(_) => "by hand",
+            Self::Drained => "it is drained",
+            Self::Ends => "its pod is ending",
+        }
+    }
 }
 
 impl Moves {
@@ -86,12 +131,10 @@ impl Moves {
     ) -> Result<String> {
         let view = find(writer, backend)?;
         movable(writer, plan, &view)?;
-        let batch = self.batch(writer, &view, Cause::ByHand(0), "by hand");
-        batch.cause = match batch.cause {
-            Cause::ByHand(before) => Cause::ByHand(before + number),
-            Cause::Uneven => Cause::ByHand(number),
-            Cause::Drained => Cause::Drained,
-        };
+        let batch = self.batch(writer, &view, Cause::ByHand(0), None);
+        if let Cause::ByHand(wanted) = &mut batch.cause {
+            *wanted += number;
+        }
         Ok(format!(
             "moving {number} connections of {}; `balancer status` shows how far it is",
             batch.name
@@ -124,7 +167,8 @@ impl Moves {
         Ok(format!("{service}: {server} takes new connections again"))
     }
 
-    /// Orders the moves that are due, and takes in what has become of earlier ones.
+    /// Orders the moves that are due, and takes in what has become of earlier ones. Where nothing
+    /// `moves`, what would be moved to even out is only said.
     ///
     /// # Errors
     /// When a map or the socket table can't be read.
@@ -133,15 +177,20 @@ impl Moves {
         guarded: &GuardedNetns,
         writer: &mut Writer,
         plan: Option<&Plan>,
+        groups: &[BackendGroup],
+        moves: bool,
     ) -> Result<()> {
         self.take_reports(writer);
         let slots = writer.tables.slots()?;
-        for view in slots.iter().filter(|view| is_drained(view)) {
-            if view.counted() > 0 {
-                self.batch(writer, view, Cause::Drained, "it is drained");
+        let names = groups.iter().flat_map(BackendGroup::names);
+        self.names = names.map(|(id, name)| (id, name.clone())).collect();
+        self.leaving = leaving(writer, plan, &slots, groups);
+        for view in &slots {
+            if let Some(cause) = self.leaving.get(&view.id()) {
+                self.batch(writer, view, *cause, None);
             }
         }
-        for shedding in self.rebalancing.decide(guarded, writer, plan, &slots)? {
+        for shedding in self.rebalancing.decide(guarded, writer, groups, moves)? {
             self.rebalance(writer, plan, shedding)?;
         }
         let now = Instant::now();
@@ -169,24 +218,49 @@ impl Moves {
         self.rebalancing.note_refusal(service);
     }
 
-    fn batch(&mut self, writer: &Writer, view: &SlotView, cause: Cause, why: &str) -> &mut Batch {
-        self.batches.entry(view.id()).or_insert_with(|| {
-            let name = name(writer, view);
-            if cause == Cause::Uneven {
-                info!("{name}: moving connections: {why}");
-            } else {
-                info!(target: BY_HAND, "{name}: moving connections: {why}");
-            }
-            let now = Instant::now();
-            Batch {
-                name,
-                cause,
-                began: now,
-                ordered: now,
-                left: 0,
-                stay: BTreeMap::new(),
-            }
-        })
+    /// How many connections are being moved.
+    pub fn departures(&self) -> Departures {
+        let mut all: BTreeMap<BackendId, Departing> = BTreeMap::new();
+        for backend in self.under_way.values() {
+            all.entry(*backend).or_default().moving += 1;
+        }
+        for (_, backend) in &self.of_late {
+            all.entry(*backend).or_default().returning += 1;
+        }
+        Departures(all)
+    }
+
+    /// The moves of a backend's connections, which begin where there were none, or go on for
+    /// another cause.
+    fn batch(
+        &mut self,
+        writer: &Writer,
+        view: &SlotView,
+        cause: Cause,
+        why: Option<&str>,
+    ) -> &mut Batch {
+        let had = view.counted() as usize;
+        let name = self.name(writer, view);
+        let batch = self.batches.entry(view.id());
+        let mut begins = false;
+        let batch = batch.or_insert_with(|| {
+            begins = true;
+            Batch::new(name, cause, had)
+        });
+        if begins || batch.cause < cause {
+            (batch.cause, batch.had) = (cause, had);
+            batch.tell_beginning(why.unwrap_or(cause.words()));
+        }
+        batch
+    }
+
+    /// What the log calls a backend.
+    fn name(&self, writer: &Writer, view: &SlotView) -> String {
+        let service = services::name(&writer.tables, view.member.backend.service);
+        match self.names.get(&view.id()) {
+            Some(shown) => format!("{service}: {shown} (slot {})", view.slot()),
+            None => format!("{service}: {}", view.name()),
+        }
     }
 
     fn rebalance(
@@ -199,7 +273,7 @@ impl Moves {
         let Some(manner) = manner(writer, plan, &view) else {
             return Ok(());
         };
-        self.batch(writer, &view, Cause::Uneven, &why);
+        self.batch(writer, &view, Cause::Uneven, Some(&why));
         for socket in sockets {
             if !self.under_way.contains_key(&socket.cookie) {
                 self.send(writer, &view, socket, manner)?;
@@ -219,9 +293,10 @@ impl Moves {
         let Some(batch) = self.batches.get(&view.id()) else {
             return Ok(());
         };
-        let wanted = match batch.cause {
+        let (cause, had) = (batch.cause, batch.had);
+        let wanted = match cause {
             Cause::ByHand(wanted) => wanted,
-            Cause::Drained => usize::MAX,
+            Cause::Drained | Cause::Ends => usize::MAX,
             Cause::Uneven => 0,
         };
         // What is missing was said when it failed.
@@ -231,7 +306,11 @@ impl Moves {
         }
         let mut connections = guarded.connections(writer, &[*view])?;
         let mut connections = connections.remove(&view.id()).unwrap_or_default();
-        let rate = (connections.len() / PART_A_SECOND).max(LEAST_A_SECOND);
+        let part = match cause {
+            Cause::Ends => had.max(connections.len()) / EMPTY_AFTER,
+            _ => connections.len() / PART_A_SECOND,
+        };
+        let rate = part.max(LEAST_A_SECOND);
         connections.retain(|socket| {
             !self.under_way.contains_key(&socket.cookie)
                 && !self.staying.contains_key(&socket.cookie)
@@ -247,6 +326,7 @@ impl Moves {
         connections.truncate(rate.min(wanted));
         let number = connections.len();
         for socket in connections {
+            self.rebalancing.note_told(view.id(), &socket);
             self.send(writer, view, socket, manner)?;
         }
         if let Some(batch) = self.batches.get_mut(&view.id())
@@ -274,8 +354,10 @@ impl Moves {
         };
         self.mover(writer)?.order(order)?;
         self.under_way.insert(cookie, backend);
+        let now = Instant::now();
+        self.of_late.push_back((now, backend));
         if let Some(batch) = self.batches.get_mut(&backend) {
-            batch.ordered = Instant::now();
+            batch.ordered = now;
         }
         Ok(())
     }
@@ -307,13 +389,12 @@ impl Moves {
 
     /// Says what has become of those that are done, or whose backend is gone.
     fn end_batches(&mut self, slots: &[SlotView]) {
-        let under_way = &self.under_way;
+        let (under_way, leaving) = (&self.under_way, &self.leaving);
         self.batches.retain(|id, batch| {
             let view = slots.iter().find(|view| view.id() == *id);
-            let drained = view.is_some_and(|view| is_drained(view) && view.counted() > 0);
             let more = match batch.cause {
                 Cause::ByHand(wanted) => wanted > 0,
-                Cause::Drained => drained,
+                Cause::Drained | Cause::Ends => leaving.contains_key(id),
                 Cause::Uneven => batch.ordered.elapsed() < QUIET,
             };
             let busy = under_way.values().any(|backend| backend == id);
@@ -325,7 +406,11 @@ impl Moves {
         });
     }
 
-    fn show(&self, writer: &Writer, slots: &[SlotView]) {
+    fn show(&mut self, writer: &Writer, slots: &[SlotView]) {
+        let is_old = |at: &Instant| at.elapsed() >= COMES_BACK;
+        while self.of_late.front().is_some_and(|(at, _)| is_old(at)) {
+            self.of_late.pop_front();
+        }
         for view in slots {
             let id = view.id();
             let number = self.under_way.values().filter(|backend| **backend == id);
@@ -340,6 +425,31 @@ impl Moves {
 }
 
 impl Batch {
+    fn new(name: String, cause: Cause, had: usize) -> Self {
+        let now = Instant::now();
+        Self {
+            name,
+            cause,
+            began: now,
+            ordered: now,
+            had,
+            left: 0,
+            stay: BTreeMap::new(),
+        }
+    }
+
+    fn tell_beginning(&self, why: &str) {
+        let Self { name, had, .. } = self;
+        match self.cause {
+            Cause::Uneven => info!("{name}: moving connections: {why}"),
+            Cause::Ends => info!("{name}: moving all {had} connections: {why}"),
+            Cause::Drained => {
+                info!(target: BY_HAND, "{name}: moving all {had} connections: {why}");
+            }
+            Cause::ByHand(_) => info!(target: BY_HAND, "{name}: moving connections: {why}"),
+        }
+    }
+
     fn add(&mut self, outcome: Outcome) {
         match outcome {
             Outcome::Left | Outcome::Closed => self.left += 1,
@@ -376,6 +486,22 @@ fn add(writer: &Writer, backend: BackendId, outcome: &Outcome) {
     );
 }
 
+/// The backends that have connections and are to be emptied, and why.
+fn leaving(
+    writer: &Writer,
+    plan: Option<&Plan>,
+    slots: &[SlotView],
+    groups: &[BackendGroup],
+) -> BTreeMap<BackendId, Cause> {
+    let drained = slots.iter().filter(|view| is_drained(view));
+    let drained = drained.map(|view| (view, Cause::Drained));
+    let ending = groups.iter().flat_map(BackendGroup::ending);
+    let ending = ending.map(|view| (view, Cause::Ends));
+    let has_some = |view: &SlotView| view.counted() > 0 && manner(writer, plan, view).is_some();
+    let all = drained.chain(ending).filter(|(view, _)| has_some(view));
+    all.map(|(view, cause)| (view.id(), cause)).collect()
+}
+
 /// Whether a backend is taken out by hand.
 pub fn is_drained(view: &SlotView) -> bool {
     let written = written(&view.member.policy, view.slot_state());
@@ -400,11 +526,6 @@ fn movable(writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Result<()> 
         services::name(&writer.tables, view.member.backend.service)
     );
     Ok(())
-}
-
-fn name(writer: &Writer, view: &SlotView) -> String {
-    let service = services::name(&writer.tables, view.member.backend.service);
-    format!("{service}: {}", view.name())
 }
 
 /// The backend that somebody means: a slot, or an address and a port.

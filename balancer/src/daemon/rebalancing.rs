@@ -1,4 +1,4 @@
-//! Which connections of this host's services should move so that their backends are even.
+//! Which connections of this node's backends should move so that backends are even.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
@@ -7,12 +7,9 @@ use anyhow::Result;
 use balancer_common::abi::{BackendId, BackendState, HealthState, ticks};
 
 use super::attach::GuardedNetns;
-use super::moves::is_drained;
-use crate::config::MoveRule;
-use crate::dataplane::{Plan, ServicePlan, SlotView, Writer, services};
+use crate::dataplane::{SlotView, Writer};
 use crate::rebalance::{
-    Action, Backend, BalanceBy, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay,
-    plan,
+    Action, Backend, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay, plan,
 };
 use crate::sys::clock;
 use crate::sys::sock_diag::Socket;
@@ -22,11 +19,95 @@ const LOOKS_AGAIN: Duration = Duration::from_secs(5);
 /// And not at all once nothing has moved for so long and all is even.
 const AT_REST_AFTER: Duration = Duration::from_secs(120);
 /// Nothing moves for so long after somebody was refused.
-const AFTER_REFUSAL: Duration = Duration::from_secs(10);
+pub const AFTER_REFUSAL: Duration = Duration::from_secs(10);
 
-/// The backends that are to shed connections, which ones, and why.
+/// The backends that share the clients of a service.
+pub struct BackendGroup {
+    /// What the log calls it. No other one is called so.
+    pub name: String,
+    /// All of them as the rule takes them, those of this node without their connections.
+    pub group: Group,
+    /// Those of this node.
+    pub own: Vec<OwnBackend>,
+    /// What people call backends whose name says more.
+    pub shown: BTreeMap<String, String>,
+}
+
+/// A backend of this node: a listener, in a cluster those of a pod.
+pub struct OwnBackend {
+    /// Its name in the group.
+    pub name: String,
+    /// Where it listens, and where it has connections.
+    pub listeners: Vec<SlotView>,
+}
+
+impl BackendGroup {
+    /// What people call a backend.
+    fn shown(&self, backend: &str) -> String {
+        let shown = self.shown.get(backend);
+        shown.map_or(backend, String::as_str).to_owned()
+    }
+
+    /// What people call the backends of this node whose name says more, by their listeners.
+    pub fn names(&self) -> impl Iterator<Item = (BackendId, &String)> {
+        self.own.iter().flat_map(|own| {
+            let shown = self.shown.get(&own.name).into_iter();
+            shown.flat_map(|shown| own.listeners.iter().map(move |view| (view.id(), shown)))
+        })
+    }
+
+    /// The listeners of backends that end while others are there for their clients.
+    pub fn ending(&self) -> impl Iterator<Item = &SlotView> {
+        let ends = |own: &&OwnBackend| self.group.phase(&own.name) == Some(Phase::Terminating);
+        let has_ready = self.group.has_ready();
+        let own = self.own.iter().filter(ends).filter(move |_| has_ready);
+        own.flat_map(|own| &own.listeners)
+    }
+
+    /// The sentence of a decision.
+    fn sentence(&self, decision: &Decision) -> String {
+        let mut shown = decision.clone();
+        shown.backend = self.shown(&decision.backend);
+        if let Action::Stay(Stay::InputsTooOld { backend, .. }) = &mut shown.action {
+            *backend = self.shown(backend);
+        }
+        format!("{}: {shown}", self.name)
+    }
+}
+
+/// A backend of this node as the rule takes it; its connections are still to be looked at.
+pub fn own_backend(name: String, weight: u32, phase: Phase, listeners: &[SlotView]) -> Backend {
+    let now = ticks(clock::monotonic_ns());
+    // Where one of its sockets serves, the server lives.
+    let states = listeners.iter().map(|view| view.unhealthy(now));
+    let states: Option<Vec<HealthState>> = states.map(|seen| Some(seen?.0)).collect();
+    let limits = listeners.iter().map(|view| Some(u64::from(view.limit()?)));
+    let counted = listeners.iter().map(|view| u64::from(view.counted()));
+    Backend {
+        name,
+        weight,
+        phase,
+        fitness: match states.and_then(|states| states.first().copied()) {
+            None | Some(HealthState::Serving) => Fitness::Serves,
+            Some(HealthState::Stalled | HealthState::Hung) => Fitness::Stalled,
+            Some(HealthState::Failing) => Fitness::Failing,
+        },
+        limit: limits.sum(),
+        counts: Counts::Own {
+            established: counted.sum(),
+            connections: Vec::new(),
+        },
+    }
+}
+
+/// Whether a listener may get connections, or has some.
+pub fn matters(view: &SlotView) -> bool {
+    view.slot_state().is(BackendState::Active) || view.counted() > 0
+}
+
+/// The connections that a listener is to shed, and why.
 pub struct Shedding {
-    /// The backend.
+    /// The listener.
     pub view: SlotView,
     /// The connections.
     pub sockets: Vec<Socket>,
@@ -34,14 +115,14 @@ pub struct Shedding {
     pub why: String,
 }
 
-/// What is remembered of each service, and what was decided last.
+/// What is remembered of each group, and what was decided last.
 pub struct Rebalancing {
     started: Instant,
-    services: BTreeMap<String, Service>,
+    groups: BTreeMap<String, Remembered>,
 }
 
 #[derive(Default)]
-struct Service {
+struct Remembered {
     memory: Memory,
     /// When somebody was refused last.
     refused: Option<Instant>,
@@ -52,14 +133,17 @@ struct Service {
     connections: BTreeMap<BackendId, Vec<Connection>>,
     /// When each connection was first seen, by its cookie.
     opened: HashMap<u64, Duration>,
+    /// The names of this node's backends, by their listeners.
+    own: BTreeMap<BackendId, String>,
     decisions: Vec<Decision>,
+    sentences: Vec<String>,
 }
 
 impl Default for Rebalancing {
     fn default() -> Self {
         Self {
             started: Instant::now(),
-            services: BTreeMap::new(),
+            groups: BTreeMap::new(),
         }
     }
 }
@@ -67,12 +151,24 @@ impl Default for Rebalancing {
 impl Rebalancing {
     /// Notes that a client of a service was refused.
     pub fn note_refusal(&mut self, service: &str) {
-        if let Some(service) = self.services.get_mut(service) {
-            service.refused = Some(Instant::now());
+        if let Some(group) = self.groups.get_mut(service) {
+            group.refused = Some(Instant::now());
         }
     }
 
-    /// Decides what should move now; to be asked once a second.
+    /// Notes that a connection is moved which the rule has not asked for.
+    pub fn note_told(&mut self, backend: BackendId, socket: &Socket) {
+        let now = self.started.elapsed();
+        for group in self.groups.values_mut() {
+            if let Some(name) = group.own.get(&backend) {
+                let connection = connection(socket, &mut group.opened, now);
+                group.memory.told(name, &connection, now);
+            }
+        }
+    }
+
+    /// Decides what should move now; to be asked once a second. Where nothing `moves`, it is only
+    /// said.
     ///
     /// # Errors
     /// When a map or the socket table can't be read.
@@ -80,59 +176,48 @@ impl Rebalancing {
         &mut self,
         guarded: &GuardedNetns,
         writer: &Writer,
-        plan: Option<&Plan>,
-        slots: &[SlotView],
+        groups: &[BackendGroup],
+        moves: bool,
     ) -> Result<Vec<Shedding>> {
-        let wanted: Vec<&ServicePlan> = plan
-            .into_iter()
-            .flat_map(|plan| &plan.services)
-            .filter(|service| service.moving != MoveRule::Off && service.rebalance)
-            .collect();
-        let is_wanted = |name: &String| wanted.iter().any(|service| service.name == *name);
-        self.services.retain(|name, _| is_wanted(name));
-        if wanted.is_empty() {
-            return Ok(Vec::new());
-        }
-        let ids = services::ids(&writer.tables)?;
+        let wanted = || groups.iter().filter(|group| group.group.is_on);
+        (self.groups).retain(|name, _| wanted().any(|group| group.name == *name));
         let now = self.started.elapsed();
         let mut shedding = Vec::new();
-        for service in wanted {
-            let Some(id) = ids.get(&service.name) else {
-                continue;
-            };
-            let of_service = slots.iter().copied();
-            let backends: Vec<SlotView> = of_service
-                .filter(|view| view.member.backend.service == *id && matters(view))
-                .collect();
-            let known = self.services.entry(service.name.clone()).or_default();
-            known.look(guarded, writer, &backends, now)?;
-            known.decide(&backends, now);
-            shedding.extend(known.shedding(guarded, writer, &backends, now)?);
+        for group in wanted() {
+            let known = self.groups.entry(group.name.clone()).or_default();
+            known.look(guarded, writer, group, now)?;
+            known.decide(group, now);
+            if moves {
+                shedding.extend(known.shedding(guarded, writer, group, now)?);
+            }
         }
         Ok(shedding)
     }
 
     /// What was decided last, a sentence for each backend.
     pub fn sentences(&self) -> Vec<String> {
-        let decisions = |(name, service): (&String, &Service)| {
-            let sentence = |decision: &Decision| format!("{name}: {decision}");
-            service.decisions.iter().map(sentence).collect::<Vec<_>>()
-        };
-        self.services.iter().flat_map(decisions).collect()
+        let sentences = self.groups.values().flat_map(|group| &group.sentences);
+        sentences.cloned().collect()
     }
 }
 
-impl Service {
+impl Remembered {
     /// Looks at the connections where that is due: at rest nobody asks for them.
     fn look(
         &mut self,
         guarded: &GuardedNetns,
         writer: &Writer,
-        backends: &[SlotView],
+        group: &BackendGroup,
         now: Duration,
     ) -> Result<()> {
+        let listeners = || group.own.iter().flat_map(|own| &own.listeners);
+        let named = group.own.iter().flat_map(|own| {
+            let listeners = own.listeners.iter();
+            listeners.map(|view| (view.id(), own.name.clone()))
+        });
+        self.own = named.collect();
         let moving = |view: &SlotView| writer.tables.moves(view.id()).under_way() > 0;
-        let moving = backends.iter().any(moving);
+        let moving = listeners().any(moving);
         let at_rest = self.decisions.iter().all(is_even)
             && self.shed.is_none_or(|at| at.elapsed() >= AT_REST_AFTER);
         let looked = self.looked.is_some_and(|at| at.elapsed() < LOOKS_AGAIN);
@@ -141,14 +226,10 @@ impl Service {
         }
         self.looked = Some(Instant::now());
         self.connections.clear();
-        for (backend, sockets) in guarded.connections(writer, backends)? {
-            let connections = sockets.iter().map(|socket| Connection {
-                cookie: socket.cookie,
-                client: socket.remote.ip(),
-                opened: *self.opened.entry(socket.cookie).or_insert(now),
-                load: 0,
-                is_movable: true,
-            });
+        let listeners: Vec<SlotView> = listeners().copied().collect();
+        for (backend, sockets) in guarded.connections(writer, &listeners)? {
+            let sockets = sockets.iter();
+            let connections = sockets.map(|socket| connection(socket, &mut self.opened, now));
             self.connections.insert(backend, connections.collect());
         }
         let there = self.connections.values().flatten().map(|one| one.cookie);
@@ -157,98 +238,89 @@ impl Service {
         Ok(())
     }
 
-    fn decide(&mut self, backends: &[SlotView], now: Duration) {
-        let group = self.group(backends);
+    fn decide(&mut self, of: &BackendGroup, now: Duration) {
+        let mut group = of.group.clone();
+        group.are_refused |= self.refused.is_some_and(|at| at.elapsed() < AFTER_REFUSAL);
+        for own in &of.own {
+            let mut backends = group.backends.iter_mut();
+            let backend = backends.find(|backend| backend.name == own.name);
+            if let Some(Counts::Own { connections, .. }) = backend.map(|one| &mut one.counts) {
+                *connections = self.connections_of(own);
+            }
+        }
         self.memory.note(&group, now);
         self.decisions = plan(&group, &self.memory, now);
+        let sentences = self.decisions.iter().map(|decision| of.sentence(decision));
+        self.sentences = sentences.collect();
     }
 
-    /// What the decisions mean, and notes that it is done. A drained backend sheds without them.
+    fn connections_of(&self, own: &OwnBackend) -> Vec<Connection> {
+        let listeners = own.listeners.iter();
+        let known = listeners.filter_map(|view| self.connections.get(&view.id()));
+        known.flatten().copied().collect()
+    }
+
+    /// What the decisions mean, and notes that it is done. A backend that is leaving sheds without
+    /// them.
     fn shedding(
         &mut self,
         guarded: &GuardedNetns,
         writer: &Writer,
-        backends: &[SlotView],
+        of: &BackendGroup,
         now: Duration,
     ) -> Result<Vec<Shedding>> {
-        let sheds = |view: &&SlotView| !is_drained(view) && self.sheds(view).is_some();
-        let shedding: Vec<SlotView> = backends.iter().filter(sheds).copied().collect();
+        let is_leaving =
+            |own: &OwnBackend| of.group.phase(&own.name).is_some_and(Phase::is_leaving);
+        let sheds = |own: &&OwnBackend| !is_leaving(own) && self.sheds(own).is_some();
+        let shedding: Vec<&OwnBackend> = of.own.iter().filter(sheds).collect();
         if shedding.is_empty() {
             return Ok(Vec::new());
         }
         self.shed = Some(Instant::now());
-        let mut connections = guarded.connections(writer, &shedding)?;
+        let listeners = shedding.iter().flat_map(|own| &own.listeners).copied();
+        let mut there = guarded.connections(writer, &listeners.collect::<Vec<_>>())?;
         let mut all = Vec::new();
-        for view in shedding {
-            let Some((cookies, why)) = self.sheds(&view) else {
+        for own in shedding {
+            let Some((cookies, why)) = self.sheds(own) else {
                 continue;
             };
-            let mut sockets = connections.remove(&view.id()).unwrap_or_default();
-            sockets.retain(|socket| cookies.contains(&socket.cookie));
-            let known = self.connections.get(&view.id()).into_iter().flatten();
-            for connection in known.filter(|one| cookies.contains(&one.cookie)) {
-                self.memory.told(&view.name(), connection, now);
+            for connection in self.connections_of(own) {
+                if cookies.contains(&connection.cookie) {
+                    self.memory.told(&own.name, &connection, now);
+                }
             }
-            all.push(Shedding { view, sockets, why });
+            for view in own.listeners.iter().copied() {
+                let mut sockets = there.remove(&view.id()).unwrap_or_default();
+                sockets.retain(|socket| cookies.contains(&socket.cookie));
+                let why = why.clone();
+                all.push(Shedding { view, sockets, why });
+            }
         }
+        all.retain(|shedding| !shedding.sockets.is_empty());
         Ok(all)
     }
 
     /// Which connections a backend should shed, and why.
-    fn sheds(&self, view: &SlotView) -> Option<(Vec<u64>, String)> {
-        let name = view.name();
+    fn sheds(&self, own: &OwnBackend) -> Option<(Vec<u64>, String)> {
         let mut decisions = self.decisions.iter();
-        let decision = decisions.find(|decision| decision.backend == name)?;
+        let decision = decisions.find(|decision| decision.backend == own.name)?;
         match &decision.action {
             Action::Shed { cookies, why } => Some((cookies.clone(), why.to_string())),
             Action::Stay(_) => None,
         }
     }
+}
 
-    fn group(&self, backends: &[SlotView]) -> Group {
-        let refused = self.refused.is_some_and(|at| at.elapsed() < AFTER_REFUSAL);
-        Group {
-            is_on: true,
-            balance_by: BalanceBy::Connections,
-            slow_start: Duration::ZERO,
-            are_refused: refused,
-            backends: backends.iter().map(|view| self.backend(view)).collect(),
-        }
-    }
-
-    fn backend(&self, view: &SlotView) -> Backend {
-        let unhealthy = view.unhealthy(ticks(clock::monotonic_ns()));
-        Backend {
-            name: view.name(),
-            weight: view.member.weight(),
-            phase: match view.slot_state().is(BackendState::Active) {
-                false => Phase::NotReady,
-                true if is_drained(view) => Phase::Draining,
-                true => Phase::Ready,
-            },
-            fitness: match unhealthy.map(|(state, _)| state) {
-                None | Some(HealthState::Serving) => Fitness::Serves,
-                Some(HealthState::Stalled | HealthState::Hung) => Fitness::Stalled,
-                Some(HealthState::Failing) => Fitness::Failing,
-            },
-            limit: view.limit().map(u64::from),
-            counts: Counts::Own {
-                established: view.counted().into(),
-                connections: self
-                    .connections
-                    .get(&view.id())
-                    .cloned()
-                    .unwrap_or_default(),
-            },
-        }
+fn connection(socket: &Socket, opened: &mut HashMap<u64, Duration>, now: Duration) -> Connection {
+    Connection {
+        cookie: socket.cookie,
+        client: socket.remote.ip(),
+        opened: *opened.entry(socket.cookie).or_insert(now),
+        load: 0,
+        is_movable: true,
     }
 }
 
 fn is_even(decision: &Decision) -> bool {
     matches!(decision.action, Action::Stay(Stay::Even { .. } | Stay::Off))
-}
-
-/// It may get connections, or has some.
-fn matters(view: &SlotView) -> bool {
-    view.slot_state().is(BackendState::Active) || view.counted() > 0
 }

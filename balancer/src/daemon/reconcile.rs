@@ -55,8 +55,18 @@ pub fn kept(config: &Config) -> Kept {
     Kept {
         other_netns: config.namespaces != NetnsScope::Own,
         placing: config.kubernetes.is_some() || !config.connects.is_empty(),
-        moving: (config.services.iter()).any(|service| service.moving != MoveRule::Off),
+        moving: moves_any(config),
     }
+}
+
+fn moves_any(config: &Config) -> bool {
+    let of_host = config.services.iter().map(|service| service.moving);
+    let in_cluster = config
+        .kubernetes
+        .iter()
+        .flat_map(|cluster| &cluster.services);
+    let mut rules = of_host.chain(in_cluster.map(|service| service.moving));
+    rules.any(|rule| rule != MoveRule::Off)
 }
 
 /// The daemon's state.
@@ -200,7 +210,7 @@ impl Daemon {
         log_failure(self.health.begin(&self.guarded, &mut self.writer));
         let done = self.go_on() && !self.is_auditing_everywhere();
         log_failure(self.note_down());
-        log_failure((self.moves).follow(&self.guarded, &mut self.writer, self.plan.as_ref()));
+        log_failure(self.follow_moves());
         log_failure(self.strangers.give_up(&self.writer));
         if self.in_part && self.failed.is_none() && followed && done {
             self.in_part = false;
@@ -341,11 +351,17 @@ impl Daemon {
 
     /// What was decided last of evening out, a sentence for each backend.
     pub fn rebalancing(&self) -> String {
-        let sentences = self.moves.sentences();
+        let mut sentences = self.moves.sentences();
         if sentences.is_empty() {
-            return "no service of this daemon moves connections so that backends are even: it says \
-                    `rebalance: off` or `move: off`, `mode` is not `on`, or it is in a cluster"
+            return "nothing is moved so that backends are even: services say `rebalance: off` or \
+                    `move: off`, `mode` is `count`, or this node has none of their backends"
                 .to_owned();
+        }
+        if self.effect == Effect::DryRun {
+            sentences.insert(
+                0,
+                "`mode` is `dry-run`: nothing moves. It would be:".to_owned(),
+            );
         }
         sentences.join("\n")
     }
@@ -356,12 +372,6 @@ impl Daemon {
     /// When it is not known, or its service moves no connections.
     pub fn set_drained(&mut self, backend: &str, drained: bool) -> Result<String> {
         let message = if drained {
-            ensure!(
-                matches!(self.mode, Mode::Standalone(_)),
-                "in a cluster no pod is drained by hand yet, since the other nodes would go on \
-                 placing clients there: scale it down, or delete it. `balancer shed` moves some of \
-                 its connections"
-            );
             Moves::drain(&self.writer, self.plan.as_ref(), backend)?
         } else {
             self.moves.undrain(&self.writer, backend)?
@@ -419,6 +429,19 @@ impl Daemon {
         }
         ensure!(left_out.is_empty(), no_room(&left_out));
         Ok(())
+    }
+
+    /// Moves connections that should be elsewhere.
+    fn follow_moves(&mut self) -> Result<()> {
+        let groups = match self.effect {
+            Effect::Count => Vec::new(),
+            Effect::DryRun | Effect::On => self.mode.backend_groups(&self.writer)?,
+        };
+        let moves = self.effect == Effect::On;
+        let (writer, plan) = (&mut self.writer, self.plan.as_ref());
+        let followed = (self.moves).follow(&self.guarded, writer, plan, &groups, moves);
+        self.mode.note_departures(self.moves.departures());
+        followed
     }
 
     /// Puts in force where connects of this node should go, and what is known of loads.

@@ -50,8 +50,6 @@ pub struct ServicePlan {
     pub keepalive: Option<Keepalive>,
     /// How established connections are moved.
     pub moving: MoveRule,
-    /// Whether connections are moved so that backends are even.
-    pub rebalance: bool,
     /// The places where listeners are backends of the service.
     pub listen: Vec<ListenAt>,
     /// What of all that is done.
@@ -261,7 +259,6 @@ mod tests {
             rule: String::new(),
             keepalive: None,
             moving: MoveRule::Off,
-            rebalance: false,
             exempt: vec![
                 "10.0.0.0/24".parse().unwrap(),
                 "0.0.0.0/0".parse().unwrap(),

@@ -61,6 +61,8 @@ fn backend(backend: &ReportedBackend) -> Result<(), String> {
     within("pending", backend.pending.unwrap_or(0), MAX_CONNECTIONS)?;
     within("quota", backend.quota.unwrap_or(0), MAX_CONNECTIONS)?;
     within("room", backend.room.unwrap_or(0), MAX_CONNECTIONS)?;
+    within("moving", backend.moving, MAX_CONNECTIONS)?;
+    within("returning", backend.returning, MAX_CONNECTIONS)?;
     let Some(health) = &backend.health else {
         return Ok(());
     };

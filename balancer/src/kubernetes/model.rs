@@ -273,6 +273,21 @@ pub struct ReportedBackend {
     /// Why it does not serve; absent: it serves, or its health is not regarded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health: Option<ReportedHealth>,
+    /// Established connections that are being moved: they are about to go.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub moving: u32,
+    /// Connections whose move began within the last seconds, gone or not: their clients are about
+    /// to come back to some pod.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub returning: u32,
+    /// It is taken out by hand: it gets no new connections.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drained: bool,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+const fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A backend that does not serve.
@@ -302,6 +317,9 @@ impl ReportedBackend {
                     other.clone()
                 }
             }),
+            moving: self.moving.saturating_add(other.moving),
+            returning: self.returning.saturating_add(other.returning),
+            drained: self.drained || other.drained,
             ..self
         }
     }

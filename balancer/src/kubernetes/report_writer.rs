@@ -137,6 +137,7 @@ fn without_counts(report: &NodeReport) -> NodeReport {
     let mut report = report.clone();
     for backend in &mut report.backends {
         (backend.established, backend.exempt) = (0, 0);
+        (backend.moving, backend.returning) = (0, 0);
         backend.pending = backend.pending.map(|_| 0);
         backend.quota = backend.quota.map(|_| 0);
         backend.room = backend.room.map(|room| room.min(1));
@@ -395,6 +396,9 @@ mod tests {
                     quota: Some(99),
                     room,
                     health: None,
+                    moving: 0,
+                    returning: 0,
+                    drained: false,
                 })
                 .collect(),
             ..node_report(u64::from(backends[0].0), &[])
@@ -474,6 +478,9 @@ mod tests {
                     state: state.to_owned(),
                     seconds,
                 }),
+                moving: 0,
+                returning: 0,
+                drained: false,
             }],
             ..node_report(7, &[])
         };

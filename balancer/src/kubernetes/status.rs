@@ -144,6 +144,10 @@ pub struct BackendStatus {
     pub room: Option<u32>,
     /// Why it does not serve; `null`: it serves.
     pub health: Option<PodHealth>,
+    /// Whether it is taken out by hand.
+    pub drained: Option<bool>,
+    /// Established connections that are being moved.
+    pub moving: Option<u32>,
     /// The age of its node report, in seconds; 0 for pods of the asked node.
     pub seconds_ago: Option<u64>,
 }

@@ -239,6 +239,7 @@ fn config() -> Kubernetes {
         health: true,
         keepalive: Some(Keepalive::DEFAULT),
         moving: crate::config::MoveRule::Graceful,
+        rebalance: true,
     };
     Kubernetes {
         services: vec![entry("agents", "grpc"), entry("als", "als")],

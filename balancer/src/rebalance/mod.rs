@@ -44,6 +44,8 @@ pub const HOLD: Duration = Duration::from_secs(15);
 /// Counts that are older are not acted upon. Nodes publish what has changed within seconds, and
 /// what has not each 30 seconds.
 pub const TOO_OLD: Duration = Duration::from_secs(40);
+/// Nothing is acted upon after the other nodes have been silent for longer.
+pub const UNHEARD: Duration = Duration::from_secs(10);
 /// For so long after a change of the ready backends nothing moves, except from one that is drained.
 pub const SETTLES: Duration = Duration::from_secs(30);
 /// For so long a client that was told to move is expected to come back, and counts as a connection
@@ -67,8 +69,25 @@ pub struct Group {
     pub slow_start: Duration,
     /// Whether a client was refused for want of room within the last seconds.
     pub are_refused: bool,
+    /// For how long nothing was heard of the other nodes that should have been.
+    pub unheard_for: Duration,
     /// All backends: those that are not ready and hold nothing may be left out.
     pub backends: Vec<Backend>,
+}
+
+impl Group {
+    /// The phase of a backend; `None`: there is none of that name.
+    pub fn phase(&self, backend: &str) -> Option<Phase> {
+        let mut backends = self.backends.iter();
+        let backend = backends.find(|one| one.name == backend)?;
+        Some(backend.phase)
+    }
+
+    /// Whether any backend is ready.
+    pub fn has_ready(&self) -> bool {
+        let mut backends = self.backends.iter();
+        backends.any(|backend| backend.phase == Phase::Ready)
+    }
 }
 
 /// What is to be even: `balance_by`.
@@ -248,6 +267,11 @@ pub enum Stay {
         backend: String,
         /// How old; `None`: nothing was ever heard.
         age: Option<Duration>,
+    },
+    /// Nothing was heard of the other nodes for longer than [`UNHEARD`].
+    Unheard {
+        /// For how long.
+        unheard_for: Duration,
     },
     /// Somebody is refused for want of room.
     Refused,

@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::pick::{Candidates, oldest};
 use super::standing::{Standing, Standings};
 use super::{
-    Action, BalanceBy, Counts, Decision, Group, HOLD, Memory, Phase, SETTLES, Stay, TOO_OLD, Why,
-    by_load,
+    Action, BalanceBy, Counts, Decision, Group, HOLD, Memory, Phase, SETTLES, Stay, TOO_OLD,
+    UNHEARD, Why, by_load,
 };
 
 /// A backend holds too much with more than a share's so many-th part above the share.
@@ -95,6 +95,10 @@ impl Planner<'_> {
         let Some(uneven_for) = self.memory.uneven_for(name, self.now) else {
             return Err(self.even());
         };
+        let unheard_for = self.group.unheard_for;
+        if unheard_for > UNHEARD {
+            return Err(Stay::Unheard { unheard_for });
+        }
         let ready = self.standings.all.iter();
         let ready = ready.filter(|one| one.backend.phase == Phase::Ready);
         if let Some(old) = ready.max_by_key(|one| one.known.age)

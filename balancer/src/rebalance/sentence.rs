@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use super::{Action, Decision, HOLD, SETTLES, Stay, TOO_OLD, Why};
+use super::{Action, Decision, HOLD, SETTLES, Stay, TOO_OLD, UNHEARD, Why};
 
 impl fmt::Display for Decision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -73,6 +73,12 @@ impl fmt::Display for Stay {
                 "what is known of {backend} is {} old, and {} is the most",
                 Seconds(*age),
                 Seconds(TOO_OLD)
+            ),
+            Self::Unheard { unheard_for } => write!(
+                f,
+                "nothing was heard of the other nodes for {}, and {} are the most",
+                Seconds(*unheard_for),
+                Seconds(UNHEARD)
             ),
             Self::Refused => {
                 f.write_str("clients are refused for want of room: those who move might be as well")

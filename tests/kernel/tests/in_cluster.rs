@@ -3,6 +3,7 @@
 
 mod crowded;
 pub mod fixture;
+mod moving;
 mod placing;
 mod sick;
 mod told;

@@ -1,7 +1,7 @@
 //! Established connections are moved: clients of plain HTTP/2 are told, and nobody else gets a byte
 //! that its server did not write.
 
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, Scope};
@@ -41,11 +41,13 @@ fn ping() -> Vec<u8> {
 
 /// What a client has received.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Received {
+pub struct Received {
     /// The payloads of DATA, one after the other.
     data: Vec<u8>,
     /// How many GOAWAYs there were.
-    goaways: usize,
+    pub goaways: usize,
+    /// How many answers of a server that only answers.
+    pub pings: usize,
     /// How many bytes of an incomplete frame are at the end.
     rest: usize,
 }
@@ -55,7 +57,7 @@ struct Received {
 /// # Panics
 /// Where it is none of HTTP/2.
 #[track_caller]
-fn taken_apart(mut bytes: &[u8]) -> Received {
+pub fn taken_apart(mut bytes: &[u8]) -> Received {
     let mut received = Received::default();
     while bytes.len() >= 9 {
         let length = u32::from_be_bytes([0, bytes[0], bytes[1], bytes[2]]) as usize;
@@ -64,7 +66,8 @@ fn taken_apart(mut bytes: &[u8]) -> Received {
         };
         match bytes[3] {
             DATA => received.data.extend(payload),
-            SETTINGS | PING => {}
+            SETTINGS => {}
+            PING => received.pings += 1,
             _ => {
                 assert_eq!(bytes[..17], GOAWAY, "a frame that nobody has written");
                 received.goaways += 1;
@@ -77,26 +80,39 @@ fn taken_apart(mut bytes: &[u8]) -> Received {
 }
 
 /// A client that reads what comes.
-struct Client {
-    stream: TcpStream,
-    bytes: Vec<u8>,
+pub struct Client {
+    pub stream: TcpStream,
+    pub bytes: Vec<u8>,
     /// The server has ended the connection, and how.
-    ended: Option<ErrorKind>,
+    pub ended: Option<ErrorKind>,
 }
 
 impl Client {
-    fn connect(to: SocketAddr) -> Self {
-        let stream = TcpStream::connect(to).expect("connect");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        Self {
-            stream,
-            bytes: Vec::new(),
-            ended: None,
+    pub fn connect(to: SocketAddr) -> Self {
+        Self::try_connect(to).expect("connect")
+    }
+
+    /// Takes a new connection instead. The servers end as soon as the test is over: nobody needs
+    /// one then.
+    pub fn connect_again(&mut self, to: SocketAddr, stop: &AtomicBool) {
+        match Self::try_connect(to) {
+            Ok(connected) => *self = connected,
+            Err(error) => assert!(stop.load(Ordering::Relaxed), "{to}: {error}"),
         }
     }
 
+    fn try_connect(to: SocketAddr) -> io::Result<Self> {
+        let stream = TcpStream::connect(to)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self {
+            stream,
+            bytes: Vec::new(),
+            ended: None,
+        })
+    }
+
     /// Reads what has come; false: the connection has ended.
-    fn read(&mut self) -> bool {
+    pub fn read(&mut self) -> bool {
         let mut buffer = vec![0; 1 << 16];
         while self.ended.is_none() {
             match self.stream.read(&mut buffer) {
@@ -144,14 +160,13 @@ impl Client {
     }
 }
 
-/// Serves every connection of an address on a thread of its own, until `stop`.
-fn serve<'s>(
+/// Serves every connection of a listener on a thread of its own, until `stop`.
+pub fn serve<'s>(
     scope: &'s Scope<'s, '_>,
-    at: SocketAddr,
+    listener: TcpListener,
     stop: &'s AtomicBool,
     speak: impl Fn(&TcpStream, &AtomicBool) + Copy + Send + 's,
 ) {
-    let listener = TcpListener::bind(at).expect("bind");
     listener.set_nonblocking(true).expect("non-blocking");
     scope.spawn(move || {
         while !stop.load(Ordering::Relaxed) {
@@ -170,7 +185,7 @@ fn serve<'s>(
 }
 
 /// Stops the servers also when the test panics.
-struct Stop<'a>(&'a AtomicBool);
+pub struct Stop<'a>(pub &'a AtomicBool);
 
 impl Drop for Stop<'_> {
     fn drop(&mut self) {
@@ -189,7 +204,8 @@ fn with_servers(
         thread::scope(|scope| {
             let _stop = Stop(&stop);
             for at in at {
-                serve(scope, *at, &stop, speak);
+                let listener = TcpListener::bind(at).expect("bind");
+                serve(scope, listener, &stop, speak);
             }
             test(machine);
         });
@@ -344,7 +360,7 @@ fn frames_in_several_messages_stay_whole() {
 }
 
 /// A server that answers each message of its client, and is silent otherwise.
-fn answer(mut stream: &TcpStream, stop: &AtomicBool) {
+pub fn answer(mut stream: &TcpStream, stop: &AtomicBool) {
     let mut open = stream.write_all(&settings()).is_ok();
     while open && !stop.load(Ordering::Relaxed) {
         match stream.read(&mut [0; 4096]) {
@@ -479,7 +495,7 @@ fn follow(to: SocketAddr, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let asked = client.stream.write_all(b"?").is_ok();
         if !asked || !client.read() || client.goaways() > 0 {
-            client = Client::connect(to);
+            client.connect_again(to, stop);
         }
         thread::sleep(Duration::from_millis(30));
     }

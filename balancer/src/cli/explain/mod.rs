@@ -16,7 +16,7 @@ use clap::{Args, error::ErrorKind};
 
 pub(super) use self::{
     ends::{Client as FromClient, From, To},
-    netns::{Netns, Pods, pods, slot_of},
+    netns::{Netns, Pods, pod, pods, slot_of, slots_of},
     show::{Json, Several, text},
 };
 use super::{Place, output::Output};

@@ -81,7 +81,7 @@ fn named(path: &Path) -> String {
 }
 
 /// A pod as an argument.
-pub(super) fn pod(text: &str) -> Result<ObjectName, String> {
+pub(in crate::cli) fn pod(text: &str) -> Result<ObjectName, String> {
     match text.split_once('/') {
         Some((namespace, name))
             if !namespace.is_empty() && !name.is_empty() && !name.contains('/') =>
@@ -95,8 +95,25 @@ pub(super) fn pod(text: &str) -> Result<ObjectName, String> {
     }
 }
 
-/// The slot of the pod's listener on that port.
-pub(in crate::cli) fn slot_of(cluster: &ClusterStatus, pod: &ObjectName, port: u16) -> Result<u32> {
+/// The slots of the listeners of a pod of this node, one for each port that it serves.
+pub(in crate::cli) fn slots_of(cluster: &ClusterStatus, pod: &ObjectName) -> Result<Vec<u32>> {
+    let of_pod = of_pod(cluster, pod)?;
+    let slots = of_pod.iter().filter_map(|(_, backend)| backend.slot);
+    let slots: BTreeSet<u32> = slots.collect();
+    if slots.is_empty() {
+        bail!(
+            "no listener of the pod {pod} is known: it may not have started yet; see `balancer \
+             status --cluster`"
+        );
+    }
+    Ok(slots.into_iter().collect())
+}
+
+/// A pod of this node, for each of its ports.
+fn of_pod<'a>(
+    cluster: &'a ClusterStatus,
+    pod: &ObjectName,
+) -> Result<Vec<(u16, &'a BackendStatus)>> {
     let of_pod: Vec<_> = backends(cluster)
         .filter(|(_, backend)| backend.pod == *pod)
         .collect();
@@ -111,6 +128,12 @@ pub(in crate::cli) fn slot_of(cluster: &ClusterStatus, pod: &ObjectName, port: u
             pods_here(cluster)
         );
     }
+    Ok(of_pod)
+}
+
+/// The slot of the pod's listener on that port.
+pub(in crate::cli) fn slot_of(cluster: &ClusterStatus, pod: &ObjectName, port: u16) -> Result<u32> {
+    let of_pod = of_pod(cluster, pod)?;
     let mut on_port = of_pod
         .iter()
         .filter(|(served, _)| *served == port)

@@ -134,8 +134,8 @@ fn unhealthy(backend: &BackendStatus, health: &PodHealth) -> String {
 }
 
 /// The columns that a narrow terminal can do without, the least needed first.
-const LEAST: [&str; 7] = [
-    "WEIGHT", "EXEMPT", "PENDING", "ADDRESS", "ROOM", "NODE", "REPORTED",
+const LEAST: [&str; 8] = [
+    "WEIGHT", "EXEMPT", "MOVING", "PENDING", "ADDRESS", "ROOM", "NODE", "REPORTED",
 ];
 
 fn backends(group: &GroupStatus) -> String {
@@ -187,6 +187,14 @@ fn backends(group: &GroupStatus) -> String {
             &exempt,
         ));
     }
+    if any(|backend| backend.moving.is_some_and(|moving| moving != 0)) {
+        let moving = sum(|backend| backend.moving);
+        columns.push(column(
+            ">MOVING",
+            &|backend| number(backend, backend.moving, "?"),
+            &moving,
+        ));
+    }
     if any(|backend| backend.weight != 1) {
         columns.push(column(">WEIGHT", &|backend| backend.weight.to_string(), ""));
     }
@@ -196,10 +204,13 @@ fn backends(group: &GroupStatus) -> String {
 
 /// The state that Kubernetes gives the pod, and the state of the backend where it is not active.
 fn state(backend: &BackendStatus) -> String {
-    let pod = match (backend.terminating, backend.ready) {
-        (true, _) => "terminating",
-        (false, true) => "ready",
-        (false, false) => "not ready",
+    let held = |value: Option<u32>| value.unwrap_or(0);
+    let pod = match (backend.terminating, backend.drained, backend.ready) {
+        (true, ..) => "terminating",
+        (false, Some(true), _) if held(backend.established) > held(backend.exempt) => "draining",
+        (false, Some(true), _) => "drained",
+        (false, _, true) => "ready",
+        (false, _, false) => "not ready",
     };
     match backend.state.as_deref() {
         Some("active") => match &backend.health {
@@ -249,6 +260,8 @@ mod tests {
             quota: Some(78),
             room: Some((78 + 2_u32).saturating_sub(established)),
             health: None,
+            drained: Some(false),
+            moving: Some(0),
             seconds_ago: Some(seconds_ago),
         }
     }
@@ -389,6 +402,8 @@ mod tests {
             quota: None,
             room: None,
             health: None,
+            drained: None,
+            moving: None,
             seconds_ago: None,
             ..backend(3, 2, 0)
         };

@@ -41,6 +41,7 @@ fn the_smallest_file() {
                 health: true,
                 keepalive: Some(Keepalive::DEFAULT),
                 moving: MoveRule::Graceful,
+                rebalance: true,
             }],
             publish_every: Duration::from_secs(2),
             hold_for: Duration::from_secs(300),
@@ -70,6 +71,8 @@ kubernetes:
       exempt: [10.0.0.0/24]
       health: off
       keepalive: {idle: 2h, interval: 10m}
+      move: off
+      rebalance: off
     - name: als
       selector: app=oap
       namespace: mesh
@@ -99,6 +102,7 @@ fail_open_after: 1m
     assert_eq!(agents.policy, Policy::RoundRobin);
     assert_eq!(agents.exempt, ["10.0.0.0/24".parse().unwrap()]);
     assert!(!agents.health);
+    assert_eq!((agents.moving, agents.rebalance), (MoveRule::Off, false));
     let class = |namespace: Option<&str>, selector: &str, connections| PodClass {
         namespace: namespace.map(str::to_owned),
         selector: selector.to_owned(),
@@ -126,6 +130,7 @@ fail_open_after: 1m
     assert_eq!(als.of, expected);
     assert_eq!(als.port, PortChoice::Number(11802));
     assert_eq!(als.matching, Match::Service);
+    assert_eq!((als.moving, als.rebalance), (MoveRule::Close, true));
     let window = Duration::from_secs(600);
     let expected = ClusterQuota::Shared {
         input: ClusterInput::Observed { window },

@@ -12,6 +12,8 @@ pub use self::kubernetes::{UnfitMode, fuzzing, status_from_outside};
 use self::standalone::StandaloneMode;
 use super::attach::GuardedNetns;
 use super::down::{self, Named};
+use super::moves::Departures;
+use super::rebalancing::BackendGroup;
 use crate::config::{Config, Effect};
 use crate::dataplane::{PlacingNotes, Plan, RefusedSource, Writer};
 use crate::kubernetes::ClusterStatus;
@@ -180,6 +182,25 @@ impl Mode {
     pub fn note_unfit(&mut self, problems: &[String]) {
         if let Self::Kubernetes(mode) = self {
             mode.note_unfit(problems);
+        }
+    }
+
+    /// The backends between which connections may be moved.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn backend_groups(&self, writer: &Writer) -> Result<Vec<BackendGroup>> {
+        match self {
+            Self::Standalone(mode) => mode.backend_groups(writer),
+            Self::Kubernetes(mode) => mode.backend_groups(writer),
+        }
+    }
+
+    /// Notes how many connections of this node's backends are being moved, for the report to the
+    /// other daemons.
+    pub fn note_departures(&mut self, departures: Departures) {
+        if let Self::Kubernetes(mode) = self {
+            mode.note_departures(departures);
         }
     }
 

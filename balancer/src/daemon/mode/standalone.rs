@@ -5,16 +5,20 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Result;
 use balancer_common::abi::{Address, BackendState};
 
 use super::super::attach::GuardedNetns;
+use super::super::moves::is_drained;
 use super::super::quotas::{LoweringClocks, Server, explain, put_in_force};
-use crate::config::{Config, Connect, ConnectEndpoint, Effect, QuotaRule, Service};
+use super::super::rebalancing::{BackendGroup, OwnBackend, matters, own_backend};
+use crate::config::{Config, Connect, ConnectEndpoint, Effect, MoveRule, QuotaRule, Service};
 use crate::dataplane::{ListenAt, Plan, ServicePlan, SlotView, Writer, services};
 use crate::place::{EndpointPlan, GroupPlan, PlacePlan};
 use crate::quota::{InForce, QuotaSource, compute, server};
+use crate::rebalance::{BalanceBy, Group, Phase};
 
 /// The daemon's part alone on a host.
 pub struct StandaloneMode {
@@ -64,6 +68,27 @@ impl StandaloneMode {
         }
     }
 
+    /// The services between whose backends connections may be moved.
+    ///
+    /// # Errors
+    /// When a map can't be read.
+    pub fn backend_groups(&self, writer: &Writer) -> Result<Vec<BackendGroup>> {
+        let moves = |service: &&Service| service.rebalance && service.moving != MoveRule::Off;
+        let wanted: Vec<&Service> = self.services.iter().filter(moves).collect();
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ids = services::ids(&writer.tables)?;
+        let slots = writer.tables.slots()?;
+        let of_service = |service: &&Service| {
+            let id = *ids.get(&service.name)?;
+            let slots = slots.iter().copied();
+            let backends = slots.filter(|view| view.member.backend.service == id && matters(view));
+            Some(backend_group(&service.name, &backends.collect::<Vec<_>>()))
+        };
+        Ok(wanted.iter().filter_map(of_service).collect())
+    }
+
     /// Computes every service's quotas and puts them in force at the next SYN.
     ///
     /// # Errors
@@ -103,6 +128,36 @@ impl StandaloneMode {
             explain(writer, *id, &outcome.sentence)?;
         }
         Ok(())
+    }
+}
+
+/// The backends of a service for the rule of evening out: all of them are of this host.
+fn backend_group(service: &str, backends: &[SlotView]) -> BackendGroup {
+    let backend = |view: &SlotView| {
+        let phase = match view.slot_state().is(BackendState::Active) {
+            false => Phase::NotReady,
+            true if is_drained(view) => Phase::Draining,
+            true => Phase::Ready,
+        };
+        own_backend(view.name(), view.member.weight(), phase, &[*view])
+    };
+    BackendGroup {
+        name: service.to_owned(),
+        group: Group {
+            is_on: true,
+            balance_by: BalanceBy::Connections,
+            slow_start: Duration::ZERO,
+            are_refused: false,
+            unheard_for: Duration::ZERO,
+            backends: backends.iter().map(backend).collect(),
+        },
+        own: (backends.iter())
+            .map(|view| OwnBackend {
+                name: view.name(),
+                listeners: vec![*view],
+            })
+            .collect(),
+        shown: BTreeMap::new(),
     }
 }
 
@@ -185,7 +240,6 @@ fn service_plan(service: &Service) -> ServicePlan {
         health: service.health,
         keepalive: service.keepalive,
         moving: service.moving,
-        rebalance: service.rebalance,
         listen,
         effect: Effect::On,
     }

@@ -331,7 +331,7 @@ mod tests {
         let backend = json!({
             "group": group, "pod": {"namespace": "sw", "name": "oap-0"}, "uid": "u", "slot": 3,
             "address": "10.0.0.1", "state": "active", "established": 7, "exempt": 1, "pending": 0,
-            "quota": 9, "room": 2,
+            "quota": 9, "room": 2, "moving": 3, "returning": 4,
         });
         let report = |backend: &serde_json::Value| {
             let report = json!({"schema": SCHEMA, "node": "node-a", "backends": [backend],
@@ -339,6 +339,12 @@ mod tests {
             parse(&map("balancer-node-a", &[(KEY, &report.to_string())]))
         };
         assert!(report(&backend).is_ok());
+        // That of an older daemon.
+        let mut older = backend.clone();
+        let fields = older.as_object_mut().unwrap();
+        fields.retain(|field, _| field != "moving" && field != "returning");
+        let told = report(&older).unwrap().backends.remove(0);
+        assert_eq!((told.moving, told.returning, told.drained), (0, 0, false));
         let mut sick = backend.clone();
         sick["health"] = json!({"state": "hung", "seconds": 31_536_001});
         let problem = report(&sick).unwrap_err();

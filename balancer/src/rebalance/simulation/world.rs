@@ -492,6 +492,7 @@ impl World {
             balance_by: self.settings.balance_by,
             slow_start: ms(self.settings.slow_start),
             are_refused: false,
+            unheard_for: Duration::ZERO,
             backends: existing.map(|index| self.backend(index, node)).collect(),
         };
         let now = self.now;

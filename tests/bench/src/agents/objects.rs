@@ -159,6 +159,9 @@ pub fn report(node: &str, established: Option<u32>) -> NodeReport {
         quota: Some(4_000),
         room: Some(4_000_u32.saturating_sub(established)),
         health: None,
+        moving: 0,
+        returning: 0,
+        drained: false,
     };
     let peak = Peak {
         group: group.clone(),

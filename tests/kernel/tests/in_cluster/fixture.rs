@@ -110,6 +110,11 @@ impl<'a> Cluster<'a> {
         )
     }
 
+    /// One that places clients, and moves them.
+    pub fn moving_balancer(&self, quota: &str) -> Balancer<'a> {
+        self.of_config(&self.api.account(SYSTEM, "balancer"), &moving_config(quota))
+    }
+
     fn of_config(&self, account: &Kubectl, config: &str) -> Balancer<'a> {
         let kubeconfig = account.kubeconfig().to_str().expect("UTF-8").to_owned();
         Balancer::prepare(self.machine, config).with_environment(&[
@@ -385,13 +390,18 @@ fn cluster_rules() -> [(&'static str, &'static str, &'static [&'static str]); 4]
 
 pub fn config(quota: &str) -> String {
     format!(
-        "kubernetes:\n  services:\n    - name: agents\n      quota: {quota}\n  place: off\n  publish_every: 500ms\n  hold_for: 10s\nfail_open_after: 30s\n"
+        "kubernetes:\n  services:\n    - name: agents\n      rebalance: off\n      quota: {quota}\n  place: off\n  publish_every: 500ms\n  hold_for: 10s\nfail_open_after: 30s\n"
     )
 }
 
 /// The same of one that places clients.
 pub fn placing_config(quota: &str) -> String {
     config(quota).replace("place: off", "place: on")
+}
+
+/// The same of one that evens out, too.
+pub fn moving_config(quota: &str) -> String {
+    placing_config(quota).replace("      rebalance: off\n", "")
 }
 
 /// A quota without regard to health, for listeners that accept late or never.

@@ -134,14 +134,14 @@ impl<'c> Place<'c> {
 }
 
 /// The node forwards between its pods, which have no other way to each other.
-fn forward(cluster: &Cluster<'_>) {
+pub(super) fn forward(cluster: &Cluster<'_>) {
     for switch in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
         let on = || fs::write(format!("/proc/sys/net/{switch}"), "1").expect("the test may do it");
         cluster.machine.netns.run(on);
     }
 }
 
-fn with_routes(pod: &Pod) {
+pub(super) fn with_routes(pod: &Pod) {
     let node = "via 10.244.1.1 dev eth0 onlink";
     pod.netns.ip(&format!("route replace 10.244.1.0/24 {node}"));
     pod.netns.ip(&format!("route add default {node}"));
@@ -169,7 +169,7 @@ fn endpoint((pod, node): (&Pod, &&str)) -> Endpoint {
     Endpoint::new(&pod.address, &pod.name, node)
 }
 
-fn cluster_ips(cluster: &Cluster<'_>, service: &str) -> Vec<IpAddr> {
+pub(super) fn cluster_ips(cluster: &Cluster<'_>, service: &str) -> Vec<IpAddr> {
     let got = cluster.api.admin().get(&["service", service, "-n", OAPS]);
     let addresses = got["spec"]["clusterIPs"].as_array().expect("a list").iter();
     addresses
@@ -178,7 +178,7 @@ fn cluster_ips(cluster: &Cluster<'_>, service: &str) -> Vec<IpAddr> {
 }
 
 /// A listener at the Service's own address, on the node. It is no pod's.
-fn in_place_of_kube_proxy(cluster: &Cluster<'_>, frontend: SocketAddr) -> Listener {
+pub(super) fn in_place_of_kube_proxy(cluster: &Cluster<'_>, frontend: SocketAddr) -> Listener {
     let machine = cluster.machine;
     machine.netns.add_address(frontend.ip());
     let listen = || Listen::on(&frontend).open();

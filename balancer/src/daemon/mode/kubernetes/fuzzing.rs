@@ -8,6 +8,7 @@ use balancer_common::Policy;
 use balancer_common::abi::Keepalive;
 use serde_json::json;
 
+use super::super::super::moves::Departures;
 use super::group::Group;
 use super::group_quotas::GroupQuotas;
 use super::plan::{Here, PortNames};
@@ -46,7 +47,7 @@ pub fn quota_beside_report(text: &str, connections: u32) -> Result<Quota, String
     let entry = entry();
     let mut quotas = GroupQuotas::new();
     let outcome = quotas.compute(
-        &Group::new(&group, &entry, &view, Vec::new()),
+        &Group::new(&group, &entry, &view, Vec::new(), &Departures::default()),
         &view,
         true,
         Duration::MAX,
@@ -136,6 +137,7 @@ pub(super) fn entry() -> ClusterService {
         health: true,
         keepalive: Some(Keepalive::DEFAULT),
         moving: MoveRule::Graceful,
+        rebalance: true,
     }
 }
 

@@ -3,11 +3,16 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use balancer_common::abi::{HealthState, ticks};
+
+use super::super::super::moves::{Departures, is_drained};
 use super::super::super::quotas::Server;
 use crate::config::ClusterService;
 use crate::dataplane::SlotView;
 use crate::kubernetes::{Endpoint, GroupId, ReportedBackend, View};
 use crate::quota::{ReadyBackend, plausible};
+use crate::rebalance::{Fitness, Published};
+use crate::sys::clock;
 
 /// A pod that is not ready, on a node that is about to be given up for dead, has clients that have
 /// moved long since: its connections count only for a little longer than a report is renewed after.
@@ -24,6 +29,16 @@ pub struct Load {
     room: Option<u32>,
     /// For how long the pod has not served; `None`: it serves.
     unhealthy_for: Option<Duration>,
+    /// Whether it serves.
+    fitness: Fitness,
+    /// The most connections that it should hold; `None`: as many as come.
+    limit: Option<u32>,
+    /// How many of the established ones are being moved.
+    moving: u32,
+    /// Connections whose move began within the last seconds, gone or not.
+    returning: u32,
+    /// It is taken out by hand.
+    drained: bool,
 }
 
 /// The connections of a group.
@@ -55,8 +70,9 @@ impl<'a> Group<'a> {
         entry: &'a ClusterService,
         view: &'a View,
         own: Vec<(&'a SlotView, &'a Endpoint)>,
+        departures: &Departures,
     ) -> Self {
-        let all = loads(id, view, &own);
+        let all = loads(id, view, &own, departures);
         Self {
             id,
             entry,
@@ -84,10 +100,10 @@ impl<'a> Group<'a> {
         own.chain(others).collect()
     }
 
-    /// The pods of this node that are ready.
+    /// The pods of this node that are ready, without those that are drained.
     pub fn own_ready(&self) -> Vec<(&'a Endpoint, Server<'a>)> {
         let mut pods = self.own_pods();
-        pods.retain(|(endpoint, _)| endpoint.ready);
+        pods.retain(|(endpoint, server)| endpoint.ready && !server.is_drained());
         pods
     }
 
@@ -109,25 +125,38 @@ impl<'a> Group<'a> {
         pods
     }
 
-    /// The ready pods, with what is known of their connections.
+    /// The pods of all nodes, with what is known of their connections.
+    pub fn pods(&self) -> impl Iterator<Item = (&'a Endpoint, Option<Load>)> {
+        self.all.iter().copied()
+    }
+
+    /// The ready pods, without those that are drained, with what is known of their connections.
     pub fn ready(&self) -> impl Iterator<Item = (&'a Endpoint, Option<Load>)> {
-        let all = self.all.iter().copied();
-        all.filter(|(endpoint, _)| endpoint.ready)
+        self.pods().filter(takes_new)
     }
 
-    /// The connections of each pod that somebody has counted, and how long ago that was.
-    pub fn counted(&self) -> impl Iterator<Item = (&'a Endpoint, u32, Duration)> {
-        let all = self.all.iter();
-        all.filter_map(|(endpoint, load)| load.map(|load| (*endpoint, load.established, load.age)))
+    /// The connections of each pod that somebody has counted and that are not being moved, and how
+    /// long ago that was.
+    pub fn staying(&self) -> impl Iterator<Item = (&'a Endpoint, u32, Duration)> {
+        let counted = |(endpoint, load): (_, Option<Load>)| {
+            let load = load?;
+            Some((endpoint, load.established - load.moving, load.age))
+        };
+        self.pods().filter_map(counted)
     }
 
-    /// The connections of backends that are not ready. Those of a pod that is being ended are not
+    /// The pods that are drained by hand.
+    pub fn drained(&self) -> impl Iterator<Item = &'a Endpoint> {
+        let drained = self.pods().filter(|(_, load)| is_taken_out(*load));
+        drained.map(|(endpoint, _)| endpoint)
+    }
+
+    /// The connections of backends that get no new ones. Those of a pod that is being ended are not
     /// among them: its clients are moving, and would be counted here and there.
     pub fn established_elsewhere(&self) -> u64 {
-        self.all
-            .iter()
-            .filter(|(endpoint, _)| !endpoint.ready && !endpoint.terminating)
-            .filter_map(|(_, load)| *load)
+        self.pods()
+            .filter(|pod| !takes_new(pod) && !pod.0.terminating)
+            .filter_map(|(_, load)| load)
             .filter(|load| load.age < RENEWED_WITHIN)
             .map(|load| u64::from(load.established))
             .sum()
@@ -167,20 +196,44 @@ impl<'a> Group<'a> {
     }
 }
 
+/// Whether the pod should get its share of new connections.
+fn takes_new((endpoint, load): &(&Endpoint, Option<Load>)) -> bool {
+    endpoint.ready && !is_taken_out(*load)
+}
+
+fn is_taken_out(load: Option<Load>) -> bool {
+    load.is_some_and(|load| load.drained)
+}
+
 impl Load {
-    fn of(slot: &SlotView) -> Self {
+    fn of(slot: &SlotView, departures: &Departures) -> Self {
+        let established = slot.counted();
+        let departing = departures.of(slot.id());
+        let unhealthy = slot.unhealthy(ticks(clock::monotonic_ns()));
         Self {
-            established: slot.counted(),
+            established,
             age: Duration::ZERO,
             room: slot.room(),
             // Not looked at: what is computed for this node's pods follows from their slots.
             unhealthy_for: None,
+            fitness: fitness(unhealthy.map(|(state, _)| state.name())),
+            limit: slot.limit(),
+            moving: departing.moving.min(established),
+            returning: departing.returning,
+            drained: is_drained(slot),
         }
     }
 
     fn reported(backend: &ReportedBackend, age: Duration) -> Self {
+        let established = backend.established.saturating_sub(backend.exempt);
+        let health = backend.health.as_ref();
         Self {
-            established: backend.established.saturating_sub(backend.exempt),
+            established,
+            fitness: fitness(health.map(|health| health.state.as_str())),
+            limit: backend.quota,
+            moving: backend.moving.min(established),
+            returning: backend.returning,
+            drained: backend.drained,
             age,
             room: backend.room,
             unhealthy_for: backend
@@ -197,19 +250,64 @@ impl Load {
         *left -= u64::from(established);
         Self {
             established,
+            moving: self.moving.min(established),
             ..self
+        }
+    }
+
+    /// What the plan of evening out takes of it, where others hold so many.
+    pub fn published(self, others: u64) -> Published {
+        Published {
+            held: (self.established - self.moving).into(),
+            moving: u64::from(self.returning).min(plausible::at_most(others)),
+            age: self.age,
+            ..Published::default()
         }
     }
 
     /// A pod with several listeners is one backend to its group.
     fn and(self, other: Self) -> Self {
         let room = self.room.zip(other.room);
+        let limit = self.limit.zip(other.limit);
         Self {
             established: self.established.saturating_add(other.established),
             age: self.age.max(other.age),
             room: room.map(|(one, other)| one.saturating_add(other)),
             unhealthy_for: self.unhealthy_for.min(other.unhealthy_for),
+            fitness: match self.fitness {
+                Fitness::Serves => Fitness::Serves,
+                _ => other.fitness,
+            },
+            limit: limit.map(|(one, other)| one.saturating_add(other)),
+            moving: self.moving.saturating_add(other.moving),
+            returning: self.returning.saturating_add(other.returning),
+            drained: self.drained || other.drained,
         }
+    }
+
+    /// Whether the pod is taken out by hand.
+    pub const fn is_drained(self) -> bool {
+        self.drained
+    }
+
+    /// Whether the pod serves.
+    pub const fn fitness(self) -> Fitness {
+        self.fitness
+    }
+
+    /// The most connections that it should hold; `None`: as many as come.
+    pub const fn limit(self) -> Option<u32> {
+        self.limit
+    }
+}
+
+/// By the name of the state of a pod that doesn't serve.
+fn fitness(state: Option<&str>) -> Fitness {
+    match state {
+        None => Fitness::Serves,
+        Some(state) if state == HealthState::Failing.name() => Fitness::Failing,
+        // Another version of the balancer may know other states.
+        Some(_) => Fitness::Stalled,
     }
 }
 
@@ -220,10 +318,12 @@ fn loads<'a>(
     id: &GroupId,
     view: &'a View,
     own: &[(&SlotView, &Endpoint)],
+    departures: &Departures,
 ) -> Vec<(&'a Endpoint, Option<Load>)> {
     let counted = |endpoint: &Endpoint| {
         let slots = own.iter().filter(|(_, other)| other.uid == endpoint.uid);
-        slots.map(|(slot, _)| Load::of(slot)).reduce(Load::and)
+        let loads = slots.map(|(slot, _)| Load::of(slot, departures));
+        loads.reduce(Load::and)
     };
     let mut here: Option<u64> = None;
     let mut by_node: BTreeMap<&str, u64> = BTreeMap::new();

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+use super::super::super::moves::Departures;
 use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
+use super::super::super::rebalancing::AFTER_REFUSAL;
 use super::group::Group;
 use super::placing::is_placed;
 use super::pod_resolver::{Groups, PodResolver};
@@ -85,6 +87,18 @@ impl GroupQuotas {
 
     /// How many sources are starved, by the reports of all daemons that have a pod of the group.
     pub fn starved(&self, group: &GroupId, view: &View) -> Starved {
+        starved::count(self.refused(group, view))
+    }
+
+    /// Whether anybody was refused within the last seconds, by the same reports.
+    pub fn are_refused(&self, group: &GroupId, view: &View) -> bool {
+        let refused = self.refused(group, view);
+        refused.iter().any(|refused| refused.last < AFTER_REFUSAL)
+    }
+
+    /// The sources that were refused of late, by the reports of all daemons that have a pod of the
+    /// group.
+    fn refused(&self, group: &GroupId, view: &View) -> Vec<Refused> {
         let endpoints = view.groups.get(group).into_iter().flatten();
         let nodes: BTreeSet<&String> = endpoints.filter_map(|pod| pod.node.as_ref()).collect();
         let received = nodes.into_iter().filter_map(|node| view.nodes.get(node));
@@ -104,7 +118,7 @@ impl GroupQuotas {
                 })
         });
         let own = self.refusals.of(group, self.started.elapsed());
-        starved::count(own.into_iter().chain(reported))
+        own.into_iter().chain(reported).collect()
     }
 
     /// What the others should know of the sources that this node has refused of late.
@@ -152,6 +166,7 @@ impl GroupQuotas {
         config: &Kubernetes,
         view: &View,
         resolver: &PodResolver,
+        departures: &Departures,
         writer: &mut Writer,
     ) -> Result<()> {
         let slots = writer.tables.slots()?;
@@ -161,7 +176,7 @@ impl GroupQuotas {
                 continue;
             };
             let own = resolver.backends(id, &slots, &view.groups);
-            let group = Group::new(id, entry, view, own);
+            let group = Group::new(id, entry, view, own, departures);
             let of_group =
                 |port: &&ServicePort| port.entry == id.entry && port.service == id.service;
             let placed = config.place && view.ports.iter().filter(of_group).any(is_placed);

@@ -2,6 +2,7 @@
 //! daemons.
 
 mod complaints;
+mod even;
 mod excluded;
 pub mod fuzzing;
 mod group;
@@ -25,6 +26,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, warn};
 
 use self::complaints::Complaints;
+use self::even::{Around, backend_group};
 use self::excluded::{Excluded, LeftAlone};
 use self::group::Group;
 use self::group_quotas::GroupQuotas;
@@ -36,7 +38,9 @@ pub use self::unfit::UnfitMode;
 use self::untold::Untold;
 use super::super::attach::GuardedNetns;
 use super::super::down::Named;
+use super::super::moves::Departures;
 use super::super::quotas::{Server, explain, put_in_force};
+use super::super::rebalancing::BackendGroup;
 use crate::config::{ClusterQuota, Effect, Kubernetes};
 use crate::dataplane::{PlacingNotes, Plan, RefusedSource, SlotView, Writer, services};
 use crate::discover::{OpenNetns, source_towards};
@@ -66,6 +70,7 @@ pub struct KubernetesMode {
     complaints: Complaints,
     pod_resolver: PodResolver,
     quotas: GroupQuotas,
+    departures: Departures,
 }
 
 impl KubernetesMode {
@@ -93,6 +98,7 @@ impl KubernetesMode {
             complaints: Complaints::default(),
             pod_resolver,
             quotas: GroupQuotas::new(),
+            departures: Departures::default(),
         })
     }
 
@@ -185,13 +191,14 @@ impl KubernetesMode {
         let (root, host) = (writer.audit.cgroup(), self.pod_resolver.host());
         let excluded = self.excluded.netns(&left_alone, root, host);
         self.complaints.set("excluded", excluded.problems);
-        let totals = self.totals(&writer.tables.slots()?);
+        let (totals, drained) = self.totals(&writer.tables.slots()?);
         let client = Client {
             node: &self.identity.node,
             zone: self.view.zone.as_deref(),
             rank: self.view.rank,
             heard: self.view.silent_for,
             unknown_peers: &excluded.unknown_peers,
+            drained: &drained,
         };
         Ok(Some(PlacePlan {
             groups: placing::groups(&self.view.ports, &totals, client),
@@ -200,25 +207,30 @@ impl KubernetesMode {
         }))
     }
 
-    /// The connections of all pods that somebody has counted.
-    fn totals(&self, slots: &[SlotView]) -> Totals {
-        let mut totals = Totals::new();
-        for id in self.view.groups.keys() {
-            let mut entries = self.config.services.iter();
-            let Some(entry) = entries.find(|entry| entry.name == id.entry) else {
-                continue;
-            };
-            let own = self.pod_resolver.backends(id, slots, &self.view.groups);
-            let group = Group::new(id, entry, &self.view, own);
-            for (endpoint, connections, age) in group.counted() {
+    /// The connections of all pods that somebody has counted, and which pods are drained by hand.
+    fn totals(&self, slots: &[SlotView]) -> (Totals, BTreeSet<String>) {
+        let (mut totals, mut drained) = (Totals::new(), BTreeSet::new());
+        for group in self.groups(slots) {
+            for (endpoint, connections, age) in group.staying() {
                 let total = PublishedTotal {
                     connections: connections.into(),
                     age,
                 };
-                totals.insert((endpoint.uid.clone(), id.port), total);
+                totals.insert((endpoint.uid.clone(), group.id.port), total);
             }
+            drained.extend(group.drained().map(|endpoint| endpoint.uid.clone()));
         }
-        totals
+        (totals, drained)
+    }
+
+    /// The backend groups with what is known of the connections of their pods.
+    fn groups<'a>(&'a self, slots: &'a [SlotView]) -> impl Iterator<Item = Group<'a>> {
+        self.view.groups.keys().filter_map(move |id| {
+            let mut entries = self.config.services.iter();
+            let entry = entries.find(|entry| entry.name == id.entry)?;
+            let own = self.pod_resolver.backends(id, slots, &self.view.groups);
+            Some(Group::new(id, entry, &self.view, own, &self.departures))
+        })
     }
 
     /// The addresses that this node's own processes, its kubelet among them, send from to its pods.
@@ -283,8 +295,13 @@ impl KubernetesMode {
     /// When a map can't be read or changed.
     pub fn apply_quotas(&mut self, writer: &mut Writer) -> Result<()> {
         if self.view.complete {
-            self.quotas
-                .apply(&self.config, &self.view, &self.pod_resolver, writer)?;
+            self.quotas.apply(
+                &self.config,
+                &self.view,
+                &self.pod_resolver,
+                &self.departures,
+                writer,
+            )?;
             let own = self.node_report(&writer.tables.slots()?);
             self.complaints
                 .set("untold", self.untold.look(&self.view, &own));
@@ -379,6 +396,31 @@ impl KubernetesMode {
         self.unfit = (!all.is_empty()).then(|| unfit::shortened(&all));
     }
 
+    /// The backend groups between whose pods connections may be moved, as far as this node has any.
+    ///
+    /// # Errors
+    /// When the slots can't be read.
+    pub fn backend_groups(&self, writer: &Writer) -> Result<Vec<BackendGroup>> {
+        let slots = writer.tables.slots()?;
+        let around = Around {
+            view: &self.view,
+            node: &self.identity.node,
+            resolver: &self.pod_resolver,
+            slots: &slots,
+        };
+        let of_group = |group: Group<'_>| {
+            let service = self.port_names.service(group.id.port)?;
+            let are_refused = self.quotas.are_refused(group.id, &self.view);
+            backend_group(&group, service, are_refused, around)
+        };
+        Ok(self.groups(&slots).filter_map(of_group).collect())
+    }
+
+    /// Notes how many connections of this node's backends are being moved.
+    pub fn note_departures(&mut self, departures: Departures) {
+        self.departures = departures;
+    }
+
     /// What `status --cluster` shows; `effect` and `notes` say how this node places.
     ///
     /// # Errors
@@ -399,8 +441,15 @@ impl KubernetesMode {
 
     fn node_report(&self, slots: &[SlotView]) -> NodeReport {
         let (resolver, groups) = (&self.pod_resolver, &self.view.groups);
-        let report =
-            report::node_report(&self.identity.node, slots, resolver, groups, &self.quotas);
+        let node = &self.identity.node;
+        let report = report::node_report(
+            node,
+            slots,
+            resolver,
+            groups,
+            &self.quotas,
+            &self.departures,
+        );
         NodeReport {
             unfit: self.unfit.clone(),
             ..report

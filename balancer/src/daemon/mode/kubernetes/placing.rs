@@ -29,6 +29,8 @@ pub struct Client<'a> {
     /// Pods of this node whose connects can't be told from those of clients. Nobody is placed at
     /// own addresses of other pods of their Services, which they may mean.
     pub unknown_peers: &'a BTreeSet<ObjectName>,
+    /// The uids of pods that are drained by hand.
+    pub drained: &'a BTreeSet<String>,
 }
 
 /// A pod with its target port.
@@ -152,7 +154,7 @@ fn on_hosts(port: &ServicePort) -> Option<String> {
 }
 
 fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
-    let considered = considered(port, client.node);
+    let considered = considered(port, client);
     let total = |target: &Target| totals.get(&(target.0.uid.clone(), target.1)).copied();
     let near = near(&considered, client)
         .filter(|near| are_near_enough(&considered, near, |target| total(target)));
@@ -220,16 +222,24 @@ const fn as_v6(address: IpAddr) -> Option<std::net::Ipv6Addr> {
 }
 
 /// Those that kube-proxy would choose from on this node, hints aside: the ready ones; where there
-/// are none, those that serve while they are being ended.
-fn considered<'a>(port: &'a ServicePort, node: &str) -> Vec<&'a Target> {
+/// are none, those that serve while they are being ended. Who is drained, or is ended though it is
+/// published as ready, only where all are.
+fn considered<'a>(port: &'a ServicePort, client: Client<'_>) -> Vec<&'a Target> {
     let reachable = || {
         port.endpoints.iter().filter(|(endpoint, _)| {
-            !port.traffic.own_node_only || endpoint.node.as_deref() == Some(node)
+            !port.traffic.own_node_only || endpoint.node.as_deref() == Some(client.node)
         })
     };
     let ready: Vec<&Target> = reachable()
         .filter(|(endpoint, _)| endpoint.offered.ready)
         .collect();
+    let mut taking = ready.clone();
+    let is_leaving =
+        |endpoint: &Endpoint| endpoint.terminating || client.drained.contains(&endpoint.uid);
+    taking.retain(|(endpoint, _)| !is_leaving(endpoint));
+    if !taking.is_empty() {
+        return taking;
+    }
     if !ready.is_empty() {
         return ready;
     }

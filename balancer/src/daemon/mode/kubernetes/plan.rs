@@ -152,8 +152,6 @@ impl PortNames {
                 health: entry.health,
                 keepalive: entry.keepalive,
                 moving: entry.moving,
-                // What the others have would have to be known.
-                rebalance: false,
                 effect: Effect::On,
                 listen: vec![ListenAt {
                     address: None,
@@ -307,6 +305,7 @@ mod tests {
             health: true,
             keepalive: None,
             moving: MoveRule::Off,
+            rebalance: true,
         }
     }
 

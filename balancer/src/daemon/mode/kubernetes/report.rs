@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use balancer_common::abi::ticks;
 
+use super::super::super::moves::{Departing, Departures, is_drained};
 use super::group_quotas::GroupQuotas;
 use super::placing::{is_placed, notes};
 use super::pod_resolver::{Groups, PodResolver};
@@ -26,8 +27,12 @@ pub fn node_report(
     resolver: &PodResolver,
     groups: &Groups,
     quotas: &GroupQuotas,
+    departures: &Departures,
 ) -> NodeReport {
-    let reported = |slot: &SlotView| reported(slot, resolver.pod(slot, groups)?);
+    let reported = |slot: &SlotView| {
+        let departing = departures.of(slot.id());
+        reported(slot, resolver.pod(slot, groups)?, departing)
+    };
     let mut report = NodeReport {
         schema: SCHEMA,
         node: node.to_owned(),
@@ -46,6 +51,7 @@ pub fn node_report(
 pub fn reported(
     slot: &SlotView,
     (group, endpoint): (&GroupId, &Endpoint),
+    departing: Departing,
 ) -> Option<ReportedBackend> {
     let counts = &slot.member.counts;
     let now = ticks(clock::monotonic_ns());
@@ -65,6 +71,9 @@ pub fn reported(
             state: state.name().to_owned(),
             seconds: time.as_secs().min(MOST_SECONDS_AGO),
         }),
+        moving: departing.moving,
+        returning: departing.returning,
+        drained: is_drained(slot),
     })
 }
 
@@ -245,6 +254,8 @@ fn backend_status(
         pending: told.as_ref().and_then(|told| told.pending),
         quota: told.as_ref().and_then(|told| told.quota),
         room: told.as_ref().and_then(|told| told.room),
+        drained: told.as_ref().map(|told| told.drained),
+        moving: told.as_ref().map(|told| told.moving),
         health: told
             .and_then(|told| told.health)
             .map(|told| pod_health(&told, seconds_ago.unwrap_or(0))),

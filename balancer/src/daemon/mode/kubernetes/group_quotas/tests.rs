@@ -6,6 +6,7 @@ use balancer_common::abi::{Backend, BackendState, Counts, Health, SlotPolicy, Sl
 use balancer_common::decision::member::Member;
 use proptest::prelude::*;
 
+use super::super::super::super::moves::Departing;
 use super::super::fuzzing::{endpoint, entry, group};
 use super::super::report::reported;
 use super::*;
@@ -58,6 +59,9 @@ impl Seen {
             quota: None,
             room,
             health: None,
+            moving: 0,
+            returning: 0,
+            drained: false,
         };
         let node_report = NodeReport {
             schema: 1,
@@ -81,7 +85,13 @@ impl Seen {
     }
 
     fn compute(&mut self) -> Outcome {
-        let group = Group::new(&self.id, &self.entry, &self.view, Vec::new());
+        let group = Group::new(
+            &self.id,
+            &self.entry,
+            &self.view,
+            Vec::new(),
+            &Departures::default(),
+        );
         self.quotas.compute(&group, &self.view, false, HOLD_FOR)
     }
 
@@ -152,6 +162,19 @@ fn a_peak_is_believed_up_to_four_times_what_the_others_count_and_goes_with_who_s
     let of_no_pod = seen.peak(6000, 0);
     seen.reports("x", &[]).peaks.push(of_no_pod);
     seen.gives(1500);
+}
+
+/// Its connections need room there until they have moved.
+#[test]
+fn what_a_drained_pod_had_is_shared_among_the_others() {
+    let mut seen = Seen::new();
+    for node in ["b", "c", "d"] {
+        seen.reports(node, &[(node, 30, None)]);
+    }
+    seen.gives(30);
+    seen.reports("d", &[("d", 30, None)]).backends[0].drained = true;
+    let outcome = seen.compute();
+    assert_eq!(outcome.quotas, [Quota::Limited(45); 2], "{outcome:?}");
 }
 
 /// The pod of a node that is gone may be there for a while, and its report as well.
@@ -305,7 +328,7 @@ proptest! {
             .collect();
         for (node, slots) in nodes.iter().zip(&slots) {
             let of = (&seen.id.clone(), &endpoint_on(node));
-            let backends = slots.iter().filter_map(|slot| reported(slot, of)).collect();
+            let backends = slots.iter().filter_map(|slot| reported(slot, of, Departing::default())).collect();
             seen.reports(node, &[]).backends = backends;
         }
         let counted: Vec<_> = nodes
@@ -315,7 +338,7 @@ proptest! {
                 let endpoint = endpoint_on(node);
                 let listening = slots.iter().filter(|slot| slot.slot_state().is(BackendState::Active));
                 let own = listening.map(|slot| (slot, &endpoint)).collect();
-                let group = Group::new(&seen.id, &seen.entry, &seen.view, own);
+                let group = Group::new(&seen.id, &seen.entry, &seen.view, own, &Departures::default());
                 let ready = group.ready_backends();
                 let pods = ready.iter();
                 let pods = pods.map(|pod| (pod.weight, pod.established, pod.full));

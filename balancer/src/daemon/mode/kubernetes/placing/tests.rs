@@ -10,6 +10,7 @@ const NODE: Client<'_> = Client {
     rank: (1, 3),
     heard: Duration::ZERO,
     unknown_peers: &BTreeSet::new(),
+    drained: &BTreeSet::new(),
 };
 
 fn service(name: &str) -> ObjectName {
@@ -120,6 +121,23 @@ fn without_a_ready_pod_those_that_end_and_serve_are_chosen_as_kube_proxy_does() 
         names(&["e"]),
         "publishNotReadyAddresses"
     );
+}
+
+#[test]
+fn nobody_is_placed_on_a_drained_pod_where_another_one_is() {
+    let port = port(&[pod("a"), pod("b"), pod("c")]);
+    let without = |drained: &[&str]| {
+        let drained = drained.iter().map(|uid| (*uid).to_owned()).collect();
+        let client = Client {
+            drained: &drained,
+            ..NODE
+        };
+        let groups = groups(std::slice::from_ref(&port), &Totals::new(), client);
+        let endpoints = groups.iter().flat_map(|group| &group.endpoints);
+        endpoints.map(|one| one.name.clone()).collect::<Vec<_>>()
+    };
+    assert_eq!(without(&["b"]), ["sw/a", "sw/c"]);
+    assert_eq!(without(&["a", "b", "c"]), ["sw/a", "sw/b", "sw/c"]);
 }
 
 #[test]
