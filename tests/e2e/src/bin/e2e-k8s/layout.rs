@@ -204,6 +204,7 @@ pub fn placing(product: &Product, place: &str) -> Value {
         Duration::from_secs(300),
     );
     values["config"]["place"] = json!(place);
+    values["config"]["services"][ENTRY]["rebalance"] = json!(place);
     values
 }
 
@@ -222,9 +223,9 @@ pub fn placing_unless_labelled(product: &Product) -> Value {
 fn values(product: &Product, annotation: &str, quota: &Value, hold_for: Duration) -> Value {
     let mut values = product.values(&json!({
         // Which Services is left to the default: those of SkyWalking's chart.
-        "services": {ENTRY: {"port": "grpc", "quota": quota}},
+        "services": {ENTRY: {"port": "grpc", "quota": quota, "rebalance": "off"}},
         "holdFor": format!("{}s", hold_for.as_secs()),
-        // What quotas alone do, until the step that places.
+        // What quotas alone do, until the step that places and moves.
         "place": "off",
     }));
     values["podAnnotations"] = json!({"scenario": annotation});

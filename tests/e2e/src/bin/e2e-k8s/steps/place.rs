@@ -1,4 +1,5 @@
-//! 9: connects go to the OAP that should have them, and nobody is refused by a quota.
+//! 9: connects go to the OAP that should have them, nobody is refused by a quota, and what is
+//! established moves to an OAP that joins.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -27,6 +28,8 @@ const WITHOUT_ON_DEAD_NODE: Duration = Duration::from_secs(12);
 const EVEN: f64 = 1.05;
 /// or so many more than the emptiest.
 const FEW: u32 = 2;
+/// What is established is even so long after an OAP has joined.
+const EVENS_OUT_WITHIN: Duration = Duration::from_secs(180);
 /// Clients that connect within so long.
 const COME_WITHIN: Duration = Duration::from_secs(3);
 
@@ -72,6 +75,8 @@ pub fn run(fixture: &mut Fixture, report: &mut Report) -> Result<()> {
         recording.mark(what);
         event(fixture, report, &format!("9 {what}"), WITHOUT, happens)?;
     }
+    recording.mark("one more joins");
+    joins(fixture, report, "9 one more joins")?;
     recording.mark("a node killed");
     forget_victim(fixture)?;
     let step = format!("9 {VICTIM} killed");
@@ -296,14 +301,46 @@ fn over_quota(fixture: &mut Fixture) -> Result<u64> {
     Ok(refused)
 }
 
+/// An OAP joins, and nobody comes anew: what is established moves.
+fn joins(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    to(fixture, REPLICAS - 1)?;
+    fixture.all_connected(report, step)?;
+    let before = Before::now(fixture)?;
+    to(fixture, REPLICAS)?;
+    let expected = format!("at most {EVEN}, or {FEW} apart");
+    wait(
+        report,
+        &format!("{step}: max/mean, by moving"),
+        EVENS_OUT_WITHIN,
+        &expected,
+        || {
+            fixture.look()?;
+            let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
+            let seen = format!("{:.3}: {}", unevenness(&held), slashed(&held));
+            Ok(Check::judged(&expected, seen, are_even(&held)))
+        },
+    )?;
+    fixture.all_connected(report, step)?;
+    fixture.nobody_waited(report, step, &before.mark, WITHOUT)?;
+    let refused = over_quota(fixture)?.saturating_sub(before.over_quota);
+    report.check(
+        &format!("{step}: refused by a quota"),
+        &Check::new(0, refused),
+    )
+}
+
+fn are_even(held: &[u32]) -> bool {
+    let most = held.iter().max().copied().unwrap_or(0);
+    let least = held.iter().min().copied().unwrap_or(0);
+    unevenness(held) <= EVEN || most - least <= FEW
+}
+
 /// All OAPs have as many connections.
 fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     fixture.look()?;
     let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
-    let most = held.iter().max().copied().unwrap_or(0);
-    let least = held.iter().min().copied().unwrap_or(0);
     let seen = unevenness(&held);
-    if seen > EVEN && most - least > FEW {
+    if !are_even(&held) {
         tell_placed(fixture, report, step)?;
     }
     report.check(
@@ -311,7 +348,7 @@ fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
         &Check::judged(
             format!("at most {EVEN}, or {FEW} apart"),
             format!("{seen:.3}: {}", slashed(&held)),
-            seen <= EVEN || most - least <= FEW,
+            are_even(&held),
         ),
     )
 }
