@@ -28,7 +28,7 @@ const WITHOUT_ON_DEAD_NODE: Duration = Duration::from_secs(12);
 const EVEN: f64 = 1.05;
 /// or so many more than the emptiest.
 const FEW: u32 = 2;
-/// What is established is even so long after an OAP has joined.
+/// What is established is even again after so long.
 const EVENS_OUT_WITHIN: Duration = Duration::from_secs(180);
 /// Clients that connect within so long.
 const COME_WITHIN: Duration = Duration::from_secs(3);
@@ -307,19 +307,7 @@ fn joins(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     fixture.all_connected(report, step)?;
     let before = Before::now(fixture)?;
     to(fixture, REPLICAS)?;
-    let expected = format!("at most {EVEN}, or {FEW} apart");
-    wait(
-        report,
-        &format!("{step}: max/mean, by moving"),
-        EVENS_OUT_WITHIN,
-        &expected,
-        || {
-            fixture.look()?;
-            let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
-            let seen = format!("{:.3}: {}", unevenness(&held), slashed(&held));
-            Ok(Check::judged(&expected, seen, are_even(&held)))
-        },
-    )?;
+    evens_out(fixture, report, step)?;
     fixture.all_connected(report, step)?;
     fixture.nobody_waited(report, step, &before.mark, WITHOUT)?;
     let refused = over_quota(fixture)?.saturating_sub(before.over_quota);
@@ -335,22 +323,34 @@ fn are_even(held: &[u32]) -> bool {
     unevenness(held) <= EVEN || most - least <= FEW
 }
 
-/// All OAPs have as many connections.
+/// All OAPs have as many connections: at once, or after some have moved.
 fn even(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
-    fixture.look()?;
-    let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
-    let seen = unevenness(&held);
-    if !are_even(&held) {
+    tell_spread(fixture, report, step)?;
+    if !are_even(&admitted(fixture)?) {
         tell_placed(fixture, report, step)?;
     }
-    report.check(
-        &format!("{step}: max/mean"),
-        &Check::judged(
-            format!("at most {EVEN}, or {FEW} apart"),
-            format!("{seen:.3}: {}", slashed(&held)),
-            are_even(&held),
-        ),
+    evens_out(fixture, report, step)
+}
+
+fn evens_out(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
+    let expected = format!("at most {EVEN}, or {FEW} apart");
+    wait(
+        report,
+        &format!("{step}: max/mean, with moving"),
+        EVENS_OUT_WITHIN,
+        &expected,
+        || {
+            let held = admitted(fixture)?;
+            let seen = format!("{:.3}: {}", unevenness(&held), slashed(&held));
+            Ok(Check::judged(&expected, seen, are_even(&held)))
+        },
     )
+}
+
+/// How many connections each OAP has.
+fn admitted(fixture: &mut Fixture) -> Result<Vec<u32>> {
+    fixture.look()?;
+    Ok(fixture.held().into_iter().map(Held::admitted).collect())
 }
 
 /// What each node says of each endpoint: placed there, and what others have.
@@ -384,8 +384,7 @@ fn tell_placed(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result
 
 /// How many connections the OAPs have.
 pub fn tell_spread(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
-    fixture.look()?;
-    let held: Vec<u32> = fixture.held().into_iter().map(Held::admitted).collect();
+    let held = admitted(fixture)?;
     let seen = format!("{:.3}: {}", unevenness(&held), slashed(&held));
     report.tell(&format!("{step}: max/mean"), &seen);
     Ok(())
