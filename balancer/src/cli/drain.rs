@@ -9,6 +9,7 @@ use clap::Args;
 use super::{Place, explain, output::print};
 use crate::api::Request;
 use crate::config::parse_time;
+use crate::dataplane::BackendSnapshot;
 
 /// Between two looks at how far it is.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -61,8 +62,7 @@ impl Drain {
         let until = Instant::now() + self.timeout;
         let mut shown = None;
         while !self.timeout.is_zero() {
-            let left = backends.iter().map(|backend| left(place, backend));
-            let left: u32 = left.sum::<Result<_>>()?;
+            let left = left(place, &backends)?;
             if shown != Some(left) {
                 print(&format!("{left} connections are left\n"))?;
                 shown = Some(left);
@@ -104,27 +104,29 @@ pub(super) fn slots_or_address(place: &Place, backend: &str) -> Result<Vec<Strin
     Ok(slots.iter().map(u32::to_string).collect())
 }
 
-/// How many connections a drained server still has.
-fn left(place: &Place, wanted: &str) -> Result<u32> {
+/// How many connections the drained servers still have. Those that are not there have ended.
+fn left(place: &Place, drained: &[String]) -> Result<u32> {
     let snapshot = place.reader()?.snapshot();
     let snapshot = snapshot.context("can't read the balancer's maps")?;
-    let backends = snapshot
-        .services
-        .iter()
-        .flat_map(|service| &service.backends);
-    let named = backends.clone().find(|backend| {
+    let services = snapshot.services.iter();
+    let backends: Vec<_> = services.flat_map(|service| &service.backends).collect();
+    let left = drained.iter().map(|wanted| left_of(&backends, wanted));
+    Ok(left.sum())
+}
+
+fn left_of(backends: &[&BackendSnapshot], wanted: &str) -> u32 {
+    let mut named = backends.iter().filter(|backend| {
         backend.slot.to_string() == wanted || backend.address.to_string() == wanted
     });
-    let Some(named) = named else {
-        // It has ended.
-        return Ok(0);
+    let Some(named) = named.next() else {
+        return 0;
     };
     let server = named.server.map(|server| server.first_slot);
-    let of_server = backends.filter(|backend| {
+    let of_server = backends.iter().filter(|backend| {
         backend.slot == named.slot
             || server.is_some() && backend.server.map(|one| one.first_slot) == server
     });
-    Ok(of_server
+    of_server
         .map(|backend| backend.established.saturating_sub(backend.exempt))
-        .sum())
+        .sum()
 }

@@ -177,15 +177,15 @@ impl Moves {
         guarded: &GuardedNetns,
         writer: &mut Writer,
         plan: Option<&Plan>,
+        slots: &[SlotView],
         groups: &[BackendGroup],
         moves: bool,
     ) -> Result<()> {
         self.take_reports(writer);
-        let slots = writer.tables.slots()?;
         let names = groups.iter().flat_map(BackendGroup::names);
         self.names = names.map(|(id, name)| (id, name.clone())).collect();
-        self.leaving = leaving(writer, plan, &slots, groups);
-        for view in &slots {
+        self.leaving = leaving(writer, plan, slots, groups);
+        for view in slots {
             if let Some(cause) = self.leaving.get(&view.id()) {
                 self.batch(writer, view, *cause, None);
             }
@@ -196,15 +196,15 @@ impl Moves {
         let now = Instant::now();
         self.staying
             .retain(|_, since| now.duration_since(*since) < RETRY);
-        for view in &slots {
+        for view in slots {
             if self.batches.contains_key(&view.id())
                 && let Some(manner) = manner(writer, plan, view)
             {
                 self.order(guarded, writer, view, manner)?;
             }
         }
-        self.end_batches(&slots);
-        self.show(writer, &slots);
+        self.end_batches(slots);
+        self.show(writer, slots);
         Ok(())
     }
 

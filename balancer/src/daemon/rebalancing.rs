@@ -87,11 +87,8 @@ pub fn own_backend(name: String, weight: u32, phase: Phase, listeners: &[SlotVie
         name,
         weight,
         phase,
-        fitness: match states.and_then(|states| states.first().copied()) {
-            None | Some(HealthState::Serving) => Fitness::Serves,
-            Some(HealthState::Stalled | HealthState::Hung) => Fitness::Stalled,
-            Some(HealthState::Failing) => Fitness::Failing,
-        },
+        fitness: (states.and_then(|states| states.first().copied()))
+            .map_or(Fitness::Serves, Fitness::from),
         limit: limits.sum(),
         counts: Counts::Own {
             established: counted.sum(),

@@ -433,13 +433,14 @@ impl Daemon {
 
     /// Moves connections that should be elsewhere.
     fn follow_moves(&mut self) -> Result<()> {
+        let slots = self.writer.tables.slots()?;
         let groups = match self.effect {
             Effect::Count => Vec::new(),
-            Effect::DryRun | Effect::On => self.mode.backend_groups(&self.writer)?,
+            Effect::DryRun | Effect::On => self.mode.backend_groups(&self.writer, &slots)?,
         };
         let moves = self.effect == Effect::On;
         let (writer, plan) = (&mut self.writer, self.plan.as_ref());
-        let followed = (self.moves).follow(&self.guarded, writer, plan, &groups, moves);
+        let followed = (self.moves).follow(&self.guarded, writer, plan, &slots, &groups, moves);
         self.mode.note_departures(self.moves.departures());
         followed
     }

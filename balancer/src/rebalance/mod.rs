@@ -39,6 +39,8 @@ pub use ramp::{WHOLE, bound_of_whole_connections, ramp};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use balancer_common::abi::HealthState;
+
 /// For so long a backend must hold too much before anything moves.
 pub const HOLD: Duration = Duration::from_secs(15);
 /// Counts that are older are not acted upon. Nodes publish what has changed within seconds, and
@@ -145,6 +147,16 @@ pub enum Fitness {
     Stalled,
     /// Its connections fail.
     Failing,
+}
+
+impl From<HealthState> for Fitness {
+    fn from(state: HealthState) -> Self {
+        match state {
+            HealthState::Serving => Self::Serves,
+            HealthState::Stalled | HealthState::Hung => Self::Stalled,
+            HealthState::Failing => Self::Failing,
+        }
+    }
 }
 
 /// What a backend holds. Exempt connections don't count.

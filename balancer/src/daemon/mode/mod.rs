@@ -15,7 +15,7 @@ use super::down::{self, Named};
 use super::moves::Departures;
 use super::rebalancing::BackendGroup;
 use crate::config::{Config, Effect};
-use crate::dataplane::{PlacingNotes, Plan, RefusedSource, Writer};
+use crate::dataplane::{PlacingNotes, Plan, RefusedSource, SlotView, Writer};
 use crate::kubernetes::ClusterStatus;
 use crate::place::PlacePlan;
 
@@ -189,10 +189,10 @@ impl Mode {
     ///
     /// # Errors
     /// When a map can't be read.
-    pub fn backend_groups(&self, writer: &Writer) -> Result<Vec<BackendGroup>> {
+    pub fn backend_groups(&self, writer: &Writer, slots: &[SlotView]) -> Result<Vec<BackendGroup>> {
         match self {
-            Self::Standalone(mode) => mode.backend_groups(writer),
-            Self::Kubernetes(mode) => mode.backend_groups(writer),
+            Self::Standalone(mode) => mode.backend_groups(writer, slots),
+            Self::Kubernetes(mode) => Ok(mode.backend_groups(slots)),
         }
     }
 

@@ -72,14 +72,13 @@ impl StandaloneMode {
     ///
     /// # Errors
     /// When a map can't be read.
-    pub fn backend_groups(&self, writer: &Writer) -> Result<Vec<BackendGroup>> {
+    pub fn backend_groups(&self, writer: &Writer, slots: &[SlotView]) -> Result<Vec<BackendGroup>> {
         let moves = |service: &&Service| service.rebalance && service.moving != MoveRule::Off;
         let wanted: Vec<&Service> = self.services.iter().filter(moves).collect();
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
         let ids = services::ids(&writer.tables)?;
-        let slots = writer.tables.slots()?;
         let of_service = |service: &&Service| {
             let id = *ids.get(&service.name)?;
             let slots = slots.iter().copied();

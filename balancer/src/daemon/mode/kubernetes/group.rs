@@ -7,7 +7,8 @@ use balancer_common::abi::{HealthState, ticks};
 
 use super::super::super::moves::{Departures, is_drained};
 use super::super::super::quotas::Server;
-use crate::config::ClusterService;
+use super::pod_resolver::PodResolver;
+use crate::config::{ClusterService, Kubernetes};
 use crate::dataplane::SlotView;
 use crate::kubernetes::{Endpoint, GroupId, ReportedBackend, View};
 use crate::quota::{ReadyBackend, plausible};
@@ -196,6 +197,22 @@ impl<'a> Group<'a> {
     }
 }
 
+/// The groups that service entries select, with what is known of the connections of their pods.
+pub fn groups<'a>(
+    config: &'a Kubernetes,
+    view: &'a View,
+    resolver: &'a PodResolver,
+    slots: &'a [SlotView],
+    departures: &'a Departures,
+) -> impl Iterator<Item = Group<'a>> {
+    view.groups.keys().filter_map(move |id| {
+        let mut entries = config.services.iter();
+        let entry = entries.find(|entry| entry.name == id.entry)?;
+        let own = resolver.backends(id, slots, &view.groups);
+        Some(Group::new(id, entry, view, own, departures))
+    })
+}
+
 /// Whether the pod should get its share of new connections.
 fn takes_new((endpoint, load): &(&Endpoint, Option<Load>)) -> bool {
     endpoint.ready && !is_taken_out(*load)
@@ -216,7 +233,7 @@ impl Load {
             room: slot.room(),
             // Not looked at: what is computed for this node's pods follows from their slots.
             unhealthy_for: None,
-            fitness: fitness(unhealthy.map(|(state, _)| state.name())),
+            fitness: unhealthy.map_or(Fitness::Serves, |(state, _)| state.into()),
             limit: slot.limit(),
             moving: departing.moving.min(established),
             returning: departing.returning,

@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::super::super::moves::Departures;
 use super::super::super::quotas::{LoweringClocks, explain, put_in_force};
 use super::super::super::rebalancing::AFTER_REFUSAL;
-use super::group::Group;
+use super::group::{Group, groups};
 use super::placing::is_placed;
 use super::pod_resolver::{Groups, PodResolver};
 use crate::config::{ClusterInput, ClusterQuota, Kubernetes, MAX_CONNECTIONS};
@@ -171,12 +171,8 @@ impl GroupQuotas {
     ) -> Result<()> {
         let slots = writer.tables.slots()?;
         self.forget_others(&view.groups);
-        for id in view.groups.keys() {
-            let Some(entry) = config.services.iter().find(|entry| entry.name == id.entry) else {
-                continue;
-            };
-            let own = resolver.backends(id, &slots, &view.groups);
-            let group = Group::new(id, entry, view, own, departures);
+        for group in groups(config, view, resolver, &slots, departures) {
+            let id = group.id;
             let of_group =
                 |port: &&ServicePort| port.entry == id.entry && port.service == id.service;
             let placed = config.place && view.ports.iter().filter(of_group).any(is_placed);

@@ -225,12 +225,13 @@ impl KubernetesMode {
 
     /// The backend groups with what is known of the connections of their pods.
     fn groups<'a>(&'a self, slots: &'a [SlotView]) -> impl Iterator<Item = Group<'a>> {
-        self.view.groups.keys().filter_map(move |id| {
-            let mut entries = self.config.services.iter();
-            let entry = entries.find(|entry| entry.name == id.entry)?;
-            let own = self.pod_resolver.backends(id, slots, &self.view.groups);
-            Some(Group::new(id, entry, &self.view, own, &self.departures))
-        })
+        group::groups(
+            &self.config,
+            &self.view,
+            &self.pod_resolver,
+            slots,
+            &self.departures,
+        )
     }
 
     /// The addresses that this node's own processes, its kubelet among them, send from to its pods.
@@ -397,23 +398,19 @@ impl KubernetesMode {
     }
 
     /// The backend groups between whose pods connections may be moved, as far as this node has any.
-    ///
-    /// # Errors
-    /// When the slots can't be read.
-    pub fn backend_groups(&self, writer: &Writer) -> Result<Vec<BackendGroup>> {
-        let slots = writer.tables.slots()?;
+    pub fn backend_groups(&self, slots: &[SlotView]) -> Vec<BackendGroup> {
         let around = Around {
             view: &self.view,
             node: &self.identity.node,
             resolver: &self.pod_resolver,
-            slots: &slots,
+            slots,
         };
         let of_group = |group: Group<'_>| {
             let service = self.port_names.service(group.id.port)?;
             let are_refused = self.quotas.are_refused(group.id, &self.view);
             backend_group(&group, service, are_refused, around)
         };
-        Ok(self.groups(&slots).filter_map(of_group).collect())
+        self.groups(slots).filter_map(of_group).collect()
     }
 
     /// Notes how many connections of this node's backends are being moved.

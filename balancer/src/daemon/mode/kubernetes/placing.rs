@@ -233,10 +233,10 @@ fn considered<'a>(port: &'a ServicePort, client: Client<'_>) -> Vec<&'a Target> 
     let ready: Vec<&Target> = reachable()
         .filter(|(endpoint, _)| endpoint.offered.ready)
         .collect();
-    let mut taking = ready.clone();
     let is_leaving =
         |endpoint: &Endpoint| endpoint.terminating || client.drained.contains(&endpoint.uid);
-    taking.retain(|(endpoint, _)| !is_leaving(endpoint));
+    let taking = ready.iter().filter(|(endpoint, _)| !is_leaving(endpoint));
+    let taking: Vec<&Target> = taking.copied().collect();
     if !taking.is_empty() {
         return taking;
     }
