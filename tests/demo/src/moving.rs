@@ -1,7 +1,6 @@
 //! What is established moves, while calls go on: a server joins, and then all of them are
 //! restarted, one after the other.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,15 +12,11 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::node::{Loads, Node, address};
 use crate::report::{Report, heading, progress, spread, total};
+use crate::scenario::{NODE_A, configuration};
 
 const CLIENTS: usize = 200;
 /// 400 calls a second in all.
 const CALL_EVERY: Duration = Duration::from_millis(500);
-/// Where clients find the service.
-const SERVICE: SocketAddr = SocketAddr::new(
-    std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 0, 1)),
-    11800,
-);
 /// What the balancer promises after anything that happens.
 const EVEN_WITHIN: Duration = Duration::from_secs(120);
 const WATCH_EVERY: Duration = Duration::from_secs(10);
@@ -29,23 +24,12 @@ const WATCH_EVERY: Duration = Duration::from_secs(10);
 /// Plays it, and adds what was seen to the report.
 pub async fn run(machine: &Machine, report: &mut Report) {
     let mut node = Node::start(machine, 1..=3);
-    node.balance(&configuration());
+    node.balance(&configuration(1..=4));
     let callers = Callers::start().await;
     joins(report, &mut node).await;
     is_without_error(report, &callers);
     restarts(report, &mut node).await;
     is_without_error(report, &callers);
-}
-
-fn configuration() -> String {
-    let backends: Vec<_> = (1..=4)
-        .map(|number| format!("\"{}\"", address(number)))
-        .collect();
-    format!(
-        "services:\n  - name: agents\n    port: {}\n    backends: [{}]\n",
-        SERVICE.port(),
-        backends.join(", ")
-    )
 }
 
 async fn joins(report: &mut Report, node: &mut Node<'_>) {
@@ -184,7 +168,7 @@ impl Callers {
         let seen = Arc::new(Seen::default());
         let mut tasks = JoinSet::new();
         for number in 0..CLIENTS {
-            let (client, _) = Client::connect(format!("caller-{number}"), vec![SERVICE]).await;
+            let (client, _) = Client::connect(format!("caller-{number}"), vec![NODE_A]).await;
             let client = client.expect("there is no quota");
             tasks.spawn(call(client, Arc::clone(&seen)));
         }

@@ -26,7 +26,7 @@ const RAISED: usize = 120;
 /// The quota of every OAP on node B: enough for all that A refuses.
 const QUOTA_ELSEWHERE: usize = 200;
 /// Where clients find the service on each node.
-const NODE_A: SocketAddr = SocketAddr::new(
+pub const NODE_A: SocketAddr = SocketAddr::new(
     std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 77, 0, 1)),
     11800,
 );
@@ -104,7 +104,7 @@ impl Scenario<'_> {
                 "The balancer starts in front of the running OAPs: port 11800, least connections, a quota of {QUOTA} for each. {CLIENTS} clients."
             ),
         );
-        self.a.balance(&configuration(1..=4, QUOTA));
+        self.a.balance(&with_quota(1..=4, QUOTA));
         let arrivals = self.arrive(CLIENTS, A_WHILE, |_| vec![NODE_A]).await;
         let loads = self.picture("2 balanced");
         self.everybody_is_in(&arrivals, &loads);
@@ -127,7 +127,7 @@ impl Scenario<'_> {
                 "A storm: {STORM} clients at once, room for {room}. Whom node A refuses these clients take to node B at once; it has a balancer too."
             ),
         );
-        self.b.balance(&configuration(5..=6, QUOTA_ELSEWHERE));
+        self.b.balance(&with_quota(5..=6, QUOTA_ELSEWHERE));
         let arrivals = self
             .arrive(STORM, Duration::ZERO, |_| vec![NODE_A, NODE_B])
             .await;
@@ -343,12 +343,18 @@ impl Scenario<'_> {
     }
 }
 
-fn configuration(oaps: RangeInclusive<u16>, quota: usize) -> String {
+fn with_quota(oaps: RangeInclusive<u16>, quota: usize) -> String {
+    let service = configuration(oaps);
+    format!("{service}    quota: {{ per_backend: {quota} }}\n")
+}
+
+/// A service of these OAPs without a quota.
+pub fn configuration(oaps: RangeInclusive<u16>) -> String {
     let backends: Vec<_> = oaps
         .map(|number| format!("\"{}\"", address(number)))
         .collect();
     format!(
-        "services:\n  - name: agents\n    port: {}\n    policy: least-connections\n    backends: [{}]\n    quota: {{ per_backend: {quota} }}\n",
+        "services:\n  - name: agents\n    port: {}\n    policy: least-connections\n    backends: [{}]\n",
         NODE_A.port(),
         backends.join(", ")
     )

@@ -48,6 +48,11 @@ impl Before {
         })
     }
 
+    /// How many connects quotas have refused since.
+    fn refused_by_quota(&self, fixture: &mut Fixture) -> Result<u64> {
+        Ok(over_quota(fixture)?.saturating_sub(self.over_quota))
+    }
+
     /// What clients had seen.
     pub const fn mark(&self) -> &Mark {
         &self.mark
@@ -223,7 +228,7 @@ pub fn tell_outages(
 ) -> Result<()> {
     let tally = fixture.clients()?.tally(&fixture.cluster)?;
     let longest = before.mark.longest_outage(&tally).as_secs_f64();
-    let by_quota = over_quota(fixture)?.saturating_sub(before.over_quota);
+    let by_quota = before.refused_by_quota(fixture)?;
     let (refused, timed_out) = (before.mark.refused(&tally), before.mark.timed_out(&tally));
     report.tell(
         &format!("{step}: longest without one; refused, by a quota, timed out"),
@@ -248,11 +253,7 @@ pub fn event(
     let took = format!("after {:.1} s", begun.elapsed().as_secs_f64());
     report.tell(&format!("{step}: all connected"), &took);
     fixture.nobody_waited(report, step, &before.mark, longest)?;
-    let refused = over_quota(fixture)?.saturating_sub(before.over_quota);
-    report.check(
-        &format!("{step}: refused by a quota"),
-        &Check::new(0, refused),
-    )?;
+    no_quota_refused(fixture, report, step, &before)?;
     let tally = fixture.clients()?.tally(&fixture.cluster)?;
     let mark = &before.mark;
     let (refused, timed_out) = (mark.refused(&tally), mark.timed_out(&tally));
@@ -301,6 +302,18 @@ fn over_quota(fixture: &mut Fixture) -> Result<u64> {
     Ok(refused)
 }
 
+fn no_quota_refused(
+    fixture: &mut Fixture,
+    report: &mut Report,
+    step: &str,
+    before: &Before,
+) -> Result<()> {
+    report.check(
+        &format!("{step}: refused by a quota"),
+        &Check::new(0, before.refused_by_quota(fixture)?),
+    )
+}
+
 /// An OAP joins, and nobody comes anew: what is established moves.
 fn joins(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     to(fixture, REPLICAS - 1)?;
@@ -310,11 +323,7 @@ fn joins(fixture: &mut Fixture, report: &mut Report, step: &str) -> Result<()> {
     evens_out(fixture, report, step)?;
     fixture.all_connected(report, step)?;
     fixture.nobody_waited(report, step, &before.mark, WITHOUT)?;
-    let refused = over_quota(fixture)?.saturating_sub(before.over_quota);
-    report.check(
-        &format!("{step}: refused by a quota"),
-        &Check::new(0, refused),
-    )
+    no_quota_refused(fixture, report, step, &before)
 }
 
 fn are_even(held: &[u32]) -> bool {
