@@ -24,6 +24,8 @@ use crate::sys::netns;
 pub struct Client {
     /// The netns that it connects in; `None`: none of this node's is known to have its address.
     netns: Option<OpenNetns>,
+    /// How many more netns of this node have its address.
+    namesakes: usize,
     /// The ids of its cgroup and of those above; `None`: they are not known.
     cgroups: Option<Vec<u64>>,
 }
@@ -48,6 +50,7 @@ impl Client {
         })?;
         Ok(Self {
             netns: Some(OpenNetns { cookie, file }),
+            namesakes: 0,
             cgroups: cgroups_of(pid).ok(),
         })
     }
@@ -63,16 +66,18 @@ impl Client {
             let cookie = netns::cookie().context("cannot read this network namespace's cookie")?;
             return Ok(Self::in_netns(OpenNetns { cookie, file: own }));
         }
+        let mut having = Vec::new();
         for look in look_everywhere()? {
             if let Look::Found(netns) = look? {
                 let there = netns::inside(netns.as_fd(), || has_address(address));
                 if there.is_ok_and(|has| has.unwrap_or(false)) {
-                    return Ok(Self::in_netns(netns.into()));
+                    having.push(netns.into());
                 }
             }
         }
         Ok(Self {
-            netns: None,
+            namesakes: having.len().saturating_sub(1),
+            netns: having.into_iter().next(),
             cgroups: None,
         })
     }
@@ -81,6 +86,7 @@ impl Client {
     pub const fn in_netns(netns: OpenNetns) -> Self {
         Self {
             netns: Some(netns),
+            namesakes: 0,
             cgroups: None,
         }
     }
@@ -146,11 +152,24 @@ pub fn explain(
     explanation.reason = Some(reason);
     explanation.endpoint = chosen.filter(|_| reason.is_placed()).cloned();
     explanation.sentence = sentence(&explanation, to);
-    if netns.is_none() {
-        explanation.sentence += ". No network namespace of this node has the client's address: what is said holds \
-             for one that is not left alone";
-    }
+    explanation.sentence += &whose(client);
     Ok(explanation)
+}
+
+/// Which client the answer holds for, where that is not clear.
+fn whose(client: &Client) -> String {
+    match (&client.netns, client.namesakes) {
+        (None, _) => ". No network namespace of this node has the client's address: what is said \
+                      holds for one that is not left alone"
+            .to_owned(),
+        (Some(_), 0) => String::new(),
+        (Some(netns), more) => format!(
+            ". More than one network namespace of this node has the client's address ({more} more): \
+             what is said holds for the one with cookie {}; name a process or a pod after --from \
+             for another",
+            netns.cookie
+        ),
+    }
 }
 
 /// The group that an address is a frontend of.

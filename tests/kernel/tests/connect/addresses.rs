@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 
 use serde_json::Value;
 use testkit::fixtures::tcp::{self, Listen, Listener};
-use testkit::fixtures::{Balancer, Machine};
+use testkit::fixtures::{Balancer, Machine, Netns};
 
 use super::{agree, endpoint, group, loads, quoted, servers, spread};
 use crate::support::at;
@@ -75,6 +75,30 @@ fn each_family_stays_in_its_own_and_is_spread_evenly_there() {
         assert!(metrics.contains(line), "{metrics}");
         drop(clients);
         agree(&balancer, &mut servers);
+    });
+}
+
+/// As where two container runtimes give out the same addresses.
+#[test]
+fn explain_says_that_several_network_namespaces_have_the_clients_address() {
+    Machine::with(|machine| {
+        let _servers = open(machine, &ENDPOINTS);
+        let balancer = Balancer::start(machine, &file(&FRONTENDS, &ENDPOINTS));
+        let client = "10.9.77.1";
+        let [first, second] = [(); 2].map(|()| Netns::new());
+        for netns in [&first, &second] {
+            netns.add_address(client.parse().expect("an address"));
+        }
+        let said = || {
+            let said = explain(&balancer, client, FRONTENDS[0]);
+            said["sentence"].as_str().expect("text").to_owned()
+        };
+        let nobody = said();
+        assert!(nobody.contains("No network namespace of"), "{nobody}");
+        let one = first.run(said);
+        assert!(!one.contains("network namespace"), "{one}");
+        let both = first.run(|| second.run(said));
+        assert!(both.contains("(1 more)"), "{both}");
     });
 }
 
