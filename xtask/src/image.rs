@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result, bail, ensure};
 use oci_archive::{Image, Layer, Root};
 
-use crate::build::{self, Profile};
+use crate::build::{self, PRODUCT, Profile};
 use crate::setup::{self, Need};
 use crate::{command, machine, places};
 
@@ -26,7 +26,7 @@ const MAX_BYTES: usize = 30_000_000;
 /// # Errors
 /// When [`make`] fails.
 pub fn image(output: Option<PathBuf>, name: Option<&str>) -> Result<ExitCode> {
-    make(output, name)?;
+    make(output, name, Profile::Release)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -40,24 +40,24 @@ pub struct Made {
     pub program: PathBuf,
 }
 
-/// Builds the balancer, optimised, and writes its image to `output`, by default below the target
-/// directory. `name` is what the image is called once it is loaded; one without a tag gets the
-/// version.
+/// Builds the balancer and writes its image to `output`, by default below the target directory.
+/// `name` is what the image is called once it is loaded; one without a tag gets the version.
 ///
 /// # Errors
-/// When the build fails, a library is missing, the image is too large, or the balancer does not run
-/// in it.
-pub fn make(output: Option<PathBuf>, name: Option<&str>) -> Result<Made> {
+/// When the build fails, a library is missing, the optimised image is too large, or the balancer
+/// does not run in it.
+pub fn make(output: Option<PathBuf>, name: Option<&str>, profile: Profile) -> Result<Made> {
     let name = with_tag(name.unwrap_or("localhost/balancer"))?;
     setup::ensure(&[Need::Build])?;
-    build::product(Profile::Release)?;
+    build::product(profile)?;
     let directory = places::target()?.join("image");
     std::fs::create_dir_all(&directory)
         .with_context(|| format!("cannot make {}", directory.display()))?;
     let output = output.unwrap_or_else(|| directory.join(format!("balancer-{VERSION}.tar")));
 
     let program = directory.join("balancer");
-    strip(&places::target()?.join("release/balancer"), &program)?;
+    let built = places::target()?.join(profile.name()).join(PRODUCT);
+    strip(&built, &program)?;
     let layer = Layer::compressed(root(&program)?)?;
     let tried = try_out(&layer, &directory.join("root"))?;
     let image = Image {
@@ -69,7 +69,7 @@ pub fn make(output: Option<PathBuf>, name: Option<&str>) -> Result<Made> {
     let mut archive = Vec::new();
     image.write(layer, &mut archive)?;
     ensure!(
-        archive.len() <= MAX_BYTES,
+        archive.len() <= MAX_BYTES || profile == Profile::Debug,
         "the image has {} bytes, more than {MAX_BYTES}: what has grown is {}",
         archive.len(),
         program.display()

@@ -186,7 +186,7 @@ pub struct KubernetesScenario {
     #[arg(long, conflicts_with = "short")]
     real_oap: bool,
     /// Only the main steps, in about two minutes once it is built: install, refuse, upgrade, place,
-    /// a node is killed, uninstall.
+    /// a node is killed, uninstall. The image has the build that tests have, which is not optimised.
     #[arg(long)]
     short: bool,
     /// Install the chart with `privileged: false`.
@@ -230,7 +230,9 @@ pub fn end_to_end_kubernetes(scenario: &KubernetesScenario) -> Result<ExitCode> 
     }
     let kubernetes = kubernetes::program()?;
     let helm = helm::program()?;
-    let image = image::make(None, None)?;
+    // The main steps are the same with what is built for the tests anyway.
+    let profile = Profile::of(!scenario.short);
+    let image = image::make(None, None, profile)?;
     build::debug_programs(&[PRODUCT, "standin-oap", "standin-client", "e2e-k8s"])?;
     let program = places::target()?.join("debug/e2e-k8s");
     let mut play = Command::new(&program);

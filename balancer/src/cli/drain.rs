@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Error, Result, bail};
 use clap::Args;
 
-use super::{Place, explain, output::print};
+use super::output::{print, say};
+use super::{Place, explain};
 use crate::api::Request;
 use crate::config::parse_time;
 use crate::dataplane::BackendSnapshot;
@@ -53,12 +54,7 @@ pub(super) struct Undrain {
 
 impl Drain {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
-        let backends = slots_or_address(place, &self.backend)?;
-        for backend in &backends {
-            let backend = backend.clone();
-            let message = place.must_ask(&Request::Drain { backend }, "drains backends")?;
-            print(&format!("{message}\n"))?;
-        }
+        let backends = ask_each(place, &self.backend, |backend| Request::Drain { backend })?;
         let until = Instant::now() + self.timeout;
         let mut shown = None;
         while !self.timeout.is_zero() {
@@ -86,12 +82,38 @@ impl Drain {
 
 impl Undrain {
     pub(super) fn perform(&self, place: &Place) -> Result<()> {
-        for backend in slots_or_address(place, &self.backend)? {
-            let message = place.must_ask(&Request::Undrain { backend }, "drains backends")?;
-            print(&format!("{message}\n"))?;
-        }
+        ask_each(place, &self.backend, |backend| Request::Undrain { backend })?;
         Ok(())
     }
+}
+
+/// Asks the daemon about a backend, of a pod about each of its ports; returns those that it has done
+/// something about. A port that is refused keeps the others from nothing, and is named.
+fn ask_each(
+    place: &Place,
+    backend: &str,
+    request: impl Fn(String) -> Request,
+) -> Result<Vec<String>> {
+    let (mut done, mut refused) = (Vec::new(), Vec::new());
+    for backend in slots_or_address(place, backend)? {
+        match place.must_ask(&request(backend.clone()), "drains backends") {
+            Ok(message) => {
+                print(&format!("{message}\n"))?;
+                done.push(backend);
+            }
+            Err(error) => refused.push(error),
+        }
+    }
+    let mut refused = refused.into_iter();
+    if done.is_empty()
+        && let Some(error) = refused.next()
+    {
+        return Err(error);
+    }
+    for error in refused {
+        say(&format!("left as it was: {error:#}"));
+    }
+    Ok(done)
 }
 
 /// What the daemon knows a backend by: of a pod of this node the slot for each of its ports.

@@ -51,6 +51,8 @@ pub struct Moves {
     batches: BTreeMap<BackendId, Batch>,
     /// What should be moved so that backends are even.
     rebalancing: Rebalancing,
+    /// How connections are moved, where a backend's group says it and not its port.
+    rules: HashMap<BackendId, MoveRule>,
     /// The backends that are to be emptied, and why.
     leaving: BTreeMap<BackendId, Cause>,
     /// What people call backends, where that says more than their addresses.
@@ -130,7 +132,7 @@ impl Moves {
         number: usize,
     ) -> Result<String> {
         let view = find(writer, backend)?;
-        movable(writer, plan, &view)?;
+        self.ensure_movable(writer, plan, &view)?;
         let batch = self.batch(writer, &view, Cause::ByHand(0), None);
         if let Cause::ByHand(wanted) = &mut batch.cause {
             *wanted += number;
@@ -145,9 +147,9 @@ impl Moves {
     ///
     /// # Errors
     /// When a map can't be read, or its service moves none.
-    pub fn drain(writer: &Writer, plan: Option<&Plan>, backend: &str) -> Result<String> {
+    pub fn drain(&self, writer: &Writer, plan: Option<&Plan>, backend: &str) -> Result<String> {
         let view = find(writer, backend)?;
-        movable(writer, plan, &view)?;
+        self.ensure_movable(writer, plan, &view)?;
         let server = drain(writer, &view)?;
         let service = services::name(&writer.tables, view.member.backend.service);
         Ok(format!(
@@ -159,10 +161,9 @@ impl Moves {
     ///
     /// # Errors
     /// When a map can't be read, or it is not drained.
-    pub fn undrain(&mut self, writer: &Writer, backend: &str) -> Result<String> {
+    pub fn undrain(writer: &Writer, backend: &str) -> Result<String> {
         let view = find(writer, backend)?;
         let server = undrain(writer, &view)?;
-        self.batches.remove(&view.id());
         let service = services::name(&writer.tables, view.member.backend.service);
         Ok(format!("{service}: {server} takes new connections again"))
     }
@@ -171,7 +172,8 @@ impl Moves {
     /// `moves`, what would be moved to even out is only said.
     ///
     /// # Errors
-    /// When a map or the socket table can't be read.
+    /// When a map or the socket table can't be read: the first such error. It keeps no other
+    /// backend from its turn.
     pub fn follow(
         &mut self,
         guarded: &GuardedNetns,
@@ -182,30 +184,47 @@ impl Moves {
         moves: bool,
     ) -> Result<()> {
         self.take_reports(writer);
+        self.forget_old();
         let names = groups.iter().flat_map(BackendGroup::names);
         self.names = names.map(|(id, name)| (id, name.clone())).collect();
-        self.leaving = leaving(writer, plan, slots, groups);
+        // Where nothing moves, the plan says so.
+        let ruling = groups.iter().filter(|_| moves);
+        self.rules = ruling.flat_map(BackendGroup::rules).collect();
+        self.leaving = self.leaving(writer, plan, slots, groups);
         for view in slots {
             if let Some(cause) = self.leaving.get(&view.id()) {
                 self.batch(writer, view, *cause, None);
             }
         }
-        for shedding in self.rebalancing.decide(guarded, writer, groups, moves)? {
-            self.rebalance(writer, plan, shedding)?;
+        let moves = moves && !self.has_failed();
+        let (shedding, mut followed) = self.rebalancing.decide(guarded, writer, groups, moves);
+        for shedding in shedding {
+            followed = followed.and(self.rebalance(writer, plan, shedding));
         }
-        let now = Instant::now();
-        self.staying
-            .retain(|_, since| now.duration_since(*since) < RETRY);
         for view in slots {
             if self.batches.contains_key(&view.id())
-                && let Some(manner) = manner(writer, plan, view)
+                && let Some(manner) = self.manner(writer, plan, view)
             {
-                self.order(guarded, writer, view, manner)?;
+                followed = followed.and(self.order(guarded, writer, view, manner));
             }
         }
         self.end_batches(slots);
         self.show(writer, slots);
-        Ok(())
+        followed
+    }
+
+    /// Forgets what is too long ago to matter.
+    fn forget_old(&mut self) {
+        self.staying.retain(|_, since| since.elapsed() < RETRY);
+        let is_old = |(at, _): &(Instant, BackendId)| at.elapsed() >= COMES_BACK;
+        while self.of_late.front().is_some_and(is_old) {
+            self.of_late.pop_front();
+        }
+    }
+
+    /// Whether what moves could not be loaded of late. What is missing was said when it failed.
+    fn has_failed(&self) -> bool {
+        self.failed.is_some_and(|at| at.elapsed() < RELOAD)
     }
 
     /// What was decided last, a sentence for each backend.
@@ -270,7 +289,7 @@ impl Moves {
         shedding: Shedding,
     ) -> Result<()> {
         let Shedding { view, sockets, why } = shedding;
-        let Some(manner) = manner(writer, plan, &view) else {
+        let Some(manner) = self.manner(writer, plan, &view) else {
             return Ok(());
         };
         self.batch(writer, &view, Cause::Uneven, Some(&why));
@@ -296,12 +315,10 @@ impl Moves {
         let (cause, had) = (batch.cause, batch.had);
         let wanted = match cause {
             Cause::ByHand(wanted) => wanted,
-            Cause::Drained | Cause::Ends => usize::MAX,
-            Cause::Uneven => 0,
+            Cause::Drained | Cause::Ends if self.leaving.contains_key(&view.id()) => usize::MAX,
+            Cause::Drained | Cause::Ends | Cause::Uneven => 0,
         };
-        // What is missing was said when it failed.
-        let failed = self.failed.is_some_and(|at| at.elapsed() < RELOAD);
-        if wanted == 0 || failed {
+        if wanted == 0 || self.has_failed() {
             return Ok(());
         }
         let mut connections = guarded.connections(writer, &[*view])?;
@@ -373,6 +390,46 @@ impl Moves {
         self.mover.as_ref().context("it was just started")
     }
 
+    /// The backends that have connections and are to be emptied, and why.
+    fn leaving(
+        &self,
+        writer: &Writer,
+        plan: Option<&Plan>,
+        slots: &[SlotView],
+        groups: &[BackendGroup],
+    ) -> BTreeMap<BackendId, Cause> {
+        let drained = slots.iter().filter(|view| is_drained(view));
+        let drained = drained.map(|view| (view, Cause::Drained));
+        let ending = groups.iter().flat_map(BackendGroup::ending);
+        let ending = ending.map(|view| (view, Cause::Ends));
+        let moves = |view: &SlotView| self.manner(writer, plan, view).is_some();
+        let all = drained.chain(ending);
+        let all = all.filter(|(view, _)| view.counted() > 0 && moves(view));
+        all.map(|(view, cause)| (view.id(), cause)).collect()
+    }
+
+    /// How connections of a backend are moved; `None`: they are not. Groups of one port may have
+    /// different rules, and the port has that of the first.
+    fn manner(&self, writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Option<Manner> {
+        let name = services::name(&writer.tables, view.member.backend.service);
+        let service = plan?.services.iter().find(|service| service.name == name)?;
+        let of_group = self.rules.get(&view.id()).copied();
+        match of_group.unwrap_or(service.moving) {
+            MoveRule::Off => None,
+            MoveRule::Graceful => Some(Manner::Graceful),
+            MoveRule::Close => Some(Manner::Close),
+        }
+    }
+
+    fn ensure_movable(&self, writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Result<()> {
+        ensure!(
+            self.manner(writer, plan, view).is_some(),
+            "{} moves no connections: its configuration says `move: off`, or `mode` is not `on`",
+            services::name(&writer.tables, view.member.backend.service)
+        );
+        Ok(())
+    }
+
     fn take_reports(&mut self, writer: &Writer) {
         let reports = self.mover.as_ref().map(Mover::reports).unwrap_or_default();
         for Report { order, outcome, .. } in reports {
@@ -406,17 +463,12 @@ impl Moves {
         });
     }
 
-    fn show(&mut self, writer: &Writer, slots: &[SlotView]) {
-        let is_old = |at: &Instant| at.elapsed() >= COMES_BACK;
-        while self.of_late.front().is_some_and(|(at, _)| is_old(at)) {
-            self.of_late.pop_front();
-        }
+    fn show(&self, writer: &Writer, slots: &[SlotView]) {
+        let departures = self.departures();
         for view in slots {
             let id = view.id();
-            let number = self.under_way.values().filter(|backend| **backend == id);
-            let number = u32::try_from(number.count()).unwrap_or(u32::MAX);
             let moves = writer.tables.moves(id);
-            let others = SlotMoves::others(number, moves.stay());
+            let others = SlotMoves::others(departures.of(id).moving, moves.stay());
             writer
                 .tables
                 .set_moves(id.slot, SlotMoves { others, ..moves });
@@ -486,46 +538,10 @@ fn add(writer: &Writer, backend: BackendId, outcome: &Outcome) {
     );
 }
 
-/// The backends that have connections and are to be emptied, and why.
-fn leaving(
-    writer: &Writer,
-    plan: Option<&Plan>,
-    slots: &[SlotView],
-    groups: &[BackendGroup],
-) -> BTreeMap<BackendId, Cause> {
-    let drained = slots.iter().filter(|view| is_drained(view));
-    let drained = drained.map(|view| (view, Cause::Drained));
-    let ending = groups.iter().flat_map(BackendGroup::ending);
-    let ending = ending.map(|view| (view, Cause::Ends));
-    let has_some = |view: &SlotView| view.counted() > 0 && manner(writer, plan, view).is_some();
-    let all = drained.chain(ending).filter(|(view, _)| has_some(view));
-    all.map(|(view, cause)| (view.id(), cause)).collect()
-}
-
 /// Whether a backend is taken out by hand.
 pub fn is_drained(view: &SlotView) -> bool {
     let written = written(&view.member.policy, view.slot_state());
     written.is_some_and(|written| written.source == QuotaSource::Drained)
-}
-
-/// How connections of a backend's service are moved; `None`: they are not.
-fn manner(writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Option<Manner> {
-    let name = services::name(&writer.tables, view.member.backend.service);
-    let service = plan?.services.iter().find(|service| service.name == name)?;
-    match service.moving {
-        MoveRule::Off => None,
-        MoveRule::Graceful => Some(Manner::Graceful),
-        MoveRule::Close => Some(Manner::Close),
-    }
-}
-
-fn movable(writer: &Writer, plan: Option<&Plan>, view: &SlotView) -> Result<()> {
-    ensure!(
-        manner(writer, plan, view).is_some(),
-        "{} moves no connections: its configuration says `move: off`, or `mode` is not `on`",
-        services::name(&writer.tables, view.member.backend.service)
-    );
-    Ok(())
 }
 
 /// The backend that somebody means: a slot, or an address and a port.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use balancer_common::abi::{BackendId, BackendState, HealthState, ticks};
 
 use super::attach::GuardedNetns;
+use crate::config::MoveRule;
 use crate::dataplane::{SlotView, Writer};
 use crate::rebalance::{
     Action, Backend, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay, plan,
@@ -18,6 +19,9 @@ use crate::sys::sock_diag::Socket;
 const LOOKS_AGAIN: Duration = Duration::from_secs(5);
 /// And not at all once nothing has moved for so long and all is even.
 const AT_REST_AFTER: Duration = Duration::from_secs(120);
+/// When a daemon starts, by the times of its memories: what it finds then was opened before
+/// anything that it may hear of others' moves.
+const LONG_BEFORE: Duration = Duration::from_secs(3600);
 /// Nothing moves for so long after somebody was refused.
 pub const AFTER_REFUSAL: Duration = Duration::from_secs(10);
 
@@ -27,6 +31,12 @@ pub struct BackendGroup {
     pub name: String,
     /// All of them as the rule takes them, those of this node without their connections.
     pub group: Group,
+    /// Why nothing is evened out, where that is not its configuration.
+    pub kept: Option<&'static str>,
+    /// Whether its clients reach backends of this node alone.
+    pub own_node_only: bool,
+    /// How its connections are moved; `None`: as the others of its port.
+    pub rule: Option<MoveRule>,
     /// Those of this node.
     pub own: Vec<OwnBackend>,
     /// What people call backends whose name says more.
@@ -56,12 +66,29 @@ impl BackendGroup {
         })
     }
 
+    /// How connections of this node's backends are moved, by their listeners.
+    pub fn rules(&self) -> impl Iterator<Item = (BackendId, MoveRule)> {
+        let listeners = self.own.iter().flat_map(|own| &own.listeners);
+        listeners.filter_map(|view| Some((view.id(), self.rule?)))
+    }
+
     /// The listeners of backends that end while others are there for their clients.
     pub fn ending(&self) -> impl Iterator<Item = &SlotView> {
-        let ends = |own: &&OwnBackend| self.group.phase(&own.name) == Some(Phase::Terminating);
-        let has_ready = self.group.has_ready();
-        let own = self.own.iter().filter(ends).filter(move |_| has_ready);
-        own.flat_map(|own| &own.listeners)
+        let is = |own: &OwnBackend, phase| self.group.phase(&own.name) == Some(phase);
+        let others = if self.own_node_only {
+            self.own.iter().any(|own| is(own, Phase::Ready))
+        } else {
+            self.group.has_ready()
+        };
+        let ending = self.own.iter();
+        let ending = ending.filter(move |own| others && is(own, Phase::Terminating));
+        ending.flat_map(|own| &own.listeners)
+    }
+
+    /// Why nothing is evened out, in a sentence.
+    fn why_kept(&self) -> Option<String> {
+        let kept = self.kept?;
+        Some(format!("{}: nothing moves to even out: {kept}", self.name))
     }
 
     /// The sentence of a decision.
@@ -116,6 +143,8 @@ pub struct Shedding {
 pub struct Rebalancing {
     started: Instant,
     groups: BTreeMap<String, Remembered>,
+    /// Why nothing is evened out, a sentence for each group of which that is so.
+    kept: Vec<String>,
 }
 
 #[derive(Default)]
@@ -141,6 +170,7 @@ impl Default for Rebalancing {
         Self {
             started: Instant::now(),
             groups: BTreeMap::new(),
+            kept: Vec::new(),
         }
     }
 }
@@ -153,9 +183,14 @@ impl Rebalancing {
         }
     }
 
+    /// The time of the memories.
+    fn now(&self) -> Duration {
+        LONG_BEFORE + self.started.elapsed()
+    }
+
     /// Notes that a connection is moved which the rule has not asked for.
     pub fn note_told(&mut self, backend: BackendId, socket: &Socket) {
-        let now = self.started.elapsed();
+        let now = self.now();
         for group in self.groups.values_mut() {
             if let Some(name) = group.own.get(&backend) {
                 let connection = connection(socket, &mut group.opened, now);
@@ -165,40 +200,56 @@ impl Rebalancing {
     }
 
     /// Decides what should move now; to be asked once a second. Where nothing `moves`, it is only
-    /// said.
-    ///
-    /// # Errors
-    /// When a map or the socket table can't be read.
+    /// said. With what was decided comes the first error: a map or the socket table that can't be
+    /// read for one group keeps no other from its turn.
     pub fn decide(
         &mut self,
         guarded: &GuardedNetns,
         writer: &Writer,
         groups: &[BackendGroup],
         moves: bool,
-    ) -> Result<Vec<Shedding>> {
+    ) -> (Vec<Shedding>, Result<()>) {
         let wanted = || groups.iter().filter(|group| group.group.is_on);
         (self.groups).retain(|name, _| wanted().any(|group| group.name == *name));
-        let now = self.started.elapsed();
-        let mut shedding = Vec::new();
+        self.kept = groups.iter().filter_map(BackendGroup::why_kept).collect();
+        let now = self.now();
+        let (mut shedding, mut decided) = (Vec::new(), Ok(()));
         for group in wanted() {
             let known = self.groups.entry(group.name.clone()).or_default();
-            known.look(guarded, writer, group, now)?;
-            known.decide(group, now);
-            if moves {
-                shedding.extend(known.shedding(guarded, writer, group, now)?);
+            match known.turn(guarded, writer, group, moves, now) {
+                Ok(more) => shedding.extend(more),
+                Err(error) => decided = decided.and(Err(error)),
             }
         }
-        Ok(shedding)
+        (shedding, decided)
     }
 
-    /// What was decided last, a sentence for each backend.
+    /// What was decided last, a sentence for each backend, and why groups are left as they are.
     pub fn sentences(&self) -> Vec<String> {
         let sentences = self.groups.values().flat_map(|group| &group.sentences);
-        sentences.cloned().collect()
+        sentences.chain(&self.kept).cloned().collect()
     }
 }
 
 impl Remembered {
+    /// What one group should shed now.
+    fn turn(
+        &mut self,
+        guarded: &GuardedNetns,
+        writer: &Writer,
+        group: &BackendGroup,
+        moves: bool,
+        now: Duration,
+    ) -> Result<Vec<Shedding>> {
+        self.look(guarded, writer, group, now)?;
+        self.decide(group, now);
+        if moves {
+            self.shedding(guarded, writer, group, now)
+        } else {
+            Ok(Vec::new())
+        }
+    }
+
     /// Looks at the connections where that is due: at rest nobody asks for them.
     fn look(
         &mut self,
@@ -221,12 +272,18 @@ impl Remembered {
         if !moving && (at_rest || looked) {
             return Ok(());
         }
+        // What is there at the first look was opened at any time before.
+        let seen = if self.looked.is_some() {
+            now
+        } else {
+            Duration::ZERO
+        };
         self.looked = Some(Instant::now());
         self.connections.clear();
         let listeners: Vec<SlotView> = listeners().copied().collect();
         for (backend, sockets) in guarded.connections(writer, &listeners)? {
             let sockets = sockets.iter();
-            let connections = sockets.map(|socket| connection(socket, &mut self.opened, now));
+            let connections = sockets.map(|socket| connection(socket, &mut self.opened, seen));
             self.connections.insert(backend, connections.collect());
         }
         let there = self.connections.values().flatten().map(|one| one.cookie);
@@ -298,11 +355,13 @@ impl Remembered {
     }
 
     /// Which connections a backend should shed, and why.
-    fn sheds(&self, own: &OwnBackend) -> Option<(Vec<u64>, String)> {
+    fn sheds(&self, own: &OwnBackend) -> Option<(BTreeSet<u64>, String)> {
         let mut decisions = self.decisions.iter();
         let decision = decisions.find(|decision| decision.backend == own.name)?;
         match &decision.action {
-            Action::Shed { cookies, why } => Some((cookies.clone(), why.to_string())),
+            Action::Shed { cookies, why } => {
+                Some((cookies.iter().copied().collect(), why.to_string()))
+            }
             Action::Stay(_) => None,
         }
     }
@@ -320,4 +379,72 @@ fn connection(socket: &Socket, opened: &mut HashMap<u64, Duration>, now: Duratio
 
 fn is_even(decision: &Decision) -> bool {
     matches!(decision.action, Action::Stay(Stay::Even { .. } | Stay::Off))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rebalance::BalanceBy;
+    use balancer_common::abi::{self, Health, SlotPolicy, SlotState};
+    use balancer_common::decision::member::Member;
+
+    fn listener(slot: u32) -> SlotView {
+        SlotView {
+            member: Member {
+                slot,
+                backend: abi::Backend {
+                    slot_state: SlotState::new(0, BackendState::Active).0,
+                    ..abi::Backend::EMPTY
+                },
+                policy: SlotPolicy::new(0, 50, 1, 0),
+                counts: abi::Counts::ZERO,
+                health: Health::UNKNOWN,
+            },
+            regards_health: true,
+        }
+    }
+
+    /// How many listeners are to be emptied of a node with these pods, beside a ready one
+    /// elsewhere.
+    fn ending(own_node_only: bool, phases: &[Phase]) -> usize {
+        let own = |slot: u32, phase: &Phase| own_backend(slot.to_string(), 1, *phase, &[]);
+        let mut backends: Vec<Backend> = (0..)
+            .zip(phases)
+            .map(|(slot, phase)| own(slot, phase))
+            .collect();
+        backends.push(own(99, &Phase::Ready));
+        let of_slot = |slot: u32| OwnBackend {
+            name: slot.to_string(),
+            listeners: vec![listener(slot)],
+        };
+        let group = BackendGroup {
+            name: "agents".to_owned(),
+            group: Group {
+                is_on: true,
+                balance_by: BalanceBy::Connections,
+                slow_start: Duration::ZERO,
+                are_refused: false,
+                unheard_for: Duration::ZERO,
+                backends,
+            },
+            kept: None,
+            own_node_only,
+            rule: None,
+            own: (0..).zip(phases).map(|(slot, _)| of_slot(slot)).collect(),
+            shown: BTreeMap::new(),
+        };
+        group.ending().count()
+    }
+
+    #[test]
+    fn who_ends_is_emptied_where_its_clients_can_go_elsewhere() {
+        assert_eq!(ending(false, &[Phase::Terminating]), 1);
+        assert_eq!(ending(false, &[Phase::Ready]), 0);
+        assert_eq!(
+            ending(true, &[Phase::Terminating]),
+            0,
+            "they stay on the node"
+        );
+        assert_eq!(ending(true, &[Phase::Terminating, Phase::Ready]), 1);
+    }
 }

@@ -372,9 +372,9 @@ impl Daemon {
     /// When it is not known, or its service moves no connections.
     pub fn set_drained(&mut self, backend: &str, drained: bool) -> Result<String> {
         let message = if drained {
-            Moves::drain(&self.writer, self.plan.as_ref(), backend)?
+            (self.moves).drain(&self.writer, self.plan.as_ref(), backend)?
         } else {
-            self.moves.undrain(&self.writer, backend)?
+            Moves::undrain(&self.writer, backend)?
         };
         // What it had is shared among the others at once.
         self.apply_quotas()?;

@@ -12,7 +12,7 @@ use balancer_common::abi::{Connection, MovingSocket};
 use super::loader::Loader;
 use super::object::load_goaway;
 use super::plain::Plain;
-use super::tables::connection_of;
+use super::tables::{Tables, connection_of};
 use crate::sys::bpf;
 use crate::sys::sock_diag::Socket;
 
@@ -110,9 +110,20 @@ fn notes(directory: &Path) -> Result<SkStorage<MapData, Plain<MovingSocket>>> {
     Ok(SkStorage::try_from(Map::SkStorage(map))?)
 }
 
-/// Whether a connection can be moved: a process has accepted it, and it is not exempt. Of MPTCP the
-/// socket table shows one of several paths.
-pub fn is_movable(socket: &Socket) -> bool {
-    let exempt = connection_of(socket).is_some_and(|one| one.class() == Connection::EXEMPT);
-    socket.inode != 0 && !exempt && !socket.mptcp
+/// Whether a service's connection can be moved: a process has accepted it, and it is not exempt. Of
+/// MPTCP the socket table shows one of several paths.
+///
+/// # Errors
+/// When it can't be read who is exempt.
+pub fn is_movable(tables: &Tables, service: u16, socket: &Socket) -> Result<bool> {
+    if socket.inode == 0 || socket.mptcp {
+        return Ok(false);
+    }
+    // One that is older than the data plane was not classified.
+    let class = connection_of(socket).map(|connection| connection.class());
+    Ok(match class {
+        Some(Connection::COUNTED) => true,
+        Some(Connection::EXEMPT) => false,
+        _ => !tables.is_exempt(service, socket.remote.ip())?,
+    })
 }

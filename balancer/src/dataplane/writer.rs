@@ -1,5 +1,6 @@
 //! The one writer of a data plane: its parts, for the daemon.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::Result;
@@ -78,9 +79,17 @@ impl Writer {
     /// # Errors
     /// When the socket table or a map can't be read.
     pub fn connections(&self, slots: &[SlotView]) -> Result<Vec<(BackendId, Socket)>> {
-        let mut connections = look::connections(&self.tables, slots)?;
-        connections.retain(|(_, socket)| is_movable(socket));
-        Ok(connections)
+        let services = slots.iter();
+        let services = services.map(|view| (view.id(), view.member.backend.service));
+        let services: HashMap<BackendId, u16> = services.collect();
+        let mut movable = Vec::new();
+        for (backend, socket) in look::connections(&self.tables, slots)? {
+            let service = services.get(&backend).copied().unwrap_or_default();
+            if is_movable(&self.tables, service, &socket)? {
+                movable.push((backend, socket));
+            }
+        }
+        Ok(movable)
     }
 
     /// Makes this data plane the one that decides: see [`Loader::switch`].

@@ -1,5 +1,6 @@
 //! What a node knows of an endpoint group at a time: what the kernel half chooses by.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
@@ -53,6 +54,9 @@ pub struct GroupMemory {
     since: Option<Duration>,
     /// In the order of the last plan.
     endpoints: Vec<EndpointMemory>,
+    /// The nodes that have not counted an endpoint of theirs, and when that was seen last: nobody
+    /// counts a new one there either.
+    uncounted: BTreeMap<String, Duration>,
     /// Connections of the whole group: the most of late, and all of the last seconds.
     most: Window,
     totals: History,
@@ -109,6 +113,7 @@ impl Default for GroupMemory {
         Self {
             since: None,
             endpoints: Vec::new(),
+            uncounted: BTreeMap::new(),
             most: Window::new(COMES_BACK),
             totals: History::default(),
             most_own: Window::new(LOST),
@@ -140,6 +145,7 @@ impl GroupMemory {
             .zip(&self.endpoints)
             .map(|(plan, memory)| self.others(plan, memory, now))
             .collect();
+        self.note_uncounted(plan, &seen, now);
         if !seen.iter().any(|others| matches!(others, Others::Known(_))) {
             return GroupKnowledge {
                 level: 0,
@@ -206,10 +212,31 @@ impl GroupMemory {
             return Others::Known(memory.own.others(published, now));
         }
         let came_up_here = Some(memory.since) > self.since;
-        if came_up_here && plan.published.is_none() && now < memory.since + NEW {
+        let may_be_told = plan.published.is_none() && now < memory.since + NEW;
+        let uncounted = (plan.node.as_ref()).is_some_and(|node| self.uncounted.contains_key(node));
+        if came_up_here && may_be_told && !uncounted {
             return Others::New;
         }
         Others::Unknown
+    }
+
+    /// Notes which nodes count their endpoints. What is known of a node outlives a restart of its
+    /// endpoint.
+    fn note_uncounted(&mut self, plan: &GroupPlan, seen: &[Others], now: Duration) {
+        let endpoints = plan.endpoints.iter().zip(&self.endpoints).zip(seen);
+        for ((plan, memory), others) in endpoints {
+            let Some(node) = &plan.node else { continue };
+            match others {
+                Others::Known(_) => {
+                    self.uncounted.remove(node);
+                }
+                Others::Unknown if now >= memory.since + NEW => {
+                    self.uncounted.insert(node.clone(), now);
+                }
+                Others::Unknown | Others::New => {}
+            }
+        }
+        self.uncounted.retain(|_, seen| now < *seen + COMES_BACK);
     }
 
     /// Puts what is remembered into the order of the plan; what has gone is forgotten.
@@ -300,6 +327,7 @@ mod tests {
             v4: None,
             v6: None,
             port: 11800,
+            node: Some(format!("node of {name}")),
             weight: 1,
             published: published.map(|(connections, age)| PublishedTotal {
                 connections,
@@ -389,6 +417,33 @@ mod tests {
         assert_eq!(known.others, [0, 100, 60, 73]);
         let known = memory.know(&plan, &[0, 0, 0, 7], s(20));
         assert_eq!(known.others, [80, 100, 60, 73], "it is silent");
+    }
+
+    #[test]
+    fn who_is_new_on_a_node_that_counted_none_is_average() {
+        let mut memory = GroupMemory::default();
+        let mut plan = group(vec![endpoint("a", Some((100, 1))), endpoint("b", None)]);
+        memory.know(&plan, &[0, 0], s(0));
+        memory.know(&plan, &[0, 0], s(20));
+        let restarted = |named: &str, node: &str| EndpointPlan {
+            node: Some(format!("node of {node}")),
+            ..endpoint(named, None)
+        };
+        plan.endpoints.remove(1);
+        memory.know(&plan, &[0], s(21));
+        plan.endpoints.push(restarted("c", "b"));
+        plan.endpoints.push(restarted("d", "elsewhere"));
+        let known = memory.know(&plan, &[0; 3], s(30));
+        assert_eq!(known.others, [100, 100, 0]);
+        // It has a daemon now.
+        plan.endpoints[1] = EndpointPlan {
+            node: Some("node of b".to_owned()),
+            ..endpoint("c", Some((60, 1)))
+        };
+        memory.know(&plan, &[0; 3], s(31));
+        plan.endpoints[1] = restarted("e", "b");
+        let known = memory.know(&plan, &[0; 3], s(32));
+        assert_eq!(known.others, [100, 0, 0]);
     }
 
     #[test]

@@ -93,6 +93,8 @@ pub struct EndpointPlan {
     pub v6: Option<Ipv6Addr>,
     /// Its port.
     pub port: u16,
+    /// The node that it runs on, whose daemon counts it; `None`: that is not known.
+    pub node: Option<String>,
     /// Its share beside the others'; 0: no new ones.
     pub weight: u32,
     /// What it was last said to have; `None`: nobody says.

@@ -2,7 +2,8 @@
 //!
 //! Clients connect to a frontend, once through kube-proxy's rule and once placed, beside clients
 //! that visit the same servers directly. Then clients of a node that places visit the servers
-//! directly: connects to elsewhere.
+//! directly: connects to elsewhere. In a dry run the endpoint is chosen, and nothing is noted at the
+//! socket: kube-proxy's rule carries the connect on.
 
 use std::time::Duration;
 
@@ -19,7 +20,8 @@ use crate::serve::{self, Servers};
 use crate::settings::{BACKENDS, Settings, USUAL};
 use crate::statistics::Summary;
 
-/// What a run of the program may take with the usual number of endpoints, in nanoseconds.
+/// What a run of the program may take with the usual number of endpoints, without what it notes at
+/// the socket, in nanoseconds.
 const BOUND: f64 = 1_000.0;
 /// The program that places connects of IPv4 sockets.
 const PROGRAM: &str = "place_connect4";
@@ -30,17 +32,25 @@ enum Subject {
     Bare,
     KubeProxy,
     Placed,
+    DryRun,
     Elsewhere,
 }
 
 impl Subject {
-    const ALL: [Self; 4] = [Self::Bare, Self::KubeProxy, Self::Placed, Self::Elsewhere];
+    const ALL: [Self; 5] = [
+        Self::Bare,
+        Self::KubeProxy,
+        Self::Placed,
+        Self::DryRun,
+        Self::Elsewhere,
+    ];
 
     const fn name(self) -> &'static str {
         match self {
             Self::Bare => "bare",
             Self::KubeProxy => "kube-proxy",
             Self::Placed => "placed",
+            Self::DryRun => "dry run",
             Self::Elsewhere => "to elsewhere",
         }
     }
@@ -93,64 +103,73 @@ pub fn measure(settings: &Settings) -> Result<Section> {
     let slice = settings.pick(Duration::from_millis(80), Duration::from_millis(700));
     let machines: Vec<_> = BACKENDS
         .iter()
-        .map(|_| [Machine::new(), Machine::new(), Machine::new()])
+        .map(|_| [(); 4].map(|()| Machine::new()))
         .collect();
-    let mut trios = Vec::new();
+    let mut beside = Vec::new();
     for (machines, endpoints) in machines.iter().zip(BACKENDS) {
-        trios.push(Trio::start(machines, endpoints)?);
+        beside.push(Beside::start(machines, endpoints)?);
     }
     // The first round warms up.
     for round in 0..=rounds {
-        for trio in &mut trios {
-            trio.round(round, slice)?;
+        for machines in &mut beside {
+            machines.round(round, slice)?;
         }
     }
     let _times = programs::take_times()?;
     for _ in 0..rounds {
-        for trio in &mut trios {
-            trio.cost(slice)?;
+        for machines in &mut beside {
+            machines.cost(slice)?;
         }
     }
-    let rows: Vec<_> = trios.iter().flat_map(Trio::rows).collect();
+    let rows: Vec<_> = beside.iter().flat_map(Beside::rows).collect();
     Ok(section(&rows))
 }
 
-/// The same servers on three machines: alone, behind kube-proxy's rule, and placed.
-struct Trio<'a> {
+/// The same servers on four machines: alone, behind kube-proxy's rule, placed, and both in a dry
+/// run.
+struct Beside<'a> {
     endpoints: u16,
-    machines: &'a [Machine; 3],
-    program: u32,
-    series: [Series; 4],
+    machines: &'a [Machine; 4],
+    /// The program where it places, and in the dry run.
+    programs: [u32; 2],
+    series: [Series; 5],
     // Dropped in this order: nobody hangs on to a machine that is gone.
-    _balancer: Balancer<'a>,
-    _servers: [Servers; 3],
+    _balancers: [Balancer<'a>; 2],
+    _servers: Vec<Servers>,
 }
 
-impl<'a> Trio<'a> {
-    fn start(machines: &'a [Machine; 3], endpoints: u16) -> Result<Self> {
-        let [bare, kube_proxy, placing] = machines;
-        let servers = [
-            Servers::together(bare, endpoints)?,
-            Servers::together(kube_proxy, endpoints)?,
-            Servers::together(placing, endpoints)?,
+impl<'a> Beside<'a> {
+    fn start(machines: &'a [Machine; 4], endpoints: u16) -> Result<Self> {
+        let servers = machines.iter();
+        let servers = servers.map(|machine| Servers::together(machine, endpoints));
+        let servers: Vec<_> = servers.collect::<Result<_>>()?;
+        let [_, kube_proxy, placing, dry_run] = machines;
+        for machine in [kube_proxy, dry_run] {
+            nft::service(machine, FRONT, &serve::backends(endpoints))?;
+        }
+        let balancers = [
+            Balancer::start(placing, &file(endpoints, "on")),
+            Balancer::start(dry_run, &file(endpoints, "dry-run")),
         ];
-        nft::service(kube_proxy, FRONT, &serve::backends(endpoints))?;
-        let balancer = Balancer::start(placing, &file(endpoints));
+        let [placing, dry_run] = &balancers;
         Ok(Self {
             endpoints,
             machines,
-            program: programs::attached(&balancer, PROGRAM)?,
+            programs: [
+                programs::attached(placing, PROGRAM)?,
+                programs::attached(dry_run, PROGRAM)?,
+            ],
             series: Default::default(),
-            _balancer: balancer,
+            _balancers: balancers,
             _servers: servers,
         })
     }
 
     fn round(&mut self, round: usize, slice: Duration) -> Result<()> {
-        let mut order: [usize; 4] = [0, 1, 2, 3];
+        let mut order: [usize; 5] = [0, 1, 2, 3, 4];
         // Being first is nobody's advantage.
         order.rotate_left(round % Subject::ALL.len());
-        let mut seen = [Visits::default(); 4];
+        let mut seen = [Visits::default(); 5];
         for index in order {
             let subject = Subject::ALL[index];
             seen[index] = self.visits(subject, slice).context(subject.name())?;
@@ -171,22 +190,28 @@ impl<'a> Trio<'a> {
     /// What a run of the program takes. Not in the same rounds: that the kernel takes times costs
     /// time, too.
     fn cost(&mut self, slice: Duration) -> Result<()> {
-        for subject in [Subject::Placed, Subject::Elsewhere] {
-            let before = Runs::of(self.program)?;
+        let [placing, dry_run] = self.programs;
+        for (subject, program) in [
+            (Subject::Placed, placing),
+            (Subject::DryRun, dry_run),
+            (Subject::Elsewhere, placing),
+        ] {
+            let before = Runs::of(program)?;
             self.visits(subject, slice)?;
-            let runs = Runs::of(self.program)?.since(&before);
+            let runs = Runs::of(program)?.since(&before);
             self.series[subject as usize].costs.push(runs.nanoseconds());
         }
         Ok(())
     }
 
     fn visits(&self, subject: Subject, slice: Duration) -> Result<Visits> {
-        let [bare, kube_proxy, placing] = self.machines;
+        let [bare, kube_proxy, placing, dry_run] = self.machines;
         let servers = serve::backends(self.endpoints);
         match subject {
             Subject::Bare => drive_from(bare, &servers, slice),
             Subject::KubeProxy => drive_from(kube_proxy, &[FRONT], slice),
             Subject::Placed => drive_from(placing, &[FRONT], slice),
+            Subject::DryRun => drive_from(dry_run, &[FRONT], slice),
             Subject::Elsewhere => drive_from(placing, &servers, slice),
         }
     }
@@ -197,14 +222,14 @@ impl<'a> Trio<'a> {
     }
 }
 
-/// A balancer's file: connects to the frontend go to so many endpoints.
-fn file(endpoints: u16) -> String {
+/// A balancer's file: connects to the frontend go to so many endpoints, as far as the mode goes.
+fn file(endpoints: u16, mode: &str) -> String {
     let endpoints: Vec<_> = serve::backends(endpoints)
         .iter()
         .map(|address| format!("\"{address}\""))
         .collect();
     format!(
-        "services:\n  - name: agents\n    connect:\n      to: [\"{FRONT}\"]\n      endpoints: [{}]\n",
+        "mode: {mode}\nservices:\n  - name: agents\n    connect:\n      to: [\"{FRONT}\"]\n      endpoints: [{}]\n",
         endpoints.join(", ")
     )
 }
@@ -250,10 +275,10 @@ fn section(rows: &[Row]) -> Section {
             of(Subject::Elsewhere, USUAL, |row| row.ratio_to_bare),
         ),
         Goal::at_most(
-            &format!("place_connect4 with {USUAL} endpoints"),
+            &format!("place_connect4 with {USUAL} endpoints, in a dry run"),
             BOUND,
             "ns",
-            of(Subject::Placed, USUAL, ns),
+            of(Subject::DryRun, USUAL, ns),
         ),
         Goal::at_most(
             "place_connect4 for a connect to elsewhere",
@@ -278,7 +303,9 @@ fn section(rows: &[Row]) -> Section {
             across: "endpoints",
             up: "place_connect4, nanoseconds a run",
             categories: BACKENDS.iter().map(ToString::to_string).collect(),
-            lines: [Subject::Placed, Subject::Elsewhere].map(line).to_vec(),
+            lines: [Subject::Placed, Subject::DryRun, Subject::Elsewhere]
+                .map(line)
+                .to_vec(),
         }),
     }
 }

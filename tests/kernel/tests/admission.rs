@@ -10,8 +10,8 @@ use testkit::fixtures::wire::Wire;
 use testkit::fixtures::{Balancer, Machine, Service};
 
 use crate::support::{
-    agents, agree, at, connections, cpus, group, open_listeners, own_port, refusals, storm,
-    virtual_port,
+    agents, agree, at, connections, cpus, group, in_time, open_listeners, own_port, refusals,
+    storm, virtual_port,
 };
 
 #[test]
@@ -110,7 +110,7 @@ fn concurrent_connects_stay_within_the_quota() {
 /// A check of established connections alone would let all thousand in.
 #[test]
 fn a_burst_of_late_acks_stays_within_the_quota() {
-    Machine::with(|machine| {
+    in_time(|machine| {
         const QUOTA: usize = 100;
         let balancer = Balancer::start(
             machine,
@@ -137,11 +137,10 @@ fn a_burst_of_late_acks_stays_within_the_quota() {
             .iter()
             .flat_map(|(opened, _)| opened.values())
             .for_each(|answer| wire.ack(answer));
-        assert!(
-            sent.elapsed() < Duration::from_millis(900),
-            "too slow to show anything: {:?}",
-            sent.elapsed()
-        );
+        // SYN-ACKs are sent again after a second.
+        if sent.elapsed() >= Duration::from_millis(900) {
+            return None;
+        }
         let admitted: usize = opened.iter().map(|(opened, _)| opened.len()).sum();
         let refused: usize = opened.iter().map(|(_, refused)| refused).sum();
         assert_eq!(admitted + refused, 1000);
@@ -150,6 +149,7 @@ fn a_burst_of_late_acks_stays_within_the_quota() {
             "{admitted} admitted"
         );
         assert_eq!(agree(&balancer, &mut listeners), [admitted]);
+        Some(())
     });
 }
 

@@ -36,6 +36,8 @@ enum Conduct {
 struct Fickle {
     conduct: Arc<AtomicU8>,
     accepted: Arc<AtomicUsize>,
+    /// How often it has looked whether there are any.
+    rounds: Arc<AtomicUsize>,
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -46,16 +48,18 @@ impl Fickle {
         let mut server = Self {
             conduct: Arc::new(AtomicU8::new(conduct as u8)),
             accepted: Arc::default(),
+            rounds: Arc::default(),
             ends: Arc::default(),
             thread: None,
         };
         let (conduct, accepted) = (Arc::clone(&server.conduct), Arc::clone(&server.accepted));
-        let ends = Arc::clone(&server.ends);
+        let (rounds, ends) = (Arc::clone(&server.rounds), Arc::clone(&server.ends));
         let serve = move || {
             let mut held = Vec::new();
             while !ends.load(Ordering::Relaxed) {
                 accepted.fetch_add(listener.accept_all(), Ordering::Relaxed);
                 attend(&mut listener, &mut held, conduct.load(Ordering::Relaxed));
+                rounds.fetch_add(1, Ordering::Relaxed);
                 thread::sleep(Duration::from_millis(1));
             }
         };
@@ -70,6 +74,11 @@ impl Fickle {
     /// Connections that it was given so far.
     fn accepted(&self) -> usize {
         self.accepted.load(Ordering::Relaxed)
+    }
+
+    /// How often it has looked for connections so far.
+    fn rounds(&self) -> usize {
+        self.rounds.load(Ordering::Relaxed)
     }
 }
 
@@ -139,8 +148,13 @@ fn served() -> Option<TcpStream> {
 fn given(servers: &[Fickle], work: impl FnOnce()) -> Vec<usize> {
     let before: Vec<_> = servers.iter().map(Fickle::accepted).collect();
     work();
-    // What has just come is accepted within a few milliseconds.
-    thread::sleep(Duration::from_millis(50));
+    // What has just come is accepted in the next round but one at the latest.
+    let rounds: Vec<_> = servers.iter().map(Fickle::rounds).collect();
+    eventually(Duration::from_secs(5), || {
+        let mut seen = servers.iter().zip(&rounds);
+        ensure!(seen.all(|(server, before)| server.rounds() >= before + 2));
+        Ok(())
+    });
     let now = servers.iter().map(Fickle::accepted);
     now.zip(before).map(|(now, before)| now - before).collect()
 }
@@ -369,9 +383,9 @@ fn a_pause_of_three_seconds_is_a_detour_of_the_last() {
         };
         connect_for(Duration::from_millis(200));
         servers[0].signal(Signal::SIGSTOP);
-        let early = connect_for(Duration::from_millis(1_800));
+        let early = connect_for(Duration::from_millis(1_200));
         assert!(early[0].abs_diff(early[1]) <= 1, "{early:?}");
-        let noticed = connect_for(Duration::from_millis(400));
+        let noticed = connect_for(Duration::from_secs(1));
         let last = connect_for(Duration::from_millis(800));
         assert_eq!(last[0], noticed[0], "{noticed:?}, {last:?}");
         servers[0].signal(Signal::SIGCONT);

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use testkit::fixtures::tcp::{self, Outcome};
-use testkit::fixtures::{Balancer, Machine, Signal, long, process};
+use testkit::fixtures::{Balancer, Machine, Signal, long, patiently, process};
 
 use self::fixture::{Fixture, Own, random_time};
 use self::pins::Traces;
@@ -193,7 +193,7 @@ fn a_second_daemon_says_who_holds_it_and_harms_nobody() {
             command.arg(fixture.balancer.cgroup());
             let second = machine
                 .netns
-                .run(|| process::output_within(&mut command, A_START * 10));
+                .run(|| process::output_within(&mut command, patiently(A_START * 50)));
             let second = second.expect("the second daemon ends by itself");
             let complaint = String::from_utf8_lossy(&second.stderr).into_owned();
             assert_eq!(second.status.code(), Some(1), "{complaint}");

@@ -3,8 +3,9 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::ensure;
 use testkit::fixtures::tcp::{self, Listen};
-use testkit::fixtures::{Balancer, Machine, long};
+use testkit::fixtures::{Balancer, Machine, eventually, long};
 
 use crate::support::{agents, own_port, source};
 
@@ -62,12 +63,14 @@ fn sources_without_number_make_no_more_lines() {
             assert!(tcp::connect_from(source(number), agents()).is_refused());
         }
         balancer.wait_for_log(" sources (", 0);
-        thread::sleep(Duration::from_secs(11));
+        eventually(Duration::from_secs(25), || {
+            let told: u64 = balancer.logs().lines().filter_map(connections).sum();
+            ensure!(told >= 2_999, "{told} told");
+            Ok(())
+        });
         let logs = balancer.logs();
         let lines = logs.lines().filter(|line| line.contains("refused")).count();
         assert!((1..=6).contains(&lines), "{lines} lines:\n{logs}");
-        let refused: u64 = logs.lines().filter_map(connections).sum();
-        assert!(refused >= 2_999, "{refused} told:\n{logs}");
     });
 }
 

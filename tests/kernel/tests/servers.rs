@@ -4,7 +4,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::ensure;
 use testkit::fixtures::tcp::{self, Listen, Listener};
-use testkit::fixtures::{Balancer, Machine, Server, Service, Signal, eventually, remains};
+use testkit::fixtures::{
+    Balancer, Machine, Server, Service, Signal, eventually, patiently, remains,
+};
 
 use crate::support::{
     accept_each, agents, agree, at, backend, group, own_port, virtual_port, virtual_port_of,
@@ -113,7 +115,7 @@ fn a_listener_that_joins_a_full_server_brings_no_room() {
 fn a_listener_whose_part_is_0_is_open_to_all_when_the_daemon_is_gone() {
     Machine::with(|machine| {
         let yaml = own_port("least-connections", &["quota: {per_backend: 1}"]);
-        let mut balancer = Balancer::start(machine, &format!("{yaml}fail_open_after: 1s\n"));
+        let mut balancer = Balancer::start(machine, &format!("{yaml}fail_open_after: 5s\n"));
         let addresses = ["127.0.0.1:11800", "127.0.0.2:11800"].map(at);
         let mut listeners: Vec<_> = addresses.iter().map(|to| Listen::on(to).open()).collect();
         balancer.wait_until(|service| parts(service) == [0, 1]);
@@ -125,7 +127,7 @@ fn a_listener_whose_part_is_0_is_open_to_all_when_the_daemon_is_gone() {
         let refused = balancer.service().verdicts("over-quota");
         assert_eq!(refused, 2, "{:?}", balancer.service().verdicts);
         balancer.stop(Signal::SIGKILL);
-        eventually(Duration::from_secs(5), || {
+        eventually(Duration::from_secs(15), || {
             clients.extend(tcp::connect(addresses[1]).ok());
             ensure!(clients.len() > 1, "{:?}", balancer.service().verdicts);
             Ok(())
@@ -159,7 +161,7 @@ fn a_new_listener_of_a_full_server_exceeds_its_quota_for_a_moment_only() {
             std::thread::sleep(Duration::from_millis(2));
         }
         println!("{} more, the last {last:?} after listen()", more.len());
-        assert!(last < Duration::from_secs(1), "{last:?}");
+        assert!(last < patiently(Duration::from_secs(1)), "{last:?}");
         balancer.wait_until(|service| {
             service.active() == 2 && parts(service).iter().sum::<u32>() == 100
         });

@@ -150,6 +150,9 @@ fn backend_group(service: &str, backends: &[SlotView]) -> BackendGroup {
             unheard_for: Duration::ZERO,
             backends: backends.iter().map(backend).collect(),
         },
+        kept: None,
+        own_node_only: false,
+        rule: None,
         own: (backends.iter())
             .map(|view| OwnBackend {
                 name: view.name(),
@@ -192,6 +195,7 @@ fn endpoint_plan(endpoint: &ConnectEndpoint) -> EndpointPlan {
         v4,
         v6,
         port: endpoint.address.port(),
+        node: None,
         weight: endpoint.weight,
         published: None,
     }

@@ -66,18 +66,22 @@ impl Client {
             let cookie = netns::cookie().context("cannot read this network namespace's cookie")?;
             return Ok(Self::in_netns(OpenNetns { cookie, file: own }));
         }
-        let mut having = Vec::new();
+        let (mut first, mut namesakes) = (None, 0);
         for look in look_everywhere()? {
-            if let Look::Found(netns) = look? {
-                let there = netns::inside(netns.as_fd(), || has_address(address));
-                if there.is_ok_and(|has| has.unwrap_or(false)) {
-                    having.push(netns.into());
-                }
+            let Look::Found(netns) = look? else { continue };
+            let there = netns::inside(netns.as_fd(), || has_address(address));
+            if !there.is_ok_and(|has| has.unwrap_or(false)) {
+                continue;
+            }
+            if first.is_some() {
+                namesakes += 1;
+            } else {
+                first = Some(netns.into());
             }
         }
         Ok(Self {
-            namesakes: having.len().saturating_sub(1),
-            netns: having.into_iter().next(),
+            netns: first,
+            namesakes,
             cgroups: None,
         })
     }

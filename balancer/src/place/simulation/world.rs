@@ -448,6 +448,7 @@ fn plan(members: &[usize], endpoints: &[Endpoint], rank: (usize, usize)) -> Grou
         v4: None,
         v6: None,
         port: 11800,
+        node: None,
         weight: endpoints[*index].weight,
         published: None,
     };

@@ -368,6 +368,7 @@ impl World {
             v4: None,
             v6: None,
             port: 11800,
+            node: None,
             weight: self.grown_weight(*index, node),
             published: self.servers[*index]
                 .published

@@ -77,8 +77,33 @@ impl<'c> Place<'c> {
     }
 
     /// So many clients connect, and stay.
+    #[track_caller]
     fn connect(&mut self, number: usize) -> (Vec<TcpStream>, Went) {
-        self.connect_to(self.frontend, number)
+        let frontend = self.frontend;
+        let connect = || (0..number).map(|_| tcp::connect(frontend).connected());
+        let connect = || connect().collect::<Vec<_>>();
+        let streams = self.cluster.in_pod(&self.client, connect);
+        (streams, self.arrived(number))
+    }
+
+    /// Where so many connects went that came since the last time. The last packet of a handshake
+    /// may still be on its way when the client goes on.
+    #[track_caller]
+    fn arrived(&mut self, number: usize) -> Went {
+        let mut arrived = Went {
+            pods: vec![0; self.pods.len()],
+            kube_proxy: 0,
+        };
+        eventually(SETTLES_WITHIN, || {
+            let more = self.went();
+            let pods = arrived.pods.iter_mut().zip(more.pods);
+            pods.for_each(|(all, more)| *all += more);
+            arrived.kube_proxy += more.kube_proxy;
+            let all = arrived.pods.iter().sum::<usize>() + arrived.kube_proxy;
+            ensure!(all == number, "{arrived:?}, of {number}");
+            Ok(())
+        });
+        arrived
     }
 
     fn connect_to(&mut self, frontend: SocketAddr, number: usize) -> (Vec<TcpStream>, Went) {

@@ -150,8 +150,11 @@ fn a_connection_that_is_closing_shows_the_frontend() {
         let node = Node::placing(machine, 1);
         let mut servers = open_servers(1);
         let mut client = TcpStream::connect(FRONTEND).expect("placed");
-        servers[0][0].accept_all();
-        drop(servers[0][0].accepted.pop());
+        eventually(Duration::from_secs(5), || {
+            servers[0][0].accept_all();
+            ensure!(servers[0][0].accepted.pop().is_some(), "none has come");
+            Ok(())
+        });
         assert_eq!(client.read(&mut [0]).expect("a FIN"), 0);
         node.agree(&[0]);
         assert_eq!(client.peer_addr().expect("not closed"), at(FRONTEND));

@@ -59,6 +59,7 @@ fn group(number: u8, endpoints: usize) -> GroupPlan {
         v4: Some(address),
         v6: None,
         port: FIRST_PORT,
+        node: None,
         weight,
         published: None,
     };

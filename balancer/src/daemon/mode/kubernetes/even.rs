@@ -46,12 +46,16 @@ pub fn backend_group(
         }
     };
     let pods = || group.pods().map(|(endpoint, _)| endpoint);
+    let ports = || around.view.ports.iter().filter(|port| shares(group, port));
+    let is_asked = group.entry.rebalance && group.entry.moving != MoveRule::Off;
+    let kept = ports().find_map(why_kept).filter(|_| is_asked);
     Some(BackendGroup {
         name: format!("{service} {}", group.id.service),
+        kept,
+        own_node_only: ports().any(|port| port.traffic.own_node_only),
+        rule: Some(group.entry.moving),
         group: rebalance::Group {
-            is_on: group.entry.rebalance
-                && group.entry.moving != MoveRule::Off
-                && around.view.ports.iter().all(|port| spreads(group, port)),
+            is_on: is_asked && kept.is_none(),
             balance_by: BalanceBy::Connections,
             slow_start: Duration::ZERO,
             are_refused,
@@ -120,12 +124,41 @@ fn other(
     })
 }
 
-/// Whether clients of the group that connect again through a Service may come to another pod: not
-/// where the Service keeps them at theirs, or on their node, or is left to kube-proxy.
-fn spreads(group: &Group<'_>, port: &ServicePort) -> bool {
+/// Whether clients of the group may come through a Service: it has one of the group's pods.
+fn shares(group: &Group<'_>, port: &ServicePort) -> bool {
+    let is_shared = |(endpoint, target): &(Endpoint, u16)| {
+        let mut pods = group.pods();
+        *target == group.id.port && pods.any(|(pod, _)| pod.uid == endpoint.uid)
+    };
+    port.service == group.id.service || port.endpoints.iter().any(is_shared)
+}
+
+/// Why clients that connect again through a Service would not come to the pod that has too few;
+/// `None`: they would.
+fn why_kept(port: &ServicePort) -> Option<&'static str> {
     let traffic = &port.traffic;
-    let is_of_group = port.entry == group.id.entry && port.service == group.id.service;
-    !is_of_group || !(traffic.affinity || traffic.own_node_only || traffic.left_alone)
+    if traffic.affinity {
+        Some("with sessionAffinity ClientIP clients come back to their pod")
+    } else if traffic.own_node_only {
+        Some("with internalTrafficPolicy Local clients stay on their node")
+    } else if traffic.left_alone {
+        Some("its annotation balancer.skywalking.apache.org/place says off: kube-proxy chooses")
+    } else if traffic.near && are_apart(port) {
+        Some("it prefers near pods, and its pods are near to different clients")
+    } else {
+        None
+    }
+}
+
+/// Whether its hints name other pods for some clients than for others.
+fn are_apart(port: &ServicePort) -> bool {
+    let hints = |(endpoint, _): &(Endpoint, u16)| {
+        let offered = &endpoint.offered;
+        (offered.for_zones.clone(), offered.for_nodes.clone())
+    };
+    let mut hints = port.endpoints.iter().map(hints);
+    let first = hints.next();
+    hints.any(|other| Some(other) != first)
 }
 
 #[cfg(test)]
@@ -134,7 +167,7 @@ mod tests {
     use super::super::fuzzing::{endpoint, entry, group, report};
     use super::*;
     use crate::config::Match;
-    use crate::kubernetes::{ReceivedReport, ReportedBackend, Traffic};
+    use crate::kubernetes::{GroupId, ReceivedReport, ReportedBackend, Traffic};
 
     /// What the plan takes of a pod of node `b`, of three, of which the report says this.
     fn taken(change: impl Fn(&mut ReportedBackend)) -> Backend {
@@ -208,25 +241,47 @@ mod tests {
 
     #[test]
     fn who_is_kept_where_it_is_by_its_service_is_not_moved() {
-        let (id, entry, mut view) = (group(), entry(), View::default());
-        view.groups.insert(id.clone(), Vec::new());
-        let group = Group::new(&id, &entry, &view, Vec::new(), &Departures::default());
-        let with = |change: fn(&mut Traffic)| {
-            let mut port = ServicePort {
-                entry: id.entry.clone(),
-                service: id.service.clone(),
-                frontends: Vec::new(),
-                matching: Match::Service,
-                endpoints: Vec::new(),
-                has_others: false,
-                traffic: Traffic::default(),
-            };
-            change(&mut port.traffic);
-            spreads(&group, &port)
+        let with = |change: fn(&mut ServicePort)| {
+            let mut port = port(&group());
+            change(&mut port);
+            why_kept(&port).is_some()
         };
-        assert!(with(|_| ()) && with(|traffic| traffic.near = true));
-        assert!(!with(|traffic| traffic.affinity = true));
-        assert!(!with(|traffic| traffic.own_node_only = true));
-        assert!(!with(|traffic| traffic.left_alone = true));
+        assert!(!with(|_| ()));
+        assert!(with(|port| port.traffic.affinity = true));
+        assert!(with(|port| port.traffic.own_node_only = true));
+        assert!(with(|port| port.traffic.left_alone = true));
+        assert!(!with(|port| port.traffic.near = true));
+        assert!(with(|port| {
+            port.traffic.near = true;
+            port.endpoints[0].0.offered.for_zones.insert("a".to_owned());
+        }));
+    }
+
+    #[test]
+    fn clients_may_come_through_another_service_of_the_same_pods() {
+        let (id, entry, mut view) = (group(), entry(), View::default());
+        view.groups.insert(id.clone(), vec![endpoint("a")]);
+        let group = Group::new(&id, &entry, &view, Vec::new(), &Departures::default());
+        let mut other = port(&id);
+        other.service.name = "other".to_owned();
+        assert!(shares(&group, &other));
+        for (_, target) in &mut other.endpoints {
+            *target += 1;
+        }
+        assert!(!shares(&group, &other));
+        assert!(shares(&group, &port(&id)));
+    }
+
+    /// A Service of two pods.
+    fn port(id: &GroupId) -> ServicePort {
+        ServicePort {
+            entry: id.entry.clone(),
+            service: id.service.clone(),
+            frontends: Vec::new(),
+            matching: Match::Service,
+            endpoints: ["a", "b"].map(|name| (endpoint(name), id.port)).into(),
+            has_others: false,
+            traffic: Traffic::default(),
+        }
     }
 }

@@ -208,7 +208,7 @@ impl KubernetesMode {
     }
 
     /// The connections of all pods that somebody has counted, and which pods are drained by hand.
-    fn totals(&self, slots: &[SlotView]) -> (Totals, BTreeSet<String>) {
+    fn totals(&self, slots: &[SlotView]) -> (Totals, BTreeSet<(String, u16)>) {
         let (mut totals, mut drained) = (Totals::new(), BTreeSet::new());
         for group in self.groups(slots) {
             for (endpoint, connections, age) in group.staying() {
@@ -218,7 +218,8 @@ impl KubernetesMode {
                 };
                 totals.insert((endpoint.uid.clone(), group.id.port), total);
             }
-            drained.extend(group.drained().map(|endpoint| endpoint.uid.clone()));
+            let port = group.id.port;
+            drained.extend(group.drained().map(|pod| (pod.uid.clone(), port)));
         }
         (totals, drained)
     }

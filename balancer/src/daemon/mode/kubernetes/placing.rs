@@ -29,8 +29,8 @@ pub struct Client<'a> {
     /// Pods of this node whose connects can't be told from those of clients. Nobody is placed at
     /// own addresses of other pods of their Services, which they may mean.
     pub unknown_peers: &'a BTreeSet<ObjectName>,
-    /// The uids of pods that are drained by hand.
-    pub drained: &'a BTreeSet<String>,
+    /// The pods that are drained by hand, by uid and target port.
+    pub drained: &'a BTreeSet<(String, u16)>,
 }
 
 /// A pod with its target port.
@@ -172,6 +172,7 @@ fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
             v4: v4.and_then(as_v4),
             v6: v6.and_then(as_v6),
             port: *port,
+            node: endpoint.node.clone(),
             weight: if is_chosen(index) { endpoint.weight } else { 0 },
             published: total(target),
         })
@@ -180,7 +181,7 @@ fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
         name: format!("{} {}", port.entry, port.service),
         frontends: port.frontends.clone(),
         endpoints: endpoints.collect(),
-        own_addresses: own_addresses(port, &considered, client.unknown_peers),
+        own_addresses: own_addresses(port, &offered(port, client), client.unknown_peers),
         rank: client.rank,
         heard: Some(client.heard),
     }
@@ -190,14 +191,14 @@ fn group(port: &ServicePort, totals: &Totals, client: Client<'_>) -> GroupPlan {
 /// as the pods themselves say.
 fn own_addresses(
     port: &ServicePort,
-    considered: &[&Target],
+    offered: &[&Target],
     unknown_peers: &BTreeSet<ObjectName>,
 ) -> Vec<SocketAddr> {
     let is_unknown = |(endpoint, _): &Target| unknown_peers.contains(&endpoint.pod);
     if port.matching == Match::Service || port.endpoints.iter().any(is_unknown) {
         return Vec::new();
     }
-    let of_their_own = considered
+    let of_their_own = offered
         .iter()
         .filter(|(endpoint, _)| endpoint.confirmed && !endpoint.host_network);
     let addresses = of_their_own.flat_map(|(endpoint, port)| {
@@ -221,10 +222,22 @@ const fn as_v6(address: IpAddr) -> Option<std::net::Ipv6Addr> {
     }
 }
 
-/// Those that kube-proxy would choose from on this node, hints aside: the ready ones; where there
-/// are none, those that serve while they are being ended. Who is drained, or is ended though it is
-/// published as ready, only where all are.
+/// Those that clients are placed on, hints aside, of those that are [`offered`]. Who is drained, or
+/// is ended though it is published as ready, only where all are.
 fn considered<'a>(port: &'a ServicePort, client: Client<'_>) -> Vec<&'a Target> {
+    let offered = offered(port, client);
+    let is_drained = |(endpoint, port): &Target| {
+        let mut drained = client.drained.iter();
+        drained.any(|(uid, of)| *uid == endpoint.uid && of == port)
+    };
+    let takes = |target: &Target| !target.0.terminating && !is_drained(target);
+    let taking: Vec<&Target> = offered.iter().copied().filter(|one| takes(one)).collect();
+    if taking.is_empty() { offered } else { taking }
+}
+
+/// Those that kube-proxy would choose from on this node, hints aside: the ready ones; where there
+/// are none, those that serve while they are being ended.
+fn offered<'a>(port: &'a ServicePort, client: Client<'_>) -> Vec<&'a Target> {
     let reachable = || {
         port.endpoints.iter().filter(|(endpoint, _)| {
             !port.traffic.own_node_only || endpoint.node.as_deref() == Some(client.node)
@@ -233,13 +246,6 @@ fn considered<'a>(port: &'a ServicePort, client: Client<'_>) -> Vec<&'a Target> 
     let ready: Vec<&Target> = reachable()
         .filter(|(endpoint, _)| endpoint.offered.ready)
         .collect();
-    let is_leaving =
-        |endpoint: &Endpoint| endpoint.terminating || client.drained.contains(&endpoint.uid);
-    let taking = ready.iter().filter(|(endpoint, _)| !is_leaving(endpoint));
-    let taking: Vec<&Target> = taking.copied().collect();
-    if !taking.is_empty() {
-        return taking;
-    }
     if !ready.is_empty() {
         return ready;
     }

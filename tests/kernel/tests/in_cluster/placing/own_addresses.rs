@@ -50,26 +50,6 @@ impl Place<'_> {
         self.pods[pod].0.at()
     }
 
-    /// Where so many connects went that came since the last time. The last packet of a handshake
-    /// may still be on its way when the client goes on.
-    #[track_caller]
-    fn arrived(&mut self, number: usize) -> Went {
-        let mut arrived = Went {
-            pods: vec![0; self.pods.len()],
-            kube_proxy: 0,
-        };
-        eventually(SETTLES_WITHIN, || {
-            let more = self.went();
-            let pods = arrived.pods.iter_mut().zip(more.pods);
-            pods.for_each(|(all, more)| *all += more);
-            arrived.kube_proxy += more.kube_proxy;
-            let all = arrived.pods.iter().sum::<usize>() + arrived.kube_proxy;
-            ensure!(all == number, "{arrived:?}, of {number}");
-            Ok(())
-        });
-        arrived
-    }
-
     /// So many clients connect from a pod, and stay.
     #[track_caller]
     fn connect_from(

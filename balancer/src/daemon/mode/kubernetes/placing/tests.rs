@@ -126,8 +126,9 @@ fn without_a_ready_pod_those_that_end_and_serve_are_chosen_as_kube_proxy_does() 
 #[test]
 fn nobody_is_placed_on_a_drained_pod_where_another_one_is() {
     let port = port(&[pod("a"), pod("b"), pod("c")]);
-    let without = |drained: &[&str]| {
-        let drained = drained.iter().map(|uid| (*uid).to_owned()).collect();
+    let drained_at = |target: u16, drained: &[&str]| {
+        let drained = drained.iter();
+        let drained = drained.map(|uid| ((*uid).to_owned(), target)).collect();
         let client = Client {
             drained: &drained,
             ..NODE
@@ -136,7 +137,9 @@ fn nobody_is_placed_on_a_drained_pod_where_another_one_is() {
         let endpoints = groups.iter().flat_map(|group| &group.endpoints);
         endpoints.map(|one| one.name.clone()).collect::<Vec<_>>()
     };
+    let without = |drained: &[&str]| drained_at(21800, drained);
     assert_eq!(without(&["b"]), ["sw/a", "sw/c"]);
+    assert_eq!(drained_at(12800, &["b"]), ["sw/a", "sw/b", "sw/c"]);
     assert_eq!(without(&["a", "b", "c"]), ["sw/a", "sw/b", "sw/c"]);
 }
 
@@ -205,6 +208,18 @@ fn a_headless_service_is_placed_where_its_pods_are_matched() {
         "[fd00::62]:21800",
     ];
     assert_eq!(own, expected, "with the target port");
+}
+
+#[test]
+fn who_connects_to_a_drained_pod_is_placed_on_another_one() {
+    let drained = [("b".to_owned(), 21800)].into();
+    let client = Client {
+        drained: &drained,
+        ..NODE
+    };
+    let plan = groups(&[headless(Match::Endpoints)], &Totals::new(), client);
+    assert_eq!(plan[0].endpoints.len(), 1);
+    assert_eq!(plan[0].own_addresses.len(), 4);
 }
 
 #[test]
