@@ -13,7 +13,7 @@ use testkit::fixtures::{Balancer, Machine, Server, Signal, eventually};
 
 use crate::failures::clients::{Client, Clients};
 use crate::failures::server::{self, Act};
-use crate::support::{agents, backend, open_listeners, source, virtual_port};
+use crate::support::{agents, backend, in_time, open_listeners, source, virtual_port};
 
 /// Shorter than a client's second SYN, longer than a local answer takes.
 const PATIENCE: Duration = Duration::from_millis(700);
@@ -121,13 +121,18 @@ fn attend(listener: &mut Listener, held: &mut Vec<TcpStream>, conduct: u8) {
 /// Three servers behind a virtual port, of which the first does something else.
 fn one_of_three(policy: &str, first: Conduct, test: impl Fn(&Balancer, &[Fickle]) + Sync) {
     Machine::with(|machine| {
-        let balancer = Balancer::start(machine, &virtual_port(policy, 3, &[]));
-        let others = (1..3).map(|n| Fickle::on(backend(n), Conduct::Serve));
-        let mut servers = vec![Fickle::on(backend(0), first)];
-        servers.extend(others);
-        balancer.wait_active(3);
+        let (balancer, servers) = three(machine, policy, first);
         test(&balancer, &servers);
     });
+}
+
+fn three<'m>(machine: &'m Machine, policy: &str, first: Conduct) -> (Balancer<'m>, Vec<Fickle>) {
+    let balancer = Balancer::start(machine, &virtual_port(policy, 3, &[]));
+    let others = (1..3).map(|n| Fickle::on(backend(n), Conduct::Serve));
+    let mut servers = vec![Fickle::on(backend(0), first)];
+    servers.extend(others);
+    balancer.wait_active(3);
+    (balancer, servers)
 }
 
 fn all_do(servers: &[Fickle], conduct: Conduct) {
@@ -261,10 +266,15 @@ fn until_the_first_is_avoided(servers: &[Fickle]) -> Vec<TcpStream> {
     kept
 }
 
+/// What has to be done before the next state of a backend takes no longer.
+const FAST: Duration = Duration::from_millis(800);
+
 #[test]
 fn a_failing_server_gets_one_trial_at_a_time_and_its_share_once_it_serves() {
-    one_of_three("least-connections", Conduct::Close, |_, servers| {
-        let mut kept = until_the_first_is_avoided(servers);
+    in_time(|machine| {
+        let (_balancer, servers) = three(machine, "least-connections", Conduct::Close);
+        let begun = Instant::now();
+        let mut kept = until_the_first_is_avoided(&servers);
         let many = |kept: &mut Vec<TcpStream>| {
             thread::scope(|scope| {
                 let many = || (0..5).filter_map(|_| served()).collect::<Vec<_>>();
@@ -274,17 +284,29 @@ fn a_failing_server_gets_one_trial_at_a_time_and_its_share_once_it_serves() {
                 }
             });
         };
-        thread::sleep(Duration::from_millis(1_050));
-        let after_a_second = given(servers, || many(&mut kept));
-        assert_eq!(after_a_second[0], 1, "{after_a_second:?}");
+        // It is avoided for a second, then for two, and has proved itself after another one.
+        let mut slow = begun.elapsed() >= FAST;
+        let mut after = |pause| {
+            thread::sleep(Duration::from_millis(pause));
+            let begun = Instant::now();
+            let given = given(&servers, || many(&mut kept));
+            slow |= begun.elapsed() >= FAST;
+            given
+        };
+        let after_a_second = after(1_050);
         servers[0].does(Conduct::Serve);
-        assert_eq!(given(servers, || many(&mut kept))[0], 0);
-        thread::sleep(Duration::from_millis(2_050));
-        let on_trial = given(servers, || many(&mut kept));
+        let right_after = after(0);
+        let on_trial = after(2_050);
+        let at_last = after(1_350);
+        if slow {
+            return None;
+        }
+        assert_eq!(after_a_second[0], 1, "{after_a_second:?}");
+        assert_eq!(right_after[0], 0, "{right_after:?}");
         assert_eq!(on_trial[0], 1, "{on_trial:?}");
-        thread::sleep(Duration::from_millis(1_350));
         // It has the fewest.
-        assert_eq!(given(servers, || many(&mut kept)), [40, 0, 0]);
+        assert_eq!(at_last, [40, 0, 0]);
+        Some(())
     });
 }
 

@@ -410,8 +410,14 @@ fn a_silent_client_is_told_and_closed_when_it_stays() {
     });
 }
 
-/// Answers each line, the second one late.
-fn answer_plainly(mut stream: &TcpStream, stop: &AtomicBool) {
+const PONG: &[u8] = b"+PONG\r\n";
+const HTTP_1_RESPONSE: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+/// The first bytes of a handshake record of TLS, and a record of data.
+const TLS_HELLO: &[u8] = &[0x16, 3, 3, 0, 4, 2, 0, 0, 0];
+const TLS_DATA: &[u8] = &[0x17, 3, 3, 0, 5, 0, 0, 0, 4, 1];
+
+/// Answers each request in the protocol that it begins like; a slow one late.
+fn answer_in_kind(mut stream: &TcpStream, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let mut request = [0; 64];
         match stream.read(&mut request) {
@@ -420,7 +426,13 @@ fn answer_plainly(mut stream: &TcpStream, stop: &AtomicBool) {
                 if request[0] == b's' {
                     thread::sleep(Duration::from_secs(3));
                 }
-                if stream.write_all(b"+PONG\r\n").is_err() {
+                let answer = match request[0] {
+                    b'G' => HTTP_1_RESPONSE,
+                    0x16 => TLS_HELLO,
+                    0x17 => TLS_DATA,
+                    _ => PONG,
+                };
+                if stream.write_all(answer).is_err() {
                     break;
                 }
             }
@@ -431,7 +443,7 @@ fn answer_plainly(mut stream: &TcpStream, stop: &AtomicBool) {
 
 #[test]
 fn another_protocol_gets_no_byte_and_its_request_is_waited_for() {
-    with_servers(&[agents()], answer_plainly, |machine| {
+    with_servers(&[agents()], answer_in_kind, |machine| {
         let balancer = Balancer::start(machine, &own_port("least-connections", &[]));
         let mut client = Client::connect(agents());
         client.stream.write_all(b"quick\r\n").expect("a request");
@@ -439,8 +451,43 @@ fn another_protocol_gets_no_byte_and_its_request_is_waited_for() {
         client.stream.write_all(b"slow\r\n").expect("a request");
         shed(&balancer, agents(), 1);
         assert_eq!(client.wait_ended(&balancer), ErrorKind::UnexpectedEof);
-        assert_eq!(client.bytes, b"+PONG\r\n+PONG\r\n");
+        assert_eq!(client.bytes, [PONG, PONG].concat());
         wait_left(&balancer, 1);
+    });
+}
+
+#[test]
+fn http_1_and_tls_get_no_byte_that_their_server_has_not_written() {
+    const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: oap\r\n\r\n";
+    with_servers(&[agents()], answer_in_kind, |machine| {
+        let balancer = Balancer::start(machine, &own_port("least-connections", &[]));
+        let exchanges = [
+            [(REQUEST, HTTP_1_RESPONSE); 4],
+            [
+                (TLS_HELLO, TLS_HELLO),
+                (TLS_DATA, TLS_DATA),
+                (TLS_DATA, TLS_DATA),
+                (TLS_DATA, TLS_DATA),
+            ],
+        ];
+        let mut clients = exchanges.map(|exchange| (Client::connect(agents()), exchange));
+        let exchange = |clients: &mut [(Client, [(&[u8], &[u8]); 4])], number: usize| {
+            for (client, exchange) in clients {
+                // One that has ended takes no more requests.
+                let _ = client.stream.write_all(exchange[number].0);
+                client.read_for(Duration::from_millis(100));
+            }
+        };
+        exchange(&mut clients, 0);
+        shed(&balancer, agents(), 2);
+        (1..4).for_each(|number| exchange(&mut clients, number));
+        for (client, exchange) in &mut clients {
+            client.wait_ended(&balancer);
+            let answers = exchange.map(|(_, answer)| answer).concat();
+            assert!(answers.starts_with(&client.bytes), "{:?}", client.bytes);
+            assert!(client.bytes.len() >= exchange[0].1.len());
+        }
+        wait_left(&balancer, 2);
     });
 }
 
