@@ -5,6 +5,7 @@
 //! it spoils its own connection alone. A client keeps its side open until it has its answer: what
 //! is asked for by one that has gone is not done.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,11 @@ pub enum Request {
     },
     /// Say what should be moved so that backends are even, and why not more.
     Rebalancing,
+    /// Say whether a connection moves, and why or why not.
+    Connection {
+        /// The client's end of it.
+        client: SocketAddr,
+    },
     /// Have some connections of a backend moved.
     Shed {
         /// Its slot, or its address and port.

@@ -13,7 +13,7 @@ use tracing::{info, warn};
 use super::search::NetnsSearch;
 use crate::config::NetnsScope;
 use crate::dataplane::look::{Depth, worth_a_look};
-use crate::dataplane::{SlotView, Writer};
+use crate::dataplane::{Found, SlotView, Writer};
 use crate::discover::{
     Look, Netns, NetnsHint, OpenNetns, Place, Thread, UnreachableNetns, look_everywhere,
 };
@@ -520,10 +520,31 @@ impl GuardedNetns {
         writer: &Writer,
         backends: &[SlotView],
     ) -> Result<HashMap<BackendId, Vec<Socket>>> {
+        self.look_for(writer, backends, Writer::connections)
+    }
+
+    /// All established connections of backends, of each whether it can be moved.
+    ///
+    /// # Errors
+    /// As [`GuardedNetns::connections`].
+    pub fn all_connections(
+        &self,
+        writer: &Writer,
+        backends: &[SlotView],
+    ) -> Result<HashMap<BackendId, Vec<Found>>> {
+        self.look_for(writer, backends, Writer::all_connections)
+    }
+
+    fn look_for<T>(
+        &self,
+        writer: &Writer,
+        backends: &[SlotView],
+        look: impl Fn(&Writer, &[SlotView]) -> Result<Vec<(BackendId, T)>>,
+    ) -> Result<HashMap<BackendId, Vec<T>>> {
         let mut targets = self.named_targets()?;
         let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();
         targets.extend(self.found_targets(writer, &named)?);
-        let mut connections: HashMap<BackendId, Vec<Socket>> = HashMap::new();
+        let mut connections: HashMap<BackendId, Vec<T>> = HashMap::new();
         for target in targets {
             let there = backends.iter().copied();
             let there: Vec<SlotView> = there
@@ -535,11 +556,11 @@ impl GuardedNetns {
             let Some(netns) = target.open().context("cannot open a network namespace")? else {
                 continue;
             };
-            let found = netns::inside(&netns.file, || writer.connections(&there))
+            let found = netns::inside(&netns.file, || look(writer, &there))
                 .context("cannot enter a network namespace")
                 .flatten()?;
-            for (backend, socket) in found {
-                connections.entry(backend).or_default().push(socket);
+            for (backend, one) in found {
+                connections.entry(backend).or_default().push(one);
             }
         }
         Ok(connections)

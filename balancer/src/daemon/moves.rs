@@ -14,7 +14,7 @@ use super::log_limit::BY_HAND;
 use super::quotas::{drain, undrain};
 use super::rebalancing::{BackendGroup, Rebalancing, Shedding};
 use crate::config::MoveRule;
-use crate::dataplane::{MovingSockets, Plan, SlotView, Writer, services};
+use crate::dataplane::{Found, MovingSockets, Plan, SlotView, Writer, services};
 use crate::moving::{Manner, Mover, Order, Outcome, Report};
 use crate::quota::QuotaSource;
 use crate::quota::in_force::written;
@@ -33,6 +33,8 @@ const EMPTY_AFTER: usize = 10;
 const RETRY: Duration = Duration::from_secs(60);
 /// A backend that has been uneven is taken for even when nothing was ordered for so long.
 const QUIET: Duration = Duration::from_secs(10);
+/// So many connections that were moved are remembered.
+const MOST_REMEMBERED: usize = 1024;
 /// What could not be loaded is not tried again before.
 const RELOAD: Duration = Duration::from_secs(60);
 
@@ -45,8 +47,10 @@ pub struct Moves {
     failed: Option<Instant>,
     /// The connections that are on their way, by their cookies.
     under_way: HashMap<u64, BackendId>,
-    /// Those that stay, and since when.
-    staying: HashMap<u64, Instant>,
+    /// Those that stay, since when, and why.
+    staying: HashMap<u64, (Instant, String)>,
+    /// Those that were moved last.
+    moved: VecDeque<Moved>,
     /// What is being moved.
     batches: BTreeMap<BackendId, Batch>,
     /// What should be moved so that backends are even.
@@ -93,6 +97,30 @@ struct Batch {
     had: usize,
     left: usize,
     stay: BTreeMap<String, usize>,
+}
+
+/// A connection that was moved.
+struct Moved {
+    client: SocketAddr,
+    at: Instant,
+    /// The backend that had it, as the log calls it.
+    from: String,
+    why: &'static str,
+}
+
+impl Moved {
+    fn sentence(&self) -> String {
+        let Self {
+            client, from, why, ..
+        } = self;
+        let seconds = self.at.elapsed().as_secs();
+        format!("{from}: the connection of {client} was moved {seconds} s ago: {why}")
+    }
+}
+
+/// An address as the other family of a dual-stack socket has it, too.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// Why connections of a backend are moved: what outranks another comes later.
@@ -215,7 +243,7 @@ impl Moves {
 
     /// Forgets what is too long ago to matter.
     fn forget_old(&mut self) {
-        self.staying.retain(|_, since| since.elapsed() < RETRY);
+        self.staying.retain(|_, (since, _)| since.elapsed() < RETRY);
         let is_old = |(at, _): &(Instant, BackendId)| at.elapsed() >= COMES_BACK;
         while self.of_late.front().is_some_and(is_old) {
             self.of_late.pop_front();
@@ -434,13 +462,94 @@ impl Moves {
         let reports = self.mover.as_ref().map(Mover::reports).unwrap_or_default();
         for Report { order, outcome, .. } in reports {
             self.under_way.remove(&order.socket.cookie);
-            if let Outcome::Stays(_) = &outcome {
-                self.staying.insert(order.socket.cookie, Instant::now());
-            }
+            self.remember(writer, &order, &outcome);
             add(writer, order.backend, &outcome);
             if let Some(batch) = self.batches.get_mut(&order.backend) {
                 batch.add(outcome);
             }
+        }
+    }
+
+    fn remember(&mut self, writer: &Writer, order: &Order, outcome: &Outcome) {
+        let now = Instant::now();
+        if let Outcome::Stays(why) = outcome {
+            let cookie = order.socket.cookie;
+            self.staying.insert(cookie, (now, why.to_string()));
+        } else if outcome.has_left() {
+            self.moved.truncate(MOST_REMEMBERED - 1);
+            let batch = self.batches.get(&order.backend);
+            self.moved.push_front(Moved {
+                client: order.socket.remote,
+                at: now,
+                from: batch.map_or_else(String::new, |batch| batch.name.clone()),
+                why: batch.map_or("", |batch| batch.cause.words()),
+            });
+        }
+    }
+
+    /// Whether the connection of a client moves, and why or why not, in a sentence.
+    ///
+    /// # Errors
+    /// When no backend of this node has it, or a map or the socket table can't be read.
+    pub fn explain(
+        &self,
+        guarded: &GuardedNetns,
+        writer: &Writer,
+        plan: Option<&Plan>,
+        slots: &[SlotView],
+        client: SocketAddr,
+    ) -> Result<String> {
+        let connections = guarded.all_connections(writer, slots)?;
+        let is_of = |found: &&Found| canonical(found.socket.remote) == canonical(client);
+        let found = slots.iter().find_map(|view| {
+            let of_backend = connections.get(&view.id())?;
+            Some((view, of_backend.iter().find(is_of)?))
+        });
+        let Some((view, found)) = found else {
+            let mut moved = self.moved.iter();
+            let moved = moved.find(|moved| canonical(moved.client) == canonical(client));
+            return moved.map(Moved::sentence).with_context(|| {
+                format!(
+                    "no backend of this node has a connection of {client}: write the client's \
+                     address and port, as `ss -tn` shows them"
+                )
+            });
+        };
+        let why = self.sentence_of(writer, plan, view, found);
+        Ok(format!(
+            "{}: the connection of {client} {why}",
+            self.name(writer, view)
+        ))
+    }
+
+    /// What becomes of a connection, as the rest of a sentence.
+    fn sentence_of(
+        &self,
+        writer: &Writer,
+        plan: Option<&Plan>,
+        view: &SlotView,
+        found: &Found,
+    ) -> String {
+        let cookie = found.socket.cookie;
+        if let Some(why) = found.unmovable {
+            return format!("is never moved: {why}");
+        }
+        if self.manner(writer, plan, view).is_none() {
+            return "is not moved: its service says `move: off`, or `mode` is not `on`".to_owned();
+        }
+        if self.under_way.contains_key(&cookie) {
+            return "is being moved".to_owned();
+        }
+        if let Some((since, why)) = self.staying.get(&cookie) {
+            let seconds = since.elapsed().as_secs();
+            return format!("stayed {seconds} s ago when it was to move: {why}");
+        }
+        if let Some(cause) = self.leaving.get(&view.id()) {
+            return format!("is about to be moved: {}", cause.words());
+        }
+        match self.rebalancing.sentence_of(view.id(), cookie) {
+            Some(sentence) => format!("can be moved. Evening out: {sentence}"),
+            None => "can be moved, by `shed` and `drain`: nothing is evened out".to_owned(),
         }
     }
 

@@ -10,7 +10,8 @@ use super::attach::GuardedNetns;
 use crate::config::MoveRule;
 use crate::dataplane::{SlotView, Writer};
 use crate::rebalance::{
-    Action, Backend, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay, plan,
+    Action, Backend, COOLDOWN, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay,
+    plan,
 };
 use crate::sys::clock;
 use crate::sys::sock_diag::Socket;
@@ -161,6 +162,8 @@ struct Remembered {
     opened: HashMap<u64, Duration>,
     /// The names of this node's backends, by their listeners.
     own: BTreeMap<BackendId, String>,
+    /// What was decided on last, with the connections of this node.
+    group: Option<Group>,
     decisions: Vec<Decision>,
     sentences: Vec<String>,
 }
@@ -222,6 +225,23 @@ impl Rebalancing {
             }
         }
         (shedding, decided)
+    }
+
+    /// What was decided last of a connection that can be moved, or of its backend; `None`: nothing
+    /// is evened out there.
+    pub fn sentence_of(&self, backend: BackendId, cookie: u64) -> Option<String> {
+        let mut groups = self.groups.values();
+        let (group, name) = groups.find_map(|group| Some((group, group.own.get(&backend)?)))?;
+        let is_cooling = |of: &Group| group.memory.is_cooling(of, cookie, self.now());
+        if group.group.as_ref().is_some_and(is_cooling) {
+            return Some(format!(
+                "it may have come back from a move, and is left alone for {} minutes",
+                COOLDOWN.as_secs() / 60
+            ));
+        }
+        let mut decided = group.decisions.iter().zip(&group.sentences);
+        let decided = decided.find(|(decision, _)| decision.backend == *name);
+        decided.map(|(_, sentence)| sentence.clone())
     }
 
     /// What was decided last, a sentence for each backend, and why groups are left as they are.
@@ -306,6 +326,7 @@ impl Remembered {
         self.decisions = plan(&group, &self.memory, now);
         let sentences = self.decisions.iter().map(|decision| of.sentence(decision));
         self.sentences = sentences.collect();
+        self.group = Some(group);
     }
 
     fn connections_of(&self, own: &OwnBackend) -> Vec<Connection> {

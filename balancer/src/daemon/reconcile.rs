@@ -1,6 +1,7 @@
 //! Bringing the data plane up to date with the configuration, the cluster and the kernel.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -364,6 +365,21 @@ impl Daemon {
             );
         }
         sentences.join("\n")
+    }
+
+    /// Whether the connection of a client moves, and why or why not, in a sentence.
+    ///
+    /// # Errors
+    /// When no backend has it, or a map or the socket table can't be read.
+    pub fn connection(&self, client: SocketAddr) -> Result<String> {
+        let slots = self.writer.tables.slots()?;
+        (self.moves).explain(
+            &self.guarded,
+            &self.writer,
+            self.plan.as_ref(),
+            &slots,
+            client,
+        )
     }
 
     /// Takes the server of a backend out, or puts it back.

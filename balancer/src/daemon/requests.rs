@@ -22,6 +22,7 @@ pub fn answer(daemon: &mut Daemon, config: &Path, request: &Request, reply: Repl
         } => set_quota(daemon, service, *slot, Some(*quota)).map(done),
         Request::ClearQuota { service, slot } => set_quota(daemon, service, *slot, None).map(done),
         Request::Rebalancing => Ok(done(daemon.rebalancing())),
+        Request::Connection { client } => daemon.connection(*client).map(done),
         Request::Shed {
             backend,
             connections,

@@ -57,4 +57,4 @@ pub use read::{Reader, open};
 pub use refusals::{RefusedSource, take as take_refusals};
 pub use slots::SlotQuota;
 pub use tables::{Pulse, SlotView};
-pub use writer::Writer;
+pub use writer::{Found, Writer};

@@ -110,20 +110,29 @@ fn notes(directory: &Path) -> Result<SkStorage<MapData, Plain<MovingSocket>>> {
     Ok(SkStorage::try_from(Map::SkStorage(map))?)
 }
 
-/// Whether a service's connection can be moved: a process has accepted it, and it is not exempt. Of
-/// MPTCP the socket table shows one of several paths.
+/// Why a service's connection can't be moved, in words; `None`: it can.
 ///
 /// # Errors
 /// When it can't be read who is exempt.
-pub fn is_movable(tables: &Tables, service: u16, socket: &Socket) -> Result<bool> {
-    if socket.inode == 0 || socket.mptcp {
-        return Ok(false);
+pub fn why_unmovable(
+    tables: &Tables,
+    service: u16,
+    socket: &Socket,
+) -> Result<Option<&'static str>> {
+    if socket.inode == 0 {
+        return Ok(Some("no process has accepted it yet"));
+    }
+    if socket.mptcp {
+        return Ok(Some(
+            "it is Multipath TCP, of which the socket table shows one of several paths",
+        ));
     }
     // One that is older than the data plane was not classified.
     let class = connection_of(socket).map(|connection| connection.class());
-    Ok(match class {
-        Some(Connection::COUNTED) => true,
-        Some(Connection::EXEMPT) => false,
-        _ => !tables.is_exempt(service, socket.remote.ip())?,
-    })
+    let is_exempt = match class {
+        Some(Connection::COUNTED) => false,
+        Some(Connection::EXEMPT) => true,
+        _ => tables.is_exempt(service, socket.remote.ip())?,
+    };
+    Ok(is_exempt.then_some("its source is exempt"))
 }

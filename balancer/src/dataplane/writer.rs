@@ -12,7 +12,7 @@ use super::endpoints::Endpoints;
 use super::loader::Loader;
 use super::lock::Lock;
 use super::look::{self, Depth, HealthLooks};
-use super::moving::is_movable;
+use super::moving::why_unmovable;
 use super::paths::Paths;
 use super::placing::Placing;
 use super::plan::{Plan, Rules};
@@ -38,6 +38,15 @@ pub struct Writer {
     pub looks: HealthLooks,
     /// The endpoints in the maps.
     pub endpoints: Endpoints,
+}
+
+/// A connection of a backend.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// The server's end.
+    pub socket: Socket,
+    /// Why it can't be moved, in words; `None`: it can.
+    pub unmovable: Option<&'static str>,
 }
 
 impl Writer {
@@ -79,17 +88,28 @@ impl Writer {
     /// # Errors
     /// When the socket table or a map can't be read.
     pub fn connections(&self, slots: &[SlotView]) -> Result<Vec<(BackendId, Socket)>> {
+        let all = self.all_connections(slots)?.into_iter();
+        let movable = all.filter(|(_, found)| found.unmovable.is_none());
+        Ok(movable
+            .map(|(backend, found)| (backend, found.socket))
+            .collect())
+    }
+
+    /// All established connections of backends of one netns. Must run inside that netns.
+    ///
+    /// # Errors
+    /// When the socket table or a map can't be read.
+    pub fn all_connections(&self, slots: &[SlotView]) -> Result<Vec<(BackendId, Found)>> {
         let services = slots.iter();
         let services = services.map(|view| (view.id(), view.member.backend.service));
         let services: HashMap<BackendId, u16> = services.collect();
-        let mut movable = Vec::new();
-        for (backend, socket) in look::connections(&self.tables, slots)? {
+        let found = |(backend, socket): (BackendId, Socket)| {
             let service = services.get(&backend).copied().unwrap_or_default();
-            if is_movable(&self.tables, service, &socket)? {
-                movable.push((backend, socket));
-            }
-        }
-        Ok(movable)
+            let unmovable = why_unmovable(&self.tables, service, &socket)?;
+            Ok((backend, Found { socket, unmovable }))
+        };
+        let all = look::connections(&self.tables, slots)?;
+        all.into_iter().map(found).collect()
     }
 
     /// Makes this data plane the one that decides: see [`Loader::switch`].

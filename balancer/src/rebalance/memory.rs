@@ -182,6 +182,21 @@ impl Memory {
         self.told.iter().map(|told| told.cookie).collect()
     }
 
+    /// Whether a connection of a backend of this node may be one that came back, and is left alone
+    /// for [`COOLDOWN`].
+    pub fn is_cooling(&self, group: &Group, cookie: u64, now: Duration) -> bool {
+        let cooling = self.cooling(group, now);
+        let own = group
+            .backends
+            .iter()
+            .filter_map(|backend| match &backend.counts {
+                Counts::Own { connections, .. } => Some(connections),
+                Counts::Published(_) => None,
+            });
+        let mut own = own.flatten();
+        own.any(|connection| connection.cookie == cookie && cooling.has(connection))
+    }
+
     /// Which connections may be those that came back, and are in their cooldown.
     pub(super) fn cooling(&self, group: &Group, now: Duration) -> Cooling<'_> {
         let mut told: BTreeMap<IpAddr, Vec<Duration>> = BTreeMap::new();

@@ -527,6 +527,20 @@ fn an_exempt_connection_that_is_older_than_the_balancer_stays() {
         shed(&balancer, agents(), 5);
         client.wait_ended(&balancer);
         balancer.wait_for_log("moved 1 connections", 0);
+        let from = exempt.local_addr().expect("connected").to_string();
+        let why = balancer.must(&["explain", "--connection", &from]);
+        assert!(
+            why.contains("is never moved: its source is exempt"),
+            "{why}"
+        );
+        let moved = client.stream.local_addr().expect("it was connected");
+        let why = balancer.must(&["explain", "--connection", &moved.to_string()]);
+        assert!(why.contains(" s ago: by hand"), "{why}");
+        let nobody = balancer.verb(&["explain", "--connection", "127.0.0.8:1"]);
+        assert!(
+            nobody.stderr.contains("no backend of this node"),
+            "{nobody:?}"
+        );
         let mut exempt = Client::of(exempt).expect("a client");
         assert!(exempt.read() && exempt.goaways() == 0);
     });

@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use clap::{Args, error::ErrorKind};
+use serde::Serialize;
 
 pub(super) use self::{
     ends::{Client as FromClient, From, To},
@@ -21,6 +22,7 @@ pub(super) use self::{
 };
 use super::{Place, output::Output};
 use crate::{
+    api::Request,
     dataplane::{Answer, Client, NetnsChoice, Reader, SeveralNetns, Syn},
     kubernetes::ObjectName,
 };
@@ -37,6 +39,9 @@ use crate::{
 /// A SYN is looked at in the network namespace that it arrives in. Without --netns and --pod that
 /// is the one of this command where backends of the service listen there, else the only one where
 /// they do. Where they listen in several others, these are listed and the exit code is 1.
+///
+/// With --connection the answer is about an established connection: whether it moves, and why or
+/// why not.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:
@@ -45,16 +50,29 @@ Examples:
   balancer explain --from 10.0.0.7 --to 11800 --netns blue
   balancer explain --from 4711 --to 10.96.0.9:11800
   balancer explain --from 10.244.1.7 --to 10.96.0.9:11800
-  balancer explain --from 10.244.1.7 --to 11800 --pod skywalking/oap-0")]
+  balancer explain --from 10.244.1.7 --to 11800 --pod skywalking/oap-0
+  balancer explain --connection 10.244.1.7:40001")]
 pub(super) struct Explain {
     /// The client: its address, whose port matters only while a backend uses SYN cookies; or a
     /// process or a pod of this node, for a connect that it makes
-    #[arg(long, value_name = "ADDR[:PORT]|PID|POD")]
-    from: FromClient,
+    #[arg(
+        long,
+        value_name = "ADDR[:PORT]|PID|POD",
+        required_unless_present = "connection"
+    )]
+    from: Option<FromClient>,
     /// What it connects to. The address matters where services or backends have addresses of their
     /// own
-    #[arg(long, value_name = "[ADDR:]PORT")]
-    to: To,
+    #[arg(
+        long,
+        value_name = "[ADDR:]PORT",
+        required_unless_present = "connection"
+    )]
+    to: Option<To>,
+    /// The client's end of a connection that a backend of this node has, or had until it was moved
+    /// of late (asks the daemon)
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with_all = ["from", "to", "netns", "pod"])]
+    connection: Option<SocketAddr>,
     /// The network namespace that the SYN arrives in: a name as `ip netns` has it, a file such as
     /// /run/netns/NAME or /proc/PID/ns/net, or the number that `status` shows
     #[arg(long, value_name = "NETNS", conflicts_with = "pod")]
@@ -68,7 +86,53 @@ pub(super) struct Explain {
 
 impl Explain {
     pub(super) fn perform(&self, place: &Place) -> Result<ExitCode> {
-        if let FromClient::Address(from) = &self.from {
+        if let Some(client) = self.connection {
+            return self.explain_connection(place, client);
+        }
+        let (Some(from), Some(to)) = (&self.from, self.to) else {
+            return Err(conflict("--from and --to go together\n"));
+        };
+        let question = Question {
+            from,
+            to,
+            netns: self.netns.as_ref(),
+            pod: self.pod.as_ref(),
+            output: &self.output,
+        };
+        question.perform(place)
+    }
+
+    fn explain_connection(&self, place: &Place, client: SocketAddr) -> Result<ExitCode> {
+        let sentence = place.must_ask(&Request::Connection { client }, "moves connections")?;
+        let json = ConnectionJson {
+            schema: 1,
+            connection: client,
+            sentence: &sentence,
+        };
+        self.output.show(&json, || format!("{sentence}\n"))?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[derive(Serialize)]
+struct ConnectionJson<'a> {
+    schema: u32,
+    connection: SocketAddr,
+    sentence: &'a str,
+}
+
+/// Where a new connection would go.
+struct Question<'a> {
+    from: &'a FromClient,
+    to: To,
+    netns: Option<&'a Netns>,
+    pod: Option<&'a ObjectName>,
+    output: &'a Output,
+}
+
+impl Question<'_> {
+    fn perform(&self, place: &Place) -> Result<ExitCode> {
+        if let FromClient::Address(from) = self.from {
             same_family(*from, self.to)?;
         }
         let reader = place.reader()?;
@@ -104,7 +168,7 @@ impl Explain {
     /// What a connect that is asked about goes to; `None`: a SYN is asked about.
     fn connect(&self, reader: &Reader) -> Result<Option<SocketAddr>> {
         let names_place = self.netns.is_some() || self.pod.is_some();
-        match (&self.from, self.to.both()) {
+        match (self.from, self.to.both()) {
             (FromClient::Address(_), Some(to)) if !names_place && reader.is_frontend(to)? => {
                 Ok(Some(to))
             }
@@ -120,7 +184,7 @@ impl Explain {
     }
 
     fn explain_connect(&self, place: &Place, reader: &Reader, to: SocketAddr) -> Result<ExitCode> {
-        let from = &self.from;
+        let from = self.from;
         let explanation = client(from, place, reader)
             .and_then(|client| reader.explain_connect(&client, to))
             .with_context(|| format!("can't tell where a connect of {from} to {to} would go"))?;
@@ -133,7 +197,7 @@ impl Explain {
 
     /// The address of the client.
     fn from(&self) -> Result<From> {
-        match &self.from {
+        match self.from {
             FromClient::Address(from) => Ok(*from),
             other => Err(conflict(&format!("{other} has no address here\n"))),
         }
@@ -151,7 +215,7 @@ impl Explain {
 
     /// The netns that is asked for.
     fn choice(&self, place: &Place, reader: &Reader) -> Result<NetnsChoice> {
-        if let Some(pod) = &self.pod {
+        if let Some(pod) = self.pod {
             let cluster = place.ask_for_cluster().with_context(|| {
                 format!("only a daemon knows the pod {pod}, and --netns does without")
             })?;
@@ -161,7 +225,7 @@ impl Explain {
                 cookie.with_context(|| format!("the listener of {pod} has just closed"))?;
             return Ok(NetnsChoice::Cookie(cookie));
         }
-        Ok(match &self.netns {
+        Ok(match self.netns {
             None => NetnsChoice::Unnamed,
             Some(Netns::Cookie(cookie)) => NetnsChoice::Cookie(*cookie),
             Some(Netns::File(path)) => NetnsChoice::Open(netns::open(path)?),
