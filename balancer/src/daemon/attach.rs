@@ -535,11 +535,11 @@ impl GuardedNetns {
         self.look_for(writer, backends, Writer::all_connections)
     }
 
-    fn look_for<T>(
+    fn look_for<T: Send>(
         &self,
         writer: &Writer,
         backends: &[SlotView],
-        look: impl Fn(&Writer, &[SlotView]) -> Result<Vec<(BackendId, T)>>,
+        look: impl Fn(&Writer, &[SlotView]) -> Result<Vec<(BackendId, T)>> + Send + Sync,
     ) -> Result<HashMap<BackendId, Vec<T>>> {
         let mut targets = self.named_targets()?;
         let named: HashSet<u64> = targets.iter().map(Target::cookie).collect();

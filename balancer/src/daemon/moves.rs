@@ -462,7 +462,7 @@ impl Moves {
         let reports = self.mover.as_ref().map(Mover::reports).unwrap_or_default();
         for Report { order, outcome, .. } in reports {
             self.under_way.remove(&order.socket.cookie);
-            self.remember(writer, &order, &outcome);
+            self.remember(&order, &outcome);
             add(writer, order.backend, &outcome);
             if let Some(batch) = self.batches.get_mut(&order.backend) {
                 batch.add(outcome);
@@ -470,7 +470,7 @@ impl Moves {
         }
     }
 
-    fn remember(&mut self, writer: &Writer, order: &Order, outcome: &Outcome) {
+    fn remember(&mut self, order: &Order, outcome: &Outcome) {
         let now = Instant::now();
         if let Outcome::Stays(why) = outcome {
             let cookie = order.socket.cookie;
