@@ -1,5 +1,8 @@
 //! Moves of established connections: which are ordered, and what has become of them.
 
+mod batch;
+mod history;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -7,10 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use balancer_common::abi::{BackendId, BackendState, SlotMoves};
-use tracing::{info, warn};
 
+use self::batch::{Batch, Cause};
+use self::history::{History, canonical};
 use super::attach::GuardedNetns;
-use super::log_limit::BY_HAND;
 use super::quotas::{drain, undrain};
 use super::rebalancing::{BackendGroup, Rebalancing, Shedding};
 use crate::config::MoveRule;
@@ -29,12 +32,8 @@ const LEAST_A_SECOND: usize = 5;
 /// One that ends is empty after so many seconds, as far as its clients go: its pod has half a
 /// minute, where nothing else is said.
 const EMPTY_AFTER: usize = 10;
-/// A connection that stays is not tried again before.
-const RETRY: Duration = Duration::from_secs(60);
 /// A backend that has been uneven is taken for even when nothing was ordered for so long.
 const QUIET: Duration = Duration::from_secs(10);
-/// So many connections that were moved are remembered.
-const MOST_REMEMBERED: usize = 1024;
 /// What could not be loaded is not tried again before.
 const RELOAD: Duration = Duration::from_secs(60);
 
@@ -47,10 +46,8 @@ pub struct Moves {
     failed: Option<Instant>,
     /// The connections that are on their way, by their cookies.
     under_way: HashMap<u64, BackendId>,
-    /// Those that stay, since when, and why.
-    staying: HashMap<u64, (Instant, String)>,
-    /// Those that were moved last.
-    moved: VecDeque<Moved>,
+    /// What has become of connections.
+    history: History,
     /// What is being moved.
     batches: BTreeMap<BackendId, Batch>,
     /// What should be moved so that backends are even.
@@ -82,68 +79,6 @@ impl Departures {
     /// Those of a backend.
     pub fn of(&self, backend: BackendId) -> Departing {
         self.0.get(&backend).copied().unwrap_or_default()
-    }
-}
-
-/// Connections of a backend that are moved for one reason.
-struct Batch {
-    /// The backend, as the log calls it.
-    name: String,
-    cause: Cause,
-    began: Instant,
-    /// When one was ordered last.
-    ordered: Instant,
-    /// What the backend had when it began.
-    had: usize,
-    left: usize,
-    stay: BTreeMap<String, usize>,
-}
-
-/// A connection that was moved.
-struct Moved {
-    client: SocketAddr,
-    at: Instant,
-    /// The backend that had it, as the log calls it.
-    from: String,
-    why: &'static str,
-}
-
-impl Moved {
-    fn sentence(&self) -> String {
-        let Self {
-            client, from, why, ..
-        } = self;
-        let seconds = self.at.elapsed().as_secs();
-        format!("{from}: the connection of {client} was moved {seconds} s ago: {why}")
-    }
-}
-
-/// An address as the other family of a dual-stack socket has it, too.
-fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
-}
-
-/// Why connections of a backend are moved: what outranks another comes later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Cause {
-    /// It has more than its share.
-    Uneven,
-    /// Somebody wants so many more to move.
-    ByHand(usize),
-    /// All move: it is drained.
-    Drained,
-    /// All move: it ends.
-    Ends,
-}
-
-impl Cause {
-    const fn words(self) -> &'static str {
-        match self {
-            Self::Uneven => "it holds more than its share",
-            Self::ByHand(_) => "by hand",
-            Self::Drained => "it is drained",
-            Self::Ends => "its pod is ending",
-        }
     }
 }
 
@@ -243,7 +178,7 @@ impl Moves {
 
     /// Forgets what is too long ago to matter.
     fn forget_old(&mut self) {
-        self.staying.retain(|_, (since, _)| since.elapsed() < RETRY);
+        self.history.forget_old();
         let is_old = |(at, _): &(Instant, BackendId)| at.elapsed() >= COMES_BACK;
         while self.of_late.front().is_some_and(is_old) {
             self.of_late.pop_front();
@@ -357,8 +292,7 @@ impl Moves {
         };
         let rate = part.max(LEAST_A_SECOND);
         connections.retain(|socket| {
-            !self.under_way.contains_key(&socket.cookie)
-                && !self.staying.contains_key(&socket.cookie)
+            !self.under_way.contains_key(&socket.cookie) && !self.history.has_stayed(socket.cookie)
         });
         // A client comes back with its next call: who has just called soon does so again.
         connections.sort_by_key(|socket| {
@@ -462,28 +396,12 @@ impl Moves {
         let reports = self.mover.as_ref().map(Mover::reports).unwrap_or_default();
         for Report { order, outcome, .. } in reports {
             self.under_way.remove(&order.socket.cookie);
-            self.remember(&order, &outcome);
+            let batch = self.batches.get(&order.backend);
+            self.history.add(&order, &outcome, batch);
             add(writer, order.backend, &outcome);
             if let Some(batch) = self.batches.get_mut(&order.backend) {
                 batch.add(outcome);
             }
-        }
-    }
-
-    fn remember(&mut self, order: &Order, outcome: &Outcome) {
-        let now = Instant::now();
-        if let Outcome::Stays(why) = outcome {
-            let cookie = order.socket.cookie;
-            self.staying.insert(cookie, (now, why.to_string()));
-        } else if outcome.has_left() {
-            self.moved.truncate(MOST_REMEMBERED - 1);
-            let batch = self.batches.get(&order.backend);
-            self.moved.push_front(Moved {
-                client: order.socket.remote,
-                at: now,
-                from: batch.map_or_else(String::new, |batch| batch.name.clone()),
-                why: batch.map_or("", |batch| batch.cause.words()),
-            });
         }
     }
 
@@ -506,9 +424,7 @@ impl Moves {
             Some((view, of_backend.iter().find(is_of)?))
         });
         let Some((view, found)) = found else {
-            let mut moved = self.moved.iter();
-            let moved = moved.find(|moved| canonical(moved.client) == canonical(client));
-            return moved.map(Moved::sentence).with_context(|| {
+            return self.history.moved(client).with_context(|| {
                 format!(
                     "no backend of this node has a connection of {client}: write the client's \
                      address and port, as `ss -tn` shows them"
@@ -540,7 +456,7 @@ impl Moves {
         if self.under_way.contains_key(&cookie) {
             return "is being moved".to_owned();
         }
-        if let Some((since, why)) = self.staying.get(&cookie) {
+        if let Some((since, why)) = self.history.why_stays(cookie) {
             let seconds = since.elapsed().as_secs();
             return format!("stayed {seconds} s ago when it was to move: {why}");
         }
@@ -581,52 +497,6 @@ impl Moves {
             writer
                 .tables
                 .set_moves(id.slot, SlotMoves { others, ..moves });
-        }
-    }
-}
-
-impl Batch {
-    fn new(name: String, cause: Cause, had: usize) -> Self {
-        let now = Instant::now();
-        Self {
-            name,
-            cause,
-            began: now,
-            ordered: now,
-            had,
-            left: 0,
-            stay: BTreeMap::new(),
-        }
-    }
-
-    fn tell_beginning(&self, why: &str) {
-        let Self { name, had, .. } = self;
-        match self.cause {
-            Cause::Uneven => info!("{name}: moving connections: {why}"),
-            Cause::Ends => info!("{name}: moving all {had} connections: {why}"),
-            Cause::Drained => {
-                info!(target: BY_HAND, "{name}: moving all {had} connections: {why}");
-            }
-            Cause::ByHand(_) => info!(target: BY_HAND, "{name}: moving connections: {why}"),
-        }
-    }
-
-    fn add(&mut self, outcome: Outcome) {
-        match outcome {
-            Outcome::Left | Outcome::Closed => self.left += 1,
-            Outcome::Gone => {}
-            Outcome::Stays(why) => *self.stay.entry(why.to_string()).or_default() += 1,
-        }
-    }
-
-    fn tell(&self) {
-        let Self { name, left, .. } = self;
-        info!(
-            "{name}: moved {left} connections in {:.0} s",
-            self.began.elapsed().as_secs_f64()
-        );
-        for (why, number) in &self.stay {
-            warn!("{name}: {number} connections were left where they are: {why}");
         }
     }
 }

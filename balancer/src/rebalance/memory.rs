@@ -29,9 +29,8 @@ pub struct Memory {
     ready_changed: Duration,
     backends: BTreeMap<String, BackendMemory>,
     told: Vec<Told>,
-    /// From when until when connections may have been opened that other nodes have moved to even
-    /// out.
-    others_moved: Vec<(Duration, Duration)>,
+    /// When other nodes have moved connections to even out.
+    others_moved: Vec<OthersMoved>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -62,6 +61,16 @@ enum Readiness {
     Since(Duration),
     /// As long as anything is remembered.
     Before,
+}
+
+/// A time in which other nodes have moved connections.
+#[derive(Clone, Copy, Debug)]
+struct OthersMoved {
+    /// What they moved may have been opened from then on.
+    from: Duration,
+    until: Duration,
+    /// How many they moved at the most, in parts of [`ONE`].
+    moved: u64,
 }
 
 /// A connection that was told to move.
@@ -185,30 +194,20 @@ impl Memory {
     /// Whether a connection of a backend of this node may be one that came back, and is left alone
     /// for [`COOLDOWN`].
     pub fn is_cooling(&self, group: &Group, cookie: u64, now: Duration) -> bool {
-        let cooling = self.cooling(group, now);
-        let own = group
-            .backends
-            .iter()
-            .filter_map(|backend| match &backend.counts {
-                Counts::Own { connections, .. } => Some(connections),
-                Counts::Published(_) => None,
-            });
-        let mut own = own.flatten();
-        own.any(|connection| connection.cookie == cookie && cooling.has(connection))
+        self.cooling(group, now).0.contains(&cookie)
     }
 
     /// Which connections may be those that came back, and are in their cooldown.
-    pub(super) fn cooling(&self, group: &Group, now: Duration) -> Cooling<'_> {
+    pub(super) fn cooling(&self, group: &Group, now: Duration) -> Cooling {
         let mut told: BTreeMap<IpAddr, Vec<Duration>> = BTreeMap::new();
         let counts = |told: &&Told| now < told.at + COOLDOWN && !told.is_drained;
         for one in self.told.iter().filter(counts) {
             told.entry(one.client).or_default().push(one.at);
         }
-        Cooling {
-            now,
-            returned: returned(told, group),
-            others_moved: &self.others_moved,
-        }
+        let mut cooling = returned(told, group);
+        let others_moved = self.others_moved.iter();
+        cooling.extend(others_moved.flat_map(|moved| moved.returned(group, now)));
+        Cooling(cooling)
     }
 
     fn note_ready(&mut self, group: &Group, now: Duration) {
@@ -257,27 +256,65 @@ impl Memory {
     /// come from there, and may have to move again.
     fn note_others(&mut self, group: &Group, now: Duration) {
         self.others_moved
-            .retain(|(_, until)| now < *until + COOLDOWN);
+            .retain(|moved| now < moved.until + COOLDOWN);
         let moving = |is_leaving| {
             let of_phase = move |one: &&Backend| one.phase.is_leaving() == is_leaving;
             let published = group.backends.iter().filter(of_phase);
-            published.filter_map(|one| match &one.counts {
-                Counts::Published(published) if published.moving > 0 => Some(published.age),
+            published.filter_map(|one| match one.counts {
+                Counts::Published(published) if published.moving > 0 => Some(published),
                 _ => None,
             })
         };
         if moving(true).next().is_some() {
             return;
         }
-        let Some(age) = moving(false).max() else {
+        let Some(age) = moving(false).map(|one| one.age).max() else {
             return;
         };
+        let number = moving(false).map(|one| one.moving);
+        let number = number.fold(0, u64::saturating_add).saturating_mul(ONE);
         let from = now.saturating_sub(age.saturating_add(COMES_BACK));
         match self.others_moved.last_mut() {
-            Some((_, until)) if *until >= from => *until = now,
-            _ => self.others_moved.push((from, now)),
+            Some(last) if last.until >= from => last.goes_on(number, now),
+            _ => self.others_moved.push(OthersMoved {
+                from,
+                until: now,
+                moved: number,
+            }),
         }
     }
+}
+
+impl OthersMoved {
+    /// So many more, in parts of [`ONE`], have begun within the last [`COMES_BACK`].
+    fn goes_on(&mut self, number: u64, now: Duration) {
+        let elapsed = now.saturating_sub(self.until);
+        let part = u128::from(number) * elapsed.as_nanos() / COMES_BACK.as_nanos();
+        let part = u64::try_from(part).unwrap_or(u64::MAX);
+        (self.until, self.moved) = (now, self.moved.saturating_add(part));
+    }
+
+    /// The connections that may be those that came back, and are in their cooldown: no more than
+    /// were moved. Where very many clients connect at once, most of them come from elsewhere.
+    fn returned(&self, group: &Group, now: Duration) -> impl Iterator<Item = u64> {
+        let opened = |one: &&Connection| (self.from..=self.until).contains(&one.opened);
+        let mut opened: Vec<_> = own_connections(group).filter(opened).collect();
+        opened.sort_unstable_by_key(|one| (one.opened, one.cookie));
+        let number = usize::try_from(self.moved.div_ceil(ONE)).unwrap_or(usize::MAX);
+        let returned = opened.into_iter().take(number);
+        returned
+            .filter(move |one| now < one.opened + COOLDOWN)
+            .map(|one| one.cookie)
+    }
+}
+
+/// The connections of the backends of this node.
+fn own_connections(group: &Group) -> impl Iterator<Item = &Connection> {
+    let own = group.backends.iter().map(|backend| match &backend.counts {
+        Counts::Own { connections, .. } => connections.as_slice(),
+        Counts::Published(_) => &[],
+    });
+    own.flatten()
 }
 
 /// The connections that may be those that came back. Many clients may share an address: after each
@@ -290,11 +327,7 @@ fn returned(mut told: BTreeMap<IpAddr, Vec<Duration>>, group: &Group) -> BTreeSe
     for times in told.values_mut() {
         times.sort_unstable_by(|a, b| b.cmp(a));
     }
-    let own = group.backends.iter().map(|backend| match &backend.counts {
-        Counts::Own { connections, .. } => connections.as_slice(),
-        Counts::Published(_) => &[],
-    });
-    let mut connections: Vec<_> = own.flatten().collect();
+    let mut connections: Vec<_> = own_connections(group).collect();
     connections.sort_unstable_by_key(|one| (one.opened, one.cookie));
     let came_back = |one: &Connection| {
         let times = told.get_mut(&one.client)?;
@@ -303,20 +336,13 @@ fn returned(mut told: BTreeMap<IpAddr, Vec<Duration>>, group: &Group) -> BTreeSe
     connections.into_iter().filter_map(came_back).collect()
 }
 
-/// Which connections are in their cooldown.
+/// Which connections are in their cooldown, by their cookies.
 #[derive(Debug)]
-pub(super) struct Cooling<'a> {
-    now: Duration,
-    returned: BTreeSet<u64>,
-    others_moved: &'a [(Duration, Duration)],
-}
+pub(super) struct Cooling(BTreeSet<u64>);
 
-impl Cooling<'_> {
+impl Cooling {
     pub(super) fn has(&self, connection: &Connection) -> bool {
-        let opened = connection.opened;
-        let within = |(from, until): &(Duration, Duration)| *from <= opened && opened <= *until;
-        let of_others = self.others_moved.iter().any(within);
-        self.returned.contains(&connection.cookie) || of_others && self.now < opened + COOLDOWN
+        self.0.contains(&connection.cookie)
     }
 }
 

@@ -13,12 +13,7 @@ pub struct Candidates {
 }
 
 impl Candidates {
-    pub fn of(
-        backend: &Backend,
-        all: &[Connection],
-        memory: &Memory,
-        cooling: &Cooling<'_>,
-    ) -> Self {
+    pub fn of(backend: &Backend, all: &[Connection], memory: &Memory, cooling: &Cooling) -> Self {
         let told = memory.told_cookies();
         let mut candidates = Self {
             movable: Vec::new(),

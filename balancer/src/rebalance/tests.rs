@@ -271,6 +271,28 @@ fn what_came_back_cools_down_and_other_clients_of_its_address_do_not() {
     assert_eq!(candidates(&group, &memory, 661).cooling, 0);
 }
 
+/// All clients connect anew while another node moves a few: no more of them cool down than may have
+/// come from there.
+#[test]
+fn no_more_connections_cool_down_than_other_nodes_have_moved() {
+    let mut group = uneven();
+    let mut memory = lasting(&group, 60);
+    if let Counts::Own { connections, .. } = &mut group.backends[0].counts {
+        connections.iter_mut().for_each(|one| one.opened = s(62));
+    }
+    group.backends[1].counts = Counts::Published(Published {
+        held: 1,
+        moving: 3,
+        age: s(2),
+        ..Published::default()
+    });
+    (61..=75).for_each(|second| memory.note(&group, s(second)));
+    let now = candidates(&group, &memory, 80);
+    // Those that were on their way at the end as well.
+    assert!((3..=6).contains(&now.cooling), "{}", now.cooling);
+    assert!(now.movable.len() > 50, "{}", now.movable.len());
+}
+
 #[test]
 fn a_client_alone_at_its_address_is_told_once_in_its_cooldown() {
     let mut group = uneven();
