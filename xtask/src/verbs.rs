@@ -186,7 +186,8 @@ pub struct KubernetesScenario {
     #[arg(long, conflicts_with = "short")]
     real_oap: bool,
     /// Only the main steps, in about two minutes once it is built: install, refuse, upgrade, place,
-    /// a node is killed, uninstall. The image has the build that tests have, which is not optimised.
+    /// a node is killed, uninstall. The image has the build that tests have, which is not
+    /// optimised.
     #[arg(long)]
     short: bool,
     /// Install the chart with `privileged: false`.

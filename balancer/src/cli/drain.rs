@@ -87,8 +87,8 @@ impl Undrain {
     }
 }
 
-/// Asks the daemon about a backend, of a pod about each of its ports; returns those that it has done
-/// something about. A port that is refused keeps the others from nothing, and is named.
+/// Asks the daemon about a backend, of a pod about each of its ports; returns those that it has
+/// done something about. A port that is refused keeps the others from nothing, and is named.
 fn ask_each(
     place: &Place,
     backend: &str,

@@ -278,7 +278,9 @@ fn no_more_connections_cool_down_than_other_nodes_have_moved() {
     let mut group = uneven();
     let mut memory = lasting(&group, 60);
     if let Counts::Own { connections, .. } = &mut group.backends[0].counts {
-        connections.iter_mut().for_each(|one| one.opened = s(62));
+        for one in connections {
+            one.opened = s(62);
+        }
     }
     group.backends[1].counts = Counts::Published(Published {
         held: 1,

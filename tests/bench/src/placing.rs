@@ -2,8 +2,8 @@
 //!
 //! Clients connect to a frontend, once through kube-proxy's rule and once placed, beside clients
 //! that visit the same servers directly. Then clients of a node that places visit the servers
-//! directly: connects to elsewhere. In a dry run the endpoint is chosen, and nothing is noted at the
-//! socket: kube-proxy's rule carries the connect on.
+//! directly: connects to elsewhere. In a dry run the endpoint is chosen, and nothing is noted at
+//! the socket: kube-proxy's rule carries the connect on.
 
 use std::time::Duration;
 

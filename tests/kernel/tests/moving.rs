@@ -456,6 +456,9 @@ fn another_protocol_gets_no_byte_and_its_request_is_waited_for() {
     });
 }
 
+/// A request and its answer.
+type Exchange = (&'static [u8], &'static [u8]);
+
 #[test]
 fn http_1_and_tls_get_no_byte_that_their_server_has_not_written() {
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: oap\r\n\r\n";
@@ -471,7 +474,7 @@ fn http_1_and_tls_get_no_byte_that_their_server_has_not_written() {
             ],
         ];
         let mut clients = exchanges.map(|exchange| (Client::connect(agents()), exchange));
-        let exchange = |clients: &mut [(Client, [(&[u8], &[u8]); 4])], number: usize| {
+        let exchange = |clients: &mut [(Client, [Exchange; 4])], number: usize| {
             for (client, exchange) in clients {
                 // One that has ended takes no more requests.
                 let _ = client.stream.write_all(exchange[number].0);

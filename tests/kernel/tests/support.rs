@@ -178,7 +178,8 @@ pub fn cpus() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Plays on a machine of its own, again where it was too slow to show anything: then it says `None`.
+/// Plays on a machine of its own, again where it was too slow to show anything: then it says
+/// `None`.
 #[track_caller]
 pub fn in_time<T: Send>(play: impl Fn(&Machine) -> Option<T> + Sync) -> T {
     for _ in 0..10 {
