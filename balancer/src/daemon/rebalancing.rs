@@ -10,8 +10,8 @@ use super::attach::GuardedNetns;
 use crate::config::MoveRule;
 use crate::dataplane::{SlotView, Writer};
 use crate::rebalance::{
-    Action, Backend, COOLDOWN, Connection, Counts, Decision, Fitness, Group, Memory, Phase, Stay,
-    plan,
+    Action, Backend, BalanceBy, COOLDOWN, Connection, Counts, Decision, Fitness, Group, Memory,
+    Phase, Stay, plan,
 };
 use crate::sys::clock;
 use crate::sys::sock_diag::Socket;
@@ -53,6 +53,26 @@ pub struct OwnBackend {
 }
 
 impl BackendGroup {
+    /// A group that is evened out by connections, all of whose backends are of this node.
+    pub fn new(name: String, backends: Vec<Backend>, own: Vec<OwnBackend>) -> Self {
+        Self {
+            name,
+            group: Group {
+                is_on: true,
+                balance_by: BalanceBy::Connections,
+                slow_start: Duration::ZERO,
+                are_refused: false,
+                unheard_for: Duration::ZERO,
+                backends,
+            },
+            kept: None,
+            own_node_only: false,
+            rule: None,
+            own,
+            shown: BTreeMap::new(),
+        }
+    }
+
     /// What people call a backend.
     fn shown(&self, backend: &str) -> String {
         let shown = self.shown.get(backend);
@@ -405,7 +425,6 @@ fn is_even(decision: &Decision) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rebalance::BalanceBy;
     use balancer_common::abi::{self, Health, SlotPolicy, SlotState};
     use balancer_common::decision::member::Member;
 
@@ -438,22 +457,9 @@ mod tests {
             name: slot.to_string(),
             listeners: vec![listener(slot)],
         };
-        let group = BackendGroup {
-            name: "agents".to_owned(),
-            group: Group {
-                is_on: true,
-                balance_by: BalanceBy::Connections,
-                slow_start: Duration::ZERO,
-                are_refused: false,
-                unheard_for: Duration::ZERO,
-                backends,
-            },
-            kept: None,
-            own_node_only,
-            rule: None,
-            own: (0..).zip(phases).map(|(slot, _)| of_slot(slot)).collect(),
-            shown: BTreeMap::new(),
-        };
+        let own = (0..).zip(phases).map(|(slot, _)| of_slot(slot)).collect();
+        let mut group = BackendGroup::new("agents".to_owned(), backends, own);
+        group.own_node_only = own_node_only;
         group.ending().count()
     }
 

@@ -5,7 +5,6 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::Result;
 use balancer_common::abi::{Address, BackendState};
@@ -18,7 +17,7 @@ use crate::config::{Config, Connect, ConnectEndpoint, Effect, MoveRule, QuotaRul
 use crate::dataplane::{ListenAt, Plan, ServicePlan, SlotView, Writer, services};
 use crate::place::{EndpointPlan, GroupPlan, PlacePlan};
 use crate::quota::{InForce, QuotaSource, compute, server};
-use crate::rebalance::{BalanceBy, Group, Phase};
+use crate::rebalance::Phase;
 
 /// The daemon's part alone on a host.
 pub struct StandaloneMode {
@@ -140,27 +139,12 @@ fn backend_group(service: &str, backends: &[SlotView]) -> BackendGroup {
         };
         own_backend(view.name(), view.member.weight(), phase, &[*view])
     };
-    BackendGroup {
-        name: service.to_owned(),
-        group: Group {
-            is_on: true,
-            balance_by: BalanceBy::Connections,
-            slow_start: Duration::ZERO,
-            are_refused: false,
-            unheard_for: Duration::ZERO,
-            backends: backends.iter().map(backend).collect(),
-        },
-        kept: None,
-        own_node_only: false,
-        rule: None,
-        own: (backends.iter())
-            .map(|view| OwnBackend {
-                name: view.name(),
-                listeners: vec![*view],
-            })
-            .collect(),
-        shown: BTreeMap::new(),
-    }
+    let own = backends.iter().map(|view| OwnBackend {
+        name: view.name(),
+        listeners: vec![*view],
+    });
+    let all = backends.iter().map(backend).collect();
+    BackendGroup::new(service.to_owned(), all, own.collect())
 }
 
 /// What the listeners of one server have in common: the process, where they are, and on a virtual
